@@ -1,0 +1,290 @@
+"""Configs: YAML files with ``key=value`` overrides, checked against the signature of what they configure.
+
+A constructor's keyword arguments are its config. :func:`load_config` reads plain containers, :func:`check` compares
+them with a signature before any work starts, and :func:`save_config` writes what a run really used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import os
+import tempfile
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with a config, one line per problem (``error.args`` holds the lines)."""
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a YAML file, apply ``key.sub=value`` overrides, resolve ``${a.b}`` references.
+
+    Override values are YAML too (``a=[1,2]``, ``b=null``, ``lr=1e-4``). Returns plain dicts, lists and scalars.
+    Raises :class:`ConfigError` for a missing or malformed file, a malformed override, a reference to nothing, or a
+    value left as ``???``.
+    """
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(_missing_file(path))
+    malformed = [_malformed_override(text) for text in overrides if not _is_override(text)]
+    if malformed:
+        raise ConfigError(*malformed)
+    try:
+        config = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: not a readable YAML mapping: {_one_line(error)}") from error
+    if not OmegaConf.is_dict(config):
+        raise ConfigError(f"{path}: expected `key: value` lines at the top, found a list")
+    for text in overrides:
+        try:
+            config = OmegaConf.merge(config, OmegaConf.from_dotlist([text]))
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(f"override {text!r}: the value is not valid YAML: {_one_line(error)}") from error
+    try:
+        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {error.full_key}: {str(error).splitlines()[0]}") from error
+
+
+def save_config(values: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write ``values`` as YAML, so that :func:`load_config` gives them back (tuples as lists, paths as strings).
+
+    The file appears whole or not at all. Raises :class:`ConfigError` for a value that YAML cannot hold.
+    """
+    from omegaconf import OmegaConf
+
+    path = Path(path)
+    text = OmegaConf.to_yaml(OmegaConf.create(_plain(values, "")))
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def check(target: Callable[..., Any], values: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Compare a config section with the signature of the class, dataclass or function that it configures.
+
+    Lists become tuples where the annotation says so, ints become floats, mappings become nested dataclasses. Nothing
+    else is converted: ``"12"`` and ``True`` are not ints.
+
+    Args:
+        target: what will be called with the section. Every parameter must be annotated.
+        values: the section. Keys that it lacks keep the signature's defaults and are absent from the result.
+        path: the section's dotted key, for messages (``"model"``, or ``""`` at the top).
+
+    Returns:
+        keyword arguments for ``target``.
+
+    Raises:
+        ConfigError: unknown keys, missing keys and wrong types, all of them, with full dotted keys.
+        TypeError: ``target`` cannot be checked: an unannotated or variadic parameter.
+    """
+    parameters = _parameters(target)
+    if not isinstance(values, Mapping):
+        name = path or "config"
+        raise ConfigError(f"{_mismatch(name, values)}: expected a section with the keys {', '.join(parameters)}")
+    checked, problems = {}, []
+    for key, value in values.items():
+        if key not in parameters:
+            problems.append(_unknown_key(str(key), list(parameters), path))
+            continue
+        try:
+            checked[key] = _check_value(parameters[key].annotation, value, _join(path, key))
+        except ConfigError as error:
+            problems.extend(error.args)
+    problems.extend(
+        f"{_join(path, name)}: missing; expected {describe(parameter.annotation)}"
+        for name, parameter in parameters.items()
+        if parameter.default is inspect.Parameter.empty and name not in values
+    )
+    if problems:
+        raise ConfigError(*problems)
+    return checked
+
+
+def nearest(name: str, allowed: Sequence[str]) -> str | None:
+    """Return the allowed name that ``name`` is most likely a misspelling of, or None."""
+    lowered = {candidate.lower(): candidate for candidate in allowed}
+    matches = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.6)
+    return lowered[matches[0]] if matches else None
+
+
+def describe(annotation: Any) -> str:
+    """Write a type annotation the way a config's author thinks of it: ``int | None``, ``"center" | "random"``."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is None or annotation is type(None):
+        return "null"
+    if origin is typing.Annotated:
+        return describe(arguments[0])
+    if origin is Literal:
+        return " | ".join("null" if choice is None else repr(choice) for choice in arguments)
+    if origin in (Union, types.UnionType):
+        return " | ".join(map(describe, arguments))
+    if dataclasses.is_dataclass(annotation):
+        return f"a section {{{', '.join(_parameters(annotation))}}}"
+    if origin is not None and arguments:
+        inner = ", ".join("..." if argument is ... else describe(argument) for argument in arguments)
+        return f"{getattr(origin, '__name__', origin)}[{inner}]"
+    return getattr(annotation, "__name__", str(annotation))
+
+
+def _parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The parameters of ``target`` by name, with resolved annotations.
+
+    A class is read through ``__init__``: mixins that define a variadic ``__new__`` hide the constructor otherwise.
+    """
+    function = target.__init__ if inspect.isclass(target) else target
+    hints = typing.get_type_hints(target if dataclasses.is_dataclass(target) else function, include_extras=True)
+    parameters = list(inspect.signature(function).parameters.values())
+    result = {}
+    for parameter in parameters[1:] if inspect.isclass(target) else parameters:
+        variadic = parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        if variadic or parameter.name not in hints:
+            reason = "is variadic" if variadic else "has no annotation"
+            raise TypeError(f"{target.__qualname__} cannot be checked: parameter {parameter.name!r} {reason}")
+        result[parameter.name] = parameter.replace(annotation=hints[parameter.name])
+    return result
+
+
+def _check_value(annotation: Any, value: Any, path: str) -> Any:
+    section = _section_type(annotation)
+    if section is not None and isinstance(value, Mapping):
+        arguments = check(section, value, path)
+        try:
+            return section(**arguments)
+        except (ValueError, TypeError) as error:  # the dataclass' own rules, in __post_init__
+            raise ConfigError(f"{path}: {error}") from error
+
+    from pydantic import ConfigDict, ValidationError, create_model
+
+    settings = ConfigDict(arbitrary_types_allowed=True)
+    model = create_model("Parameter", __config__=settings, value=(_strict(annotation), ...))
+    try:
+        return model(value=value).value
+    except ValidationError as error:
+        choices = [choice for choice in _literals(annotation) if isinstance(choice, str)]
+        guess = nearest(value, choices) if isinstance(value, str) else None
+        hint = f"; did you mean {guess!r}?" if guess else ""
+        raise ConfigError(f"{_mismatch(path, value)}: expected {describe(annotation)}{hint}") from error
+
+
+def _section_type(annotation: Any) -> type | None:
+    """The one dataclass that a mapping may stand for in this annotation, if there is one."""
+    if typing.get_origin(annotation) in (Union, types.UnionType, typing.Annotated):
+        found = [_section_type(argument) for argument in typing.get_args(annotation)]
+        found = [section for section in found if section is not None]
+        return found[0] if len(found) == 1 else None
+    return annotation if inspect.isclass(annotation) and dataclasses.is_dataclass(annotation) else None
+
+
+def _strict(annotation: Any) -> Any:
+    """Forbid conversions between scalars, wherever they stand in the annotation, but not list -> tuple."""
+    from pydantic import InstanceOf, Strict
+
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation in (int, float, bool, str):
+        return typing.Annotated[annotation, Strict()]
+    if inspect.isclass(annotation) and dataclasses.is_dataclass(annotation):
+        return InstanceOf[annotation]
+    if origin is Literal:
+        return typing.Annotated[annotation, _literal_validator(arguments)]
+    if origin is None or origin is typing.Annotated or not arguments:
+        return annotation
+    if origin in (Union, types.UnionType):
+        return Union[tuple(map(_strict, arguments))]  # noqa: UP007 - built from a tuple
+    if origin in (tuple, list, set, dict, Sequence, Mapping):
+        return origin[tuple(argument if argument is ... else _strict(argument) for argument in arguments)]
+    return annotation
+
+
+def _literal_validator(choices: tuple[Any, ...]) -> Any:
+    """A validator that tells ``True`` from ``1`` and ``1.0``, which compare equal."""
+    from pydantic import BeforeValidator
+
+    def same_type(value: Any) -> Any:
+        if not any(type(value) is type(choice) and value == choice for choice in choices):
+            raise ValueError("not one of the choices")
+        return value
+
+    return BeforeValidator(same_type)
+
+
+def _literals(annotation: Any) -> Iterator[Any]:
+    if typing.get_origin(annotation) is Literal:
+        yield from typing.get_args(annotation)
+    for argument in typing.get_args(annotation):
+        yield from _literals(argument)
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _mismatch(path: str, value: Any) -> str:
+    return f"{path}: got {value!r} ({type(value).__name__})"
+
+
+def _unknown_key(key: str, allowed: Sequence[str], path: str) -> str:
+    guess = nearest(key, allowed)
+    hint = f" did you mean {_join(path, guess)}?" if guess else ""
+    return f"{_join(path, key)}: unknown key;{hint} allowed: {', '.join(allowed) or 'no keys'}"
+
+
+def _is_override(text: str) -> bool:
+    key, separator, _ = text.partition("=")
+    return bool(separator) and all(part.isidentifier() or part.isdigit() for part in key.split("."))
+
+
+def _malformed_override(text: str) -> str:
+    return f"override {text!r}: expected key=value, for example optimizer.lr=2e-4 (no dashes, no spaces around '=')"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _missing_file(path: Path) -> str:
+    if path.is_dir():
+        return f"{path} is a folder; name one of its config files: {_listing(path) or 'it holds no *.yaml'}"
+    folder = next(parent for parent in path.absolute().parents if parent.is_dir())
+    near = _listing(folder)
+    return f"config {path} does not exist; " + (f"near it: {near}" if near else f"{folder} holds no *.yaml")
+
+
+def _listing(folder: Path, most: int = 20) -> str:
+    names = sorted(str(file.relative_to(folder)) for file in folder.glob("*.y*ml"))
+    names += sorted(str(file.relative_to(folder)) for file in folder.glob("*/*.y*ml"))
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+
+
+def _plain(value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, _join(path, key)) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, f"{path}[{position}]") for position, item in enumerate(value)]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise ConfigError(
+        f"{_mismatch(path, value)}: only mappings, lists, numbers, strings, booleans and null can be saved"
+    )
