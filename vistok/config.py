@@ -10,12 +10,13 @@ import dataclasses
 import difflib
 import inspect
 import os
-import tempfile
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union
+
+from vistok.files import atomic_file
 
 
 class ConfigError(ValueError):
@@ -66,16 +67,9 @@ def save_config(values: Mapping[str, Any], path: str | os.PathLike[str]) -> None
     """
     from omegaconf import OmegaConf
 
-    path = Path(path)
     text = OmegaConf.to_yaml(OmegaConf.create(_plain(values, "")))
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def check(target: Callable[..., Any], values: Mapping[str, Any], path: str) -> dict[str, Any]:

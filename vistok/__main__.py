@@ -1,0 +1,6 @@
+"""``python -m vistok``: the same command as ``vistok``."""
+
+from vistok.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Randomness as a value.
+
+A model never draws from a hidden generator while it computes. It is handed its draws: a dictionary of tensors that
+are a function of (seed, sample index, step, name) alone. So one seed gives one sample, whatever the batch it lies
+in, the order, or the number of processes; and a test passes the draws it wants.
+
+The generator is NumPy's Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): counter
+based, the same on every platform.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Draws = dict[str, Tensor]
+"""Named random tensors, each with the batch as first axis."""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys of a batch's randomness: one ``seed``, the global sample ``indices`` of its rows, and a ``step``.
+
+    ``step`` separates uses of the same sample: the optimisation step in training, 0 in sampling.
+    """
+
+    seed: int
+    indices: tuple[int, ...]
+    step: int = 0
+
+    @classmethod
+    def range(cls, seed: int, count: int, start: int = 0, step: int = 0) -> Keys:
+        """Keys of ``count`` consecutive samples."""
+        return cls(seed, tuple(range(start, start + count)), step)
+
+    @classmethod
+    def of(cls, seed: int, indices: Iterable[int] | Tensor, step: int = 0) -> Keys:
+        return cls(seed, tuple(int(i) for i in indices), step)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def uniform(self, name: str, *shape: int) -> Tensor:
+        """Uniform float32 numbers in [0, 1), (B, *shape)."""
+        return self._draw(name, lambda rng: rng.random(shape, dtype=np.float32))
+
+    def normal(self, name: str, *shape: int) -> Tensor:
+        """Standard normal float32 numbers, (B, *shape)."""
+        return self._draw(name, lambda rng: rng.standard_normal(shape, dtype=np.float32))
+
+    def permutation(self, name: str, length: int) -> Tensor:
+        """One random order of ``length`` items per sample, (B, length) int64."""
+        return self._draw(name, lambda rng: rng.permutation(length))
+
+    def _draw(self, name: str, draw: Callable[[np.random.Generator], np.ndarray]) -> Tensor:
+        rows = [np.asarray(draw(self._generator(index, name))) for index in self.indices]
+        return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0)
+
+    def _generator(self, index: int, name: str) -> np.random.Generator:
+        mask = (1 << 64) - 1
+        # The first counter word runs; step and name select disjoint streams through the upper words.
+        counter = [0, 0, self.step & mask, zlib.crc32(name.encode())]
+        return np.random.Generator(np.random.Philox(key=[self.seed & mask, index & mask], counter=counter))

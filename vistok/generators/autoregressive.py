@@ -1,0 +1,208 @@
+"""The decoding engine of discrete generators that predict one token after another with a transformer.
+
+A model says how conditions and ids are embedded and how positions are transformed; teacher forcing, the training loss
+and cached sampling follow from that, here and once.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vistok.draws import Draws, Keys
+from vistok.generators.base import Generator
+from vistok.generators.cache import KVCache
+from vistok.generators.sampling import DecodingOptions, draw_ids, guide
+from vistok.types import Condition, GeneratorOutput, TokenChunk, TokenSpec
+
+
+class AutoregressiveGenerator(Generator):
+    """A causal transformer over [condition tokens, image tokens].
+
+    A subclass sets ``spec``, ``condition_length`` (tokens T that the condition takes), ``condition_dropout`` (the
+    probability of training a sample without its condition), and defines the four methods below. ``num_classes`` is
+    None for models that take no labels.
+    """
+
+    options_type = DecodingOptions
+    condition_length: int
+    condition_dropout: float
+    num_classes: int | None
+
+    @abstractmethod
+    def embed_condition(self, condition: Condition) -> Tensor:
+        """(R, T, D) embeddings of the condition, null embeddings in its dropped rows."""
+
+    @abstractmethod
+    def embed_tokens(self, ids: Tensor, start: int) -> Tensor:
+        """(R, n, D) embeddings of ids (R, n) that lie at image positions start, start + 1, ..."""
+
+    @abstractmethod
+    def transform(self, x: Tensor, start: int, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        """Logits' inputs: hidden states (R, n, D) of embeddings (R, n, D) at sequence positions start, start + 1, ...
+
+        ``mask`` (broadcastable to (R, H, n, keys), bool) replaces plain causal attention where it is given.
+        """
+
+    @abstractmethod
+    def head(self, hidden: Tensor) -> Tensor:
+        """Float32 logits (..., V) of hidden states (..., D)."""
+
+    @abstractmethod
+    def new_cache(self, rows: int, length: int) -> KVCache:
+        """An empty cache of ``length`` sequence positions."""
+
+    def attention_mask(self, condition: Condition, length: int) -> Tensor | None:
+        """The mask (R or 1, 1, length, length) of whole sequences, or None where plain causal attention is meant."""
+        return None
+
+    @staticmethod
+    def check_spec(spec: TokenSpec, model: str) -> TokenSpec:
+        """Return a spec that a plain next-token model can handle; ValueError otherwise."""
+        if not spec.discrete:
+            raise ValueError(
+                f"{model} predicts discrete ids; this tokenizer has continuous latents of {spec.dim} channels"
+            )
+        if spec.depth != 1:
+            raise ValueError(f"{model} predicts one id per position; this tokenizer has {spec.depth} (residual codes)")
+        return spec
+
+    def check_condition(self, condition: Condition) -> None:
+        if condition.labels is None:
+            return
+        if self.num_classes is None:
+            raise ValueError("this generator takes no class labels; generate unconditionally")
+        if len(condition) and int(condition.labels.max()) >= self.num_classes:
+            raise ValueError(
+                f"class label {int(condition.labels.max())} is out of range: the generator knows classes "
+                f"0..{self.num_classes - 1}"
+            )
+
+    def logits(self, ids: Tensor, condition: Condition) -> Tensor:
+        """Teacher-forced logits (B, L, V): position i, seeing the condition and ids[:, :i], predicts ids[:, i]."""
+        x = torch.cat([self.embed_condition(condition), self.embed_tokens(ids[:, :-1], 0)], 1)
+        hidden = self.transform(x, 0, self.attention_mask(condition, x.shape[1]), None)
+        return self.head(hidden[:, self.condition_length - 1 :])
+
+    def forward(
+        self, tokens: Tensor, condition: Condition, *, draws: Draws | None = None, weights: Tensor | None = None
+    ) -> GeneratorOutput:
+        """Cross entropy in nats per token, the (weighted) mean over samples; metrics: "accuracy" (share of ids right)."""
+        if draws is not None:
+            condition = condition.drop(draws["drop"] < self.condition_dropout)
+        logits = self.logits(tokens, condition)
+        per_sample = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none").mean(1)
+        loss = per_sample.mean() if weights is None else (per_sample * weights).sum() / weights.sum()
+        accuracy = (logits.detach().argmax(-1) == tokens).float().mean()
+        return GeneratorOutput(loss, logits, {"accuracy": accuracy})
+
+    def training_draws(self, keys: Keys) -> Draws:
+        return {"drop": keys.uniform("drop")}
+
+    def sampling_draws(self, keys: Keys) -> Draws:
+        return {"ids": keys.uniform("ids", self.spec.length)}
+
+    def start(
+        self, condition: Condition, options: DecodingOptions | None = None, *, draws: Draws | None = None
+    ) -> AutoregressiveSession:
+        options = options or DecodingOptions()
+        self.check_condition(condition)
+        if options.guided:
+            self.check_condition(condition.null())
+        if draws is None and options.temperature > 0:
+            raise ValueError(
+                "sampling with a temperature above 0 needs draws: pass sampling_draws(Keys.range(seed, B))"
+            )
+        return AutoregressiveSession(self, condition, options, draws)
+
+
+class AutoregressiveSession:
+    """Cached sampling for the rows of one condition; with guidance the null rows ride in the same batch.
+
+    Attributes:
+        tokens: (B, count) ids so far.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, model: AutoregressiveGenerator, condition: Condition, options: DecodingOptions, draws: Draws | None
+    ):
+        device = next(model.parameters()).device
+        condition = condition.to(device)
+        batch, length = len(condition), model.spec.length
+        self.model, self.options = model, options
+        self.scales = options.guidance_scales(length)
+        self.guided = options.guided
+        rows = condition.with_null() if self.guided else condition
+        self.mask = model.attention_mask(rows, model.condition_length + length)
+        self.cache = model.new_cache(len(rows), model.condition_length + length)
+        self.uniforms = None if draws is None else draws["ids"].to(device)
+        self._tokens = torch.zeros(batch, length, dtype=torch.int64, device=device)
+        self._positions = torch.arange(length, device=device).expand(batch, length)
+        self._valid = torch.ones(batch, 1, dtype=torch.bool, device=device)
+        self.count = 0
+        self._fed = 0  # how many of the tokens are in the cache
+        self._logits = self._advance(model.embed_condition(rows))
+
+    @property
+    def tokens(self) -> Tensor:
+        return self._tokens[:, : self.count]
+
+    def append(self, tokens: Tensor) -> None:
+        """Force ids (B, n) at the next positions (a prefix, a region taken from another image).
+
+        Raises:
+            ValueError: ids out of range, another batch size, or more of them than positions left.
+        """
+        ids = self.model.spec.check_ids(tokens).to(self._tokens.device)
+        if len(ids) != len(self._tokens):
+            raise ValueError(f"the session has {len(self._tokens)} rows, the tokens {len(ids)}")
+        stop = self.count + ids.shape[1]
+        if stop > self._tokens.shape[1]:
+            raise ValueError(
+                f"{self.count} tokens are set and {ids.shape[1]} more exceed the {self._tokens.shape[1]} there are"
+            )
+        self._tokens[:, self.count : stop] = ids
+        self.count = stop
+
+    @torch.no_grad()
+    def generate(self, num_tokens: int | None = None) -> Iterator[TokenChunk]:
+        """Generate the next ids, one chunk of (B, 1) per position."""
+        left = self._tokens.shape[1] - self.count
+        if num_tokens is not None and num_tokens > left:
+            raise ValueError(f"num_tokens {num_tokens} exceeds the {left} positions left")
+        for position in range(self.count, self.count + (left if num_tokens is None else num_tokens)):
+            logits = self._next_logits()
+            if self.guided:
+                logits = guide(logits, self.scales[position])
+            uniforms = None if self.uniforms is None else self.uniforms[:, position]
+            self._tokens[:, position] = draw_ids(logits, uniforms, self.options)
+            self.count = position + 1
+            here = slice(position, position + 1)
+            yield TokenChunk(self._positions[:, here], self._tokens[:, here], self._valid)
+
+    def _next_logits(self) -> Tensor:
+        """Logits (R, V) of the next position, after feeding the tokens that the cache has not seen."""
+        if self._fed < self.count:
+            ids = self._tokens[:, self._fed : self.count]
+            ids = torch.cat([ids, ids]) if self.guided else ids
+            self._logits = self._advance(self.model.embed_tokens(ids, self._fed))
+            self._fed = self.count
+        return self._logits
+
+    def _advance(self, x: Tensor) -> Tensor:
+        start = self.cache.length
+        hidden = self.model.transform(x, start, self._mask(start, start + x.shape[1]), self.cache)
+        return self.model.head(hidden[:, -1])
+
+    def _mask(self, start: int, stop: int) -> Tensor | None:
+        """The mask rows of sequence positions [start, stop) over all positions before stop."""
+        if self.mask is not None:
+            return self.mask[:, :, start:stop, :stop]
+        if start == 0 or stop - start == 1:
+            return None
+        return torch.ones(stop - start, stop, dtype=torch.bool, device=self._tokens.device).tril(start)

@@ -1,0 +1,82 @@
+"""The contract of every generator."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from vistok.draws import Draws, Keys
+from vistok.hub import Model
+from vistok.types import Condition, GeneratorOutput, TokenChunk, TokenSpec
+
+
+class Session(Protocol):
+    """One sampling run with its cache: forced tokens can be appended and tokens generated, in turns."""
+
+    tokens: Tensor
+
+    def append(self, tokens: Tensor) -> None:
+        """Put given tokens (B, n[, D]) at the next positions, instead of generating them."""
+
+    def generate(self, num_tokens: int | None = None) -> Iterator[TokenChunk]:
+        """Generate the next ``num_tokens`` tokens (all that are left if None), chunk by chunk."""
+
+
+class Generator(Model):
+    """Models the tokens of a tokenizer, given a condition.
+
+    The first constructor argument of every generator is ``spec``, the TokenSpec it models; a generator refuses, with a
+    ValueError, one that it cannot.
+    """
+
+    options_type: ClassVar[type]
+    """The dataclass of sampling options that ``start`` takes."""
+
+    spec: TokenSpec
+
+    @abstractmethod
+    def forward(
+        self, tokens: Tensor, condition: Condition, *, draws: Draws | None = None, weights: Tensor | None = None
+    ) -> GeneratorOutput:
+        """The training pass over tokens (B, L[, D]), teacher-forced where the model is autoregressive.
+
+        Args:
+            draws: from ``training_draws``; None trains without label dropout.
+            weights: (B,) weight of each sample in the loss, for example 0 for samples without a caption.
+        """
+
+    @abstractmethod
+    def training_draws(self, keys: Keys) -> Draws:
+        """The random tensors that ``forward`` consumes, for the batch of ``keys``."""
+
+    @abstractmethod
+    def sampling_draws(self, keys: Keys) -> Draws:
+        """The random tensors that sampling consumes, for the batch of ``keys``."""
+
+    @abstractmethod
+    def start(self, condition: Condition, options: Any = None, *, draws: Draws | None = None) -> Session:
+        """Begin a sampling session for the rows of ``condition``.
+
+        Args:
+            options: an ``options_type``; None takes its defaults.
+            draws: from ``sampling_draws``; needed unless the options make sampling deterministic.
+        """
+
+    def stream(self, condition: Condition, options: Any = None, *, draws: Draws | None = None) -> Iterator[TokenChunk]:
+        """Generate whole sequences chunk by chunk."""
+        return self.start(condition, options, draws=draws).generate()
+
+    @torch.no_grad()
+    def sample(self, condition: Condition, options: Any = None, *, draws: Draws | None = None) -> Tensor:
+        """Generate whole sequences: tokens (B, L[, D])."""
+        session = self.start(condition, options, draws=draws)
+        for _ in session.generate():
+            pass
+        return session.tokens
+
+    def check_condition(self, condition: Condition) -> None:
+        """Raise ValueError if the model cannot be conditioned on ``condition``."""

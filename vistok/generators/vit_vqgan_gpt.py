@@ -1,0 +1,197 @@
+"""The stage-2 transformer of ViT-VQGAN: a class-conditional raster-order GPT with a token shift.
+
+Paper: Vector-quantized Image Modeling with Improved VQGAN (arXiv 2110.04627), where it is called VIM. Conventions:
+github.com/thuanz123/enhancing-transformers (MIT). That implementation's cached sampler feeds the token shift zeros
+instead of the previous token; here the shift has a memory, so sampling follows the trained distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vistok.generators.autoregressive import AutoregressiveGenerator
+from vistok.generators.cache import KVCache, LayerCache
+from vistok.hub import load_strictly, rename
+from vistok.nn.attention import Attention
+from vistok.nn.mlp import MLP
+from vistok.types import Condition, TokenSpec, as_dataclass
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """relu(x)^2 (Primer, arXiv 2109.08668)."""
+    return F.relu(x).square()
+
+
+class Block(nn.Module):
+    """Pre-norm block whose attention reads a learned mix of each position and the one before it (RWKV's time mixing)."""
+
+    def __init__(self, dim: int, heads: int, dropout: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.mix = nn.Parameter(torch.linspace(0, 1, dim).view(1, 1, dim))
+        self.attn = Attention(dim, heads, attention_dropout=dropout, dropout=dropout)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = MLP(dim, 4 * dim, squared_relu)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+        y = self.norm1(x)
+        previous = F.pad(y[:, :-1], (0, 0, 1, 0)) if cache is None else cache.shift(y)
+        y = y * self.mix + previous * (1 - self.mix)
+        x = x + self.attn(y, mask=mask, causal=mask is None, cache=cache)
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+class ViTVQGANGPT(AutoregressiveGenerator):
+    """GPT over image tokens after ``condition_length`` condition tokens, which see each other in both directions.
+
+    Args:
+        spec: the tokens to model (one id per position).
+        num_classes: vocabulary of the condition; 0 for unconditional generation.
+        dim, layers, heads: width, blocks, heads; heads divide dim.
+        dropout: on attention, its output and the feed-forward, in training (paper: 0.1).
+        condition_dropout: share of training samples whose class is replaced by a null class, for guidance. The paper
+            and the reference have none: with 0 there is no null class, and guidance is refused.
+        condition_length: number of condition tokens; labels give one.
+    """
+
+    registry_name = "vit_vqgan_gpt"
+    sizes = {
+        "base": {"dim": 1536, "layers": 24, "heads": 16},
+        "large": {"dim": 2048, "layers": 36, "heads": 16},
+    }
+
+    def __init__(
+        self,
+        spec: TokenSpec,
+        num_classes: int = 1000,
+        dim: int = 1536,
+        layers: int = 24,
+        heads: int = 16,
+        dropout: float = 0.0,
+        condition_dropout: float = 0.0,
+        condition_length: int = 1,
+    ):
+        super().__init__()
+        self.spec = self.check_spec(as_dataclass(TokenSpec, spec), type(self).__name__)
+        self.num_classes = num_classes or None
+        self.condition_dropout, self.condition_length = condition_dropout, condition_length
+        self.has_null = condition_dropout > 0 or not num_classes
+        self.condition_embedding = nn.Embedding(num_classes + self.has_null, dim)
+        self.condition_positions = nn.Parameter(torch.zeros(1, condition_length, dim))
+        self.token_embedding = nn.Embedding(self.spec.codebook_size, dim)
+        self.token_positions = nn.Parameter(torch.zeros(1, self.spec.length, dim))
+        self.blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim)
+        self.output = nn.Linear(dim, self.spec.codebook_size, bias=False)
+        self.apply(_initialise)
+
+    def embed_condition(self, condition: Condition) -> Tensor:
+        return self.condition_embedding(self._condition_ids(condition)) + self.condition_positions
+
+    def _condition_ids(self, condition: Condition) -> Tensor:
+        """Condition tokens (R, T), the null id in dropped rows."""
+        given = condition.ids if condition.labels is None else condition.labels[:, None]
+        if not self.has_null:
+            return given
+        null = torch.full(
+            (len(condition), self.condition_length), self.num_classes or 0, device=condition.dropped.device
+        )
+        return null if given is None else torch.where(condition.dropped[:, None], null, given)
+
+    def check_condition(self, condition: Condition) -> None:
+        super().check_condition(condition)
+        unlabelled = condition.labels is None and condition.ids is None
+        if not self.has_null and (unlabelled or bool(condition.dropped.any())):
+            raise ValueError(
+                "this generator was built without a null class (condition_dropout 0): every sample needs a class label"
+            )
+
+    def embed_tokens(self, ids: Tensor, start: int) -> Tensor:
+        return self.token_embedding(ids) + self.token_positions[:, start : start + ids.shape[1]]
+
+    def attention_mask(self, condition: Condition, length: int) -> Tensor | None:
+        if self.condition_length == 1:
+            return None
+        mask = torch.ones(length, length, dtype=torch.bool, device=self.token_positions.device).tril()
+        mask[: self.condition_length, : self.condition_length] = True
+        return mask[None, None]
+
+    def transform(self, x: Tensor, start: int, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        for block, memory in zip(self.blocks, cache.layers if cache else [None] * len(self.blocks)):
+            x = block(x, mask, memory)
+        return x
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.output(self.norm(hidden)).float()
+
+    def new_cache(self, rows: int, length: int) -> KVCache:
+        attention, weight = self.blocks[0].attn, self.output.weight
+        return KVCache(
+            len(self.blocks),
+            rows,
+            attention.heads,
+            length,
+            attention.head_dim,
+            shift_dim=weight.shape[1],
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+
+    @classmethod
+    def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
+        length = config["img_num_tokens"]
+        model = cls(
+            TokenSpec(length, config["vocab_img_size"], dim=config["embed_dim"]),
+            num_classes=config["vocab_cond_size"],
+            dim=config["embed_dim"],
+            layers=config["n_layers"],
+            heads=config["n_heads"],
+            condition_length=config["cond_num_tokens"],
+        )
+        load_strictly(model, rename(_fuse_attention(state_dict), OFFICIAL_NAMES), source="the official state dict")
+        return model
+
+    @staticmethod
+    def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Take the transformer out of a stage-2 training checkpoint, which holds the tokenizer beside it."""
+        own = {key: value for key, value in state.items() if not key.startswith("stage1_model.")}
+        return {key.removeprefix("transformer."): value for key, value in own.items()}
+
+
+def _fuse_attention(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Join the reference's separate query, key and value projections into one."""
+    fused = dict(state)
+    for key in [k for k in state if k.endswith(("attn.query.weight", "attn.query.bias"))]:
+        prefix, kind = key.removesuffix(key.split(".")[-1]).removesuffix("query."), key.split(".")[-1]
+        parts = [f"{prefix}{name}.{kind}" for name in ("query", "key", "value")]
+        if all(part in fused for part in parts):
+            fused[f"{prefix}qkv.{kind}"] = torch.cat([fused.pop(part) for part in parts])
+    return fused
+
+
+OFFICIAL_NAMES = [
+    (r"tok_emb_cond\.weight", r"condition_embedding.weight"),
+    (r"tok_emb_code\.weight", r"token_embedding.weight"),
+    (r"pos_emb_cond", r"condition_positions"),
+    (r"pos_emb_code", r"token_positions"),
+    (r"blocks\.(\d+)\.ln([12])\.(\w+)", r"blocks.\1.norm\2.\3"),
+    (r"blocks\.(\d+)\.attn\.time_mix", r"blocks.\1.mix"),
+    (r"blocks\.(\d+)\.attn\.proj\.(\w+)", r"blocks.\1.attn.out.\2"),
+    (r"blocks\.(\d+)\.mlp\.p0\.(\w+)", r"blocks.\1.mlp.up.\2"),
+    (r"blocks\.(\d+)\.mlp\.p1\.(\w+)", r"blocks.\1.mlp.down.\2"),
+    (r"layer_norm\.(\w+)", r"norm.\1"),
+    (r"head\.weight", r"output.weight"),
+]
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,51 @@
+"""Rotary position embedding (RoFormer, arXiv 2104.09864) over one or more axes.
+
+Channels are rotated in adjacent pairs (2i, 2i + 1). With several axes each gets an equal share of the pairs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines, (N, head_dim / 2) each, of N positions."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __getitem__(self, rows) -> Rotation:
+        return Rotation(self.cos[rows], self.sin[rows])
+
+
+def rotation_table(positions: Tensor, head_dim: int, *, base: float = 10000.0) -> Rotation:
+    """The rotation of every position.
+
+    Args:
+        positions: (N, axes) coordinates.
+        head_dim: channels of a head; must be divisible by 2 * axes.
+        base: frequency j of an axis with n pairs is ``base ** (-j / n)``.
+    """
+    axes = positions.shape[1]
+    if head_dim % (2 * axes):
+        raise ValueError(f"head_dim {head_dim} must be divisible by {2 * axes} for rotary positions over {axes} axes")
+    pairs = head_dim // (2 * axes)
+    frequencies = base ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
+    angles = (positions.double().unsqueeze(-1) * frequencies).flatten(1)  # (N, axes * pairs)
+    return Rotation(angles.cos().float(), angles.sin().float())
+
+
+def grid_positions(grid: tuple[int, ...]) -> Tensor:
+    """Coordinates (prod(grid), len(grid)) of a raster, last axis fastest."""
+    axes = torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
+    return torch.stack([axis.flatten() for axis in axes], -1)
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Rotate the channel pairs of x (..., N, head_dim), computed in float32 and cast back."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = rotation
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2).type_as(x)

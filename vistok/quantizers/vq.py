@@ -1,0 +1,138 @@
+"""Vector quantization with a learned codebook, plain and residual.
+
+VQ-VAE: van den Oord et al., arXiv 1711.00937. Factorised, l2-normalised codes: ViT-VQGAN, arXiv 2110.04627, section
+3.2. Residual: Lee et al., arXiv 2203.01941.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vistok.losses.entropy import EntropyLoss
+from vistok.types import QuantizerOutput
+
+Gradient = Literal["raw", "normalised"]
+Init = Literal["normal", "uniform"]
+
+
+class VectorQuantizer(nn.Module):
+    """Replace each latent vector by the nearest of ``codebook_size`` learned codes.
+
+    Args:
+        codebook_size: number of codes K.
+        dim: channels D of a code.
+        normalize: compare and emit l2-normalised vectors (the cosine codebook of ViT-VQGAN and LlamaGen).
+        gradient: what carries the straight-through gradient: the "raw" latents (ViT-VQGAN) or the "normalised" ones
+            (LlamaGen), through whose normalisation the gradient then flows.
+        init: "normal" N(0, 1), or "uniform" in +-1/K, rows l2-normalised if ``normalize``.
+        entropy_temperature: softmax temperature of the "entropy" term; None leaves the term out.
+    """
+
+    def __init__(
+        self,
+        codebook_size: int,
+        dim: int,
+        *,
+        normalize: bool = True,
+        gradient: Gradient = "raw",
+        init: Init = "normal",
+        entropy_temperature: float | None = None,
+    ):
+        super().__init__()
+        self.codebook_size, self.dim = codebook_size, dim
+        self.normalize, self.gradient = normalize, gradient
+        self.embedding = nn.Embedding(codebook_size, dim)
+        self.entropy = None if entropy_temperature is None else EntropyLoss(entropy_temperature)
+        self._initialise(init)
+
+    def _initialise(self, init: Init) -> None:
+        if init == "normal":
+            nn.init.normal_(self.embedding.weight)
+            return
+        nn.init.uniform_(self.embedding.weight, -1 / self.codebook_size, 1 / self.codebook_size)
+        if self.normalize:
+            with torch.no_grad():
+                self.embedding.weight.copy_(F.normalize(self.embedding.weight, dim=-1))
+
+    def codes(self) -> Tensor:
+        """All codes (K, D), normalised if the quantizer normalises."""
+        return self._norm(self.embedding.weight)
+
+    def distances(self, latents: Tensor) -> Tensor:
+        """Squared distances (..., K) of latents (..., D) to every code."""
+        z, codes = self._norm(latents), self.codes()
+        squares = z.pow(2).sum(-1, keepdim=True) + codes.pow(2).sum(-1)
+        return squares - 2 * z @ codes.T
+
+    def encode(self, latents: Tensor) -> Tensor:
+        """Ids (...) of the nearest codes of latents (..., D); the first of equals wins."""
+        return self.distances(latents).argmin(-1)
+
+    def neighbours(self, latents: Tensor, k: int) -> Tensor:
+        """Ids (..., k) of the k nearest codes, nearest first."""
+        return self.distances(latents).topk(k, dim=-1, largest=False).indices
+
+    def ids_to_latents(self, ids: Tensor) -> Tensor:
+        """Codes (..., D) of ids (...)."""
+        return self._norm(self.embedding(ids))
+
+    def forward(self, latents: Tensor) -> QuantizerOutput:
+        """Quantize latents (B, L, D)."""
+        distances = self.distances(latents)
+        ids = distances.argmin(-1)
+        codes, normalised = self.ids_to_latents(ids), self._norm(latents)
+        losses = {
+            "codebook": (codes - normalised.detach()).pow(2).mean(-1),
+            "commitment": (codes.detach() - normalised).pow(2).mean(-1),
+        }
+        if self.entropy is not None:
+            losses["entropy"] = self.entropy(distances)
+        carrier = latents if self.gradient == "raw" else normalised
+        return QuantizerOutput(carrier + (codes - carrier).detach(), ids, losses, self.codebook_size)
+
+    def _norm(self, vectors: Tensor) -> Tensor:
+        return F.normalize(vectors, dim=-1) if self.normalize else vectors
+
+
+class ResidualQuantizer(nn.Module):
+    """Quantize a latent in ``depth`` levels with one shared codebook; each level codes what the earlier ones left.
+
+    The residual starts at the detached latents, so the encoder learns through the straight-through gradient alone,
+    while later levels do train the codes of earlier ones (enhancing-transformers' variant).
+    """
+
+    def __init__(self, quantizer: VectorQuantizer, depth: int):
+        super().__init__()
+        self.quantizer, self.depth = quantizer, depth
+
+    @property
+    def codebook_size(self) -> int:
+        return self.quantizer.codebook_size
+
+    def _levels(self, latents: Tensor) -> list[QuantizerOutput]:
+        residual, levels = latents.detach(), []
+        for _ in range(self.depth):
+            level = self.quantizer(residual)
+            residual = residual - self.quantizer.ids_to_latents(level.ids)
+            levels.append(level)
+        return levels
+
+    def encode(self, latents: Tensor) -> Tensor:
+        """Ids (..., depth) of latents (..., D)."""
+        return torch.stack([level.ids for level in self._levels(latents)], -1)
+
+    def ids_to_latents(self, ids: Tensor) -> Tensor:
+        """Sums (..., D) of the codes of ids (..., n), n <= depth: fewer levels give a coarser latent."""
+        return self.quantizer.ids_to_latents(ids).sum(-2)
+
+    def forward(self, latents: Tensor) -> QuantizerOutput:
+        """Quantize latents (B, L, D); ids are (B, L, depth), losses the mean over levels."""
+        levels = self._levels(latents)
+        ids = torch.stack([level.ids for level in levels], -1)
+        losses = {name: torch.stack([level.losses[name] for level in levels]).mean(0) for name in levels[0].losses}
+        quantized = latents + (self.ids_to_latents(ids) - latents).detach()
+        return QuantizerOutput(quantized, ids, losses, self.codebook_size)

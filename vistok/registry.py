@@ -1,0 +1,59 @@
+"""The table of everything vistok can build: one line per model.
+
+Names from configs and saved folders are looked up here, and only here: no import path in a file is ever executed.
+A model's module is imported when it is asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from importlib import import_module
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model: its ``name`` in configs, its ``kind``, where it lives, and what official weights call it."""
+
+    name: str
+    kind: str  # "tokenizer" or "generator"
+    target: str  # "module:Class"
+    official: str  # "system/part", the name that from_official answers to
+
+    def load(self) -> type:
+        module, _, name = self.target.partition(":")
+        return getattr(import_module(module), name)
+
+
+ENTRIES = (
+    Entry("vit_vqgan", "tokenizer", "vistok.tokenizers.vit_vqgan:ViTVQGAN", "vit_vqgan/tokenizer"),
+    Entry("llamagen_vq", "tokenizer", "vistok.tokenizers.llamagen_vq:LlamaGenVQ", "llamagen/tokenizer"),
+    Entry("vit_vqgan_gpt", "generator", "vistok.generators.vit_vqgan_gpt:ViTVQGANGPT", "vit_vqgan/gpt"),
+    Entry("llama", "generator", "vistok.generators.llama:Llama", "llamagen/gpt"),
+)
+
+
+class UnknownModelError(ValueError):
+    """A name that is in no table."""
+
+
+def entry(name: str, kind: str | None = None) -> Entry:
+    """Look up a model by its config name.
+
+    Raises:
+        UnknownModelError: no model (of this kind) has the name; the message gives all names and the nearest one.
+    """
+    return _find(name, {e.name: e for e in ENTRIES if kind in (None, e.kind)}, kind or "model")
+
+
+def official_entry(name: str) -> Entry:
+    """Look up a model by the name that its official weights carry, for example "llamagen/gpt"."""
+    return _find(name, {e.official: e for e in ENTRIES}, "official model")
+
+
+def _find(name: str, table: dict[str, Entry], what: str) -> Entry:
+    if name in table:
+        return table[name]
+    near = difflib.get_close_matches(str(name), table, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise UnknownModelError(f"unknown {what} {name!r}{hint} Known: {', '.join(sorted(table))}.")

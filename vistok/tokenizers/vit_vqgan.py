@@ -1,0 +1,267 @@
+"""ViT-VQGAN: a vision-transformer autoencoder with a factorised, l2-normalised codebook.
+
+Paper: Vector-quantized Image Modeling with Improved VQGAN (arXiv 2110.04627, ICLR 2022). Official weights and
+conventions: the reimplementation github.com/thuanz123/enhancing-transformers (MIT), whose choices differ from the
+paper in a few places (tanh in every feed-forward, heads always 64 wide).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from vistok.draws import Draws
+from vistok.hub import OfficialCheckpoint, load_strictly, rename
+from vistok.losses.pixel import LogitLaplace
+from vistok.nn.attention import Attention
+from vistok.nn.mlp import MLP
+from vistok.nn.positions import sincos_2d
+from vistok.quantizers import ResidualQuantizer, VectorQuantizer
+from vistok.tokenizers.base import Tokenizer
+from vistok.types import TokenizerOutput, TokenSpec, as_dataclass
+
+HEAD_DIM = 64
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Width, number of blocks, heads (64 wide each) and feed-forward width of one transformer."""
+
+    dim: int
+    depth: int
+    heads: int
+    mlp_dim: int
+
+
+SMALL = {"dim": 512, "depth": 8, "heads": 8, "mlp_dim": 2048}
+BASE = {"dim": 768, "depth": 12, "heads": 12, "mlp_dim": 3072}
+LARGE = {"dim": 1280, "depth": 32, "heads": 16, "mlp_dim": 5120}
+
+
+def _official(size: dict[str, int]) -> dict[str, Any]:
+    return {
+        "image_size": 256,
+        "patch_size": 8,
+        "encoder": size,
+        "decoder": size,
+        "quantizer": {"embed_dim": 32, "n_embed": 8192},
+    }
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with a tanh feed-forward: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        # The reference leaves the output projection out when it would map one 64-wide head onto itself.
+        project = not (config.heads == 1 and config.dim == HEAD_DIM)
+        self.norm1 = nn.LayerNorm(config.dim)
+        self.attn = Attention(config.dim, config.heads, head_dim=HEAD_DIM, qkv_bias=False, project=project)
+        self.norm2 = nn.LayerNorm(config.dim)
+        self.mlp = MLP(config.dim, config.mlp_dim, torch.tanh)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Transformer(nn.Module):
+    """Fixed sine-cosine positions, blocks, final norm: (B, h * w, D) -> (B, h * w, D)."""
+
+    def __init__(self, config: ViTConfig, grid: tuple[int, int]):
+        super().__init__()
+        self.positions = nn.Parameter(sincos_2d(grid, config.dim)[None], requires_grad=False)
+        self.blocks = nn.Sequential(*(Block(config) for _ in range(config.depth)))
+        self.norm = nn.LayerNorm(config.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.blocks(x + self.positions))
+
+
+class ViTVQGAN(Tokenizer):
+    """The stage-1 model. Works in [0, 1] inside; public pixels are in [-1, 1].
+
+    Args:
+        image_size: side of the images, or (height, width).
+        patch_size: side of a patch, or (height, width); the image sides must be multiples of it.
+        encoder, decoder: the two transformers.
+        codebook_size: number of codes.
+        codebook_embed_dim: channels of a code.
+        codebook_l2_norm: compare and decode l2-normalised codes.
+        residual_depth: codes per token; more than 1 is the residual variant, with one shared codebook.
+        in_channels: 3, or 1 for grey images.
+        pixel_distribution: "point" predicts pixels; "logit_laplace" predicts mean and scale of a Laplace distribution
+            in logit space (the paper's loss, after DALL-E, arXiv 2102.12092, appendix A.3).
+
+    Raises:
+        ValueError: a size that patches do not divide, or a width that is not divisible by 4.
+    """
+
+    registry_name = "vit_vqgan"
+    native_range = (0.0, 1.0)
+    sizes = {
+        "small": {"encoder": SMALL, "decoder": SMALL},
+        "base": {"encoder": BASE, "decoder": BASE},
+        "large": {"encoder": SMALL, "decoder": LARGE},
+    }
+    checkpoints = (
+        OfficialCheckpoint("thuanz123/vitvqgan-imagenet-small", "imagenet_vitvq_small.ckpt", _official(SMALL)),
+        OfficialCheckpoint("thuanz123/vitvqgan-imagenet-base", "imagenet_vitvq_base.ckpt", _official(BASE)),
+    )
+
+    def __init__(
+        self,
+        image_size: int | tuple[int, int] = 256,
+        patch_size: int | tuple[int, int] = 8,
+        encoder: ViTConfig = ViTConfig(**SMALL),
+        decoder: ViTConfig = ViTConfig(**SMALL),
+        codebook_size: int = 8192,
+        codebook_embed_dim: int = 32,
+        codebook_l2_norm: bool = True,
+        residual_depth: int = 1,
+        in_channels: int = 3,
+        pixel_distribution: Literal["point", "logit_laplace"] = "point",
+    ):
+        super().__init__()
+        encoder, decoder = as_dataclass(ViTConfig, encoder), as_dataclass(ViTConfig, decoder)
+        height, width = _pair(image_size)
+        self.patch = _pair(patch_size)
+        self.grid = (height // self.patch[0], width // self.patch[1])
+        if (height % self.patch[0], width % self.patch[1]) != (0, 0):
+            raise ValueError(f"image_size {height}x{width} is not a multiple of patch_size {self.patch}")
+        if residual_depth < 1:
+            raise ValueError(f"residual_depth must be at least 1, got {residual_depth}")
+        self._image_shape = (in_channels, height, width)
+        self.distribution = LogitLaplace() if pixel_distribution == "logit_laplace" else None
+        out_channels = in_channels * (2 if self.distribution else 1)
+
+        self.to_patches = nn.Conv2d(in_channels, encoder.dim, self.patch, self.patch)
+        self.encoder = Transformer(encoder, self.grid)
+        self.decoder = Transformer(decoder, self.grid)
+        self.to_pixels = nn.ConvTranspose2d(decoder.dim, out_channels, self.patch, self.patch)
+        for module in (self.to_patches, self.encoder, self.decoder, self.to_pixels):
+            module.apply(_initialise)
+        # These two keep torch's default initialisation, as in the reference.
+        self.pre_quant = nn.Linear(encoder.dim, codebook_embed_dim)
+        self.post_quant = nn.Linear(codebook_embed_dim, decoder.dim)
+        vector_quantizer = VectorQuantizer(codebook_size, codebook_embed_dim, normalize=codebook_l2_norm)
+        self.depth = residual_depth
+        self.quantizer = (
+            vector_quantizer if residual_depth == 1 else ResidualQuantizer(vector_quantizer, residual_depth)
+        )
+
+    @property
+    def spec(self) -> TokenSpec:
+        vector_quantizer = self.quantizer.quantizer if self.depth > 1 else self.quantizer
+        h, w = self.grid
+        return TokenSpec(h * w, vector_quantizer.codebook_size, vector_quantizer.dim, depth=self.depth, grid=(h, w))
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self._image_shape
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        return self.to_pixels.weight
+
+    def latents(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, C, H, W) in [-1, 1] to latents (B, L, code dim), before quantization."""
+        self.check_pixels(pixels)
+        native = self.to_native(pixels)
+        patches = rearrange(
+            self.to_patches(self.distribution.squash(native) if self.distribution else native), "b d h w -> b (h w) d"
+        )
+        return self.pre_quant(self.encoder(patches))
+
+    def encode(self, pixels: Tensor, *, draws: Draws | None = None) -> Tensor:
+        return self.quantizer.encode(self.latents(pixels))
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Ids (B, L[, depth]) to pixels (B, C, H, W).
+
+        Raises:
+            ValueError: ids out of range, or not L of them.
+        """
+        self.spec.check_ids(tokens)
+        if tokens.shape[1] != self.spec.length:
+            raise ValueError(f"this tokenizer decodes {self.spec.length} tokens at once, got {tokens.shape[1]}")
+        return self._point(self.decode_latents(self.quantizer.ids_to_latents(tokens)))
+
+    def decode_latents(self, quantized: Tensor) -> Tensor:
+        """Codes (B, L, code dim) to the decoder's raw output in the native range (B, C or 2C, H, W)."""
+        x = self.decoder(self.post_quant(quantized))
+        return self.to_pixels(rearrange(x, "b (h w) d -> b d h w", h=self.grid[0]))
+
+    def _point(self, output: Tensor) -> Tensor:
+        """The decoder's output as pixels in [-1, 1]: the mode, where it predicts a distribution."""
+        return self.from_native(
+            self.distribution.unsquash(output.chunk(2, 1)[0].sigmoid()) if self.distribution else output
+        )
+
+    def forward(
+        self, pixels: Tensor, *, target: Tensor | None = None, step: int | None = None, draws: Draws | None = None
+    ) -> TokenizerOutput:
+        latents = self.latents(pixels)
+        quantized = self.quantizer(latents)
+        output = self.decode_latents(quantized.quantized)
+        features = {"latents": latents, "quantized": quantized.quantized}
+        if self.distribution:
+            features["logit_mean"], features["log_scale"] = output.chunk(2, 1)
+        return TokenizerOutput(self._point(output), quantized.ids, quantized.losses, features)
+
+    @classmethod
+    def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
+        quantizer = config["quantizer"]
+        model = cls(
+            image_size=config["image_size"],
+            patch_size=config["patch_size"],
+            encoder=ViTConfig(**config["encoder"]),
+            decoder=ViTConfig(**config["decoder"]),
+            codebook_size=quantizer["n_embed"],
+            codebook_embed_dim=quantizer["embed_dim"],
+            codebook_l2_norm=quantizer.get("use_norm", True),
+            residual_depth=quantizer.get("num_quantizers", 1) if quantizer.get("use_residual", False) else 1,
+        )
+        rules = OFFICIAL_NAMES if model.depth == 1 else [RESIDUAL_CODEBOOK, *OFFICIAL_NAMES]
+        load_strictly(model, rename(state_dict, rules), source="the official state dict")
+        return model
+
+    @staticmethod
+    def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Drop the training losses (LPIPS, discriminator) that a released file carries beside the model."""
+        return {key: tensor for key, tensor in state.items() if not key.startswith("loss.")}
+
+
+RESIDUAL_CODEBOOK = (r"quantizer\.embedding\.weight", r"quantizer.quantizer.embedding.weight")
+OFFICIAL_NAMES = [
+    (r"encoder\.en_pos_embedding", r"encoder.positions"),
+    (r"decoder\.de_pos_embedding", r"decoder.positions"),
+    (r"encoder\.to_patch_embedding\.0\.(\w+)", r"to_patches.\1"),
+    (r"decoder\.to_pixel\.1\.(\w+)", r"to_pixels.\1"),
+    (r"(\w+)\.transformer\.layers\.(\d+)\.0\.norm\.(\w+)", r"\1.blocks.\2.norm1.\3"),
+    (r"(\w+)\.transformer\.layers\.(\d+)\.0\.fn\.to_qkv\.(\w+)", r"\1.blocks.\2.attn.qkv.\3"),
+    (r"(\w+)\.transformer\.layers\.(\d+)\.0\.fn\.to_out\.(\w+)", r"\1.blocks.\2.attn.out.\3"),
+    (r"(\w+)\.transformer\.layers\.(\d+)\.1\.norm\.(\w+)", r"\1.blocks.\2.norm2.\3"),
+    (r"(\w+)\.transformer\.layers\.(\d+)\.1\.fn\.net\.0\.(\w+)", r"\1.blocks.\2.mlp.up.\3"),
+    (r"(\w+)\.transformer\.layers\.(\d+)\.1\.fn\.net\.2\.(\w+)", r"\1.blocks.\2.mlp.down.\3"),
+    (r"(\w+)\.transformer\.norm\.(\w+)", r"\1.norm.\2"),
+]
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _initialise(module: nn.Module) -> None:
+    """Xavier-uniform weights (convolutions flattened to two dimensions), as in the reference."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))

@@ -1,0 +1,244 @@
+"""The small value types that tokenizers, quantizers and generators exchange.
+
+They carry tensors and names, never behaviour of a particular system. Letters in shapes: B batch, L tokens,
+D width, N residual depth, C channels, H W image sides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenSpec:
+    """What a generator has to know of a tokenizer: the shape and the alphabet of its tokens.
+
+    Attributes:
+        length: tokens per image (or clip).
+        codebook_size: number of ids, or None for continuous latents.
+        dim: channels of one token's latent vector.
+        depth: ids per position; 1 unless the quantizer is residual.
+        grid: (h, w) or (t, h, w) if tokens lie on a raster, None for a plain sequence.
+        scales: one grid per scale for multi-scale tokenizers, else empty.
+        prefix_step: None if only whole sequences decode; k if every prefix of a multiple of k tokens does.
+
+    Raises:
+        ValueError: a grid, or the scales together, do not hold ``length`` tokens.
+    """
+
+    length: int
+    codebook_size: int | None
+    dim: int
+    depth: int = 1
+    grid: tuple[int, ...] | None = None
+    scales: tuple[tuple[int, ...], ...] = ()
+    prefix_step: int | None = None
+
+    def __post_init__(self) -> None:
+        # A spec read back from JSON holds lists; equality must not depend on where a spec came from.
+        if self.grid is not None:
+            object.__setattr__(self, "grid", tuple(self.grid))
+        object.__setattr__(self, "scales", tuple(tuple(scale) for scale in self.scales))
+        if self.grid is not None and math.prod(self.grid) != self.length:
+            raise ValueError(f"grid {self.grid} holds {math.prod(self.grid)} tokens, but length is {self.length}")
+        if self.scales and sum(map(math.prod, self.scales)) != self.length:
+            total = sum(map(math.prod, self.scales))
+            raise ValueError(f"scales {self.scales} hold {total} tokens, but length is {self.length}")
+
+    @property
+    def discrete(self) -> bool:
+        return self.codebook_size is not None
+
+    def check_ids(self, ids: Tensor) -> Tensor:
+        """Return ``ids`` if they are (B, n[, depth]) integers of this alphabet, n <= length; else raise ValueError.
+
+        The range check reads the tensor once, so it belongs where ids enter, not into a loop.
+        """
+        if not self.discrete:
+            raise ValueError("this tokenizer has continuous latents; it takes no ids")
+        if ids.is_floating_point():
+            raise ValueError(
+                f"token ids must be integers, got {ids.dtype}; continuous latents do not fit this codebook"
+            )
+        expected = "(B, n)" if self.depth == 1 else f"(B, n, {self.depth})"
+        if ids.ndim != (2 if self.depth == 1 else 3) or (self.depth > 1 and ids.shape[2] != self.depth):
+            raise ValueError(f"token ids must have shape {expected}, got {tuple(ids.shape)}")
+        if ids.numel():
+            low, high = (int(v) for v in torch.aminmax(ids))
+            if low < 0 or high >= self.codebook_size:
+                wrong = low if low < 0 else high
+                raise ValueError(
+                    f"token id {wrong} is out of range: this codebook has ids 0..{self.codebook_size - 1}; "
+                    "were these tokens made by another tokenizer?"
+                )
+        return ids
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a generator is conditioned on, for a batch: class labels, condition token ids, or features with a mask.
+
+    ``dropped`` marks the rows that are unconditional: there the model uses its null embedding. Classifier-free
+    guidance stacks a condition on its ``null()`` rows; label dropout in training sets ``dropped`` at random.
+
+    Attributes:
+        dropped: (B,) bool.
+        labels: (B,) int64 class ids, or None.
+        ids: (B, T) int64 condition tokens (text, a segmentation map's tokens), or None.
+        features: (B, T, D) float, for example text-encoder states, or None.
+        mask: (B, T) bool, True where a feature is valid, or None (all valid).
+    """
+
+    dropped: Tensor
+    labels: Tensor | None = None
+    ids: Tensor | None = None
+    features: Tensor | None = None
+    mask: Tensor | None = None
+
+    @classmethod
+    def none(cls, batch_size: int, device: torch.device | str = "cpu") -> Condition:
+        """The condition of unconditional generation."""
+        return cls(torch.ones(batch_size, dtype=torch.bool, device=device))
+
+    @classmethod
+    def from_labels(cls, labels: Tensor | list[int]) -> Condition:
+        """Class labels (B,); a negative label is unconditional."""
+        labels = torch.as_tensor(labels)
+        if labels.ndim != 1 or labels.is_floating_point():
+            raise ValueError(f"labels must be (B,) integers, got shape {tuple(labels.shape)} of {labels.dtype}")
+        return cls(labels < 0, labels=labels.long())
+
+    @classmethod
+    def from_ids(cls, ids: Tensor) -> Condition:
+        """Condition tokens (B, T)."""
+        if ids.ndim != 2 or ids.is_floating_point():
+            raise ValueError(f"condition ids must be (B, T) integers, got shape {tuple(ids.shape)} of {ids.dtype}")
+        return cls(torch.zeros(len(ids), dtype=torch.bool, device=ids.device), ids=ids.long())
+
+    @classmethod
+    def from_features(cls, features: Tensor, mask: Tensor | None = None) -> Condition:
+        """Feature sequences (B, T, D), with an optional (B, T) mask of the valid positions."""
+        if features.ndim != 3:
+            raise ValueError(f"features must be (B, T, D), got shape {tuple(features.shape)}")
+        if mask is not None and mask.shape != features.shape[:2]:
+            raise ValueError(f"mask must be {tuple(features.shape[:2])}, got shape {tuple(mask.shape)}")
+        dropped = torch.zeros(len(features), dtype=torch.bool, device=features.device)
+        return cls(dropped, features=features, mask=None if mask is None else mask.bool())
+
+    def __len__(self) -> int:
+        return len(self.dropped)
+
+    def _map(self, function) -> Condition:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Condition(**{name: None if v is None else function(v) for name, v in values.items()})
+
+    def to(self, device: torch.device | str) -> Condition:
+        return self._map(lambda tensor: tensor.to(device))
+
+    def __getitem__(self, rows: slice | Tensor) -> Condition:
+        return self._map(lambda tensor: tensor[rows])
+
+    def drop(self, rows: Tensor) -> Condition:
+        """The same condition, with the rows of the (B,) bool mask made unconditional as well."""
+        return replace(self, dropped=self.dropped | rows)
+
+    def null(self) -> Condition:
+        """The unconditional rows that belong to this condition (its mask is kept: both halves see one prompt length)."""
+        return replace(self, dropped=torch.ones_like(self.dropped))
+
+    def with_null(self) -> Condition:
+        """This condition followed by its null rows, (2B,): the batch of classifier-free guidance."""
+        return self._map_pair(self.null())
+
+    def _map_pair(self, other: Condition) -> Condition:
+        names = [f.name for f in fields(self)]
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in names}
+        return Condition(**{name: None if a is None else torch.cat([a, b]) for name, (a, b) in pairs.items()})
+
+
+@dataclass
+class QuantizerOutput:
+    """What a quantizer returns for latents (B, L, D).
+
+    Attributes:
+        quantized: (B, L, D), straight-through: the forward value is the code, the gradient reaches the latents.
+        ids: (B, L), or (B, L, depth) of a residual quantizer.
+        losses: unweighted terms by name. "codebook" and "commitment" are kept per position, (B, L); terms that
+            only exist for a batch ("entropy") are scalars. Objectives weight them.
+        codebook_size: the size of the alphabet that ``ids`` are drawn from.
+    """
+
+    quantized: Tensor
+    ids: Tensor
+    losses: dict[str, Tensor]
+    codebook_size: int
+
+    def usage(self) -> Tensor:
+        """How often each code was chosen in this batch: (codebook_size,) counts."""
+        return torch.bincount(self.ids.flatten(), minlength=self.codebook_size)
+
+
+@dataclass
+class TokenizerOutput:
+    """What a tokenizer's training forward returns.
+
+    Attributes:
+        reconstruction: pixels in [-1, 1] (not clamped) like the input, or None where the decoder is only trained
+            through its own loss (flow decoders).
+        tokens: (B, L[, depth]) ids or (B, L, D) latents.
+        losses: the tokenizer's own unweighted terms (see QuantizerOutput.losses).
+        features: named intermediate maps that losses may ask for, for example "latents" (B, L, D).
+    """
+
+    reconstruction: Tensor | None
+    tokens: Tensor
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    features: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class GeneratorOutput:
+    """What a generator's training forward returns: a scalar ``loss``, what it predicted (logits (B, L, V) of a discrete
+    model, velocities or noise of a continuous one), and scalar ``metrics`` worth logging."""
+
+    loss: Tensor
+    prediction: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TokenChunk:
+    """Tokens that a generator committed in one step; together the chunks of a stream fill the sequence once.
+
+    ``positions`` (B, n) say where they belong, ``tokens`` are (B, n[, D]), ``valid`` (B, n) is False where a row
+    committed fewer tokens than the others (speculative decoding).
+    """
+
+    positions: Tensor
+    tokens: Tensor
+    valid: Tensor
+
+
+T = TypeVar("T")
+
+
+def as_dataclass(kind: type[T], value: T | Mapping[str, Any]) -> T:
+    """``value`` itself if it is a ``kind`` already, else the dataclass built from a mapping (a saved config's form)."""
+    return value if isinstance(value, kind) else kind(**value)
+
+
+def to_json(value: Any) -> Any:
+    """``dataclasses.asdict`` for JSON: tuples become lists, dataclasses become dicts."""
+    if hasattr(value, "__dataclass_fields__"):
+        return {f.name: to_json(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, list | tuple):
+        return [to_json(v) for v in value]
+    if isinstance(value, dict):
+        return {str(k): to_json(v) for k, v in value.items()}
+    return value
