@@ -63,7 +63,7 @@ class Model(
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
-        """Build the model that ``config`` (the reference's own arguments) describes and load the reference's weights."""
+        """Build the model that the reference's own arguments describe, and load the reference's weights."""
         raise CheckpointError(f"{cls.registry_name} has no official weights")
 
     def save_pretrained(self, save_directory: str | Path, **hub_options: Any) -> None:

@@ -149,7 +149,7 @@ class Condition:
         return replace(self, dropped=self.dropped | rows)
 
     def null(self) -> Condition:
-        """The unconditional rows that belong to this condition (its mask is kept: both halves see one prompt length)."""
+        """The unconditional rows of this condition. The mask stays: both halves see one prompt length."""
         return replace(self, dropped=torch.ones_like(self.dropped))
 
     def with_null(self) -> Condition:

@@ -91,7 +91,7 @@ class AutoregressiveGenerator(Generator):
     def forward(
         self, tokens: Tensor, condition: Condition, *, draws: Draws | None = None, weights: Tensor | None = None
     ) -> GeneratorOutput:
-        """Cross entropy in nats per token, the (weighted) mean over samples; metrics: "accuracy" (share of ids right)."""
+        """Cross entropy in nats per token, (weighted) mean over samples; metrics: "accuracy", the share of ids right."""
         if draws is not None:
             condition = condition.drop(draws["drop"] < self.condition_dropout)
         logits = self.logits(tokens, condition)

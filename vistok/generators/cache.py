@@ -28,7 +28,7 @@ class LayerCache:
         return self._key[:, :, :stop], self._value[:, :, :stop]
 
     def shift(self, x: Tensor) -> Tensor:
-        """x (R, n, D) moved one position back in time: row i becomes x[i - 1], row 0 the last x of the previous call."""
+        """x (R, n, D) delayed by one position: row i becomes x[i - 1], row 0 the last x of the previous call."""
         shifted = torch.cat([self._shift, x[:, :-1]], 1)
         self._shift.copy_(x[:, -1:])
         return shifted

@@ -28,7 +28,7 @@ def squared_relu(x: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Pre-norm block whose attention reads a learned mix of each position and the one before it (RWKV's time mixing)."""
+    """Pre-norm block whose attention reads a learned mix of each position and the one before it (as in RWKV)."""
 
     def __init__(self, dim: int, heads: int, dropout: float):
         super().__init__()
