@@ -1,0 +1,23 @@
+"""Losses as reusable modules: pixels, perception, adversaries, code usage. None knows a tokenizer."""
+
+from vistok.losses.discriminators import PatchGAN, StyleGANDiscriminator
+from vistok.losses.entropy import EntropyLoss
+from vistok.losses.gan import GAN_LOSSES, DiscriminatorLoss, GeneratorLoss, LeCam, adaptive_weight, r1_penalty
+from vistok.losses.perceptual import LPIPS
+from vistok.losses.pixel import L1, L2, LogitLaplace
+
+__all__ = [
+    "GAN_LOSSES",
+    "L1",
+    "L2",
+    "LPIPS",
+    "DiscriminatorLoss",
+    "EntropyLoss",
+    "GeneratorLoss",
+    "LeCam",
+    "LogitLaplace",
+    "PatchGAN",
+    "StyleGANDiscriminator",
+    "adaptive_weight",
+    "r1_penalty",
+]

@@ -1,0 +1,172 @@
+"""Adversarial losses by name, and what steadies them: R1, LeCam, and the adaptive weight.
+
+Discriminator logits may have any shape (one logit per image, patch or token); losses average over all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class _Game:
+    """The two sides of an adversarial game, each a scalar function of logits."""
+
+    generator: Callable[[Tensor], Tensor]
+    discriminator: Callable[[Tensor, Tensor], Tensor]
+
+
+GAN_LOSSES = {
+    # Lim & Ye 2017, with the factor 1/2 of VQGAN.
+    "hinge": _Game(
+        generator=lambda fake: -fake.mean(),
+        discriminator=lambda real, fake: (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2,
+    ),
+    # Binary cross-entropy with the non-saturating generator (Goodfellow et al. 2014), with the factor 1/2 of VQGAN.
+    "vanilla": _Game(
+        generator=lambda fake: F.softplus(-fake).mean(),
+        discriminator=lambda real, fake: (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2,
+    ),
+    # The same without the factor 1/2, as in StyleGAN2 and LARP.
+    "non_saturating": _Game(
+        generator=lambda fake: F.softplus(-fake).mean(),
+        discriminator=lambda real, fake: F.softplus(-real).mean() + F.softplus(fake).mean(),
+    ),
+    # LSGAN (Mao et al. 2017) with targets 1 for real, -1 for fake, and 0 for the generator.
+    "least_squares": _Game(
+        generator=lambda fake: fake.square().mean(),
+        discriminator=lambda real, fake: ((1 - real).square().mean() + (1 + fake).square().mean()) / 2,
+    ),
+}
+
+
+class GeneratorLoss(nn.Module):
+    """The generator's side of an adversarial game.
+
+    Args:
+        kind: a key of ``GAN_LOSSES``: "hinge", "vanilla", "non_saturating" or "least_squares".
+    """
+
+    def __init__(self, kind: str = "hinge"):
+        super().__init__()
+        self.kind = _check_choice("kind", kind, GAN_LOSSES)
+
+    def forward(self, logits_fake: Tensor) -> Tensor:
+        """Return the scalar loss from the discriminator's logits of generated images."""
+        return GAN_LOSSES[self.kind].generator(logits_fake)
+
+
+class DiscriminatorLoss(nn.Module):
+    """The discriminator's side of an adversarial game.
+
+    Args:
+        kind: a key of ``GAN_LOSSES``: "hinge", "vanilla", "non_saturating" or "least_squares".
+    """
+
+    def __init__(self, kind: str = "hinge"):
+        super().__init__()
+        self.kind = _check_choice("kind", kind, GAN_LOSSES)
+
+    def forward(self, logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+        """Return the scalar loss from the logits of real and of generated (detached) images."""
+        return GAN_LOSSES[self.kind].discriminator(logits_real, logits_fake)
+
+
+def r1_penalty(discriminator: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Squared norm of the discriminator's gradient at real images (Mescheder et al. 2018).
+
+    Args:
+        discriminator: maps images (B, ...) to logits; the samples must not influence each other for the exact
+            penalty (batch statistics mix them a little).
+        images: real images (B, ...), in the range that the discriminator is trained on.
+
+    Returns:
+        The mean over images of |d sum(D(x)) / dx|^2, a scalar with a graph to the discriminator's parameters.
+        The usual regulariser is gamma / 2 times this; times n if it is applied on every n-th step only.
+    """
+    with torch.enable_grad():
+        images = images.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(discriminator(images).sum(), images, create_graph=True)
+        return gradient.square().flatten(1).sum(dim=1).mean()
+
+
+class LeCam(nn.Module):
+    """The LeCam regulariser (Tseng et al. 2021): keeps logits near running averages of the other side's logits.
+
+    value = mean(relu(real - average_fake)^2) + mean(relu(average_real - fake)^2). The averages start at 0, are
+    buffers, and move in training mode only.
+
+    Args:
+        decay: of the running averages, in [0, 1).
+        update: "after_use" compares with the averages of the steps before (LARP, TiTok); "before_use" lets this step
+            move them first (RobusTok).
+        compare: "logits" compares every logit (the paper, RobusTok); "batch_means" compares the two batch means
+            (LARP, TiTok).
+    """
+
+    def __init__(self, decay: float = 0.999, update: str = "after_use", compare: str = "logits"):
+        super().__init__()
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must lie in [0, 1), got {decay}")
+        self.decay = decay
+        self.update = _check_choice("update", update, ("before_use", "after_use"))
+        self.compare = _check_choice("compare", compare, ("logits", "batch_means"))
+        self.register_buffer("average_real", torch.zeros(()))
+        self.register_buffer("average_fake", torch.zeros(()))
+
+    def forward(self, logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+        """Return the scalar regulariser; in training mode, move the averages."""
+        before = self.average_real.clone(), self.average_fake.clone()
+        if self.training:
+            self._move_averages(logits_real, logits_fake)
+        average_real, average_fake = (
+            before if self.update == "after_use" else (self.average_real.clone(), self.average_fake.clone())
+        )
+        if self.compare == "batch_means":
+            logits_real, logits_fake = logits_real.mean(), logits_fake.mean()
+        return F.relu(logits_real - average_fake).square().mean() + F.relu(average_real - logits_fake).square().mean()
+
+    @torch.no_grad()
+    def _move_averages(self, logits_real: Tensor, logits_fake: Tensor) -> None:
+        self.average_real.lerp_(logits_real.mean().to(self.average_real), 1 - self.decay)
+        self.average_fake.lerp_(logits_fake.mean().to(self.average_fake), 1 - self.decay)
+
+
+def adaptive_weight(
+    nll_loss: Tensor,
+    gan_loss: Tensor,
+    last_layer: Tensor,
+    eps: float = 1e-4,
+    clamp: tuple[float, float] = (0.0, 1e4),
+) -> Tensor:
+    """Weight that makes the GAN gradient as large as the reconstruction gradient at the decoder's last layer (VQGAN).
+
+    Args:
+        nll_loss: reconstruction + perceptual loss, a scalar with a graph.
+        gan_loss: the generator's loss, a scalar with a graph.
+        last_layer: the last layer's weight, which both losses depend on.
+        eps: added to the norm of the GAN gradient.
+        clamp: (lowest, highest) value returned.
+
+    Returns:
+        |d nll / dW| / (|d gan / dW| + eps), clamped; a scalar without a graph. Both losses keep their graphs.
+
+    Raises:
+        ValueError: ``last_layer`` does not require a gradient.
+    """
+    if not last_layer.requires_grad:
+        raise ValueError("adaptive_weight needs a last_layer that requires a gradient; this one is frozen")
+    (nll_gradient,) = torch.autograd.grad(nll_loss, last_layer, retain_graph=True)
+    (gan_gradient,) = torch.autograd.grad(gan_loss, last_layer, retain_graph=True)
+    return (nll_gradient.norm() / (gan_gradient.norm() + eps)).clamp(*clamp).detach()
+
+
+def _check_choice(name: str, value: str, allowed) -> str:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}")
+    return value
