@@ -1,0 +1,1 @@
+"""Golden tests: answers of the reference implementations, asserted step by step."""
