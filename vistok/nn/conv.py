@@ -1,0 +1,220 @@
+"""The convolutional autoencoder of VQGAN (Esser et al., arXiv 2012.09841), as LlamaGen and latent diffusion use it.
+
+Group norm, SiLU, residual blocks of two 3x3 convolutions, single-head attention over all pixels where the map is
+smallest; every level but the deepest halves the side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def group_norm(channels: int, groups: int) -> nn.GroupNorm:
+    """Group norm with VQGAN's eps.
+
+    Raises:
+        ValueError: the groups do not divide the channels.
+    """
+    if channels % groups:
+        raise ValueError(
+            f"{channels} channels cannot be split into {groups} groups for group norm; take channels that are "
+            "multiples of norm_groups, or a smaller norm_groups"
+        )
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """Two normalised 3x3 convolutions around a shortcut: (B, C_in, h, w) -> (B, C_out, h, w)."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, norm_groups: int = 32, dropout: float = 0.0):
+        super().__init__()
+        self.norm1 = group_norm(in_channels, norm_groups)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels, norm_groups)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(self.dropout(F.silu(self.norm2(y))))
+        return self.shortcut(x) + y
+
+
+class AttnBlock(nn.Module):
+    """Single-head attention over all pixels, with a residual: (B, C, h, w) -> (B, C, h, w)."""
+
+    def __init__(self, channels: int, *, norm_groups: int = 32):
+        super().__init__()
+        self.norm = group_norm(channels, norm_groups)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        q, k, v = (rearrange(project(y), "b c h w -> b 1 (h w) c") for project in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v)  # (B, 1, h * w, C)
+        return x + self.out(rearrange(y, "b 1 (h w) c -> b c h w", h=x.shape[2]))
+
+
+class Downsample(nn.Module):
+    """Halve the sides with a strided convolution: (B, C, h, w) -> (B, C, h / 2, w / 2)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Zeros at the right and the bottom only, as in the original: symmetric padding shifts the grid.
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double the sides by repetition, then convolve: (B, C, h, w) -> (B, C, 2h, 2w)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The residual blocks at one resolution, each followed by attention if ``attend``, then ``resample``."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        blocks: int,
+        resample: nn.Module,
+        *,
+        attend: bool,
+        norm_groups: int,
+        dropout: float,
+    ):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * (blocks - 1)
+        self.blocks = nn.ModuleList(
+            ResBlock(width, out_channels, norm_groups=norm_groups, dropout=dropout) for width in widths
+        )
+        self.attentions = nn.ModuleList(
+            AttnBlock(out_channels, norm_groups=norm_groups) if attend else nn.Identity() for _ in widths
+        )
+        self.resample = resample
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block, attention in zip(self.blocks, self.attentions):
+            x = attention(block(x))
+        return self.resample(x)
+
+
+def _middle(channels: int, norm_groups: int, dropout: float) -> nn.Sequential:
+    return nn.Sequential(
+        ResBlock(channels, channels, norm_groups=norm_groups, dropout=dropout),
+        AttnBlock(channels, norm_groups=norm_groups),
+        ResBlock(channels, channels, norm_groups=norm_groups, dropout=dropout),
+    )
+
+
+class ConvEncoder(nn.Module):
+    """Pixels (B, C, H, W) to a map (B, out_channels, H / s, W / s) with s = 2 ** (levels - 1).
+
+    Args:
+        in_channels, out_channels: of the pixels and of the map.
+        channels: base width.
+        channel_mult: the width of each level, finest first, in units of ``channels``; the last level attends.
+        res_blocks: residual blocks per level.
+        norm_groups: groups of all group norms; must divide every width.
+        dropout: inside the residual blocks, in training.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        channels: int,
+        channel_mult: Sequence[int],
+        res_blocks: int,
+        *,
+        norm_groups: int = 32,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        widths = [channels * mult for mult in channel_mult]
+        deepest = len(widths) - 1
+        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.levels = nn.ModuleList(
+            Level(
+                widths[i - 1] if i else channels,
+                width,
+                res_blocks,
+                nn.Identity() if i == deepest else Downsample(width),
+                attend=i == deepest,
+                norm_groups=norm_groups,
+                dropout=dropout,
+            )
+            for i, width in enumerate(widths)
+        )
+        self.middle = _middle(widths[-1], norm_groups, dropout)
+        self.norm_out = group_norm(widths[-1], norm_groups)
+        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.conv_in(pixels)
+        for level in self.levels:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.middle(x))))
+
+
+class ConvDecoder(nn.Module):
+    """A map (B, in_channels, h, w) to pixels (B, out_channels, s * h, s * w); the mirror of ConvEncoder.
+
+    ``channel_mult`` is given finest first too; ``levels[0]`` is the deepest. A level has one residual block more than
+    the encoder's.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        channels: int,
+        channel_mult: Sequence[int],
+        res_blocks: int,
+        *,
+        norm_groups: int = 32,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        widths = [channels * mult for mult in reversed(channel_mult)]
+        finest = len(widths) - 1
+        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.middle = _middle(widths[0], norm_groups, dropout)
+        self.levels = nn.ModuleList(
+            Level(
+                widths[max(i - 1, 0)],
+                width,
+                res_blocks + 1,
+                nn.Identity() if i == finest else Upsample(width),
+                attend=i == 0,
+                norm_groups=norm_groups,
+                dropout=dropout,
+            )
+            for i, width in enumerate(widths)
+        )
+        self.norm_out = group_norm(widths[-1], norm_groups)
+        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        x = self.middle(self.conv_in(latents))
+        for level in self.levels:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))

@@ -1,0 +1,201 @@
+"""LlamaGen's image tokenizer: a convolutional VQGAN with a small, l2-normalised codebook.
+
+Paper: Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation (arXiv 2406.06525), section 3.1.
+Official weights: github.com/FoundationVision/LlamaGen (MIT).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from vistok.draws import Draws
+from vistok.hub import OfficialCheckpoint, load_strictly, rename
+from vistok.nn.conv import ConvDecoder, ConvEncoder
+from vistok.quantizers import VectorQuantizer
+from vistok.tokenizers.base import Tokenizer
+from vistok.types import TokenizerOutput, TokenSpec
+
+VQ16, VQ8 = (1, 1, 2, 2, 4), (1, 2, 2, 4)
+ENTROPY_TEMPERATURE = 0.01
+
+
+def _official(channel_mult: tuple[int, ...]) -> dict[str, Any]:
+    return {
+        "codebook_size": 16384,
+        "codebook_embed_dim": 8,
+        "encoder_ch_mult": channel_mult,
+        "decoder_ch_mult": channel_mult,
+        "z_channels": 256,
+    }
+
+
+class LlamaGenVQ(Tokenizer):
+    """A raster of ids from a convolutional encoder; any image whose sides are multiples of the stride encodes.
+
+    The stride is 2 ** (levels - 1): 16 for five levels (VQ-16), 8 for four (VQ-8).
+
+    Args:
+        image_size: side of the images that ``spec`` describes, or (height, width).
+        in_channels: 3, or 1 for grey images.
+        channels: base width of encoder and decoder.
+        encoder_channel_mult, decoder_channel_mult: width of each level, finest first, in units of ``channels``.
+        res_blocks: residual blocks per level of the encoder; the decoder has one more.
+        z_channels: channels between the convolutional stacks and the code projections.
+        codebook_size: number of codes.
+        codebook_embed_dim: channels of a code.
+        codebook_l2_norm: compare and decode l2-normalised codes.
+        entropy_temperature: temperature of the "entropy" loss term (0.01 in LlamaGen); None leaves the term out.
+        dropout: inside the residual blocks, in training.
+        norm_groups: groups of all group norms (32 in every released model); they must divide every width.
+
+    Raises:
+        ValueError: sides that are no multiple of the stride, encoder and decoder of unequal strides, or widths that
+            norm_groups does not divide.
+    """
+
+    registry_name = "llamagen_vq"
+    sizes = {
+        "vq16": {"encoder_channel_mult": VQ16, "decoder_channel_mult": VQ16},
+        "vq8": {"encoder_channel_mult": VQ8, "decoder_channel_mult": VQ8},
+    }
+    checkpoints = (
+        OfficialCheckpoint("FoundationVision/LlamaGen", "vq_ds16_c2i.pt", _official(VQ16)),
+        OfficialCheckpoint("FoundationVision/LlamaGen", "vq_ds8_c2i.pt", _official(VQ8)),
+        OfficialCheckpoint("peizesun/llamagen_t2i", "vq_ds16_t2i.pt", _official(VQ16)),
+    )
+
+    def __init__(
+        self,
+        image_size: int | tuple[int, int] = 256,
+        in_channels: int = 3,
+        channels: int = 128,
+        encoder_channel_mult: tuple[int, ...] = VQ16,
+        decoder_channel_mult: tuple[int, ...] = VQ16,
+        res_blocks: int = 2,
+        z_channels: int = 256,
+        codebook_size: int = 16384,
+        codebook_embed_dim: int = 8,
+        codebook_l2_norm: bool = True,
+        entropy_temperature: float | None = None,
+        dropout: float = 0.0,
+        norm_groups: int = 32,
+    ):
+        super().__init__()
+        if len(encoder_channel_mult) != len(decoder_channel_mult):
+            raise ValueError(
+                f"the encoder has {len(encoder_channel_mult)} levels and the decoder {len(decoder_channel_mult)}; "
+                "images come back at their own size only if both have as many"
+            )
+        self.stride = 2 ** (len(encoder_channel_mult) - 1)
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self._image_shape = (in_channels, height, width)
+        options = {"norm_groups": norm_groups, "dropout": dropout}
+        self.encoder = ConvEncoder(in_channels, z_channels, channels, encoder_channel_mult, res_blocks, **options)
+        self.pre_quant = nn.Conv2d(z_channels, codebook_embed_dim, 1)
+        self.quantizer = VectorQuantizer(
+            codebook_size,
+            codebook_embed_dim,
+            normalize=codebook_l2_norm,
+            gradient="normalised",
+            init="uniform",
+            entropy_temperature=entropy_temperature,
+        )
+        self.post_quant = nn.Conv2d(codebook_embed_dim, z_channels, 1)
+        self.decoder = ConvDecoder(z_channels, in_channels, channels, decoder_channel_mult, res_blocks, **options)
+        self._spec = self.spec_for((height, width))
+
+    @property
+    def spec(self) -> TokenSpec:
+        return self._spec
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self._image_shape
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        return self.decoder.conv_out.weight
+
+    def spec_for(self, size: tuple[int, int]) -> TokenSpec:
+        height, width = size
+        if height < 1 or width < 1 or height % self.stride or width % self.stride:
+            raise ValueError(
+                f"image sides must be multiples of {self.stride}, got {height}x{width}; resize or crop the images"
+            )
+        grid = (height // self.stride, width // self.stride)
+        return TokenSpec(grid[0] * grid[1], self.quantizer.codebook_size, self.quantizer.dim, grid=grid)
+
+    def latents(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, C, H, W) in [-1, 1] to latents (B, L, code dim) in raster order, before quantization."""
+        self.check_pixels(pixels)
+        return rearrange(self.pre_quant(self.encoder(pixels)), "b d h w -> b (h w) d")
+
+    def encode(self, pixels: Tensor, *, draws: Draws | None = None) -> Tensor:
+        return self.quantizer.encode(self.latents(pixels))
+
+    def decode(self, tokens: Tensor, *, grid: tuple[int, int] | None = None) -> Tensor:
+        """Ids (B, h * w) to pixels (B, C, h * stride, w * stride).
+
+        Args:
+            grid: (h, w) of the ids; None for the grid of ``spec``.
+
+        Raises:
+            ValueError: ids out of range, or not h * w of them.
+        """
+        h, w = grid or self.spec.grid
+        self.spec.check_ids(tokens)
+        if tokens.shape[1] != h * w:
+            raise ValueError(
+                f"a grid of {h}x{w} has {h * w} tokens, got {tokens.shape[1]}; pass grid=(h, w) for other image sizes"
+            )
+        return self.decode_latents(self.quantizer.ids_to_latents(tokens), (h, w))
+
+    def decode_latents(self, quantized: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Codes (B, h * w, code dim) on a grid (h, w) to pixels."""
+        return self.decoder(self.post_quant(rearrange(quantized, "b (h w) d -> b d h w", h=grid[0], w=grid[1])))
+
+    def forward(
+        self, pixels: Tensor, *, target: Tensor | None = None, step: int | None = None, draws: Draws | None = None
+    ) -> TokenizerOutput:
+        latents = self.latents(pixels)
+        quantized = self.quantizer(latents)
+        grid = self.spec_for((pixels.shape[2], pixels.shape[3])).grid
+        features = {"latents": latents, "quantized": quantized.quantized}
+        reconstruction = self.decode_latents(quantized.quantized, grid)
+        return TokenizerOutput(reconstruction, quantized.ids, quantized.losses, features)
+
+    @classmethod
+    def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
+        model = cls(
+            channels=config.get("ch", 128),
+            encoder_channel_mult=tuple(config.get("encoder_ch_mult", VQ16)),
+            decoder_channel_mult=tuple(config.get("decoder_ch_mult", VQ16)),
+            z_channels=config.get("z_channels", 256),
+            codebook_size=config.get("codebook_size", 16384),
+            codebook_embed_dim=config.get("codebook_embed_dim", 8),
+            codebook_l2_norm=config.get("codebook_l2_norm", True),
+            entropy_temperature=ENTROPY_TEMPERATURE if config.get("entropy_loss_ratio", 0) > 0 else None,
+            dropout=config.get("dropout_p", 0.0),
+        )
+        state = {key: tensor for key, tensor in state_dict.items() if key != USAGE_COUNTER}
+        load_strictly(model, rename(state, OFFICIAL_NAMES), source="the official state dict")
+        return model
+
+
+USAGE_COUNTER = "quantize.codebook_used"  # which codes the last training batches chose; no part of the model
+OFFICIAL_NAMES = [
+    (r"(\w+)\.conv_blocks\.(\d+)\.res\.(\d+)\.nin_shortcut\.(\w+)", r"\1.levels.\2.blocks.\3.shortcut.\4"),
+    (r"(\w+)\.conv_blocks\.(\d+)\.res\.(\d+)\.(\w+)\.(\w+)", r"\1.levels.\2.blocks.\3.\4.\5"),
+    (r"(\w+)\.conv_blocks\.(\d+)\.attn\.(\d+)\.proj_out\.(\w+)", r"\1.levels.\2.attentions.\3.out.\4"),
+    (r"(\w+)\.conv_blocks\.(\d+)\.attn\.(\d+)\.(\w+)\.(\w+)", r"\1.levels.\2.attentions.\3.\4.\5"),
+    (r"(\w+)\.conv_blocks\.(\d+)\.(?:down|up)sample\.conv\.(\w+)", r"\1.levels.\2.resample.conv.\3"),
+    (r"(\w+)\.mid\.1\.proj_out\.(\w+)", r"\1.middle.1.out.\2"),
+    (r"(\w+)\.mid\.(\d)\.(\w+)\.(\w+)", r"\1.middle.\2.\3.\4"),
+    (r"quant_conv\.(\w+)", r"pre_quant.\1"),
+    (r"post_quant_conv\.(\w+)", r"post_quant.\1"),
+    (r"quantize\.embedding\.weight", r"quantizer.embedding.weight"),
+]
