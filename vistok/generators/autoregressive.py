@@ -91,12 +91,12 @@ class AutoregressiveGenerator(Generator):
     def forward(
         self, tokens: Tensor, condition: Condition, *, draws: Draws | None = None, weights: Tensor | None = None
     ) -> GeneratorOutput:
-        """Cross entropy in nats per token, (weighted) mean over samples; metrics: "accuracy", the share of ids right."""
+        """Cross entropy in nats per token, (weighted) mean over samples; metric: "accuracy", share of ids right."""
         if draws is not None:
             condition = condition.drop(draws["drop"] < self.condition_dropout)
         logits = self.logits(tokens, condition)
         per_sample = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none").mean(1)
-        loss = per_sample.mean() if weights is None else (per_sample * weights).sum() / weights.sum()
+        loss = per_sample.mean() if weights is None else weighted_mean(per_sample, weights)
         accuracy = (logits.detach().argmax(-1) == tokens).float().mean()
         return GeneratorOutput(loss, logits, {"accuracy": accuracy})
 
@@ -118,6 +118,12 @@ class AutoregressiveGenerator(Generator):
                 "sampling with a temperature above 0 needs draws: pass sampling_draws(Keys.range(seed, B))"
             )
         return AutoregressiveSession(self, condition, options, draws)
+
+
+def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """Mean of values (B,) with weights (B,), 0 where all weights are 0: a batch may hold no usable sample."""
+    total = weights.sum()
+    return (values * weights).sum() / total.where(total > 0, 1)
 
 
 class AutoregressiveSession:

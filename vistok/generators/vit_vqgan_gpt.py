@@ -106,10 +106,33 @@ class ViTVQGANGPT(AutoregressiveGenerator):
 
     def check_condition(self, condition: Condition) -> None:
         super().check_condition(condition)
+        if condition.features is not None:
+            raise ValueError("this generator takes class labels or condition ids, not features")
+        if condition.ids is not None:
+            self._check_condition_ids(condition.ids)
+        elif condition.labels is not None and self.condition_length != 1:
+            raise ValueError(
+                f"this generator takes {self.condition_length} condition tokens and a class label is one; give "
+                f"condition ids (B, {self.condition_length})"
+            )
         unlabelled = condition.labels is None and condition.ids is None
+        if unlabelled and not bool(condition.dropped.all()):
+            raise ValueError("this generator needs class labels for the samples that are not dropped")
         if not self.has_null and (unlabelled or bool(condition.dropped.any())):
             raise ValueError(
                 "this generator was built without a null class (condition_dropout 0): every sample needs a class label"
+            )
+
+    def _check_condition_ids(self, ids: Tensor) -> None:
+        if self.num_classes is None:
+            raise ValueError("this generator takes no condition; generate unconditionally")
+        if ids.shape[1] != self.condition_length:
+            raise ValueError(f"condition ids must be (B, {self.condition_length}), got shape {tuple(ids.shape)}")
+        low, high = (int(bound) for bound in torch.aminmax(ids)) if ids.numel() else (0, 0)
+        if low < 0 or high >= self.num_classes:
+            raise ValueError(
+                f"condition id {low if low < 0 else high} is out of range: the generator knows ids "
+                f"0..{self.num_classes - 1}"
             )
 
     def embed_tokens(self, ids: Tensor, start: int) -> Tensor:

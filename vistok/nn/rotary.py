@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Rotation(NamedTuple):
@@ -19,6 +19,29 @@ class Rotation(NamedTuple):
 
     def __getitem__(self, rows) -> Rotation:
         return Rotation(self.cos[rows], self.sin[rows])
+
+
+class FixedRotation(nn.Module):
+    """A rotation that moves with its model from device to device, but stays float32 when the model is cast.
+
+    It is not saved. In bfloat16 the angles of neighbouring positions would round to one another.
+    """
+
+    def __init__(self, rotation: Rotation):
+        super().__init__()
+        self.register_buffer("cos", rotation.cos, persistent=False)
+        self.register_buffer("sin", rotation.sin, persistent=False)
+
+    def forward(self, start: int, stop: int) -> Rotation:
+        """The rows of positions start, ..., stop - 1."""
+        return Rotation(self.cos[start:stop], self.sin[start:stop])
+
+    def _apply(self, fn, recurse: bool = True):
+        precise = self.cos, self.sin
+        super()._apply(fn, recurse)
+        if self.cos.dtype != torch.float32:
+            self.cos, self.sin = (table.to(self.cos.device) for table in precise)
+        return self
 
 
 def rotation_table(positions: Tensor, head_dim: int, *, base: float = 10000.0) -> Rotation:

@@ -1,0 +1,336 @@
+"""Llama over image tokens: RMS norm, SwiGLU, rotary positions; conditioned on a class or on caption features.
+
+Paper: Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation (arXiv 2406.06525), section 3.2.
+Official weights and conventions: github.com/FoundationVision/LlamaGen (MIT).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from vistok.generators.autoregressive import AutoregressiveGenerator
+from vistok.generators.cache import KVCache, LayerCache
+from vistok.hub import CheckpointError, OfficialCheckpoint, load_strictly, rename
+from vistok.nn.attention import Attention
+from vistok.nn.mlp import SwiGLU, llama_hidden_dim
+from vistok.nn.norms import RMSNorm
+from vistok.nn.rotary import FixedRotation, Rotation, grid_positions, rotation_table
+from vistok.types import Condition, TokenSpec, as_dataclass
+
+SIZES = {
+    "B": {"dim": 768, "layers": 12, "heads": 12},
+    "L": {"dim": 1024, "layers": 24, "heads": 16},
+    "XL": {"dim": 1280, "layers": 36, "heads": 20},
+    "XXL": {"dim": 1536, "layers": 48, "heads": 24},
+    "XXXL": {"dim": 2560, "layers": 48, "heads": 40},
+    "1B": {"dim": 2048, "layers": 22, "heads": 32},
+    "3B": {"dim": 3200, "layers": 24, "heads": 32},
+    "7B": {"dim": 4096, "layers": 32, "heads": 32},
+}
+Positions = Literal["rope2d", "rope1d"]
+
+
+def _official(size: str, block_size: int) -> dict[str, Any]:
+    dim, layers, heads = SIZES[size].values()
+    return {"dim": dim, "n_layer": layers, "n_head": heads, "block_size": block_size, "vocab_size": 16384}
+
+
+def _official_t2i(block_size: int) -> dict[str, Any]:
+    return _official("XL", block_size) | {"model_type": "t2i", "cls_token_num": 120, "caption_dim": 2048}
+
+
+class Block(nn.Module):
+    """Pre-norm block of causal attention and SwiGLU: (B, N, D) -> (B, N, D)."""
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        hidden_dim: int,
+        *,
+        eps: float,
+        attention_dropout: float,
+        residual_dropout: float,
+        ffn_dropout: float,
+    ):
+        super().__init__()
+        self.norm1 = RMSNorm(dim, eps)
+        self.attn = Attention(
+            dim, heads, qkv_bias=False, out_bias=False, attention_dropout=attention_dropout, dropout=residual_dropout
+        )
+        self.norm2 = RMSNorm(dim, eps)
+        self.ffn = SwiGLU(dim, hidden_dim, dropout=ffn_dropout)
+
+    def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+        x = x + self.attn(self.norm1(x), mask=mask, causal=mask is None, rotation=rotation, cache=cache)
+        return x + self.ffn(self.norm2(x))
+
+
+class Llama(AutoregressiveGenerator):
+    """A causal transformer over [condition, image tokens], the condition being one class token or a caption.
+
+    Args:
+        spec: the tokens to model (one id per position).
+        num_classes: number of classes; 0 for unconditional generation. Not used with captions.
+        dim, layers, heads: width, blocks, heads; heads divide dim.
+        multiple_of: the feed-forward width, 8/3 of dim, is rounded up to a multiple of this.
+        caption_dim: channels of caption features (T5), or None for the class-conditional model.
+        caption_length: positions of a caption. Features are padded on the left, with a mask.
+        condition_dropout: share of training samples whose condition is dropped, for guidance. With 0 a
+            class-conditional model has no null class, and refuses guidance.
+        token_dropout, attention_dropout, residual_dropout, ffn_dropout: dropout of the embedded sequence, the
+            attention weights, the attention output and the feed-forward output, in training.
+        positions: "rope2d" rotates image tokens by row and column and switches the condition's queries and keys off,
+            as in LlamaGen (see ``position_table``); "rope1d" rotates the whole sequence, the condition first.
+        rope_base: base of the rotary frequencies.
+        norm_eps: eps of the RMS norms.
+
+    Raises:
+        ValueError: a spec without ids, with several ids per position, or, with "rope2d", without a raster.
+    """
+
+    registry_name = "llama"
+    sizes = SIZES
+    checkpoints = (
+        OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_B_256.pt", _official("B", 256)),
+        OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_B_384.pt", _official("B", 576)),
+        OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_L_256.pt", _official("L", 256)),
+        OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_L_384.pt", _official("L", 576)),
+        OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_XL_384.pt", _official("XL", 576)),
+        OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_XXL_384.pt", _official("XXL", 576)),
+        OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_3B_384.pt", _official("3B", 576)),
+        OfficialCheckpoint("peizesun/llamagen_t2i", "t2i_XL_stage1_256.pt", _official_t2i(256)),
+        OfficialCheckpoint("peizesun/llamagen_t2i", "t2i_XL_stage2_512.pt", _official_t2i(1024)),
+    )
+
+    def __init__(
+        self,
+        spec: TokenSpec,
+        num_classes: int = 1000,
+        dim: int = 768,
+        layers: int = 12,
+        heads: int = 12,
+        multiple_of: int = 256,
+        caption_dim: int | None = None,
+        caption_length: int = 120,
+        condition_dropout: float = 0.1,
+        token_dropout: float = 0.1,
+        attention_dropout: float = 0.0,
+        residual_dropout: float = 0.1,
+        ffn_dropout: float = 0.1,
+        positions: Positions = "rope2d",
+        rope_base: float = 10000.0,
+        norm_eps: float = 1e-5,
+    ):
+        super().__init__()
+        self.spec = self.check_spec(as_dataclass(TokenSpec, spec), type(self).__name__)
+        self.condition_dropout, self.takes_captions = condition_dropout, caption_dim is not None
+        self.condition_length = caption_length if self.takes_captions else 1
+        self.num_classes = None if self.takes_captions else num_classes or None
+        self.has_null = self.takes_captions or condition_dropout > 0 or not num_classes
+        if self.takes_captions:
+            self.caption_projection = nn.Sequential(
+                nn.Linear(caption_dim, dim, bias=False), nn.GELU("tanh"), nn.Linear(dim, dim, bias=False)
+            )
+            # Drawn once and never trained, as in the reference; saved, because its values matter from then on.
+            self.register_buffer("null_caption", torch.randn(caption_length, caption_dim) / math.sqrt(caption_dim))
+        else:
+            self.class_embedding = nn.Embedding(num_classes + self.has_null, dim)
+        self.token_embedding = nn.Embedding(self.spec.codebook_size, dim)
+        self.dropout = nn.Dropout(token_dropout)
+        hidden_dim = llama_hidden_dim(dim, multiple_of)
+        self.blocks = nn.ModuleList(
+            Block(
+                dim,
+                heads,
+                hidden_dim,
+                eps=norm_eps,
+                attention_dropout=attention_dropout,
+                residual_dropout=residual_dropout,
+                ffn_dropout=ffn_dropout,
+            )
+            for _ in range(layers)
+        )
+        self.norm = RMSNorm(dim, norm_eps)
+        self.output = nn.Linear(dim, self.spec.codebook_size, bias=False)
+        table = position_table(self.spec, self.condition_length, dim // heads, positions, rope_base)
+        self.rotation = FixedRotation(table)
+        self.apply(_initialise)
+        nn.init.zeros_(self.output.weight)
+
+    def check_condition(self, condition: Condition) -> None:
+        """Raise ValueError for another kind of condition, a class out of range, features of another size, or dropped
+        rows where there is no null class."""
+        super().check_condition(condition)
+        if condition.ids is not None:
+            raise ValueError("this generator takes class labels or caption features, not condition ids")
+        if self.takes_captions:
+            self._check_features(condition)
+        elif condition.features is not None:
+            raise ValueError("this generator takes class labels, not features; build it with caption_dim for captions")
+        elif condition.labels is None and not bool(condition.dropped.all()):
+            raise ValueError("this generator needs class labels for the samples that are not dropped")
+        if not self.has_null and bool(condition.dropped.any()):
+            raise ValueError(
+                "this generator was built without a null class (condition_dropout 0): it cannot generate "
+                "unconditionally or with guidance, and every sample needs a class label"
+            )
+
+    def _check_features(self, condition: Condition) -> None:
+        expected = tuple(self.null_caption.shape)
+        if condition.features is None:
+            if not bool(condition.dropped.all()):
+                raise ValueError(f"this generator needs caption features (B, {expected[0]}, {expected[1]})")
+        elif tuple(condition.features.shape[1:]) != expected:
+            raise ValueError(
+                f"caption features must be (B, {expected[0]}, {expected[1]}), padded on the left, got "
+                f"{tuple(condition.features.shape)}"
+            )
+
+    def embed_condition(self, condition: Condition) -> Tensor:
+        return self._embed_caption(condition) if self.takes_captions else self._embed_class(condition)
+
+    def _embed_class(self, condition: Condition) -> Tensor:
+        """(R, 1, D); the null class, if there is one, is the last row of the table."""
+        ids = condition.labels
+        if self.has_null:
+            null = torch.full_like(condition.dropped, self.num_classes or 0, dtype=torch.int64)
+            ids = null if ids is None else torch.where(condition.dropped, null, ids)
+        return self.class_embedding(ids)[:, None]
+
+    def _embed_caption(self, condition: Condition) -> Tensor:
+        """(R, T, D) from features whose padding is set to zero; null captions are whole."""
+        null = self.null_caption.expand(len(condition), -1, -1)
+        if condition.features is None:
+            return self.caption_projection(null)
+        features = condition.features.to(null.dtype)
+        if condition.mask is not None:
+            features = features * condition.mask[..., None]
+        return self.caption_projection(torch.where(condition.dropped[:, None, None], null, features))
+
+    def embed_tokens(self, ids: Tensor, start: int) -> Tensor:
+        return self.token_embedding(ids)
+
+    def attention_mask(self, condition: Condition, length: int) -> Tensor | None:
+        """Causal, without the caption's padding; each position sees itself, so that no row is empty."""
+        if condition.mask is None:
+            return None
+        causal = torch.ones(length, length, dtype=torch.bool, device=condition.mask.device).tril()
+        visible = nn.functional.pad(condition.mask, (0, length - self.condition_length), value=True)  # (R, length)
+        itself = torch.eye(length, dtype=torch.bool, device=causal.device)
+        return causal & visible[:, None, None] | itself  # (R, 1, length, length)
+
+    def transform(self, x: Tensor, start: int, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        x, rotation = self.dropout(x), self.rotation(start, start + x.shape[1])
+        for block, memory in zip(self.blocks, cache.layers if cache else [None] * len(self.blocks)):
+            x = block(x, rotation, mask, memory)
+        return x
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.output(self.norm(hidden)).float()
+
+    def new_cache(self, rows: int, length: int) -> KVCache:
+        attention, weight = self.blocks[0].attn, self.output.weight
+        return KVCache(
+            len(self.blocks),
+            rows,
+            attention.heads,
+            length,
+            attention.head_dim,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+
+    @classmethod
+    def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
+        _refuse_unbuilt_options(config)
+        length, captions = config.get("block_size", 256), config.get("model_type", "c2i") == "t2i"
+        side = math.isqrt(length)
+        # The released tokenizers have codes of 8 channels; the transformer itself does not depend on them.
+        spec = TokenSpec(length, config.get("vocab_size", 16384), dim=8, grid=(side, side))
+        model = cls(
+            spec,
+            num_classes=config.get("num_classes", 1000),
+            dim=config["dim"],
+            layers=config["n_layer"],
+            heads=config["n_head"],
+            multiple_of=config.get("multiple_of", 256),
+            caption_dim=config.get("caption_dim", 2048) if captions else None,
+            caption_length=config.get("cls_token_num", 120) if captions else 120,
+            condition_dropout=config.get("class_dropout_prob", 0.1),
+            token_dropout=config.get("token_dropout_p", 0.1),
+            attention_dropout=config.get("attn_dropout_p", 0.0),
+            residual_dropout=config.get("resid_dropout_p", 0.1),
+            ffn_dropout=config.get("ffn_dropout_p", 0.1),
+            rope_base=config.get("rope_base", 10000),
+            norm_eps=config.get("norm_eps", 1e-5),
+        )
+        load_strictly(model, rename(state_dict, OFFICIAL_NAMES), source="the official state dict")
+        return model
+
+    @staticmethod
+    def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Drop the rotary table and the sampling cache that some released files hold; both are recomputed."""
+        return {
+            key: tensor for key, tensor in state.items() if key != "freqs_cis" and ".attention.kv_cache." not in key
+        }
+
+
+OFFICIAL_NAMES = [
+    (r"cls_embedding\.embedding_table\.weight", r"class_embedding.weight"),
+    (r"cls_embedding\.cap_proj\.fc1\.weight", r"caption_projection.0.weight"),
+    (r"cls_embedding\.cap_proj\.fc2\.weight", r"caption_projection.2.weight"),
+    (r"cls_embedding\.uncond_embedding", r"null_caption"),
+    (r"tok_embeddings\.weight", r"token_embedding.weight"),
+    (r"layers\.(\d+)\.attention_norm\.weight", r"blocks.\1.norm1.weight"),
+    (r"layers\.(\d+)\.attention\.wqkv\.weight", r"blocks.\1.attn.qkv.weight"),
+    (r"layers\.(\d+)\.attention\.wo\.weight", r"blocks.\1.attn.out.weight"),
+    (r"layers\.(\d+)\.ffn_norm\.weight", r"blocks.\1.norm2.weight"),
+    (r"layers\.(\d+)\.feed_forward\.w1\.weight", r"blocks.\1.ffn.gate.weight"),
+    (r"layers\.(\d+)\.feed_forward\.w3\.weight", r"blocks.\1.ffn.up.weight"),
+    (r"layers\.(\d+)\.feed_forward\.w2\.weight", r"blocks.\1.ffn.down.weight"),
+]
+
+
+def position_table(
+    spec: TokenSpec, condition_length: int, head_dim: int, positions: Positions, base: float
+) -> Rotation:
+    """The rotation of every sequence position, (condition_length + length, head_dim / 2).
+
+    With "rope2d" the condition's rows are zero, cosines too: its queries and keys vanish, so every image token gives
+    all condition tokens the logit 0. That is how the released models were trained.
+
+    Raises:
+        ValueError: "rope2d" without a (h, w) grid or a square number of tokens, or an unknown name.
+    """
+    if positions == "rope1d":
+        return rotation_table(torch.arange(condition_length + spec.length)[:, None], head_dim, base=base)
+    if positions != "rope2d":
+        raise ValueError(f"positions must be 'rope2d' or 'rope1d', got {positions!r}")
+    side = math.isqrt(spec.length)
+    grid = spec.grid or ((side, side) if side * side == spec.length else ())
+    if len(grid) != 2:
+        raise ValueError(
+            f"'rope2d' needs tokens on an image raster; this tokenizer has {spec.length} with grid {spec.grid}. "
+            "Take positions='rope1d' for plain sequences"
+        )
+    table = rotation_table(grid_positions(grid), head_dim, base=base)
+    return Rotation(*(torch.cat([part.new_zeros(condition_length, part.shape[1]), part]) for part in table))
+
+
+def _refuse_unbuilt_options(config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for options of the reference that no released model uses."""
+    unbuilt = {"n_kv_head": (None, config.get("n_head")), "ffn_dim_multiplier": (None,), "drop_path_rate": (0.0,)}
+    for name, allowed in unbuilt.items():
+        if config.get(name, allowed[0]) not in allowed:
+            raise CheckpointError(f"{name} {config[name]!r} is not supported; every released model has {allowed[0]!r}")
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
