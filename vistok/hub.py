@@ -7,6 +7,7 @@ nothing is ever unpickled blindly.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import inspect
 import json
@@ -224,7 +225,9 @@ def read_weights(path: str | Path) -> dict[str, Any]:
                 f"{path} is damaged or incomplete ({path.stat().st_size:,} bytes): {error}; fetch or save it again"
             ) from error
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Training files keep their command line beside the weights; an argparse namespace is inert.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises several types, none of them its own
         reason = str(error).splitlines()[0]
         raise CheckpointError(
