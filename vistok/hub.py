@@ -11,8 +11,9 @@ import argparse
 import hashlib
 import inspect
 import json
+import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -28,6 +29,8 @@ from vistok.files import atomic_folder, write_json
 from vistok.types import to_json
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+log = logging.getLogger(__name__)
 
 
 class CheckpointError(ValueError):
@@ -135,7 +138,7 @@ def load(source: str | Path, **hub_options: Any) -> Model:
                 return convert(item.official, file, checkpoint.config)
     folder = Path(source)
     if not folder.exists():
-        folder = _snapshot(str(source), hub_options)
+        folder = snapshot(str(source), [CONFIG, WEIGHTS], **hub_options)
     saved = read_config(folder)
     model_class = registry.entry(saved["model"]).load()
     model = model_class(**saved["arguments"])
@@ -194,7 +197,12 @@ def convert(name: str, file: str | Path, config: Mapping[str, Any] | None = None
     model_class = item.load()
     state = unwrap(read_weights(file))
     clean = getattr(model_class, "clean_official", None)
-    return from_official(name, config, clean(state) if clean else state)
+    kept = clean(state) if clean else state
+    # Cleaning may rename, but the tensors it keeps are the same objects.
+    dropped = {key for key, tensor in state.items() if all(tensor is not other for other in kept.values())}
+    if dropped:
+        log.info("%s: %d entries are no part of the model and were dropped: %s", file, len(dropped), _listing(dropped))
+    return from_official(name, config, kept)
 
 
 def known_config(item: registry.Entry, filename: str) -> Mapping[str, Any]:
@@ -299,12 +307,17 @@ def _download(repo: str, filename: str, options: Mapping[str, Any]) -> Path:
     return _reach(f"{repo}/{filename}", lambda: hf_hub_download(repo, filename, **options))
 
 
-def _snapshot(repo: str, options: Mapping[str, Any]) -> Path:
+def snapshot(repo: str, files: Sequence[str], **hub_options: Any) -> Path:
+    """Fetch some files of a hub repository; the local folder.
+
+    Raises:
+        CheckpointError: no hub id, an unreachable hub, or no such repository.
+    """
     from huggingface_hub import snapshot_download
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise CheckpointError(f"there is no folder {repo!r}, and it is not a hub id of the form owner/name")
-    return _reach(repo, lambda: snapshot_download(repo, allow_patterns=[CONFIG, WEIGHTS], **options))
+    return _reach(repo, lambda: snapshot_download(repo, allow_patterns=list(files), **hub_options))
 
 
 def _reach(what: str, download) -> Path:

@@ -19,6 +19,7 @@ class Entry:
     kind: str  # "tokenizer" or "generator"
     target: str  # "module:Class"
     official: str  # "system/part", the name that from_official answers to
+    paper: str  # its arXiv number
 
     def load(self) -> type:
         module, _, name = self.target.partition(":")
@@ -26,10 +27,10 @@ class Entry:
 
 
 ENTRIES = (
-    Entry("vit_vqgan", "tokenizer", "vistok.tokenizers.vit_vqgan:ViTVQGAN", "vit_vqgan/tokenizer"),
-    Entry("llamagen_vq", "tokenizer", "vistok.tokenizers.llamagen_vq:LlamaGenVQ", "llamagen/tokenizer"),
-    Entry("vit_vqgan_gpt", "generator", "vistok.generators.vit_vqgan_gpt:ViTVQGANGPT", "vit_vqgan/gpt"),
-    Entry("llama", "generator", "vistok.generators.llama:Llama", "llamagen/gpt"),
+    Entry("vit_vqgan", "tokenizer", "vistok.tokenizers.vit_vqgan:ViTVQGAN", "vit_vqgan/tokenizer", "2110.04627"),
+    Entry("llamagen_vq", "tokenizer", "vistok.tokenizers.llamagen_vq:LlamaGenVQ", "llamagen/tokenizer", "2406.06525"),
+    Entry("vit_vqgan_gpt", "generator", "vistok.generators.vit_vqgan_gpt:ViTVQGANGPT", "vit_vqgan/gpt", "2110.04627"),
+    Entry("llama", "generator", "vistok.generators.llama:Llama", "llamagen/gpt", "2406.06525"),
 )
 
 

@@ -38,6 +38,9 @@ class Generator(Model):
 
     spec: TokenSpec
 
+    num_classes: int | None = None
+    """Number of classes that it can be conditioned on; None if it takes no labels."""
+
     @abstractmethod
     def forward(
         self, tokens: Tensor, condition: Condition, *, draws: Draws | None = None, weights: Tensor | None = None

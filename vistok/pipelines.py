@@ -1,0 +1,418 @@
+"""Generation for people: a tokenizer, a generator, class names and default sampling options, as one object.
+
+A pipeline is a folder with ``tokenizer/``, ``generator/`` and ``pipeline.json``; the run folder of a trained generator
+is one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vistok.classes import ClassLabel, ClassNames
+from vistok.config import check
+from vistok.data.pictures import from_pil, to_pil
+from vistok.draws import Keys
+from vistok.files import atomic_folder, write_json
+from vistok.generators.base import Generator
+from vistok.hub import CONFIG, WEIGHTS, CheckpointError, load, snapshot
+from vistok.tokenizers.base import Tokenizer
+from vistok.types import Condition, TokenSpec, to_json
+
+PIPELINE, TOKENIZER, GENERATOR = "pipeline.json", "tokenizer", "generator"
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """What a pipeline generated.
+
+    Attributes:
+        images: N images, mode RGB or L.
+        tokens: (N, L[, depth]) ids or (N, L, D) latents, on the CPU.
+        pixels: (N, C, H, W) float32 in [-1, 1], on the CPU; ``images`` are these in 8 bit.
+        labels: the class id of each image, or None where the condition is not a class.
+    """
+
+    images: list[Image.Image]
+    tokens: Tensor
+    pixels: Tensor
+    labels: list[int] | None
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Unfinished images.
+
+    Attributes:
+        step: positions that every image has by now.
+        total: positions of a finished image.
+        tokens: (N, L[, depth]) ids or (N, L, D) latents, zero where they are not generated yet, on the CPU.
+        known: (N, L) bool, True where they are.
+        images: N images, or None where this tokenizer shows nothing of this many tokens. Tokenizers whose prefixes
+            decode show what the tokens so far mean. Of raster tokenizers the finished positions are shown and the rest
+            is mid-grey; they are an estimate, because the decoder reads stand-ins (known tokens, repeated) for what is
+            still missing. Images of the last preview are the final ones.
+    """
+
+    step: int
+    total: int
+    tokens: Tensor
+    known: Tensor
+    images: list[Image.Image] | None
+
+
+class Pipeline:
+    """Generates images in one call; see :meth:`__call__`, :meth:`stream` and :meth:`reconstruct`.
+
+    Args:
+        tokenizer, generator: they must agree on the tokens.
+        class_names: in the order of the ids; empty if classes have no names.
+        sampling: default options, by the names of ``generator.options_type``.
+
+    Raises:
+        ValueError: the generator models other tokens than the tokenizer's, or has another number of classes.
+        ConfigError: ``sampling`` does not fit the generator's options.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        generator: Generator,
+        *,
+        class_names: Sequence[str] = (),
+        sampling: Mapping[str, Any] | None = None,
+    ):
+        self.tokenizer, self.generator = tokenizer.eval(), generator.eval()
+        self._decode_options = _decode_options(tokenizer, generator.spec)
+        self._classes = ClassNames(generator.num_classes or 0, class_names)
+        self.sampling = dict(sampling or {})
+        generator.options_type(**check(generator.options_type, self.sampling, "sampling"))
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self._classes.names
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.generator.parameters()).device
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Move both models; returns the pipeline itself."""
+        self.tokenizer.to(device=device, dtype=dtype)
+        self.generator.to(device=device, dtype=dtype)
+        return self
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Self:
+        """Load a pipeline from a folder or a hub id.
+
+        Args:
+            device: None takes a GPU if there is one.
+            dtype: of all weights and computation; None keeps that of the saved weights.
+
+        Raises:
+            CheckpointError: nothing there, no whole pipeline, or damaged weights.
+        """
+        folder = _pipeline_folder(path)
+        settings = _read_settings(folder)
+        tokenizer, generator = _load_part(folder, TOKENIZER, Tokenizer), _load_part(folder, GENERATOR, Generator)
+        pipe = cls(tokenizer, generator, **settings)
+        return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the pipeline folder as a whole, or not at all; an older pipeline there is replaced.
+
+        Raises:
+            FileExistsError: the folder holds something else, such as a training run.
+        """
+        folder = Path(folder)
+        others = (
+            {entry.name for entry in folder.iterdir()} - {PIPELINE, TOKENIZER, GENERATOR} if folder.exists() else ()
+        )
+        if others:
+            raise FileExistsError(f"{folder} holds other files ({', '.join(sorted(others)[:5])}); choose a new folder")
+        with atomic_folder(folder, replace=True) as partial:
+            self.tokenizer.save_pretrained(partial / TOKENIZER)
+            self.generator.save_pretrained(partial / GENERATOR)
+            write_settings(partial, class_names=self.class_names, sampling=self.sampling)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: ClassLabel | Iterable[ClassLabel] | None = None,
+        num_images_per_label: int = 1,
+        *,
+        num_images: int | None = None,
+        condition: Condition | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        index_start: int = 0,
+        batch_size: int = 64,
+        **sampling: Any,
+    ) -> PipelineOutput:
+        """Generate images.
+
+        Image i depends on the seed, on ``index_start + i``, its condition and the options alone, not on how many are
+        made together.
+
+        Args:
+            class_labels: classes by id or by name, one or several.
+            num_images_per_label: images of each class (or row of ``condition``), one after another.
+            num_images: instead of classes: this many unconditional images.
+            condition: instead of classes: any condition that the generator takes.
+            seed: None takes 0, or a seed drawn from ``generator``.
+            generator: the source of the seed, as in diffusers.
+            index_start: the number of the first image among those of its seed.
+            batch_size: images generated at a time.
+            **sampling: options of ``self.generator.options_type``, such as ``temperature`` or ``guidance_scale``;
+                they override ``self.sampling``.
+
+        Raises:
+            ValueError: an unknown class, an option out of range, or none or several of class_labels, num_images and
+                condition.
+            ConfigError: an unknown option, or one of the wrong type.
+        """
+        options = self._options(sampling)
+        condition = self._condition(class_labels, num_images, condition, num_images_per_label)
+        seed = _seed(seed, generator)
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        tokens, pixels = [], []
+        for start in range(0, len(condition), batch_size):
+            rows = condition[start : start + batch_size]
+            draws = self.generator.sampling_draws(Keys.range(seed, len(rows), index_start + start))
+            batch = self.generator.sample(rows.to(self.device), options, draws=draws)
+            tokens.append(batch.cpu())
+            pixels.append(self._decode(batch))
+        pixels = torch.cat(pixels)
+        labels = None if condition.labels is None else condition.labels.tolist()
+        return PipelineOutput(to_pil(pixels), torch.cat(tokens), pixels, labels)
+
+    def stream(
+        self,
+        class_labels: ClassLabel | Iterable[ClassLabel] | None = None,
+        num_images_per_label: int = 1,
+        *,
+        num_images: int | None = None,
+        condition: Condition | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        index_start: int = 0,
+        preview_every: int | None = None,
+        **sampling: Any,
+    ) -> Iterator[Preview]:
+        """Generate images, all in one batch, and yield previews on the way; arguments as of :meth:`__call__`.
+
+        Args:
+            preview_every: positions between two previews; None takes a row of the grid, or what the tokenizer's
+                prefixes are multiples of.
+        """
+        options = self._options(sampling)
+        condition = self._condition(class_labels, num_images, condition, num_images_per_label)
+        every = preview_every or self._preview_step()
+        if every < 1:
+            raise ValueError(f"preview_every must be at least 1, got {every}")
+        return self._previews(
+            condition, options, Keys.range(_seed(seed, generator), len(condition), index_start), every
+        )
+
+    @torch.no_grad()
+    def reconstruct(self, images: Image.Image | Sequence[Image.Image] | Tensor) -> list[Image.Image]:
+        """Encode and decode images.
+
+        Args:
+            images: PIL images, cropped to the tokenizer's size (ADM's centre crop); or pixels (B, C, H, W) in [-1, 1]
+                of exactly that size.
+        """
+        if not isinstance(images, Tensor):
+            channels, *size = self.tokenizer.image_shape
+            images = from_pil([images] if isinstance(images, Image.Image) else images, tuple(size), channels)
+        parameter = next(self.tokenizer.parameters())
+        return to_pil(self.tokenizer.reconstruct(images.to(parameter.device, parameter.dtype)))
+
+    def _options(self, sampling: Mapping[str, Any]) -> Any:
+        options_type = self.generator.options_type
+        return options_type(**check(options_type, {**self.sampling, **sampling}, ""))
+
+    def _condition(
+        self,
+        class_labels: ClassLabel | Iterable[ClassLabel] | None,
+        num_images: int | None,
+        condition: Condition | None,
+        copies: int,
+    ) -> Condition:
+        """The condition of every image, from the one way in which it was given."""
+        given = [value is not None for value in (class_labels, num_images, condition)]
+        if sum(given) != 1:
+            what = "class_labels=[…]" if self._classes.count else "num_images=…"
+            raise ValueError(
+                f"say what to generate by one of class_labels, num_images and condition ({sum(given)} were given); "
+                f"for this pipeline, {what} is the usual one"
+            )
+        for name, value in (("num_images_per_label", copies), ("num_images", num_images)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if num_images is not None:
+            return Condition.none(num_images)
+        if class_labels is not None:
+            if not self._classes.count:
+                raise ValueError("this pipeline has no classes; generate with pipe(num_images=…)")
+            condition = Condition.from_labels(torch.tensor(self._classes.resolve(class_labels), dtype=torch.int64))
+        if not len(condition):
+            raise ValueError("there is nothing to generate: the list of classes is empty")
+        return condition[torch.arange(len(condition)).repeat_interleave(copies)]
+
+    def _decode(self, tokens: Tensor) -> Tensor:
+        """Whole sequences to pixels (B, C, H, W) in [-1, 1], float32 on the CPU."""
+        return self.tokenizer.decode(tokens, **self._decode_options).float().clamp(-1, 1).cpu()
+
+    @torch.no_grad()
+    def _previews(self, condition: Condition, options: Any, keys: Keys, every: int) -> Iterator[Preview]:
+        total, shown = self.generator.spec.length, 0
+        tokens, known = None, torch.zeros(len(condition), total, dtype=torch.bool)
+        draws = self.generator.sampling_draws(keys)
+        for chunk in self.generator.stream(condition.to(self.device), options, draws=draws):
+            if tokens is None:
+                tokens = torch.zeros(len(condition), total, *chunk.tokens.shape[2:], dtype=chunk.tokens.dtype)
+            rows, columns = chunk.valid.cpu().nonzero(as_tuple=True)
+            positions = chunk.positions.cpu()[rows, columns]
+            tokens[rows, positions] = chunk.tokens.cpu()[rows, columns]
+            known[rows, positions] = True
+            step = int(known.sum(1).min())
+            if step - shown >= every or (step == total and shown < total):
+                shown = step
+                yield Preview(step, total, tokens.clone(), known.clone(), self._preview(tokens, known))
+
+    def _preview(self, tokens: Tensor, known: Tensor) -> list[Image.Image] | None:
+        if bool(known.all()):
+            return to_pil(self._decode(tokens.to(self.device)))
+        if self.tokenizer.spec.prefix_step is not None:
+            return self._preview_prefix(tokens, known)
+        return self._preview_raster(tokens, known) if self._grid is not None else None
+
+    def _preview_prefix(self, tokens: Tensor, known: Tensor) -> list[Image.Image] | None:
+        """The longest prefix that all images have and that decodes."""
+        prefix = int(known.int().cumprod(1).sum(1).min())
+        prefix -= prefix % self.tokenizer.spec.prefix_step
+        return to_pil(self._decode(tokens[:, :prefix].to(self.device))) if prefix else None
+
+    def _preview_raster(self, tokens: Tensor, known: Tensor) -> list[Image.Image] | None:
+        """The known positions, the others mid-grey."""
+        if not bool(known.any(1).all()):
+            return None
+        # Unknown positions repeat the known tokens, so that the decoder sees statistics that it is used to.
+        source = torch.stack([_repeat(row.nonzero()[:, 0], len(row)) for row in known])  # (N, L)
+        filled = torch.where(_like(known, tokens), tokens, tokens.gather(1, _like(source, tokens).expand_as(tokens)))
+        pixels = self._decode(filled.to(self.device))
+        mask = known.view(len(known), 1, *self._grid).float()
+        return to_pil(pixels * torch.nn.functional.interpolate(mask, pixels.shape[2:], mode="nearest"))
+
+    @property
+    def _grid(self) -> tuple[int, int] | None:
+        grid = self._decode_options.get("grid", self.tokenizer.spec.grid)
+        return grid if grid is not None and len(grid) == 2 else None
+
+    def _preview_step(self) -> int:
+        spec = self.tokenizer.spec
+        return spec.prefix_step or (self._grid[-1] if self._grid else max(1, spec.length // 8))
+
+
+pipeline = Pipeline.from_pretrained
+"""``vistok.pipeline(path, *, device=None, dtype=None)``: load a pipeline from a folder or a hub id."""
+
+
+def write_settings(folder: str | Path, *, class_names: Sequence[str], sampling: Mapping[str, Any]) -> None:
+    """Write ``pipeline.json`` into a folder that has (or gets) ``tokenizer/`` and ``generator/``."""
+    write_json(Path(folder) / PIPELINE, {"class_names": list(class_names), "sampling": to_json(dict(sampling))})
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a model folder, of a run or pipeline (its ``tokenizer/``), of a token cache, or of a hub id.
+
+    Raises:
+        CheckpointError: nothing there, damaged weights, or another kind of model.
+    """
+    inner = Path(path) / TOKENIZER
+    model = load(inner if inner.is_dir() else path)
+    if not isinstance(model, Tokenizer):
+        raise CheckpointError(f"{path} holds a generator ({model.registry_name}), but a tokenizer is needed")
+    return model
+
+
+def _decode_options(tokenizer: Tokenizer, spec: TokenSpec) -> dict[str, Any]:
+    """What ``decode`` needs to know of the tokens that a generator with ``spec`` makes; ValueError if they do not fit."""
+    own = tokenizer.spec
+    names = ("codebook_size", "depth") if own.discrete else ("codebook_size", "dim")
+    differing = [name for name in names if getattr(own, name) != getattr(spec, name)]
+    if not differing and own.length == spec.length:
+        return {}
+    if not differing and spec.grid is not None and "grid" in inspect.signature(tokenizer.decode).parameters:
+        return {"grid": spec.grid}  # a convolutional tokenizer at another image size
+    differing = differing or ["length"]
+    raise ValueError(
+        "the generator models other tokens than this tokenizer makes: "
+        + "; ".join(f"{name} {getattr(spec, name)} instead of {getattr(own, name)}" for name in differing)
+    )
+
+
+def _pipeline_folder(path: str | Path) -> Path:
+    """The local folder of a pipeline, fetched from the hub if need be."""
+    folder = Path(path)
+    if not folder.exists():
+        files = [PIPELINE, *(f"{part}/{file}" for part in (TOKENIZER, GENERATOR) for file in (CONFIG, WEIGHTS))]
+        return snapshot(str(path), files)
+    missing = [name for name in (PIPELINE, TOKENIZER, GENERATOR) if not (folder / name).exists()]
+    if not missing:
+        return folder
+    hint = ""
+    if (folder / CONFIG).is_file():
+        hint = "; it is a single model, which vistok.load reads"
+    elif GENERATOR in missing and TOKENIZER not in missing:
+        hint = "; it has a tokenizer only, which `vistok reconstruct` shows: train a generator on its tokens first"
+    raise CheckpointError(f"{folder} is no pipeline: it has no {', no '.join(missing)}{hint}")
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    path = folder / PIPELINE
+    try:
+        settings = json.loads(path.read_text())
+        return {"class_names": tuple(settings["class_names"]), "sampling": dict(settings["sampling"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f'{path} is damaged ({error!r}); expected {{"class_names": [...], "sampling": {{...}}}}'
+        ) from error
+
+
+def _load_part(folder: Path, part: str, kind: type) -> Any:
+    model = load(folder / part)
+    if not isinstance(model, kind):
+        raise CheckpointError(f"{folder / part} holds a {type(model).__name__}, which is no {part}")
+    return model
+
+
+def _seed(seed: int | None, generator: torch.Generator | None) -> int:
+    if generator is None:
+        return 0 if seed is None else seed
+    if seed is not None:
+        raise ValueError("give either seed or generator, not both")
+    return int(torch.randint(1 << 62, (), generator=generator, device=generator.device))
+
+
+def _repeat(items: Tensor, length: int) -> Tensor:
+    """The items in turn until there are ``length``."""
+    return items[torch.arange(length) % len(items)]
+
+
+def _like(positions: Tensor, tokens: Tensor) -> Tensor:
+    """(N, L) with as many axes as ``tokens``."""
+    return positions.view(*positions.shape, *[1] * (tokens.ndim - 2))
