@@ -58,6 +58,10 @@ class VectorQuantizer(nn.Module):
             with torch.no_grad():
                 self.embedding.weight.copy_(F.normalize(self.embedding.weight, dim=-1))
 
+    @property
+    def loss_terms(self) -> tuple[str, ...]:
+        return ("codebook", "commitment", *(("entropy",) if self.entropy else ()))
+
     def codes(self) -> Tensor:
         """All codes (K, D), normalised if the quantizer normalises."""
         return self._norm(self.embedding.weight)
@@ -112,6 +116,10 @@ class ResidualQuantizer(nn.Module):
     @property
     def codebook_size(self) -> int:
         return self.quantizer.codebook_size
+
+    @property
+    def loss_terms(self) -> tuple[str, ...]:
+        return self.quantizer.loss_terms
 
     def _levels(self, latents: Tensor) -> list[QuantizerOutput]:
         residual, levels = latents.detach(), []

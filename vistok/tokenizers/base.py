@@ -21,6 +21,8 @@ class Tokenizer(Model):
     """
 
     native_range: ClassVar[tuple[float, float]] = (-1.0, 1.0)
+    reconstructs: ClassVar[bool] = True
+    """Whether ``forward`` gives a reconstruction, so that pixel losses and a GAN can apply."""
 
     @property
     @abstractmethod
@@ -75,6 +77,11 @@ class Tokenizer(Model):
     def training_draws(self, keys: Keys) -> Draws:
         """The random tensors that ``forward`` consumes in training; most tokenizers need none."""
         return {}
+
+    @property
+    @abstractmethod
+    def loss_terms(self) -> tuple[str, ...]:
+        """The names of the terms in ``TokenizerOutput.losses``: what an objective can weight."""
 
     @property
     def last_layer(self) -> nn.Parameter:

@@ -117,6 +117,10 @@ class LlamaGenVQ(Tokenizer):
         return self._image_shape
 
     @property
+    def loss_terms(self) -> tuple[str, ...]:
+        return self.quantizer.loss_terms
+
+    @property
     def last_layer(self) -> nn.Parameter:
         return self.decoder.conv_out.weight
 

@@ -94,6 +94,7 @@ class ViTVQGAN(Tokenizer):
         codebook_embed_dim: channels of a code.
         codebook_l2_norm: compare and decode l2-normalised codes.
         residual_depth: codes per token; more than 1 is the residual variant, with one shared codebook.
+        entropy_temperature: offers the "entropy" loss term, with this softmax temperature; None does not.
         in_channels: 3, or 1 for grey images.
         pixel_distribution: "point" predicts pixels; "logit_laplace" predicts mean and scale of a Laplace distribution
             in logit space (the paper's loss, after DALL-E, arXiv 2102.12092, appendix A.3).
@@ -124,6 +125,7 @@ class ViTVQGAN(Tokenizer):
         codebook_embed_dim: int = 32,
         codebook_l2_norm: bool = True,
         residual_depth: int = 1,
+        entropy_temperature: float | None = None,
         in_channels: int = 3,
         pixel_distribution: Literal["point", "logit_laplace"] = "point",
     ):
@@ -149,7 +151,12 @@ class ViTVQGAN(Tokenizer):
         # These two keep torch's default initialisation, as in the reference.
         self.pre_quant = nn.Linear(encoder.dim, codebook_embed_dim)
         self.post_quant = nn.Linear(codebook_embed_dim, decoder.dim)
-        vector_quantizer = VectorQuantizer(codebook_size, codebook_embed_dim, normalize=codebook_l2_norm)
+        vector_quantizer = VectorQuantizer(
+            codebook_size,
+            codebook_embed_dim,
+            normalize=codebook_l2_norm,
+            entropy_temperature=entropy_temperature,
+        )
         self.depth = residual_depth
         self.quantizer = (
             vector_quantizer if residual_depth == 1 else ResidualQuantizer(vector_quantizer, residual_depth)
@@ -164,6 +171,10 @@ class ViTVQGAN(Tokenizer):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         return self._image_shape
+
+    @property
+    def loss_terms(self) -> tuple[str, ...]:
+        return (*self.quantizer.loss_terms, *(("logit_laplace",) if self.distribution else ()))
 
     @property
     def last_layer(self) -> nn.Parameter:
@@ -210,9 +221,12 @@ class ViTVQGAN(Tokenizer):
         quantized = self.quantizer(latents)
         output = self.decode_latents(quantized.quantized)
         features = {"latents": latents, "quantized": quantized.quantized}
+        losses = quantized.losses
         if self.distribution:
-            features["logit_mean"], features["log_scale"] = output.chunk(2, 1)
-        return TokenizerOutput(self._point(output), quantized.ids, quantized.losses, features)
+            mean, log_scale = output.chunk(2, 1)
+            truth = self.to_native(pixels if target is None else target)
+            losses = losses | {"logit_laplace": self.distribution(mean, log_scale, truth)}
+        return TokenizerOutput(self._point(output), quantized.ids, losses, features)
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:

@@ -1,0 +1,216 @@
+"""The training loop: resume, refusals, divergence, what a run leaves behind."""
+
+from __future__ import annotations
+
+import copy
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+from PIL import Image
+
+import vistok
+from vistok.config import ConfigError
+from vistok.hub import CheckpointError
+from vistok.tokenizers.vit_vqgan import ViTVQGAN
+from vistok.train import TrainingDivergedError, train
+from vistok.train.config import SchedulerConfig
+from vistok.train.monitor import read_metrics
+from vistok.train.optim import lr_factor
+
+TINY = {"dim": 16, "depth": 1, "heads": 1, "mlp_dim": 16}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def tokenizer_config(folder, **changes) -> dict:
+    config = {
+        "stage": "tokenizer",
+        "output_dir": str(folder),
+        "model": {
+            "name": "vit_vqgan",
+            "patch_size": 8,
+            "encoder": TINY,
+            "decoder": TINY,
+            "codebook_size": 32,
+            "codebook_embed_dim": 4,
+        },
+        "losses": {"l2": 1.0, "codebook": 1.0, "commitment": 0.25},
+        "data": {"source": "digits", "image_size": 16, "channels": 1, "batch_size": 16, "affine": {"translate": 0.1}},
+        "optimizer": {"lr": 1e-3},
+        "lr_scheduler": {"name": "cosine", "warmup_steps": 2},
+        "training": {"max_steps": 6, "ema_decay": 0.9, "log_every": 1, "image_every": 3, "save_every": 3},
+    }
+    config = copy.deepcopy(config)
+    for key, value in changes.items():
+        config[key] = config[key] | value if isinstance(value, dict) and key in config else value
+    return config
+
+
+GAN = {
+    "weight": 0.1,
+    "balance": "adaptive",
+    "discriminator": {"name": "patchgan", "width": 4, "layers": 1},
+    "start_step": 1,
+    "r1_weight": 1.0,
+    "r1_every": 2,
+    "lecam_weight": 0.01,
+}
+
+
+def losses_of(folder) -> list[float]:
+    return [row["loss"] for row in read_metrics(folder / "metrics.jsonl")]
+
+
+def test_run_folder(tmp_path):
+    folder = train(tokenizer_config(tmp_path / "run"))
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 7))
+    assert {"loss", "l2", "codebook", "commitment", "psnr", "codebook_usage", "perplexity", "lr", "seconds"} <= set(
+        rows[0]
+    )
+    assert json.loads((folder / "environment.json").read_text())["vistok"] == vistok.__version__
+    picture = Image.open(folder / "images" / "step-0000006.png")
+    assert picture.width > picture.height  # eight originals over eight reconstructions
+    tokenizer = vistok.load(folder / "tokenizer")
+    assert isinstance(tokenizer, ViTVQGAN)
+    assert tokenizer.image_shape == (1, 16, 16)
+    assert list((folder / "tensorboard").rglob("events*"))
+
+
+@pytest.mark.parametrize("losses", [{}, {"gan": GAN}], ids=["plain", "gan"])
+def test_resume_continues_the_same_curve(tmp_path, losses):
+    whole = train(tokenizer_config(tmp_path / "whole", losses=losses))
+    config = tokenizer_config(tmp_path / "part", losses=losses)
+    # Stop after four steps without a checkpoint there, as a killed process would: the newest one is of step 3.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vistok.train.loop.Trainer._optimise", _killed_at(4))
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    part = train(config, resume=True)
+    assert losses_of(part) == losses_of(whole)
+    ours, theirs = (vistok.load(f / "tokenizer").state_dict() for f in (part, whole))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def _killed_at(step):
+    from vistok.train.loop import Trainer
+
+    original = Trainer._optimise
+
+    def optimise(self, batches):
+        if self.step == step:
+            raise KeyboardInterrupt
+        return original(self, batches)
+
+    return optimise
+
+
+def test_accumulation_equals_one_large_batch(tmp_path):
+    data = {"affine": None}
+    once = tokenizer_config(tmp_path / "once", data=data)
+    split = tokenizer_config(tmp_path / "split", data=data | {"batch_size": 8})
+    split["training"]["gradient_accumulation_steps"] = 2
+    assert losses_of(train(split)) == pytest.approx(losses_of(train(once)), rel=1e-4)
+
+
+def test_existing_run_is_not_overwritten(tmp_path):
+    folder = train(tokenizer_config(tmp_path / "run", training={"max_steps": 1}))
+    before = (folder / "metrics.jsonl").read_text()
+    with pytest.raises(FileExistsError, match="--resume"):
+        train(tokenizer_config(folder))
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_nothing_to_resume(tmp_path):
+    with pytest.raises(CheckpointError, match="nothing to resume"):
+        train(tokenizer_config(tmp_path / "run"), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"losses": {"l3": 1.0}}, r"losses\.l3.*ViTVQGAN"),
+        ({"losses": {"entropy": 1.0}}, r"losses\.entropy.*provides no such term"),
+        ({"losses": {"logit_laplace": 1.0}}, r"logit_laplace.*provides no such term"),
+        ({"losses": {"l2": "much"}}, r"losses\.l2.*a number"),
+        ({"losses": {"gan": {"weight": 0.1, "start": 3}}}, r"losses\.gan\.start.*start_step"),
+        ({"losses": {"gan": {"weight": 1, "discriminator": {"name": "patchgam"}}}}, r"did you mean 'patchgan'"),
+        ({"model": {"codebok_size": 3}}, r"model\.codebok_size.*codebook_size"),
+        ({"model": {"name": "vit_vqgam"}}, r"did you mean 'vit_vqgan'"),
+        ({"model": {"image_size": 24}}, r"model\.image_size is 24, but the data say 16"),
+        ({"optimizer": {"lr": "fast"}}, r"optimizer\.lr"),
+        ({"training": {"max_steps": 0}}, r"max_steps"),
+        ({"tokens": "tokens"}, r"takes no 'tokens'"),
+        ({"sampler": {}}, r"sampl"),
+    ],
+)
+def test_bad_config_is_refused_before_work(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train(tokenizer_config(tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_empty_losses(tmp_path):
+    config = tokenizer_config(tmp_path / "run")
+    config["losses"] = {}
+    with pytest.raises(ConfigError, match="losses is empty"):
+        train(config)
+
+
+def test_divergence_stops_before_the_checkpoint(tmp_path):
+    config = tokenizer_config(tmp_path / "run", optimizer={"lr": 1e30}, training={"max_grad_norm": 0, "log_every": 1})
+    with pytest.raises(TrainingDivergedError, match=r"Lower optimizer\.lr"):
+        train(config)
+    for saved in (tmp_path / "run" / "checkpoints").glob("step-*"):
+        state = torch.load(saved / "state.pt", weights_only=True)
+        assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    saved = torch.save
+
+    def full(value, path):
+        if value["step"] == 6:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        saved(value, path)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match=r"step 6.*No space left.*step-0000003"):
+        train(tokenizer_config(tmp_path / "run"))
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000003"]
+
+
+def test_only_the_newest_checkpoints_stay(tmp_path):
+    folder = train(tokenizer_config(tmp_path / "run", training={"save_every": 1, "keep_checkpoints": 2}))
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-0000005", "step-0000006"]
+
+
+def test_init_from(tmp_path):
+    first = train(tokenizer_config(tmp_path / "first"))
+    # A learning rate of zero keeps what was loaded.
+    second = train(tokenizer_config(tmp_path / "second", init_from=str(first), optimizer={"lr": 0.0}))
+    ours, theirs = (vistok.load(f / "tokenizer").state_dict() for f in (second, first))
+    assert all(torch.allclose(ours[key], theirs[key], atol=1e-6) for key in theirs)
+    with pytest.raises(CheckpointError, match="another shape"):
+        train(tokenizer_config(tmp_path / "third", init_from=str(first), model={"codebook_size": 16}))
+    with pytest.raises(CheckpointError, match="no folder"):
+        train(tokenizer_config(tmp_path / "fourth", init_from=str(tmp_path / "nowhere")))
+
+
+@pytest.mark.parametrize("name", ["constant", "cosine", "wsd"])
+def test_schedules(name):
+    factor = lr_factor(SchedulerConfig(name, warmup_steps=10, final_factor=0.1), 100)
+    values = [factor(step) for step in range(101)]
+    assert 0 < values[0] < values[9] < 1
+    assert values[10] == pytest.approx(1)
+    assert values[100] == pytest.approx(1 if name == "constant" else 0.1)
+    assert all(a >= b for a, b in pairwise(values[10:]))

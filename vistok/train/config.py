@@ -1,0 +1,172 @@
+"""The config of a training run: its sections, their defaults, and the check before any work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from vistok import registry
+from vistok.config import ConfigError, check
+from vistok.data.config import DataConfig
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW or Adam.
+
+    Attributes:
+        lr: the peak learning rate.
+        betas: decay of the first and second moment.
+        weight_decay: decoupled for adamw, an L2 term for adam; on tensors of two or more dimensions only.
+    """
+
+    name: Literal["adamw", "adam"] = "adamw"
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    eps: float = 1e-8
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Factor on the learning rate: linear warmup, then constant, cosine, or warmup-stable-decay (linear tail).
+
+    Attributes:
+        warmup_steps: steps of the linear rise from 0.
+        final_factor: the factor at the last step of cosine and wsd.
+        decay_share: share of all steps that the tail of wsd takes.
+    """
+
+    name: Literal["constant", "cosine", "wsd"] = "constant"
+    warmup_steps: int = 0
+    final_factor: float = 0.0
+    decay_share: float = 0.2
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Length, precision and rhythm of a run; all intervals are optimisation steps, 0 turns them off.
+
+    Attributes:
+        max_steps: optimisation steps.
+        batch_size: token sequences per step and process (generators; images have data.batch_size).
+        gradient_accumulation_steps: batches per optimisation step.
+        max_grad_norm: gradients are clipped to this norm; 0 is off.
+        mixed_precision: autocast of forward passes.
+        ema_decay: decay of the averaged weights that are saved and sampled; 0 keeps no average.
+        compile: torch.compile the model.
+        log_every, image_every, save_every: when metrics, pictures and checkpoints are written.
+        keep_checkpoints: how many of the newest checkpoints stay.
+    """
+
+    max_steps: int
+    batch_size: int = 64
+    gradient_accumulation_steps: int = 1
+    max_grad_norm: float = 1.0
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    ema_decay: float = 0.0
+    compile: bool = False
+    log_every: int = 20
+    image_every: int = 500
+    save_every: int = 1000
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
+
+
+@dataclass(frozen=True)
+class GanConfig:
+    """The adversarial part of a tokenizer's objective.
+
+    Attributes:
+        weight: of the generator's loss, from ``start_step`` on.
+        loss: vanilla (StyleGAN's softplus), hinge, or least_squares.
+        discriminator: {name: stylegan | patchgan, ...arguments of that discriminator}.
+        start_step: the first step at which the adversary takes part.
+        balance: ``fixed`` applies ``weight`` as it is; ``adaptive`` scales it by the ratio of the reconstruction's and
+            the adversary's gradients at the decoder's last layer (VQGAN, arXiv 2012.09841, eq. 7).
+        r1_weight, r1_every: gradient penalty on real images, taken every so many steps and scaled up accordingly.
+        lecam_weight: weight of the LeCam regulariser (arXiv 2104.03310).
+        lr: the discriminator's learning rate; None takes the optimizer's.
+    """
+
+    weight: float
+    loss: Literal["vanilla", "hinge", "least_squares"] = "hinge"
+    discriminator: dict[str, Any] = field(default_factory=lambda: {"name": "patchgan"})
+    start_step: int = 0
+    balance: Literal["fixed", "adaptive"] = "fixed"
+    r1_weight: float = 0.0
+    r1_every: int = 16
+    lecam_weight: float = 0.0
+    lr: float | None = None
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole training run, as its YAML has it.
+
+    Attributes:
+        stage: what is trained.
+        output_dir: the run folder; it must not exist, unless the run resumes.
+        model: ``name`` (see ``vistok models``) and constructor arguments.
+        losses: weights by name (tokenizers); ``lpips_weights`` and ``gan`` configure those two.
+        data: images (tokenizers).
+        tokens: token cache folder (generators).
+        sampling: default sampling options, saved with the pipeline and used for its pictures (generators).
+        seed: of initial weights, order, augmentation and every draw.
+        init_from: a run or model folder whose weights training starts from.
+    """
+
+    stage: Literal["tokenizer", "generator"]
+    output_dir: str
+    model: dict[str, Any]
+    training: TrainingConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    lr_scheduler: SchedulerConfig = SchedulerConfig()
+    losses: dict[str, Any] = field(default_factory=dict)
+    data: DataConfig | None = None
+    tokens: str | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    init_from: str | None = None
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> RunConfig:
+        """Check every section but ``model`` (see ``model_arguments``) and return the typed config.
+
+        Raises:
+            ConfigError: unknown keys, wrong types, or sections that do not belong to the stage.
+        """
+        config = cls(**check(cls, values, ""))
+        needed, other = ("data", "tokens") if config.stage == "tokenizer" else ("tokens", "data")
+        if getattr(config, needed) is None:
+            raise ConfigError(f"stage {config.stage} needs {needed!r}; for example {EXAMPLES[needed]}")
+        if getattr(config, other) is not None:
+            raise ConfigError(f"stage {config.stage} takes no {other!r}: it reads {needed!r}")
+        return config
+
+    def model_entry(self) -> registry.Entry:
+        if "name" not in self.model:
+            raise ConfigError("model.name is missing; `vistok models` lists the names")
+        return registry.entry(self.model["name"], self.stage)
+
+    def build_model(self, derived: Mapping[str, Any]):
+        """Build the model from ``model`` and the arguments that follow from the data.
+
+        Raises:
+            ConfigError: an argument is wrong, or given although it is derived and differs.
+        """
+        model_class = self.model_entry().load()
+        given = {key: value for key, value in self.model.items() if key != "name"}
+        for key, value in derived.items():
+            if given.setdefault(key, value) != value:
+                raise ConfigError(f"model.{key} is {given[key]!r}, but the data say {value!r}; leave the key out")
+        return model_class(**check(model_class, given, "model"))
+
+
+EXAMPLES = {"data": "data.source=folder data.root=photos/ data.image_size=256", "tokens": "tokens=tokens/"}

@@ -1,0 +1,208 @@
+"""The two stages that the loop trains: images to a tokenizer, cached tokens to a generator."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from vistok.config import check
+from vistok.data.loader import ImageBatch, Loader, evaluation_loader, training_loader
+from vistok.data.pictures import comparison, grid
+from vistok.data.sources import open_source
+from vistok.data.tokens import TokenBatch, TokenCache, token_loader
+from vistok.draws import Keys
+from vistok.generators.base import Generator
+from vistok.hub import Model
+from vistok.losses import adaptive_weight
+from vistok.pipelines import GENERATOR, TOKENIZER, Pipeline, load_tokenizer, write_settings
+from vistok.tokenizers.base import Tokenizer
+from vistok.train.adversary import Adversary
+from vistok.train.config import RunConfig
+from vistok.train.monitor import CodeUsage
+from vistok.train.objectives import TokenizerObjective, gan_config
+from vistok.types import Condition, TokenSpec, to_json
+
+
+class Stage(ABC):
+    """One stage: its model, its data, and what one batch contributes.
+
+    Attributes:
+        model: the bare model, on the CPU until the loop moves it.
+        loader: batches of this process.
+        objective: modules that the loss needs (LPIPS), for the loop to move to the device; or None.
+        adversary: the second player of a GAN, or None.
+        unit: what throughput counts.
+    """
+
+    model: Model
+    loader: Loader
+    objective: nn.Module | None = None
+    adversary: Adversary | None = None
+    unit: str
+
+    @abstractmethod
+    def losses(self, model: nn.Module, batch: Any, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss to minimise and scalar terms to log. ``model`` is the wrapped model of the loop."""
+
+    def adversary_losses(self, adversary: nn.Module, step: int) -> dict[str, Tensor]:
+        """The second player's terms on the batch that ``losses`` saw last; "d_loss" is minimised."""
+        return {}
+
+    @abstractmethod
+    def window_metrics(self) -> dict[str, Tensor]:
+        """Metrics that only make sense over a whole logging window."""
+
+    @abstractmethod
+    def count(self, batch: Any) -> int:
+        """How many units of throughput a batch is."""
+
+    @abstractmethod
+    def picture(self, model: Model) -> Image.Image:
+        """A picture of what the model can do now."""
+
+    @abstractmethod
+    def export(self, folder: Path, model: Model) -> None:
+        """Write what users load into the run folder."""
+
+
+class TokenizerStage(Stage):
+    """Reconstruct images; see ``TokenizerObjective`` and ``Adversary``."""
+
+    unit = "images_per_second"
+
+    def __init__(self, config: RunConfig, rank: int, world_size: int):
+        source = open_source(config.data)
+        self.model: Tokenizer = config.build_model(
+            {"image_size": config.data.image_size, "in_channels": config.data.channels}
+        )
+        self.objective = TokenizerObjective(self.model, config.losses)
+        self.gan = gan_config(self.model, config.losses)
+        self.adversary = Adversary(self.gan, self.model.image_shape) if self.gan else None
+        self.loader = training_loader(source, config.data, rank=rank, world_size=world_size)
+        self.seed = config.seed
+        self.usage = CodeUsage(self.model.spec.codebook_size) if self.model.spec.discrete else None
+        self._examples = _first_images(evaluation_loader(source, config.data), 8)
+        self._seen: tuple[Tensor, Tensor] | None = None
+
+    def losses(self, model: nn.Module, batch: ImageBatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        pixels = batch.pixels
+        draws = self.model.training_draws(Keys.of(self.seed, batch.indices, step))
+        output = model(pixels, step=step, draws={name: value.to(pixels.device) for name, value in draws.items()})
+        terms = self.objective(output, pixels)
+        total = self.objective.total(terms)
+        if self.usage is not None:
+            self.usage.add(output.tokens)
+        if self.adversary is not None and step >= self.gan.start_step:
+            fake = self.model.to_native(output.reconstruction)
+            terms["g_loss"] = self.adversary.fool(fake)
+            total = total + self._gan_weight(terms) * terms["g_loss"]
+            self._seen = (self.model.to_native(pixels), fake.detach())
+        terms = {name: value.detach() for name, value in terms.items()}
+        if output.reconstruction is not None:
+            terms["psnr"] = psnr(output.reconstruction.detach(), pixels)
+        return total, {"loss": total.detach()} | terms
+
+    def _gan_weight(self, terms: dict[str, Tensor]) -> Tensor | float:
+        if self.gan.balance == "fixed":
+            return self.gan.weight
+        reconstruction = self.objective.reconstruction_total(terms)
+        return self.gan.weight * adaptive_weight(reconstruction, terms["g_loss"], self.model.last_layer)
+
+    def adversary_losses(self, adversary: nn.Module, step: int) -> dict[str, Tensor]:
+        if self._seen is None:
+            return {}
+        (real, fake), self._seen = self._seen, None
+        return adversary(real, fake, step)
+
+    def window_metrics(self) -> dict[str, Tensor]:
+        return self.usage.read() if self.usage is not None else {}
+
+    def count(self, batch: ImageBatch) -> int:
+        return len(batch.pixels)
+
+    def picture(self, model: Tokenizer) -> Image.Image:
+        """Originals over reconstructions."""
+        examples = self._examples.to(next(model.parameters()).device)
+        return comparison(examples, model.reconstruct(examples))
+
+    def export(self, folder: Path, model: Tokenizer) -> None:
+        model.save_pretrained(folder / TOKENIZER)
+
+
+class GeneratorStage(Stage):
+    """Predict cached tokens, given their class labels if there are any."""
+
+    unit = "tokens_per_second"
+
+    def __init__(self, config: RunConfig, rank: int, world_size: int):
+        cache = TokenCache(config.tokens)
+        self.tokenizer = load_tokenizer(cache.folder)
+        cache.check_tokenizer(self.tokenizer.fingerprint())
+        self.classes = cache.classes
+        spec = TokenSpec(**cache.spec)
+        self.model: Generator = config.build_model({"spec": to_json(spec), "num_classes": len(self.classes)})
+        check(self.model.options_type, config.sampling, "sampling")
+        self.sampling, self.seed, self.length = config.sampling, config.seed, spec.length
+        self.loader = token_loader(
+            cache, config.training.batch_size, seed=config.seed, rank=rank, world_size=world_size
+        )
+
+    def losses(self, model: nn.Module, batch: TokenBatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        device = batch.tokens.device
+        draws = self.model.training_draws(Keys.of(self.seed, batch.indices, step))
+        output = model(
+            batch.tokens,
+            Condition.from_labels(batch.labels) if self.classes else Condition.none(len(batch.tokens), device),
+            draws={name: value.to(device) for name, value in draws.items()},
+        )
+        return output.loss, {"loss": output.loss.detach()} | output.metrics
+
+    def window_metrics(self) -> dict[str, Tensor]:
+        return {}
+
+    def count(self, batch: TokenBatch) -> int:
+        return len(batch.tokens) * self.length
+
+    def pipeline(self, model: Generator) -> Pipeline:
+        return Pipeline(self.tokenizer, model, class_names=self.classes, sampling=self.sampling)
+
+    def picture(self, model: Generator) -> Image.Image:
+        """Samples, one row per class of the first eight."""
+        rows, columns = min(len(self.classes), 8) or 4, 8
+        pipe = self.pipeline(model)
+        if self.classes:
+            images = pipe(list(range(rows)), num_images_per_label=columns, seed=self.seed).images
+        else:
+            images = pipe(num_images=rows * columns, seed=self.seed).images
+        return grid(images, columns=columns)
+
+    def export(self, folder: Path, model: Generator) -> None:
+        model.save_pretrained(folder / GENERATOR)
+        if not (folder / TOKENIZER).exists():
+            self.tokenizer.save_pretrained(folder / TOKENIZER)
+        write_settings(folder, class_names=self.classes, sampling=self.sampling)
+
+
+def psnr(reconstruction: Tensor, target: Tensor) -> Tensor:
+    """Mean over images of the PSNR in dB, for pixels in [-1, 1]; the reconstruction is clamped."""
+    error = (reconstruction.clamp(-1, 1) - target).square().flatten(1).mean(1)
+    return (10 * torch.log10(4 / error.clamp_min(1e-12))).mean()
+
+
+def forever(loader: Loader) -> Iterator[Any]:
+    """One epoch after another."""
+    while True:
+        yield from loader
+
+
+def _first_images(loader: Loader, count: int) -> Tensor:
+    return next(iter(loader)).pixels[:count]
+
+
+STAGES = {"tokenizer": TokenizerStage, "generator": GeneratorStage}
