@@ -1,0 +1,55 @@
+"""The ``generate`` operation of discrete autoregressive models: reference arguments to vistok's sampling."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from vistok.draws import Keys
+from vistok.generators.autoregressive import AutoregressiveGenerator
+from vistok.generators.sampling import DecodingOptions
+from vistok.types import Condition
+
+from .harness import GoldenFailure, Step
+
+
+def generate(model: AutoregressiveGenerator, condition: Condition, step: Step) -> Tensor:
+    """The ids (B, num_tokens) that the step's arguments ask for; they must leave nothing to chance."""
+    args = step.args
+    length = model.spec.length
+    num_tokens = args.get("num_tokens", length)
+    if not args["greedy"] and args.get("top_k") != 1:
+        raise GoldenFailure(f"{step.id}: the answer of random sampling depends on the reference's random numbers")
+    options = DecodingOptions(
+        temperature=0.0 if args["greedy"] else args.get("temperature", 1.0),
+        top_k=args.get("top_k") or 0,
+        top_p=1.0 if args.get("top_p") is None else args["top_p"],
+        guidance_scale=_guidance_scale(args.get("guidance_scale", 1.0), num_tokens, length),
+        guidance_interval=_guidance_interval(args.get("guidance_interval", -1)),
+    )
+    draws = None if args["greedy"] else model.sampling_draws(Keys.range(0, len(condition)))
+    session = model.start(condition, options, draws=draws)
+    for _ in session.generate(num_tokens):
+        pass
+    return session.tokens
+
+
+def _guidance_scale(scale: float | list[float], num_tokens: int, length: int) -> float | tuple[float, float]:
+    if not isinstance(scale, list):
+        return max(scale, 1.0)  # the references turn guidance off at 1 and below
+    first, last = scale
+    # The references rise over the tokens they were asked for, vistok over the whole sequence.
+    return first, first + (last - first) * (length - 1) / max(num_tokens - 1, 1)
+
+
+def _guidance_interval(last_step: int | None) -> tuple[int, int] | None:
+    """The references count decoding steps after the first token, and include the last guided one."""
+    return None if last_step is None or last_step < 0 else (0, last_step + 2)
+
+
+def refuse(step: Step, **allowed: Any) -> None:
+    """Raise GoldenFailure if an argument of the step has another value than the one that the runner computes."""
+    for name, value in allowed.items():
+        if step.args.get(name, value) != value:
+            raise GoldenFailure(f"{step.id}: {name} {step.args[name]!r} is not computed, only {value!r}")
