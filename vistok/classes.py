@@ -49,9 +49,11 @@ class ClassNames:
         if isinstance(label, str):
             return self._id_of_name(label.strip())
         try:
-            index = operator.index(label)
+            index = None if isinstance(label, bool) else operator.index(label)
         except TypeError:
-            raise ValueError(f"a class is an id or a name, got {label!r} ({type(label).__name__})") from None
+            index = None
+        if index is None:
+            raise ValueError(f"a class is an id or a name, got {label!r} ({type(label).__name__})")
         return self._check_range(index)
 
     def _id_of_name(self, name: str) -> int:

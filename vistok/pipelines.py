@@ -136,9 +136,8 @@ class Pipeline:
             FileExistsError: the folder holds something else, such as a training run.
         """
         folder = Path(folder)
-        others = (
-            {entry.name for entry in folder.iterdir()} - {PIPELINE, TOKENIZER, GENERATOR} if folder.exists() else ()
-        )
+        present = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
+        others = present - {PIPELINE, TOKENIZER, GENERATOR}
         if others:
             raise FileExistsError(f"{folder} holds other files ({', '.join(sorted(others)[:5])}); choose a new folder")
         with atomic_folder(folder, replace=True) as partial:
@@ -219,7 +218,7 @@ class Pipeline:
         """
         options = self._options(sampling)
         condition = self._condition(class_labels, num_images, condition, num_images_per_label)
-        every = preview_every or self._preview_step()
+        every = self._preview_step() if preview_every is None else preview_every
         if every < 1:
             raise ValueError(f"preview_every must be at least 1, got {every}")
         return self._previews(
@@ -350,7 +349,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def _decode_options(tokenizer: Tokenizer, spec: TokenSpec) -> dict[str, Any]:
-    """What ``decode`` needs to know of the tokens that a generator with ``spec`` makes; ValueError if they do not fit."""
+    """What ``decode`` has to be told of tokens with a generator's ``spec``; ValueError if they do not fit."""
     own = tokenizer.spec
     names = ("codebook_size", "depth") if own.discrete else ("codebook_size", "dim")
     differing = [name for name in names if getattr(own, name) != getattr(spec, name)]
