@@ -1,0 +1,43 @@
+"""Images and cached tokens, in batches that depend on nothing but seed, epoch and position."""
+
+from vistok.data.config import Affine, DataConfig
+from vistok.data.loader import (
+    ImageBatch,
+    ImageBatches,
+    InMemory,
+    Loader,
+    augmented_view_loader,
+    evaluation_loader,
+    training_loader,
+)
+from vistok.data.order import SequentialOrder, ShuffledOrder
+from vistok.data.sources import ImageSource, UnreadableImageError, open_source
+from vistok.data.tokens import TokenBatch, TokenBatches, TokenCache, TokenCacheError, TokenWriter, token_loader
+from vistok.data.transforms import ImageTransform, center_crop_adm, ten_crop, to_pixels
+
+__all__ = [
+    "Affine",
+    "DataConfig",
+    "ImageBatch",
+    "ImageBatches",
+    "ImageSource",
+    "ImageTransform",
+    "InMemory",
+    "Loader",
+    "SequentialOrder",
+    "ShuffledOrder",
+    "TokenBatch",
+    "TokenBatches",
+    "TokenCache",
+    "TokenCacheError",
+    "TokenWriter",
+    "UnreadableImageError",
+    "augmented_view_loader",
+    "center_crop_adm",
+    "evaluation_loader",
+    "open_source",
+    "ten_crop",
+    "to_pixels",
+    "token_loader",
+    "training_loader",
+]

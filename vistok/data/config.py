@@ -1,0 +1,79 @@
+"""The ``data`` section of a config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Small random turns, shifts and scalings; each is drawn uniformly from plus or minus its magnitude.
+
+    Attributes:
+        degrees: of the turn.
+        translate: of the shift, as a share of the image's side, on each axis.
+        scale: of the size, as a share: 0.1 gives images of 90 % to 110 %.
+    """
+
+    degrees: float = 0.0
+    translate: float = 0.0
+    scale: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.degrees <= 180:
+            raise ValueError(f"degrees must lie in 0..180, got {self.degrees}")
+        if not (0 <= self.translate < 1 and 0 <= self.scale < 1):
+            raise ValueError(f"translate and scale must lie in [0, 1), got {self.translate} and {self.scale}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, how they are prepared, and how they are batched.
+
+    Attributes:
+        image_size: side of the square images that come out, in pixels.
+        source: ``folder`` (a folder or a .zip, see :class:`vistok.data.sources.FolderSource`), ``torchvision`` (a
+            dataset of torchvision by ``name``) or ``digits`` (scikit-learn's embedded 8x8 digits).
+        root: the folder or .zip file; where torchvision keeps its datasets.
+        name: torchvision's name of the dataset, for example ``CIFAR10``.
+        split: ``train``, ``test``, ``val``, …; None takes a folder as it is.
+        download: let torchvision fetch what ``root`` lacks.
+        channels: 3 (RGB) or 1 (grey).
+        limit: keep this many images, evenly spread over the source; None keeps all.
+        crop: ``center``: ADM's centre crop; ``random``: short side to ``image_size``, random position (ViT-VQGAN);
+            ``random_resized``: short side drawn in [size, size / 0.8], random position (ADM, LlamaGen);
+            ``resize``: both sides to ``image_size``, without regard to the aspect. Evaluation takes ``center``
+            instead of the random ones.
+        flip: mirror half of the training images.
+        affine: small random turns, shifts and scalings of training images.
+        batch_size: images per batch and process.
+        num_workers: processes that decode; the batches do not depend on it.
+        cache: ``memory`` decodes every image once and keeps it.
+        seed: of the order and of every augmentation.
+    """
+
+    image_size: int
+    source: Literal["folder", "torchvision", "digits"] = "folder"
+    root: str | None = None
+    name: str | None = None
+    split: str | None = "train"
+    download: bool = False
+    channels: Literal[1, 3] = 3
+    limit: int | None = None
+    crop: Literal["center", "random", "random_resized", "resize"] = "center"
+    flip: bool = False
+    affine: Affine | None = None
+    batch_size: int = 64
+    num_workers: int = 0
+    cache: Literal["none", "memory"] = "none"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for key, least in (("image_size", 1), ("batch_size", 1), ("num_workers", 0), ("seed", 0)):
+            if getattr(self, key) < least:
+                raise ValueError(f"{key} must be at least {least}, got {getattr(self, key)}")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be at least 1, or null for all images, got {self.limit}")
+        if self.channels not in (1, 3):
+            raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {self.channels}")

@@ -1,0 +1,271 @@
+"""Batches that are the same whatever the number of workers, and that resume in the middle of an epoch.
+
+A :class:`Loader` joins an order (which indices, :mod:`vistok.data.order`) with a batch reader (what lies there): images
+here, cached tokens in :mod:`vistok.data.tokens`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vistok.data.config import DataConfig
+from vistok.data.order import Order, SequentialOrder, ShuffledOrder
+from vistok.data.sources import ImageSource, UnreadableImageError
+from vistok.data.transforms import ImageTransform, to_pixels
+from vistok.draws import Keys
+
+log = logging.getLogger(__name__)
+
+MAX_UNREADABLE_SHARE = 0.01
+
+B = TypeVar("B", bound=tuple)
+Failures = dict[int, str]
+"""Samples that could not be read: index to name and reason."""
+
+
+class ImageBatch(NamedTuple):
+    """Images of one batch.
+
+    Attributes:
+        pixels: (B, C, H, W) float32 in [-1, 1].
+        labels: (B,) int64; -1 where the source has no classes.
+        indices: (B,) int64, positions in the source.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    indices: Tensor
+
+
+class BatchReader(Protocol[B]):
+    """Samples that are read a batch at a time."""
+
+    def __len__(self) -> int: ...
+
+    def load(self, indices: np.ndarray, epoch: int) -> tuple[B, Failures]:
+        """Read the samples at ``indices`` (B,), augmented as ``epoch`` says. Unreadable ones are left out."""
+
+
+class TooManyUnreadableError(ValueError):
+    """More than 1 % of a source cannot be read."""
+
+
+class ImageBatches:
+    """Reads, crops and augments images of a source. Every random choice is keyed by (seed, epoch, index)."""
+
+    def __init__(self, source: ImageSource, transform: ImageTransform, *, seed: int = 0) -> None:
+        self.source, self.transform, self.seed = source, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def load(self, indices: np.ndarray, epoch: int) -> tuple[ImageBatch, Failures]:
+        images, labels, read, failures = [], [], [], {}
+        keys = Keys.of(self.seed, indices, step=epoch)
+        for index, uniforms in zip(keys.indices, self.transform.crop_uniforms(keys), strict=True):
+            try:
+                image, label = self.source[index]
+            except UnreadableImageError as error:
+                failures[index] = str(error)
+                continue
+            images.append(_as_array(self.transform.crop_image(image, uniforms)))
+            labels.append(label)
+            read.append(index)
+        if images:
+            pixels = self.transform.augment(to_pixels(np.stack(images)), Keys.of(self.seed, read, step=epoch))
+        else:
+            pixels = torch.empty(0)
+        return ImageBatch(pixels, torch.tensor(labels, dtype=torch.int64), torch.tensor(read)), failures
+
+
+class InMemory(ImageSource):
+    """A source decoded once. Crops that are not random are done once, too, so that only the crop is kept."""
+
+    def __init__(self, source: ImageSource, transform: ImageTransform) -> None:
+        self._source = source
+        self.classes = source.classes
+        log.info("decoding %d images into memory", len(source))
+        self._samples = [self._decode(index, transform) for index in range(len(source))]
+
+    def _decode(self, index: int, transform: ImageTransform) -> tuple[np.ndarray, int] | UnreadableImageError:
+        try:
+            image, label = self._source[index]
+        except UnreadableImageError as error:
+            return error
+        return np.asarray(image if transform.crops_randomly else transform.crop_image(image)), label
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        sample = self._samples[index]
+        if isinstance(sample, UnreadableImageError):
+            raise sample
+        return Image.fromarray(sample[0]), sample[1]
+
+    def name(self, index: int) -> str:
+        return self._source.name(index)
+
+    def fingerprint(self) -> str:
+        return self._source.fingerprint()
+
+
+class Loader(Generic[B]):
+    """Iterates over the batches of one epoch after another; one ``iter`` is one epoch.
+
+    ``state_dict`` says which batch comes next, and after ``load_state_dict`` the next ``iter`` starts there; batches
+    that workers have read ahead do not count. Any other ``iter`` starts its epoch anew, so a loop that breaks off and
+    begins again sees the same batches.
+
+    A sample that cannot be read is left out of its batch (which is then smaller; an empty one is skipped), and named
+    in a warning the first time. It is not replaced, so what a batch holds never depends on the run's history.
+
+    Raises:
+        TooManyUnreadableError: while iterating, once more than 1 % of all samples were unreadable.
+    """
+
+    def __init__(self, reader: BatchReader[B], order: Order, *, num_workers: int = 0, epoch: int = 0) -> None:
+        if len(reader) != order.length:
+            raise ValueError(f"the order is for {order.length} samples, but there are {len(reader)}")
+        self.reader, self.order, self.epoch = reader, order, epoch
+        self._position = 0  # batches of this epoch that were handed out
+        self._start = 0  # where the next iter begins
+        self._failures: Failures = {}
+        self._loader = DataLoader(
+            _Requests(reader),
+            sampler=_Remaining(self),
+            batch_size=None,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            collate_fn=_unchanged,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def __len__(self) -> int:
+        """Batches per epoch, on this process."""
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[B]:
+        self._position, self._start = self._start, 0
+        for batch, failures in self._loader:
+            self._position += 1
+            self._report(failures)
+            if len(batch.indices):
+                yield batch
+        self.epoch += 1
+        self._position = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Where iteration stands, as plain numbers."""
+        finished = self._position == len(self)
+        return {
+            "epoch": self.epoch + finished,
+            "position": 0 if finished else max(self._position, self._start),
+            **self._identity(),
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue where ``state`` was taken. Workers may differ, and processes if the global batch is the same.
+
+        Raises:
+            ValueError: the state is of other data, another seed or another global batch size.
+        """
+        for key, own in self._identity().items():
+            if state[key] != own:
+                raise ValueError(f"cannot resume the data order: its {key} was {state[key]}, now it is {own}")
+        self.epoch, self._start, self._position = state["epoch"], state["position"], 0
+
+    def _identity(self) -> dict[str, int]:
+        order = self.order
+        return {
+            "samples": order.length,
+            "seed": order.seed,
+            "global_batch_size": order.batch_size * order.world_size,
+        }
+
+    def _report(self, failures: Failures) -> None:
+        for index, reason in failures.items():
+            if index not in self._failures:
+                log.warning("left out, cannot be read: %s", reason)
+        self._failures.update(failures)
+        if len(self._failures) > MAX_UNREADABLE_SHARE * len(self.reader):
+            shown = "\n".join(list(self._failures.values())[:20])
+            raise TooManyUnreadableError(
+                f"{len(self._failures)} of {len(self.reader)} images cannot be read, more than "
+                f"{MAX_UNREADABLE_SHARE:.0%}; repair or remove them:\n{shown}"
+            )
+
+
+def training_loader(source: ImageSource, config: DataConfig, *, rank: int = 0, world_size: int = 1) -> Loader:
+    """Shuffled, augmented whole batches; ``config.batch_size`` is per process."""
+    order = ShuffledOrder(len(source), config.batch_size, config.seed, rank, world_size)
+    return _image_loader(source, _transform(config), order, config)
+
+
+def evaluation_loader(source: ImageSource, config: DataConfig, *, rank: int = 0, world_size: int = 1) -> Loader:
+    """Every image once, in order, without augmentation."""
+    order = SequentialOrder(len(source), config.batch_size, config.seed, rank, world_size)
+    return _image_loader(source, _transform(config).without_augmentation(), order, config)
+
+
+def augmented_view_loader(source: ImageSource, config: DataConfig, view: int) -> Loader:
+    """Every image once, in order, augmented as training epoch ``view`` would: one view for a token cache."""
+    order = SequentialOrder(len(source), config.batch_size, config.seed)
+    return _image_loader(source, _transform(config), order, config, epoch=view)
+
+
+def _image_loader(
+    source: ImageSource, transform: ImageTransform, order: Order, config: DataConfig, epoch: int = 0
+) -> Loader[ImageBatch]:
+    if config.cache == "memory" and not isinstance(source, InMemory):
+        source = InMemory(source, transform)
+    reader = ImageBatches(source, transform, seed=config.seed)
+    return Loader(reader, order, num_workers=config.num_workers, epoch=epoch)
+
+
+def _transform(config: DataConfig) -> ImageTransform:
+    return ImageTransform(config.image_size, config.crop, config.flip, config.affine)
+
+
+def _as_array(image: Image.Image) -> np.ndarray:
+    """uint8 (H, W, C)."""
+    array = np.asarray(image)
+    return array[..., None] if array.ndim == 2 else array
+
+
+class _Requests(Dataset):
+    """What workers are asked for: one item is a whole batch."""
+
+    def __init__(self, reader: BatchReader[Any]) -> None:
+        self.reader = reader
+
+    def __getitem__(self, request: tuple[int, np.ndarray]) -> tuple[tuple, Failures]:
+        epoch, indices = request
+        return self.reader.load(indices, epoch)
+
+
+class _Remaining:
+    """The requests of a loader's current epoch, from its position on; read anew at every iteration."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def __len__(self) -> int:
+        return len(self._loader) - self._loader._position
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
+        loader = self._loader
+        batches: Sequence[np.ndarray] = loader.order.batches(loader.epoch)
+        return iter([(loader.epoch, indices) for indices in batches[loader._position :]])
+
+
+def _unchanged(item: Any) -> Any:
+    return item

@@ -1,0 +1,77 @@
+"""Which samples form which batch, on which process: a function of (seed, epoch, rank) alone.
+
+A batch number means the same thing to all processes: number ``k`` of ``world_size`` ranks together is one slice of
+the epoch's order. So a run sees the same images in the same steps on 1 x 64 and on 2 x 32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vistok.draws import Keys
+
+
+@dataclass(frozen=True)
+class ShuffledOrder:
+    """Training: a new permutation every epoch, whole batches only (the remainder of an epoch is left out).
+
+    Raises:
+        ValueError: there are too few samples for one batch, or ``rank`` is no rank.
+    """
+
+    length: int
+    batch_size: int
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        _check_rank(self.rank, self.world_size)
+        if len(self) == 0:
+            raise ValueError(
+                f"{self.length} samples do not fill one batch of {self.batch_size} on {self.world_size} process(es); "
+                "lower data.batch_size or add data"
+            )
+
+    def __len__(self) -> int:
+        """Batches per epoch on each process."""
+        return self.length // (self.batch_size * self.world_size)
+
+    def batches(self, epoch: int) -> np.ndarray:
+        """Indices of this rank's batches, (batches, batch_size) int64."""
+        order = Keys(self.seed, (0,), step=epoch).permutation("epoch order", self.length)[0].numpy()
+        whole = order[: len(self) * self.batch_size * self.world_size]
+        return whole.reshape(len(self), self.world_size, self.batch_size)[:, self.rank]
+
+
+@dataclass(frozen=True)
+class SequentialOrder:
+    """Evaluation: every sample exactly once, in order; the last batch may be short, and ranks may differ by a batch."""
+
+    length: int
+    batch_size: int
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        _check_rank(self.rank, self.world_size)
+
+    def __len__(self) -> int:
+        """Batches on this process."""
+        return len(self.batches(0))
+
+    def batches(self, epoch: int) -> list[np.ndarray]:
+        """Indices of this rank's batches; the same in every ``epoch``."""
+        starts = range(self.rank * self.batch_size, self.length, self.batch_size * self.world_size)
+        return [np.arange(start, min(start + self.batch_size, self.length)) for start in starts]
+
+
+Order = ShuffledOrder | SequentialOrder
+
+
+def _check_rank(rank: int, world_size: int) -> None:
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must lie in 0..{world_size - 1} (world_size {world_size}), got {rank}")

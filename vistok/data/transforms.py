@@ -1,0 +1,164 @@
+"""From a decoded image to pixels: crops, flips, small affine changes.
+
+Crops work on 8-bit PIL images, as the published protocols do; flips and affine changes on whole batches. What is
+random takes its uniform numbers as an argument, so that a result depends on (seed, epoch, image) alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from vistok.data.config import Affine
+from vistok.draws import Keys
+
+Crop = Literal["center", "random", "random_resized", "resize"]
+
+
+def center_crop_adm(image: Image.Image, size: int) -> Image.Image:
+    """ADM's centre crop (Dhariwal & Nichol 2021), the preprocessing of nearly every ImageNet score."""
+    image = _shrink_adm(image, size)
+    return _crop(image, size, left=(image.width - size) // 2, top=(image.height - size) // 2)
+
+
+def random_resized_crop(image: Image.Image, size: int, uniforms: Sequence[float]) -> Image.Image:
+    """ADM's random crop, as LlamaGen trains with it: short side drawn from size..size / 0.8, then a random position.
+
+    ``uniforms`` are three numbers in [0, 1): for the short side, the left and the top edge.
+    """
+    zoom, *position = uniforms
+    image = _shrink_adm(image, size + int(zoom * (math.ceil(size / 0.8) - size + 1)))
+    return _crop_at(image, size, position)
+
+
+def random_crop(image: Image.Image, size: int, uniforms: Sequence[float]) -> Image.Image:
+    """ViT-VQGAN's training crop: the short side becomes ``size`` (bilinear), the position along the other is random.
+
+    ``uniforms`` are two numbers in [0, 1): for the left and the top edge.
+    """
+    short = min(image.size)
+    image = image.resize(tuple(size * side // short for side in image.size), Image.Resampling.BILINEAR)
+    return _crop_at(image, size, uniforms)
+
+
+def squash(image: Image.Image, size: int) -> Image.Image:
+    """Resize both sides to ``size`` (bilinear), whatever the aspect: ViT-VQGAN's validation images."""
+    return image.resize((size, size), Image.Resampling.BILINEAR)
+
+
+def ten_crop(pixels: Tensor, size: int) -> Tensor:
+    """The four corners and the centre, then the same five of the mirrored images.
+
+    Args:
+        pixels: (B, C, H, W) with H, W >= size.
+
+    Returns:
+        (B, 10, C, size, size): upper left, upper right, lower left, lower right, centre, and again mirrored.
+    """
+    height, width = pixels.shape[-2:]
+    if min(height, width) < size:
+        raise ValueError(f"ten_crop cannot cut {size} x {size} out of images of {height} x {width} (H x W)")
+    bottom, right = height - size, width - size
+    corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (round(bottom / 2), round(right / 2))]
+    crops = [
+        view[..., top : top + size, left : left + size] for view in (pixels, pixels.flip(-1)) for top, left in corners
+    ]
+    return torch.stack(crops, dim=1)
+
+
+def to_pixels(images: np.ndarray) -> Tensor:
+    """uint8 images (B, H, W, C) to float32 pixels (B, C, H, W) in [-1, 1]."""
+    return torch.tensor(images).permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
+
+
+def random_flip(pixels: Tensor, uniforms: Tensor) -> Tensor:
+    """Mirror the images (B, C, H, W) whose uniform number (B,) is below one half."""
+    return torch.where((uniforms < 0.5)[:, None, None, None], pixels.flip(-1), pixels)
+
+
+def random_affine(pixels: Tensor, affine: Affine, uniforms: Tensor) -> Tensor:
+    """Turn, scale and shift each image about its centre (bilinear; what comes into view is black).
+
+    Args:
+        pixels: (B, C, H, W) in [-1, 1].
+        uniforms: (B, 4) in [0, 1): for angle, scale, horizontal and vertical shift; one half changes nothing.
+    """
+    height, width = pixels.shape[-2:]
+    angle, scale, shift_x, shift_y = (2 * uniforms - 1)[..., None, None].unbind(1)  # (B, 1, 1) each
+    angle = angle * math.radians(affine.degrees)
+    scale = 1 + scale * affine.scale
+    # Output coordinates in [-1, 1], one row and one column; the source of each output pixel is looked up.
+    x = ((torch.arange(width) + 0.5) * 2 / width - 1)[None, None, :] - 2 * affine.translate * shift_x  # (B, 1, W)
+    y = ((torch.arange(height) + 0.5) * 2 / height - 1)[None, :, None] - 2 * affine.translate * shift_y  # (B, H, 1)
+    # Element by element, not by a matrix product, whose rounding may depend on the batch size.
+    cosine, sine = torch.cos(angle) / scale, torch.sin(angle) / scale
+    source_x = cosine * x + sine * y * (height / width)
+    source_y = cosine * y - sine * x * (width / height)
+    grid = torch.stack((source_x, source_y), dim=-1)  # (B, H, W, 2)
+    return F.grid_sample(pixels + 1, grid, mode="bilinear", padding_mode="zeros", align_corners=False) - 1
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """How an image becomes pixels: a crop to ``size``, then flip and affine changes; see ``DataConfig`` for each."""
+
+    size: int
+    crop: Crop = "center"
+    flip: bool = False
+    affine: Affine | None = None
+
+    @property
+    def crops_randomly(self) -> bool:
+        return self.crop in ("random", "random_resized")
+
+    def without_augmentation(self) -> ImageTransform:
+        """The transform that evaluation uses: the centre crop for a random one, no flips, no affine changes."""
+        crop = "center" if self.crops_randomly else self.crop
+        return replace(self, crop=crop, flip=False, affine=None)
+
+    def crop_image(self, image: Image.Image, uniforms: Sequence[float] | None = None) -> Image.Image:
+        """Crop to (size, size). ``uniforms``: three numbers in [0, 1), only looked at by the random crops."""
+        if image.size == (self.size, self.size) and self.crop != "random_resized":
+            return image
+        if self.crop == "random_resized":
+            return random_resized_crop(image, self.size, uniforms)
+        if self.crop == "random":
+            return random_crop(image, self.size, uniforms[1:])
+        return center_crop_adm(image, self.size) if self.crop == "center" else squash(image, self.size)
+
+    def crop_uniforms(self, keys: Keys) -> list[Sequence[float] | None]:
+        """What ``crop_image`` takes, for each sample of ``keys``."""
+        return keys.uniform("crop", 3).tolist() if self.crops_randomly else [None] * len(keys)
+
+    def augment(self, pixels: Tensor, keys: Keys) -> Tensor:
+        """Flip and change (B, C, size, size) as ``keys`` say."""
+        if self.flip:
+            pixels = random_flip(pixels, keys.uniform("flip"))
+        if self.affine is not None:
+            pixels = random_affine(pixels, self.affine, keys.uniform("affine", 4))
+        return pixels
+
+
+def _shrink_adm(image: Image.Image, size: int) -> Image.Image:
+    """Bring the short side to ``size``: halve with BOX while that is possible, then BICUBIC."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+
+
+def _crop(image: Image.Image, size: int, *, left: int, top: int) -> Image.Image:
+    return image.crop((left, top, left + size, top + size))
+
+
+def _crop_at(image: Image.Image, size: int, position: Sequence[float]) -> Image.Image:
+    left, top = (int(u * (side - size + 1)) for u, side in zip(position, image.size, strict=True))
+    return _crop(image, size, left=left, top=top)
