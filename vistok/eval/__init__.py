@@ -1,0 +1,6 @@
+"""Evaluation: scores of generated images and of reconstructions, with everything recorded that a score depends on."""
+
+from vistok.eval.protocols import PROTOCOLS, evaluate, evaluate_reconstruction
+from vistok.eval.references import make_reference
+
+__all__ = ["PROTOCOLS", "evaluate", "evaluate_reconstruction", "make_reference"]

@@ -1,0 +1,166 @@
+"""Scores of reconstructions against their originals: PSNR and the SSIM variants that papers report.
+
+Images are float (B, C, H, W), originals and reconstructions alike in [0, data_range]; scores are float64 (B,).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def to_uint8(
+    pixels: Tensor, *, gain: float = 127.5, offset: float = 128.0, rounding: Literal["truncate", "nearest"] = "truncate"
+) -> Tensor:
+    """Float pixels to 8 bit: ``gain * x + offset``, clamped to 0..255, then rounded; the shape stays.
+
+    The defaults are the rule of ADM, LlamaGen and GigaTok for pixels in [-1, 1]: 127.5 x + 128, truncated, which rounds
+    (x + 1) / 2 * 255 half up, so that an 8-bit image survives the round trip. Truncating (x + 1) / 2 * 255 itself,
+    a common mistake, leaves about half of all pixels one level too dark.
+
+    Raises:
+        ValueError: integer pixels, or a value that is not finite.
+    """
+    if not pixels.is_floating_point():
+        raise ValueError(f"expected float pixels, got {pixels.dtype}")
+    if not bool(pixels.isfinite().all()):
+        bad = int((~pixels.isfinite()).sum())
+        raise ValueError(f"{bad} of {pixels.numel()} pixel values are NaN or infinite; such images have no score")
+    scaled = (gain * pixels.float() + offset).clamp(0, 255)
+    if rounding == "nearest":
+        scaled = scaled.round()
+    elif rounding != "truncate":
+        raise ValueError(f"unknown rounding {rounding!r}; known: 'truncate', 'nearest'")
+    return scaled.to(torch.uint8)
+
+
+def mean_squared_error(original: Tensor, reconstruction: Tensor) -> Tensor:
+    """Per image over all pixels and channels: (B,) in float64."""
+    _check_pair(original, reconstruction)
+    return (original.double() - reconstruction.double()).square().mean(dim=(1, 2, 3))
+
+
+def decibels(mse: Tensor, data_range: float = 1.0) -> Tensor:
+    """Peak signal-to-noise ratio of a mean squared error; infinite where that is 0."""
+    return 10 * torch.log10(data_range**2 / mse)
+
+
+def psnr(original: Tensor, reconstruction: Tensor, data_range: float = 1.0) -> Tensor:
+    """Peak signal-to-noise ratio per image in decibels, (B,); infinite for equal images.
+
+    Papers average these decibels over images (scikit-image per image); ``decibels`` of the mean error over a set, which
+    torchmetrics reports for a batch, is never higher.
+    """
+    return decibels(mean_squared_error(original, reconstruction), data_range)
+
+
+@dataclass(frozen=True)
+class SSIM:
+    """One variant of the structural similarity index (Wang et al. 2004), computed in float64, channels averaged.
+
+    Attributes:
+        data_range: the distance between the smallest and the largest possible value.
+        window: how a neighbourhood is weighted.
+        window_size: its side, odd.
+        sigma: of the Gaussian window, in pixels.
+        covariance: ``sample`` multiplies (co)variances by n / (n - 1), n = window_size^2.
+        border: ``crop`` scores only whole windows, ``reflect`` every pixel of the image padded by reflection.
+    """
+
+    data_range: float = 1.0
+    window: Literal["uniform", "gaussian"] = "uniform"
+    window_size: int = 7
+    sigma: float = 1.5
+    covariance: Literal["sample", "population"] = "sample"
+    border: Literal["crop", "reflect"] = "crop"
+    k1: float = 0.01
+    k2: float = 0.03
+
+    def __post_init__(self) -> None:
+        if self.window_size < 1 or self.window_size % 2 == 0:
+            raise ValueError(f"the window's side must be odd and positive, got {self.window_size}")
+        allowed = {
+            "window": ("uniform", "gaussian"),
+            "covariance": ("sample", "population"),
+            "border": ("crop", "reflect"),
+        }
+        for field, names in allowed.items():
+            if getattr(self, field) not in names:
+                raise ValueError(f"unknown {field} {getattr(self, field)!r}; known: {', '.join(names)}")
+
+    def __call__(self, original: Tensor, reconstruction: Tensor) -> Tensor:
+        """Mean similarity per image, (B,).
+
+        Raises:
+            ValueError: shapes that differ, or images smaller than the window.
+        """
+        _check_pair(original, reconstruction)
+        if min(original.shape[-2:]) < self.window_size:
+            raise ValueError(
+                f"SSIM with a {self.window_size}x{self.window_size} window needs images of at least that size, "
+                f"got {tuple(original.shape[-2:])}"
+            )
+        x, y = original.double(), reconstruction.double()
+        mean_x, mean_y = self._local_mean(x), self._local_mean(y)
+        n = self.window_size**2
+        scale = n / (n - 1) if self.covariance == "sample" else 1.0
+        var_x = scale * (self._local_mean(x * x) - mean_x**2)
+        var_y = scale * (self._local_mean(y * y) - mean_y**2)
+        cov = scale * (self._local_mean(x * y) - mean_x * mean_y)
+        c1, c2 = (self.k1 * self.data_range) ** 2, (self.k2 * self.data_range) ** 2
+        luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+        structure = (2 * cov + c2) / (var_x + var_y + c2)
+        return (luminance * structure).mean(dim=(1, 2, 3))
+
+    def _local_mean(self, x: Tensor) -> Tensor:
+        """Window averages of (B, C, H, W); the sides shrink by window_size - 1 unless the border is padded."""
+        half = self.window_size // 2
+        if self.border == "reflect":
+            x = F.pad(x, (half, half, half, half), mode="reflect")
+        kernel = self._kernel().to(x)
+        channels = x.shape[1]
+        rows = kernel.view(1, 1, -1, 1).expand(channels, 1, -1, 1)
+        columns = kernel.view(1, 1, 1, -1).expand(channels, 1, 1, -1)
+        return F.conv2d(F.conv2d(x, rows, groups=channels), columns, groups=channels)
+
+    def _kernel(self) -> Tensor:
+        """The window along one axis, (window_size,), summing to 1; both windows are separable."""
+        if self.window == "uniform":
+            return torch.full((self.window_size,), 1 / self.window_size, dtype=torch.float64)
+        offsets = torch.arange(self.window_size, dtype=torch.float64) - self.window_size // 2
+        weights = torch.exp(-(offsets**2) / (2 * self.sigma**2))
+        return weights / weights.sum()
+
+
+# All are of images in [0, 1]. Never compare one with another: on photographs they differ by up to 0.01.
+SSIM_VARIANTS: dict[str, SSIM] = {
+    "ssim": SSIM(),  # scikit-image's default
+    # LlamaGen, GigaTok, D-AR: scikit-image told that the range is 2 although images lie in [0, 1]; inflated.
+    "ssim_llamagen": SSIM(data_range=2.0),
+    # scikit-image with gaussian_weights, the setting of the original paper.
+    "ssim_gaussian": SSIM(window="gaussian", window_size=11, covariance="population"),
+    "ssim_torchmetrics": SSIM(window="gaussian", window_size=11, covariance="population", border="reflect"),
+}
+
+
+def ssim(original: Tensor, reconstruction: Tensor, variant: str = "ssim") -> Tensor:
+    """Structural similarity per image of images in [0, 1], (B,), by the variant's name.
+
+    Raises:
+        ValueError: an unknown variant; see also ``SSIM``.
+    """
+    if variant not in SSIM_VARIANTS:
+        raise ValueError(f"unknown SSIM variant {variant!r}; known: {', '.join(SSIM_VARIANTS)}")
+    return SSIM_VARIANTS[variant](original, reconstruction)
+
+
+def _check_pair(original: Tensor, reconstruction: Tensor) -> None:
+    if original.shape != reconstruction.shape or original.ndim != 4:
+        raise ValueError(
+            "originals and reconstructions must be of one shape (B, C, H, W), got "
+            f"{tuple(original.shape)} and {tuple(reconstruction.shape)}"
+        )
