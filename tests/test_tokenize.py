@@ -1,0 +1,183 @@
+"""Tokenizing a data set: which views, in which order, with what beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vistok
+from vistok.data import Affine, DataConfig, TokenCache, augmented_view_loader, evaluation_loader, open_source
+from vistok.data.transforms import center_crop_adm, ten_crop, to_pixels
+from vistok.tokenizers.llamagen_vq import LlamaGenVQ
+from vistok.tokenizers.vit_vqgan import ViTVQGAN
+from vistok.train.tokenize import tokenize
+
+TINY_VIT = {"dim": 32, "depth": 1, "heads": 1, "mlp_dim": 32}
+
+
+def tiny_tokenizer(**arguments) -> ViTVQGAN:
+    torch.manual_seed(0)
+    settings = {"image_size": 16, "patch_size": 8, "codebook_size": 64, "codebook_embed_dim": 4}
+    return ViTVQGAN(**{**settings, "encoder": TINY_VIT, "decoder": TINY_VIT, **arguments})
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for name in ("bird", "cat"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(5):
+            low = Image.fromarray(rng.integers(0, 255, (5, 4, 3), dtype=np.uint8))
+            low.resize((24, 30), Image.Resampling.BICUBIC).save(tmp_path / "photos" / name / f"{number}.png")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def data(photos: Path) -> DataConfig:
+    return DataConfig(image_size=16, root=str(photos), batch_size=3)
+
+
+def stored(cache: TokenCache, view: int = 0) -> torch.Tensor:
+    return cache.batch(np.arange(len(cache)), np.full(len(cache), view))[0]
+
+
+def encoded(tokenizer, loader) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.cat([tokenizer.encode(batch.pixels) for batch in loader])
+
+
+def test_the_cache_holds_what_the_tokenizer_makes_of_evaluation_images(data, tmp_path):
+    tokenizer = tiny_tokenizer()
+    cache = tokenize(tokenizer, dataclasses.replace(data, flip=True, crop="random_resized"), tmp_path / "tokens")
+    expected = encoded(tokenizer, evaluation_loader(open_source(data), data))
+    assert torch.equal(stored(cache), expected)
+    assert len(expected.unique(dim=0)) > 5, "the images must differ for this test to mean anything"
+    assert cache.labels.tolist() == [0] * 5 + [1] * 5
+    assert cache.classes == ("bird", "cat")
+    assert cache.source_fingerprint == open_source(data).fingerprint()
+
+
+def test_the_cache_carries_its_tokenizer(data, tmp_path):
+    tokenizer = tiny_tokenizer()
+    cache = tokenize(tokenizer, data, tmp_path / "tokens")
+    copy = vistok.load(tmp_path / "tokens" / "tokenizer")
+    cache.check_tokenizer(copy.fingerprint())
+    assert copy.fingerprint() == tokenizer.fingerprint()
+    assert vistok.TokenSpec(**cache.spec) == tokenizer.spec
+
+
+def test_flip_stores_the_mirror_image_second(data, tmp_path):
+    tokenizer = tiny_tokenizer()
+    cache = tokenize(tokenizer, data, tmp_path / "tokens", augmentation="flip")
+    pixels = torch.cat([batch.pixels for batch in evaluation_loader(open_source(data), data)])
+    assert cache.views == 2
+    assert torch.equal(stored(cache, 0), tokenizer.encode(pixels))
+    assert torch.equal(stored(cache, 1), tokenizer.encode(pixels.flip(-1)))
+
+
+def test_ten_crop_cuts_from_images_a_tenth_larger(data, tmp_path):
+    tokenizer = tiny_tokenizer()
+    cache = tokenize(tokenizer, data, tmp_path / "tokens", augmentation="ten_crop")
+    source = open_source(data)
+    larger = np.stack([np.asarray(center_crop_adm(source[i][0], 17)) for i in range(len(source))])
+    crops = ten_crop(to_pixels(larger), 16)  # (N, 10, C, H, W)
+    assert cache.views == 10
+    for view in range(10):
+        assert torch.equal(stored(cache, view), tokenizer.encode(crops[:, view]))
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_workers": 2}, {"cache": "memory"}, {"batch_size": 10}])
+def test_random_views_are_those_of_the_first_epochs(data, tmp_path, changes):
+    tokenizer = tiny_tokenizer()
+    data = dataclasses.replace(data, crop="random", flip=True, affine=Affine(degrees=20, translate=0.2), seed=5)
+    cache = tokenize(tokenizer, dataclasses.replace(data, **changes), tmp_path / "tokens", augmentation="random:3")
+    assert cache.views == 3
+    for view in range(3):
+        expected = encoded(tokenizer, augmented_view_loader(open_source(data), data, view))
+        assert torch.equal(stored(cache, view), expected)
+    assert not torch.equal(stored(cache, 0), stored(cache, 1))
+
+
+def test_other_seeds_give_other_random_views(data, tmp_path):
+    tokenizer, data = tiny_tokenizer(), dataclasses.replace(data, affine=Affine(translate=0.3))
+    first = tokenize(tokenizer, data, tmp_path / "a", augmentation="random:1")
+    other = tokenize(tokenizer, dataclasses.replace(data, seed=1), tmp_path / "b", augmentation="random:1")
+    assert not torch.equal(stored(first), stored(other))
+
+
+def test_a_tokenizer_in_training_mode_is_evaluated(data, tmp_path):
+    arguments = {"channels": 8, "encoder_channel_mult": (1, 1), "decoder_channel_mult": (1, 1), "res_blocks": 1}
+    arguments |= {"z_channels": 8, "codebook_size": 64, "codebook_embed_dim": 4, "norm_groups": 4, "dropout": 0.9}
+    tokenizer = LlamaGenVQ(16, **arguments).train()
+    cache = tokenize(tokenizer, data, tmp_path / "tokens")
+    assert torch.equal(stored(cache), encoded(tokenizer.eval(), evaluation_loader(open_source(data), data)))
+
+
+def test_residual_ids_and_grey_unlabelled_images(photos, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in photos.rglob("*.png"):
+        path.rename(flat / f"{path.parent.name}-{path.name}")
+    tokenizer = tiny_tokenizer(residual_depth=2, in_channels=1)
+    data = DataConfig(image_size=16, root=str(flat), channels=1, batch_size=4)
+    cache = tokenize(tokenizer, data, tmp_path / "tokens")
+    assert stored(cache).shape == (10, 4, 2)
+    assert (cache.classes, set(cache.labels.tolist())) == ((), {-1})
+
+
+def test_another_size_of_a_convolutional_tokenizer(data, tmp_path):
+    arguments = {"channels": 8, "encoder_channel_mult": (1, 1), "decoder_channel_mult": (1, 1), "res_blocks": 1}
+    tokenizer = LlamaGenVQ(16, z_channels=8, codebook_size=64, codebook_embed_dim=4, norm_groups=4, **arguments)
+    cache = tokenize(tokenizer, dataclasses.replace(data, image_size=8), tmp_path / "tokens")
+    assert cache.spec["grid"] == [4, 4]
+    assert stored(cache).shape == (10, 16)
+    with pytest.raises(ValueError, match=r"data\.image_size is 9, .*built for 16x16: set data\.image_size=16"):
+        tokenize(tokenizer, dataclasses.replace(data, image_size=9), tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("changes", "augmentation", "message"),
+    [
+        ({"image_size": 32}, "none", r"data\.image_size is 32, .*built for 16x16: set data\.image_size=16"),
+        ({"channels": 1}, "none", r"reads 3 channels; set data\.channels=3, not 1"),
+        ({}, "tencrop", r"unknown augmentation 'tencrop'; did you mean 'ten_crop'\? Known: none, flip"),
+        ({}, "random", "random needs a number of views"),
+        ({}, "random:0", "random needs a number of views"),
+        ({}, "random:4", r"would store 4 equal views: set data\.flip=true"),
+    ],
+)
+def test_bad_requests_leave_nothing_behind(data, tmp_path, changes, augmentation, message):
+    with pytest.raises(ValueError, match=message):
+        tokenize(tiny_tokenizer(), dataclasses.replace(data, **changes), tmp_path / "new", augmentation=augmentation)
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+
+def test_an_existing_folder_is_refused_before_any_work(data, tmp_path):
+    (tmp_path / "tokens").mkdir()
+    with pytest.raises(FileExistsError, match="exists already; choose another folder"):
+        tokenize(tiny_tokenizer(), data, tmp_path / "tokens")
+
+
+def test_too_many_damaged_images_leave_nothing_behind(data, photos, tmp_path):
+    (photos / "cat" / "0.png").write_bytes(b"not an image")
+    with pytest.raises(ValueError, match="1 of 10 images cannot be read"):
+        tokenize(tiny_tokenizer(), data, tmp_path / "tokens", augmentation="flip")
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+
+def test_few_damaged_images_are_left_out_of_every_view(photos, tmp_path, caplog):
+    good = Image.open(photos / "cat" / "1.png").copy()
+    for number in range(110):
+        good.rotate(3 * number).save(photos / "cat" / f"more-{number:03d}.png")
+    (photos / "cat" / "more-000.png").write_bytes(b"not an image")
+    data = DataConfig(image_size=16, root=str(photos), flip=True, batch_size=40)
+    with caplog.at_level(logging.WARNING):
+        cache = tokenize(tiny_tokenizer(), data, tmp_path / "tokens", augmentation="random:2")
+    assert len(cache) == 119
+    assert "more-000.png" in caplog.text

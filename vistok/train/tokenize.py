@@ -1,0 +1,187 @@
+"""Between the stages: images through a trained tokenizer into a token cache."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vistok.config import nearest
+from vistok.data.config import DataConfig
+from vistok.data.loader import Failures, ImageBatch, ImageBatches, InMemory, Loader
+from vistok.data.order import SequentialOrder
+from vistok.data.sources import ImageSource, open_source
+from vistok.data.tokens import TokenCache, TokenWriter
+from vistok.data.transforms import ImageTransform, ten_crop
+from vistok.pipelines import TOKENIZER
+from vistok.progress import track
+from vistok.tokenizers.base import Tokenizer
+from vistok.types import TokenSpec
+
+AUGMENTATIONS = ("none", "flip", "ten_crop", "random:K")
+
+
+def tokenize(tokenizer: Tokenizer, data: DataConfig, out: str | Path, *, augmentation: str = "none") -> TokenCache:
+    """Encode every image of ``data`` and write the token cache ``out``, with a copy of the tokenizer inside.
+
+    Runs on the tokenizer's device, ``data.batch_size`` images at a time; depends on nothing but its arguments.
+
+    Args:
+        augmentation: which views of each image are stored, of which training draws one at a time:
+            ``none``: the image as evaluation sees it;
+            ``flip``: that, and its mirror image;
+            ``ten_crop``: corners and centre of the image at 1.1 times the size, and their mirror images (LlamaGen's
+            recipe for ImageNet);
+            ``random:K``: K views as ``data``'s training augmentation draws them in its first K epochs.
+
+    Raises:
+        FileExistsError: ``out`` exists.
+        ValueError: an image size or channels that the tokenizer cannot read, or an unknown augmentation.
+        TooManyUnreadableError: more than 1 % of the images cannot be read.
+    """
+    out = Path(out)
+    if out.exists():
+        raise FileExistsError(f"{out} exists already; choose another folder for the tokens or remove it first")
+    spec = check_size(tokenizer, data)
+    views = parse_augmentation(augmentation)
+    source = open_source(data)
+    reader = views.reader(source, data)
+    loader = Loader(reader, SequentialOrder(len(source), data.batch_size), num_workers=data.num_workers)
+    writer = TokenWriter(
+        out,
+        dataclasses.asdict(spec),
+        tokenizer.fingerprint(),
+        views=views.count,
+        classes=source.classes,
+        source_fingerprint=source.fingerprint(),
+    )
+    with writer:
+        for batch in track(loader, f"tokens of {len(source):,} images", len(loader)):
+            writer.write(_encode(tokenizer.eval(), batch.pixels, data.batch_size), batch.labels)
+        tokenizer.save_pretrained(writer.folder / TOKENIZER)
+    return TokenCache(out)
+
+
+def check_size(tokenizer: Tokenizer, data: DataConfig) -> TokenSpec:
+    """The spec of the tokens of such images.
+
+    Raises:
+        ValueError: the tokenizer reads images of another size, or other channels.
+    """
+    channels, height, width = tokenizer.image_shape
+    if data.channels != channels:
+        raise ValueError(f"this tokenizer reads {channels} channels; set data.channels={channels}, not {data.channels}")
+    size = data.image_size
+    try:
+        return tokenizer.spec_for((size, size))
+    except ValueError as error:
+        raise ValueError(
+            f"data.image_size is {size}, but this tokenizer was built for {height}x{width}: set data.image_size="
+            f"{height} ({error})"
+        ) from error
+
+
+@torch.no_grad()
+def _encode(tokenizer: Tokenizer, pixels: Tensor, batch_size: int) -> Tensor:
+    """(B, V, C, H, W) to tokens (B, V, L[, depth or D]), ``batch_size`` images at a time."""
+    parameter = next(tokenizer.parameters())
+    images = pixels.flatten(0, 1).split(batch_size)
+    tokens = [tokenizer.encode(part.to(parameter.device, parameter.dtype)).cpu() for part in images]
+    return torch.cat(tokens).unflatten(0, pixels.shape[:2])
+
+
+class FixedViewBatches:
+    """A batch reader of the same views of every image; pixels are (B, V, C, H, W)."""
+
+    def __init__(self, images: ImageBatches, views: FixedViews, size: int) -> None:
+        self.images, self.views, self.size = images, views, size
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, indices: np.ndarray, epoch: int) -> tuple[ImageBatch, Failures]:
+        batch, failures = self.images.load(indices, epoch)
+        return batch._replace(pixels=self.views.cut(batch.pixels, self.size)) if len(batch.indices) else batch, failures
+
+
+class RandomViewBatches:
+    """A batch reader of what the first epochs of training see of every image; pixels are (B, V, C, H, W)."""
+
+    def __init__(self, images: ImageBatches, count: int) -> None:
+        self.images, self.count = images, count
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, indices: np.ndarray, epoch: int) -> tuple[ImageBatch, Failures]:
+        views = [self.images.load(indices, view) for view in range(self.count)]
+        (first, failures), *_ = views  # what cannot be read is missing from every view
+        return first._replace(pixels=torch.stack([batch.pixels for batch, _ in views], 1)), failures
+
+
+@dataclass(frozen=True)
+class FixedViews:
+    """``count`` views that ``cut`` takes from an image prepared as for evaluation, ``margin`` times as large.
+
+    ``cut`` turns pixels (B, C, H, W) and the size of a view into (B, count, C, size, size).
+    """
+
+    count: int
+    cut: Callable[[Tensor, int], Tensor]
+    margin: float = 1.0
+
+    def reader(self, source: ImageSource, data: DataConfig) -> FixedViewBatches:
+        transform = ImageTransform(int(data.image_size * self.margin), data.crop).without_augmentation()
+        return FixedViewBatches(ImageBatches(source, transform), self, data.image_size)
+
+
+@dataclass(frozen=True)
+class RandomViews:
+    """``count`` views, each as training would augment the image."""
+
+    count: int
+
+    def reader(self, source: ImageSource, data: DataConfig) -> RandomViewBatches:
+        transform = ImageTransform(data.image_size, data.crop, data.flip, data.affine)
+        if transform == transform.without_augmentation():
+            raise ValueError(
+                f"augmentation 'random:{self.count}' would store {self.count} equal views: set data.flip=true, "
+                "data.affine.… or data.crop=random_resized, or choose another augmentation"
+            )
+        if data.cache == "memory":
+            source = InMemory(source, transform)
+        return RandomViewBatches(ImageBatches(source, transform, seed=data.seed), self.count)
+
+
+def parse_augmentation(name: str) -> FixedViews | RandomViews:
+    """The views that an augmentation stands for; ValueError if there is none of the name."""
+    if name in FIXED_VIEWS:
+        return FIXED_VIEWS[name]
+    kind, _, count = name.partition(":")
+    if kind == "random" and count.isdigit() and int(count) > 0:
+        return RandomViews(int(count))
+    if kind == "random":
+        raise ValueError(f"augmentation {name!r}: random needs a number of views, for example random:10")
+    guess = nearest(name, AUGMENTATIONS)
+    hint = f"; did you mean {guess!r}?" if guess else ""
+    raise ValueError(f"unknown augmentation {name!r}{hint} Known: {', '.join(AUGMENTATIONS)}.")
+
+
+def as_it_is(pixels: Tensor, size: int) -> Tensor:
+    return pixels[:, None]
+
+
+def with_mirror_image(pixels: Tensor, size: int) -> Tensor:
+    return torch.stack([pixels, pixels.flip(-1)], 1)
+
+
+FIXED_VIEWS = {
+    "none": FixedViews(1, as_it_is),
+    "flip": FixedViews(2, with_mirror_image),
+    "ten_crop": FixedViews(10, ten_crop, margin=1.1),
+}
