@@ -61,6 +61,9 @@ class TokenWriter:
         source_fingerprint: of the images, see ``ImageSource.fingerprint``.
         shard_size: samples per file.
 
+    Attributes:
+        folder: where the cache lies while it is being written; what else is put there becomes part of it.
+
     Raises:
         FileExistsError: on entering, if ``folder`` exists.
         ValueError: on leaving, if nothing was written.
@@ -97,7 +100,7 @@ class TokenWriter:
 
     def __enter__(self) -> TokenWriter:
         self._stack = ExitStack()
-        self._folder = self._stack.enter_context(atomic_folder(self._target))
+        self.folder = self._stack.enter_context(atomic_folder(self._target))
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -135,8 +138,8 @@ class TokenWriter:
 
     def _write_shard(self, count: int) -> None:
         tokens, labels = np.concatenate(self._tokens), np.concatenate(self._labels)
-        np.save(self._folder / _shard("tokens", len(self._shards)), tokens[:count])
-        np.save(self._folder / _shard("labels", len(self._shards)), labels[:count])
+        np.save(self.folder / _shard("tokens", len(self._shards)), tokens[:count])
+        np.save(self.folder / _shard("labels", len(self._shards)), labels[:count])
         self._shards.append(count)
         self._tokens, self._labels = [tokens[count:]], [labels[count:]]
 
@@ -146,7 +149,7 @@ class TokenWriter:
             self._write_shard(rest)
         if not self._shards:
             raise ValueError(f"no samples were written to {self._target}")
-        write_json(self._folder / "index.json", {**self._header, "shards": self._shards})
+        write_json(self.folder / "index.json", {**self._header, "shards": self._shards})
 
 
 class TokenCache:
