@@ -86,10 +86,15 @@ def filter_logits(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, t
 
 
 def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """The first id whose cumulative probability exceeds the uniform number: (B, V), (B,) -> (B,) int64."""
-    cumulative = probabilities.cumsum(-1)
-    # Rounding may leave the last sum below 1: scale the uniform instead of the sums.
-    return (cumulative <= uniforms.unsqueeze(-1) * cumulative[:, -1:]).sum(-1).clamp_max(probabilities.shape[-1] - 1)
+    """The first id whose cumulative probability exceeds the uniform number: (B, V), (B,) -> (B,) int64.
+
+    Ids of probability 0 are never drawn.
+    """
+    # Rounding may leave the last sum off 1, and an accelerator's parallel sums are not monotone to the last bit:
+    # scale the uniform by the largest sum, and pass over excluded ids.
+    cumulative = probabilities.cumsum(-1).masked_fill(probabilities == 0, 0)
+    threshold = uniforms.unsqueeze(-1) * cumulative.amax(-1, keepdim=True)
+    return (cumulative > threshold).int().argmax(-1)
 
 
 def draw_ids(logits: Tensor, uniforms: Tensor, options: DecodingOptions) -> Tensor:

@@ -1,0 +1,78 @@
+"""One tiny model of every registered name, with random weights; tests of contracts run over all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from vistok import registry
+from vistok.draws import Keys
+from vistok.generators.base import Generator
+from vistok.tokenizers.base import Tokenizer
+from vistok.types import Condition, TokenSpec
+
+RASTER = TokenSpec(16, 32, dim=4, grid=(4, 4))
+VIT = {"dim": 32, "depth": 1, "heads": 1, "mlp_dim": 32}
+
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "vit_vqgan": {
+        "image_size": 16,
+        "patch_size": 4,
+        "encoder": VIT,
+        "decoder": VIT,
+        "codebook_size": 32,
+        "codebook_embed_dim": 4,
+    },
+    "llamagen_vq": {
+        "image_size": 16,
+        "channels": 8,
+        "encoder_channel_mult": (1, 1, 2),
+        "decoder_channel_mult": (1, 1, 2),
+        "res_blocks": 1,
+        "z_channels": 8,
+        "codebook_size": 32,
+        "codebook_embed_dim": 4,
+        "norm_groups": 4,
+    },
+    "vit_vqgan_gpt": {"spec": RASTER, "num_classes": 5, "dim": 16, "layers": 2, "heads": 2, "condition_dropout": 0.1},
+    "llama": {"spec": RASTER, "num_classes": 5, "dim": 16, "layers": 2, "heads": 2, "multiple_of": 16},
+}
+
+
+def names(kind: str) -> list[str]:
+    return [entry.name for entry in registry.ENTRIES if entry.kind == kind]
+
+
+def tiny(name: str, **arguments: Any) -> Tokenizer | Generator:
+    """The tiny model of a registered name, in eval mode; ``arguments`` replace some of its own."""
+    model = registry.entry(name).load()(**ARGUMENTS[name] | arguments)
+    return randomise(model).eval()
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Give every trained parameter random values: parameters that start at zero would hide mistakes."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                scale = 0.1 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
+                offset = 1.0 if parameter.ndim == 1 else 0.0
+                parameter.copy_(offset + scale * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def pixels(tokenizer: Tokenizer, batch: int = 3, seed: int = 0) -> torch.Tensor:
+    """Random images (B, C, H, W) in [-1, 1] for a tokenizer."""
+    return Keys.range(seed, batch).uniform("pixels", *tokenizer.image_shape) * 2 - 1
+
+
+def token_ids(generator: Generator, batch: int = 3, seed: int = 0) -> torch.Tensor:
+    """Random ids (B, L) for a generator."""
+    uniforms = Keys.range(seed, batch).uniform("tokens", generator.spec.length)
+    return (uniforms * generator.spec.codebook_size).long()
+
+
+def labels(*classes: int) -> Condition:
+    return Condition.from_labels(torch.tensor(classes))
