@@ -7,6 +7,7 @@ here, cached tokens in :mod:`vistok.data.tokens`.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -256,7 +257,8 @@ class _Remaining:
     """The requests of a loader's current epoch, from its position on; read anew at every iteration."""
 
     def __init__(self, loader: Loader) -> None:
-        self._loader = loader
+        # In a reference cycle, worker processes would be collected in no good order, and torch wait 5 s for each.
+        self._loader = weakref.proxy(loader)
 
     def __len__(self) -> int:
         return len(self._loader) - self._loader._position
