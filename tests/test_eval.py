@@ -13,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from vistok.data.pictures import to_uint8
 from vistok.eval import evaluate, evaluate_reconstruction, make_reference
 from vistok.eval import features as eval_features
 from vistok.eval import metrics as m
 from vistok.eval.features import CallableNetwork, InceptionV3Compat
 from vistok.eval.images import FolderImages, ImageError, NpzImages, open_images
 from vistok.eval.protocols import PROTOCOLS
-from vistok.eval.reconstruction import SSIM_VARIANTS, psnr, ssim, to_uint8
+from vistok.eval.reconstruction import SSIM_VARIANTS, psnr, ssim
 from vistok.eval.references import InvalidReferenceError, open_reference
 from vistok.hub import CheckpointError
 

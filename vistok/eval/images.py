@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vistok.eval.reconstruction import to_uint8
+from vistok.data.pictures import to_uint8
 
 EXTENSIONS = (".png", ".jpg", ".jpeg")
 LOSSY_EXTENSIONS = (".jpg", ".jpeg")

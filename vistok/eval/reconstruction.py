@@ -13,31 +13,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def to_uint8(
-    pixels: Tensor, *, gain: float = 127.5, offset: float = 128.0, rounding: Literal["truncate", "nearest"] = "truncate"
-) -> Tensor:
-    """Float pixels to 8 bit: ``gain * x + offset``, clamped to 0..255, then rounded; the shape stays.
-
-    The defaults are the rule of ADM, LlamaGen and GigaTok for pixels in [-1, 1]: 127.5 x + 128, truncated, which rounds
-    (x + 1) / 2 * 255 half up, so that an 8-bit image survives the round trip. Truncating (x + 1) / 2 * 255 itself,
-    a common mistake, leaves about half of all pixels one level too dark.
-
-    Raises:
-        ValueError: integer pixels, or a value that is not finite.
-    """
-    if not pixels.is_floating_point():
-        raise ValueError(f"expected float pixels, got {pixels.dtype}")
-    if not bool(pixels.isfinite().all()):
-        bad = int((~pixels.isfinite()).sum())
-        raise ValueError(f"{bad} of {pixels.numel()} pixel values are NaN or infinite; such images have no score")
-    scaled = (gain * pixels.float() + offset).clamp(0, 255)
-    if rounding == "nearest":
-        scaled = scaled.round()
-    elif rounding != "truncate":
-        raise ValueError(f"unknown rounding {rounding!r}; known: 'truncate', 'nearest'")
-    return scaled.to(torch.uint8)
-
-
 def mean_squared_error(original: Tensor, reconstruction: Tensor) -> Tensor:
     """Per image over all pixels and channels: (B,) in float64."""
     _check_pair(original, reconstruction)

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vistok.data.pictures import to_uint8
 from vistok.eval import metrics as m
 from vistok.eval.features import InceptionV3Compat
-from vistok.eval.reconstruction import SSIM, decibels, mean_squared_error, to_uint8
+from vistok.eval.reconstruction import SSIM, decibels, mean_squared_error
 
 from ..harness import Case, GoldenFailure, Step, runner
 
