@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import struct
+import weakref
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -424,6 +425,14 @@ def test_a_loop_that_breaks_off_begins_its_epoch_anew(folder: Path):
     loader = training_loader(open_folder(folder), config(num_workers=1))
     first = next(iter(loader))
     assert_same_batches([next(iter(loader))], [first])
+
+
+def test_workers_end_with_their_loader(folder: Path):
+    loader = training_loader(open_folder(folder), config(num_workers=1))
+    next(iter(loader))
+    gone = weakref.ref(loader)
+    del loader
+    assert gone() is None  # at once, not when the garbage collector comes by
 
 
 def test_state_of_other_data_is_refused(folder: Path):

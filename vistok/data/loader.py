@@ -7,8 +7,7 @@ here, cached tokens in :mod:`vistok.data.tokens`.
 from __future__ import annotations
 
 import logging
-import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -140,9 +139,12 @@ class Loader(Generic[B]):
         self._position = 0  # batches of this epoch that were handed out
         self._start = 0  # where the next iter begins
         self._failures: Failures = {}
+        # Refilled at every iteration. (A sampler that refers to this loader would close a reference cycle; workers
+        # would then be collected in no good order, for which torch waits 5 s each.)
+        self._requests: list[tuple[int, np.ndarray]] = []
         self._loader = DataLoader(
-            _Requests(reader),
-            sampler=_Remaining(self),
+            _WholeBatches(reader),
+            sampler=self._requests,
             batch_size=None,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
@@ -156,6 +158,8 @@ class Loader(Generic[B]):
 
     def __iter__(self) -> Iterator[B]:
         self._position, self._start = self._start, 0
+        remaining = self.order.batches(self.epoch)[self._position :]
+        self._requests[:] = [(self.epoch, indices) for indices in remaining]
         for batch, failures in self._loader:
             self._position += 1
             self._report(failures)
@@ -242,8 +246,8 @@ def _as_array(image: Image.Image) -> np.ndarray:
     return array[..., None] if array.ndim == 2 else array
 
 
-class _Requests(Dataset):
-    """What workers are asked for: one item is a whole batch."""
+class _WholeBatches(Dataset):
+    """What workers read from: one item is a whole batch."""
 
     def __init__(self, reader: BatchReader[Any]) -> None:
         self.reader = reader
@@ -251,22 +255,6 @@ class _Requests(Dataset):
     def __getitem__(self, request: tuple[int, np.ndarray]) -> tuple[tuple, Failures]:
         epoch, indices = request
         return self.reader.load(indices, epoch)
-
-
-class _Remaining:
-    """The requests of a loader's current epoch, from its position on; read anew at every iteration."""
-
-    def __init__(self, loader: Loader) -> None:
-        # In a reference cycle, worker processes would be collected in no good order, and torch wait 5 s for each.
-        self._loader = weakref.proxy(loader)
-
-    def __len__(self) -> int:
-        return len(self._loader) - self._loader._position
-
-    def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
-        loader = self._loader
-        batches: Sequence[np.ndarray] = loader.order.batches(loader.epoch)
-        return iter([(loader.epoch, indices) for indices in batches[loader._position :]])
 
 
 def _unchanged(item: Any) -> Any:
