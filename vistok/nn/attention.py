@@ -1,7 +1,8 @@
-"""Multi-head self-attention, once for all systems: full or causal, with rotary positions and a key/value cache."""
+"""Multi-head attention, once for all systems: full or causal, with rotary positions and a key/value cache."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from einops import rearrange
@@ -26,6 +27,8 @@ class Attention(nn.Module):
         heads: number of heads H.
         head_dim: channels h of a head; ``dim // heads`` if None.
         qkv_bias, out_bias: whether the projections have biases.
+        qk_norm: builds the norm of queries and of keys, each over ``head_dim``; None is no norm.
+        scale: factor of the logits; ``head_dim ** -0.5`` if None.
         project: False leaves the output projection out (then ``heads * head_dim`` must equal ``dim``).
         dropout: dropout of the attention weights and of the output, in training.
     """
@@ -38,6 +41,8 @@ class Attention(nn.Module):
         head_dim: int | None = None,
         qkv_bias: bool = True,
         out_bias: bool = True,
+        qk_norm: Callable[[int], nn.Module] | None = None,
+        scale: float | None = None,
         project: bool = True,
         attention_dropout: float = 0.0,
         dropout: float = 0.0,
@@ -45,11 +50,12 @@ class Attention(nn.Module):
         super().__init__()
         if head_dim is None and dim % heads:
             raise ValueError(f"dim {dim} is not divisible by heads {heads}")
-        self.heads, self.head_dim = heads, head_dim or dim // heads
+        self.heads, self.head_dim, self.scale = heads, head_dim or dim // heads, scale
         inner = self.heads * self.head_dim
         if not project and inner != dim:
             raise ValueError(f"without an output projection heads * head_dim = {inner} must equal dim {dim}")
         self.qkv = nn.Linear(dim, 3 * inner, bias=qkv_bias)
+        self.q_norm, self.k_norm = (qk_norm(self.head_dim) if qk_norm else nn.Identity() for _ in range(2))
         self.out = nn.Linear(inner, dim, bias=out_bias) if project else nn.Identity()
         self.attention_dropout, self.dropout = attention_dropout, nn.Dropout(dropout)
 
@@ -70,18 +76,54 @@ class Attention(nn.Module):
             rotation: rotary tables of these N positions, applied to queries and keys.
         """
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is not None:
             k, v = cache.append(k, v)
-        return self.dropout(self.out(attend(q, k, v, mask, causal, self.attention_dropout if self.training else 0.0)))
+        dropout = self.attention_dropout if self.training else 0.0
+        return self.dropout(self.out(attend(q, k, v, mask, causal, dropout, self.scale)))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float = 0.0) -> Tensor:
+class CrossAttention(nn.Module):
+    """Attention from x (B, N, D) to a context (B, M, D), with one projection for queries and one for keys and values.
+
+    Args:
+        dim: width D of both.
+        heads: number of heads.
+        qk_norm: as of ``Attention``.
+    """
+
+    def __init__(self, dim: int, heads: int, *, qk_norm: Callable[[int], nn.Module] | None = None):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"dim {dim} is not divisible by heads {heads}")
+        self.heads = heads
+        self.q, self.kv, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.q_norm, self.k_norm = (qk_norm(dim // heads) if qk_norm else nn.Identity() for _ in range(2))
+
+    def forward(self, x: Tensor, context: Tensor, *, rotation: Rotation | None = None) -> Tensor:
+        """Attend from x to all of the context; ``rotation`` is applied to the queries alone."""
+        q = self.q_norm(rearrange(self.q(x), "b n (h d) -> b h n d", h=self.heads))
+        k, v = rearrange(self.kv(context), "b m (two h d) -> two b h m d", two=2, h=self.heads)
+        if rotation is not None:
+            q = rotate(q, rotation)
+        return self.out(attend(q, self.k_norm(k), v, None, False))
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    dropout: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
     """Scaled dot-product attention of (B, H, n, h) queries over (B, H, m, h) keys -> (B, n, H * h)."""
     # One query sees every key of the cache: no mask, which keeps SDPA on its fast path.
     causal = causal and q.shape[2] > 1
     if causal and q.shape[2] != k.shape[2]:
         raise ValueError(f"{q.shape[2]} causal queries over {k.shape[2]} keys need an explicit mask")
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale)
     return rearrange(out, "b h n d -> b n (h d)")

@@ -1,5 +1,6 @@
 """Quantizers: latents to codes and back."""
 
+from vistok.quantizers.fsq import FSQ
 from vistok.quantizers.vq import ResidualQuantizer, VectorQuantizer
 
-__all__ = ["ResidualQuantizer", "VectorQuantizer"]
+__all__ = ["FSQ", "ResidualQuantizer", "VectorQuantizer"]
