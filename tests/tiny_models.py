@@ -76,3 +76,14 @@ def token_ids(generator: Generator, batch: int = 3, seed: int = 0) -> torch.Tens
 
 def labels(*classes: int) -> Condition:
     return Condition.from_labels(torch.tensor(classes))
+
+
+CAPTIONS = {"caption_dim": 6, "caption_length": 5}
+"""Arguments of a tiny Llama that takes captions."""
+
+
+def captions(batch: int = 3) -> Condition:
+    """Left-padded captions of 5, 4, 3, ... valid positions."""
+    features = Keys.range(1, batch).normal("caption", 5, 6)
+    mask = torch.arange(5) >= torch.arange(batch)[:, None]
+    return Condition.from_features(features, mask)
