@@ -40,15 +40,28 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     path = Path(path)
     if not path.is_file():
         raise ConfigError(_missing_file(path))
-    malformed = [_malformed_override(text) for text in overrides if not _is_override(text)]
-    if malformed:
-        raise ConfigError(*malformed)
     try:
         config = OmegaConf.load(path)
     except (yaml.YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path}: not a readable YAML mapping: {_one_line(error)}") from error
     if not OmegaConf.is_dict(config):
         raise ConfigError(f"{path}: expected `key: value` lines at the top, found a list")
+    return override(config, overrides, source=str(path))
+
+
+def override(values: Mapping[str, Any], overrides: Sequence[str], *, source: str = "config") -> dict[str, Any]:
+    """Apply ``key.sub=value`` overrides to a config and resolve its references, as :func:`load_config` does.
+
+    ``source`` names the config in messages.
+    """
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    malformed = [_malformed_override(text) for text in overrides if not _is_override(text)]
+    if malformed:
+        raise ConfigError(*malformed)
+    config = OmegaConf.create(values)
     for text in overrides:
         try:
             config = OmegaConf.merge(config, OmegaConf.from_dotlist([text]))
@@ -57,7 +70,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     try:
         return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {error.full_key}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{source}: {error.full_key}: {str(error).splitlines()[0]}") from error
 
 
 def save_config(values: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
