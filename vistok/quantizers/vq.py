@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vistok.losses.entropy import EntropyLoss
+from vistok.quantizers.restart import CodeRestart
 from vistok.types import QuantizerOutput
 
 Gradient = Literal["raw", "normalised"]
@@ -30,6 +31,7 @@ class VectorQuantizer(nn.Module):
             (LlamaGen), through whose normalisation the gradient then flows.
         init: "normal" N(0, 1), or "uniform" in +-1/K, rows l2-normalised if ``normalize``.
         entropy_temperature: softmax temperature of the "entropy" term; None leaves the term out.
+        restart_after: training steps after which an unused code is moved onto a latent (``CodeRestart``); 0 is never.
     """
 
     def __init__(
@@ -41,12 +43,14 @@ class VectorQuantizer(nn.Module):
         gradient: Gradient = "raw",
         init: Init = "normal",
         entropy_temperature: float | None = None,
+        restart_after: int = 0,
     ):
         super().__init__()
         self.codebook_size, self.dim = codebook_size, dim
         self.normalize, self.gradient = normalize, gradient
         self.embedding = nn.Embedding(codebook_size, dim)
         self.entropy = None if entropy_temperature is None else EntropyLoss(entropy_temperature)
+        self.restart = CodeRestart(codebook_size, restart_after) if restart_after else None
         self._initialise(init)
 
     def _initialise(self, init: Init) -> None:
@@ -88,6 +92,8 @@ class VectorQuantizer(nn.Module):
         """Quantize latents (B, L, D)."""
         distances = self.distances(latents)
         ids = distances.argmin(-1)
+        if self.training and self.restart is not None:
+            self.restart(self.embedding.weight.data, latents, ids)
         codes, normalised = self.ids_to_latents(ids), self._norm(latents)
         losses = {
             "codebook": (codes - normalised.detach()).pow(2).mean(-1),

@@ -49,6 +49,7 @@ class LlamaGenVQ(Tokenizer):
         codebook_embed_dim: channels of a code.
         codebook_l2_norm: compare and decode l2-normalised codes.
         entropy_temperature: temperature of the "entropy" loss term (0.01 in LlamaGen); None leaves the term out.
+        codebook_restart_after: steps after which an unused code is moved onto a latent; 0 is never.
         dropout: inside the residual blocks, in training.
         norm_groups: groups of all group norms (32 in every released model); they must divide every width.
 
@@ -81,6 +82,7 @@ class LlamaGenVQ(Tokenizer):
         codebook_embed_dim: int = 8,
         codebook_l2_norm: bool = True,
         entropy_temperature: float | None = None,
+        codebook_restart_after: int = 0,
         dropout: float = 0.0,
         norm_groups: int = 32,
     ):
@@ -103,6 +105,7 @@ class LlamaGenVQ(Tokenizer):
             gradient="normalised",
             init="uniform",
             entropy_temperature=entropy_temperature,
+            restart_after=codebook_restart_after,
         )
         self.post_quant = nn.Conv2d(codebook_embed_dim, z_channels, 1)
         self.decoder = ConvDecoder(z_channels, in_channels, channels, decoder_channel_mult, res_blocks, **options)

@@ -95,6 +95,7 @@ class ViTVQGAN(Tokenizer):
         codebook_l2_norm: compare and decode l2-normalised codes.
         residual_depth: codes per token; more than 1 is the residual variant, with one shared codebook.
         entropy_temperature: offers the "entropy" loss term, with this softmax temperature; None does not.
+        codebook_restart_after: steps after which an unused code is moved onto a latent; 0 is never.
         in_channels: 3, or 1 for grey images.
         pixel_distribution: "point" predicts pixels; "logit_laplace" predicts mean and scale of a Laplace distribution
             in logit space (the paper's loss, after DALL-E, arXiv 2102.12092, appendix A.3).
@@ -126,6 +127,7 @@ class ViTVQGAN(Tokenizer):
         codebook_l2_norm: bool = True,
         residual_depth: int = 1,
         entropy_temperature: float | None = None,
+        codebook_restart_after: int = 0,
         in_channels: int = 3,
         pixel_distribution: Literal["point", "logit_laplace"] = "point",
     ):
@@ -156,6 +158,7 @@ class ViTVQGAN(Tokenizer):
             codebook_embed_dim,
             normalize=codebook_l2_norm,
             entropy_temperature=entropy_temperature,
+            restart_after=codebook_restart_after,
         )
         self.depth = residual_depth
         self.quantizer = (
