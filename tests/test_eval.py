@@ -300,6 +300,13 @@ def test_reconstruction_reports_equal_images_and_refuses_sets_that_do_not_pair_u
         evaluate_reconstruction(as_tensor(images), as_tensor(images[:, ::2]))
 
 
+def test_reconstruction_of_tiny_images_leaves_out_windows_that_do_not_fit():
+    images = as_tensor(smooth_images(2, seed=0, size=8))
+    result = evaluate_reconstruction(images, 255 - images)
+    assert "ssim" in result["scores"]
+    assert "ssim_gaussian" not in {**result["scores"], **result["settings"]}
+
+
 def test_reconstruction_warns_when_file_names_do_not_match(tmp_path):
     images = smooth_images(2, seed=0)
     a, b = write_folder(tmp_path / "a", images), write_folder(tmp_path / "b", images)
@@ -329,6 +336,11 @@ def test_folder_npz_and_tensor_are_read_alike(tmp_path):
         batches = list(images.batches(2))
         assert [len(batch) for batch in batches] == [2, 2, 1]
         assert torch.equal(torch.cat(batches), as_tensor(pixels))
+
+
+def test_grey_tensors_become_rgb():
+    grey = as_tensor(smooth_images(3, seed=0))[:, :1]
+    assert torch.equal(next(open_images(grey).batches(3)), grey.repeat(1, 3, 1, 1))
 
 
 def test_a_folder_is_read_in_path_order_with_its_sub_folders(tmp_path):
@@ -375,7 +387,7 @@ def test_bad_image_sets_are_refused_with_the_reason(tmp_path):
 
     with pytest.raises(ImageError, match="pixel values are NaN"):
         open_images(torch.full((1, 3, 4, 4), torch.nan))
-    with pytest.raises(ImageError, match=r"\(N, 3, H, W\) with N > 0, got \(0, 3, 4, 4\)"):
+    with pytest.raises(ImageError, match=r"\(N, 1 or 3, H, W\) with N > 0, got \(0, 3, 4, 4\)"):
         open_images(torch.zeros(0, 3, 4, 4))
 
 

@@ -55,8 +55,8 @@ def open_images(source: str | Path | Tensor | ImageSet) -> ImageSet:
 
     Args:
         source: a folder of PNG or JPEG files (sub-folders included, sorted by path); an ADM-style ``.npz`` with
-            ``arr_0``, uint8 (N, H, W, 3); a vistok run folder, whose ``samples`` are taken; a tensor (N, 3, H, W),
-            uint8 or float in [-1, 1]; or a set that is open already.
+            ``arr_0``, uint8 (N, H, W, 3); a vistok run folder, whose ``samples`` are taken; a tensor
+            (N, 1 or 3, H, W), uint8 or float in [-1, 1]; or a set that is open already.
 
     Raises:
         ImageError: nothing there, no images, mixed sizes, unreadable files, an ``.npz`` without ``arr_0``, or NaN.
@@ -210,21 +210,21 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], str, np.dtype]:
 
 
 class TensorImages:
-    """Images in memory: uint8, or float in [-1, 1] that becomes 8-bit by 127.5 x + 128, truncated."""
+    """Images in memory, grey or RGB: uint8, or float in [-1, 1] that becomes 8-bit by 127.5 x + 128, truncated."""
 
     source: ClassVar[str] = "tensor"
     names: ClassVar[None] = None
     lossy: ClassVar[int] = 0
 
     def __init__(self, pixels: Tensor):
-        if pixels.ndim != 4 or pixels.shape[1] != 3 or len(pixels) == 0:
-            raise ImageError(f"expected images (N, 3, H, W) with N > 0, got {tuple(pixels.shape)}")
+        if pixels.ndim != 4 or pixels.shape[1] not in (1, 3) or len(pixels) == 0:
+            raise ImageError(f"expected images (N, 1 or 3, H, W) with N > 0, got {tuple(pixels.shape)}")
         if pixels.dtype != torch.uint8:
             try:
                 pixels = to_uint8(pixels)
             except ValueError as error:
                 raise ImageError(str(error)) from error
-        self.pixels = pixels.cpu()
+        self.pixels = pixels.expand(-1, 3, -1, -1).cpu()  # grey becomes RGB
         self.count = len(pixels)
         self.size = (pixels.shape[2], pixels.shape[3])
 

@@ -179,8 +179,8 @@ def evaluate_reconstruction(
 
     Returns:
         As ``evaluate``. ``psnr`` is the mean over images of their decibels, ``psnr_of_mean_mse`` the decibels of the
-        mean error (never higher); each SSIM carries its variant's name (``SSIM_VARIANTS``); ``lpips`` is the mean
-        over images. A PSNR that is infinite, because images are equal, is None.
+        mean error (never higher); each SSIM carries its variant's name (``SSIM_VARIANTS``; those whose window fits
+        into the images); ``lpips`` is the mean over images. A PSNR that is infinite, because images are equal, is None.
 
     Raises:
         ImageError: sets that cannot be read, or that do not pair up.
@@ -202,7 +202,7 @@ def evaluate_reconstruction(
         "scores": scores,
         "images": describe_images(reconstructions),
         "reference": describe_images(originals),
-        "settings": _reconstruction_settings(lpips),
+        "settings": _reconstruction_settings(scores, lpips),
         "versions": library_versions(),
         "warnings": _reconstruction_warnings(originals, reconstructions, equal=int((mse == 0).sum())),
     }
@@ -211,9 +211,10 @@ def evaluate_reconstruction(
     return result
 
 
-def _reconstruction_settings(lpips: Callable | None) -> dict[str, Any]:
+def _reconstruction_settings(scores: dict[str, Any], lpips: Callable | None) -> dict[str, Any]:
     settings: dict[str, Any] = {"psnr": {"pixels": "uint8 / 255", "data_range": 1.0}}
-    settings |= {name: {"pixels": "uint8 / 255"} | asdict(variant) for name, variant in SSIM_VARIANTS.items()}
+    used = {name: variant for name, variant in SSIM_VARIANTS.items() if name in scores}
+    settings |= {name: {"pixels": "uint8 / 255"} | asdict(variant) for name, variant in used.items()}
     if lpips is not None:
         settings["lpips"] = {"pixels": "uint8 / 127.5 - 1", "network": _name_of(lpips)}
     return settings
