@@ -24,9 +24,10 @@ KNOWN_IDS = {checkpoint.id for entry in registry.ENTRIES for checkpoint in entry
 
 def read_key_list(path: Path) -> dict:
     listed = json.loads(gzip.decompress(path.read_bytes()))
-    # ViT-VQGAN's lists write "repository: file (remark)".
-    listed["id"] = listed["checkpoint"].split(" (")[0].replace(": ", "/")
-    listed.setdefault("model", f"{listed['system']}/tokenizer")
+    # ViT-VQGAN's lists write "repository: file (remark)"; some name the repository alone.
+    released = listed["checkpoint"].split(" (")[0].replace(": ", "/")
+    listed["id"] = next((known for known in KNOWN_IDS if f"{known}/".startswith(f"{released}/")), released)
+    listed["model"] = listed.get("model", f"{listed['system']}/tokenizer").split(" (")[0]
     return listed
 
 
@@ -74,9 +75,8 @@ def test_missing_and_misshapen_keys_are_named(listed):
 def test_checkpoint_table_knows_the_file_and_its_arguments(listed):
     assert listed["id"] in KNOWN_IDS
     entry = registry.official_entry(listed["model"])
-    config = known_config(entry, listed["id"].rsplit("/", 1)[1])
+    config = known_config(entry, listed["id"])
     state = on_meta(listed["state"])
-    # One name stands for one set of arguments in all repositories.
     assert build(listed | {"config": config}, state).config == build(listed, state).config
 
 

@@ -111,14 +111,17 @@ class Model(
 
 
 class OfficialCheckpoint:
-    """One released file: hub repository, file name, and the reference's arguments that build it."""
+    """One released file: hub repository, file name, and the reference's arguments that build it.
+
+    ``repo`` is "owner/name" on the hub; for a file that is not there, the folder that its authors put it in, or "".
+    """
 
     def __init__(self, repo: str, filename: str, config: Mapping[str, Any]):
         self.repo, self.filename, self.config = repo, filename, config
 
     @property
     def id(self) -> str:
-        return f"{self.repo}/{self.filename}"
+        return f"{self.repo}/{self.filename}".lstrip("/")
 
 
 def load(source: str | Path, **hub_options: Any) -> Model:
@@ -193,7 +196,7 @@ def convert(name: str, file: str | Path, config: Mapping[str, Any] | None = None
     """
     item = registry.official_entry(name)
     if config is None:
-        config = known_config(item, Path(file).name)
+        config = known_config(item, file)
     model_class = item.load()
     state = unwrap(read_weights(file))
     clean = getattr(model_class, "clean_official", None)
@@ -205,15 +208,24 @@ def convert(name: str, file: str | Path, config: Mapping[str, Any] | None = None
     return from_official(name, config, kept)
 
 
-def known_config(item: registry.Entry, filename: str) -> Mapping[str, Any]:
-    """The reference's arguments for a released file, found by its name."""
-    known = {checkpoint.filename: checkpoint.config for checkpoint in item.load().checkpoints}
-    if filename not in known:
+def known_config(item: registry.Entry, file: str | Path) -> Mapping[str, Any]:
+    """The reference's arguments for a released file, found by its name, and by its folders where releases share one."""
+    path = Path(file)
+    found = [checkpoint for checkpoint in item.load().checkpoints if checkpoint.filename == path.name]
+    closer = [checkpoint for checkpoint in found if f"/{path.as_posix()}".endswith(f"/{checkpoint.id}")]
+    found = closer or found
+    if not found:
+        known = ", ".join(sorted({checkpoint.filename for checkpoint in item.load().checkpoints}))
         raise CheckpointError(
-            f"{filename!r} is not the name of a released {item.official} checkpoint ({', '.join(known)}); "
+            f"{path.name!r} is not the name of a released {item.official} checkpoint ({known}); "
             "rename the file to the one it is, or give the reference's arguments as JSON with --config"
         )
-    return known[filename]
+    if any(checkpoint.config != found[0].config for checkpoint in found):
+        raise CheckpointError(
+            f"{path.name!r} may be any of {', '.join(checkpoint.id for checkpoint in found)}; "
+            "put it into a folder of that name, or give the reference's arguments as JSON with --config"
+        )
+    return found[0].config
 
 
 def read_weights(path: str | Path) -> dict[str, Any]:
@@ -244,7 +256,7 @@ def read_weights(path: str | Path) -> dict[str, Any]:
         ) from error
 
 
-WRAPPERS = ("ema", "model", "module", "state_dict")
+WRAPPERS = ("ema", "model_ema", "model", "module", "state_dict")
 
 
 def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -304,6 +316,10 @@ def _listing(names: Iterable[str], limit: int = 12) -> str:
 def _download(repo: str, filename: str, options: Mapping[str, Any]) -> Path:
     from huggingface_hub import hf_hub_download
 
+    if "/" not in repo:
+        raise CheckpointError(
+            f"{filename} is not on the hub: fetch it as its authors describe, then `vistok convert` the local file"
+        )
     return _reach(f"{repo}/{filename}", lambda: hf_hub_download(repo, filename, **options))
 
 

@@ -79,6 +79,18 @@ class TokenSpec:
                 )
         return ids
 
+    def check_latents(self, latents: Tensor) -> Tensor:
+        """Return ``latents`` if they are (B, n, dim) floats and the tokens continuous; else raise ValueError."""
+        if self.discrete:
+            raise ValueError(f"these tokens are ids of a codebook of {self.codebook_size}, not latents")
+        if not latents.is_floating_point():
+            raise ValueError(f"latents must be float, got {latents.dtype}; are these ids of another tokenizer?")
+        if latents.ndim != 3 or latents.shape[2] != self.dim:
+            raise ValueError(
+                f"latents must be (B, n, {self.dim}), got {tuple(latents.shape)}; were they made by another tokenizer?"
+            )
+        return latents
+
 
 @dataclass(frozen=True)
 class Condition:

@@ -78,6 +78,9 @@ class Tokenizer(Model):
         """The random tensors that ``forward`` consumes in training; most tokenizers need none."""
         return {}
 
+    def standardise(self, pixels: Tensor) -> None:  # noqa: B027 - discrete tokenizers have nothing to do
+        """Set the mean and the scale of continuous latents from example images (B, C, H, W); done after training."""
+
     @property
     @abstractmethod
     def loss_terms(self) -> tuple[str, ...]:

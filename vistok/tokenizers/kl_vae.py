@@ -1,0 +1,390 @@
+"""The KL-regularised convolutional autoencoder of latent diffusion, with a Gaussian posterior per position.
+
+Paper: High-Resolution Image Synthesis with Latent Diffusion Models (arXiv 2112.10752), section 3.1. Inside is diffusers'
+AutoencoderKL; the released KL-16 of MAR (arXiv 2406.11838; github.com/LTH14/mar, MIT), which xAR shares, comes in under
+its latent-diffusion names, and any AutoencoderKL that diffusers saved under its own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from vistok.draws import Draws, Keys
+from vistok.hub import CheckpointError, OfficialCheckpoint, load_strictly, read_weights, rename, snapshot
+from vistok.tokenizers.base import Tokenizer
+from vistok.types import TokenizerOutput, TokenSpec
+
+KL16_SCALE = 0.2325
+"""What MAR and xAR multiply the latents of KL-16 by; their deviation is then about 1."""
+DIFFUSERS_CONFIG, DIFFUSERS_WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+
+
+def _flextok_vae(latent_channels: int) -> dict[str, Any]:
+    return {
+        "_class_name": "AutoencoderKL",
+        "block_out_channels": [128, 256, 512, 512],
+        "latent_channels": latent_channels,
+        "layers_per_block": 2,
+        "scaling_factor": None,
+    }
+
+
+class KLVAE(Tokenizer):
+    """A raster of continuous latents; any image whose sides are multiples of the stride encodes.
+
+    The stride is 2 ** (levels - 1). Encoding takes the posterior's mode, or a sample of it where draws are given. The
+    public latents are standardised: ``(latent - latent_mean) * latent_scale``.
+
+    Args:
+        image_size: side of the images that ``spec`` describes, or (height, width).
+        in_channels: 3, or 1 for grey images.
+        block_out_channels: width of each level, finest first.
+        layers_per_block: residual blocks per level of the encoder; the decoder has one more.
+        latent_channels: channels D of a latent.
+        encoder_attention, decoder_attention: the levels (0 is the finest) that attend after each residual block.
+        middle_attention: whether the blocks between encoder and decoder levels attend.
+        use_quant_conv, use_post_quant_conv: whether 1x1 convolutions stand before and after the posterior.
+        norm_groups: groups of all group norms; they must divide every width.
+        act_fn: activation, by diffusers' name.
+        latent_mean, latent_scale: one number, or one per latent channel; ``standardise`` measures them.
+
+    Raises:
+        ValueError: sides that are no multiple of the stride, widths that norm_groups does not divide, a level that
+            there is not, or statistics for another number of channels.
+    """
+
+    registry_name = "kl_vae"
+    sizes = {
+        "kl16": {"block_out_channels": (128, 128, 256, 256, 512), "latent_channels": 16, "latent_scale": KL16_SCALE},
+    }
+    checkpoints = (
+        OfficialCheckpoint("", "kl16.ckpt", {"embed_dim": 16, "ch_mult": [1, 1, 2, 2, 4]}),
+        OfficialCheckpoint("EPFL-VILAB/flextok_vae_c4", DIFFUSERS_WEIGHTS, _flextok_vae(4)),
+        OfficialCheckpoint("EPFL-VILAB/flextok_vae_c8", DIFFUSERS_WEIGHTS, _flextok_vae(8)),
+        OfficialCheckpoint("EPFL-VILAB/flextok_vae_c16", DIFFUSERS_WEIGHTS, _flextok_vae(16)),
+    )
+
+    def __init__(
+        self,
+        image_size: int | tuple[int, int] = 256,
+        in_channels: int = 3,
+        block_out_channels: tuple[int, ...] = (128, 128, 256, 256, 512),
+        layers_per_block: int = 2,
+        latent_channels: int = 16,
+        encoder_attention: tuple[int, ...] = (4,),
+        decoder_attention: tuple[int, ...] = (),
+        middle_attention: bool = True,
+        use_quant_conv: bool = True,
+        use_post_quant_conv: bool = True,
+        norm_groups: int = 32,
+        act_fn: str = "silu",
+        latent_mean: float | tuple[float, ...] = 0.0,
+        latent_scale: float | tuple[float, ...] = 1.0,
+    ):
+        super().__init__()
+        from diffusers import AutoencoderKL
+
+        levels = len(block_out_channels)
+        self.stride = 2 ** (levels - 1)
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self._image_shape = (in_channels, height, width)
+        self._latent_channels = latent_channels
+        self._spec = self.spec_for((height, width))
+        _check_widths(block_out_channels, norm_groups)
+        up_types = _block_types("UpDecoderBlock2D", "AttnUpDecoderBlock2D", decoder_attention, levels)
+        self.vae = AutoencoderKL(
+            in_channels=in_channels,
+            out_channels=in_channels,
+            down_block_types=_block_types("DownEncoderBlock2D", "AttnDownEncoderBlock2D", encoder_attention, levels),
+            up_block_types=up_types[::-1],  # diffusers counts the decoder's levels from the coarsest
+            block_out_channels=tuple(block_out_channels),
+            layers_per_block=layers_per_block,
+            act_fn=act_fn,
+            latent_channels=latent_channels,
+            norm_num_groups=norm_groups,
+            use_quant_conv=use_quant_conv,
+            use_post_quant_conv=use_post_quant_conv,
+            mid_block_add_attention=middle_attention,
+        )
+        # They live in the config; a copy in the weights could disagree with it.
+        self.register_buffer("mean", _per_channel("latent_mean", latent_mean, latent_channels), persistent=False)
+        self.register_buffer("scale", _per_channel("latent_scale", latent_scale, latent_channels), persistent=False)
+
+    @property
+    def spec(self) -> TokenSpec:
+        return self._spec
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self._image_shape
+
+    @property
+    def loss_terms(self) -> tuple[str, ...]:
+        return ("kl",)
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        return self.vae.decoder.conv_out.weight
+
+    def spec_for(self, size: tuple[int, int]) -> TokenSpec:
+        height, width = size
+        if height < 1 or width < 1 or height % self.stride or width % self.stride:
+            raise ValueError(
+                f"image sides must be multiples of {self.stride}, got {height}x{width}; resize or crop the images"
+            )
+        grid = (height // self.stride, width // self.stride)
+        return TokenSpec(grid[0] * grid[1], None, self._latent_channels, grid=grid)
+
+    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """The posterior of pixels (B, C, H, W) before standardisation: mean and log-variance, (B, L, D) each.
+
+        The log-variance is clamped to [-30, 20].
+        """
+        self.check_pixels(pixels)
+        hidden = self.vae.encoder(pixels)
+        if self.vae.quant_conv is not None:
+            hidden = self.vae.quant_conv(hidden)
+        mean, log_variance = rearrange(hidden, "b d h w -> b (h w) d").chunk(2, -1)
+        return mean, log_variance.clamp(-30, 20)
+
+    def encode(self, pixels: Tensor, *, draws: Draws | None = None) -> Tensor:
+        """Pixels to standardised latents (B, L, D): the posterior's mode, or, with ``draws``, a sample."""
+        return self._standardised(self._choose(*self.moments(pixels), draws))
+
+    def encode_moments(self, pixels: Tensor) -> Tensor:
+        """The posterior of the standardised latents, (B, L, 2D): means, then log-variances; see ``sample_moments``."""
+        mean, log_variance = self.moments(pixels)
+        return torch.cat([self._standardised(mean), log_variance + 2 * self.scale.abs().log()], -1)
+
+    def decode(self, tokens: Tensor, *, grid: tuple[int, int] | None = None) -> Tensor:
+        """Standardised latents (B, h * w, D) to pixels (B, C, h * stride, w * stride).
+
+        Args:
+            grid: (h, w) of the latents; None for the grid of ``spec``.
+
+        Raises:
+            ValueError: latents of another VAE, or not h * w of them.
+        """
+        h, w = grid or self.spec.grid
+        self.spec.check_latents(tokens)
+        if tokens.shape[1] != h * w:
+            raise ValueError(
+                f"a grid of {h}x{w} has {h * w} tokens, got {tokens.shape[1]}; pass grid=(h, w) for other image sizes"
+            )
+        return self.decode_latents(tokens / self.scale + self.mean, (h, w))
+
+    def decode_latents(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Latents (B, h * w, D) as the autoencoder has them, not standardised, to pixels."""
+        latents = rearrange(latents, "b (h w) d -> b d h w", h=grid[0], w=grid[1])
+        if self.vae.post_quant_conv is not None:
+            latents = self.vae.post_quant_conv(latents)
+        return self.vae.decoder(latents)
+
+    def forward(
+        self, pixels: Tensor, *, target: Tensor | None = None, step: int | None = None, draws: Draws | None = None
+    ) -> TokenizerOutput:
+        """Loss term "kl": KL of the posterior to the unit normal in nats per image, (B,)."""
+        mean, log_variance = self.moments(pixels)
+        latents = self._choose(mean, log_variance, draws)
+        reconstruction = self.decode_latents(latents, self.spec_for((pixels.shape[2], pixels.shape[3])).grid)
+        losses = {"kl": gaussian_kl(mean, log_variance).flatten(1).sum(1)}
+        return TokenizerOutput(reconstruction, self._standardised(latents), losses, {"latents": latents})
+
+    def training_draws(self, keys: Keys) -> Draws:
+        return {"posterior": keys.normal("posterior", self.spec.length, self.spec.dim)}
+
+    @torch.no_grad()
+    def standardise(self, pixels: Tensor) -> None:
+        """Set ``latent_mean`` and ``latent_scale`` so that posterior samples of these images have mean 0 and deviation
+        1 in every channel."""
+        mean, log_variance = self.moments(pixels)
+        centre = mean.mean((0, 1))
+        variance = mean.var((0, 1), unbiased=False) + log_variance.exp().mean((0, 1))
+        self.mean, self.scale = centre, variance.clamp_min(1e-12).rsqrt()
+        self._arguments |= {"latent_mean": tuple(self.mean.tolist()), "latent_scale": tuple(self.scale.tolist())}
+
+    def _standardised(self, latents: Tensor) -> Tensor:
+        return (latents - self.mean) * self.scale
+
+    @staticmethod
+    def _choose(mean: Tensor, log_variance: Tensor, draws: Draws | None) -> Tensor:
+        return mean if draws is None else mean + (log_variance / 2).exp() * draws["posterior"]
+
+    @classmethod
+    def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
+        """Build from MAR's arguments (ch_mult, embed_dim) with latent-diffusion names, or from diffusers' config and
+        names."""
+        if "block_out_channels" in config:
+            return cls._from_diffusers(config, state_dict)
+        ch_mult, width = tuple(config["ch_mult"]), config.get("ch", 128)
+        model = cls(
+            block_out_channels=tuple(width * mult for mult in ch_mult),
+            layers_per_block=config.get("num_res_blocks", 2),
+            latent_channels=config["embed_dim"],
+            # Whether a level attends follows from its resolution there; the weights say so more directly.
+            encoder_attention=_levels_with_attention("encoder.down", state_dict),
+            decoder_attention=_levels_with_attention("decoder.up", state_dict),
+            latent_scale=config.get("scale_factor", KL16_SCALE),
+        )
+        state = rename(state_dict, latent_diffusion_names(len(ch_mult)))
+        load_strictly(model, {key: _as_linear(key, tensor) for key, tensor in state.items()})
+        return model
+
+    @classmethod
+    def _from_diffusers(
+        cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor], image_size: int = 256
+    ) -> Self:
+        levels = len(config["block_out_channels"])
+        down = config.get("down_block_types", ["DownEncoderBlock2D"] * levels)
+        up = config.get("up_block_types", ["UpDecoderBlock2D"] * levels)
+        mean, scale = _diffusers_statistics(config)
+        model = cls(
+            image_size=image_size,
+            in_channels=config.get("in_channels", 3),
+            block_out_channels=tuple(config["block_out_channels"]),
+            layers_per_block=config.get("layers_per_block", 1),
+            latent_channels=config.get("latent_channels", 4),
+            encoder_attention=tuple(level for level, name in enumerate(down) if name.startswith("Attn")),
+            decoder_attention=tuple(level for level, name in enumerate(reversed(up)) if name.startswith("Attn")),
+            middle_attention=config.get("mid_block_add_attention", True),
+            use_quant_conv=config.get("use_quant_conv", True),
+            use_post_quant_conv=config.get("use_post_quant_conv", True),
+            norm_groups=config.get("norm_num_groups", 32),
+            act_fn=config.get("act_fn", "silu"),
+            latent_mean=mean,
+            latent_scale=scale,
+        )
+        state = rename(state_dict, DIFFUSERS_NAMES)
+        load_strictly(model, {key: _as_linear(key, tensor) for key, tensor in state.items()})
+        return model
+
+    @classmethod
+    def from_diffusers(cls, source: str | Path, *, image_size: int = 256, **hub_options: Any) -> Self:
+        """Load an AutoencoderKL that diffusers saved: a folder, or a hub id.
+
+        Raises:
+            CheckpointError: nothing there, another class of model, or weights that do not fit.
+        """
+        folder = Path(source)
+        if not folder.exists():
+            folder = snapshot(str(source), [DIFFUSERS_CONFIG, DIFFUSERS_WEIGHTS], **hub_options)
+        path = folder / DIFFUSERS_CONFIG
+        try:
+            config = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}; expected a folder saved by diffusers") from error
+        if config.get("_class_name") != "AutoencoderKL":
+            raise CheckpointError(f"{folder} holds a {config.get('_class_name')}, not a diffusers AutoencoderKL")
+        return cls._from_diffusers(config, read_weights(folder / DIFFUSERS_WEIGHTS), image_size).eval()
+
+    @staticmethod
+    def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Drop the training losses (LPIPS, discriminator) that a training file carries beside the model."""
+        return {key: tensor for key, tensor in state.items() if not key.startswith("loss.")}
+
+
+def sample_moments(moments: Tensor, noise: Tensor) -> Tensor:
+    """Latents (B, L, D) of the posteriors (B, L, 2D) that ``encode_moments`` gives, with standard normal noise."""
+    mean, log_variance = moments.chunk(2, -1)
+    return mean + (log_variance / 2).exp() * noise
+
+
+def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """KL of normal distributions to the unit normal in nats, elementwise."""
+    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
+
+
+def latent_diffusion_names(levels: int) -> list[tuple[str, str]]:
+    """Rules from latent diffusion's names to ours; its decoder counts levels from the finest, diffusers' does not."""
+    rules = []
+    for level in range(levels):
+        for part, block, resample in (
+            (f"encoder.down.{level}", f"vae.encoder.down_blocks.{level}", "downsample"),
+            (f"decoder.up.{level}", f"vae.decoder.up_blocks.{levels - 1 - level}", "upsample"),
+        ):
+            part = re.escape(part)
+            rules += [
+                (rf"{part}\.block\.(\d+)\.nin_shortcut\.(\w+)", rf"{block}.resnets.\1.conv_shortcut.\2"),
+                (rf"{part}\.block\.(\d+)\.(\w+)\.(\w+)", rf"{block}.resnets.\1.\2.\3"),
+                (rf"{part}\.{resample}\.conv\.(\w+)", rf"{block}.{resample}rs.0.conv.\1"),
+                *_attention_names(rf"{part}\.attn\.(\d+)", rf"{block}.attentions.\1"),
+            ]
+    for part in ("encoder", "decoder"):
+        middle = f"vae.{part}.mid_block"
+        rules += [
+            (rf"{part}\.mid\.block_1\.(\w+)\.(\w+)", rf"{middle}.resnets.0.\1.\2"),
+            (rf"{part}\.mid\.block_2\.(\w+)\.(\w+)", rf"{middle}.resnets.1.\1.\2"),
+            *_attention_names(rf"{part}\.mid\.attn_(1)", rf"{middle}.attentions.0"),
+            (rf"{part}\.norm_out\.(\w+)", rf"vae.{part}.conv_norm_out.\1"),
+            (rf"({part}\.conv_(?:in|out)\.\w+)", r"vae.\1"),
+        ]
+    return [*rules, (r"((?:post_)?quant_conv\.\w+)", r"vae.\1")]
+
+
+def _attention_names(old: str, new: str) -> list[tuple[str, str]]:
+    return [
+        (rf"{old}\.norm\.(\w+)", rf"{new}.group_norm.\2"),
+        (rf"{old}\.proj_out\.(\w+)", rf"{new}.to_out.0.\2"),
+        (rf"{old}\.([qkv])\.(\w+)", rf"{new}.to_\2.\3"),
+    ]
+
+
+# Diffusers before 0.15 named the attention projections differently.
+DIFFUSERS_NAMES = [
+    (r"(.*\.attentions\.\d+)\.query\.(\w+)", r"vae.\1.to_q.\2"),
+    (r"(.*\.attentions\.\d+)\.key\.(\w+)", r"vae.\1.to_k.\2"),
+    (r"(.*\.attentions\.\d+)\.value\.(\w+)", r"vae.\1.to_v.\2"),
+    (r"(.*\.attentions\.\d+)\.proj_attn\.(\w+)", r"vae.\1.to_out.0.\2"),
+    (r"((?:encoder|decoder)\.(?:conv_in|conv_out|conv_norm_out|mid_block|down_blocks|up_blocks)\..*)", r"vae.\1"),
+    (r"((?:post_)?quant_conv\.\w+)", r"vae.\1"),
+]
+
+
+def _as_linear(key: str, tensor: Tensor) -> Tensor:
+    """Latent diffusion writes attention projections as 1x1 convolutions."""
+    pointwise = ".attentions." in key and tensor.ndim == 4 and tensor.shape[2:] == (1, 1)
+    return tensor[:, :, 0, 0] if pointwise else tensor
+
+
+def _levels_with_attention(part: str, state: Mapping[str, Tensor]) -> tuple[int, ...]:
+    found = (re.match(rf"{re.escape(part)}\.(\d+)\.attn\.", key) for key in state)
+    return tuple(sorted({int(match.group(1)) for match in found if match}))
+
+
+def _block_types(plain: str, attending: str, attention: tuple[int, ...], levels: int) -> tuple[str, ...]:
+    """Diffusers' names of the levels' blocks, finest first."""
+    if any(not 0 <= level < levels for level in attention):
+        raise ValueError(f"attention at levels {tuple(attention)}, but there are levels 0..{levels - 1} (0 is finest)")
+    return tuple(attending if level in attention else plain for level in range(levels))
+
+
+def _check_widths(widths: tuple[int, ...], groups: int) -> None:
+    wrong = [width for width in widths if width % groups]
+    if wrong:
+        raise ValueError(
+            f"{wrong[0]} channels cannot be split into {groups} groups for group norm; take block_out_channels that "
+            "are multiples of norm_groups, or a smaller norm_groups"
+        )
+
+
+def _per_channel(name: str, value: float | tuple[float, ...], channels: int) -> Tensor:
+    values = torch.tensor(value, dtype=torch.float32)
+    if values.ndim and len(values) != channels:
+        raise ValueError(f"{name} must be one number or {channels} (one per latent channel), got {len(values)}")
+    return values.expand(channels).clone()
+
+
+def _diffusers_statistics(config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """(mean, scale) of the standardisation ``(latent - mean) * scale`` that a diffusers config stands for."""
+    scaling = config.get("scaling_factor") or 1.0
+    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
+        return tuple(config["latents_mean"]), tuple(scaling / deviation for deviation in config["latents_std"])
+    return config.get("shift_factor") or 0.0, scaling
