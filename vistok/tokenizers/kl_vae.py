@@ -1,8 +1,8 @@
 """The KL-regularised convolutional autoencoder of latent diffusion, with a Gaussian posterior per position.
 
-Paper: High-Resolution Image Synthesis with Latent Diffusion Models (arXiv 2112.10752), section 3.1. Inside is diffusers'
-AutoencoderKL; the released KL-16 of MAR (arXiv 2406.11838; github.com/LTH14/mar, MIT), which xAR shares, comes in under
-its latent-diffusion names, and any AutoencoderKL that diffusers saved under its own.
+Paper: High-Resolution Image Synthesis with Latent Diffusion Models (arXiv 2112.10752), section 3.1. Inside is the
+AutoencoderKL of diffusers; the released KL-16 of MAR (arXiv 2406.11838; github.com/LTH14/mar, MIT), which xAR shares,
+comes in under its latent-diffusion names, and any AutoencoderKL that diffusers saved under its own.
 """
 
 from __future__ import annotations
