@@ -3,6 +3,7 @@
 from vistok.flow.guidance import APG, Scale, guided, is_guided, scale_at
 from vistok.flow.paths import LinearPath
 from vistok.flow.solvers import SOLVERS, FlowState, adams_bashforth2, euler
+from vistok.flow.stochastic import euler_maruyama, stochastic_times
 from vistok.flow.times import TimeSampling, shift_time
 
 __all__ = [
@@ -14,8 +15,10 @@ __all__ = [
     "TimeSampling",
     "adams_bashforth2",
     "euler",
+    "euler_maruyama",
     "guided",
     "is_guided",
     "scale_at",
     "shift_time",
+    "stochastic_times",
 ]

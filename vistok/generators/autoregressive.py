@@ -103,7 +103,7 @@ class AutoregressiveGenerator(Generator):
     def training_draws(self, keys: Keys) -> Draws:
         return {"drop": keys.uniform("drop")}
 
-    def sampling_draws(self, keys: Keys) -> Draws:
+    def sampling_draws(self, keys: Keys, options: DecodingOptions | None = None) -> Draws:
         return {"ids": keys.uniform("ids", self.spec.length)}
 
     def start(

@@ -57,8 +57,9 @@ class Generator(Model):
         """The random tensors that ``forward`` consumes, for the batch of ``keys``."""
 
     @abstractmethod
-    def sampling_draws(self, keys: Keys) -> Draws:
-        """The random tensors that sampling consumes, for the batch of ``keys``."""
+    def sampling_draws(self, keys: Keys, options: Any = None) -> Draws:
+        """The random tensors that sampling with ``options`` (an ``options_type``, None for its defaults) consumes, for
+        the batch of ``keys``."""
 
     @abstractmethod
     def start(self, condition: Condition, options: Any = None, *, draws: Draws | None = None) -> Session:

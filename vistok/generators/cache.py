@@ -63,3 +63,8 @@ class KVCache:
     def length(self) -> int:
         """Positions stored so far."""
         return self.layers[0].length
+
+    def truncate(self, length: int) -> None:
+        """Forget the positions from ``length`` on: those that are still being made."""
+        for layer in self.layers:
+            layer.length = min(layer.length, length)

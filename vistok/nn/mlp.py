@@ -16,30 +16,64 @@ class MLP(nn.Module):
         hidden_dim: width of the hidden layer.
         activation: an elementwise function.
         bias: whether the linears have biases.
+        dropout: of the hidden layer and of the output, in training.
     """
 
-    def __init__(self, dim: int, hidden_dim: int, activation: Callable[[Tensor], Tensor], *, bias: bool = True):
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        activation: Callable[[Tensor], Tensor],
+        *,
+        bias: bool = True,
+        dropout: float = 0.0,
+    ):
         super().__init__()
         self.up = nn.Linear(dim, hidden_dim, bias=bias)
         self.down = nn.Linear(hidden_dim, dim, bias=bias)
-        self.activation = activation
+        self.activation, self.dropout = activation, nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.up(x)))
+        return self.dropout(self.down(self.dropout(self.activation(self.up(x)))))
 
 
-class SwiGLU(nn.Module):
-    """Gated feed-forward (arXiv 2002.05202): down(silu(gate x) * up x), without biases."""
+class GatedMLP(nn.Module):
+    """Gated feed-forward (arXiv 2002.05202): down(activation(gate x) * up x), (..., D) -> (..., D).
+
+    Args:
+        dim: width D.
+        hidden_dim: width of the hidden layer.
+        activation: an elementwise function.
+        bias: whether the linears have biases.
+        hidden_dropout, dropout: of the hidden layer and of the output, in training.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        activation: Callable[[Tensor], Tensor],
+        *,
+        bias: bool = True,
+        hidden_dropout: float = 0.0,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.gate = nn.Linear(dim, hidden_dim, bias=bias)
+        self.up = nn.Linear(dim, hidden_dim, bias=bias)
+        self.down = nn.Linear(hidden_dim, dim, bias=bias)
+        self.activation = activation
+        self.hidden_dropout, self.dropout = nn.Dropout(hidden_dropout), nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.down(self.hidden_dropout(self.activation(self.gate(x)) * self.up(x))))
+
+
+class SwiGLU(GatedMLP):
+    """Llama's gated feed-forward: SiLU, no biases."""
 
     def __init__(self, dim: int, hidden_dim: int, *, dropout: float = 0.0):
-        super().__init__()
-        self.gate = nn.Linear(dim, hidden_dim, bias=False)
-        self.up = nn.Linear(dim, hidden_dim, bias=False)
-        self.down = nn.Linear(hidden_dim, dim, bias=False)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.down(F.silu(self.gate(x)) * self.up(x)))
+        super().__init__(dim, hidden_dim, F.silu, bias=False, dropout=dropout)
 
 
 def llama_hidden_dim(dim: int, multiple_of: int = 256) -> int:
