@@ -151,7 +151,7 @@ def test_what_to_generate_must_be_said_once(pipe, unconditional):
         pipe()
     with pytest.raises(ValueError, match="2 were given"):
         pipe([0], num_images=2)
-    with pytest.raises(ValueError, match=r"no classes; generate with pipe\(num_images"):
+    with pytest.raises(ValueError, match="no classes; generate with num_images"):
         unconditional(["cat"])
     with pytest.raises(ValueError, match="num_images must be at least 1, got 0"):
         unconditional(num_images=0)

@@ -98,7 +98,18 @@ class Pipeline:
 
     @property
     def class_names(self) -> tuple[str, ...]:
+        """In the order of the ids; empty if classes have no names."""
         return self._classes.names
+
+    def class_ids(self, labels: ClassLabel | Iterable[ClassLabel]) -> list[int]:
+        """Ids of classes given by id or by name.
+
+        Raises:
+            ValueError: an unknown or ambiguous name, an id out of range, or a pipeline without classes.
+        """
+        if not self._classes.count:
+            raise ValueError("this pipeline has no classes; generate with num_images=…, without class labels")
+        return self._classes.resolve(labels)
 
     @property
     def device(self) -> torch.device:
@@ -127,7 +138,7 @@ class Pipeline:
         settings = _read_settings(folder)
         tokenizer, generator = _load_part(folder, TOKENIZER, Tokenizer), _load_part(folder, GENERATOR, Generator)
         pipe = cls(tokenizer, generator, **settings)
-        return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype)
+        return pipe.to(choose_device(device), dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the pipeline folder as a whole, or not at all; an older pipeline there is replaced.
@@ -144,6 +155,11 @@ class Pipeline:
             self.tokenizer.save_pretrained(partial / TOKENIZER)
             self.generator.save_pretrained(partial / GENERATOR)
             write_settings(partial, class_names=self.class_names, sampling=self.sampling)
+
+    def options(self, **sampling: Any) -> Any:
+        """The options that a call with these would use: an ``options_type``, with ``self.sampling`` for the others."""
+        options_type = self.generator.options_type
+        return options_type(**check(options_type, {**self.sampling, **sampling}, ""))
 
     @torch.no_grad()
     def __call__(
@@ -181,7 +197,7 @@ class Pipeline:
                 condition.
             ConfigError: an unknown option, or one of the wrong type.
         """
-        options = self._options(sampling)
+        options = self.options(**sampling)
         condition = self._condition(class_labels, num_images, condition, num_images_per_label)
         seed = _seed(seed, generator)
         if batch_size < 1:
@@ -189,7 +205,7 @@ class Pipeline:
         tokens, pixels = [], []
         for start in range(0, len(condition), batch_size):
             rows = condition[start : start + batch_size]
-            draws = self.generator.sampling_draws(Keys.range(seed, len(rows), index_start + start))
+            draws = self.generator.sampling_draws(Keys.range(seed, len(rows), index_start + start), options)
             batch = self.generator.sample(rows.to(self.device), options, draws=draws)
             tokens.append(batch.cpu())
             pixels.append(self._decode(batch))
@@ -216,7 +232,7 @@ class Pipeline:
             preview_every: positions between two previews; None takes a row of the grid, or what the tokenizer's
                 prefixes are multiples of.
         """
-        options = self._options(sampling)
+        options = self.options(**sampling)
         condition = self._condition(class_labels, num_images, condition, num_images_per_label)
         every = self._preview_step() if preview_every is None else preview_every
         if every < 1:
@@ -239,10 +255,6 @@ class Pipeline:
         parameter = next(self.tokenizer.parameters())
         return to_pil(self.tokenizer.reconstruct(images.to(parameter.device, parameter.dtype)))
 
-    def _options(self, sampling: Mapping[str, Any]) -> Any:
-        options_type = self.generator.options_type
-        return options_type(**check(options_type, {**self.sampling, **sampling}, ""))
-
     def _condition(
         self,
         class_labels: ClassLabel | Iterable[ClassLabel] | None,
@@ -264,9 +276,7 @@ class Pipeline:
         if num_images is not None:
             return Condition.none(num_images)
         if class_labels is not None:
-            if not self._classes.count:
-                raise ValueError("this pipeline has no classes; generate with pipe(num_images=…)")
-            condition = Condition.from_labels(torch.tensor(self._classes.resolve(class_labels), dtype=torch.int64))
+            condition = Condition.from_labels(torch.tensor(self.class_ids(class_labels), dtype=torch.int64))
         if not len(condition):
             raise ValueError("there is nothing to generate: the list of classes is empty")
         return condition[torch.arange(len(condition)).repeat_interleave(copies)]
@@ -279,7 +289,7 @@ class Pipeline:
     def _previews(self, condition: Condition, options: Any, keys: Keys, every: int) -> Iterator[Preview]:
         total, shown = self.generator.spec.length, 0
         tokens, known = None, torch.zeros(len(condition), total, dtype=torch.bool)
-        draws = self.generator.sampling_draws(keys)
+        draws = self.generator.sampling_draws(keys, options)
         for chunk in self.generator.stream(condition.to(self.device), options, draws=draws):
             if tokens is None:
                 tokens = torch.zeros(len(condition), total, *chunk.tokens.shape[2:], dtype=chunk.tokens.dtype)
@@ -333,6 +343,23 @@ pipeline = Pipeline.from_pretrained
 def write_settings(folder: str | Path, *, class_names: Sequence[str], sampling: Mapping[str, Any]) -> None:
     """Write ``pipeline.json`` into a folder that has (or gets) ``tokenizer/`` and ``generator/``."""
     write_json(Path(folder) / PIPELINE, {"class_names": list(class_names), "sampling": to_json(dict(sampling))})
+
+
+def choose_device(device: torch.device | str | None) -> torch.device:
+    """``device``, or where None is given, a GPU if there is one.
+
+    Raises:
+        ValueError: no such device, here or at all.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {device!r}; known are cpu, cuda, cuda:1, mps, …") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"there is no CUDA GPU for device {str(device)!r}; leave the device out, or take cpu")
+    return device
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -1,0 +1,347 @@
+"""The ``vistok`` command: parses, calls, prints. What is heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+EPILOG = "VISTOK_DEBUG=1 in the environment shows the traceback of an error."
+
+app = typer.Typer(
+    name="vistok",
+    help="Autoregressive visual generation: train tokenizers and generators, sample, evaluate.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+output, errors = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
+
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, …; a GPU if there is one by default.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; a failure that a user can act upon is one message and exit code 2."""
+    _show_logs()
+    try:
+        app(arguments, prog_name="vistok")
+    except Exception as error:
+        if os.environ.get("VISTOK_DEBUG") or not _is_for_users(error):
+            raise
+        errors.print(f"[bold red]Error:[/] {escape(_message(error))}")
+        sys.exit(2)
+
+
+def _is_for_users(error: Exception) -> bool:
+    """Bad input and failing files, and the errors that vistok itself defines."""
+    return isinstance(error, ValueError | OSError) or type(error).__module__.startswith("vistok.")
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"{error}. Nothing was left half-written; free some space and run the command again."
+    return str(error) or type(error).__name__
+
+
+def _show_logs() -> None:
+    """vistok's own messages (images left out, weights dropped) go to standard error, as they come."""
+    import logging
+
+    from rich.logging import RichHandler
+
+    logger = logging.getLogger("vistok")
+    if not logger.handlers:
+        logger.addHandler(RichHandler(console=errors, show_time=False, show_path=False))
+        logger.setLevel(logging.INFO)
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from vistok._version import __version__
+
+        output.print(f"vistok {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Folder for everything it makes; must not exist yet.")] = Path("quickstart"),
+) -> None:
+    """The whole chain on embedded digits, in about five minutes on a CPU, without a network.
+
+    Trains a tokenizer and a generator, samples, scores the samples, and writes report.html.
+    """
+    from vistok.quickstart import quickstart as run
+
+    run(out)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file: configs/cifar10/vit_vqgan.yaml")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Changes to it: data.root=photos/ optimizer.lr=2e-4"),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
+) -> None:
+    """Train a tokenizer on images, or a generator on the tokens of one.
+
+    The config says what is trained, on what, and in which folder (output_dir) the run goes.
+
+    On several GPUs: accelerate launch -m vistok train …
+    """
+    from vistok.config import load_config
+    from vistok.train import train as run
+
+    folder = run(load_config(config, overrides or ()), resume=resume)
+    output.print(f"The run is in {escape(str(folder))}")
+
+
+@app.command()
+def tokenize(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run of a tokenizer, saved tokenizer, or hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder for the token cache; must not exist yet.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="data.KEY=VALUE", help="Other images than the run's: data.root=photos/"),
+    ] = None,
+    augmentation: Annotated[
+        str,
+        typer.Option(
+            help="Views stored of each image: none, only itself; flip, also its mirror image; ten_crop, LlamaGen's "
+            "crops of it; or random:K, K of those that training would see."
+        ),
+    ] = "none",
+    device: Device = None,
+) -> None:
+    """Turn images into a cache of tokens, which generators train on."""
+    from vistok.pipelines import choose_device, load_tokenizer
+    from vistok.runs import data_of_run
+    from vistok.train.tokenize import tokenize as write_cache
+
+    tokenizer = load_tokenizer(run).to(choose_device(device))
+    data = data_of_run(run, overrides or (), image_shape=tokenizer.image_shape)
+    cache = write_cache(tokenizer, data, out, augmentation=augmentation)
+    views = f" in {cache.views} views each" if cache.views > 1 else ""
+    output.print(f"{len(cache):,} images{views}, {cache.spec['length']} tokens per image, are in {escape(str(out))}")
+
+
+@app.command()
+def sample(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run of a generator, pipeline folder, or hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder for the samples; must not exist yet, or be empty.")],
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="OPTION=VALUE", help="More sampling options: guidance_interval=[0,64]"),
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(help="Classes by id or by name, separated by commas, taken in turn; all of them by default."),
+    ] = None,
+    num: Annotated[int, typer.Option(help="How many images.")] = 64,
+    seed: Annotated[int, typer.Option(help="Image i of a seed is always the same.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Images generated at a time; does not change them.")] = 64,
+    npz: Annotated[bool, typer.Option("--npz", help="Also write samples.npz for ADM-style evaluators.")] = False,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw among the k likeliest tokens only; 0 is off.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw within this probability mass only; 1 is off.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is off.")] = None,
+    device: Device = None,
+) -> None:
+    """Generate images: a PNG each, an overview grid.png, and samples.json with what made them.
+
+    Sampling options that are not given are those saved with the pipeline.
+    """
+    from vistok.config import override
+    from vistok.pipelines import pipeline
+    from vistok.samples import write_samples
+
+    named = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
+    sampling = override({key: value for key, value in named.items() if value is not None}, options or ())
+    write_samples(
+        pipeline(run, device=device),
+        out,
+        num,
+        classes=classes.split(",") if classes is not None else None,
+        seed=seed,
+        batch_size=batch_size,
+        npz=npz,
+        sampling=sampling,
+    )
+    output.print(f"{num:,} samples are in {escape(str(out))}; see {escape(str(out / 'grid.png'))}")
+
+
+@app.command()
+def reconstruct(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run, saved tokenizer, pipeline, or hub id.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files; cropped to the right size.")],
+    out: Annotated[Path, typer.Option(help="PNG file: originals over their reconstructions.")] = Path(
+        "reconstruction.png"
+    ),
+    device: Device = None,
+) -> None:
+    """Encode and decode images, and look at what is lost."""
+    from vistok.pipelines import choose_device, load_tokenizer
+    from vistok.samples import reconstruct_files
+
+    tokenizer = load_tokenizer(run).to(choose_device(device))
+    for image, decibels in zip(images, reconstruct_files(tokenizer, images, out), strict=True):
+        output.print(f"{escape(str(image))}  PSNR {decibels:.2f} dB")
+    output.print(f"Originals over reconstructions are in {escape(str(out))}")
+
+
+@app.command("eval")
+def evaluate(
+    what: Annotated[
+        str,
+        typer.Argument(metavar="IMAGES|RUN", help="Folder of images, ADM-style .npz, or run; or run of a tokenizer."),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="data.KEY=VALUE", help="For a tokenizer: other images than the run's test split."),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="What images are compared with: a folder, or an .npz of images or of ADM statistics."),
+    ] = None,
+    protocol: Annotated[str, typer.Option(help="adm or torch-fidelity.")] = "torch-fidelity",
+    metrics: Annotated[
+        str | None, typer.Option(help="Some of fid,sfid,is,kid,prc; by default all that protocol and reference allow.")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Local file with the Inception weights; downloaded once by default.")
+    ] = None,
+    lpips_weights: Annotated[
+        Path | None, typer.Option(help="For a tokenizer: local file with all LPIPS weights; no LPIPS without.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 64,
+    out: Annotated[Path | None, typer.Option(help="JSON file for scores and everything they depend on.")] = None,
+    device: Device = None,
+) -> None:
+    """Score images against a reference (FID, IS, KID, …), or the reconstructions of a tokenizer (PSNR, SSIM, LPIPS).
+
+    A tokenizer is scored on the test split of its training data; --reference or data.root=… names other images.
+    """
+    from vistok.files import write_json
+    from vistok.runs import holds_tokenizer_only
+
+    if holds_tokenizer_only(what):
+        if reference is not None:
+            overrides = [f"data.root={reference}", *(overrides or ())]
+        result = _evaluate_tokenizer(what, overrides or (), lpips_weights, batch_size, device)
+    else:
+        if reference is None:
+            raise typer.BadParameter("images need one to be compared with", param_hint="--reference")
+        if overrides:
+            raise typer.BadParameter(f"only the run of a tokenizer takes {overrides[0]}")
+        from vistok.eval import evaluate as score
+
+        chosen = metrics.split(",") if metrics is not None else None
+        result = score(
+            what,
+            reference,
+            protocol=protocol,
+            metrics=chosen,
+            weights=weights,
+            batch_size=batch_size,
+            device=device,
+        )
+    _print_scores(result)
+    if out is not None:
+        write_json(out, result)
+        output.print(f"Everything these scores depend on is in {escape(str(out))}")
+
+
+def _evaluate_tokenizer(
+    run: str, overrides: Sequence[str], lpips_weights: Path | None, batch_size: int, device: str | None
+) -> dict[str, Any]:
+    from vistok.eval.tokenizers import evaluate_tokenizer
+    from vistok.losses import LPIPS
+    from vistok.pipelines import choose_device, load_tokenizer
+    from vistok.runs import data_of_run
+
+    tokenizer = load_tokenizer(run).to(choose_device(device))
+    overrides = [f"data.batch_size={batch_size}", *overrides]
+    data = data_of_run(run, overrides, image_shape=tokenizer.image_shape, split="test")
+    lpips = LPIPS.from_pretrained(lpips_weights) if lpips_weights else None
+    return evaluate_tokenizer(tokenizer, data, lpips=lpips)
+
+
+def _print_scores(result: dict[str, Any]) -> None:
+    images, reference = result["images"], result["reference"]
+    output.print(f"{images['count']:,} images ({escape(images['source'])}) against {escape(reference['source'])}")
+    table = Table("score", "value", title=f"protocol: {result['protocol']}", title_justify="left", box=SIMPLE)
+    for name, value in result["scores"].items():
+        table.add_row(name, "infinite" if value is None else f"{value:.4f}")
+    _print_table(table)
+    for warning in result["warnings"]:
+        errors.print(f"[yellow]Note:[/] {escape(warning)}")
+
+
+@app.command()
+def convert(
+    system: Annotated[
+        str, typer.Argument(metavar="SYSTEM", help="What the file holds, such as llamagen or llamagen/gpt.")
+    ],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The released file: safetensors or torch.")],
+    out: Annotated[Path, typer.Option(help="Folder for the converted model; must not exist yet.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(help="JSON file with the reference's own arguments; not needed for released file names."),
+    ] = None,
+) -> None:
+    """Turn an official checkpoint into a vistok model, which vistok.load reads."""
+    from vistok.files import read_json
+    from vistok.hub import convert as read_official
+    from vistok.hub import official_name
+
+    if out.exists():
+        raise FileExistsError(f"{out} exists already; choose another folder or remove it first")
+    name = official_name(system, file.name)
+    model = read_official(name, file, read_json(config) if config is not None else None)
+    model.save_pretrained(out)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    output.print(f"{name}: {type(model).__name__} with {parameters:,} parameters, saved in {escape(str(out))}")
+
+
+@app.command()
+def models() -> None:
+    """List every model: sizes, parameters, official checkpoints, papers."""
+    from vistok.catalogue import catalogue
+
+    systems = Table("system", "in configs", "kind", "parameters", "arXiv", box=SIMPLE)
+    released = Table("system", "official checkpoint", box=SIMPLE)
+    for item in catalogue():
+        sizes = "\n".join(f"{name} {_short(count)}" for name, count in item.sizes.items())
+        systems.add_row(item.official, item.name, item.kind, sizes, item.paper, end_section=True)
+        for checkpoint in item.checkpoints:
+            released.add_row(item.official, escape(checkpoint))
+    _print_table(systems)
+    output.print("vistok.load reads these by name, and vistok convert reads their files:")
+    _print_table(released)
+
+
+def _print_table(table: Table) -> None:
+    """Fit a table to the terminal; elsewhere it gets all the width it needs, so that names stay whole."""
+    for column in table.columns:
+        column.overflow = "fold"
+    console = output if output.is_terminal else Console(width=1000)
+    console.print(table, soft_wrap=False)
+
+
+def _short(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"

@@ -1,0 +1,112 @@
+"""Scores of a tokenizer: a data set against its reconstructions, both read as streams."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vistok.data.config import DataConfig
+from vistok.data.loader import ImageBatches
+from vistok.data.order import SequentialOrder
+from vistok.data.pictures import to_uint8
+from vistok.data.sources import open_source
+from vistok.data.transforms import ImageTransform
+from vistok.eval.images import ImageError
+from vistok.eval.protocols import evaluate_reconstruction
+from vistok.eval.record import save_result
+from vistok.progress import track
+from vistok.tokenizers.base import Tokenizer
+
+
+class DataImages:
+    """The images of a data config as evaluation sees them, as an ``ImageSet``; grey ones are repeated to RGB.
+
+    Raises:
+        ImageError: while reading, at the first image that cannot be read: a score over the others would be another one.
+    """
+
+    names: ClassVar[None] = None
+    lossy: ClassVar[int] = 0  # originals are what they are
+
+    def __init__(self, data: DataConfig):
+        source = open_source(data)
+        transform = ImageTransform(data.image_size, data.crop).without_augmentation()
+        self._images = ImageBatches(source, transform)
+        self.source = f"{data.name or data.root or data.source} ({data.split or 'all images'})"
+        self.count = len(source)
+        self.size = (data.image_size, data.image_size)
+
+    def pixels(self, batch_size: int) -> Iterator[Tensor]:
+        """Yield float (B, C, H, W) in [-1, 1], in order."""
+        for indices in SequentialOrder(self.count, batch_size).batches(0):
+            batch, failures = self._images.load(indices, 0)
+            if failures:
+                raise ImageError(f"cannot read an image that is to be scored: {next(iter(failures.values()))}")
+            yield batch.pixels
+
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        """Yield uint8 (B, 3, H, W), in order."""
+        return map(_to_rgb, self.pixels(batch_size))
+
+
+class Reconstructions:
+    """What a tokenizer makes of ``originals``, as an ``ImageSet``; computed on its device, with a progress bar."""
+
+    names: ClassVar[None] = None
+    lossy: ClassVar[int] = 0
+
+    def __init__(self, tokenizer: Tokenizer, originals: DataImages):
+        self._tokenizer, self._originals = tokenizer.eval(), originals
+        self.source = f"reconstructions of {originals.source}"
+        self.count, self.size = originals.count, originals.size
+
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        """Yield uint8 (B, 3, H, W), in order."""
+        parameter = next(self._tokenizer.parameters())
+        batches = self._originals.pixels(batch_size)
+        for pixels in track(batches, self.source, -(-self.count // batch_size)):
+            yield _to_rgb(self._tokenizer.reconstruct(pixels.to(parameter.device, parameter.dtype)).cpu())
+
+
+def evaluate_tokenizer(
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    *,
+    lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
+    out: str | Path | None = None,
+) -> dict[str, Any]:
+    """Score the reconstructions of all images of ``data``; see ``evaluate_reconstruction`` for the scores.
+
+    Raises:
+        ImageError: an image that cannot be read.
+        ValueError: images of another size or other channels than the tokenizer's.
+    """
+    originals = DataImages(data)
+    device = next(tokenizer.parameters()).device
+    result = evaluate_reconstruction(
+        originals,
+        Reconstructions(tokenizer, originals),
+        lpips=lpips.to(device) if isinstance(lpips, torch.nn.Module) else lpips,
+        batch_size=data.batch_size,
+        device=device,
+    )
+    spec = tokenizer.spec_for(originals.size)
+    result["tokenizer"] = {
+        "model": tokenizer.registry_name,
+        "fingerprint": tokenizer.fingerprint(),
+        "spec": dataclasses.asdict(spec),
+        "data": dataclasses.asdict(data),
+    }
+    if out is not None:
+        save_result(result, out)
+    return result
+
+
+def _to_rgb(pixels: Tensor) -> Tensor:
+    images = to_uint8(pixels.float())
+    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
