@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vistok.draws import Keys
 from vistok.generators.cache import KVCache
-from vistok.generators.sampling import DecodingOptions
+from vistok.generators.sampling import DecodingOptions, draw_ids
 from vistok.types import Condition, TokenSpec
 
 GENERATORS = names("generator")
@@ -157,6 +157,17 @@ def test_a_seed_gives_the_same_sample_in_any_batch(seed, indices, scale):
     together = sample(indices)
     assert torch.equal(torch.cat([sample([index]) for index in indices]), together)
     assert torch.equal(sample(indices[::-1]), together.flip(0))
+
+
+@torch.no_grad()
+def test_each_position_is_drawn_with_its_own_number(setup):
+    model, condition = setup
+    options = DecodingOptions(temperature=1.3, top_k=12, top_p=0.9)
+    draws = model.sampling_draws(Keys.range(4, 3))
+    ids = model.sample(condition, options, draws=draws)
+    logits = model.logits(ids, condition)
+    drawn = [draw_ids(logits[:, i], draws["ids"][:, i], options) for i in range(model.spec.length)]
+    assert torch.equal(torch.stack(drawn, 1), ids)
 
 
 def test_other_seeds_give_other_samples():

@@ -82,6 +82,15 @@ def test_largest_uniform_draws_the_last_possible_id():
     assert inverse_cdf(torch.rand(1, 16384).softmax(-1), almost_one).item() > 16380
 
 
+def test_rounding_of_a_parallel_sum_does_not_draw_an_excluded_id(monkeypatch):
+    # Accelerators sum in another order: the sum at an excluded id may exceed the one before it by a rounding error.
+    sums = torch.tensor([[0.5, 0.5 + 2**-20, 1 - 2**-20, 1.0]])
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda self, dim: sums.clone())
+    probabilities = torch.tensor([[0.5, 0.0, 0.5, 0.0]])
+    assert inverse_cdf(probabilities, torch.tensor([0.5 + 2**-21])).tolist() == [2]
+    assert inverse_cdf(probabilities, torch.tensor([1 - 2**-24])).tolist() == [2]
+
+
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-6}])
 def test_greedy_in_three_ways(options):
     logits, uniforms = torch.randn(64, 11), torch.rand(64)
