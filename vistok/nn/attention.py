@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vistok.nn.flex import FlexMask
 from vistok.nn.rotary import Rotation, rotate
 
 
@@ -63,7 +64,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         *,
-        mask: Tensor | None = None,
+        mask: Tensor | FlexMask | None = None,
         causal: bool = False,
         rotation: Rotation | None = None,
         cache: LayerCache | None = None,
@@ -71,7 +72,7 @@ class Attention(nn.Module):
         """Attend within x (B, N, D), or from x to everything in ``cache`` and itself.
 
         Args:
-            mask: bool, broadcastable to (B, H, N, keys), True where attention is allowed.
+            mask: bool, broadcastable to (B, H, N, keys), True where attention is allowed; or a rule, without dropout.
             causal: each position sees itself and earlier ones; give either this or ``mask``.
             rotation: rotary tables of these N positions, applied to queries and keys.
         """
@@ -115,12 +116,14 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Tensor | None,
+    mask: Tensor | FlexMask | None,
     causal: bool,
     dropout: float = 0.0,
     scale: float | None = None,
 ) -> Tensor:
     """Scaled dot-product attention of (B, H, n, h) queries over (B, H, m, h) keys -> (B, n, H * h)."""
+    if isinstance(mask, FlexMask):
+        return rearrange(mask.attend(q, k, v, scale), "b h n d -> b n (h d)")
     # One query sees every key of the cache: no mask, which keeps SDPA on its fast path.
     causal = causal and q.shape[2] > 1
     if causal and q.shape[2] != k.shape[2]:
