@@ -365,6 +365,7 @@ def test_convert_names_parameters_and_what_was_dropped(official, tmp_path, capsy
     assert vistok.load(out).fingerprint() == tiny_tokenizer().fingerprint()
     count = sum(parameter.numel() for parameter in tiny_tokenizer().parameters())
     assert f"ViTVQGAN with {count:,} parameters" in printed.out
+    assert "1 entries are no part of the model and were dropped: loss.logvar" in " ".join(printed.err.split())
 
 
 def test_convert_refuses(official, tmp_path, refused):

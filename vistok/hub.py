@@ -208,6 +208,25 @@ def convert(name: str, file: str | Path, config: Mapping[str, Any] | None = None
     return from_official(name, config, kept)
 
 
+def official_name(system: str, filename: str) -> str:
+    """The "system/part" that a released file of ``system`` holds; ``system`` may name the part itself.
+
+    Raises:
+        UnknownModelError: no such system.
+        CheckpointError: the file's name does not tell which part it is.
+    """
+    parts = {item.official: item for item in registry.ENTRIES if item.official.partition("/")[0] == system}
+    if not parts:
+        return registry.official_entry(system).official
+    released = {
+        name for name, item in parts.items() if any(filename == known.filename for known in item.load().checkpoints)
+    }
+    found = released or set(parts)
+    if len(found) > 1:
+        raise CheckpointError(f"the name {filename!r} does not tell what the file is; say {' or '.join(parts)}")
+    return found.pop()
+
+
 def known_config(item: registry.Entry, file: str | Path) -> Mapping[str, Any]:
     """The reference's arguments for a released file, found by its name, and by its folders where releases share one."""
     path = Path(file)
@@ -280,6 +299,23 @@ def rename(state: Mapping[str, Tensor], rules: Iterable[tuple[str, str]]) -> dic
         return key
 
     return {new_name(key): tensor for key, tensor in state.items()}
+
+
+def fuse(state: Mapping[str, Tensor], parts: Sequence[str], whole: str) -> dict[str, Tensor]:
+    """Concatenate, along their first axis, tensors whose keys differ in one part only.
+
+    ``fuse(state, ("wq", "wk", "wv"), "qkv")`` joins "a.wq.weight", "a.wk.weight" and "a.wv.weight" to "a.qkv.weight".
+    Where one of them is absent or of another shape all stay as they are, for ``load_strictly`` to name.
+    """
+    fused = dict(state)
+    first = re.compile(rf"(?<![^.]){re.escape(parts[0])}(?![^.])")
+    for key in state:
+        keys = [first.sub(part, key) for part in parts]
+        if not first.search(key) or any(other not in state for other in keys):
+            continue
+        if len({state[other].shape[1:] for other in keys}) == 1:
+            fused[first.sub(whole, key)] = torch.cat([fused.pop(other) for other in keys])
+    return fused
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, source: str = "the state dict") -> None:
