@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vistok.config import check
+from vistok.data.config import DataConfig
 from vistok.data.loader import ImageBatch, Loader, evaluation_loader, training_loader
 from vistok.data.pictures import comparison, grid
 from vistok.data.sources import open_source
@@ -87,7 +89,7 @@ class TokenizerStage(Stage):
         self.loader = training_loader(source, config.data, rank=rank, world_size=world_size)
         self.seed = config.seed
         self.usage = CodeUsage(self.model.spec.codebook_size) if self.model.spec.discrete else None
-        self._examples = _first_images(evaluation_loader(source, config.data), 8)
+        self._examples = example_images(config.data)
         self._seen: tuple[Tensor, Tensor] | None = None
 
     def losses(self, model: nn.Module, batch: ImageBatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -201,8 +203,10 @@ def forever(loader: Loader) -> Iterator[Any]:
         yield from loader
 
 
-def _first_images(loader: Loader, count: int) -> Tensor:
-    return next(iter(loader)).pixels[:count]
+def example_images(data: DataConfig, count: int = 8) -> Tensor:
+    """A few images, evenly spread over the source, as evaluation sees them: (count, C, H, W) in [-1, 1]."""
+    few = replace(data, limit=count, batch_size=count, cache="none", num_workers=0)
+    return next(iter(evaluation_loader(open_source(few), few))).pixels
 
 
 STAGES = {"tokenizer": TokenizerStage, "generator": GeneratorStage}

@@ -1,0 +1,46 @@
+"""What the benchmark scripts share: where real data lie, the instrument for 32 px samples, and the closing line."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+
+sys.path.insert(0, str(ROOT))
+
+
+def find(path: str | None, fallback: str, option: str) -> Path:
+    """``path``, or a file of the shared folder beside the repository; a clear exit where there is neither."""
+    chosen = Path(path) if path else SHARED / fallback
+    if not chosen.exists():
+        sys.exit(f"{chosen} is missing; name it with {option}")
+    return chosen
+
+
+def load_instrument(path: Path):
+    """A module that scores 32 px samples: ``load()`` gives a classifier with ``features``, and ``frechet_distance``."""
+    specification = importlib.util.spec_from_file_location("instrument", path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def say(text: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
+
+
+def finish(name: str, ratios: dict[str, float], figures: dict[str, float | str]) -> None:
+    """Print the one line of JSON that every benchmark ends with."""
+
+    def short(value):
+        return round(value, 4) if isinstance(value, float) else value
+
+    rounded = {
+        key: {k: short(v) for k, v in values.items()} for key, values in (("ratios", ratios), ("figures", figures))
+    }
+    print(json.dumps({"benchmark": name, **rounded}))
