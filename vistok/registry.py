@@ -31,6 +31,7 @@ ENTRIES = (
     Entry("llamagen_vq", "tokenizer", "vistok.tokenizers.llamagen_vq:LlamaGenVQ", "llamagen/tokenizer", "2406.06525"),
     Entry("kl_vae", "tokenizer", "vistok.tokenizers.kl_vae:KLVAE", "kl_vae/tokenizer", "2112.10752"),
     Entry("vit_vqgan_gpt", "generator", "vistok.generators.vit_vqgan_gpt:ViTVQGANGPT", "vit_vqgan/gpt", "2110.04627"),
+    Entry("mar", "generator", "vistok.generators.mar:MAR", "mar/generator", "2406.11838"),
     Entry("xar", "generator", "vistok.generators.xar:XAR", "xar/generator", "2502.20388"),
     Entry("llama", "generator", "vistok.generators.llama:Llama", "llamagen/gpt", "2406.06525"),
 )

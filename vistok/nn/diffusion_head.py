@@ -1,0 +1,67 @@
+"""The small network that denoises continuous tokens one by one (MAR, arXiv 2406.11838, section 3.3)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vistok.nn.mlp import MLP
+from vistok.nn.modulation import modulate
+from vistok.nn.timesteps import TimestepEmbedding
+
+
+class Block(nn.Module):
+    """Residual block, modulated by the condition: (M, W) -> (M, W)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, 1e-6)
+        self.mlp = MLP(dim, dim, F.silu)
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 3 * dim))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale, gate = self.modulation(condition).chunk(3, -1)
+        return x + gate * self.mlp(modulate(self.norm(x), shift, scale))
+
+
+class DiffusionHead(nn.Module):
+    """The network that denoises single tokens, (M, d) -> (M, 2d): noise, then variance values.
+
+    Args:
+        token_dim: channels d of a token.
+        condition_dim: channels of the vectors that it is conditioned on.
+        dim: width W.
+        layers: residual blocks.
+    """
+
+    def __init__(self, token_dim: int, condition_dim: int, dim: int, layers: int):
+        super().__init__()
+        self.time_embedding = TimestepEmbedding(dim, 256)
+        self.condition = nn.Linear(condition_dim, dim)
+        self.input = nn.Linear(token_dim, dim)
+        self.blocks = nn.ModuleList(Block(dim) for _ in range(layers))
+        self.norm = nn.LayerNorm(dim, 1e-6, elementwise_affine=False)
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+        self.output = nn.Linear(dim, 2 * token_dim)
+
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """Denoise.
+
+        Args:
+            x: (M, d) noisy tokens.
+            t: (M,) timesteps, or (1,) for one that all share.
+            condition: (M, W), what the layer ``condition`` makes of the conditioning vectors.
+        """
+        y = self.time_embedding(t) + condition
+        x = self.input(x)
+        for block in self.blocks:
+            x = block(x, y)
+        shift, scale = self.modulation(y).chunk(2, -1)
+        return self.output(modulate(self.norm(x), shift, scale))
+
+    def initialise(self) -> None:
+        """Blocks start as the identity, and the output at zero."""
+        for layer in (self.time_embedding.mlp[0], self.time_embedding.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        for layer in (*(block.modulation[1] for block in self.blocks), self.modulation[1], self.output):
+            nn.init.zeros_(layer.weight)
