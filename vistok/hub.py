@@ -13,7 +13,7 @@ import inspect
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -55,7 +55,10 @@ class Model(
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         self = super().__new__(cls, *args, **kwargs)
         if "registry_name" in cls.__dict__:
-            bound = inspect.signature(cls.__init__).bind(self, *args, **kwargs)
+            try:
+                bound = inspect.signature(cls.__init__).bind(self, *args, **kwargs)
+            except TypeError:  # copying and unpickling make a bare object; a wrong call fails in __init__
+                return self
             bound.apply_defaults()
             self._arguments = {name: value for name, value in bound.arguments.items() if name != "self"}
         return self
@@ -138,7 +141,7 @@ def load(source: str | Path, **hub_options: Any) -> Model:
         for checkpoint in item.load().checkpoints:
             if str(source) == checkpoint.id:
                 file = _download(checkpoint.repo, checkpoint.filename, hub_options)
-                return convert(item.official, file, checkpoint.config)
+                return convert(item.official, file, default=checkpoint.config)
     folder = Path(source)
     if not folder.exists():
         folder = snapshot(str(source), [CONFIG, WEIGHTS], **hub_options)
@@ -182,23 +185,32 @@ def from_official(name: str, config: Mapping[str, Any], state_dict: Mapping[str,
         CheckpointError: keys are missing or left over, or a shape differs; the message lists them.
         UnknownModelError: no system has that name.
     """
-    return registry.official_entry(name).load().from_official(config, state_dict).eval()
+    item = registry.official_entry(name)
+    return item.load().from_official({**config, **item.variants.get(name, {})}, state_dict).eval()
 
 
-def convert(name: str, file: str | Path, config: Mapping[str, Any] | None = None) -> Model:
+def convert(
+    name: str,
+    file: str | Path,
+    config: Mapping[str, Any] | None = None,
+    *,
+    default: Mapping[str, Any] | None = None,
+) -> Model:
     """Read a released file of system ``name`` ("system/part") and build the vistok model.
 
     Args:
-        config: the reference's arguments; None if the file's name is that of a known official checkpoint.
+        config: the reference's arguments. None takes those that the file holds beside its weights, then ``default``,
+            then those of the official checkpoint of the file's name.
 
     Raises:
         CheckpointError: an unreadable file, unknown arguments, or weights that do not fit.
     """
     item = registry.official_entry(name)
+    model_class, content = item.load(), read_weights(file)
     if config is None:
-        config = known_config(item, file)
-    model_class = item.load()
-    state = unwrap(read_weights(file))
+        embedded = getattr(model_class, "embedded_config", None)
+        config = (embedded and embedded(Path(file), content)) or default or known_config(item, file)
+    state = unwrap(content)
     clean = getattr(model_class, "clean_official", None)
     kept = clean(state) if clean else state
     # Cleaning may rename, but the tensors it keeps are the same objects.
@@ -215,9 +227,11 @@ def official_name(system: str, filename: str) -> str:
         UnknownModelError: no such system.
         CheckpointError: the file's name does not tell which part it is.
     """
-    parts = {item.official: item for item in registry.ENTRIES if item.official.partition("/")[0] == system}
+    names = {name: item for item in registry.ENTRIES for name in item.official_names}
+    parts = {name: item for name, item in names.items() if name.partition("/")[0] == system}
     if not parts:
-        return registry.official_entry(system).official
+        registry.official_entry(system)
+        return system
     released = {
         name for name, item in parts.items() if any(filename == known.filename for known in item.load().checkpoints)
     }
@@ -264,8 +278,8 @@ def read_weights(path: str | Path) -> dict[str, Any]:
                 f"{path} is damaged or incomplete ({path.stat().st_size:,} bytes): {error}; fetch or save it again"
             ) from error
     try:
-        # Training files keep their command line beside the weights; an argparse namespace is inert.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        # Training files keep their command line and config beside the weights; these stand-ins are inert.
+        with torch.serialization.safe_globals([argparse.Namespace, (ConfigStandIn, "config_util.Config")]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises several types, none of them its own
         reason = str(error).splitlines()[0]
@@ -273,6 +287,22 @@ def read_weights(path: str | Path) -> dict[str, Any]:
             f"{path} cannot be read safely as weights: {reason}. Files that pickle other objects beside the "
             "weights are not loaded; save the state dict alone, best as safetensors"
         ) from error
+
+
+class ConfigStandIn(Mapping):
+    """Takes the place of the config object that D-AR's trainer pickles: a mapping around the dictionary ``_data``."""
+
+    def __init__(self, data: Mapping[str, Any] | None = None):
+        self._data = dict(data or {})
+
+    def __getitem__(self, key: str) -> Any:
+        return self._data[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._data)
+
+    def __len__(self) -> int:
+        return len(self._data)
 
 
 WRAPPERS = ("ema", "model_ema", "model", "module", "state_dict")

@@ -7,8 +7,10 @@ A model's module is imported when it is asked for.
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,12 @@ class Entry:
     target: str  # "module:Class"
     official: str  # "system/part", the name that from_official answers to
     paper: str  # its arXiv number
+    # Other systems' official names of the same model, each with what their configs leave unsaid.
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def official_names(self) -> tuple[str, ...]:
+        return (self.official, *self.variants)
 
     def load(self) -> type:
         module, _, name = self.target.partition(":")
@@ -30,10 +38,19 @@ ENTRIES = (
     Entry("vit_vqgan", "tokenizer", "vistok.tokenizers.vit_vqgan:ViTVQGAN", "vit_vqgan/tokenizer", "2110.04627"),
     Entry("llamagen_vq", "tokenizer", "vistok.tokenizers.llamagen_vq:LlamaGenVQ", "llamagen/tokenizer", "2406.06525"),
     Entry("kl_vae", "tokenizer", "vistok.tokenizers.kl_vae:KLVAE", "kl_vae/tokenizer", "2112.10752"),
+    Entry("flextok", "tokenizer", "vistok.tokenizers.flextok:FlexTok", "flextok/tokenizer", "2502.13967"),
+    Entry("dar", "tokenizer", "vistok.tokenizers.dar:DAR", "dar/tokenizer", "2505.23660"),
     Entry("vit_vqgan_gpt", "generator", "vistok.generators.vit_vqgan_gpt:ViTVQGANGPT", "vit_vqgan/gpt", "2110.04627"),
     Entry("mar", "generator", "vistok.generators.mar:MAR", "mar/generator", "2406.11838"),
     Entry("xar", "generator", "vistok.generators.xar:XAR", "xar/generator", "2502.20388"),
-    Entry("llama", "generator", "vistok.generators.llama:Llama", "llamagen/gpt", "2406.06525"),
+    Entry(
+        "llama",
+        "generator",
+        "vistok.generators.llama:Llama",
+        "llamagen/gpt",
+        "2406.06525",
+        variants={"dar/gpt": {"positions": "rope1d"}},
+    ),
 )
 
 
@@ -52,7 +69,7 @@ def entry(name: str, kind: str | None = None) -> Entry:
 
 def official_entry(name: str) -> Entry:
     """Look up a model by the name that its official weights carry, for example "llamagen/gpt"."""
-    return _find(name, {e.official: e for e in ENTRIES}, "official model")
+    return _find(name, {official: e for e in ENTRIES for official in e.official_names}, "official model")
 
 
 def _find(name: str, table: dict[str, Entry], what: str) -> Entry:

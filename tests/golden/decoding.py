@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -25,20 +26,37 @@ def generate(model: AutoregressiveGenerator, condition: Condition, step: Step) -
         temperature=0.0 if args["greedy"] else args.get("temperature", 1.0),
         top_k=args.get("top_k") or 0,
         top_p=1.0 if args.get("top_p") is None else args["top_p"],
-        guidance_scale=_guidance_scale(args.get("guidance_scale", 1.0), num_tokens, length),
+        guidance_scale=_guidance_scale(args, num_tokens, length),
         guidance_interval=_guidance_interval(args.get("guidance_interval", -1)),
     )
-    draws = None if args["greedy"] else model.sampling_draws(Keys.range(0, len(condition)))
+    shared = args.get("share_prefix", 0)
+    prefix = _sampled(model, condition[:1], options, shared) if shared else None
+    return _sampled(model, condition, options, num_tokens, prefix)
+
+
+def _sampled(
+    model: AutoregressiveGenerator,
+    condition: Condition,
+    options: DecodingOptions,
+    num_tokens: int,
+    prefix: Tensor | None = None,
+) -> Tensor:
+    """Ids (B, num_tokens), of which the first are those of ``prefix`` (1, n) where it is given."""
+    draws = model.sampling_draws(Keys.range(0, len(condition))) if options.temperature else None
     session = model.start(condition, options, draws=draws)
-    for _ in session.generate(num_tokens):
+    if prefix is not None:
+        session.append(prefix.expand(len(condition), -1))
+    for _ in session.generate(num_tokens - session.tokens.shape[1]):
         pass
     return session.tokens
 
 
-def _guidance_scale(scale: float | list[float], num_tokens: int, length: int) -> float | tuple[float, float]:
+def _guidance_scale(args: Mapping[str, Any], num_tokens: int, length: int) -> float | tuple[float, float]:
+    scale = args.get("guidance_scale", 1.0)
     if not isinstance(scale, list):
         return max(scale, 1.0)  # the references turn guidance off at 1 and below
     first, last = scale
+    first = args.get("guidance_start_used", first)  # D-AR's reference does not begin at 1 exactly
     # The references rise over the tokens they were asked for, vistok over the whole sequence.
     return first, first + (last - first) * (length - 1) / max(num_tokens - 1, 1)
 

@@ -2,7 +2,7 @@
 
 from vistok.flow.guidance import APG, Scale, guided, is_guided, scale_at
 from vistok.flow.paths import LinearPath
-from vistok.flow.solvers import SOLVERS, FlowState, adams_bashforth2, euler
+from vistok.flow.solvers import SOLVERS, FlowState, adams_bashforth2, euler, last
 from vistok.flow.stochastic import euler_maruyama, stochastic_times
 from vistok.flow.times import TimeSampling, shift_time
 
@@ -18,6 +18,7 @@ __all__ = [
     "euler_maruyama",
     "guided",
     "is_guided",
+    "last",
     "scale_at",
     "shift_time",
     "stochastic_times",

@@ -6,6 +6,7 @@ point; they may rise or fall and need not be evenly spaced), and yields one ``Fl
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -52,6 +53,12 @@ def adams_bashforth2(velocity: VelocityField, x: Tensor, times: Sequence[float])
         previous = current
         x = x + (t_next - t) * direction
         yield FlowState(t_next, x, direction)
+
+
+def last(trajectory: Iterator[FlowState]) -> FlowState:
+    """Run a trajectory to its end."""
+    (state,) = deque(trajectory, maxlen=1)
+    return state
 
 
 SOLVERS = {"euler": euler, "adams_bashforth2": adams_bashforth2}

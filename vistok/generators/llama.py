@@ -1,7 +1,8 @@
 """Llama over image tokens: RMS norm, SwiGLU, rotary positions; conditioned on a class or on caption features.
 
 Paper: Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation (arXiv 2406.06525), section 3.2.
-Official weights and conventions: github.com/FoundationVision/LlamaGen (MIT).
+Official weights and conventions: github.com/FoundationVision/LlamaGen (MIT). D-AR (arXiv 2505.23660) generates with the
+same model, with one-dimensional positions; its weights come from github.com/showlab/D-AR.
 """
 
 from __future__ import annotations
@@ -38,6 +39,10 @@ Positions = Literal["rope2d", "rope1d"]
 def _official(size: str, block_size: int) -> dict[str, Any]:
     dim, layers, heads = SIZES[size].values()
     return {"dim": dim, "n_layer": layers, "n_head": heads, "block_size": block_size, "vocab_size": 16384}
+
+
+def _dar(size: str) -> dict[str, Any]:
+    return _official(size, 256) | {"positions": "rope1d"}
 
 
 def _official_t2i(block_size: int) -> dict[str, Any]:
@@ -106,6 +111,8 @@ class Llama(AutoregressiveGenerator):
         OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_3B_384.pt", _official("3B", 576)),
         OfficialCheckpoint("peizesun/llamagen_t2i", "t2i_XL_stage1_256.pt", _official_t2i(256)),
         OfficialCheckpoint("peizesun/llamagen_t2i", "t2i_XL_stage2_512.pt", _official_t2i(1024)),
+        OfficialCheckpoint("showlab/D-AR", "D-AR-L-360K.pt", _dar("L")),
+        OfficialCheckpoint("showlab/D-AR", "D-AR-XL-360K.pt", _dar("XL")),
     )
 
     def __init__(
@@ -250,9 +257,10 @@ class Llama(AutoregressiveGenerator):
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
         _refuse_unbuilt_options(config)
         length, captions = config.get("block_size", 256), config.get("model_type", "c2i") == "t2i"
-        side = math.isqrt(length)
+        positions, side = config.get("positions", "rope2d"), math.isqrt(length)
         # The released tokenizers have codes of 8 channels; the transformer itself does not depend on them.
-        spec = TokenSpec(length, config.get("vocab_size", 16384), dim=8, grid=(side, side))
+        grid = (side, side) if positions == "rope2d" else None
+        spec = TokenSpec(length, config.get("vocab_size", 16384), dim=8, grid=grid)
         model = cls(
             spec,
             num_classes=config.get("num_classes", 1000),
@@ -267,6 +275,7 @@ class Llama(AutoregressiveGenerator):
             attention_dropout=config.get("attn_dropout_p", 0.0),
             residual_dropout=config.get("resid_dropout_p", 0.1),
             ffn_dropout=config.get("ffn_dropout_p", 0.1),
+            positions=positions,
             rope_base=config.get("rope_base", 10000),
             norm_eps=config.get("norm_eps", 1e-5),
         )

@@ -1,5 +1,6 @@
 """Losses as reusable modules: pixels, perception, adversaries, code usage. None knows a tokenizer."""
 
+from vistok.losses.alignment import Alignment, EncoderConfig, alignment_distance
 from vistok.losses.discriminators import PatchGAN, StyleGANDiscriminator
 from vistok.losses.entropy import EntropyLoss
 from vistok.losses.gan import GAN_LOSSES, DiscriminatorLoss, GeneratorLoss, LeCam, adaptive_weight, r1_penalty
@@ -11,7 +12,9 @@ __all__ = [
     "L1",
     "L2",
     "LPIPS",
+    "Alignment",
     "DiscriminatorLoss",
+    "EncoderConfig",
     "EntropyLoss",
     "GeneratorLoss",
     "LeCam",
@@ -19,5 +22,6 @@ __all__ = [
     "PatchGAN",
     "StyleGANDiscriminator",
     "adaptive_weight",
+    "alignment_distance",
     "r1_penalty",
 ]

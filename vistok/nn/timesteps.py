@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 
-def timestep_features(t: Tensor, dim: int, *, base: float = 10000.0) -> Tensor:
-    """Times (B,) to [cos(t f), sin(t f)] (B, dim), float32, with frequencies f_k = base^(-k / (dim / 2))."""
+def timestep_features(t: Tensor, dim: int, *, scale: float = 1.0, base: float = 10000.0) -> Tensor:
+    """Times (B,) to [cos(t f), sin(t f)] (B, dim), float32, with frequencies f_k = scale base^(-k / (dim / 2))."""
     if dim % 2:
         raise ValueError(f"time features need an even number of frequencies, got {dim}")
     half = dim // 2
-    frequencies = base ** (-torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    # The phase is some hundreds of radians: the order of these roundings is that of the reference implementations.
+    frequencies = torch.exp(-math.log(base) * torch.arange(half, dtype=torch.float32, device=t.device) / half) * scale
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], 1)
 
@@ -22,8 +25,7 @@ class TimestepEmbedding(nn.Module):
     Args:
         dim: width D.
         frequency_dim: number of features.
-        scale: times are multiplied by it first.
-        base: of the frequencies, see ``timestep_features``.
+        scale, base: of the frequencies, see ``timestep_features``.
     """
 
     def __init__(self, dim: int, frequency_dim: int, *, scale: float = 1.0, base: float = 10000.0):
@@ -32,5 +34,5 @@ class TimestepEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(frequency_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t: Tensor) -> Tensor:
-        features = timestep_features(t * self.scale, self.frequency_dim, base=self.base)
+        features = timestep_features(t, self.frequency_dim, scale=self.scale, base=self.base)
         return self.mlp(features.to(self.mlp[0].weight.dtype))

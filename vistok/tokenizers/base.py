@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -78,8 +79,29 @@ class Tokenizer(Model):
         """The random tensors that ``forward`` consumes in training; most tokenizers need none."""
         return {}
 
-    def standardise(self, pixels: Tensor) -> None:  # noqa: B027 - discrete tokenizers have nothing to do
+    def standardise(self, pixels: Tensor) -> None:
         """Set the mean and the scale of continuous latents from example images (B, C, H, W); done after training."""
+
+    def decoding_draws(self, keys: Keys) -> Draws:
+        """The random tensors that ``decode`` consumes, as its argument ``draws``; only generative decoders need any."""
+        return {}
+
+    def prefix_decoder(self, draws: Draws | None = None) -> Callable[[Tensor], Tensor]:
+        """A function that decodes growing prefixes of one batch: ids (B, k) to pixels, k rising from call to call.
+
+        For tokenizers whose prefixes decode (``spec.prefix_step``).
+
+        Args:
+            draws: from ``decoding_draws``.
+        """
+        options = {"draws": draws} if draws else {}
+        return lambda tokens: self.decode(tokens, **options)
+
+    @property
+    def alignment_dim(self) -> int | None:
+        """Channels of the feature "alignment" (B, P, D) that ``forward`` gives: patch features of a square raster, for
+        the loss "repa" to compare with those of a frozen encoder. None if there is none."""
+        return None
 
     @property
     @abstractmethod
@@ -125,3 +147,30 @@ class Tokenizer(Model):
     def reconstruct(self, pixels: Tensor) -> Tensor:
         """Encode and decode; what a user sees, clamped to [-1, 1]."""
         return self.decode(self.encode(pixels)).clamp(-1, 1)
+
+
+def prefix_lengths(spec: TokenSpec, tokens: Tensor, lengths: Tensor | None) -> Tensor:
+    """How many of its ids each image is decoded from, (B,) int64, for ids (B, k) of a tokenizer of ordered tokens.
+
+    Args:
+        lengths: (B,) integers, or None for all k.
+
+    Raises:
+        ValueError: ids out of range, or a length that is 0, too long, or no multiple of ``spec.prefix_step``.
+    """
+    spec.check_ids(tokens)
+    given = tokens.shape[1]
+    if lengths is None:
+        lengths = torch.full((len(tokens),), given, device=tokens.device)
+    elif lengths.shape != (len(tokens),) or lengths.is_floating_point():
+        raise ValueError(f"lengths must be ({len(tokens)},) integers, got {tuple(lengths.shape)} of {lengths.dtype}")
+    lengths = lengths.to(tokens.device, torch.int64)
+    step = spec.prefix_step
+    wrong = lengths[(lengths < 1) | (lengths > min(given, spec.length)) | (lengths % step != 0)]
+    if len(wrong):
+        multiples = f"a multiple of {step} " if step > 1 else ""
+        raise ValueError(
+            f"cannot decode {int(wrong[0])} tokens of {given} given: a prefix has {multiples}from {step} to "
+            f"{spec.length} tokens"
+        )
+    return lengths

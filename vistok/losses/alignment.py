@@ -1,0 +1,147 @@
+"""Alignment of a model's features with those of a frozen image encoder.
+
+REPA: Representation Alignment for Generation (Yu et al., arXiv 2410.06940). FlexTok and D-AR train with DINOv2
+(Oquab et al., arXiv 2304.07193) as the encoder.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The frozen encoder.
+
+    Attributes:
+        name: of a vision transformer in timm.
+        weights: a local weights file (safetensors or torch) as timm reads it; None downloads the published one.
+        image_size: side to which images are resized. 224 in D-AR; 518, DINOv2's own, in FlexTok.
+    """
+
+    name: str = "vit_base_patch14_dinov2.lvd142m"
+    weights: str | None = None
+    image_size: int = 224
+
+
+class FrozenEncoder(nn.Module):
+    """Normalised patch tokens of a pretrained vision transformer; it is never trained.
+
+    Raises:
+        ValueError: timm knows no such model, or it is no vision transformer.
+        CheckpointError: the weights file is absent, damaged or of another model, or the download failed.
+    """
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.image_size = config.image_size
+        self.model = _load(config).eval().requires_grad_(False)
+        statistics = (self.model.pretrained_cfg[key] for key in ("mean", "std"))
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in statistics)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+
+    @property
+    def dim(self) -> int:
+        """Channels D of a patch token."""
+        return self.model.num_features
+
+    def train(self, mode: bool = True) -> FrozenEncoder:
+        """Stays in evaluation mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Images (B, 1 or 3, H, W) in [-1, 1] to patch tokens (B, P, D), row by row.
+
+        Images are normalised first and resized then, bicubic without antialiasing, as D-AR does.
+        """
+        pixels = ((pixels + 1) / 2 - self.mean) / self.std
+        size = (self.image_size, self.image_size)
+        pixels = F.interpolate(pixels, size, mode="bicubic", align_corners=False)
+        return self.model.forward_features(pixels)[:, self.model.num_prefix_tokens :]
+
+
+class Alignment(nn.Module):
+    """1 - mean cosine between a model's patch features and those of the frozen encoder, per image."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.encoder = FrozenEncoder(config)
+
+    def forward(self, features: Tensor, pixels: Tensor) -> Tensor:
+        """Features (B, P, D) of images (B, C, H, W) in [-1, 1] to distances (B,)."""
+        return alignment_distance(features, self.encoder(pixels))
+
+
+def alignment_distance(features: Tensor, target: Tensor) -> Tensor:
+    """1 - the mean over patches of the cosine of two feature maps (B, P, D), (B,); 0 is aligned, 1 unrelated.
+
+    Features of another raster are resized to that of the target, bilinear; both must be square.
+
+    Raises:
+        ValueError: unlike channels, or a raster that is not square where it has to be resized.
+    """
+    if features.shape[2] != target.shape[2]:
+        raise ValueError(f"features have {features.shape[2]} channels, those of the frozen encoder {target.shape[2]}")
+    if features.shape[1] != target.shape[1]:
+        features = _resized(features, target.shape[1])
+    return 1 - F.cosine_similarity(features.float(), target.float(), dim=-1).mean(1)
+
+
+def _resized(features: Tensor, count: int) -> Tensor:
+    side, wanted = (_side(n) for n in (features.shape[1], count))
+    maps = rearrange(features, "b (h w) d -> b d h w", h=side)
+    maps = F.interpolate(maps, (wanted, wanted), mode="bilinear", align_corners=False)
+    return rearrange(maps, "b d h w -> b (h w) d")
+
+
+def _side(count: int) -> int:
+    side = math.isqrt(count)
+    if side * side != count:
+        raise ValueError(f"{count} patches are no square raster; alignment resizes square ones only")
+    return side
+
+
+def _load(config: EncoderConfig) -> nn.Module:
+    import timm
+
+    from vistok.config import nearest
+    from vistok.hub import CheckpointError
+
+    architecture, _, _ = config.name.partition(".")
+    if not timm.is_model(architecture):
+        near = nearest(config.name, _pretrained_names(timm))
+        raise ValueError(f"timm has no model {config.name!r}" + (f"; did you mean {near!r}?" if near else ""))
+    if config.weights and not Path(config.weights).is_file():
+        raise CheckpointError(f"there is no weights file {config.weights} for {config.name}")
+    try:
+        model = timm.create_model(
+            config.name,
+            pretrained=True,
+            num_classes=0,
+            img_size=config.image_size,
+            # timm resamples the position table of the file to the image size.
+            pretrained_cfg_overlay={"file": config.weights} if config.weights else None,
+        )
+    except Exception as error:  # timm lets errors of the hub, of unpickling and of torch through
+        source = config.weights or "the download"
+        raise CheckpointError(
+            f"the weights of {config.name} could not be read from {source}: {str(error).splitlines()[0]}. "
+            "Give a local file by losses.repa_encoder.weights"
+        ) from error
+    if not hasattr(model, "num_prefix_tokens"):
+        raise ValueError(f"{config.name} is no vision transformer; alignment needs patch tokens")
+    return model
+
+
+def _pretrained_names(timm) -> Sequence[str]:
+    return timm.list_models("*vit*", pretrained=True)

@@ -1,0 +1,230 @@
+"""The networks of D-AR (arXiv 2505.23660): gated transformer blocks, and the velocity network in pixel space."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vistok.nn.attention import Attention, CrossAttention
+from vistok.nn.mlp import MLP
+from vistok.nn.modulation import modulate
+from vistok.nn.rotary import FixedRotation, Rotation, grid_positions, rotation_table
+from vistok.nn.timesteps import TimestepEmbedding
+
+HEAD_DIM = 64
+ALIGNED_GRID = 16  # features are pooled to this many patches a side, the raster of the frozen encoder
+layer_norm = partial(nn.LayerNorm, eps=1e-6)
+plain_norm = partial(nn.LayerNorm, eps=1e-6, elementwise_affine=False)
+
+
+def heads_of(dim: int) -> int:
+    """The number of heads of a width, each of 64 channels; ValueError if they do not divide it."""
+    if dim % HEAD_DIM:
+        raise ValueError(f"D-AR's heads have {HEAD_DIM} channels: widths must be multiples of that, got {dim}")
+    return dim // HEAD_DIM
+
+
+class GridRotation(nn.Module):
+    """Rotary tables of a raster, row and column in one half of the channels each, followed by ``extra`` positions that
+    do not rotate. The table of one grid is kept; those of others are made when asked for."""
+
+    def __init__(self, grid: tuple[int, int], extra: int = 0):
+        super().__init__()
+        self.grid, self.extra = grid, extra
+        self.table = FixedRotation(self._make(grid))
+
+    def _make(self, grid: tuple[int, int]) -> Rotation:
+        still = torch.zeros(self.extra, 2, dtype=torch.int64)
+        return rotation_table(torch.cat([grid_positions(grid), still]), HEAD_DIM)
+
+    def forward(self, grid: tuple[int, int]) -> Rotation:
+        if grid == self.grid:
+            return self.table(0, grid[0] * grid[1] + self.extra)
+        return Rotation(*(part.to(self.table.cos.device) for part in self._make(grid)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with learned per-channel gates, zero at first: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm1, self.norm2 = layer_norm(dim), layer_norm(dim)
+        self.attn = Attention(dim, heads_of(dim), qk_norm=layer_norm)
+        self.mlp = MLP(dim, 4 * dim, F.silu)
+        self.gate1, self.gate2 = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
+        _initialise(self)
+
+    def forward(
+        self, x: Tensor, *, mask: Tensor | None = None, causal: bool = False, rotation: Rotation | None = None
+    ) -> Tensor:
+        x = x + self.gate1 * self.attn(self.norm1(x), mask=mask, causal=causal, rotation=rotation)
+        return x + self.gate2 * self.mlp(self.norm2(x))
+
+
+@dataclass(frozen=True)
+class VelocityConfig:
+    """The velocity network.
+
+    Attributes:
+        dim, depth: width and number of blocks.
+        patch_size: side of a pixel patch.
+        share_time_embedding: one time embedding for all blocks, instead of one each.
+        modulated_output: adaptive norm before the output too; needs a shared time embedding.
+    """
+
+    dim: int = 768
+    depth: int = 12
+    patch_size: int = 8
+    share_time_embedding: bool = False
+    modulated_output: bool = False
+
+    def __post_init__(self) -> None:
+        if self.modulated_output and not self.share_time_embedding:
+            raise ValueError("modulated_output needs share_time_embedding: there is no other time to modulate by")
+
+
+@dataclass(frozen=True)
+class AlignmentConfig:
+    """The training-only head that maps velocity features to those of a frozen encoder (REPA, arXiv 2410.06940).
+
+    Attributes:
+        dim: channels of the frozen encoder: 768 for DINOv2-B.
+        layer: the block whose input is read, counted from 0.
+        hidden_dim: width of the head's two hidden layers.
+    """
+
+    dim: int = 768
+    layer: int = 8
+    hidden_dim: int = 2048
+
+
+class VelocityBlock(nn.Module):
+    """Self-attention and feed-forward of patches (B, P, D), modulated patch by patch.
+
+    Time and tokens reach the patches through the modulation alone: each patch attends to the tokens, and shifts,
+    scales and gates follow from what it gets plus the time embedding.
+    """
+
+    def __init__(self, config: VelocityConfig):
+        super().__init__()
+        dim = config.dim
+        self.norm = plain_norm(dim)
+        self.cond_embed = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.cross_attn = CrossAttention(dim, heads_of(dim), qk_norm=layer_norm)
+        self.attn = Attention(dim, heads_of(dim), qk_norm=layer_norm)
+        self.mlp = MLP(dim, 4 * dim, F.silu)
+        self.time_embedding = None if config.share_time_embedding else time_embedding(dim)
+        self.modulation = nn.Linear(dim, 6 * dim)
+        _initialise(self)
+        nn.init.zeros_(self.modulation.weight)
+
+    def forward(
+        self, x: Tensor, t: Tensor, shared_time: Tensor | None, condition: Tensor, rotation: Rotation
+    ) -> Tensor:
+        time = shared_time if self.time_embedding is None else self.time_embedding(t * 1000)
+        context = self.norm(self.cond_embed(condition))
+        seen = self.cross_attn(self.norm(x), context, rotation=rotation)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(time[:, None] + seen)).chunk(6, -1)
+        x = x + gate1 * self.attn(modulate(self.norm(x), shift1, scale1), rotation=rotation)
+        return x + gate2 * self.mlp(modulate(self.norm(x), shift2, scale2))
+
+
+class Velocity(NamedTuple):
+    """A velocity (B, C, H, W), and patch features (B, P, D') for alignment, or None."""
+
+    velocity: Tensor
+    aligned: Tensor | None
+
+
+class VelocityNetwork(nn.Module):
+    """The velocity of noisy pixels (B, C, H, W), given a group of embedded tokens (B, Q, Dc).
+
+    Args:
+        config: the network.
+        in_channels: C.
+        cond_dim: Dc.
+        grid: patches of the usual image; other sizes work too.
+        alignment: the training-only head; None has none.
+    """
+
+    def __init__(
+        self,
+        config: VelocityConfig,
+        in_channels: int,
+        cond_dim: int,
+        grid: tuple[int, int],
+        alignment: AlignmentConfig | None = None,
+    ):
+        super().__init__()
+        dim, self.patch = config.dim, config.patch_size
+        self.cond_proj, self.norm = nn.Linear(cond_dim, dim), plain_norm(dim)
+        self.patches_in = nn.Linear(in_channels * self.patch**2, dim)
+        self.rotation = GridRotation(grid)
+        self.time_embedding = time_embedding(dim) if config.share_time_embedding else None
+        self.blocks = nn.ModuleList(VelocityBlock(config) for _ in range(config.depth))
+        self.modulation = nn.Linear(dim, 2 * dim) if config.modulated_output else None
+        self.patches_out = nn.Linear(dim, in_channels * self.patch**2)
+        for module in (self.patches_out, self.modulation):
+            if module is not None:
+                nn.init.zeros_(module.weight)
+                nn.init.zeros_(module.bias)
+        self.alignment = alignment
+        if alignment is not None:
+            if not 0 <= alignment.layer < config.depth:
+                raise ValueError(f"alignment.layer must lie in 0..{config.depth - 1}, got {alignment.layer}")
+            hidden = alignment.hidden_dim
+            self.alignment_head = nn.Sequential(
+                nn.Linear(dim, hidden),
+                nn.SiLU(),
+                nn.Linear(hidden, hidden),
+                nn.SiLU(),
+                nn.Linear(hidden, alignment.dim),
+            )
+
+    def forward(self, noisy: Tensor, t: Tensor, tokens: Tensor, *, align: bool = False) -> Velocity:
+        """The velocity, data - noise, at noisy pixels and times (B,), or (1,) for all; time 0 is noise.
+
+        Args:
+            align: compute the features for alignment too.
+        """
+        grid = (noisy.shape[2] // self.patch, noisy.shape[3] // self.patch)
+        rotation, condition = self.rotation(grid), self.norm(self.cond_proj(tokens))
+        pixels = {"h": grid[0], "p": self.patch, "q": self.patch}
+        x = self.patches_in(rearrange(noisy, "b c (h p) (w q) -> b (h w) (c p q)", **pixels))
+        shared_time = None if self.time_embedding is None else self.time_embedding(t * 1000)
+        aligned = None
+        for index, block in enumerate(self.blocks):
+            if align and index == self.alignment.layer:
+                aligned = self.alignment_head(_pooled(x, grid))
+            x = block(x, t, shared_time, condition, rotation)
+        x = self.norm(x)
+        if self.modulation is not None:
+            shift, scale = self.modulation(F.silu(shared_time))[:, None].chunk(2, -1)
+            x = modulate(x, shift, scale)
+        out = self.patches_out(x)
+        return Velocity(rearrange(out, "b (h w) (c p q) -> b c (h p) (w q)", **pixels), aligned)
+
+
+def time_embedding(dim: int) -> TimestepEmbedding:
+    """Embeds times in thousandths."""
+    return TimestepEmbedding(dim, dim)
+
+
+def _pooled(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Patches (B, P, D) averaged to a raster of 16 a side, or left as they are where there are fewer."""
+    kernel = max(grid[0] // ALIGNED_GRID, 1)
+    maps = F.avg_pool2d(rearrange(x, "b (h w) d -> b d h w", h=grid[0]), kernel)
+    return rearrange(maps, "b d h w -> b (h w) d")
+
+
+def _initialise(module: nn.Module) -> None:
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.trunc_normal_(part.weight, std=0.02)
+            nn.init.zeros_(part.bias)
