@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from itertools import pairwise
 
 import pytest
@@ -12,12 +13,14 @@ from PIL import Image
 
 import vistok
 from vistok.config import ConfigError
+from vistok.data import Affine, DataConfig, TokenCacheError
 from vistok.hub import CheckpointError
-from vistok.tokenizers.vit_vqgan import ViTVQGAN
+from vistok.tokenizers.vit_vqgan import ViTConfig, ViTVQGAN
 from vistok.train import TrainingDivergedError, train
 from vistok.train.config import SchedulerConfig
 from vistok.train.monitor import read_metrics
 from vistok.train.optim import lr_factor
+from vistok.train.tokenize import tokenize
 
 TINY = {"dim": 16, "depth": 1, "heads": 1, "mlp_dim": 16}
 
@@ -192,6 +195,64 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
 def test_only_the_newest_checkpoints_stay(tmp_path):
     folder = train(tokenizer_config(tmp_path / "run", training={"save_every": 1, "keep_checkpoints": 2}))
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-0000005", "step-0000006"]
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    """A token cache of the digits by an untrained tokenizer."""
+    folder = tmp_path_factory.mktemp("tokens")
+    torch.manual_seed(0)
+    tokenizer = ViTVQGAN(16, 8, ViTConfig(**TINY), ViTConfig(**TINY), 32, 4, in_channels=1)
+    data = DataConfig(16, source="digits", channels=1, limit=200, affine=Affine(translate=0.1))
+    tokenize(tokenizer, data, folder / "cache", augmentation="random:2")
+    return folder / "cache"
+
+
+def generator_config(folder, tokens, **changes) -> dict:
+    config = {
+        "stage": "generator",
+        "output_dir": str(folder),
+        "tokens": str(tokens),
+        "model": {"name": "llama", "dim": 16, "layers": 1, "heads": 2, "multiple_of": 8},
+        "training": {"max_steps": 6, "batch_size": 16, "ema_decay": 0.9, "log_every": 1, "save_every": 3},
+        "sampling": {"guidance_scale": 2.0},
+    }
+    for key, value in changes.items():
+        config[key] = config[key] | value if isinstance(value, dict) and key in config else value
+    return config
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_generator_run_is_a_pipeline_and_resumes(tmp_path, tokens, ema):
+    training = {"ema_decay": ema, "image_every": 2}  # dropout must be on again after pictures
+    whole = train(generator_config(tmp_path / "whole", tokens, training=training))
+    config = generator_config(tmp_path / "part", tokens, training=training)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vistok.train.loop.Trainer._optimise", _killed_at(5))
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    part = train(config, resume=True)
+    assert losses_of(part) == losses_of(whole)
+    no_pictures = generator_config(tmp_path / "plain", tokens, training={"ema_decay": ema, "image_every": 0})
+    assert losses_of(train(no_pictures)) == losses_of(whole)
+    pipe = vistok.pipeline(part)
+    assert pipe.class_names == tuple("0123456789")
+    assert pipe.sampling == {"guidance_scale": 2.0}
+    assert len(pipe(["3", 5], num_images_per_label=2).images) == 4
+
+
+def test_tokens_of_another_tokenizer_are_refused(tmp_path, tokens):
+    copy_of = tmp_path / "cache"
+    shutil.copytree(tokens, copy_of)
+    torch.manual_seed(1)
+    ViTVQGAN(16, 8, ViTConfig(**TINY), ViTConfig(**TINY), 32, 4, in_channels=1).save_pretrained(copy_of / "tokenizer")
+    with pytest.raises(TokenCacheError, match="another tokenizer"):
+        train(generator_config(tmp_path / "run", copy_of))
+
+
+def test_unknown_sampling_option_in_the_config(tmp_path, tokens):
+    with pytest.raises(ConfigError, match=r"sampling\.guidence_scale.*guidance_scale"):
+        train(generator_config(tmp_path / "run", tokens, sampling={"guidence_scale": 2.0}))
 
 
 def test_init_from(tmp_path):

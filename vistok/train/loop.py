@@ -142,8 +142,6 @@ class Trainer:
     def _optimise(self, batches) -> int:
         """One optimisation step; returns how many units of data it saw."""
         config, accelerator = self.config, self.accelerator
-        # Dropout draws from the global generator: keying it by the step makes it resumable.
-        torch.manual_seed(zlib.crc32(f"{self.run_config.seed}/{self.step}/{accelerator.process_index}".encode()))
         for optimizer, peaks in zip(self._optimizers(), self.peak_lrs):
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * self.lr_factor(self.step)
@@ -151,6 +149,10 @@ class Trainer:
         for part in range(config.gradient_accumulation_steps):
             batch = type(batch := next(batches))(*(t.to(accelerator.device, non_blocking=True) for t in batch))
             units += self.stage.count(batch)
+            # Dropout draws from the global generator: keying it by the step makes it resumable. A loader that starts
+            # an epoch draws from it too, so the batch comes first.
+            key = f"{self.run_config.seed}/{self.step}/{part}/{accelerator.process_index}"
+            torch.manual_seed(zlib.crc32(key.encode()))
             with ExitStack() as stack:
                 if part < config.gradient_accumulation_steps - 1:
                     stack.enter_context(accelerator.no_sync(self.model))
