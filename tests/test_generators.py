@@ -1,4 +1,4 @@
-"""Generators: cached sampling against teacher forcing, guidance, seeds, conditions, and the options of each."""
+"""Next-token generators: cached sampling against teacher forcing, guidance, seeds, conditions, options."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import CAPTIONS, captions, labels, names, tiny, token_ids
+from tiny_models import CAPTIONS, captions, labels, next_token_generators, tiny, token_ids
 from torch import Tensor
 
 from vistok.draws import Keys
@@ -16,7 +16,7 @@ from vistok.generators.cache import KVCache
 from vistok.generators.sampling import DecodingOptions, draw_ids
 from vistok.types import Condition, TokenSpec
 
-GENERATORS = names("generator")
+GENERATORS = next_token_generators()
 GREEDY = DecodingOptions(temperature=0)
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -142,7 +142,7 @@ def test_logits_do_not_see_the_future(setup):
             assert not torch.allclose(after[:, position + 1 :], before[:, position + 1 :], atol=1e-3)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     st.integers(0, 2**32), st.lists(st.integers(0, 40), min_size=1, max_size=5, unique=True), st.sampled_from([1, 3])
 )

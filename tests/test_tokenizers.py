@@ -16,22 +16,27 @@ from vistok.tokenizers.llamagen_vq import LlamaGenVQ
 from vistok.tokenizers.vit_vqgan import ViTVQGAN
 
 TOKENIZERS = names("tokenizer")
+VQGANS = ["vit_vqgan", "llamagen_vq"]
+"""Tokenizers of one kind: a raster of ids of a learned codebook, decoded in one pass."""
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Every tokenizer
+# Contracts
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_encode_gives_the_tokens_that_spec_promises(name):
     model = tiny(name)
     tokens = model.encode(pixels(model))
-    assert tokens.shape == (3, model.spec.length)
-    assert model.spec.check_ids(tokens) is tokens
+    if model.spec.discrete:
+        assert tokens.shape == (3, model.spec.length)
+        assert model.spec.check_ids(tokens) is tokens
+    else:
+        assert tokens.shape == (3, model.spec.length, model.spec.dim)
     assert len(tokens.unique()) > 1
     assert torch.equal(model.encode(pixels(model)), tokens)
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("name", VQGANS)
 def test_reconstruction_is_the_decoded_encoding(name):
     model = tiny(name)
     images = pixels(model)
@@ -46,10 +51,10 @@ def test_an_image_encodes_alike_in_any_batch(name):
     model = tiny(name)
     images = pixels(model, batch=4)
     alone = torch.cat([model.encode(image[None]) for image in images])
-    assert torch.equal(model.encode(images), alone)
+    torch.testing.assert_close(model.encode(images), alone, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("name", VQGANS)
 @pytest.mark.parametrize("arguments", [{}, {"entropy_temperature": 0.01}])
 def test_losses_are_those_announced_and_all_parameters_learn(name, arguments):
     model = tiny(name, **arguments)
@@ -80,7 +85,7 @@ def test_wrong_pixels_are_refused_with_the_remedy(name, change, message):
         model.encode(change(pixels(model)))
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("name", VQGANS)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -98,7 +103,7 @@ def test_wrong_tokens_are_refused(name, change, message):
         model.decode(change(ids))
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("name", VQGANS)
 def test_grey_images(name):
     model = tiny(name, in_channels=1)
     assert model.reconstruct(pixels(model)).shape == (3, 1, 16, 16)
@@ -223,7 +228,7 @@ def test_stride_follows_from_the_levels(mult, stride):
     assert model.reconstruct(pixels(model, batch=1)).shape == (1, 3, 32, 32)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.integers(1, 6), st.integers(1, 6))
 def test_any_multiple_of_the_stride_encodes(h, w):
     model = tiny("llamagen_vq")
@@ -347,7 +352,7 @@ def test_uniform_codebook_starts_on_the_sphere_only_if_normalised():
     assert VectorQuantizer(50, 4, init="uniform", normalize=False).embedding.weight.abs().max() <= 1 / 50
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 4), st.integers(0, 100))
 def test_fewer_residual_levels_are_a_prefix(depth, seed):
     generator = torch.Generator().manual_seed(seed)

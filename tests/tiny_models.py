@@ -1,4 +1,7 @@
-"""One tiny model of every registered name, with random weights; tests of contracts run over all of them."""
+"""One tiny model of every registered name, with random weights; tests of contracts run over all of them.
+
+A new system adds its arguments to ``ARGUMENTS``.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from torch import nn
 
 from vistok import registry
 from vistok.draws import Keys
+from vistok.generators.autoregressive import AutoregressiveGenerator
 from vistok.generators.base import Generator
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import Condition, TokenSpec
@@ -36,13 +40,73 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         "codebook_embed_dim": 4,
         "norm_groups": 4,
     },
+    "kl_vae": {
+        "image_size": 16,
+        "block_out_channels": (8, 8, 16),
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "encoder_attention": (2,),
+        "norm_groups": 4,
+    },
+    "flextok": {
+        "image_size": 16,
+        "patch_size": 4,
+        "encoder": {"dim": 32, "depth": 1, "head_dim": 16},
+        "decoder": {"dim": 32, "depth": 1, "head_dim": 16},
+        "num_tokens": 8,
+        "levels": (4, 4, 2),
+        "time_frequencies": 16,
+        "num_steps": 2,
+    },
+    "dar": {
+        "image_size": 16,
+        "encoder_patch_size": 8,
+        "encoder_dim": 64,
+        "encoder_layers": 1,
+        "decoder_dim": 64,
+        "decoder_layers": 1,
+        "codebook_size": 32,
+        "codebook_embed_dim": 4,
+        "num_tokens": 8,
+        "num_groups": 4,
+        "group_size": 2,
+        "max_tokens": 8,
+        "velocity": {"dim": 64, "depth": 1, "patch_size": 8},
+        "num_steps": 4,
+    },
     "vit_vqgan_gpt": {"spec": RASTER, "num_classes": 5, "dim": 16, "layers": 2, "heads": 2, "condition_dropout": 0.1},
+    "mar": {
+        "spec": TokenSpec(16, None, dim=4, grid=(4, 4)),
+        "num_classes": 5,
+        "dim": 16,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "heads": 2,
+        "head_layers": 1,
+        "head_dim": 16,
+        "buffer_size": 2,
+    },
     "llama": {"spec": RASTER, "num_classes": 5, "dim": 16, "layers": 2, "heads": 2, "multiple_of": 16},
+    "xar": {
+        "spec": TokenSpec(16, None, dim=4, grid=(4, 4)),
+        "num_classes": 5,
+        "dim": 16,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "heads": 2,
+        "layout": {"entity": "cell", "size": 2},
+    },
 }
 
 
 def names(kind: str) -> list[str]:
-    return [entry.name for entry in registry.ENTRIES if entry.kind == kind]
+    """The registered tokenizers or generators that have arguments here."""
+    return [entry.name for entry in registry.ENTRIES if entry.kind == kind and entry.name in ARGUMENTS]
+
+
+def next_token_generators() -> list[str]:
+    """Those generators that predict one id after another."""
+    return [name for name in names("generator") if issubclass(registry.entry(name).load(), AutoregressiveGenerator)]
 
 
 def tiny(name: str, **arguments: Any) -> Tokenizer | Generator:

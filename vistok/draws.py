@@ -64,5 +64,7 @@ class Keys:
     def _generator(self, index: int, name: str) -> np.random.Generator:
         mask = (1 << 64) - 1
         # The first counter word runs; step and name select disjoint streams through the upper words.
-        counter = [0, 0, self.step & mask, zlib.crc32(name.encode())]
-        return np.random.Generator(np.random.Philox(key=[self.seed & mask, index & mask], counter=counter))
+        # As lists, numbers from 2^63 on would turn into floats, and neighbouring seeds into one.
+        counter = np.array([0, 0, self.step & mask, zlib.crc32(name.encode())], dtype=np.uint64)
+        key = np.array([self.seed & mask, index & mask], dtype=np.uint64)
+        return np.random.Generator(np.random.Philox(key=key, counter=counter))
