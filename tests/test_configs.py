@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vistok.config import load_config
+from vistok.generators.continuous import ContinuousGenerator
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.config import RunConfig
 from vistok.train.objectives import check_terms, gan_config
@@ -35,7 +36,8 @@ def test_config_builds(path):
             gan_config(model, run.losses)
         else:
             side = GRID[path.parent.name]
-            spec = TokenSpec(side * side, 1024, dim=8, grid=(side, side))
+            continuous = issubclass(run.model_entry().load(), ContinuousGenerator)
+            spec = TokenSpec(side * side, None if continuous else 1024, dim=8, grid=(side, side))
             model = run.build_model({"spec": to_json(spec), "num_classes": 10})
             model.options_type(**run.sampling)
     assert run.output_dir.startswith("runs/")

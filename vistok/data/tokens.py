@@ -3,11 +3,12 @@
 A cache is a folder::
 
     index.json            what made it (the tokenizer's hash and token spec), class names, sample counts
-    tokens-00000.npy      (N, V, L) or (N, V, L, depth) ids, or (N, V, L, D) latents; V augmentation views
+    tokens-00000.npy      (N, V, L) or (N, V, L, depth) ids, or (N, V, L, D) latents; V augmentation views. Of latents
+                          with a posterior, (N, V, L, 2D) moments (means, log-variances), sampled when they are read
     labels-00000.npy      (N,) int64; -1 where there are no classes
     tokens-00001.npy      …
 
-Ids are uint16 where the codebook allows, else int32; latents are float32.
+Ids are uint16 where the codebook allows, else int32; latents and moments are float32.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from vistok.files import atomic_folder, write_json
 from vistok.types import to_json
 
 FORMAT = "vistok-tokens-1"
+Content = Literal["tokens", "moments"]
 
 
 class TokenBatch(NamedTuple):
@@ -57,6 +59,7 @@ class TokenWriter:
         spec: the fields of the tokenizer's TokenSpec (``dataclasses.asdict``).
         tokenizer_hash: identifies the weights; :meth:`TokenCache.check_tokenizer` compares it.
         views: tokens of how many augmented versions of each image are written.
+        content: what is written of continuous tokens: latents, or the moments of their posteriors.
         classes: names in the order of the labels; empty if unconditional.
         source_fingerprint: of the images, see ``ImageSource.fingerprint``.
         shard_size: samples per file.
@@ -76,6 +79,7 @@ class TokenWriter:
         tokenizer_hash: str,
         *,
         views: int = 1,
+        content: Content = "tokens",
         classes: Sequence[str] = (),
         source_fingerprint: str = "",
         shard_size: int = 16384,
@@ -85,13 +89,14 @@ class TokenWriter:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self._target, self._spec, self._classes = Path(folder), dict(spec), tuple(classes)
         self._shard_size = shard_size
-        self._shape = (views, *sample_shape(spec))
+        self._shape = (views, *sample_shape(spec, content))
         self._header = {
             "format": FORMAT,
             "tokenizer": tokenizer_hash,
             "source": source_fingerprint,
             "spec": to_json(dict(spec)),
             "views": views,
+            "content": content,
             "classes": list(classes),
         }
         self._tokens: list[np.ndarray] = []
@@ -114,7 +119,8 @@ class TokenWriter:
         """Append samples.
 
         Args:
-            tokens: (B, V, L) or (B, V, L, depth) ids, or (B, V, L, D) latents, as the spec says.
+            tokens: (B, V, L) or (B, V, L, depth) ids, or (B, V, L, D) latents, as the spec says; or moments
+                (B, V, L, 2D).
             labels: (B,) ints; -1 for unconditional samples.
 
         Raises:
@@ -157,7 +163,7 @@ class TokenCache:
 
     Attributes:
         spec: the fields of the TokenSpec (lists where it has tuples; TokenSpec takes both).
-        tokenizer_hash, source_fingerprint, views, classes: see :class:`TokenWriter`.
+        tokenizer_hash, source_fingerprint, views, content, classes: see :class:`TokenWriter`.
 
     Raises:
         TokenCacheError: no token cache, or one with a missing, truncated or foreign shard.
@@ -170,10 +176,12 @@ class TokenCache:
         self.tokenizer_hash: str = index["tokenizer"]
         self.source_fingerprint: str = index["source"]
         self.views: int = index["views"]
+        self.content: Content = index.get("content", "tokens")
         self.classes: tuple[str, ...] = tuple(index["classes"])
         counts: list[int] = index["shards"]
         self._ends = np.cumsum(counts)
-        shape, dtype = (self.views, *sample_shape(self.spec)), token_dtype(self.spec)
+        self._shape = sample_shape(self.spec, self.content)
+        shape, dtype = (self.views, *self._shape), token_dtype(self.spec)
         self._tokens = [self._map("tokens", i, (n, *shape), dtype) for i, n in enumerate(counts)]
         self._labels = np.concatenate([self._map("labels", i, (n,), np.int64) for i, n in enumerate(counts)])
 
@@ -196,7 +204,7 @@ class TokenCache:
             views: (B,) which augmented version of each.
 
         Returns:
-            tokens (B, L[, depth]) int64 or (B, L, D) float32, and labels (B,) int64.
+            tokens (B, L[, depth]) int64, or latents (B, L, D) or moments (B, L, 2D) float32; and labels (B,) int64.
 
         Raises:
             IndexError: an index or a view that the cache lacks.
@@ -206,7 +214,7 @@ class TokenCache:
             if values.size and not 0 <= values.min() <= values.max() < count:
                 raise IndexError(f"{name} out of range 0..{count - 1}: {values[(values < 0) | (values >= count)][0]}")
         discrete = self.spec["codebook_size"] is not None
-        tokens = np.empty((len(indices), *sample_shape(self.spec)), dtype=np.int64 if discrete else np.float32)
+        tokens = np.empty((len(indices), *self._shape), dtype=np.int64 if discrete else np.float32)
         shards = np.searchsorted(self._ends, indices, side="right")
         for shard in np.unique(shards):
             rows = shards == shard
@@ -239,7 +247,8 @@ class TokenCache:
 
 
 class TokenBatches:
-    """Reads batches of a cache, each sample in one view drawn by (seed, epoch, index)."""
+    """Reads batches of a cache, each sample in one view, latents with a posterior as one sample of it; both drawn by
+    (seed, epoch, index)."""
 
     def __init__(self, cache: TokenCache, *, seed: int = 0) -> None:
         self.cache, self.seed = cache, seed
@@ -248,11 +257,13 @@ class TokenBatches:
         return len(self.cache)
 
     def load(self, indices: np.ndarray, epoch: int) -> tuple[TokenBatch, Failures]:
-        views = np.zeros(len(indices), dtype=np.int64)
+        views, keys = np.zeros(len(indices), dtype=np.int64), Keys.of(self.seed, indices, step=epoch)
         if self.cache.views > 1:
-            uniforms = Keys.of(self.seed, indices, step=epoch).uniform("view")
-            views = (uniforms.double() * self.cache.views).long().numpy()
+            views = (keys.uniform("view").double() * self.cache.views).long().numpy()
         tokens, labels = self.cache.batch(indices, views)
+        if self.cache.content == "moments":
+            spec = self.cache.spec
+            tokens = sample_moments(tokens, keys.normal("posterior", spec["length"], spec["dim"]))
         return TokenBatch(tokens, labels, torch.from_numpy(np.array(indices))), {}
 
 
@@ -264,10 +275,18 @@ def token_loader(
     return Loader(TokenBatches(cache, seed=seed), order, num_workers=num_workers)
 
 
-def sample_shape(spec: Mapping[str, Any]) -> tuple[int, ...]:
-    """Shape of one sample's tokens under the fields of a TokenSpec: (L,), (L, depth) or (L, D)."""
+def sample_moments(moments: Tensor, noise: Tensor) -> Tensor:
+    """Latents (..., D) of normal distributions given by their means and log-variances (..., 2D), with standard normal
+    noise (..., D)."""
+    mean, log_variance = moments.chunk(2, -1)
+    return mean + (log_variance / 2).exp() * noise
+
+
+def sample_shape(spec: Mapping[str, Any], content: Content = "tokens") -> tuple[int, ...]:
+    """Shape of what a cache stores of one sample, under the fields of a TokenSpec: (L,), (L, depth), (L, D) or, of
+    moments, (L, 2D)."""
     if spec["codebook_size"] is None:
-        return (spec["length"], spec["dim"])
+        return (spec["length"], spec["dim"] * (2 if content == "moments" else 1))
     return (spec["length"],) if spec["depth"] == 1 else (spec["length"], spec["depth"])
 
 

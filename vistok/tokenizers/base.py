@@ -24,6 +24,8 @@ class Tokenizer(Model):
     native_range: ClassVar[tuple[float, float]] = (-1.0, 1.0)
     reconstructs: ClassVar[bool] = True
     """Whether ``forward`` gives a reconstruction, so that pixel losses and a GAN can apply."""
+    has_posterior: ClassVar[bool] = False
+    """Whether latents are drawn from a distribution, whose moments ``encode_moments`` gives."""
 
     @property
     @abstractmethod
@@ -54,6 +56,10 @@ class Tokenizer(Model):
 
         Deterministic without ``draws`` (nearest code, posterior mode).
         """
+
+    def encode_moments(self, pixels: Tensor) -> Tensor:
+        """Means and log-variances of the standardised latents, (B, L, 2D); of tokenizers with a posterior."""
+        raise ValueError(f"the tokens of {type(self).__name__} have no posterior; use encode")
 
     @abstractmethod
     def decode(self, tokens: Tensor) -> Tensor:

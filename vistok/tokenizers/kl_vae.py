@@ -62,6 +62,7 @@ class KLVAE(Tokenizer):
     """
 
     registry_name = "kl_vae"
+    has_posterior = True
     sizes = {
         "kl16": {"block_out_channels": (128, 128, 256, 256, 512), "latent_channels": 16, "latent_scale": KL16_SCALE},
     }
@@ -160,7 +161,7 @@ class KLVAE(Tokenizer):
         return self._standardised(self._choose(*self.moments(pixels), draws))
 
     def encode_moments(self, pixels: Tensor) -> Tensor:
-        """The posterior of the standardised latents, (B, L, 2D): means, then log-variances; see ``sample_moments``."""
+        """The posterior of the standardised latents, (B, L, 2D): means, then log-variances."""
         mean, log_variance = self.moments(pixels)
         return torch.cat([self._standardised(mean), log_variance + 2 * self.scale.abs().log()], -1)
 
@@ -205,10 +206,11 @@ class KLVAE(Tokenizer):
     def standardise(self, pixels: Tensor) -> None:
         """Set ``latent_mean`` and ``latent_scale`` so that posterior samples of these images have mean 0 and deviation
         1 in every channel."""
-        mean, log_variance = self.moments(pixels)
-        centre = mean.mean((0, 1))
+        parts = [self.moments(part) for part in pixels.split(8)]
+        mean, log_variance = (torch.cat(values) for values in zip(*parts))
+        # The variance of a mixture of normal distributions: of the means, plus the mean of the variances.
         variance = mean.var((0, 1), unbiased=False) + log_variance.exp().mean((0, 1))
-        self.mean, self.scale = centre, variance.clamp_min(1e-12).rsqrt()
+        self.mean, self.scale = mean.mean((0, 1)), variance.clamp_min(1e-12).rsqrt()
         self._arguments |= {"latent_mean": tuple(self.mean.tolist()), "latent_scale": tuple(self.scale.tolist())}
 
     def _standardised(self, latents: Tensor) -> Tensor:
@@ -289,12 +291,6 @@ class KLVAE(Tokenizer):
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Drop the training losses (LPIPS, discriminator) that a training file carries beside the model."""
         return {key: tensor for key, tensor in state.items() if not key.startswith("loss.")}
-
-
-def sample_moments(moments: Tensor, noise: Tensor) -> Tensor:
-    """Latents (B, L, D) of the posteriors (B, L, 2D) that ``encode_moments`` gives, with standard normal noise."""
-    mean, log_variance = moments.chunk(2, -1)
-    return mean + (log_variance / 2).exp() * noise
 
 
 def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:

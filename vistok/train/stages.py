@@ -30,6 +30,9 @@ from vistok.train.monitor import CodeUsage
 from vistok.train.objectives import TokenizerObjective, gan_config
 from vistok.types import Condition, TokenSpec, to_json
 
+STANDARDISED_ON = 256
+"""Images that the mean and the scale of continuous latents are measured on."""
+
 
 class Stage(ABC):
     """One stage: its model, its data, and what one batch contributes.
@@ -89,6 +92,7 @@ class TokenizerStage(Stage):
         self.loader = training_loader(source, config.data, rank=rank, world_size=world_size)
         self.seed = config.seed
         self.usage = CodeUsage(self.model.spec.codebook_size) if self.model.spec.discrete else None
+        self._data = config.data
         self._examples = example_images(config.data)
         self._seen: tuple[Tensor, Tensor] | None = None
 
@@ -134,6 +138,9 @@ class TokenizerStage(Stage):
         return comparison(examples, model.reconstruct(examples))
 
     def export(self, folder: Path, model: Tokenizer) -> None:
+        if not model.spec.discrete:
+            device = next(model.parameters()).device
+            model.standardise(example_images(self._data, STANDARDISED_ON).to(device))
         model.save_pretrained(folder / TOKENIZER)
 
 

@@ -29,6 +29,8 @@ AUGMENTATIONS = ("none", "flip", "ten_crop", "random:K")
 def tokenize(tokenizer: Tokenizer, data: DataConfig, out: str | Path, *, augmentation: str = "none") -> TokenCache:
     """Encode every image of ``data`` and write the token cache ``out``, with a copy of the tokenizer inside.
 
+    Of latents with a posterior the moments are written; training samples them anew in every epoch.
+
     Runs on the tokenizer's device, ``data.batch_size`` images at a time; depends on nothing but its arguments.
 
     Args:
@@ -57,6 +59,7 @@ def tokenize(tokenizer: Tokenizer, data: DataConfig, out: str | Path, *, augment
         dataclasses.asdict(spec),
         tokenizer.fingerprint(),
         views=views.count,
+        content="moments" if tokenizer.has_posterior else "tokens",
         classes=source.classes,
         source_fingerprint=source.fingerprint(),
     )
@@ -88,10 +91,11 @@ def check_size(tokenizer: Tokenizer, data: DataConfig) -> TokenSpec:
 
 @torch.no_grad()
 def _encode(tokenizer: Tokenizer, pixels: Tensor, batch_size: int) -> Tensor:
-    """(B, V, C, H, W) to tokens (B, V, L[, depth or D]), ``batch_size`` images at a time."""
+    """(B, V, C, H, W) to tokens (B, V, L[, depth or D]), or moments (B, V, L, 2D), ``batch_size`` images at a time."""
     parameter = next(tokenizer.parameters())
     images = pixels.flatten(0, 1).split(batch_size)
-    tokens = [tokenizer.encode(part.to(parameter.device, parameter.dtype)).cpu() for part in images]
+    encode = tokenizer.encode_moments if tokenizer.has_posterior else tokenizer.encode
+    tokens = [encode(part.to(parameter.device, parameter.dtype)).cpu() for part in images]
     return torch.cat(tokens).unflatten(0, pixels.shape[:2])
 
 
