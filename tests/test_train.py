@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from itertools import pairwise
@@ -10,6 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 from PIL import Image
+from tiny_runs import GAN, TINY, generator_config, tokenizer_config
 
 import vistok
 from vistok.config import ConfigError
@@ -22,8 +22,6 @@ from vistok.train.monitor import read_metrics
 from vistok.train.optim import lr_factor
 from vistok.train.tokenize import tokenize
 
-TINY = {"dim": 16, "depth": 1, "heads": 1, "mlp_dim": 16}
-
 
 @pytest.fixture(autouse=True)
 def _one_thread():
@@ -31,41 +29,6 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def tokenizer_config(folder, **changes) -> dict:
-    config = {
-        "stage": "tokenizer",
-        "output_dir": str(folder),
-        "model": {
-            "name": "vit_vqgan",
-            "patch_size": 8,
-            "encoder": TINY,
-            "decoder": TINY,
-            "codebook_size": 32,
-            "codebook_embed_dim": 4,
-        },
-        "losses": {"l2": 1.0, "codebook": 1.0, "commitment": 0.25},
-        "data": {"source": "digits", "image_size": 16, "channels": 1, "batch_size": 16, "affine": {"translate": 0.1}},
-        "optimizer": {"lr": 1e-3},
-        "lr_scheduler": {"name": "cosine", "warmup_steps": 2},
-        "training": {"max_steps": 6, "ema_decay": 0.9, "log_every": 1, "image_every": 3, "save_every": 3},
-    }
-    config = copy.deepcopy(config)
-    for key, value in changes.items():
-        config[key] = config[key] | value if isinstance(value, dict) and key in config else value
-    return config
-
-
-GAN = {
-    "weight": 0.1,
-    "balance": "adaptive",
-    "discriminator": {"name": "patchgan", "width": 4, "layers": 1},
-    "start_step": 1,
-    "r1_weight": 1.0,
-    "r1_every": 2,
-    "lecam_weight": 0.01,
-}
 
 
 def losses_of(folder) -> list[float]:
@@ -206,20 +169,6 @@ def tokens(tmp_path_factory):
     data = DataConfig(16, source="digits", channels=1, limit=200, affine=Affine(translate=0.1))
     tokenize(tokenizer, data, folder / "cache", augmentation="random:2")
     return folder / "cache"
-
-
-def generator_config(folder, tokens, **changes) -> dict:
-    config = {
-        "stage": "generator",
-        "output_dir": str(folder),
-        "tokens": str(tokens),
-        "model": {"name": "llama", "dim": 16, "layers": 1, "heads": 2, "multiple_of": 8},
-        "training": {"max_steps": 6, "batch_size": 16, "ema_decay": 0.9, "log_every": 1, "save_every": 3},
-        "sampling": {"guidance_scale": 2.0},
-    }
-    for key, value in changes.items():
-        config[key] = config[key] | value if isinstance(value, dict) and key in config else value
-    return config
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])

@@ -108,7 +108,8 @@ def train(
     from vistok.train import train as run
 
     folder = run(load_config(config, overrides or ()), resume=resume)
-    output.print(f"The run is in {escape(str(folder))}")
+    if os.environ.get("RANK", "0") == "0":
+        output.print(f"The run is in {escape(str(folder))}")
 
 
 @app.command()
@@ -331,7 +332,9 @@ def models() -> None:
         for checkpoint in item.checkpoints:
             released.add_row(item.official, escape(checkpoint))
     _print_table(systems)
-    output.print("vistok.load reads these by name, and vistok convert reads their files:")
+    output.print(
+        "vistok convert reads these files; vistok.load also fetches those whose name begins with a hub repository:"
+    )
     _print_table(released)
 
 

@@ -10,6 +10,7 @@ import time
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,12 @@ def train(config: Mapping[str, Any], *, resume: bool = False) -> Path:
         raise FileExistsError(
             f"run folder {folder} exists already; go on with --resume, or choose another with output_dir=…"
         )
-    accelerator = Accelerator(mixed_precision=run.training.mixed_precision, log_with="tensorboard", project_dir=folder)
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # several CPU processes are found only if this is said
+        mixed_precision=run.training.mixed_precision,
+        log_with="tensorboard",
+        project_dir=folder,
+    )
     set_seed(run.seed)
     stage = STAGES[run.stage](run, accelerator.process_index, accelerator.num_processes)
     if run.init_from:
@@ -187,7 +193,7 @@ class Trainer:
 
     def _log(self, units: int, elapsed: float) -> dict[str, float]:
         self.meter.add(self.stage.window_metrics())
-        means = self.meter.means()
+        means = self.meter.means(partial(self.accelerator.reduce, reduction="mean"))
         self.seconds += elapsed
         if not math.isfinite(means["loss"]):
             steps = self.checkpoints.steps()

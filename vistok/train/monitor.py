@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from vistok.files import atomic_file
 
@@ -24,12 +25,12 @@ class Meter:
             self._sums[name] = self._sums.get(name, 0) + value.detach()
             self._counts[name] = self._counts.get(name, 0) + 1
 
-    def means(self) -> dict[str, float]:
-        """Read the means and start a new window."""
+    def means(self, over_processes: Callable[[Tensor], Tensor] = lambda values: values) -> dict[str, float]:
+        """Read the means, averaged by ``over_processes`` where there are several, and start a new window."""
         if not self._sums:
             return {}
         values = torch.stack([total.float() / self._counts[name] for name, total in self._sums.items()])
-        means = dict(zip(self._sums, values.tolist()))
+        means = dict(zip(self._sums, over_processes(values).tolist()))
         self._sums, self._counts = {}, {}
         return means
 
@@ -44,7 +45,10 @@ class CodeUsage:
         self._counts = self._counts + torch.bincount(ids.flatten(), minlength=self.codebook_size)
 
     def read(self) -> dict[str, Tensor]:
-        """The share of codes in use, and the perplexity of their distribution (1 .. codebook_size); new window."""
+        """The share of codes in use, and the perplexity of their distribution (1 .. codebook_size), over all processes;
+        a new window begins."""
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(self._counts)
         share = self._counts / self._counts.sum()
         entropy = -(share * share.clamp_min(1e-12).log()).sum()
         usage = (self._counts > 0).float().mean()
