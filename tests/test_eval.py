@@ -14,11 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vistok.data.pictures import to_uint8
-from vistok.eval import evaluate, evaluate_reconstruction, make_reference
-from vistok.eval import features as eval_features
+from vistok.eval import evaluate, evaluate_reconstruction, make_reference, networks
 from vistok.eval import metrics as m
-from vistok.eval.features import CallableNetwork, InceptionV3Compat
 from vistok.eval.images import FolderImages, ImageError, NpzImages, open_images
+from vistok.eval.networks import CallableNetwork, InceptionV3Compat
 from vistok.eval.protocols import PROTOCOLS
 from vistok.eval.reconstruction import SSIM_VARIANTS, psnr, ssim
 from vistok.eval.references import InvalidReferenceError, open_reference
@@ -450,7 +449,9 @@ def test_the_fidelity_protocol_equals_torch_fidelity(inception_weights, folders,
     scores = fidelity_result.result["scores"]
     assert set(scores) == set(names)
     for ours, theirs in names.items():
-        assert scores[ours] == pytest.approx(expected[theirs], rel=1e-6), ours
+        # These are differences of nearly equal numbers: float32 rounding in the network shows there first.
+        loose = "std" in ours or ours == "kid"
+        assert scores[ours] == pytest.approx(expected[theirs], rel=2e-5 if loose else 1e-6), ours
     assert scores["fid"] > 0.1
     assert scores["is_std"] > 0
 
@@ -464,13 +465,21 @@ def test_a_result_records_what_the_score_depends_on(inception_weights, folders, 
     assert result["network"] == {
         "name": "inception-v3-compat",
         "weights_sha256": sha256(inception_weights),
+        "resize": "tf1-bilinear",
+        "uint8": "files as stored; float pixels in [-1, 1] by 127.5 x + 128, truncated",
         "dtype": "float32",
         "tf32": False,
     }
     assert (result["images"]["count"], result["reference"]["count"]) == (12, 10)
     assert result["reference"]["source"] == str(folders.real)
     assert result["settings"]["kid"]["subset_size"] == 10
-    assert result["settings"]["prc"] == {"neighbours": 3, "distance": "euclidean"}
+    assert result["settings"]["prc"] == {
+        "features": "pool of the same network",
+        "neighbours": 3,
+        "distance": "euclidean",
+        "boundary": "included",
+        "images": [12, 10],
+    }
     text = "\n".join(result["warnings"])
     for expected in ("only 12 images", "12 images for 2,048 pool features", "not the published file", "subsets of 10"):
         assert expected in text
@@ -520,6 +529,7 @@ class BrightnessClassifier:
     """Stands for Inception where only logits matter: certain of one of four classes, by brightness."""
 
     name = "inception-v3-compat"
+    resize = "tf1-bilinear"
     weights_sha256 = None
 
     def __call__(self, images):
@@ -528,8 +538,8 @@ class BrightnessClassifier:
 
 
 def test_adm_inception_score_of_images_sorted_by_class_is_pointed_out(monkeypatch):
-    monkeypatch.setattr("vistok.eval.protocols.ADM_SPLIT_SIZE", 10)
-    monkeypatch.setattr(InceptionV3Compat, "load", lambda weights, device: BrightnessClassifier())
+    monkeypatch.setattr("vistok.eval.scoring.ADM_SPLIT_SIZE", 10)
+    monkeypatch.setattr(InceptionV3Compat, "load", lambda weights, resize, device: BrightnessClassifier())
     levels = torch.tensor([30, 90, 160, 220], dtype=torch.uint8).repeat_interleave(10)
     images = levels.view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
     by_class = evaluate(images, images, protocol="adm", metrics=["is"])
@@ -543,16 +553,16 @@ def test_adm_inception_score_of_images_sorted_by_class_is_pointed_out(monkeypatc
 def test_moments_without_images_give_the_frechet_distance_only(tmp_path, folders):
     network = CallableNetwork(colour_statistics, "colours")
     reference = make_reference(folders.real, tmp_path / "reference.npz", network)
-    assert (reference.count, reference.network) == (10, "colours")
+    mean, covariance = reference.gaussians["pool"]
+    np.savez(tmp_path / "moments.npz", mu=mean.numpy(), sigma=covariance.numpy())
     options = {"features": colour_statistics, "network": "colours"}
-    stored = evaluate(folders.generated, tmp_path / "reference.npz", **options)
+    stored = evaluate(folders.generated, tmp_path / "moments.npz", **options)
     computed = evaluate(folders.generated, folders.real, **options)
     assert set(stored["scores"]) == {"frechet_distance"}
     assert stored["scores"]["frechet_distance"] == pytest.approx(computed["scores"]["frechet_distance"], rel=1e-12)
-    assert stored["reference"]["moments_count"] == 10
     assert any("no kid" in warning for warning in stored["warnings"])
     with pytest.raises(ValueError, match=r"prc cannot be computed: .* holds moments but no images"):
-        evaluate(folders.generated, tmp_path / "reference.npz", metrics=["prc"], **options)
+        evaluate(folders.generated, tmp_path / "moments.npz", metrics=["prc"], **options)
 
 
 def test_scores_of_another_network_are_never_called_fid(folders):
@@ -634,7 +644,7 @@ def test_questions_that_no_protocol_answers_are_refused(folders):
         evaluate(generated, real, features=colour_statistics, network="colours", weights="inception.pth")
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         evaluate(generated, real, batch_size=0)
-    assert set(PROTOCOLS) == {"adm", "torch-fidelity"}
+    assert set(PROTOCOLS) == {"adm", "torch-fidelity", "clean-fid", "dinov2", "reconstruction"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -643,7 +653,7 @@ def test_questions_that_no_protocol_answers_are_refused(folders):
 
 def test_weights_out_of_reach_name_the_option(monkeypatch, tmp_path, folders):
     def unreachable(*args, **kwargs):
-        raise eval_features.urllib.error.URLError("no route to host")
+        raise networks.urllib.error.URLError("no route to host")
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
@@ -694,7 +704,7 @@ def test_full_precision_restores_what_was_set():
     seen = []
 
     def fails():
-        with eval_features.full_precision():
+        with networks.full_precision():
             seen.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
             raise RuntimeError
 

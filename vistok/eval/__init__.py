@@ -1,6 +1,8 @@
 """Evaluation: scores of generated images and of reconstructions, with everything recorded that a score depends on."""
 
-from vistok.eval.protocols import PROTOCOLS, evaluate, evaluate_reconstruction
+from vistok.eval.comparison import evaluate
+from vistok.eval.pairs import evaluate_reconstruction
+from vistok.eval.protocols import PROTOCOLS
 from vistok.eval.references import make_reference
 
 __all__ = ["PROTOCOLS", "evaluate", "evaluate_reconstruction", "make_reference"]

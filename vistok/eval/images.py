@@ -1,4 +1,4 @@
-"""Sets of images to be scored: folders, .npz batches, run folders and tensors, all read as streams of 8-bit RGB.
+"""Sets of images to be scored: folders, .npz batches, tar shards, run folders and tensors, as streams of 8-bit RGB.
 
 ``open_images`` checks a set when it is opened (headers only), so that an evaluation of hours does not stop at its last
 image; pixels are decoded batch by batch and never kept.
@@ -6,8 +6,10 @@ image; pixels are decoded batch by batch and never kept.
 
 from __future__ import annotations
 
+import io
 import zipfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, ClassVar, Protocol
@@ -17,15 +19,11 @@ import torch
 from torch import Tensor
 
 from vistok.data.pictures import to_uint8
+from vistok.eval.decoding import EXTENSIONS, LOSSY_EXTENSIONS, ImageError, common_size, decode, size_of
+from vistok.eval.shards import TarImages, shards_in
 
-EXTENSIONS = (".png", ".jpg", ".jpeg")
-LOSSY_EXTENSIONS = (".jpg", ".jpeg")
 RUN_MARKERS = ("metrics.jsonl", "config.yaml")
 GRID_FILE = "grid.png"  # `vistok sample` puts an overview beside the samples; it is not one of them
-
-
-class ImageError(ValueError):
-    """A set of images that cannot be scored: empty, unreadable, of mixed sizes, or of another format."""
 
 
 class ImageSet(Protocol):
@@ -45,34 +43,51 @@ class ImageSet(Protocol):
     names: list[str] | None
     lossy: int
 
-    def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """Yield uint8 (B, 3, H, W), in order; the last batch may be smaller."""
+    def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        """Yield uint8 (B, 3, H, W) of images ``start`` to ``stop``, in order; the last batch may be smaller."""
         ...
 
 
-def open_images(source: str | Path | Tensor | ImageSet) -> ImageSet:
+def open_images(source: str | Path | Sequence[str | Path] | Tensor | ImageSet, *, crop: int | None = None) -> ImageSet:
     """Open a set of images.
 
     Args:
-        source: a folder of PNG or JPEG files (sub-folders included, sorted by path); an ADM-style ``.npz`` with
-            ``arr_0``, uint8 (N, H, W, 3); a vistok run folder, whose ``samples`` are taken; a tensor
-            (N, 1 or 3, H, W), uint8 or float in [-1, 1]; or a set that is open already.
+        source: a folder of PNG or JPEG files (sub-folders included, sorted by path), or of webdataset shards; one such
+            ``.tar``, or a list of them; an ADM-style ``.npz`` with ``arr_0``, uint8 (N, H, W, 3); a vistok run folder,
+            whose ``samples`` are taken; a tensor (N, 1 or 3, H, W), uint8 or float in [-1, 1]; or a set that is open
+            already.
+        crop: side to which ADM's centre crop brings every image of a folder or shard, whatever its size.
 
     Raises:
-        ImageError: nothing there, no images, mixed sizes, unreadable files, an ``.npz`` without ``arr_0``, or NaN.
+        ImageError: nothing there, no images, mixed sizes without ``crop``, unreadable files, an ``.npz`` without
+            ``arr_0``, NaN, or a crop of images that are pixels already.
     """
-    if isinstance(source, Tensor):
-        return TensorImages(source)
+    if isinstance(source, list | tuple):
+        return TarImages([Path(file) for file in source], crop=crop)
     if not isinstance(source, (str, Path)):
-        return source
+        return _no_crop(TensorImages(source) if isinstance(source, Tensor) else source, crop)
     path = Path(source)
+    if path.is_dir() and is_run(path):
+        return open_images(_samples_of_run(path), crop=crop)
     if path.is_dir():
-        return open_images(_samples_of_run(path)) if is_run(path) else FolderImages(path)
+        shards = shards_in(path)
+        return TarImages(shards, crop=crop) if shards else FolderImages(path, crop=crop)
     if not path.exists():
         raise ImageError(f"there is no folder or file {path}")
     if path.suffix == ".npz":
-        return NpzImages(path)
-    raise ImageError(f"cannot read images from {path}; expected a folder, an .npz file, or a run folder")
+        return _no_crop(NpzImages(path), crop)
+    if path.suffix == ".tar":
+        return TarImages([path], crop=crop)
+    raise ImageError(f"cannot read images from {path}; expected a folder, an .npz or .tar file, or a run folder")
+
+
+def _no_crop(images: ImageSet, crop: int | None) -> ImageSet:
+    if crop is not None and images.size != (crop, crop):
+        raise ImageError(
+            f"{images.source} holds pixels of {images.size[0]}x{images.size[1]}; crop={crop} applies to image files "
+            "only (folders, .tar shards)"
+        )
+    return images
 
 
 def is_run(folder: Path) -> bool:
@@ -90,9 +105,13 @@ def _samples_of_run(folder: Path) -> Path:
 
 
 class FolderImages:
-    """PNG and JPEG files of a folder and its sub-folders, sorted by path; converted to RGB."""
+    """PNG and JPEG files of a folder and its sub-folders, sorted by path; converted to RGB.
 
-    def __init__(self, folder: str | Path):
+    Args:
+        crop: side to which ADM's centre crop brings every image; None takes files of one size as they are.
+    """
+
+    def __init__(self, folder: str | Path, *, crop: int | None = None):
         folder = Path(folder)
         self.source = str(folder)
         self.files = _image_files(folder)
@@ -101,12 +120,16 @@ class FolderImages:
         self.names = [file.relative_to(folder).with_suffix("").as_posix() for file in self.files]
         self.count = len(self.files)
         self.lossy = sum(file.suffix.lower() in LOSSY_EXTENSIONS for file in self.files)
-        self.size = _common_size(self.files)
+        self._crop = crop
+        sizes = ((str(file), size_of(file, str(file))) for file in self.files)
+        self.size = common_size(sizes) if crop is None else (crop, crop)
 
-    def batches(self, batch_size: int) -> Iterator[Tensor]:
+    def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        files = self.files[start:stop]
         with ThreadPoolExecutor(max_workers=4) as pool:  # decoding releases the interpreter lock
-            for start in range(0, self.count, batch_size):
-                yield torch.stack(list(pool.map(_read_rgb, self.files[start : start + batch_size])))
+            for first in range(0, len(files), batch_size):
+                batch = files[first : first + batch_size]
+                yield torch.stack(list(pool.map(lambda file: decode(file, str(file), self._crop), batch)))
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -116,37 +139,6 @@ def _image_files(folder: Path) -> list[Path]:
         if path.suffix.lower() in EXTENSIONS and path.name != GRID_FILE and not path.name.startswith(".")
     )
     return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
-
-
-def _common_size(files: list[Path]) -> tuple[int, int]:
-    from PIL import Image
-
-    sizes: dict[tuple[int, int], Path] = {}
-    for file in files:
-        try:
-            with Image.open(file) as image:
-                width, height = image.size
-        except OSError as error:
-            raise ImageError(f"cannot read the image {file}: {error}") from error
-        sizes.setdefault((height, width), file)
-        if len(sizes) > 1:
-            (first, first_file), (other, other_file) = sizes.items()
-            raise ImageError(
-                f"images of mixed sizes: {first_file} is {first[0]}x{first[1]} (height x width), {other_file} is "
-                f"{other[0]}x{other[1]}; bring all to one size first, because a resize changes the score"
-            )
-    return next(iter(sizes))
-
-
-def _read_rgb(file: Path) -> Tensor:
-    from PIL import Image
-
-    try:
-        with Image.open(file) as image:
-            pixels = np.array(image.convert("RGB"))  # (H, W, 3)
-    except OSError as error:
-        raise ImageError(f"cannot read the image {file}: {error}") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)  # (3, H, W)
 
 
 class NpzImages:
@@ -181,19 +173,21 @@ class NpzImages:
         self.count = shape[0]
         self.size = (shape[1], shape[2])
 
-    def batches(self, batch_size: int) -> Iterator[Tensor]:
+    def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
         height, width = self.size
         bytes_per_image = height * width * 3
+        stop = self.count if stop is None else min(stop, self.count)
         with zipfile.ZipFile(self.path) as archive, archive.open(f"{self.key}.npy") as file:
             _read_header(file)
-            for start in range(0, self.count, batch_size):
-                rows = min(batch_size, self.count - start)
+            file.seek(start * bytes_per_image, io.SEEK_CUR)
+            for first in range(start, stop, batch_size):
+                rows = min(batch_size, stop - first)
                 try:
                     data = file.read(rows * bytes_per_image)
-                except (zipfile.BadZipFile, EOFError) as error:
+                except (zipfile.BadZipFile, zlib.error, EOFError) as error:
                     raise ImageError(f"{self.source} is damaged: {error}") from error
                 if len(data) < rows * bytes_per_image:
-                    raise ImageError(f"{self.source} ends within image {start + len(data) // bytes_per_image}")
+                    raise ImageError(f"{self.source} ends within image {first + len(data) // bytes_per_image}")
                 pixels = np.frombuffer(bytearray(data), np.uint8).reshape(rows, height, width, 3)
                 yield torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (B, 3, H, W)
 
@@ -228,5 +222,6 @@ class TensorImages:
         self.count = len(pixels)
         self.size = (pixels.shape[2], pixels.shape[3])
 
-    def batches(self, batch_size: int) -> Iterator[Tensor]:
-        return iter(self.pixels.split(batch_size))
+    def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        part = self.pixels[start:stop]
+        return iter(part.split(batch_size)) if len(part) else iter(())

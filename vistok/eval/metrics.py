@@ -87,6 +87,12 @@ class Moments:
         merged.outer += self.outer + other.outer.to(self.outer.device)
         return merged
 
+    def to(self, device: torch.device | str) -> Moments:
+        """The same moments on ``device``."""
+        moved = Moments(0)
+        moved.count, moved.sum, moved.outer = self.count, self.sum.to(device), self.outer.to(device)
+        return moved
+
     @property
     def mean(self) -> Tensor:
         """(D,) in float64."""
@@ -232,6 +238,8 @@ def kernel_distance(
 
 
 Distance = Literal["euclidean", "squared_euclidean", "squared_euclidean_float16"]
+Boundary = Literal["included", "excluded"]
+"""Whether a point at exactly a ball's radius is inside: ADM and torch-fidelity say yes, dgm-eval says no."""
 
 
 def pairwise_distance(a: Tensor, b: Tensor, distance: Distance) -> Tensor:
@@ -294,19 +302,53 @@ def _smallest(distances: Tensor, count: int) -> Tensor:
     return distances.topk(min(count, distances.shape[1]), largest=False, sorted=True).values
 
 
+def inside_manifold(
+    generated: Tensor,
+    real: Tensor,
+    *,
+    neighbours: int = 3,
+    distance: Distance = "squared_euclidean_float16",
+    boundary: Boundary = "included",
+    block: int = BLOCK,
+) -> tuple[Tensor, Tensor]:
+    """Which generated features lie in the manifold of the real ones, (N_g,) bool, and which real ones in that of the
+    generated, (N_r,) bool: inside the ball of any feature there, which reaches to its k-th neighbour in its own set.
+
+    Only one block of distances exists at a time.
+
+    Raises:
+        ValueError: fewer than k + 1 features on a side, or an unknown boundary.
+    """
+    if boundary not in Boundary.__args__:
+        raise ValueError(f"unknown boundary {boundary!r}; known: {', '.join(Boundary.__args__)}")
+    within = torch.le if boundary == "included" else torch.lt
+    generated_radii = manifold_radii(generated, neighbours=neighbours, distance=distance, block=block)
+    real_radii = manifold_radii(real, neighbours=neighbours, distance=distance, block=block)
+    generated_inside = torch.zeros(len(generated), dtype=torch.bool, device=generated.device)
+    real_inside = torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    for i in range(0, len(real), block):
+        for j in range(0, len(generated), block):
+            rows, columns = slice(i, i + block), slice(j, j + block)
+            between = pairwise_distance(real[rows], generated[columns], distance)  # (real, generated)
+            generated_inside[columns] |= within(between, real_radii[rows, None]).any(0)
+            real_inside[rows] |= within(between, generated_radii[columns]).any(1)
+    return generated_inside, real_inside
+
+
 def precision_recall(
     generated: Tensor,
     real: Tensor,
     *,
     neighbours: int = 3,
     distance: Distance = "squared_euclidean_float16",
+    boundary: Boundary = "included",
     block: int = BLOCK,
 ) -> PrecisionRecall:
     """Improved precision and recall (Kynkaanniemi et al. 2019).
 
-    Precision is the share of generated features inside (``<=``) the ball of any real one, the ball reaching to that
-    feature's k-th neighbour in its own set; recall the same with both sets exchanged. The distance is the protocol's:
-    ``squared_euclidean_float16`` for the ADM suite, ``euclidean`` for torch-fidelity.
+    Precision is the share of generated features in the manifold of the real ones, recall the same with both sets
+    exchanged; see ``inside_manifold``. The distance is the protocol's: ``squared_euclidean_float16`` for the ADM suite,
+    ``euclidean`` for torch-fidelity.
 
     Args:
         generated, real: (N, D) features of one network.
@@ -314,16 +356,5 @@ def precision_recall(
     Raises:
         ValueError: fewer than k + 1 features on a side.
     """
-    radii = {
-        "generated": manifold_radii(generated, neighbours=neighbours, distance=distance, block=block),
-        "real": manifold_radii(real, neighbours=neighbours, distance=distance, block=block),
-    }
-    generated_inside = torch.zeros(len(generated), dtype=torch.bool, device=generated.device)
-    real_inside = torch.zeros(len(real), dtype=torch.bool, device=real.device)
-    for i in range(0, len(real), block):
-        for j in range(0, len(generated), block):
-            rows, columns = slice(i, i + block), slice(j, j + block)
-            between = pairwise_distance(real[rows], generated[columns], distance)  # (real, generated)
-            generated_inside[columns] |= (between <= radii["real"][rows, None]).any(0)
-            real_inside[rows] |= (between <= radii["generated"][columns]).any(1)
-    return PrecisionRecall(float(generated_inside.double().mean()), float(real_inside.double().mean()))
+    inside = inside_manifold(generated, real, neighbours=neighbours, distance=distance, boundary=boundary, block=block)
+    return PrecisionRecall(*(float(members.double().mean()) for members in inside))

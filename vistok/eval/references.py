@@ -1,50 +1,89 @@
-"""What images are compared with: another set of images, or moments of features that were stored once.
+"""The two sides of an evaluation: a set of images, what was stored of the features of one, or both.
 
 Stored moments are ``.npz`` files in ADM's layout: ``mu`` and ``sigma`` of the pooled features, ``mu_s`` and ``sigma_s``
-of the spatial ones, and often ``arr_0``, the images for precision and recall. Files made here also name their network.
+of the spatial ones, and often ``arr_0``, images for precision and recall. Files that ``make_reference`` makes also hold
+some pooled features in place of images, and name all that made them, so that a file that does not fit is refused.
 """
 
 from __future__ import annotations
 
 import hashlib
 import zipfile
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vistok.eval.features import FeatureNetwork, extract_features
+from vistok.eval.features import extract_features
 from vistok.eval.images import ImageSet, NpzImages, open_images
 from vistok.eval.metrics import Gaussian
+from vistok.eval.networks import FeatureNetwork
+from vistok.eval.processes import Processes
 from vistok.files import atomic_file
 
 MOMENT_KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+ROWS_KEY = "pool"
+KEPT_ROWS = 10_000  # pooled features in a reference file; ADM's precision and recall use as many reference images
+SPLITS = ("train", "val", "test")
+HELD_OUT = ("val", "test")
+
+WRONG_REFERENCE = (
+    "reconstructions are compared with the held-out images that were reconstructed, generated images with the training "
+    "set. The mix-up is the commonest mistake: LlamaGen's VQ-16 scores rFID 4.28 against the training statistics "
+    "instead of 2.19, VAR's tokenizer 2.70 instead of 0.92, RAE 1.90 instead of 0.577"
+)
 
 
 class InvalidReferenceError(ValueError):
-    """A reference that cannot serve: without the keys, damaged, or made by another network."""
+    """A reference that cannot serve: without the keys, damaged, or made otherwise than the images are scored."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a reference file tells of itself; None where it does not (foreign files tell nothing).
+
+    Attributes:
+        count: number of images behind the moments.
+        network, weights_sha256, resize: what made the features.
+        split: "train", "val" or "test".
+        crop: side of ADM's centre crop that the images went through, 0 if none.
+        image_size: side lengths (H, W) of the images, as text "HxW".
+        fingerprint: SHA-256 over the images' pixels.
+        moments_sha256: of the moments as they were when the file was made.
+    """
+
+    count: int | None = None
+    network: str | None = None
+    weights_sha256: str | None = None
+    resize: str | None = None
+    split: str | None = None
+    crop: int | None = None
+    image_size: str | None = None
+    fingerprint: str | None = None
+    moments_sha256: str | None = None
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The reference side of an evaluation.
+    """One side of an evaluation; mostly the reference, but the images' side can be stored as well.
 
     Attributes:
         source: where it came from.
         images: its images, if it has any.
         gaussians: stored moments by feature name ("pool", "spatial"); empty if they are to be computed from images.
-        count: number of images behind the stored moments, where the file tells.
-        network, weights_sha256: what made the stored moments, where the file tells.
+        rows: stored pooled features (n, D) of some of its images, or None.
+        provenance: what a file tells of itself.
     """
 
     source: str
     images: ImageSet | None = None
     gaussians: dict[str, Gaussian] = field(default_factory=dict)
-    count: int | None = None
-    network: str | None = None
-    weights_sha256: str | None = None
+    rows: Tensor | None = None
+    provenance: Provenance = field(default_factory=Provenance)
 
     @property
     def moments_sha256(self) -> str | None:
@@ -58,20 +97,27 @@ class Reference:
         return digest.hexdigest()
 
     def check_network(self, network: FeatureNetwork, features: dict[str, Tensor]) -> None:
-        """Refuse stored moments of another network than ``network``, whose ``features`` of some images are given.
+        """Refuse what another network stored than ``network``, whose ``features`` of some images are given.
 
         Raises:
-            InvalidReferenceError: another name, other weights, or another feature width.
+            InvalidReferenceError: another name, other weights, another resize, or another feature width.
         """
-        if self.network is not None and self.network != network.name:
+        told = self.provenance
+        if told.network is not None and told.network != network.name:
             raise InvalidReferenceError(
-                f"{self.source} holds moments of the network {self.network!r}, but the images are scored with "
+                f"{self.source} holds moments of the network {told.network!r}, but the images are scored with "
                 f"{network.name!r}; make the reference again with that network"
             )
-        if None not in (self.weights_sha256, network.weights_sha256) and self.weights_sha256 != network.weights_sha256:
+        if None not in (told.weights_sha256, network.weights_sha256) and told.weights_sha256 != network.weights_sha256:
             raise InvalidReferenceError(
-                f"{self.source} was made by {network.name} with weights {self.weights_sha256[:12]}…, but the images "
+                f"{self.source} was made by {network.name} with weights {told.weights_sha256[:12]}…, but the images "
                 f"are scored with weights {network.weights_sha256[:12]}…; use the same weights file for both"
+            )
+        if told.resize is not None and told.resize != network.resize:
+            raise InvalidReferenceError(
+                f"{self.source} was made with the resize rule {told.resize!r}, but this protocol's is "
+                f"{network.resize!r} (clean-fid's number for LlamaGen's VQ-16 is 2.11, ADM's 2.19); make the reference "
+                "again by this protocol"
             )
         for name, gaussian in self.gaussians.items():
             if name in features and features[name].shape[1] != len(gaussian.mean):
@@ -80,25 +126,44 @@ class Reference:
                     f"{features[name].shape[1]}; the reference was made by another network"
                 )
 
+    def check_held_out(self) -> None:
+        """Refuse statistics of training images, and stored ones of unknown origin, as the reference of an rFID.
 
-def open_reference(source: str | Path | Tensor | ImageSet | Reference) -> Reference:
-    """Open a reference: anything that ``open_images`` takes, or an ``.npz`` with moments.
+        Raises:
+            InvalidReferenceError: with the reason.
+        """
+        if not self.gaussians or self.provenance.split in HELD_OUT:
+            return
+        what = "of training images" if self.provenance.split == "train" else "of unknown origin (ADM's are of training)"
+        raise InvalidReferenceError(
+            f"{self.source} holds statistics {what}, which cannot be the reference of reconstructions: "
+            f"{WRONG_REFERENCE}. Give the original images, or a reference made of them with split='val' "
+            "(command line: vistok eval IMAGES --make-reference FILE.npz --split val)"
+        )
+
+
+def open_reference(
+    source: str | Path | Sequence[str | Path] | Tensor | ImageSet | Reference, *, crop: int | None = None
+) -> Reference:
+    """Open a side: anything that ``open_images`` takes, or an ``.npz`` with moments.
 
     Raises:
-        InvalidReferenceError: an ``.npz`` with neither images nor complete moments.
+        InvalidReferenceError: an ``.npz`` with neither images nor complete moments, or one that was changed.
         ImageError: see ``open_images``.
     """
     if isinstance(source, Reference):
         return source
     if isinstance(source, (str, Path)) and Path(source).suffix == ".npz" and Path(source).is_file():
-        # A run's or a folder's images never have stored moments; only a file can.
-        return _open_npz(Path(source))
-    images = open_images(source)
+        reference = _open_npz(Path(source))
+        if reference.gaussians or crop is None:
+            return reference
+    images = open_images(source, crop=crop)
     return Reference(source=images.source, images=images)
 
 
 def _open_npz(path: Path) -> Reference:
-    wanted = {key for pair in MOMENT_KEYS.values() for key in pair} | {"count", "network", "weights_sha256"}
+    told = [item.name for item in fields(Provenance)]
+    wanted = {key for pair in MOMENT_KEYS.values() for key in pair} | {ROWS_KEY, *told}
     try:
         with np.load(path, allow_pickle=False) as file:
             keys = list(file.files)
@@ -113,9 +178,19 @@ def _open_npz(path: Path) -> Reference:
             f"{path} holds neither images ('arr_0') nor moments ('mu' and 'sigma'); "
             f"it holds: {', '.join(keys) or 'nothing'}"
         )
-    told = {key: arrays[key].item() for key in ("count", "network", "weights_sha256") if key in arrays}
-    images = NpzImages(path) if NpzImages.key in keys else None
-    return Reference(source=str(path), images=images, gaussians=gaussians, **told)
+    reference = Reference(
+        source=str(path),
+        images=NpzImages(path) if NpzImages.key in keys else None,
+        gaussians=gaussians,
+        rows=torch.from_numpy(arrays[ROWS_KEY]).float() if ROWS_KEY in arrays else None,
+        provenance=Provenance(**{key: arrays[key].item() for key in told if key in arrays}),
+    )
+    recorded = reference.provenance.moments_sha256
+    if recorded is not None and recorded != reference.moments_sha256:
+        raise InvalidReferenceError(
+            f"{path} was changed after it was made: its moments do not have the hash that it records; make it again"
+        )
+    return reference
 
 
 def _gaussian(path: Path, arrays: dict[str, np.ndarray], mean_key: str, covariance_key: str) -> Gaussian:
@@ -128,28 +203,73 @@ def _gaussian(path: Path, arrays: dict[str, np.ndarray], mean_key: str, covarian
             f"{mean_key!r} and {covariance_key!r} of {path} must be (D,) and (D, D), got {tuple(mean.shape)} and "
             f"{tuple(covariance.shape)}"
         )
+    if not (bool(mean.isfinite().all()) and bool(covariance.isfinite().all())):
+        raise InvalidReferenceError(f"{mean_key!r} or {covariance_key!r} of {path} holds values that are not finite")
     return Gaussian(mean, covariance)
 
 
 def make_reference(
-    images: str | Path | Tensor | ImageSet, path: str | Path, network: FeatureNetwork, *, batch_size: int = 64
+    images: str | Path | Sequence[str | Path] | Tensor | ImageSet,
+    path: str | Path,
+    network: FeatureNetwork,
+    *,
+    split: str | None = None,
+    crop: int | None = None,
+    batch_size: int = 64,
+    processes: Processes = Processes(),  # noqa: B008 (immutable)
 ) -> Reference:
-    """Write the moments of ``network``'s features of ``images`` to the ``.npz`` file ``path``, atomically.
+    """Write what scores need of ``images`` to the ``.npz`` file ``path``, atomically: once, to be used and shipped.
 
-    The file has ADM's layout, and also names network, weights, count and fingerprint of the images, so that
-    ``evaluate`` refuses it beside another network.
+    The file has ADM's layout: moments of ``network``'s features. It also holds the pooled features of up to 10,000 of
+    the images, evenly spread, for precision, recall and KID; and network, weights, resize, count, split, crop and
+    fingerprints, so that ``evaluate`` refuses it where it does not fit.
+
+    Args:
+        split: which images these are: "train", "val" or "test"; a reference of an unnamed split cannot serve an rFID.
+        crop: see ``open_images``.
+
+    Raises:
+        ValueError: an unknown split.
+        ImageError: as ``open_images``.
     """
-    images = open_images(images)
+    if split is not None and split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+    images = open_images(images, crop=crop)
     names = tuple(name for name in MOMENT_KEYS if name in network(next(iter(images.batches(1)))))
-    extraction = extract_features(images, network, moments=names, batch_size=batch_size)
-    arrays = {
-        key: moment.cpu().numpy()
-        for name, moments in extraction.moments.items()
-        for key, moment in zip(MOMENT_KEYS[name], moments.gaussian)
-    }
-    told = {"count": extraction.count, "fingerprint": extraction.fingerprint, "network": network.name}
-    if network.weights_sha256 is not None:
-        told["weights_sha256"] = network.weights_sha256
-    with atomic_file(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays, **{key: np.array(value) for key, value in told.items()})
+    extraction = extract_features(
+        images, network, keep=("pool",), moments=names, batch_size=batch_size, processes=processes
+    )
+    pool = extraction.features["pool"]
+    spread = torch.arange(min(KEPT_ROWS, len(pool))) * len(pool) // min(KEPT_ROWS, len(pool))
+    reference = Reference(
+        source=str(path),
+        gaussians={name: moments.gaussian for name, moments in extraction.moments.items()},
+        rows=pool[spread],
+    )
+    provenance = Provenance(
+        count=extraction.count,
+        network=network.name,
+        weights_sha256=network.weights_sha256,
+        resize=network.resize,
+        split=split,
+        crop=crop or 0,
+        image_size=f"{images.size[0]}x{images.size[1]}",
+        fingerprint=extraction.fingerprint,
+        moments_sha256=reference.moments_sha256,
+    )
+    if processes.is_first:
+        _write(reference, provenance, path)
+    processes.wait()
     return open_reference(path)
+
+
+def _write(reference: Reference, provenance: Provenance, path: str | Path) -> None:
+    arrays: dict[str, Any] = {
+        key: moment.numpy()
+        for name, gaussian in reference.gaussians.items()
+        for key, moment in zip(MOMENT_KEYS[name], gaussian)
+    }
+    told = {item.name: getattr(provenance, item.name) for item in fields(provenance)}
+    arrays |= {key: np.array(value) for key, value in told.items() if value is not None}
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays, **{ROWS_KEY: reference.rows.numpy()})

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vistok.data.pictures import to_uint8
 from vistok.eval import metrics as m
-from vistok.eval.features import InceptionV3Compat
+from vistok.eval.networks import InceptionV3Compat
 from vistok.eval.reconstruction import SSIM, decibels, mean_squared_error
 
 from ..harness import Case, GoldenFailure, Step, runner

@@ -1,0 +1,164 @@
+"""``evaluate``: two sets of images, or what was stored of them, by a protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vistok.eval.guards import comparability_warnings
+from vistok.eval.images import ImageSet
+from vistok.eval.networks import FeatureNetwork
+from vistok.eval.pairs import evaluate_reconstruction
+from vistok.eval.processes import Processes
+from vistok.eval.protocols import Protocol, choose_protocol, load_network
+from vistok.eval.record import describe_side, library_versions, save_result
+from vistok.eval.references import Reference, open_reference
+from vistok.eval.scoring import Scores, Side, choose_metrics, compute_scores, describe_metrics, extract_side
+
+Source = str | Path | Sequence[str | Path] | Tensor | ImageSet | Reference
+
+
+def evaluate(
+    images: Source,
+    reference: Source,
+    *,
+    protocol: str = "torch-fidelity",
+    metrics: Sequence[str] | None = None,
+    weights: str | Path | None = None,
+    features: Callable[[Tensor], Tensor] | None = None,
+    network: str | None = None,
+    lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
+    crop: int | None = None,
+    batch_size: int = 64,
+    device: str | torch.device | None = None,
+    processes: Processes = Processes(),  # noqa: B008 (immutable)
+    out: str | Path | None = None,
+) -> dict[str, Any]:
+    """Score a set of images against a reference.
+
+    Args:
+        images: a folder, an ADM-style .npz, webdataset shards, a run folder, a tensor (see
+            ``vistok.eval.images.open_images``), or an .npz with moments (``mu``, ``sigma``; for sFID ``mu_s``,
+            ``sigma_s``). As in the ADM suite, stored moments serve the Frechet distances, images the other scores.
+        reference: the same.
+        protocol: "adm" (FID, sFID, Inception Score in file order, precision, recall), "torch-fidelity" (FID, shuffled
+            Inception Score, KID, precision, recall), "clean-fid" (FID, KID), "dinov2" (FD-DINOv2, precision, recall) or
+            "reconstruction" (rFID, PSNR, SSIM, LPIPS; ``images`` are reconstructions of ``reference``, in its order).
+        metrics: some of "fid", "sfid", "is", "kid", "prc"; by default all that protocol and sides allow.
+        weights: file with the network's weights; downloaded once if None.
+        features: another network in place of Inception: uint8 (B, 3, H, W) -> (B, D). Its scores are called
+            ``frechet_distance`` and ``kernel_distance``, never FID or KID.
+        network: the name of that other network, required with ``features``.
+        lpips: for "reconstruction", see ``evaluate_reconstruction``.
+        crop: side to which ADM's centre crop brings the files of the reference.
+        batch_size: images per forward pass.
+        device: where to compute; a GPU if there is one by default.
+        processes: those that share the work; all of them return the result, the first one writes it.
+        out: folder in which ``result.json`` is written.
+
+    Returns:
+        ``protocol``, ``scores``, ``images``, ``reference``, ``network``, ``settings``, ``versions``, ``warnings``.
+
+    Raises:
+        ImageError, InvalidReferenceError: a side that cannot be read, or a reference that does not fit.
+        CheckpointError: weights that are absent, damaged or out of reach.
+        ValueError: an unknown protocol or metric, a metric that a side does not allow, or too few images.
+    """
+    rules = choose_protocol(protocol, features, network)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    sample, real = open_reference(images), open_reference(reference, crop=crop)
+    paired = protocol == "reconstruction"
+    if paired:
+        real.check_held_out()
+    wanted, skipped = choose_metrics(metrics, rules, sample, real)
+    device = torch.device(device or processes.device())
+    if sample.images is None and real.images is None:
+        net: FeatureNetwork = StoredFeatures.of(rules, real)
+    else:
+        net = load_network(rules, weights=weights, features=features, network=network, device=device)
+    if paired and None not in (sample.images, real.images):
+        return evaluate_reconstruction(
+            real.images,
+            sample.images,
+            network=net,
+            lpips=lpips,
+            batch_size=batch_size,
+            device=device,
+            processes=processes,
+            out=out,
+        )
+    if paired:
+        skipped.append("no PSNR, SSIM and LPIPS: they compare pairs of images, and one side holds moments only")
+    _check_networks(net, sample, real)
+    options = {"batch_size": batch_size, "processes": processes}
+    sample_side, real_side = (
+        extract_side(sample, net, wanted, is_sample=True, **options),
+        extract_side(real, net, wanted, is_sample=False, **options),
+    )
+    result, _ = score_sides(rules, net, wanted, sample_side, real_side, device=device)
+    result["warnings"] = skipped + result["warnings"]
+    result["settings"] |= {"batch_size": batch_size, "device": device.type, "processes": processes.count, "crop": crop}
+    if out is not None and processes.is_first:
+        save_result(result, out)
+    return result
+
+
+def score_sides(
+    protocol: Protocol,
+    network: FeatureNetwork,
+    metrics: Sequence[str],
+    sample: Side,
+    real: Side,
+    *,
+    device: torch.device,
+) -> tuple[dict[str, Any], Scores]:
+    """The result of ``evaluate`` from sides whose features are there, and the scores that are in it."""
+    scores = compute_scores(protocol, metrics, sample, real, device)
+    settings = describe_metrics(protocol, metrics, sample, real)
+    result = {
+        "protocol": protocol.name,
+        "scores": protocol.rename(scores.values),
+        "images": describe_side(sample),
+        "reference": describe_side(real),
+        "network": protocol.describe(network),
+        "settings": settings,
+        "versions": library_versions(),
+        "warnings": comparability_warnings(protocol, network, sample, real, scores.values, settings),
+    }
+    return result, scores
+
+
+@dataclass(frozen=True)
+class StoredFeatures:
+    """Stands for the network where both sides are stored and none has to run."""
+
+    name: str
+    resize: str
+    weights_sha256: str | None
+
+    @classmethod
+    def of(cls, protocol: Protocol, reference: Reference) -> StoredFeatures:
+        """What the reference file tells of its network; else what the protocol says it must be."""
+        told = reference.provenance
+        return cls(
+            told.network or protocol.network or "unknown",
+            told.resize or protocol.resize or "unknown",
+            told.weights_sha256,
+        )
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        raise RuntimeError("no network was loaded, because both sides hold stored moments")
+
+
+def _check_networks(network: FeatureNetwork, *sides: Reference) -> None:
+    """Refuse stored features of another network before any long work."""
+    images = next((side.images for side in sides if side.images is not None), None)
+    features = {} if images is None else network(next(iter(images.batches(1))))
+    for side in sides:
+        side.check_network(network, features)

@@ -1,0 +1,121 @@
+"""Warnings beside a score: what makes it incomparable with published ones, and by how much where that is known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from vistok.eval.dinov2 import DINOV2
+from vistok.eval.networks import INCEPTION, PUBLISHED_HASH, FeatureNetwork
+from vistok.eval.protocols import Protocol
+from vistok.eval.references import HELD_OUT, WRONG_REFERENCE
+from vistok.eval.scoring import KID_SUBSET_SIZE, Side
+
+FEW_SAMPLES = 10_000
+
+
+def comparability_warnings(
+    protocol: Protocol,
+    network: FeatureNetwork,
+    sample: Side,
+    real: Side,
+    scores: dict[str, float],
+    settings: dict[str, Any],
+) -> list[str]:
+    """All that can be told from both sides.
+
+    Args:
+        scores: by their plain names ("fid", "is").
+        settings: see ``vistok.eval.scoring.describe_metrics``.
+    """
+    return [
+        *_side_warnings("images", sample),
+        *_side_warnings("reference", real),
+        *_pair_warnings(protocol, sample, real),
+        *_network_warnings(protocol, network),
+        *_score_warnings(scores, settings),
+    ]
+
+
+def _side_warnings(name: str, side: Side) -> Iterator[str]:
+    if side.count is not None and side.count < FEW_SAMPLES:
+        yield (
+            f"{name}: only {side.count:,} images: Frechet distances are biased upward by a term of order 1/N; compare "
+            "them only at equal counts (published ones use 50,000), or use the kernel distance, which is unbiased"
+        )
+    yield from _width_warnings(name, side)
+    extraction = side.extraction
+    if extraction is not None and extraction.distinct < extraction.count:
+        copies = extraction.count - extraction.distinct
+        yield (
+            f"{name}: {copies:,} of {extraction.count:,} images are exact copies of others; one seed for every batch "
+            "or process does that (VAR-d16 was seen at FID 4.24 that way)"
+        )
+    images = side.reference.images
+    if images is not None and images.lossy:
+        yield (
+            f"{name}: {images.lossy:,} lossily compressed (JPEG) files; compression and a missing crop move scores "
+            "(D-AR's rFID: 2.2 instead of 1.5 against the raw JPEGs of ImageNet); store PNG or .npz"
+        )
+
+
+def _width_warnings(name: str, side: Side) -> Iterator[str]:
+    if side.count is None:
+        return
+    widths = {feature: len(gaussian.mean) for feature, gaussian in side.reference.gaussians.items()}
+    if not widths and side.extraction is not None:
+        widths = {feature: len(moments.sum) for feature, moments in side.extraction.moments.items()}
+    for feature, width in widths.items():
+        if side.count <= width:
+            yield (
+                f"{name}: {side.count:,} images for {width:,} {feature} features; their covariance is singular and the "
+                "Frechet distance mostly bias"
+            )
+
+
+def _pair_warnings(protocol: Protocol, sample: Side, real: Side) -> Iterator[str]:
+    sizes = [_size(sample), _size(real)]
+    if None not in sizes and sizes[0] != sizes[1]:
+        yield (
+            f"images are {sizes[0]}, reference images {sizes[1]} (height x width); a second resize moves FID, so "
+            "generate, or crop the reference, at one size"
+        )
+    if sample.extraction is not None and _fingerprint(real) == sample.extraction.fingerprint:
+        yield "the images and the reference are the same images"
+    if protocol.name != "reconstruction" and real.reference.provenance.split in HELD_OUT:
+        yield f"the reference is of the split {real.reference.provenance.split!r}: {WRONG_REFERENCE}"
+
+
+def _size(side: Side) -> str | None:
+    if side.extraction is not None:
+        return by_text(side.extraction.size)
+    return side.reference.provenance.image_size
+
+
+def _fingerprint(side: Side) -> str | None:
+    return side.reference.provenance.fingerprint or (side.extraction and side.extraction.fingerprint)
+
+
+def _network_warnings(protocol: Protocol, network: FeatureNetwork) -> Iterator[str]:
+    if network.name == INCEPTION and not (network.weights_sha256 or "").startswith(PUBLISHED_HASH):
+        yield (
+            f"the Inception weights are not the published file (SHA-256 {PUBLISHED_HASH}…); scores are comparable only "
+            "with others of the same weights"
+        )
+    if protocol.network == DINOV2 and network.name != DINOV2:
+        yield f"FD-DINOv2 is defined with {DINOV2}, these are weights of {network.name}; its values are others"
+
+
+def _score_warnings(scores: dict[str, float], settings: dict[str, Any]) -> Iterator[str]:
+    if "kid" in settings and settings["kid"]["subset_size"] < KID_SUBSET_SIZE:
+        yield f"kernel distance on subsets of {settings['kid']['subset_size']} instead of {KID_SUBSET_SIZE} images"
+    if "is_shuffled" in scores and abs(scores["is"] / scores["is_shuffled"] - 1) > 0.02:
+        yield (
+            f"Inception Score {scores['is']:.4g} in file order, {scores['is_shuffled']:.4g} shuffled: the images seem "
+            "to be sorted by class, which lowers it (50,000 sorted images were seen at 62 instead of 298); shuffle them"
+        )
+
+
+def by_text(size: tuple[int, int]) -> str:
+    """(H, W) as "HxW"."""
+    return f"{size[0]}x{size[1]}"

@@ -1,0 +1,181 @@
+"""Feature networks: the 2015 Inception of all published FIDs, and any callable.
+
+torch-fidelity's ``inception-v3-compat`` is that Inception in PyTorch; here it also gives the spatial features that sFID
+needs, with a faster form of the same resize. DINOv2 has its own module.
+"""
+
+from __future__ import annotations
+
+import io
+import urllib.error
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vistok.eval.resize import Rule, resize
+from vistok.files import sha256
+from vistok.hub import CheckpointError, read_weights
+
+INCEPTION = "inception-v3-compat"
+# torch-fidelity and pytorch-fid release the same conversion; file names carry the first digits of its SHA-256.
+PUBLISHED_HASH = "6726825d"
+
+
+class FeatureNetwork(Protocol):
+    """What turns images into features.
+
+    Attributes:
+        name: goes into every score's record.
+        resize: the rule that brings images to its input size; also part of the record.
+        weights_sha256: of the weights file, or None where the network did not come from a file.
+    """
+
+    name: str
+    resize: str
+    weights_sha256: str | None
+
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """uint8 (B, 3, H, W) -> float32 features: ``pool`` (B, D), and if it has them ``spatial`` (B, D') and
+        ``logits`` (B, C)."""
+        ...
+
+
+class InceptionV3Compat:
+    """torch-fidelity's conversion of the 2015-12-05 Inception graph, in float32.
+
+    One call gives ``pool`` (B, 2048); ``logits`` (B, 1008) without bias; and ``spatial`` (B, 2023), the first 7
+    channels of the 17x17 map ``mixed_6/conv`` flattened as (row, column, channel), the order of ADM's statistics.
+
+    Args:
+        state_dict: the network's weights.
+        resize: how images of any size come to 299x299: "tf1-bilinear", the graph's own rule, or clean-fid's
+            "pil-bicubic-float".
+        weights_sha256: of the file that the weights came from.
+        device: where to compute.
+
+    Raises:
+        CheckpointError: weights that do not fit.
+    """
+
+    name = INCEPTION
+    input_size = 299
+    spatial_channels = 7
+
+    def __init__(
+        self,
+        state_dict: Mapping[str, Tensor],
+        *,
+        resize: Rule = "tf1-bilinear",
+        weights_sha256: str | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        network = _build_inception(state_dict)
+        self.resize = resize
+        self.weights_sha256 = weights_sha256
+        self.device = torch.device(device)
+        # The extractor's stages follow one another; what it would do before them, the resize, is done here. With
+        # channels last, CPUs and GPUs run the convolutions markedly faster, to the same float32 results.
+        *stages, self._head = network.children()
+        self._stages = nn.Sequential(*stages).to(self.device, memory_format=torch.channels_last)
+        self._head = self._head.to(self.device)
+        self._spatial_map: Tensor | None = None
+        network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial_map)
+
+    @classmethod
+    def load(
+        cls, weights: str | Path | None = None, *, resize: Rule = "tf1-bilinear", device: torch.device | str = "cpu"
+    ) -> InceptionV3Compat:
+        """Read the weights from the file ``weights`` (torch or safetensors), or download them once if it is None.
+
+        Raises:
+            CheckpointError: an absent, damaged or unfitting file, or a failed download.
+        """
+        path = Path(weights) if weights is not None else _download_inception()
+        return cls(read_weights(path), resize=resize, weights_sha256=sha256(path), device=device)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """uint8 (B, 3, H, W) -> {"pool", "spatial", "logits"}, float32 on ``device``."""
+        with full_precision():
+            pixels = (resize(images.to(self.device), self.input_size, self.resize) - 128) / 128
+            pool = self._stages(pixels.contiguous(memory_format=torch.channels_last)).flatten(1)  # (B, 2048)
+            logits = pool @ self._head.weight.T  # the suites' class probabilities leave the bias out
+        spatial = self._spatial_map[:, : self.spatial_channels].permute(0, 2, 3, 1).flatten(1)  # (B, 17 * 17 * 7)
+        self._spatial_map = None
+        return {"pool": pool, "spatial": spatial, "logits": logits}
+
+    def _keep_spatial_map(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self._spatial_map = output
+
+
+def _build_inception(state_dict: Mapping[str, Tensor]) -> nn.Module:
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    # The extractor unpickles whatever path it is given. It gets tensors only, from memory.
+    buffer = io.BytesIO()
+    torch.save(dict(state_dict), buffer)
+    buffer.seek(0)
+    try:
+        return FeatureExtractorInceptionV3(INCEPTION, ["2048"], feature_extractor_weights_path=buffer).eval()
+    except RuntimeError as error:
+        raise CheckpointError(f"these are not weights of {INCEPTION}: {error}") from error
+
+
+class CallableNetwork:
+    """Any callable as a feature network; scores made with it carry its name and are never called FID.
+
+    Args:
+        function: uint8 (B, 3, H, W) -> features (B, D), on whatever device it likes.
+        name: what the scores' record calls it.
+        weights_sha256: identifies its weights, where there are any.
+    """
+
+    resize = "as the function does"
+
+    def __init__(self, function: Callable[[Tensor], Tensor], name: str, weights_sha256: str | None = None):
+        if name == INCEPTION:
+            raise ValueError(f"{INCEPTION!r} is the name of the Inception network; give your own network another one")
+        self.function = function
+        self.name = name
+        self.weights_sha256 = weights_sha256
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        with full_precision():
+            features = self.function(images)
+        if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(images):
+            got = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+            raise ValueError(f"the feature function {self.name!r} must return ({len(images)}, D) features, got {got}")
+        return {"pool": features.float()}
+
+
+def _download_inception() -> Path:
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    # torch-fidelity looks in the same place, so that one download serves both.
+    path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=PUBLISHED_HASH, progress=False)
+        except (urllib.error.URLError, OSError, RuntimeError) as error:
+            raise CheckpointError(
+                f"the Inception weights could not be fetched from {URL_INCEPTION_V3}: {error}. Fetch the file "
+                "elsewhere and name it with weights=PATH (command line: --weights PATH)"
+            ) from error
+    return path
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Switch TF32 off within the block: convolutions use it by default on recent GPUs, and it moves features."""
+    cudnn, matmul = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = cudnn, matmul

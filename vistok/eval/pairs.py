@@ -1,0 +1,198 @@
+"""``evaluate_reconstruction``: images and what a tokenizer made of them, pair by pair and as two sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vistok.eval.features import Extraction, FeaturePass
+from vistok.eval.guards import by_text, comparability_warnings
+from vistok.eval.images import ImageError, ImageSet, open_images
+from vistok.eval.networks import CallableNetwork, FeatureNetwork
+from vistok.eval.processes import Processes
+from vistok.eval.protocols import CUSTOM, PROTOCOLS, Protocol
+from vistok.eval.reconstruction import SSIM_VARIANTS, decibels, mean_squared_error
+from vistok.eval.record import describe_images, describe_side, library_versions, save_result
+from vistok.eval.references import Reference
+from vistok.eval.scoring import Side, compute_scores
+
+Source = str | Path | Sequence[str | Path] | Tensor | ImageSet
+
+
+def evaluate_reconstruction(
+    originals: Source,
+    reconstructions: Source,
+    *,
+    network: FeatureNetwork | None = None,
+    lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
+    crop: int | None = None,
+    batch_size: int = 32,
+    device: str | torch.device = "cpu",
+    processes: Processes = Processes(),  # noqa: B008 (immutable)
+    out: str | Path | None = None,
+) -> dict[str, Any]:
+    """Score reconstructions against their originals on 8-bit images, as papers do; the images are read once.
+
+    Args:
+        originals, reconstructions: see ``vistok.eval.images.open_images``; equally many of one size, in the same order.
+        network: for rFID, the Frechet distance of the two sets; without, there is none.
+        lpips: a distance (B,) of two batches in [-1, 1], such as ``vistok.losses.LPIPS.from_pretrained()``, on
+            ``device``. Distances of other networks than VGG16 are not comparable.
+        crop: side to which ADM's centre crop brings the files of the originals.
+        batch_size: pairs at a time.
+        device: where to compute.
+        processes: those that share the work; all of them return the result, the first one writes it.
+        out: folder in which ``result.json`` is written.
+
+    Returns:
+        As ``evaluate``. ``rfid`` (``frechet_distance`` of a network of the user's own); ``psnr``, the mean over images
+        of their decibels, and ``psnr_of_mean_mse``, the decibels of the mean error (never higher); each SSIM carries
+        its variant's name (``SSIM_VARIANTS``; those whose window fits into the images); ``lpips``, the mean over
+        images. A PSNR that is infinite, because images are equal, is None.
+
+    Raises:
+        ImageError: sets that cannot be read, or that do not pair up.
+    """
+    originals, reconstructions = open_images(originals, crop=crop), open_images(reconstructions)
+    _check_pairs(originals, reconstructions)
+    passes = _Passes(network, originals, reconstructions) if network is not None else None
+    columns = _pass_over_pairs(originals, reconstructions, passes, lpips, batch_size, torch.device(device), processes)
+    mse = columns.pop("mse")
+    psnr = {"psnr": decibels(mse).mean(), "psnr_of_mean_mse": decibels(mse.mean())}
+    scores = {name: float(value) if value.isfinite() else None for name, value in psnr.items()}
+    scores |= {name: float(values.mean()) for name, values in columns.items()}
+    warnings = _pair_warnings(originals, reconstructions, equal=int((mse == 0).sum()))
+    result: dict[str, Any] = {
+        "protocol": "reconstruction",
+        "scores": scores,
+        "images": describe_images(reconstructions),
+        "reference": describe_images(originals),
+        "settings": {"crop": crop} | _settings(scores, lpips),
+        "versions": library_versions(),
+        "warnings": warnings,
+    }
+    if passes is not None:
+        passes.add_to(result, processes, torch.device(device))
+    if out is not None and processes.is_first:
+        save_result(result, out)
+    return result
+
+
+class _Passes:
+    """The feature passes of rFID over both sets."""
+
+    def __init__(self, network: FeatureNetwork, originals: ImageSet, reconstructions: ImageSet) -> None:
+        self.network = network
+        self.sets = (reconstructions, originals)
+        self.passes = [FeaturePass(network, images.source, moments=["pool"]) for images in self.sets]
+
+    def add(self, original: Tensor, reconstruction: Tensor) -> None:
+        for features, images in zip(self.passes, (reconstruction, original)):
+            features.add(images)
+
+    def add_to(self, result: dict[str, Any], processes: Processes, device: torch.device) -> None:
+        """Put the Frechet distance, what it depends on and its warnings into ``result``."""
+        protocol = _protocol_of(self.network)
+        sample, real = (
+            Side(Reference(images.source, images), _gather(features, processes))
+            for images, features in zip(self.sets, self.passes)
+        )
+        scores = compute_scores(protocol, ["fid"], sample, real, device).values
+        result["scores"] = protocol.rename(scores) | result["scores"]
+        result["images"], result["reference"] = describe_side(sample), describe_side(real)
+        result["network"] = protocol.describe(self.network)
+        others = comparability_warnings(protocol, self.network, sample, real, scores, {})
+        result["warnings"] += [warning for warning in others if warning not in result["warnings"]]
+
+
+def _gather(features: FeaturePass, processes: Processes) -> Extraction:
+    return Extraction.concatenate(processes.gather(features.result()))
+
+
+def _protocol_of(network: FeatureNetwork) -> Protocol:
+    return CUSTOM if isinstance(network, CallableNetwork) else PROTOCOLS["reconstruction"]
+
+
+def _pass_over_pairs(
+    originals: ImageSet,
+    reconstructions: ImageSet,
+    passes: _Passes | None,
+    lpips: Callable | None,
+    batch_size: int,
+    device: torch.device,
+    processes: Processes,
+) -> dict[str, Tensor]:
+    """Scores of all pairs by name, (N,) float64 each, in order; features go to ``passes``."""
+    if processes.count > originals.count:
+        raise ImageError(f"{processes.count} processes share only {originals.count} images; use fewer")
+    part = processes.part(originals.count) if processes.count > 1 else ()
+    per_image: dict[str, list[Tensor]] = {}
+    for original, reconstruction in zip(
+        originals.batches(batch_size, *part), reconstructions.batches(batch_size, *part)
+    ):
+        for name, values in _score_pairs(original.to(device), reconstruction.to(device), lpips).items():
+            per_image.setdefault(name, []).append(values.double().cpu())
+        if passes is not None:
+            passes.add(original, reconstruction)
+    gathered = processes.gather({name: torch.cat(values) for name, values in per_image.items()})
+    return {name: torch.cat([columns[name] for columns in gathered]) for name in gathered[0]}
+
+
+@torch.no_grad()
+def _score_pairs(original: Tensor, reconstruction: Tensor, lpips: Callable | None) -> dict[str, Tensor]:
+    """Squared error, SSIM variants and LPIPS of uint8 pairs (B, 3, H, W), (B,) each."""
+    x, y = original.double() / 255, reconstruction.double() / 255
+    scores = {"mse": mean_squared_error(x, y)}
+    for name, variant in SSIM_VARIANTS.items():
+        if min(x.shape[-2:]) >= variant.window_size:
+            scores[name] = variant(x, y)
+    if lpips is not None:
+        scores["lpips"] = lpips(reconstruction.float() / 127.5 - 1, original.float() / 127.5 - 1)
+    return scores
+
+
+def _check_pairs(originals: ImageSet, reconstructions: ImageSet) -> None:
+    if originals.count != reconstructions.count:
+        raise ImageError(
+            f"{originals.source} has {originals.count} originals, {reconstructions.source} {reconstructions.count} "
+            "reconstructions; they are compared pair by pair"
+        )
+    if originals.size != reconstructions.size:
+        raise ImageError(
+            f"originals are {by_text(originals.size)} (height x width), reconstructions "
+            f"{by_text(reconstructions.size)}; crop the originals as the tokenizer's input was cropped (crop=SIZE, on "
+            "the command line --crop SIZE)"
+        )
+
+
+def _pair_warnings(originals: ImageSet, reconstructions: ImageSet, *, equal: int) -> list[str]:
+    found = []
+    if equal:
+        found.append(f"{equal} of {originals.count} reconstructions equal their originals; their PSNR is infinite")
+    if None not in (originals.names, reconstructions.names) and originals.names != reconstructions.names:
+        pairs = zip(originals.names, reconstructions.names)
+        first = next(pair for pair in pairs if pair[0] != pair[1])
+        found.append(f"file names differ, paired by order: {first[0]!r} with {first[1]!r}; is each with its original?")
+    if reconstructions.lossy:
+        found.append(f"{reconstructions.lossy} reconstructions are lossily compressed (JPEG) files")
+    return found
+
+
+def _settings(scores: dict[str, Any], lpips: Callable | None) -> dict[str, Any]:
+    settings: dict[str, Any] = {"psnr": {"pixels": "uint8 / 255", "data_range": 1.0}}
+    used = {name: variant for name, variant in SSIM_VARIANTS.items() if name in scores}
+    settings |= {name: {"pixels": "uint8 / 255"} | asdict(variant) for name, variant in used.items()}
+    if lpips is not None:
+        settings["lpips"] = {"pixels": "uint8 / 127.5 - 1", "network": _name_of(lpips)}
+    return settings
+
+
+def _name_of(distance: Callable) -> str:
+    from vistok.losses import LPIPS
+
+    return "vgg16" if isinstance(distance, LPIPS) else type(distance).__name__

@@ -1,0 +1,63 @@
+"""Several processes that share the work of an evaluation, as ``torchrun`` or ``accelerate launch`` start them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+PATIENCE = timedelta(days=2)  # how long a process waits for slower ones
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that work together; a single one by default.
+
+    Attributes:
+        index: of this process.
+        count: of all.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def join(cls) -> Processes:
+        """Join the processes that the launcher's environment (RANK, WORLD_SIZE) tells of, if there are several."""
+        count = int(os.environ.get("WORLD_SIZE", "1"))
+        if count == 1:
+            return cls()
+        if not torch.distributed.is_initialized():
+            # Only small Python objects and CPU tensors are exchanged, whatever device the models are on.
+            torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+        return cls(int(os.environ["RANK"]), count)
+
+    @property
+    def is_first(self) -> bool:
+        return self.index == 0
+
+    def device(self) -> torch.device:
+        """A GPU of its own for every process of a machine, if there are GPUs."""
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+    def part(self, count: int) -> tuple[int, int]:
+        """First and last + 1 of this process's consecutive share of ``count`` items."""
+        return self.index * count // self.count, (self.index + 1) * count // self.count
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, in their order, everywhere."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def wait(self) -> None:
+        """Return when all processes are here."""
+        if self.count > 1:
+            torch.distributed.barrier()
