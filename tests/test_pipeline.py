@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_models import tiny
 
 import vistok
 from vistok.config import ConfigError
@@ -299,7 +300,10 @@ def truncate_weights(folder: Path) -> None:
         (swap_models, "holds a ViTVQGANGPT, which is no tokenizer"),
         (truncate_weights, "damaged or incomplete"),
         (lambda folder: (folder / "pipeline.json").unlink(), r"is no pipeline: it has no pipeline\.json"),
-        (lambda folder: (folder / "generator").rename(folder / "gen"), "no generator; it has a tokenizer only"),
+        (
+            lambda folder: (folder / "generator").rename(folder / "gen"),
+            r"no generator \(it has a tokenizer only",
+        ),
     ],
 )
 def test_damaged_pipelines(pipe, tmp_path, damage, message):
@@ -355,3 +359,26 @@ def test_settings_are_plain_json(pipe, tmp_path):
     saved = json.loads((tmp_path / "pipe" / "pipeline.json").read_text())
     assert saved == {"class_names": list(NAMES), "sampling": {"top_k": 20, "guidance_scale": [1.0, 4.0]}}
     assert vistok.pipeline(tmp_path / "pipe", device="cpu")([0]).labels == [0]
+
+
+KINDS = [
+    ("llamagen_vq", "llama"),  # raster of ids
+    ("flextok", "vit_vqgan_gpt"),  # prefixes, and a decoder with noise
+    ("dar", "vit_vqgan_gpt"),  # prefixes of whole groups
+    ("kl_vae", "mar"),  # latents in random order
+    ("kl_vae", "xar"),  # latents in cells
+]
+
+
+@pytest.mark.parametrize(("tokenizer_name", "generator_name"), KINDS)
+def test_every_kind_of_model_generates_and_streams(tokenizer_name, generator_name):
+    tokenizer = tiny(tokenizer_name)
+    generator = tiny(generator_name, spec=tokenizer.spec)
+    pipe = Pipeline(tokenizer, generator)
+    out = pipe([0, 1, 2], seed=1)
+    again = pipe([0, 1, 2], seed=1, batch_size=2)
+    assert torch.allclose(out.pixels, again.pixels, atol=1e-3), "random decoders, too, have one noise per sample"
+    *earlier, last = pipe.stream([0, 1, 2], seed=1, preview_every=1)
+    assert earlier
+    assert np.array_equal(arrays(last.images), arrays(out.images))
+    assert torch.equal(last.tokens, out.tokens)

@@ -23,8 +23,7 @@ class CatalogueEntry:
         kind: tokenizer or generator.
         official: system/part, as `vistok convert` calls it.
         paper: its arXiv number.
-        sizes: number of parameters by the name of the size. A generator's embeddings are counted for the tokens of
-            its own system's tokenizer.
+        sizes: number of parameters by the name of the size; a generator's for the tokens that its paper models.
         checkpoints: ids of the released weights, which ``vistok.load`` and `vistok convert` read.
     """
 
@@ -43,17 +42,16 @@ def catalogue() -> list[CatalogueEntry]:
 
 def _describe(item: registry.Entry) -> CatalogueEntry:
     model_class = item.load()
-    build = model_class if item.kind == "tokenizer" else partial(model_class, _spec_of_system(item))
+    build = model_class if item.kind == "tokenizer" else partial(model_class, _spec(item))
     sizes = {name: _parameters(build, arguments) for name, arguments in model_class.sizes.items()}
     checkpoints = tuple(checkpoint.id for checkpoint in model_class.checkpoints)
     return CatalogueEntry(item.name, item.kind, item.official, item.paper, sizes, checkpoints)
 
 
-def _spec_of_system(item: registry.Entry) -> TokenSpec:
-    """The tokens of the tokenizer that the generator's paper trains with it, at its default size."""
-    system = item.official.partition("/")[0]
+def _spec(item: registry.Entry) -> TokenSpec:
+    """The tokens that a generator's paper models, at its tokenizer's default size."""
     with torch.device("meta"):
-        return registry.official_entry(f"{system}/tokenizer").load()().spec
+        return registry.entry(item.tokenizer, "tokenizer").load()().spec
 
 
 def _parameters(build, arguments: Mapping[str, Any]) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -16,11 +16,12 @@ from typing import Any, Self
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from vistok.classes import ClassLabel, ClassNames
 from vistok.config import check
 from vistok.data.pictures import from_pil, to_pil
-from vistok.draws import Keys
+from vistok.draws import Draws, Keys
 from vistok.files import atomic_folder, write_json
 from vistok.generators.base import Generator
 from vistok.hub import CONFIG, WEIGHTS, CheckpointError, load, snapshot
@@ -205,10 +206,11 @@ class Pipeline:
         tokens, pixels = [], []
         for start in range(0, len(condition), batch_size):
             rows = condition[start : start + batch_size]
-            draws = self.generator.sampling_draws(Keys.range(seed, len(rows), index_start + start), options)
+            keys = Keys.range(seed, len(rows), index_start + start)
+            draws = self.generator.sampling_draws(keys, options)
             batch = self.generator.sample(rows.to(self.device), options, draws=draws)
             tokens.append(batch.cpu())
-            pixels.append(self._decode(batch))
+            pixels.append(self._decode(batch, self.tokenizer.decoding_draws(keys)))
         pixels = torch.cat(pixels)
         labels = None if condition.labels is None else condition.labels.tolist()
         return PipelineOutput(to_pil(pixels), torch.cat(tokens), pixels, labels)
@@ -281,14 +283,16 @@ class Pipeline:
             raise ValueError("there is nothing to generate: the list of classes is empty")
         return condition[torch.arange(len(condition)).repeat_interleave(copies)]
 
-    def _decode(self, tokens: Tensor) -> Tensor:
-        """Whole sequences to pixels (B, C, H, W) in [-1, 1], float32 on the CPU."""
-        return self.tokenizer.decode(tokens, **self._decode_options).float().clamp(-1, 1).cpu()
+    def _decode(self, tokens: Tensor, draws: Draws) -> Tensor:
+        """Whole sequences to pixels (B, C, H, W) in [-1, 1], float32 on the CPU, with ``decoding_draws``."""
+        options = self._decode_options | ({"draws": draws} if draws else {})
+        return self.tokenizer.decode(tokens.to(self.device), **options).float().clamp(-1, 1).cpu()
 
     @torch.no_grad()
     def _previews(self, condition: Condition, options: Any, keys: Keys, every: int) -> Iterator[Preview]:
         total, shown = self.generator.spec.length, 0
         tokens, known = None, torch.zeros(len(condition), total, dtype=torch.bool)
+        show = self._previewer(self.tokenizer.decoding_draws(keys))
         draws = self.generator.sampling_draws(keys, options)
         for chunk in self.generator.stream(condition.to(self.device), options, draws=draws):
             if tokens is None:
@@ -300,31 +304,27 @@ class Pipeline:
             step = int(known.sum(1).min())
             if step - shown >= every or (step == total and shown < total):
                 shown = step
-                yield Preview(step, total, tokens.clone(), known.clone(), self._preview(tokens, known))
+                yield Preview(step, total, tokens.clone(), known.clone(), show(tokens, known))
 
-    def _preview(self, tokens: Tensor, known: Tensor) -> list[Image.Image] | None:
-        if bool(known.all()):
-            return to_pil(self._decode(tokens.to(self.device)))
-        if self.tokenizer.spec.prefix_step is not None:
-            return self._preview_prefix(tokens, known)
-        return self._preview_raster(tokens, known) if self._grid is not None else None
+    def _previewer(self, draws: Draws) -> Callable[[Tensor, Tensor], list[Image.Image] | None]:
+        """What shows the tokens of one batch, again and again, as more of them are known."""
+        step = self.tokenizer.spec.prefix_step
+        decode_prefix = None if step is None else self.tokenizer.prefix_decoder(draws)
 
-    def _preview_prefix(self, tokens: Tensor, known: Tensor) -> list[Image.Image] | None:
-        """The longest prefix that all images have and that decodes."""
-        prefix = int(known.int().cumprod(1).sum(1).min())
-        prefix -= prefix % self.tokenizer.spec.prefix_step
-        return to_pil(self._decode(tokens[:, :prefix].to(self.device))) if prefix else None
+        def show(tokens: Tensor, known: Tensor) -> list[Image.Image] | None:
+            if bool(known.all()):
+                return to_pil(self._decode(tokens, draws))
+            if decode_prefix is not None:
+                prefix = int(known.int().cumprod(1).sum(1).min())  # the longest that all images have
+                prefix -= prefix % step
+                return to_pil(decode_prefix(tokens[:, :prefix].to(self.device)).float()) if prefix else None
+            if self._grid is None or not bool(known.any(1).all()):
+                return None
+            pixels = self._decode(_fill(tokens, known), draws)
+            mask = known.view(len(known), 1, *self._grid).float()
+            return to_pil(pixels * F.interpolate(mask, pixels.shape[2:], mode="nearest"))
 
-    def _preview_raster(self, tokens: Tensor, known: Tensor) -> list[Image.Image] | None:
-        """The known positions, the others mid-grey."""
-        if not bool(known.any(1).all()):
-            return None
-        # Unknown positions repeat the known tokens, so that the decoder sees statistics that it is used to.
-        source = torch.stack([_repeat(row.nonzero()[:, 0], len(row)) for row in known])  # (N, L)
-        filled = torch.where(_like(known, tokens), tokens, tokens.gather(1, _like(source, tokens).expand_as(tokens)))
-        pixels = self._decode(filled.to(self.device))
-        mask = known.view(len(known), 1, *self._grid).float()
-        return to_pil(pixels * torch.nn.functional.interpolate(mask, pixels.shape[2:], mode="nearest"))
+        return show
 
     @property
     def _grid(self) -> tuple[int, int] | None:
@@ -402,9 +402,9 @@ def _pipeline_folder(path: str | Path) -> Path:
         return folder
     hint = ""
     if (folder / CONFIG).is_file():
-        hint = "; it is a single model, which vistok.load reads"
+        hint = " (it is a single model, which vistok.load reads)"
     elif GENERATOR in missing and TOKENIZER not in missing:
-        hint = "; it has a tokenizer only, which `vistok reconstruct` shows: train a generator on its tokens first"
+        hint = " (it has a tokenizer only: train a generator on its tokens, or look at it with `vistok reconstruct`)"
     raise CheckpointError(f"{folder} is no pipeline: it has no {', no '.join(missing)}{hint}")
 
 
@@ -434,11 +434,9 @@ def _seed(seed: int | None, generator: torch.Generator | None) -> int:
     return int(torch.randint(1 << 62, (), generator=generator, device=generator.device))
 
 
-def _repeat(items: Tensor, length: int) -> Tensor:
-    """The items in turn until there are ``length``."""
-    return items[torch.arange(length) % len(items)]
-
-
-def _like(positions: Tensor, tokens: Tensor) -> Tensor:
-    """(N, L) with as many axes as ``tokens``."""
-    return positions.view(*positions.shape, *[1] * (tokens.ndim - 2))
+def _fill(tokens: Tensor, known: Tensor) -> Tensor:
+    """Unknown positions repeat the known tokens in turn, so that a decoder sees statistics that it is used to."""
+    positions = [row.nonzero()[:, 0] for row in known]
+    source = torch.stack([row[torch.arange(known.shape[1]) % len(row)] for row in positions])  # (N, L)
+    shape = (*known.shape, *[1] * (tokens.ndim - 2))
+    return torch.where(known.view(shape), tokens, tokens.gather(1, source.view(shape).expand_as(tokens)))

@@ -24,6 +24,8 @@ class Entry:
     paper: str  # its arXiv number
     # Other systems' official names of the same model, each with what their configs leave unsaid.
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    # Of a generator: the tokenizer whose tokens its paper models, by its name in configs.
+    tokenizer: str | None = None
 
     @property
     def official_names(self) -> tuple[str, ...]:
@@ -40,9 +42,16 @@ ENTRIES = (
     Entry("kl_vae", "tokenizer", "vistok.tokenizers.kl_vae:KLVAE", "kl_vae/tokenizer", "2112.10752"),
     Entry("flextok", "tokenizer", "vistok.tokenizers.flextok:FlexTok", "flextok/tokenizer", "2502.13967"),
     Entry("dar", "tokenizer", "vistok.tokenizers.dar:DAR", "dar/tokenizer", "2505.23660"),
-    Entry("vit_vqgan_gpt", "generator", "vistok.generators.vit_vqgan_gpt:ViTVQGANGPT", "vit_vqgan/gpt", "2110.04627"),
-    Entry("mar", "generator", "vistok.generators.mar:MAR", "mar/generator", "2406.11838"),
-    Entry("xar", "generator", "vistok.generators.xar:XAR", "xar/generator", "2502.20388"),
+    Entry(
+        "vit_vqgan_gpt",
+        "generator",
+        "vistok.generators.vit_vqgan_gpt:ViTVQGANGPT",
+        "vit_vqgan/gpt",
+        "2110.04627",
+        tokenizer="vit_vqgan",
+    ),
+    Entry("mar", "generator", "vistok.generators.mar:MAR", "mar/generator", "2406.11838", tokenizer="kl_vae"),
+    Entry("xar", "generator", "vistok.generators.xar:XAR", "xar/generator", "2502.20388", tokenizer="kl_vae"),
     Entry(
         "llama",
         "generator",
@@ -50,6 +59,7 @@ ENTRIES = (
         "llamagen/gpt",
         "2406.06525",
         variants={"dar/gpt": {"positions": "rope1d"}},
+        tokenizer="llamagen_vq",
     ),
 )
 
