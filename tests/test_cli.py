@@ -317,6 +317,8 @@ def test_eval_of_images_hands_everything_on(photos, tmp_path, run_command, monke
             "reference": described, "warnings": ["only 12 images"],
         }  # fmt: skip
 
+    from vistok.eval.processes import Processes
+
     monkeypatch.setattr("vistok.eval.evaluate", score)
     printed = run_command(
         "eval", photos, "--reference", "ref.npz", "--protocol", "adm", "--metrics", "fid,is", "--batch-size", 8,
@@ -326,7 +328,7 @@ def test_eval_of_images_hands_everything_on(photos, tmp_path, run_command, monke
     assert "infinite" in printed
     assert asked == {
         "images": str(photos), "reference": "ref.npz", "protocol": "adm", "metrics": ["fid", "is"], "weights": None,
-        "batch_size": 8, "device": None,
+        "lpips": None, "crop": None, "batch_size": 8, "device": None, "processes": Processes(),
     }  # fmt: skip
     assert json.loads((tmp_path / "result.json").read_text())["warnings"] == ["only 12 images"]
 

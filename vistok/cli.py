@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,9 +106,15 @@ def train(
     On several GPUs: accelerate launch -m vistok train …
     """
     from vistok.config import load_config
+    from vistok.train import TrainingInterrupted
     from vistok.train import train as run
 
-    folder = run(load_config(config, overrides or ()), resume=resume)
+    try:
+        folder = run(load_config(config, overrides or ()), resume=resume)
+    except TrainingInterrupted as stop:
+        errors.print(escape(str(stop)))
+        # A scheduler's SIGTERM was served; after Ctrl-C a shell must not go on to its next command.
+        raise typer.Exit(0 if stop.signal == signal.SIGTERM else 130) from stop
     if os.environ.get("RANK", "0") == "0":
         output.print(f"The run is in {escape(str(folder))}")
 
@@ -209,7 +216,10 @@ def reconstruct(
 def evaluate(
     what: Annotated[
         str,
-        typer.Argument(metavar="IMAGES|RUN", help="Folder of images, ADM-style .npz, or run; or run of a tokenizer."),
+        typer.Argument(
+            metavar="IMAGES|RUN",
+            help="Folder of images, ADM-style .npz, webdataset .tar, or run with samples; or run of a tokenizer.",
+        ),
     ],
     overrides: Annotated[
         list[str] | None,
@@ -217,17 +227,32 @@ def evaluate(
     ] = None,
     reference: Annotated[
         str | None,
-        typer.Option(help="What images are compared with: a folder, or an .npz of images or of ADM statistics."),
+        typer.Option(help="What the images are compared with: images in any of these forms, or .npz statistics."),
     ] = None,
-    protocol: Annotated[str, typer.Option(help="adm or torch-fidelity.")] = "torch-fidelity",
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="torch-fidelity (default), adm, clean-fid, dinov2, or reconstruction (IMAGES are those of the "
+            "reference, reconstructed). For a tokenizer: reconstruction adds rFID, perturbation is pFID."
+        ),
+    ] = None,
     metrics: Annotated[
         str | None, typer.Option(help="Some of fid,sfid,is,kid,prc; by default all that protocol and reference allow.")
     ] = None,
     weights: Annotated[
-        Path | None, typer.Option(help="Local file with the Inception weights; downloaded once by default.")
+        Path | None, typer.Option(help="Local file with the feature network's weights; downloaded once by default.")
     ] = None,
     lpips_weights: Annotated[
-        Path | None, typer.Option(help="For a tokenizer: local file with all LPIPS weights; no LPIPS without.")
+        Path | None, typer.Option(help="For reconstructions: local file with all LPIPS weights; no LPIPS without.")
+    ] = None,
+    crop: Annotated[
+        int | None, typer.Option(help="Bring the reference's files to this size by ADM's centre crop.")
+    ] = None,
+    make_reference: Annotated[
+        Path | None, typer.Option(metavar="FILE.npz", help="Instead of scoring: make a reference file of IMAGES.")
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="With --make-reference: which images these are: train, val or test.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 64,
     out: Annotated[Path | None, typer.Option(help="JSON file for scores and everything they depend on.")] = None,
@@ -235,56 +260,154 @@ def evaluate(
 ) -> None:
     """Score images against a reference (FID, IS, KID, …), or the reconstructions of a tokenizer (PSNR, SSIM, LPIPS).
 
-    A tokenizer is scored on the test split of its training data; --reference or data.root=… names other images.
+    A tokenizer is scored on the test split of its training data; --reference or data.root=… names other images. Several
+    processes share the work: torchrun --nproc-per-node 8 -m vistok eval …
     """
+    from vistok.eval.processes import Processes
     from vistok.files import write_json
     from vistok.runs import holds_tokenizer_only
 
+    processes = Processes.join()
     if holds_tokenizer_only(what):
-        if reference is not None:
-            overrides = [f"data.root={reference}", *(overrides or ())]
-        result = _evaluate_tokenizer(what, overrides or (), lpips_weights, batch_size, device)
+        from vistok.evaluations import score_tokenizer
+
+        result = score_tokenizer(
+            what,
+            overrides or (),
+            reference=reference,
+            protocol=protocol,
+            weights=weights,
+            lpips_weights=lpips_weights,
+            batch_size=batch_size,
+            device=device,
+            processes=processes,
+        )
+    elif overrides:
+        raise typer.BadParameter(f"only the run of a tokenizer takes {overrides[0]}")
+    elif make_reference is not None:
+        from vistok.evaluations import make_reference_file
+
+        told = make_reference_file(
+            what,
+            make_reference,
+            protocol=protocol or "torch-fidelity",
+            weights=weights,
+            split=split,
+            crop=crop,
+            batch_size=batch_size,
+            device=device,
+            processes=processes,
+        )
+        if processes.is_first:
+            made = f"{escape(str(make_reference))} stands for {told.count:,} images"
+            output.print(f"The reference {made} (fingerprint {told.fingerprint[:12]}…)")
+        return
     else:
         if reference is None:
             raise typer.BadParameter("images need one to be compared with", param_hint="--reference")
-        if overrides:
-            raise typer.BadParameter(f"only the run of a tokenizer takes {overrides[0]}")
         from vistok.eval import evaluate as score
+        from vistok.evaluations import open_lpips
 
-        chosen = metrics.split(",") if metrics is not None else None
         result = score(
             what,
             reference,
-            protocol=protocol,
-            metrics=chosen,
+            protocol=protocol or "torch-fidelity",
+            metrics=metrics.split(",") if metrics is not None else None,
             weights=weights,
+            lpips=open_lpips(lpips_weights),
+            crop=crop,
             batch_size=batch_size,
             device=device,
+            processes=processes,
         )
+    if not processes.is_first:
+        return
     _print_scores(result)
     if out is not None:
         write_json(out, result)
         output.print(f"Everything these scores depend on is in {escape(str(out))}")
 
 
-def _evaluate_tokenizer(
-    run: str, overrides: Sequence[str], lpips_weights: Path | None, batch_size: int, device: str | None
-) -> dict[str, Any]:
-    from vistok.eval.tokenizers import evaluate_tokenizer
-    from vistok.losses import LPIPS
-    from vistok.pipelines import choose_device, load_tokenizer
-    from vistok.runs import data_of_run
+@app.command()
+def benchmark(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run of a generator, pipeline folder, or hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder for features, scores and report.html; continued if it exists.")],
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="OPTION=VALUE", help="Sampling options that differ from the pipeline's: top_k=100"),
+    ] = None,
+    num: Annotated[int, typer.Option(help="Images per guidance scale.")] = 50_000,
+    labels: Annotated[
+        str | None,
+        typer.Option(help="balanced (classes in turn), random (uniform) or none; balanced if there are classes."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Image i of a seed is always the same.")] = 0,
+    guidance_sweep: Annotated[
+        str | None, typer.Option(help="Scales to compare, such as 1.0,1.5,2.0; features of earlier ones are reused.")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="As for vistok eval; without one only the Inception Score is computed.")
+    ] = None,
+    protocol: Annotated[str, typer.Option(help="adm, torch-fidelity, clean-fid or dinov2.")] = "adm",
+    weights: Annotated[
+        Path | None, typer.Option(help="Local file with the feature network's weights; downloaded once by default.")
+    ] = None,
+    save_npz: Annotated[
+        bool, typer.Option("--save-npz", help="Also write samples.npz for ADM-style evaluators.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(help="Images at a time; does not change them.")] = 64,
+    device: Device = None,
+) -> None:
+    """Generate many images and score them, with features instead of images kept; the same command continues it.
 
-    tokenizer = load_tokenizer(run).to(choose_device(device))
-    overrides = [f"data.batch_size={batch_size}", *overrides]
-    data = data_of_run(run, overrides, image_shape=tokenizer.image_shape, split="test")
-    lpips = LPIPS.from_pretrained(lpips_weights) if lpips_weights else None
-    return evaluate_tokenizer(tokenizer, data, lpips=lpips)
+    Several processes share the work: torchrun --nproc-per-node 8 -m vistok benchmark …
+    """
+    import shlex
+
+    from vistok.config import override
+    from vistok.eval.benchmark import benchmark as measure
+    from vistok.eval.processes import Processes
+    from vistok.pipelines import pipeline
+
+    processes = Processes.join()
+    device = device or str(processes.device())
+    result = measure(
+        pipeline(run, device=device),
+        out,
+        num_images=num,
+        labels=labels,
+        seed=seed,
+        guidance_scales=_numbers(guidance_sweep) if guidance_sweep is not None else None,
+        sampling=override({}, options or ()),
+        reference=reference,
+        protocol=protocol,
+        weights=weights,
+        save_npz=save_npz,
+        batch_size=batch_size,
+        device=device,
+        processes=processes,
+        command=f"vistok {shlex.join(sys.argv[1:])}",
+    )
+    if not processes.is_first:
+        return
+    for scored in result["runs"]:
+        if scored["guidance_scale"] is not None:
+            output.print(f"guidance scale {scored['guidance_scale']}")
+        _print_scores(scored)
+    output.print(f"Scores, samples and classes are shown in {escape(str(out / 'report.html'))}")
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"expected numbers separated by commas, such as 1.0,1.5,2.0; got {text!r}") from error
 
 
 def _print_scores(result: dict[str, Any]) -> None:
     images, reference = result["images"], result["reference"]
-    output.print(f"{images['count']:,} images ({escape(images['source'])}) against {escape(reference['source'])}")
+    count = "an unknown number of" if images["count"] is None else f"{images['count']:,}"
+    output.print(f"{count} images ({escape(images['source'])}) against {escape(reference['source'])}")
     table = Table("score", "value", title=f"protocol: {result['protocol']}", title_justify="left", box=SIMPLE)
     for name, value in result["scores"].items():
         table.add_row(name, "infinite" if value is None else f"{value:.4f}")

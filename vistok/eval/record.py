@@ -40,7 +40,8 @@ def describe_images(images: ImageSet) -> dict[str, Any]:
 def describe_side(side: Side) -> dict[str, Any]:
     """One side: what was looked at, with fingerprint and number of distinct images, and what was stored of it."""
     reference, extraction = side.reference, side.extraction
-    described: dict[str, Any] = {"source": reference.source, "moments": "stored" if reference.gaussians else "computed"}
+    moments = "stored" if reference.gaussians else "computed"
+    described: dict[str, Any] = {"source": reference.source, "count": side.count, "moments": moments}
     if reference.images is not None:
         described |= describe_images(reference.images)
     if extraction is not None:

@@ -95,6 +95,8 @@ def choose_metrics(
 
 
 def _obstacle(metric: str, name: str, side: Reference) -> str | None:
+    if metric != "is" and side.images is None and side.rows is None and not side.gaussians:
+        return f"it needs {'a reference' if name == 'reference' else 'images'}, and none was given"
     if metric == "is" and side.images is None:
         return f"the {name} {side.source} holds moments but no images"
     if metric in ("kid", "prc") and side.images is None and side.rows is None:

@@ -1,0 +1,281 @@
+"""``benchmark``: generate, extract features, score; interruptible, shared by processes, the same numbers every time."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from vistok.data.pictures import to_uint8
+from vistok.eval.classes import class_table
+from vistok.eval.comparison import Source, score_sides
+from vistok.eval.features import FeaturePass
+from vistok.eval.networks import FeatureNetwork
+from vistok.eval.plan import Labels, Plan
+from vistok.eval.processes import Processes
+from vistok.eval.protocols import Protocol as Rules
+from vistok.eval.protocols import choose_protocol, load_network
+from vistok.eval.record import RESULT_FILE, save_result
+from vistok.eval.references import Reference, open_reference
+from vistok.eval.report import write_report
+from vistok.eval.scoring import Side, choose_metrics, extract_side
+from vistok.eval.store import FeatureStore
+from vistok.files import read_json
+from vistok.generators.base import Generator
+from vistok.progress import track
+from vistok.tokenizers.base import Tokenizer
+from vistok.types import to_json
+
+NO_REFERENCE = Reference("no reference")
+
+
+class ImagePipeline(Protocol):
+    """What is benchmarked; ``vistok.pipeline(path)`` is one."""
+
+    tokenizer: Tokenizer
+    generator: Generator
+    class_names: tuple[str, ...]
+
+    def options(self, **sampling: Any) -> Any:
+        """The dataclass of sampling options that a call with these would use."""
+        ...
+
+    def __call__(self, class_labels: Any = None, **options: Any) -> Any:
+        """Generate; the result has ``pixels`` (B, C, H, W) in [-1, 1]."""
+        ...
+
+
+def benchmark(
+    pipe: ImagePipeline,
+    out: str | Path,
+    *,
+    num_images: int = 50_000,
+    labels: Labels | None = None,
+    seed: int = 0,
+    guidance_scales: Sequence[float] | None = None,
+    sampling: Mapping[str, Any] | None = None,
+    reference: Source | None = None,
+    protocol: str = "adm",
+    weights: str | Path | None = None,
+    features: Callable[[Tensor], Tensor] | None = None,
+    network: str | None = None,
+    save_npz: bool = False,
+    batch_size: int = 64,
+    device: str | torch.device | None = None,
+    processes: Processes = Processes(),  # noqa: B008 (immutable)
+    command: str | None = None,
+) -> dict[str, Any]:
+    """Generate ``num_images`` images, keep their features, and score them.
+
+    Image i depends on the seed and on i alone. Features are written range by range. Called again with the same
+    arguments (batch size, processes, reference, and protocol of the same network may differ), the benchmark goes on
+    where it stopped, and further guidance scales reuse what is there.
+
+    Args:
+        out: folder for features, ``result.json`` and ``report.html``; new, or that of the same benchmark.
+        labels: "balanced" (class i modulo the number of classes: 50 each of 50,000 ImageNet images), "random"
+            (uniform), or "none"; by default balanced if the generator has classes.
+        guidance_scales: one benchmark per scale; by default the pipeline's own.
+        sampling: options that differ from the pipeline's.
+        reference, protocol, weights, features, network, device, processes: as for ``evaluate``. Without a reference
+            only the Inception Score can be computed.
+        save_npz: also write each scale's images as ``samples.npz``, which ADM's own evaluator reads.
+        batch_size: images generated, and scored, at a time.
+        command: the command line that this call stands for, for the report.
+
+    Returns:
+        what ``result.json`` holds: ``benchmark`` (the plan), ``protocol``, ``runs`` (one per scale: ``scores``,
+        ``warnings``, ``classes``, … as ``evaluate`` returns them), ``generated``, ``seconds``, ``command``.
+
+    Raises:
+        BenchmarkError: ``out`` belongs to another benchmark or is damaged.
+        ValueError, ConfigError, CheckpointError, ImageError, InvalidReferenceError: as the pipeline and ``evaluate``.
+    """
+    rules = choose_protocol(protocol, features, network)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    real = NO_REFERENCE if reference is None else open_reference(reference)
+    device = torch.device(device or processes.device())
+    net = load_network(rules, weights=weights, features=features, network=network, device=device)
+    plan = _plan(pipe, num_images, labels, seed, sampling or {}, rules.describe(net))
+    example = net(torch.zeros(1, 3, *plan.image_size, dtype=torch.uint8))
+    metrics, skipped = _choose_metrics(rules, plan, real)
+    real.check_network(net, example)
+    scales = _scales(pipe, guidance_scales, sampling or {})
+
+    out = Path(out)
+    if processes.is_first:
+        plan.claim(out)
+    processes.wait()
+    started = time.perf_counter()
+    sampler = _Sampler(pipe, plan, dict(sampling or {}))
+    stores = [
+        (scale, FeatureStore(out / name, plan.shards, plan.image_size, keep_images=save_npz)) for scale, name in scales
+    ]
+    made = [_generate(sampler, scale, store, net, tuple(example), batch_size, processes) for scale, store in stores]
+    seconds = time.perf_counter() - started
+    generated = sum(processes.gather(sum(made)))  # also waits for the others
+    if processes.is_first:
+        real_side = _extract_reference(real, net, metrics, batch_size)
+        runs = []
+        for scale, store in stores:
+            run = {"guidance_scale": scale} | _score(rules, net, metrics, store, sampler, real_side, device)
+            run["warnings"] = skipped + plan.warnings + run["warnings"]
+            runs.append(run)
+        result = {
+            "benchmark": plan.to_json(),
+            "protocol": rules.name,
+            "runs": runs,
+            "generated": generated,
+            "seconds": round(seconds, 2),
+            "processes": processes.count,
+            "command": command,
+        }
+        save_result(result, out)
+        write_report(result, [store.previews() for _, store in stores], out)
+    processes.wait()
+    return read_json(out / RESULT_FILE)
+
+
+@dataclass(frozen=True)
+class _Sampler:
+    """Makes the images of a plan by their numbers."""
+
+    pipe: ImagePipeline
+    plan: Plan
+    sampling: dict[str, Any]
+
+    def images(self, start: int, stop: int, scale: Any) -> Tensor:
+        """Images ``start`` to ``stop`` with one guidance scale, uint8 (B, 3, H, W)."""
+        labels = self.plan.labels_of(start, stop)
+        what = {"num_images": stop - start} if labels is None else {"class_labels": labels}
+        options = _with_scale(self.sampling, scale)
+        output = self.pipe(**what, seed=self.plan.seed, index_start=start, batch_size=stop - start, **options)
+        return to_uint8(output.pixels).expand(-1, 3, -1, -1)  # grey becomes RGB
+
+
+def _plan(
+    pipe: ImagePipeline,
+    num_images: int,
+    labels: Labels | None,
+    seed: int,
+    sampling: Mapping[str, Any],
+    network: Mapping[str, Any],
+) -> Plan:
+    options = to_json(dataclasses.asdict(pipe.options(**sampling)))
+    options.pop("guidance_scale", None)
+    num_classes = pipe.generator.num_classes or 0
+    return Plan(
+        num_images=num_images,
+        labels=labels or ("balanced" if num_classes else "none"),
+        num_classes=num_classes,
+        seed=seed,
+        sampling=options,
+        tokenizer=pipe.tokenizer.fingerprint(),
+        generator=pipe.generator.fingerprint(),
+        network=network,
+        dtype=str(next(pipe.generator.parameters()).dtype).removeprefix("torch."),
+        image_size=tuple(pipe.tokenizer.image_shape[-2:]),
+    )
+
+
+def _choose_metrics(rules: Rules, plan: Plan, real: Reference) -> tuple[list[str], list[str]]:
+    # The samples' side allows everything: all features of the network are kept.
+    pixels = torch.zeros(1, 3, *plan.image_size, dtype=torch.uint8)
+    return choose_metrics(None, rules, open_reference(pixels), real)
+
+
+def _scales(pipe: ImagePipeline, scales: Sequence[float] | None, sampling: Mapping[str, Any]) -> list[tuple[Any, str]]:
+    """Guidance scales with the names of their folders; a single None where the generator knows no guidance.
+
+    Raises:
+        ValueError: a sweep of a generator without guidance, or a scale that it refuses.
+    """
+    own = getattr(pipe.options(**sampling), "guidance_scale", None)
+    if scales is None:
+        scales = [own]
+    elif own is None:
+        raise ValueError(f"{type(pipe.generator).__name__} has no guidance scale to sweep")
+    if not scales:
+        raise ValueError("the sweep names no guidance scale")
+    for scale in scales:
+        pipe.options(**_with_scale(sampling, scale))
+    return [(scale, _folder_name(scale)) for scale in dict.fromkeys(map(_hashable, scales))]
+
+
+def _hashable(scale: Any) -> Any:
+    return tuple(scale) if isinstance(scale, list) else scale
+
+
+def _folder_name(scale: Any) -> str:
+    if scale is None:
+        return "samples"
+    return "guidance-" + "-to-".join(f"{part:g}" for part in (scale if isinstance(scale, tuple) else (scale,)))
+
+
+def _with_scale(sampling: Mapping[str, Any], scale: Any) -> dict[str, Any]:
+    return dict(sampling) if scale is None else {**sampling, "guidance_scale": scale}
+
+
+def _generate(
+    sampler: _Sampler,
+    scale: Any,
+    store: FeatureStore,
+    network: FeatureNetwork,
+    names: Sequence[str],
+    batch_size: int,
+    processes: Processes,
+) -> int:
+    """Make this process's share of the missing ranges; returns the number of images."""
+    mine = set(store.shards[processes.index :: processes.count])
+    todo = [shard for shard in store.missing() if shard in mine]
+    for shard in track(todo, f"{sampler.plan.num_images:,} samples, {store.folder.name}", len(todo)):
+        features = FeaturePass(network, "the generated images", keep=names)
+        images = []
+        for start in range(*shard, batch_size):
+            images.append(sampler.images(start, min(start + batch_size, shard[1]), scale))
+            features.add(images[-1])
+        store.write(shard, torch.cat(images), features.result())
+    return sum(stop - start for start, stop in todo)
+
+
+def _extract_reference(real: Reference, network: FeatureNetwork, metrics: Sequence[str], batch_size: int) -> Side:
+    if real is NO_REFERENCE:
+        return Side(real)
+    return extract_side(real, network, metrics, is_sample=False, batch_size=batch_size, processes=Processes())
+
+
+def _score(
+    rules: Rules,
+    network: FeatureNetwork,
+    metrics: Sequence[str],
+    store: FeatureStore,
+    sampler: _Sampler,
+    real: Side,
+    device: torch.device,
+) -> dict[str, Any]:
+    """What ``evaluate`` would return for the images of one guidance scale, and a table of classes."""
+    samples = store.read(keep=_kept(metrics), moments=_summed(metrics))
+    side = Side(Reference(f"generated images ({store.folder.name})"), samples)
+    result, scores = score_sides(rules, network, metrics, side, real, device=device)
+    labels = sampler.plan.labels_of(0, sampler.plan.num_images)
+    if labels is not None:
+        result["classes"] = class_table(samples, labels, scores.inside, sampler.pipe.class_names)
+    if store.keep_images:
+        result["samples"] = str(store.write_npz())
+    return result
+
+
+def _kept(metrics: Sequence[str]) -> list[str]:
+    """The class table needs the pooled features, the Inception Score the logits."""
+    return ["pool", *(["logits"] if "is" in metrics else [])]
+
+
+def _summed(metrics: Sequence[str]) -> list[str]:
+    return [feature for metric, feature in (("fid", "pool"), ("sfid", "spatial")) if metric in metrics]

@@ -1,0 +1,195 @@
+"""pFID: how much reconstructions suffer when tokens are exchanged for near ones, as a generator's errors do.
+
+Qiu et al., "Robust Latent Matters" (arXiv 2503.08354) and "Image Tokenizer Needs Post-Training" (arXiv 2509.12474).
+Their code for it was never released, and the published grid of rates and strengths could not be confirmed: the grid
+here is a setting, is written beside every number, and no equality with published pFIDs is claimed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vistok.data.config import DataConfig
+from vistok.data.pictures import to_uint8
+from vistok.draws import Draws, Keys
+from vistok.eval import metrics as m
+from vistok.eval.features import FeaturePass
+from vistok.eval.networks import CallableNetwork, FeatureNetwork, full_precision
+from vistok.eval.protocols import CUSTOM, PROTOCOLS
+from vistok.eval.record import describe_images, library_versions, save_result
+from vistok.eval.tokenizers import DataImages
+from vistok.progress import track
+from vistok.tokenizers.base import Tokenizer
+
+UNCERTAIN = (
+    "no official code for pFID exists and the published grid is unconfirmed: compare these numbers only with others of "
+    "the same grid, not with published ones"
+)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The perturbations whose Frechet distances are averaged.
+
+    Attributes:
+        rates: alpha, the probability with which a token is exchanged.
+        strengths: delta, the number of nearest codes among which the new one is drawn; clipped to the codebook. The
+            nearest code itself is one of them, so the share of changed tokens is alpha (1 - 1 / delta).
+
+    Raises:
+        ValueError: a rate outside (0, 1], a strength below 1, or an empty grid.
+    """
+
+    rates: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
+    strengths: tuple[int, ...] = (200, 280, 360)
+
+    def __post_init__(self) -> None:
+        if not self.rates or not self.strengths:
+            raise ValueError("the grid needs at least one rate and one strength")
+        for rate in self.rates:
+            if not 0 < rate <= 1:
+                raise ValueError(f"a perturbation rate must lie in (0, 1], got {rate}")
+        for strength in self.strengths:
+            if strength < 1:
+                raise ValueError(f"a perturbation strength must be at least 1 code, got {strength}")
+
+    def cells(self, codebook_size: int) -> list[tuple[float, int]]:
+        """All (rate, strength) pairs; strengths that the codebook clips to one value count once."""
+        strengths = dict.fromkeys(min(strength, codebook_size) for strength in self.strengths)
+        return [(rate, strength) for rate in self.rates for strength in strengths]
+
+
+def perturbation_draws(keys: Keys, length: int) -> Draws:
+    """What ``perturb`` consumes for sequences of ``length``: "exchange" and "rank", (B, L) uniform numbers each."""
+    return {name: keys.uniform(f"perturbation.{name}", length) for name in ("exchange", "rank")}
+
+
+def perturb(neighbours: Tensor, rate: float, strength: int, draws: Draws) -> Tensor:
+    """Exchange tokens for one of their ``strength`` nearest codes, drawn evenly, each with probability ``rate``.
+
+    Args:
+        neighbours: (B, L, k) ids, k >= strength, nearest to the encoder's output first, as ``quantizer.neighbours``
+            returns them.
+        draws: from ``perturbation_draws``.
+
+    Returns:
+        (B, L) ids.
+    """
+    exchange, rank = (draws[name].to(neighbours.device) for name in ("exchange", "rank"))
+    ranks = torch.where(exchange <= rate, (rank * strength).long().clamp_max(strength - 1), 0)  # 0 is the nearest
+    return neighbours.gather(-1, ranks.unsqueeze(-1)).squeeze(-1)
+
+
+def evaluate_perturbation(
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    network: FeatureNetwork,
+    *,
+    grid: Grid = Grid(),
+    seed: int = 0,
+    out: str | Path | None = None,
+) -> dict[str, Any]:
+    """Frechet distances between images and their reconstructions from perturbed tokens, and their mean, pFID.
+
+    All images are perturbed, each token by itself; image i draws the same numbers in every cell of the grid.
+
+    Args:
+        tokenizer: with ``latents(pixels)`` and a ``quantizer`` that has ``neighbours``, one id per position.
+        data: the images; papers take ImageNet's validation set.
+        network: of the features. With a network of the user's own the scores are called ``frechet_distance``.
+        out: folder in which ``result.json`` is written.
+
+    Returns:
+        As ``evaluate``: ``scores`` holds ``pfid`` and ``rfid`` (no perturbation); ``cells`` every cell of the grid.
+
+    Raises:
+        ValueError: a tokenizer without single neighbouring codes.
+    """
+    _check(tokenizer)
+    originals = DataImages(data)
+    cells = grid.cells(tokenizer.spec.codebook_size)
+    real, plain, perturbed = _passes(tokenizer, originals, cells, network, seed, data.batch_size)
+    with full_precision():
+        reference = real.result().moments["pool"].gaussian
+        gaussians = [features.result().moments["pool"].gaussian for features in (plain, *perturbed)]
+        distances = [m.frechet_distance(gaussian, reference) for gaussian in gaussians]
+    rules = CUSTOM if isinstance(network, CallableNetwork) else PROTOCOLS["reconstruction"]
+    fid = rules.rename({"fid": distances[0]})
+    mean = sum(distances[1:]) / len(cells)
+    result = {
+        "protocol": "perturbation",
+        "scores": {("pfid" if "rfid" in fid else "perturbed_frechet_distance"): mean} | fid,
+        "cells": [
+            {"rate": rate, "strength": strength, "fid": distance}
+            for (rate, strength), distance in zip(cells, distances[1:])
+        ],
+        "images": {"source": f"perturbed reconstructions of {originals.source}", "count": originals.count},
+        "reference": describe_images(originals),
+        "network": rules.describe(network),
+        "settings": {"grid": dataclasses.asdict(grid), "images_perturbed": "all", "seed": seed, "crop": data.crop},
+        "tokenizer": {"model": tokenizer.registry_name, "fingerprint": tokenizer.fingerprint()},
+        "versions": library_versions(),
+        "warnings": [UNCERTAIN, *_clipped(grid, tokenizer.spec.codebook_size)],
+    }
+    if out is not None:
+        save_result(result, out)
+    return result
+
+
+def _check(tokenizer: Tokenizer) -> None:
+    quantizer = getattr(tokenizer, "quantizer", None)
+    if not tokenizer.spec.discrete or tokenizer.spec.depth != 1:
+        raise ValueError(
+            f"pFID exchanges single ids; {type(tokenizer).__name__} has "
+            + ("residual codes" if tokenizer.spec.discrete else "continuous latents")
+        )
+    if not hasattr(quantizer, "neighbours") or not hasattr(tokenizer, "latents"):
+        name = type(tokenizer).__name__
+        raise ValueError(f"{name} does not tell which codes are near, so it has no pFID (that is quantizer.neighbours)")
+
+
+@torch.no_grad()
+def _passes(
+    tokenizer: Tokenizer,
+    originals: DataImages,
+    cells: list[tuple[float, int]],
+    network: FeatureNetwork,
+    seed: int,
+    batch_size: int,
+) -> tuple[FeaturePass, FeaturePass, list[FeaturePass]]:
+    """The feature passes over originals, over plain and over perturbed reconstructions; images are encoded once."""
+    parameter = next(tokenizer.eval().parameters())
+    real, plain, *perturbed = (FeaturePass(network, originals.source, moments=["pool"]) for _ in range(len(cells) + 2))
+    most = max(strength for _, strength in cells)
+    start, batches = 0, -(-originals.count // batch_size)
+    for pixels in track(originals.pixels(batch_size), f"perturbed {originals.source}", batches):
+        real.add(_to_rgb(pixels))
+        latents = tokenizer.latents(pixels.to(parameter.device, parameter.dtype))
+        neighbours = tokenizer.quantizer.neighbours(latents, most)  # (B, L, most)
+        draws = perturbation_draws(Keys.range(seed, len(pixels), start), neighbours.shape[1])
+        plain.add(_decode(tokenizer, neighbours[..., 0]))
+        for (rate, strength), features in zip(cells, perturbed):
+            features.add(_decode(tokenizer, perturb(neighbours, rate, strength, draws)))
+        start += len(pixels)
+    return real, plain, perturbed
+
+
+def _decode(tokenizer: Tokenizer, ids: Tensor) -> Tensor:
+    return _to_rgb(tokenizer.decode(ids).clamp(-1, 1).cpu())
+
+
+def _to_rgb(pixels: Tensor) -> Tensor:
+    return to_uint8(pixels.float()).expand(-1, 3, -1, -1)
+
+
+def _clipped(grid: Grid, codebook_size: int) -> list[str]:
+    beyond = [strength for strength in grid.strengths if strength > codebook_size]
+    if not beyond:
+        return []
+    return [f"strengths {beyond} exceed the codebook of {codebook_size:,} codes and were clipped to it"]

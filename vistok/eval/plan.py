@@ -1,0 +1,109 @@
+"""What a generation benchmark generates: which image has which label, and how the work is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from vistok.draws import Keys
+from vistok.files import read_json, write_json
+
+Labels = Literal["balanced", "random", "none"]
+PLAN_FILE = "plan.json"
+FORMAT = "vistok-benchmark-1"
+SHARD_SIZE = 512  # images whose features make one file: what an interruption can cost at most
+FEWEST_SHARDS = 16  # so that small benchmarks are shared by several processes as well
+
+
+class BenchmarkError(ValueError):
+    """A benchmark folder that another benchmark owns, or that is damaged."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that determines the samples and their features, except the guidance scale.
+
+    Two runs with one plan give the same features, whatever their batch size and number of processes.
+
+    Attributes:
+        num_images: how many.
+        labels: "balanced": image i has class i modulo the number of classes; "random": uniform, drawn for each image
+            from the seed; "none": unconditional.
+        num_classes: 0 if the generator has none.
+        seed: image i of a seed is always the same.
+        sampling: the other options of the generator.
+        tokenizer, generator: fingerprints of both models.
+        network: of the features, see ``Protocol.describe``.
+        dtype: of the generator's weights; 16-bit ones sample other images than 32-bit ones.
+        image_size: (H, W).
+    """
+
+    num_images: int
+    labels: Labels
+    num_classes: int
+    seed: int
+    sampling: Mapping[str, Any]
+    tokenizer: str
+    generator: str
+    network: Mapping[str, Any]
+    dtype: str
+    image_size: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if self.num_images < 2:
+            raise ValueError(f"the number of images must be at least 2, got {self.num_images}")
+        if self.labels not in Labels.__args__:
+            raise ValueError(f"unknown labels {self.labels!r}; known: {', '.join(Labels.__args__)}")
+        if self.labels != "none" and not self.num_classes:
+            raise ValueError(f"labels {self.labels!r} need a generator with classes; this one is unconditional")
+
+    @property
+    def shards(self) -> list[tuple[int, int]]:
+        """First and last + 1 image of every file of features."""
+        size = min(SHARD_SIZE, -(-self.num_images // FEWEST_SHARDS))
+        return [(start, min(start + size, self.num_images)) for start in range(0, self.num_images, size)]
+
+    def labels_of(self, start: int, stop: int) -> list[int] | None:
+        """The classes of images ``start`` to ``stop``, or None if there are none."""
+        if self.labels == "none":
+            return None
+        if self.labels == "balanced":
+            return [index % self.num_classes for index in range(start, stop)]
+        uniforms = Keys.range(self.seed, stop - start, start).uniform("benchmark.labels")
+        return [min(int(u * self.num_classes), self.num_classes - 1) for u in uniforms.tolist()]
+
+    @property
+    def warnings(self) -> list[str]:
+        if self.labels == "balanced" and self.num_images % self.num_classes:
+            return [f"{self.num_images:,} images do not divide evenly among {self.num_classes:,} classes"]
+        return []
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT} | asdict(self) | {"image_size": list(self.image_size)}
+
+    def claim(self, folder: Path) -> None:
+        """Write the plan into ``folder``, or check that the one there is the same: features of two plans never mix.
+
+        Raises:
+            BenchmarkError: the folder belongs to another plan, or holds something else.
+        """
+        path = folder / PLAN_FILE
+        if not path.exists():
+            if folder.is_dir() and any(folder.iterdir()):
+                raise BenchmarkError(f"{folder} holds other files; choose a new folder for the benchmark")
+            write_json(path, self.to_json())
+            return
+        try:
+            found = read_json(path)
+        except ValueError as error:
+            raise BenchmarkError(f"{path} is damaged ({error}); remove the folder and start again") from error
+        wanted = self.to_json()
+        differing = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
+        if differing:
+            key = differing[0]
+            raise BenchmarkError(
+                f"{folder} holds a benchmark with {key} = {found.get(key)!r}, but {wanted.get(key)!r} was asked for; "
+                "ask for the same to continue it, or choose another folder"
+            )

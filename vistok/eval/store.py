@@ -1,0 +1,111 @@
+"""The files of a benchmark: features by ranges of image numbers, so that work can stop anywhere and go on."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vistok.data.pictures import npz_writer
+from vistok.eval.features import Extraction
+from vistok.eval.metrics import Moments
+from vistok.eval.plan import BenchmarkError
+from vistok.files import atomic_file
+
+PREVIEWS = 64  # images kept for the report's grid
+SAMPLES = "samples.npz"
+
+
+class FeatureStore:
+    """Features of generated images, one safetensors file per range; each appears whole or not at all.
+
+    A file holds ``digests`` (n, 32) of the pixels, ``feature.NAME`` (n, D) float32, and ``preview``, the images that
+    the report shows. With ``keep_images`` all pixels lie beside them until ``write_npz`` has joined them.
+
+    Args:
+        folder: of one guidance scale.
+        shards: all ranges, in order.
+        size: (H, W) of the images.
+        keep_images: whether pixels are wanted as well.
+    """
+
+    def __init__(
+        self, folder: Path, shards: Sequence[tuple[int, int]], size: tuple[int, int], *, keep_images: bool
+    ) -> None:
+        self.folder, self.shards, self.size, self.keep_images = folder, shards, size, keep_images
+
+    def missing(self) -> list[tuple[int, int]]:
+        """Ranges that are still to be made."""
+        return [shard for shard in self.shards if not self._is_there(shard)]
+
+    def _is_there(self, shard: tuple[int, int]) -> bool:
+        if not self._features(shard).exists():
+            return False
+        return not self.keep_images or (self.folder / SAMPLES).exists() or self._pixels(shard).exists()
+
+    def write(self, shard: tuple[int, int], images: Tensor, extraction: Extraction) -> None:
+        """Store the images uint8 (n, 3, H, W) of a range and what the feature pass over them left."""
+        tensors = {f"feature.{name}": rows.contiguous() for name, rows in extraction.features.items()}
+        tensors["digests"] = extraction.digests
+        tensors["preview"] = images[: max(0, PREVIEWS - shard[0])].contiguous()
+        if self.keep_images:
+            with atomic_file(self._pixels(shard)) as temporary, open(temporary, "wb") as file:
+                np.save(file, images.permute(0, 2, 3, 1).contiguous().numpy())
+        with atomic_file(self._features(shard)) as temporary:  # last: it says that the range is complete
+            save_file(tensors, temporary)
+
+    def read(self, *, keep: Sequence[str], moments: Sequence[str]) -> Extraction:
+        """What one feature pass over all images would leave; see ``FeaturePass``."""
+        running: dict[str, Moments] = {}
+        kept: dict[str, list[Tensor]] = {name: [] for name in keep}
+        digests = []
+        for shard in self.shards:
+            tensors = self._load(shard)
+            digests.append(tensors["digests"])
+            for name in keep:
+                kept[name].append(tensors[f"feature.{name}"])
+            for name in moments:
+                rows = tensors[f"feature.{name}"]
+                running.setdefault(name, Moments(rows.shape[1])).update(rows)
+        features = {name: torch.cat(parts) for name, parts in kept.items()}
+        return Extraction(self.size, torch.cat(digests), features, running)
+
+    def previews(self) -> list[Image.Image]:
+        """The first images, for a grid."""
+        found: list[Image.Image] = []
+        for shard in self.shards:
+            if shard[0] >= PREVIEWS:
+                break
+            arrays = self._load(shard)["preview"].permute(0, 2, 3, 1).numpy()
+            found += [Image.fromarray(np.ascontiguousarray(array)) for array in arrays]
+        return found
+
+    def write_npz(self) -> Path:
+        """Join the pixels to an ADM-style .npz, in order, and drop the parts; returns its path."""
+        path = self.folder / SAMPLES
+        if not path.exists():
+            with npz_writer(path, self.shards[-1][1]) as writer:
+                for shard in self.shards:
+                    writer.write(map(Image.fromarray, np.load(self._pixels(shard))))
+        shutil.rmtree(self.folder / "pixels", ignore_errors=True)
+        return path
+
+    def _load(self, shard: tuple[int, int]) -> dict[str, Tensor]:
+        path = self._features(shard)
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise BenchmarkError(f"{path} is damaged ({error}); remove it and run the benchmark again") from error
+
+    def _features(self, shard: tuple[int, int]) -> Path:
+        return self.folder / "features" / f"{shard[0]:08d}-{shard[1]:08d}.safetensors"
+
+    def _pixels(self, shard: tuple[int, int]) -> Path:
+        return self.folder / "pixels" / f"{shard[0]:08d}-{shard[1]:08d}.npy"
