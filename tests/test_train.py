@@ -9,18 +9,17 @@ from itertools import pairwise
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import GAN, TINY, generator_config, tokenizer_config
+from tiny_runs import GAN, TINY, generator_config, tokenizer_config, write_tokens
 
 import vistok
 from vistok.config import ConfigError
-from vistok.data import Affine, DataConfig, TokenCacheError
+from vistok.data import TokenCacheError
 from vistok.hub import CheckpointError
 from vistok.tokenizers.vit_vqgan import ViTConfig, ViTVQGAN
 from vistok.train import TrainingDivergedError, train
 from vistok.train.config import SchedulerConfig
 from vistok.train.monitor import read_metrics
 from vistok.train.optim import lr_factor
-from vistok.train.tokenize import tokenize
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +56,7 @@ def test_resume_continues_the_same_curve(tmp_path, losses):
     config = tokenizer_config(tmp_path / "part", losses=losses)
     # Stop after four steps without a checkpoint there, as a killed process would: the newest one is of step 3.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vistok.train.loop.Trainer._optimise", _killed_at(4))
+        patch.setattr("vistok.train.loop.Trainer.optimise", _killed_at(4))
         with pytest.raises(KeyboardInterrupt):
             train(config)
     part = train(config, resume=True)
@@ -69,7 +68,7 @@ def test_resume_continues_the_same_curve(tmp_path, losses):
 def _killed_at(step):
     from vistok.train.loop import Trainer
 
-    original = Trainer._optimise
+    original = Trainer.optimise
 
     def optimise(self, batches):
         if self.step == step:
@@ -152,23 +151,32 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(CheckpointError, match=r"step 6.*No space left.*step-0000003"):
         train(tokenizer_config(tmp_path / "run"))
-    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-0000003"]
+    assert saved_steps(tmp_path / "run") == ["step-0000003"]
 
 
-def test_only_the_newest_checkpoints_stay(tmp_path):
-    folder = train(tokenizer_config(tmp_path / "run", training={"save_every": 1, "keep_checkpoints": 2}))
-    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-0000005", "step-0000006"]
+def saved_steps(folder) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").glob("step-*"))
+
+
+def test_the_newest_checkpoints_and_the_best_stay(tmp_path):
+    for metric, choose in (("loss", min), ("psnr", max), ("grad_norm", min)):
+        training = {"save_every": 1, "log_every": 1, "keep_checkpoints": 2, "image_every": 0, "best_metric": metric}
+        folder = train(tokenizer_config(tmp_path / metric, training=training, optimizer={"lr": 0.02}))
+        rows = {row["step"]: row[metric] for row in read_metrics(folder / "metrics.jsonl")}
+        best = choose(rows, key=rows.get)
+        assert saved_steps(folder) == [f"step-{step:07d}" for step in sorted({best, 5, 6})]
+        record = json.loads((folder / "checkpoints" / "best.json").read_text())
+        assert record == {"step": best, "metric": metric, "value": rows[best]}
+
+
+def test_a_best_metric_that_is_not_logged(tmp_path):
+    with pytest.raises(ConfigError, match=r"best_metric: this run logs no 'psnrr'; did you mean 'psnr'"):
+        train(tokenizer_config(tmp_path / "run", training={"best_metric": "psnrr"}))
 
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory):
-    """A token cache of the digits by an untrained tokenizer."""
-    folder = tmp_path_factory.mktemp("tokens")
-    torch.manual_seed(0)
-    tokenizer = ViTVQGAN(16, 8, ViTConfig(**TINY), ViTConfig(**TINY), 32, 4, in_channels=1)
-    data = DataConfig(16, source="digits", channels=1, limit=200, affine=Affine(translate=0.1))
-    tokenize(tokenizer, data, folder / "cache", augmentation="random:2")
-    return folder / "cache"
+    return write_tokens(tmp_path_factory.mktemp("tokens") / "cache")
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
@@ -177,7 +185,7 @@ def test_generator_run_is_a_pipeline_and_resumes(tmp_path, tokens, ema):
     whole = train(generator_config(tmp_path / "whole", tokens, training=training))
     config = generator_config(tmp_path / "part", tokens, training=training)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vistok.train.loop.Trainer._optimise", _killed_at(5))
+        patch.setattr("vistok.train.loop.Trainer.optimise", _killed_at(5))
         with pytest.raises(KeyboardInterrupt):
             train(config)
     part = train(config, resume=True)

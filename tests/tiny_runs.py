@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
+from vistok.data import Affine, DataConfig
+from vistok.tokenizers.vit_vqgan import ViTConfig, ViTVQGAN
+from vistok.train.tokenize import tokenize
+
 TINY = {"dim": 16, "depth": 1, "heads": 1, "mlp_dim": 16}
 
 GAN = {
@@ -50,3 +56,12 @@ def generator_config(folder, tokens, **changes) -> dict:
     for key, value in changes.items():
         config[key] = config[key] | value if isinstance(value, dict) and key in config else value
     return config
+
+
+def write_tokens(folder):
+    """A token cache of some digits, two views each, by an untrained tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = ViTVQGAN(16, 8, ViTConfig(**TINY), ViTConfig(**TINY), 32, 4, in_channels=1)
+    data = DataConfig(16, source="digits", channels=1, limit=200, affine=Affine(translate=0.1))
+    tokenize(tokenizer, data, folder, augmentation="random:2")
+    return folder

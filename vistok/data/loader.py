@@ -168,6 +168,11 @@ class Loader(Generic[B]):
         self.epoch += 1
         self._position = 0
 
+    @property
+    def failures(self) -> Failures:
+        """Samples that could not be read so far, and were left out."""
+        return dict(self._failures)
+
     def state_dict(self) -> dict[str, int]:
         """Where iteration stands, as plain numbers."""
         finished = self._position == len(self)

@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from vistok.files import atomic_folder
-from vistok.hub import CheckpointError, read_weights
+from vistok.config import ConfigError, nearest
+from vistok.files import atomic_folder, read_json, write_json
+from vistok.hub import WEIGHTS, CheckpointError, Model, load_strictly, read_weights
 
 STATE = "state.pt"
+BEST = "best.json"
+HIGHER_IS_BETTER = ("psnr", "codebook_usage", "perplexity")
 
 
 class Checkpoints:
     """The checkpoints of one run, ``folder/step-0001000/``, each written whole or not at all.
 
+    The newest ones stay, and the best of those that were judged; ``folder/best.json`` says which that is.
+
     Args:
         folder: where they lie.
         keep: how many of the newest stay.
+        best_metric: by which metric the best is chosen: the highest psnr, the lowest loss.
     """
 
-    def __init__(self, folder: Path, keep: int):
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int, best_metric: str):
+        self.folder, self.keep, self.metric = folder, keep, best_metric
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, oldest first."""
@@ -34,8 +43,28 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:07d}"
 
-    def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Write the state of ``step`` (after that many optimisation steps), then remove the oldest checkpoints.
+    def last_good(self) -> str:
+        """What a message says about where one can go back to."""
+        steps = self.steps()
+        return f"the last good checkpoint is {self.path(steps[-1])}" if steps else "there is no checkpoint yet"
+
+    def best(self) -> dict[str, Any] | None:
+        """``{"step", "metric", "value"}`` of the best checkpoint; None before the first judged one."""
+        path = self.folder / BEST
+        return read_json(path) if path.exists() else None
+
+    def check_metric(self, row: Mapping[str, float]) -> None:
+        """Raise ConfigError unless the log rows have ``best_metric``."""
+        if self.metric not in row:
+            near = nearest(self.metric, tuple(row))
+            hint = f"; did you mean {near!r}?" if near else ""
+            raise ConfigError(f"training.best_metric: this run logs no {self.metric!r}{hint} It logs {', '.join(row)}.")
+
+    def save(self, step: int, state: Mapping[str, Any], row: Mapping[str, float] | None) -> Path:
+        """Write the state of ``step`` (after that many optimisation steps), then remove what need not stay.
+
+        Args:
+            row: means over the last log window, which the checkpoint is judged by; None leaves it unjudged.
 
         Raises:
             CheckpointError: it could not be written; earlier checkpoints are untouched.
@@ -44,16 +73,34 @@ class Checkpoints:
         try:
             with atomic_folder(path, replace=True) as temporary:
                 torch.save({"step": step, **state}, temporary / STATE)
+            if row is not None:
+                self._judge(step, row[self.metric])
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            kept = self.steps()
-            last = f"the last good one is {self.path(kept[-1])}" if kept else "there is none yet"
-            raise CheckpointError(
-                f"the checkpoint of step {step} could not be written to {path}: {error}; {last}. "
-                "Free some space and go on with --resume"
-            ) from error
-        for old in self.steps()[: -self.keep]:
+            raise self._not_written(f"the checkpoint of step {step}", error) from error
+        best = self.best()
+        kept = {*self.steps()[-self.keep :], best["step"] if best else -1}
+        for old in set(self.steps()) - kept:
             shutil.rmtree(self.path(old))
         return path
+
+    def _judge(self, step: int, value: float) -> None:
+        best, sign = self.best(), 1 if self.metric in HIGHER_IS_BETTER else -1
+        if best is None or best["metric"] != self.metric or sign * value > sign * best["value"]:
+            write_json(self.folder / BEST, {"step": step, "metric": self.metric, "value": value})
+
+    @contextmanager
+    def disk_errors(self, what: str) -> Iterator[None]:
+        """Turn a failure to write ``what`` into a CheckpointError that says where the run can go on."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            raise self._not_written(what, error) from error
+
+    def _not_written(self, what: str, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"{what} could not be written below {self.folder.parent}: {error}; {self.last_good()}. "
+            "Free some space and go on with --resume"
+        )
 
     def load(self, step: int | None = None) -> dict[str, Any]:
         """Read the state of ``step``, by default the newest.
@@ -65,3 +112,22 @@ class Checkpoints:
         if not steps:
             raise CheckpointError(f"nothing to resume: {self.folder} has no checkpoint; start without --resume")
         return read_weights(self.path(steps[-1] if step is None else step) / STATE)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the half-written files and folders that a killed process left in a run folder."""
+    for pattern in (".*.partial", ".*.old"):
+        for path in [*folder.glob(pattern), *(folder / "checkpoints").glob(pattern), *folder.glob(f"images/{pattern}")]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def start_from(model: Model, source: Path, stage: str) -> None:
+    """Load the weights of a run or model folder into ``model``, for fine-tuning.
+
+    Raises:
+        CheckpointError: nothing there, or weights of another shape.
+    """
+    folder = source / stage if (source / stage).is_dir() else source
+    if not folder.exists():
+        raise CheckpointError(f"init_from: there is no folder {source}")
+    load_strictly(model, read_weights(folder / WEIGHTS), source=f"init_from {folder}")

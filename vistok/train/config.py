@@ -56,8 +56,14 @@ class TrainingConfig:
         mixed_precision: autocast of forward passes.
         ema_decay: decay of the averaged weights that are saved and sampled; 0 keeps no average.
         compile: torch.compile the model.
+        activation_checkpointing: blocks recompute their activations in the backward pass: less memory, a third more
+            work.
+        parallel: how several processes share the work: each a whole model (ddp), or parameters, gradients and
+            optimizer spread over all (fsdp2). ``accelerate launch --use_fsdp`` means fsdp2, too.
         log_every, image_every, save_every: when metrics, pictures and checkpoints are written.
         keep_checkpoints: how many of the newest checkpoints stay.
+        best_metric: the checkpoint that is best by this metric (its mean over a log window) stays, too.
+        trackers: who gets the metrics, besides metrics.jsonl.
     """
 
     max_steps: int
@@ -67,14 +73,20 @@ class TrainingConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     ema_decay: float = 0.0
     compile: bool = False
+    activation_checkpointing: bool = False
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
     log_every: int = 20
     image_every: int = 500
     save_every: int = 1000
     keep_checkpoints: int = 2
+    best_metric: str = "loss"
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
         if self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
+        if self.keep_checkpoints < 1:
+            raise ValueError(f"keep_checkpoints must be at least 1, got {self.keep_checkpoints}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
 

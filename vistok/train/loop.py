@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import math
-import platform
-import subprocess
-import sys
+import logging
 import time
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.profiler import record_function
 
-from vistok._version import __version__
 from vistok.config import save_config
 from vistok.data.pictures import save_png
 from vistok.files import write_json
-from vistok.hub import WEIGHTS, CheckpointError, Model, load_strictly, read_weights
-from vistok.train.checkpoints import Checkpoints
+from vistok.train.checkpoints import Checkpoints, remove_leftovers, start_from
 from vistok.train.config import RunConfig
+from vistok.train.environment import environment, open_accelerator, start_trackers
+from vistok.train.models import Models
 from vistok.train.monitor import Console, Meter, MetricsFile
-from vistok.train.optim import AveragedModel, build_optimizer, lr_factor
+from vistok.train.optim import lr_factor
 from vistok.train.stages import STAGES, Stage, forever
+from vistok.train.stopping import StopRequest, TrainingInterrupted
+from vistok.train.trail import Trail, first_of
+
+log = logging.getLogger(__name__)
 
 
 class TrainingDivergedError(RuntimeError):
@@ -46,12 +48,10 @@ def train(config: Mapping[str, Any], *, resume: bool = False) -> Path:
     Raises:
         ConfigError: anything wrong with the config.
         FileExistsError: the run folder exists and ``resume`` is False.
-        CheckpointError: nothing to resume, or ``init_from`` does not fit.
+        CheckpointError: nothing to resume, ``init_from`` does not fit, or the disk is full.
         TrainingDivergedError: the loss became NaN or infinite.
+        TrainingInterrupted: SIGTERM or Ctrl-C; a checkpoint was saved.
     """
-    from accelerate import Accelerator
-    from accelerate.utils import set_seed
-
     run = RunConfig.parse(config)
     run.model_entry()
     folder = Path(run.output_dir)
@@ -59,26 +59,32 @@ def train(config: Mapping[str, Any], *, resume: bool = False) -> Path:
         raise FileExistsError(
             f"run folder {folder} exists already; go on with --resume, or choose another with output_dir=…"
         )
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # several CPU processes are found only if this is said
-        mixed_precision=run.training.mixed_precision,
-        log_with="tensorboard",
-        project_dir=folder,
-    )
+    accelerator, stage = prepare(run, folder)
+    checkpoints = Checkpoints(folder / "checkpoints", run.training.keep_checkpoints, run.training.best_metric)
+    state = checkpoints.load() if resume else None
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+        save_config(config, folder / "config.yaml")
+        write_json(folder / "environment.json", environment())
+    start_trackers(accelerator, folder)
+    try:
+        Trainer(run, stage, accelerator, checkpoints, folder, state).run()
+    finally:
+        accelerator.end_training()
+    return folder
+
+
+def prepare(run: RunConfig, folder: Path) -> tuple[Any, Stage]:
+    """The accelerator, and the stage with its model as training starts with it."""
+    from accelerate.utils import set_seed
+
+    accelerator = open_accelerator(run, folder)
     set_seed(run.seed)
     stage = STAGES[run.stage](run, accelerator.process_index, accelerator.num_processes)
     if run.init_from:
         start_from(stage.model, Path(run.init_from), run.stage)
-    checkpoints = Checkpoints(folder / "checkpoints", run.training.keep_checkpoints)
-    state = checkpoints.load() if resume else None
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, folder / "config.yaml")
-        write_json(folder / "environment.json", environment())
-    accelerator.init_trackers("tensorboard")
-    Trainer(run, stage, accelerator, checkpoints, folder, state).run()
-    accelerator.end_training()
-    return folder
+    return accelerator, stage
 
 
 class Trainer:
@@ -93,198 +99,176 @@ class Trainer:
         folder: Path,
         state: dict[str, Any] | None,
     ):
-        self.run_config, self.config, self.stage = run, run.training, stage
+        self.seed, self.config, self.stage = run.seed, run.training, stage
         self.accelerator, self.checkpoints, self.folder = accelerator, checkpoints, folder
         self.lr_factor = lr_factor(run.lr_scheduler, self.config.max_steps)
-        stage.model.train()
-        if self.config.compile:
-            stage.model.compile()
-        # The averaged model lives where the trained one does, but is never wrapped.
-        stage.model.to(accelerator.device)
-        self.average = AveragedModel(stage.model, self.config.ema_decay) if self.config.ema_decay else None
-        optimizer = build_optimizer(stage.model.parameters(), run.optimizer, run.optimizer.lr)
-        self.model, self.optimizer = accelerator.prepare(stage.model, optimizer)
-        self.adversary = self.adversary_optimizer = None
-        if stage.adversary is not None:
-            stage.adversary.to(accelerator.device)
-            lr = stage.adversary.config.lr or run.optimizer.lr
-            optimizer = build_optimizer(stage.adversary.parameters(), run.optimizer, lr)
-            self.adversary, self.adversary_optimizer = accelerator.prepare(stage.adversary, optimizer)
+        self.models = Models(run, stage, accelerator)
         if stage.objective is not None:
             stage.objective.to(accelerator.device)
-        self.peak_lrs = [[group["lr"] for group in optimizer.param_groups] for optimizer in self._optimizers()]
-        self.step = 0
+        self.step, self.row, self.meter, self.trail = 0, None, Meter(), Trail()
         if state is not None:
             self._load(state)
         self.metrics = MetricsFile(folder / "metrics.jsonl", self.step)
         self.seconds = self.metrics.seconds()
-        self.meter = Meter()
-
-    def _optimizers(self) -> list:
-        return [o for o in (self.optimizer, self.adversary_optimizer) if o is not None]
 
     def run(self) -> None:
         """Train to ``max_steps``; checkpoint and export at the end in any case."""
-        config, main = self.config, self.accelerator.is_main_process
-        console = Console(self.folder.name, config.max_steps, self.step, unit=self.stage.unit, quiet=not main)
+        config = self.config
+        console = Console(
+            self.folder.name,
+            config.max_steps,
+            self.step,
+            unit=self.stage.unit,
+            quiet=not self.accelerator.is_main_process,
+        )
         batches = forever(self.stage.loader)
-        with console:
+        if self.step == config.max_steps:  # resumed after its last step
+            self.export()
+        with console, StopRequest() as stop:
             begin, units = time.monotonic(), 0
             while self.step < config.max_steps:
-                units += self._optimise(batches)
+                units += self.optimise(batches)
                 self.step += 1
                 console.update(self.step)
                 last = self.step == config.max_steps
                 if _due(self.step, config.log_every) or last:
-                    console.report(self.step, self._log(units, time.monotonic() - begin))
+                    self._log(units, time.monotonic() - begin)
+                    console.report(self.step, self.row)
                     begin, units = time.monotonic(), 0
                 pause = time.monotonic()
-                if main and (_due(self.step, config.image_every) or last):
+                stopped = stop.agreed(self.step, self.accelerator) and not last
+                if _due(self.step, config.image_every) or last:
                     self._picture()
-                if main and (_due(self.step, config.save_every) or last):
+                if _due(self.step, config.save_every) or last or stopped:
                     self.save()
+                if stopped:
+                    raise TrainingInterrupted(
+                        f"stopped by {stop.signal.name} after step {self.step}; go on with --resume, from "
+                        f"{self.checkpoints.path(self.step)}",
+                        stop.signal,
+                    )
                 begin += time.monotonic() - pause  # pictures and checkpoints are not training time
+        self._name_unreadable()
 
-    def _optimise(self, batches) -> int:
-        """One optimisation step; returns how many units of data it saw."""
-        config, accelerator = self.config, self.accelerator
-        for optimizer, peaks in zip(self._optimizers(), self.peak_lrs):
-            for group, peak in zip(optimizer.param_groups, peaks):
-                group["lr"] = peak * self.lr_factor(self.step)
-        units = 0
-        for part in range(config.gradient_accumulation_steps):
-            batch = type(batch := next(batches))(*(t.to(accelerator.device, non_blocking=True) for t in batch))
+    def optimise(self, batches: Iterator[Any]) -> int:
+        """One optimisation step; returns how many units of data it saw, on all processes."""
+        parts, units = self.config.gradient_accumulation_steps, 0
+        self.models.set_lr(self.lr_factor(self.step))
+        for part in range(parts):
+            with record_function("data wait"):
+                batch = next(batches)
+            self.trail.add_batch(self.step + 1, batch.indices)
+            batch = type(batch)(*(tensor.to(self.accelerator.device, non_blocking=True) for tensor in batch))
             units += self.stage.count(batch)
             # Dropout draws from the global generator: keying it by the step makes it resumable. A loader that starts
             # an epoch draws from it too, so the batch comes first.
-            key = f"{self.run_config.seed}/{self.step}/{part}/{accelerator.process_index}"
+            key = f"{self.seed}/{self.step}/{part}/{self.accelerator.process_index}"
             torch.manual_seed(zlib.crc32(key.encode()))
-            with ExitStack() as stack:
-                if part < config.gradient_accumulation_steps - 1:
-                    stack.enter_context(accelerator.no_sync(self.model))
-                    stack.enter_context(accelerator.no_sync(self.adversary) if self.adversary else nullcontext())
+            with nullcontext() if part == parts - 1 else self.models.gathering():
                 self._backward(batch)
-        self._update(self.optimizer, self.model, "grad_norm")
-        if self.adversary is not None and self.step >= self.stage.adversary.config.start_step:
-            self._update(self.adversary_optimizer, self.adversary, "d_grad_norm")
-        if self.average is not None:
-            self.average.update(self.accelerator.unwrap_model(self.model))
-        return units * accelerator.num_processes
+        adversary = self.stage.adversary
+        with record_function("optimizer"):
+            norms = self.models.step(adversary=adversary is not None and self.step >= adversary.config.start_step)
+        self.meter.add(norms)
+        if self.accelerator.scaler is None:  # which expects infinite gradients now and then
+            for name, norm in norms.items():
+                self.trail.add(self.step + 1, name, norm)
+        return units * self.accelerator.num_processes
 
     def _backward(self, batch) -> None:
-        parts = self.config.gradient_accumulation_steps
-        with self.accelerator.autocast():
-            loss, terms = self.stage.losses(self.model, batch, self.step)
-        self.accelerator.backward(loss / parts)
-        self.meter.add(terms)
-        if self.adversary is not None:
-            with self.accelerator.autocast():
-                terms = self.stage.adversary_losses(self.adversary, self.step)
+        with record_function("forward"), self.accelerator.autocast():
+            loss, terms = self.stage.losses(self.models.model, batch, self.step)
+        self._add_gradients(loss, terms, "loss")
+        if self.models.adversary is not None:
+            with record_function("forward"), self.accelerator.autocast():
+                terms = self.stage.adversary_losses(self.models.adversary, self.step)
             if terms:
-                self.accelerator.backward(terms["d_loss"] / parts)
-                self.meter.add(terms)
+                self._add_gradients(terms["d_loss"], terms, "d_loss")
 
-    def _update(self, optimizer, module: torch.nn.Module, norm_name: str) -> None:
-        if self.config.max_grad_norm:
-            norm = self.accelerator.clip_grad_norm_(module.parameters(), self.config.max_grad_norm)
-            self.meter.add({norm_name: torch.as_tensor(norm)})
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    def _add_gradients(self, loss: Tensor, terms: dict[str, Tensor], name: str) -> None:
+        with record_function("backward"):
+            self.accelerator.backward(loss / self.config.gradient_accumulation_steps)
+        self.meter.add(terms)
+        self.trail.add(self.step + 1, name, loss)
 
-    def _log(self, units: int, elapsed: float) -> dict[str, float]:
+    def _log(self, units: int, elapsed: float) -> None:
+        self._check_finite()
         self.meter.add(self.stage.window_metrics())
         means = self.meter.means(partial(self.accelerator.reduce, reduction="mean"))
         self.seconds += elapsed
-        if not math.isfinite(means["loss"]):
-            steps = self.checkpoints.steps()
-            last = f"the last good checkpoint is {self.checkpoints.path(steps[-1])}" if steps else "none was saved"
-            raise TrainingDivergedError(
-                f"the loss is {means['loss']} in the {self.config.log_every} steps before step {self.step}; {last}. "
-                "Lower optimizer.lr, set training.max_grad_norm, or train in float32"
-            )
-        row = {"step": self.step, **means, "lr": self.optimizer.param_groups[0]["lr"]}
+        self.checkpoints.check_metric(means)
+        row = {"step": self.step, **means, "lr": self.models.lr}
         row |= {self.stage.unit: round(units / elapsed, 2), "seconds": round(self.seconds, 2)}
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=self.step)
         if self.accelerator.is_main_process:
-            self.metrics.write(row)
-        return row
+            with self.checkpoints.disk_errors("metrics.jsonl"):
+                self.metrics.write(row)
+            if warning := self.stage.warning(self.step, row):
+                log.warning(warning)
+        self.row = row
 
-    @contextmanager
-    def best_model(self) -> Iterator[Model]:
-        """The averaged model where there is one, else the trained one, in evaluation mode meanwhile."""
-        model = self.average.model if self.average else self.accelerator.unwrap_model(self.model)
-        model.eval()
-        yield model
-        self.accelerator.unwrap_model(self.model).train()
+    def _check_finite(self) -> None:
+        """Raise TrainingDivergedError, on all processes, if a loss or gradient since the last check was not finite."""
+        culprit = self.trail.check()
+        bad = torch.tensor(float(culprit is not None), device=self.accelerator.device)
+        if not self.accelerator.reduce(bad, reduction="sum"):
+            return
+        from accelerate.utils import gather_object
+
+        found = culprit and (culprit.step, culprit.describe(self.stage.sample_name))
+        raise TrainingDivergedError(
+            f"{first_of(gather_object([found]))}; {self.checkpoints.last_good()}. "
+            "Lower optimizer.lr, set training.max_grad_norm, or train in float32"
+        )
 
     def _picture(self) -> None:
-        with self.best_model() as model:
-            save_png(self.stage.picture(model), self.folder / "images" / f"step-{self.step:07d}.png")
+        with self.models.best() as model:
+            if self.accelerator.is_main_process:
+                with self.checkpoints.disk_errors("a picture"):
+                    save_png(self.stage.picture(model), self.folder / "images" / f"step-{self.step:07d}.png")
+
+    def export(self) -> None:
+        """Write what users load."""
+        with self.models.best() as model:
+            if self.accelerator.is_main_process:
+                with self.checkpoints.disk_errors("the trained model"):
+                    self.stage.export(self.folder, model)
 
     def save(self) -> None:
         """Write a checkpoint and what users load."""
-        unwrap = self.accelerator.unwrap_model
-        state = {
-            "model": unwrap(self.model).state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+        self._check_finite()
+        state = self._state()
+        if self.accelerator.is_main_process:
+            self.checkpoints.save(self.step, state, self.row)
+        self.export()
+
+    def _state(self) -> dict[str, Any]:
+        """Everything that ``_load`` needs; all processes must call it."""
+        usage = self.stage.usage
+        return {
+            **self.models.state_dict(),
             "loader": self.stage.loader.state_dict(),
-            "average": self.average.state_dict() if self.average else None,
+            "meter": self.meter.state_dict(partial(self.accelerator.reduce, reduction="mean")),
+            "usage": usage.over_processes() if usage is not None else None,
+            "row": self.row,
         }
-        if self.adversary is not None:
-            state["adversary"] = unwrap(self.adversary).state_dict()
-            state["adversary_optimizer"] = self.adversary_optimizer.state_dict()
-        if self.accelerator.scaler is not None:
-            state["scaler"] = self.accelerator.scaler.state_dict()
-        self.checkpoints.save(self.step, state)
-        with self.best_model() as model:
-            self.stage.export(self.folder, model)
 
     def _load(self, state: dict[str, Any]) -> None:
-        self.step = state["step"]
-        load_strictly(self.accelerator.unwrap_model(self.model), state["model"], source="the checkpoint")
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.row = state["step"], state["row"]
+        self.models.load_state_dict(state)
         self.stage.loader.load_state_dict(state["loader"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        if self.adversary is not None:
-            self.accelerator.unwrap_model(self.adversary).load_state_dict(state["adversary"])
-            self.adversary_optimizer.load_state_dict(state["adversary_optimizer"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.meter.load_state_dict(state["meter"], self.accelerator.device)
+        if self.stage.usage is not None and self.accelerator.is_main_process:
+            self.stage.usage.counts = state["usage"]
 
+    def _name_unreadable(self) -> None:
+        """Say once more, at the end, which samples no step has seen."""
+        from accelerate.utils import gather_object
 
-def start_from(model: Model, source: Path, stage: str) -> None:
-    """Load the weights of a run or model folder into ``model``, for fine-tuning.
-
-    Raises:
-        CheckpointError: nothing there, or weights of another shape.
-    """
-    folder = source / stage if (source / stage).is_dir() else source
-    if not folder.exists():
-        raise CheckpointError(f"init_from: there is no folder {source}")
-    load_strictly(model, read_weights(folder / WEIGHTS), source=f"init_from {folder}")
-
-
-def environment() -> dict[str, Any]:
-    """What produced a run: versions, git revision, machine, command."""
-    packages = ("torch", "torchvision", "accelerate", "numpy", "safetensors")
-    return {
-        "vistok": __version__,
-        "git_revision": _git_revision(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-        "command": sys.argv,
-    }
-
-
-def _git_revision() -> str | None:
-    try:
-        where = Path(__file__).parent
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+        reasons = sorted(set(gather_object(list(self.stage.loader.failures.values()))))
+        if reasons and self.accelerator.is_main_process:
+            listed = "\n".join(reasons[:20] + ["…"] * (len(reasons) > 20))
+            log.warning("%d samples could not be read and were left out of training:\n%s", len(reasons), listed)
 
 
 def _due(step: int, every: int) -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
@@ -22,38 +23,87 @@ class Meter:
 
     def add(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0) + value.detach()
+            self._sums[name] = self._sums.get(name, 0) + value.detach().float()
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def means(self, over_processes: Callable[[Tensor], Tensor] = lambda values: values) -> dict[str, float]:
         """Read the means, averaged by ``over_processes`` where there are several, and start a new window."""
         if not self._sums:
             return {}
-        values = torch.stack([total.float() / self._counts[name] for name, total in self._sums.items()])
+        values = torch.stack([total / self._counts[name] for name, total in self._sums.items()])
         means = dict(zip(self._sums, over_processes(values).tolist()))
         self._sums, self._counts = {}, {}
         return means
 
+    def state_dict(self, over_processes: Callable[[Tensor], Tensor] = lambda values: values) -> dict[str, Any]:
+        """The unfinished window, so that a resumed run logs the same means."""
+        return {"sums": {k: over_processes(v) for k, v in self._sums.items()}, "counts": dict(self._counts)}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        self._sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self._counts = dict(state["counts"])
+
 
 class CodeUsage:
-    """Which codes the tokenizer chose in a window."""
+    """Which codes the tokenizer chose in a window.
+
+    Attributes:
+        counts: (codebook_size,) times that each code was chosen, on this process.
+    """
 
     def __init__(self, codebook_size: int):
-        self.codebook_size, self._counts = codebook_size, 0
+        self.codebook_size = codebook_size
+        self.counts = torch.zeros(codebook_size, dtype=torch.int64)
 
     def add(self, ids: Tensor) -> None:
-        self._counts = self._counts + torch.bincount(ids.flatten(), minlength=self.codebook_size)
+        self.counts = self.counts.to(ids.device) + torch.bincount(ids.flatten(), minlength=self.codebook_size)
 
     def read(self) -> dict[str, Tensor]:
         """The share of codes in use, and the perplexity of their distribution (1 .. codebook_size), over all processes;
         a new window begins."""
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(self._counts)
-        share = self._counts / self._counts.sum()
+        counts = self.over_processes()
+        share = counts / counts.sum()
         entropy = -(share * share.clamp_min(1e-12).log()).sum()
-        usage = (self._counts > 0).float().mean()
-        self._counts = 0
-        return {"codebook_usage": usage, "perplexity": entropy.exp()}
+        self.counts = torch.zeros_like(self.counts)
+        return {"codebook_usage": (counts > 0).float().mean(), "perplexity": entropy.exp()}
+
+    def over_processes(self) -> Tensor:
+        """The counts of all processes together; all must call it."""
+        counts = self.counts.clone()
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(counts)
+        return counts
+
+
+class CodebookWatch:
+    """Notices a dying codebook: usage below a share of what so many tokens could use, for so many steps.
+
+    Args:
+        possible: how much of the codebook evenly spread tokens of one log window would use, 0..1.
+        remedies: what this tokenizer offers against it, as config keys with what to set.
+    """
+
+    SHARE, PATIENCE = 0.1, 500
+
+    def __init__(self, possible: float, remedies: Sequence[str]):
+        self.possible, self.remedies = possible, remedies
+        self._low_since: int | None = None
+        self._warned = False
+
+    def update(self, step: int, usage: float) -> str | None:
+        """Look at the usage of a window that ends with ``step``; the warning, the one time that it is due."""
+        if usage >= self.SHARE * self.possible:
+            self._low_since = None
+            return None
+        self._low_since = step if self._low_since is None else self._low_since
+        if self._warned or step - self._low_since < self.PATIENCE:
+            return None
+        self._warned = True
+        options = "; ".join(self.remedies) or "a smaller codebook"
+        return (
+            f"the codebook is dying: {usage:.1%} of its codes are in use since step {self._low_since}, where evenly "
+            f"spread tokens would use {self.possible:.1%}. Remedies: {options}"
+        )
 
 
 class MetricsFile:
@@ -62,7 +112,7 @@ class MetricsFile:
     def __init__(self, path: Path, resumed_step: int):
         self.path = path
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= resumed_step]
+            kept = [json.dumps(row) for row in read_metrics(path) if row["step"] <= resumed_step]
             with atomic_file(path) as temporary:
                 temporary.write_text("".join(line + "\n" for line in kept))
 
@@ -72,13 +122,14 @@ class MetricsFile:
 
     def seconds(self) -> float:
         """Training time that the rows account for."""
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        return json.loads(lines[-1])["seconds"] if lines else 0.0
+        rows = read_metrics(self.path) if self.path.exists() else []
+        return rows[-1]["seconds"] if rows else 0.0
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl."""
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    """The rows of a metrics.jsonl; a last line that was cut off when the process died is left out."""
+    *whole, _ = Path(path).read_text().split("\n")
+    return [json.loads(line) for line in whole]
 
 
 class Console:

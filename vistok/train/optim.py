@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from vistok.train.config import OptimizerConfig, SchedulerConfig
+from vistok.train.parallel import local
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
@@ -53,13 +54,7 @@ class AveragedModel:
     def update(self, model: nn.Module) -> None:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(list(self.model.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
+        own = [local(p.detach()) for p in self.model.parameters()]
+        torch._foreach_lerp_(own, [local(p.detach()) for p in model.parameters()], 1 - decay)
         for own, other in zip(self.model.buffers(), model.buffers()):
             own.copy_(other)
-
-    def state_dict(self) -> dict:
-        return {"model": self.model.state_dict(), "updates": self.updates}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.model.load_state_dict(state["model"])
-        self.updates = state["updates"]

@@ -26,7 +26,7 @@ from vistok.pipelines import GENERATOR, TOKENIZER, Pipeline, load_tokenizer, wri
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.adversary import Adversary
 from vistok.train.config import RunConfig
-from vistok.train.monitor import CodeUsage
+from vistok.train.monitor import CodebookWatch, CodeUsage
 from vistok.train.objectives import TokenizerObjective, gan_config
 from vistok.types import Condition, TokenSpec, to_json
 
@@ -42,6 +42,7 @@ class Stage(ABC):
         loader: batches of this process.
         objective: modules that the loss needs (LPIPS), for the loop to move to the device; or None.
         adversary: the second player of a GAN, or None.
+        usage: which codes a tokenizer chose since the last log row, or None.
         unit: what throughput counts.
     """
 
@@ -49,6 +50,7 @@ class Stage(ABC):
     loader: Loader
     objective: nn.Module | None = None
     adversary: Adversary | None = None
+    usage: CodeUsage | None = None
     unit: str
 
     @abstractmethod
@@ -63,9 +65,17 @@ class Stage(ABC):
     def window_metrics(self) -> dict[str, Tensor]:
         """Metrics that only make sense over a whole logging window."""
 
+    def warning(self, step: int, row: dict[str, float]) -> str | None:
+        """What the log row of ``step`` should make a user do something about."""
+        return None
+
     @abstractmethod
     def count(self, batch: Any) -> int:
         """How many units of throughput a batch is."""
+
+    @abstractmethod
+    def sample_name(self, index: int) -> str:
+        """What to call a sample in a message: its file, or where it lies in the cache."""
 
     @abstractmethod
     def picture(self, model: Model) -> Image.Image:
@@ -92,7 +102,8 @@ class TokenizerStage(Stage):
         self.loader = training_loader(source, config.data, rank=rank, world_size=world_size)
         self.seed = config.seed
         self.usage = CodeUsage(self.model.spec.codebook_size) if self.model.spec.discrete else None
-        self._data = config.data
+        self.watch = _codebook_watch(self.model, config, world_size)
+        self._source, self._data = source, config.data
         self._examples = example_images(config.data)
         self._seen: tuple[Tensor, Tensor] | None = None
 
@@ -129,8 +140,14 @@ class TokenizerStage(Stage):
     def window_metrics(self) -> dict[str, Tensor]:
         return self.usage.read() if self.usage is not None else {}
 
+    def warning(self, step: int, row: dict[str, float]) -> str | None:
+        return self.watch.update(step, row["codebook_usage"]) if self.usage is not None else None
+
     def count(self, batch: ImageBatch) -> int:
         return len(batch.pixels)
+
+    def sample_name(self, index: int) -> str:
+        return self._source.name(index)
 
     def picture(self, model: Tokenizer) -> Image.Image:
         """Originals over reconstructions."""
@@ -158,6 +175,7 @@ class GeneratorStage(Stage):
         self.model: Generator = config.build_model({"spec": to_json(spec), "num_classes": len(self.classes)})
         check(self.model.options_type, config.sampling, "sampling")
         self.sampling, self.seed, self.length = config.sampling, config.seed, spec.length
+        self.cache_folder = cache.folder
         self.loader = token_loader(
             cache, config.training.batch_size, seed=config.seed, rank=rank, world_size=world_size
         )
@@ -178,6 +196,9 @@ class GeneratorStage(Stage):
     def count(self, batch: TokenBatch) -> int:
         return len(batch.tokens) * self.length
 
+    def sample_name(self, index: int) -> str:
+        return f"{self.cache_folder}[{index}]"
+
     def pipeline(self, model: Generator) -> Pipeline:
         return Pipeline(self.tokenizer, model, class_names=self.classes, sampling=self.sampling)
 
@@ -196,6 +217,23 @@ class GeneratorStage(Stage):
         if not (folder / TOKENIZER).exists():
             self.tokenizer.save_pretrained(folder / TOKENIZER)
         write_settings(folder, class_names=self.classes, sampling=self.sampling)
+
+
+def _codebook_watch(tokenizer: Tokenizer, config: RunConfig, world_size: int) -> CodebookWatch | None:
+    """Only discrete tokenizers have a codebook; the remedies are those that this one offers and does not use yet."""
+    if not tokenizer.spec.discrete:
+        return None
+    training, size = config.training, tokenizer.spec.codebook_size
+    images = config.data.batch_size * world_size * training.gradient_accumulation_steps * max(training.log_every, 1)
+    possible = 1 - (1 - 1 / size) ** (images * tokenizer.spec.length * tokenizer.spec.depth)
+    arguments, remedies = tokenizer.config, []
+    if arguments.get("codebook_restart_after") == 0:
+        remedies.append("restart dead codes (model.codebook_restart_after=100)")
+    if arguments.get("codebook_l2_norm") is False:
+        remedies.append("compare normalised codes (model.codebook_l2_norm=true)")
+    if "entropy_temperature" in arguments and not config.losses.get("entropy"):
+        remedies.append("an entropy loss (model.entropy_temperature=0.01 losses.entropy=0.1)")
+    return CodebookWatch(possible, remedies)
 
 
 def psnr(reconstruction: Tensor, target: Tensor) -> Tensor:

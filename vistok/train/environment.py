@@ -1,0 +1,64 @@
+"""Where a run happens: devices and processes, trackers, and the record of what produced it."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vistok._version import __version__
+from vistok.config import ConfigError
+from vistok.train.config import RunConfig
+
+
+def open_accelerator(run: RunConfig, folder: Path):
+    """accelerate's view of the devices and processes that this run was started on.
+
+    Raises:
+        ConfigError: a tracker that is not installed.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration
+
+    for name in run.training.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"training.trackers: {name} is not installed; pip install 'vistok[{name}]'")
+    return Accelerator(
+        cpu=not torch.accelerator.is_available(),  # several CPU processes are found only if this is said
+        mixed_precision=run.training.mixed_precision,
+        log_with=list(run.training.trackers),
+        project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "tensorboard")),
+    )
+
+
+def start_trackers(accelerator, folder: Path) -> None:
+    """TensorBoard's events go into the run folder; W&B's run takes its name, and its offline files too."""
+    accelerator.init_trackers("vistok", init_kwargs={"wandb": {"name": folder.name, "dir": str(folder)}})
+
+
+def environment() -> dict[str, Any]:
+    """What produced a run: versions, git revision, machine, command."""
+    packages = ("torch", "torchvision", "accelerate", "numpy", "safetensors")
+    return {
+        "vistok": __version__,
+        "git_revision": _git_revision(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "command": sys.argv,
+    }
+
+
+def _git_revision() -> str | None:
+    try:
+        where = Path(__file__).parent
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=where, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

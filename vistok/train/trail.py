@@ -1,0 +1,72 @@
+"""What the last steps computed on which data: a NaN can be traced to its step without waiting for every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SHOWN = 8
+"""Samples of a batch that a message names."""
+
+
+@dataclass(frozen=True)
+class Culprit:
+    """The first step of a window whose loss or gradient norm is not finite.
+
+    Attributes:
+        step: the optimisation step, counted from 1.
+        name, value: which number, and what it was.
+        indices: the samples of this process's batches in that step.
+    """
+
+    step: int
+    name: str
+    value: float
+    indices: tuple[int, ...]
+
+    def describe(self, sample_name: Callable[[int], str]) -> str:
+        """One line; ``sample_name`` says what lies at an index."""
+        names = ", ".join(sample_name(index) for index in self.indices[:SHOWN])
+        more = f" and {len(self.indices) - SHOWN} more" if len(self.indices) > SHOWN else ""
+        return f"{self.name} is {self.value} in step {self.step}, on {names}{more}"
+
+
+class Trail:
+    """Losses, gradient norms and sample indices of the steps since the last check. They stay on the device."""
+
+    def __init__(self) -> None:
+        self._values: list[Tensor] = []
+        self._origins: list[tuple[int, str]] = []
+        self._indices: dict[int, list[Tensor]] = {}
+
+    def add_batch(self, step: int, indices: Tensor) -> None:
+        self._indices.setdefault(step, []).append(indices)
+
+    def add(self, step: int, name: str, value: Tensor) -> None:
+        self._values.append(value.detach().float())
+        self._origins.append((step, name))
+
+    def check(self) -> Culprit | None:
+        """The first number that is not finite, and a new window; waits for the device once."""
+        values, origins, indices = self._values, self._origins, self._indices
+        self._values, self._origins, self._indices = [], [], {}
+        numbers = torch.stack(values) if values else torch.empty(0)
+        bad = (~numbers.isfinite()).nonzero()
+        if not len(bad):
+            return None
+        first = int(bad[0])
+        step, name = origins[first]
+        samples = torch.cat(indices[step]).tolist()
+        return Culprit(step, name, float(numbers[first]), tuple(samples))
+
+
+def first_of(culprits: Sequence[tuple[int, str] | None]) -> str | None:
+    """Of (step, description) from every process, the descriptions of the earliest step; None if all is well."""
+    found = [culprit for culprit in culprits if culprit is not None]
+    if not found:
+        return None
+    earliest = min(step for step, _ in found)
+    return "; ".join(text for step, text in found if step == earliest)
