@@ -14,7 +14,7 @@ from vistok.data import TokenBatches, TokenCache, TokenCacheError
 from vistok.data.config import DataConfig
 from vistok.data.tokens import sample_moments
 from vistok.draws import Keys
-from vistok.hub import CheckpointError, rename
+from vistok.hub import CheckpointError, convert, rename
 from vistok.tokenizers.kl_vae import KLVAE, gaussian_kl
 from vistok.train import train
 from vistok.train.monitor import read_metrics
@@ -169,6 +169,8 @@ def test_a_folder_of_diffusers(tmp_path, arguments):
     with torch.no_grad():
         torch.testing.assert_close(loaded.encode(pixels()), (model.encode(pixels()) - 0.25) * 0.5)
         torch.testing.assert_close(loaded.reconstruct(pixels()), model.reconstruct(pixels()))
+    converted = convert("kl_vae/tokenizer", tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+    assert {**converted.config, "image_size": 16} == loaded.config
 
 
 def test_statistics_per_channel_and_old_attention_names_of_diffusers(tmp_path):

@@ -27,7 +27,9 @@ class MAROptions(GuidanceOptions):
         num_iter: iterations in which the tokens of an image are drawn, a few in the first and ever more (MaskGIT's
             cosine schedule, arXiv 2202.04200).
         num_steps: denoising steps of a token.
-        step_spacing: ``even`` spreads the steps over all timesteps, both ends included; ``stride`` takes every k-th.
+        step_spacing: ``even`` spreads the steps over all timesteps, both ends included; ``stride`` takes every k-th,
+            from the first on. At the last timestep an error of the noise is magnified some hundred times: after a
+            short training, only ``stride`` gives images.
         temperature: factor of the noise that denoising steps add.
         guidance_scale, guidance_schedule: as of ``GuidanceOptions``; of the predicted noise.
 

@@ -278,14 +278,16 @@ class KLVAE(Tokenizer):
         folder = Path(source)
         if not folder.exists():
             folder = snapshot(str(source), [DIFFUSERS_CONFIG, DIFFUSERS_WEIGHTS], **hub_options)
-        path = folder / DIFFUSERS_CONFIG
-        try:
-            config = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}; expected a folder saved by diffusers") from error
+        config = _read_diffusers_config(folder)
         if config.get("_class_name") != "AutoencoderKL":
             raise CheckpointError(f"{folder} holds a {config.get('_class_name')}, not a diffusers AutoencoderKL")
         return cls._from_diffusers(config, read_weights(folder / DIFFUSERS_WEIGHTS), image_size).eval()
+
+    @staticmethod
+    def embedded_config(file: Path, content: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The config that diffusers wrote beside a weights file, if it did."""
+        beside = file.name == DIFFUSERS_WEIGHTS and (file.parent / DIFFUSERS_CONFIG).is_file()
+        return _read_diffusers_config(file.parent) if beside else None
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -376,6 +378,14 @@ def _per_channel(name: str, value: float | tuple[float, ...], channels: int) -> 
     if values.ndim and len(values) != channels:
         raise ValueError(f"{name} must be one number or {channels} (one per latent channel), got {len(values)}")
     return values.expand(channels).clone()
+
+
+def _read_diffusers_config(folder: Path) -> dict[str, Any]:
+    path = folder / DIFFUSERS_CONFIG
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; expected a folder saved by diffusers") from error
 
 
 def _diffusers_statistics(config: Mapping[str, Any]) -> tuple[Any, Any]:
