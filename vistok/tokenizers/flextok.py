@@ -50,9 +50,10 @@ class FlexTok(Tokenizer):
     Args:
         image_size: side of the images, or (height, width); smaller ones encode and decode too.
         in_channels: 3, or 1 for grey images.
-        vae: arguments of ``KLVAE`` (its weights come with those of the model); or the folder or hub id of a diffusers
-            AutoencoderKL, whose weights are loaded; or None for pixel space.
-        latent_scale: factor on the autoencoder's latents, to about unit deviation; None takes the autoencoder's own.
+        vae: arguments of the frozen ``KLVAE``, among them ``latent_scale``, which brings its latents to about unit
+            deviation; None, without ``vae_weights``, works on pixels.
+        vae_weights: folder or hub id of a diffusers AutoencoderKL, to train on; ``vae`` overrides what it says of
+            itself. Not needed where a whole model is loaded, and not remembered: models are saved with all weights.
         patch_size: side of a patch of the maps, or (height, width).
         encoder, decoder: the two transformers.
         num_tokens: registers N.
@@ -71,7 +72,7 @@ class FlexTok(Tokenizer):
 
     Raises:
         ValueError: sizes that do not divide.
-        CheckpointError: no autoencoder where ``vae`` points.
+        CheckpointError: no autoencoder where ``vae_weights`` points.
     """
 
     registry_name = "flextok"
@@ -95,8 +96,8 @@ class FlexTok(Tokenizer):
         self,
         image_size: int | tuple[int, int] = 256,
         in_channels: int = 3,
-        vae: dict[str, Any] | str | None = None,
-        latent_scale: float | None = None,
+        vae: dict[str, Any] | None = None,
+        vae_weights: str | None = None,
         patch_size: int | tuple[int, int] = 2,
         encoder: TrunkConfig = D12,
         decoder: TrunkConfig = D12,
@@ -119,7 +120,7 @@ class FlexTok(Tokenizer):
         super().__init__()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self._image_shape = (in_channels, height, width)
-        self.vae = None if vae is None else self._build_vae(vae, latent_scale)
+        self.vae = None if vae is None and vae_weights is None else self._build_vae(vae or {}, vae_weights)
         channels = in_channels if self.vae is None else self.vae.spec.dim
         patch = (patch_size, patch_size) if isinstance(patch_size, int) else (patch_size[0], patch_size[1])
         stride = 1 if self.vae is None else self.vae.stride
@@ -145,21 +146,17 @@ class FlexTok(Tokenizer):
         self.posterior = posterior
         self.num_steps, self.guidance_scale, self.guidance = num_steps, guidance_scale, guidance
 
-    def _build_vae(self, vae: dict[str, Any] | str, latent_scale: float | None) -> KLVAE:
+    def _build_vae(self, vae: dict[str, Any], weights: str | None) -> KLVAE:
         channels, *size = self._image_shape
-        weights = None
-        if isinstance(vae, str):
-            loaded = KLVAE.from_diffusers(vae, image_size=tuple(size))
-            weights = loaded.state_dict()
-            vae = {name: value for name, value in loaded.config.items() if name not in ("image_size", "in_channels")}
-        if latent_scale is not None:
-            vae = {**vae, "latent_scale": latent_scale}
-        # A saved model has these weights inside, and must not look for the place they came from.
-        self._arguments |= {"vae": vae, "latent_scale": None}
+        trained = None if weights is None else KLVAE.from_diffusers(weights, image_size=tuple(size))
+        if trained is not None:
+            described = trained.config.items()
+            vae = {key: value for key, value in described if key not in ("image_size", "in_channels")} | vae
+            self._arguments |= {"vae": vae, "vae_weights": None}
         model = KLVAE(image_size=tuple(size), in_channels=channels, **check(KLVAE, vae, "vae"))
-        if weights is not None:
-            model.load_state_dict(weights)
-        self._vae_loaded = weights is not None
+        if trained is not None:
+            load_strictly(model, trained.state_dict(), source=str(weights))
+        self._vae_loaded = trained is not None
         self.register_load_state_dict_post_hook(_note_loaded)
         return model.requires_grad_(False)
 
@@ -214,8 +211,8 @@ class FlexTok(Tokenizer):
     def _check_vae(self) -> None:
         if not self._vae_loaded:
             raise CheckpointError(
-                "the autoencoder of this FlexTok has no weights: give model.vae as a folder or hub id of a diffusers "
-                "AutoencoderKL, or load a whole model (init_from, from_pretrained)"
+                "the autoencoder of this FlexTok has no weights: give the folder or hub id of a diffusers AutoencoderKL as "
+                "model.vae_weights=…, or load a whole model (init_from=…, vistok.load)"
             )
 
     def encode(self, pixels: Tensor, *, draws: Draws | None = None) -> Tensor:

@@ -45,7 +45,7 @@ CLASSES = {
 VAE_DEFAULTS = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "encoder_attention": ()}
 
 
-def embedded_config(file: Path) -> dict[str, Any] | None:
+def embedded_config(file: Path, content: Mapping[str, Any]) -> dict[str, Any] | None:
     """The config in the header of a released safetensors file, where every value is a Python literal; None without.
 
     Raises:
@@ -145,13 +145,10 @@ def decoder_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 def encoder_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of our encoder."""
     modules = _modules(config, "encoder")
-    registers = modules["enc_register_module"]
-    if registers.get("n_min", registers["n_max"]) > registers["n_max"]:
-        raise CheckpointError(f"enc_register_module has n_min {registers['n_min']} > n_max {registers['n_max']}")
     return {
         **_patch_arguments(modules["enc_patch_emb"], modules["enc_posemb_module"]),
         "config": _trunk(modules["enc_transformer"]),
-        "num_tokens": registers["n_max"],
+        "num_tokens": modules["enc_register_module"]["n_max"],
         "code_dim": modules["enc_to_latents"]["dim_out"],
     }
 
@@ -200,10 +197,9 @@ def our_names(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[st
 
 
 def _modules(config: Mapping[str, Any], section: str) -> Mapping[str, Any]:
-    try:
-        modules = config[section]["module_dict"]
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"the config has no {section}.module_dict; it is not one of a FlexTok model") from error
+    modules = (config.get(section) or {}).get("module_dict")
+    if not isinstance(modules, Mapping):
+        raise CheckpointError(f"the config has no {section}.module_dict; it is not one of a FlexTok model")
     for path in _class_paths(config):
         if path.rsplit(".", 1)[-1] not in CLASSES and "dict_ops" not in path:
             raise CheckpointError(f"the config names the class {path}, which is part of no released FlexTok model")

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from vistok.config import ConfigError, check, nearest
-from vistok.losses import L1, L2, LPIPS
+from vistok.losses import L1, L2, LPIPS, Alignment, EncoderConfig
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.config import GanConfig
 from vistok.types import TokenizerOutput
 
 PIXEL_TERMS = ("l1", "l2", "lpips")
+SETTINGS = ("gan", "lpips_weights", "lpips_weighting", "repa_encoder")
+LPIPS_WEIGHTINGS = ("uniform", "time")
 
 
 class TokenizerObjective(nn.Module):
@@ -25,10 +27,13 @@ class TokenizerObjective(nn.Module):
 
     Args:
         losses: weights by name. Any of l1, l2, lpips, and what the tokenizer provides (codebook, commitment, entropy,
-            logit_laplace, ...). ``lpips_weights`` is the weights file; ``gan`` is read elsewhere.
+            logit_laplace, flow, ...), and repa where it has a head for it. ``lpips_weights`` is the weights file;
+            ``lpips_weighting`` "time" counts an image 2t times, t being its time in a flow tokenizer's training;
+            ``repa_encoder`` is the frozen encoder (``EncoderConfig``); ``gan`` is read elsewhere.
 
     Raises:
         ConfigError: a term that this tokenizer does not provide, or no term at all.
+        CheckpointError: weights of a frozen network that cannot be had.
     """
 
     def __init__(self, tokenizer: Tokenizer, losses: Mapping[str, Any]):
@@ -36,6 +41,8 @@ class TokenizerObjective(nn.Module):
         self.weights = check_terms(tokenizer, losses)
         self.pixel_terms = nn.ModuleDict({"l1": L1(), "l2": L2()})
         self.lpips = LPIPS.from_pretrained(losses.get("lpips_weights")) if self.weights.get("lpips") else None
+        self.lpips_weighting = _weighting(tokenizer, losses)
+        self.alignment = _alignment(tokenizer, losses) if self.weights.get("repa") else None
         self.to_native = tokenizer.to_native
 
     def forward(self, output: TokenizerOutput, target: Tensor) -> dict[str, Tensor]:
@@ -45,7 +52,11 @@ class TokenizerObjective(nn.Module):
             if name in self.weights:
                 terms[name] = loss(self.to_native(output.reconstruction), self.to_native(target))
         if self.lpips is not None:
-            terms["lpips"] = self.lpips(output.reconstruction, target).mean()
+            distances = self.lpips(output.reconstruction, target)
+            factor = 2 * output.features["time"] if self.lpips_weighting == "time" else 1
+            terms["lpips"] = (distances * factor).mean()
+        if self.alignment is not None:
+            terms["repa"] = self.alignment(output.features["alignment"], target).mean()
         return terms
 
     def total(self, terms: Mapping[str, Tensor]) -> Tensor:
@@ -67,9 +78,10 @@ def check_terms(tokenizer: Tokenizer, losses: Mapping[str, Any]) -> dict[str, fl
         ConfigError: as above, naming the allowed terms and the nearest match.
     """
     allowed = (*PIXEL_TERMS, *tokenizer.loss_terms) if tokenizer.reconstructs else tokenizer.loss_terms
+    allowed = allowed if tokenizer.alignment_dim is None else (*allowed, "repa")
     weights = {}
     for name, weight in losses.items():
-        if name in ("gan", "lpips_weights"):
+        if name in SETTINGS:
             continue
         if name not in allowed:
             near = nearest(name, allowed)
@@ -87,6 +99,25 @@ def check_terms(tokenizer: Tokenizer, losses: Mapping[str, Any]) -> dict[str, fl
             f"losses is empty; give at least one weight, for example losses.l2=1.0 (of {', '.join(allowed)})"
         )
     return weights
+
+
+def _weighting(tokenizer: Tokenizer, losses: Mapping[str, Any]) -> str:
+    weighting = losses.get("lpips_weighting", "uniform")
+    if weighting not in LPIPS_WEIGHTINGS:
+        raise ConfigError(f"losses.lpips_weighting: expected one of {', '.join(LPIPS_WEIGHTINGS)}, got {weighting!r}")
+    if weighting == "time" and "flow" not in tokenizer.loss_terms:
+        raise ConfigError(f"losses.lpips_weighting: {type(tokenizer).__name__} trains at no time; leave it out")
+    return weighting
+
+
+def _alignment(tokenizer: Tokenizer, losses: Mapping[str, Any]) -> Alignment:
+    config = EncoderConfig(**check(EncoderConfig, losses.get("repa_encoder", {}), "losses.repa_encoder"))
+    alignment = Alignment(config)
+    if alignment.encoder.dim != tokenizer.alignment_dim:
+        raise ConfigError(
+            f"model.alignment.dim is {tokenizer.alignment_dim}, but {config.name} has {alignment.encoder.dim} channels"
+        )
+    return alignment
 
 
 def gan_config(tokenizer: Tokenizer, losses: Mapping[str, Any]) -> GanConfig | None:
