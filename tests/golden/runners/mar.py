@@ -58,9 +58,13 @@ def _encoded(model: MAR, step: Step) -> Tensor:
     return model.encode(tokens, _visible(model, step), classes)
 
 
+def _copies(step: Step) -> int:
+    return step.args.get("diffusion_batch_mul", step.case.config.get("diffusion_batch_mul", 1))
+
+
 def _rows(model: MAR, step: Step) -> tuple[Tensor, Tensor, Tensor]:
     """The head's output, the tokens, and the condition, for all rows (m B L), the repetition outermost."""
-    copies = step.args.get("diffusion_batch_mul", 1)
+    copies = _copies(step)
     z = model.decode(_encoded(model, step), _visible(model, step)).repeat(copies, 1, 1).flatten(0, 1)
     data = model.group(_tokens(step.case.tensor("latent"))).repeat(copies, 1, 1).flatten(0, 1)
     t, noise = step.case.tensor("t"), step.case.tensor("noise")
@@ -115,7 +119,7 @@ def row_vb(case: Case, step: Step) -> dict[str, Tensor]:
 @runner("mar/generator", "loss")
 @torch.no_grad()
 def loss(case: Case, step: Step) -> dict[str, Tensor]:
-    model, tokens, copies = _model(case, step), _tokens(case.tensor("latent")), step.args.get("diffusion_batch_mul", 1)
+    model, tokens, copies = _model(case, step), _tokens(case.tensor("latent")), _copies(step)
     draws = {
         "order": case.tensor("orders"),
         "mask_rate": case.tensor("mask_rate").expand(len(tokens)),
