@@ -90,10 +90,10 @@ class ScoreTable(Block):
 
     @staticmethod
     def _row(score: Score) -> str:
-        colour = {True: ' class="met"', False: ' class="missed"', None: ""}[score.met]
+        state = {True: " met", False: " missed", None: ""}[score.met]
         return (
             f'<tr><td class="name">{escape(score.name)}</td><td class="number">{escape(score.value)}</td>'
-            f"<td><span{mark}>{escape(score.target)}{verdict}</span></td>"
+            f'<td class="target{state}">{escape(score.verdict)}</td>'
             f'<td class="meaning">{escape(score.meaning)}</td></tr>'
         )
 

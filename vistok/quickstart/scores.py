@@ -1,0 +1,200 @@
+"""How good generated digits are, judged by a small classifier that has seen real digits only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vistok.data.config import Affine, DataConfig
+from vistok.data.loader import evaluation_loader
+from vistok.data.sources import open_source
+from vistok.data.tokens import TokenCache
+from vistok.data.transforms import random_affine
+from vistok.eval.metrics import Moments, frechet_distance
+from vistok.eval.reconstruction import psnr
+from vistok.tokenizers.base import Tokenizer
+
+CLASSES = 10
+AUGMENTATION = Affine(degrees=10, translate=0.06, scale=0.1)
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Images with the class that each shows, or was asked to show.
+
+    Attributes:
+        pixels: (N, 1, 32, 32) in [-1, 1].
+        labels: (N,) int64.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def first_of_each_class(self, counts: Tensor) -> Digits:
+        """The first ``counts[c]`` images of every class c."""
+        rows = [(self.labels == label).nonzero()[: int(count), 0] for label, count in enumerate(counts)]
+        rows = torch.cat(rows)
+        return Digits(self.pixels[rows], self.labels[rows])
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The quickstart's scores; shares are in [0, 1].
+
+    Attributes:
+        recognised: share of generated digits that the classifier takes for the class asked for.
+        recognised_real: share of held-out real digits that it recognises.
+        frechet: Frechet distance, on the classifier's features, of generated digits from the training digits.
+        frechet_real: the same of as many held-out digits, class by class.
+        distinct: share of different token sequences among the generated.
+        copies: share of generated token sequences that some training digit has, as it is or in a view trained on.
+        psnr: of the tokenizer on held-out digits in dB, mean over images.
+    """
+
+    recognised: float
+    recognised_real: float
+    frechet: float
+    frechet_real: float
+    distinct: float
+    copies: float
+    psnr: float
+
+
+def load_digits(split: str) -> Digits:
+    """scikit-learn's digits at 32x32: "train" (1,433) or "test" (364, the last fifth of each class)."""
+    config = DataConfig(image_size=32, source="digits", split=split, channels=1, batch_size=512)
+    batches = list(evaluation_loader(open_source(config), config))
+    return Digits(torch.cat([batch.pixels for batch in batches]), torch.cat([batch.labels for batch in batches]))
+
+
+class DigitClassifier(nn.Module):
+    """A two-layer convolutional network: pixels (B, 1, 32, 32) to logits (B, 10)."""
+
+    def __init__(self, width: int = 24, feature_dim: int = 64):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.AvgPool2d(2),  # the originals are 8x8: 16x16 loses nothing
+            nn.Conv2d(1, width, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(width, 2 * width, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(2 * width * 4 * 4, feature_dim),
+            nn.ReLU(),
+        )
+        self.dropout = nn.Dropout(0.3)
+        self.head = nn.Linear(feature_dim, CLASSES)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.head(self.dropout(self.features(pixels)))
+
+    @torch.no_grad()
+    def accuracy(self, digits: Digits) -> float:
+        return float((self(digits.pixels).argmax(1) == digits.labels).float().mean())
+
+    @torch.no_grad()
+    def moments(self, digits: Digits) -> Moments:
+        """Moments of the features that the last layer reads."""
+        return Moments.of(self.features(digits.pixels))
+
+
+def fit_classifier(
+    digits: Digits, *, steps: int, seed: int = 0, batch_size: int = 64, lr: float = 2e-3
+) -> DigitClassifier:
+    """Train on slightly turned, shifted and scaled ``digits``; the classifier comes back in evaluation mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        classifier = DigitClassifier()
+        optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+        for _ in range(steps):
+            rows = torch.randint(len(digits), (batch_size,))
+            pixels = random_affine(digits.pixels[rows], AUGMENTATION, torch.rand(batch_size, 4))
+            optimizer.zero_grad()
+            F.cross_entropy(classifier(pixels), digits.labels[rows]).backward()
+            optimizer.step()
+            schedule.step()
+    return classifier.eval()
+
+
+def score(
+    generated: Digits,
+    tokens: Tensor,
+    *,
+    classifier: DigitClassifier,
+    tokenizer: Tokenizer,
+    cache: TokenCache,
+    train: Digits,
+    test: Digits,
+) -> Scores:
+    """Score generated digits.
+
+    Args:
+        generated: with the classes asked for.
+        tokens: (N, L) ids of ``generated``.
+        classifier: fitted on ``train``.
+        tokenizer: for the PSNR, and for the tokens of the training digits as they are.
+        cache: what the generator was trained on.
+        train, test: real digits, for fitting and held out.
+    """
+    counts = equal_counts(generated, test)
+    reference = classifier.moments(train).gaussian
+
+    def frechet(digits: Digits) -> float:
+        return frechet_distance(classifier.moments(digits.first_of_each_class(counts)).gaussian, reference)
+
+    known = sequences(encode(tokenizer, train.pixels)) | cached_sequences(cache)
+    return Scores(
+        recognised=classifier.accuracy(generated),
+        recognised_real=classifier.accuracy(test),
+        frechet=frechet(generated),
+        frechet_real=frechet(test),
+        distinct=len(sequences(tokens)) / len(tokens),
+        copies=sum(tuple(row) in known for row in tokens.tolist()) / len(tokens),
+        psnr=reconstruction_psnr(tokenizer, test.pixels),
+    )
+
+
+def equal_counts(a: Digits, b: Digits) -> Tensor:
+    """How many digits of each class both sets have: (10,)."""
+    return torch.minimum(*(torch.bincount(digits.labels, minlength=CLASSES) for digits in (a, b)))
+
+
+def sequences(tokens: Tensor) -> set[tuple[int, ...]]:
+    """The different rows of (N, L) ids."""
+    return set(map(tuple, tokens.tolist()))
+
+
+def cached_sequences(cache: TokenCache) -> set[tuple[int, ...]]:
+    """The different sequences of all views in a cache."""
+    rows = range(len(cache))
+    return set().union(*(sequences(cache.batch(rows, [view] * len(cache))[0]) for view in range(cache.views)))
+
+
+@torch.no_grad()
+def encode(tokenizer: Tokenizer, pixels: Tensor) -> Tensor:
+    device = next(tokenizer.parameters()).device
+    return torch.cat([tokenizer.encode(part.to(device)).cpu() for part in pixels.split(256)])
+
+
+@torch.no_grad()
+def reconstruct(tokenizer: Tokenizer, pixels: Tensor) -> Tensor:
+    device = next(tokenizer.parameters()).device
+    return torch.cat([tokenizer.reconstruct(part.to(device)).cpu() for part in pixels.split(256)])
+
+
+def reconstruction_psnr(tokenizer: Tokenizer, pixels: Tensor) -> float:
+    return float(psnr((pixels + 1) / 2, (reconstruct(tokenizer, pixels) + 1) / 2).mean())
+
+
+def nearest(images: Tensor, among: Tensor) -> Tensor:
+    """Index (N,) of the image among (M, C, H, W) that lies nearest, in pixels, to each of ``images`` (N, C, H, W)."""
+    return torch.cdist(images.flatten(1), among.flatten(1)).argmin(1)

@@ -1,0 +1,223 @@
+"""What the quickstart's report shows and says."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from PIL import Image
+
+from vistok.data.pictures import comparison, grid, save_png, to_pil
+from vistok.quickstart.scores import CLASSES, Digits, Scores, nearest, reconstruct
+from vistok.report import (
+    Commands,
+    Facts,
+    Panel,
+    Paragraph,
+    Picture,
+    Score,
+    ScoreTable,
+    Section,
+    draw_curves,
+    write_report,
+)
+from vistok.tokenizers.base import Tokenizer
+from vistok.train.monitor import read_metrics
+
+COLUMNS = 10
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Attributes: samples by class; samples over their nearest training digits; held-out digits over their
+    reconstructions; training curves."""
+
+    samples: Image.Image
+    nearest: Image.Image
+    reconstructions: Image.Image
+    curves: Image.Image
+
+    def save(self, folder: Path) -> None:
+        """Write each as a PNG file."""
+        for name, image in vars(self).items():
+            save_png(image, folder / f"{name}.png")
+
+
+def draw(
+    generated: Digits, train: Digits, held_out: Digits, tokenizer: Tokenizer, tokenizer_run: Path, generator_run: Path
+) -> Pictures:
+    """Draw everything. Nothing is picked: the first digits of each class, and evenly spread held-out digits."""
+    shown = [generated.pixels[generated.labels == label][:COLUMNS] for label in range(CLASSES)]
+    firsts = generated.pixels[[int((generated.labels == label).nonzero()[0]) for label in range(CLASSES)]]
+    originals = held_out.pixels[:: max(1, len(held_out) // (2 * COLUMNS))][: 2 * COLUMNS]
+    tokenizer_rows, generator_rows = (read_metrics(run / "metrics.jsonl") for run in (tokenizer_run, generator_run))
+    return Pictures(
+        samples=grid([image for row in shown for image in to_pil(row)], columns=min(COLUMNS, len(shown[0]))),
+        nearest=comparison(firsts, train.pixels[nearest(firsts, train.pixels)], COLUMNS),
+        reconstructions=comparison(originals, reconstruct(tokenizer, originals), COLUMNS),
+        curves=draw_curves(
+            [
+                Panel.of(tokenizer_rows, "psnr", "Tokenizer: PSNR in dB"),
+                Panel.of(tokenizer_rows, "codebook_usage", "Tokenizer: share of codes used"),
+                Panel.of(generator_rows, "loss", "Generator: nats per token"),
+            ]
+        ),
+    )
+
+
+def score_lines(scores: Scores, seconds: float) -> list[Score]:
+    """The scores as people read them, with targets."""
+    return [
+        Score(
+            "recognised",
+            f"{scores.recognised:.1%}",
+            "Generated digits that a classifier, fitted to real digits only, takes for the class asked for.",
+            "at least 85 %",
+            scores.recognised >= 0.85,
+        ),
+        Score(
+            "recognised_real", f"{scores.recognised_real:.1%}", "The same classifier on real digits it has not seen."
+        ),
+        Score(
+            "frechet",
+            f"{scores.frechet:.1f}",
+            "Distance of generated from training digits, in the classifier's features; 0 is equal.",
+            "at most 5 × real",
+            scores.frechet <= 5 * scores.frechet_real,
+        ),
+        Score("frechet_real", f"{scores.frechet_real:.1f}", "The same for as many real digits held out from training."),
+        Score(
+            "distinct",
+            f"{scores.distinct:.1%}",
+            "Different token sequences among the generated ones; low where the generator repeats itself.",
+            "at least 90 %",
+            scores.distinct >= 0.9,
+        ),
+        Score(
+            "copies",
+            f"{scores.copies:.1%}",
+            "Generated token sequences that a training digit has too, in any view that the generator saw.",
+            "below 10 %",
+            scores.copies < 0.1,
+        ),
+        Score("psnr", f"{scores.psnr:.1f} dB", "Held-out digits after 16 tokens and back; higher is closer."),
+        Score("seconds", f"{seconds:.0f}", "For all of it on this machine.", "at most 300", seconds <= 300),
+    ]
+
+
+def write_story(
+    path: Path, pictures: Pictures, lines: list[Score], *, tokenizer: Tokenizer, protocol: Mapping[str, Any]
+) -> None:
+    """Write the report of a quickstart."""
+    shown = {line.name: line.value for line in lines}
+    spec = tokenizer.spec
+    height, width = spec.grid
+    write_report(
+        path,
+        title="Digits, one token at a time",
+        kicker="vistok quickstart",
+        lead=(
+            f"A tokenizer learned to write each 32×32 digit as {height}×{width} tokens, and a generator to write such "
+            f"tokens for a given class. {shown['recognised']} of the generated digits are recognised as the one asked "
+            f"for; of real digits, {shown['recognised_real']} are."
+        ),
+        sections=[
+            Section("Generated digits", [_samples(pictures)]),
+            Section("Scores", [ScoreTable(lines), Paragraph(NOTE)]),
+            Section("New, or copied?", [Paragraph(COPIES), _nearest(pictures)]),
+            Section(f"What {spec.length} tokens keep of an image", [_reconstructions(pictures)]),
+            Section("Training curves", [_curves(pictures)]),
+            Section("Go on", [Commands(_next_commands(path.parent))]),
+            Section("Where these numbers come from", [Facts(_facts(protocol))]),
+        ],
+    )
+
+
+NOTE = (
+    "The classifier is tiny and so is the data set: these scores tell a good run from a bad one, and no more. "
+    "result.json holds them with everything they depend on."
+)
+COPIES = (
+    "There are so few training digits that a generator could learn them by heart. It trains on many slightly turned, "
+    "shifted and scaled views of each. Equal token sequences are counted above; near copies would show here."
+)
+
+
+def _samples(pictures: Pictures) -> Picture:
+    return Picture(
+        pictures.samples,
+        "One row per class, the first ten of each; none were picked.",
+        "Generated digits, one row for each of the classes 0 to 9",
+        scale=2,
+    )
+
+
+def _nearest(pictures: Pictures) -> Picture:
+    return Picture(
+        pictures.nearest,
+        "Above: the first sample of each class. Below: the training digit that differs least from it, pixel by pixel.",
+        "Generated digits over the training digits nearest to them",
+        scale=2,
+    )
+
+
+def _reconstructions(pictures: Pictures) -> Picture:
+    return Picture(
+        pictures.reconstructions,
+        "Rows in pairs: held-out digits, and below them what the tokenizer makes of their tokens.",
+        "Real digits over their reconstructions",
+        scale=2,
+    )
+
+
+def _curves(pictures: Pictures) -> Picture:
+    return Picture(
+        pictures.curves,
+        "From tokenizer/metrics.jsonl and generator/metrics.jsonl; `tensorboard --logdir` on either folder shows more.",
+        "Three training curves",
+        scale=0.5,
+    )
+
+
+def _next_commands(out: Path) -> list[str]:
+    tokenizer, generator = quote(str(out / "tokenizer")), quote(str(out / "generator"))
+    return [
+        "# More digits: 32 threes and fives",
+        f"vistok sample {generator} --classes 3,5 --num 32 --out more-digits/",
+        "",
+        "# PSNR and SSIM of the tokenizer on the held-out digits",
+        f"vistok eval {tokenizer}",
+        "",
+        "# The same chain on your own pictures: a folder for each class, or one folder for all",
+        f"vistok train {tokenizer}/config.yaml output_dir=runs/tokenizer \\",
+        "    data.source=folder data.root=photos/ data.channels=3 data.affine=null data.flip=true model.patch_size=4",
+        "vistok tokenize runs/tokenizer --augmentation flip --out tokens/",
+        f"vistok train {generator}/config.yaml output_dir=runs/generator tokens=tokens/",
+        "vistok sample runs/generator --num 64 --out samples/",
+        "vistok eval samples/ --reference photos/",
+        "",
+        "# Every model there is; configs/ in the repository holds larger recipes",
+        "vistok models",
+    ]
+
+
+def _facts(protocol: Mapping[str, Any]) -> dict[str, str]:
+    environment = protocol["environment"]
+    return {
+        "Data": f"{protocol['training_digits']:,} training and {protocol['held_out_digits']:,} held-out digits of "
+        f"{protocol['data']}",
+        "Classifier": protocol["classifier"],
+        "Generated": f"{protocol['generated_digits']:,} digits, {protocol['frechet_digits']:,} of them for the Fréchet "
+        "distance: of each class as many as are held out",
+        "Sampling": ", ".join(f"{name} {value}" for name, value in protocol["sampling"].items()) or "defaults",
+        "Copies": protocol["copies"],
+        "Seed": str(protocol["recipe"]["seed"]),
+        "Versions": ", ".join(
+            f"{name} {environment[name]}" for name in ("vistok", "python", "torch", "numpy") if name in environment
+        ),
+        "Device": str(environment["device"]),
+        "Revision": environment["git_revision"] or "not from a git checkout",
+    }
