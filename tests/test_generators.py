@@ -87,6 +87,21 @@ def test_guidance_rows_equal_two_passes(setup):
 
 
 @torch.no_grad()
+def test_bfloat16_cached_logits_equal_teacher_forced_ones(setup):
+    model, condition = setup
+    model.to(torch.bfloat16)
+    options = DecodingOptions(guidance_scale=2.5)
+    with recorded_logits(model) as calls:
+        ids = model.sample(condition, options, draws=model.sampling_draws(Keys.range(0, 3)))
+    cached = torch.stack(calls, 1).float()
+    whole = torch.cat([model.logits(ids, rows) for rows in (condition, condition.null())])
+    precise = model.float().logits(ids, condition)
+    # As near to each other as bfloat16 is to float32: its rounding depends on how many positions go together.
+    error = (whole.chunk(2)[0] - precise).abs().max()
+    torch.testing.assert_close(cached, whole, rtol=0, atol=max(2 * error.item(), 0.02))
+
+
+@torch.no_grad()
 def test_greedy_guided_ids_follow_from_the_guided_logits(setup):
     model, condition = setup
     ids = model.sample(condition, DecodingOptions(temperature=0, guidance_scale=3.0, guidance_interval=(2, 6)))
@@ -226,6 +241,23 @@ def test_random_sampling_asks_for_draws(name):
         tiny(name).sample(labels(0))
 
 
+def test_sampled_ids_can_be_trained_on(setup):
+    model, condition = setup
+    chunks = list(model.stream(condition, GREEDY))
+    ids = torch.cat([chunk.tokens for chunk in chunks], 1)
+    for tokens in (ids, model.sample(condition, GREEDY)):
+        model(tokens, condition).loss.backward()
+    embedded = model.embed_tokens(chunks[0].tokens, 0)  # a chunk itself is saved for the backward pass
+    embedded.sum().backward()
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_cache_bytes_are_known_beforehand(setup, guided):
+    model, condition = setup
+    session = model.start(condition, DecodingOptions(temperature=0, guidance_scale=2.0 if guided else 1.0))
+    assert session.cache.nbytes == model.cache_bytes(3, guided=guided)
+
+
 def test_cache_counts_and_overflows():
     cache = KVCache(layers=2, rows=1, heads=1, length=4, head_dim=2)
     part = torch.arange(6.0).view(1, 1, 3, 2)
@@ -356,5 +388,6 @@ def test_condition_tokens_are_checked(condition, message):
 @torch.no_grad()
 def test_condition_tokens_see_each_other():
     model = tiny("vit_vqgan_gpt", condition_length=3)
-    mask = model.attention_mask(Condition.none(1), 5)[0, 0]
+    mask = model.attention_mask(Condition.none(1), 0, 5)[0, 0]
     assert mask.int().tolist() == [[1, 1, 1, 0, 0]] * 3 + [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+    assert model.attention_mask(Condition.none(1), 3, 5) is None  # image tokens alone are plainly causal

@@ -42,9 +42,10 @@ def test_padding_of_a_caption_is_not_seen():
 def test_caption_mask_is_causal_without_padding_and_never_empty():
     model = tiny("llama", caption_dim=6, caption_length=3)
     condition = Condition.from_features(torch.zeros(2, 3, 6), torch.tensor([[0, 0, 1], [1, 1, 1]]))
-    mask = model.attention_mask(condition, 5)[:, 0].int()
+    mask = model.attention_mask(condition, 0, 5)[:, 0].int()
     padded = [[1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
     assert mask.tolist() == [padded, torch.ones(5, 5).tril().int().tolist()]
+    assert torch.equal(model.attention_mask(condition, 2, 4)[:, 0].int(), mask[:, 2:4, :4])
 
 
 def test_null_caption_is_saved_and_never_trained():

@@ -53,11 +53,17 @@ class AutoregressiveGenerator(Generator):
         """Float32 logits (..., V) of hidden states (..., D)."""
 
     @abstractmethod
-    def new_cache(self, rows: int, length: int) -> KVCache:
-        """An empty cache of ``length`` sequence positions."""
+    def new_cache(self, rows: int, length: int, device: torch.device | str | None = None) -> KVCache:
+        """An empty cache of ``length`` sequence positions, where the weights are if no device is named."""
 
-    def attention_mask(self, condition: Condition, length: int) -> Tensor | None:
-        """The mask (R or 1, 1, length, length) of whole sequences, or None where plain causal attention is meant."""
+    def cache_bytes(self, batch: int, *, guided: bool) -> int:
+        """Bytes of cache that sampling ``batch`` images will take; guidance doubles them."""
+        rows, length = batch * (1 + guided), self.condition_length + self.spec.length
+        return self.new_cache(rows, length, "meta").nbytes
+
+    def attention_mask(self, condition: Condition, start: int, stop: int) -> Tensor | None:
+        """What the sequence positions [start, stop) see of the first ``stop``: bool (R or 1, 1, stop - start, stop), or
+        None where plain causal attention is meant."""
         return None
 
     @staticmethod
@@ -85,7 +91,7 @@ class AutoregressiveGenerator(Generator):
     def logits(self, ids: Tensor, condition: Condition) -> Tensor:
         """Teacher-forced logits (B, L, V): position i, seeing the condition and ids[:, :i], predicts ids[:, i]."""
         x = torch.cat([self.embed_condition(condition), self.embed_tokens(ids[:, :-1], 0)], 1)
-        hidden = self.transform(x, 0, self.attention_mask(condition, x.shape[1]), None)
+        hidden = self.transform(x, 0, self.attention_mask(condition, 0, x.shape[1]), None)
         return self.head(hidden[:, self.condition_length - 1 :])
 
     def forward(
@@ -133,6 +139,7 @@ class AutoregressiveSession:
         tokens: (B, count) ids so far.
     """
 
+    # Tensors that outlive a step are made here, outside of inference mode, so that callers may train on the tokens.
     @torch.no_grad()
     def __init__(
         self, model: AutoregressiveGenerator, condition: Condition, options: DecodingOptions, draws: Draws | None
@@ -143,16 +150,15 @@ class AutoregressiveSession:
         self.model, self.options = model, options
         self.scales = options.guidance_scales(length)
         self.guided = options.guided
-        rows = condition.with_null() if self.guided else condition
-        self.mask = model.attention_mask(rows, model.condition_length + length)
-        self.cache = model.new_cache(len(rows), model.condition_length + length)
+        self.rows = condition.with_null() if self.guided else condition
+        self.cache = model.new_cache(len(self.rows), model.condition_length + length)
         self.uniforms = None if draws is None else draws["ids"].to(device)
         self._tokens = torch.zeros(batch, length, dtype=torch.int64, device=device)
         self._positions = torch.arange(length, device=device).expand(batch, length)
         self._valid = torch.ones(batch, 1, dtype=torch.bool, device=device)
         self.count = 0
         self._fed = 0  # how many of the tokens are in the cache
-        self._logits = self._advance(model.embed_condition(rows))
+        self._logits = self._advance(model.embed_condition(self.rows))
 
     @property
     def tokens(self) -> Tensor:
@@ -175,7 +181,7 @@ class AutoregressiveSession:
         self._tokens[:, self.count : stop] = ids
         self.count = stop
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def generate(self, num_tokens: int | None = None) -> Iterator[TokenChunk]:
         """Generate the next ids, one chunk of (B, 1) per position."""
         left = self._tokens.shape[1] - self.count
@@ -200,15 +206,16 @@ class AutoregressiveSession:
             self._fed = self.count
         return self._logits
 
+    @torch.inference_mode()
     def _advance(self, x: Tensor) -> Tensor:
+        """Logits (R, V) that follow the embeddings x (R, n, D) of the next n positions."""
         start = self.cache.length
         hidden = self.model.transform(x, start, self._mask(start, start + x.shape[1]), self.cache)
         return self.model.head(hidden[:, -1])
 
     def _mask(self, start: int, stop: int) -> Tensor | None:
-        """The mask rows of sequence positions [start, stop) over all positions before stop."""
-        if self.mask is not None:
-            return self.mask[:, :, start:stop, :stop]
-        if start == 0 or stop - start == 1:
-            return None
+        """What sequence positions [start, stop) see of the first ``stop``; None where that is all, or plainly causal."""
+        mask = self.model.attention_mask(self.rows, start, stop)
+        if mask is not None or start == 0 or stop - start == 1:
+            return mask
         return torch.ones(stop - start, stop, dtype=torch.bool, device=self._tokens.device).tril(start)

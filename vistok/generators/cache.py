@@ -19,13 +19,13 @@ class LayerCache:
         Raises:
             ValueError: the cache is full.
         """
-        stop = self.length + key.shape[2]
-        if stop > self._key.shape[2]:
-            raise ValueError(f"the cache holds {self._key.shape[2]} positions, {stop} were asked for")
-        self._key[:, :, self.length : stop] = key
-        self._value[:, :, self.length : stop] = value
-        self.length = stop
-        return self._key[:, :, :stop], self._value[:, :, :stop]
+        start, count = self.length, key.shape[2]
+        if start + count > self._key.shape[2]:
+            raise ValueError(f"the cache holds {self._key.shape[2]} positions, {start + count} were asked for")
+        self._key.narrow(2, start, count).copy_(key)
+        self._value.narrow(2, start, count).copy_(value)
+        self.length = start + count
+        return self._key.narrow(2, 0, self.length), self._value.narrow(2, 0, self.length)
 
     def shift(self, x: Tensor) -> Tensor:
         """x (R, n, D) delayed by one position: row i becomes x[i - 1], row 0 the last x of the previous call."""

@@ -223,14 +223,14 @@ class Llama(AutoregressiveGenerator):
     def embed_tokens(self, ids: Tensor, start: int) -> Tensor:
         return self.token_embedding(ids)
 
-    def attention_mask(self, condition: Condition, length: int) -> Tensor | None:
+    def attention_mask(self, condition: Condition, start: int, stop: int) -> Tensor | None:
         """Causal, without the caption's padding; each position sees itself, so that no row is empty."""
         if condition.mask is None:
             return None
-        causal = torch.ones(length, length, dtype=torch.bool, device=condition.mask.device).tril()
-        visible = nn.functional.pad(condition.mask, (0, length - self.condition_length), value=True)  # (R, length)
-        itself = torch.eye(length, dtype=torch.bool, device=causal.device)
-        return causal & visible[:, None, None] | itself  # (R, 1, length, length)
+        visible = nn.functional.pad(condition.mask, (0, max(stop - self.condition_length, 0)), value=True)[:, :stop]
+        queries, keys = (torch.arange(first, stop, device=visible.device) for first in (start, 0))
+        offset = queries[:, None] - keys  # (stop - start, stop)
+        return (offset > 0) & visible[:, None, None] | (offset == 0)  # (R, 1, stop - start, stop)
 
     def transform(self, x: Tensor, start: int, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         x, rotation = self.dropout(x), self.rotation(start, start + x.shape[1])
@@ -241,7 +241,7 @@ class Llama(AutoregressiveGenerator):
     def head(self, hidden: Tensor) -> Tensor:
         return self.output(self.norm(hidden)).float()
 
-    def new_cache(self, rows: int, length: int) -> KVCache:
+    def new_cache(self, rows: int, length: int, device: torch.device | str | None = None) -> KVCache:
         attention, weight = self.blocks[0].attn, self.output.weight
         return KVCache(
             len(self.blocks),
@@ -250,7 +250,7 @@ class Llama(AutoregressiveGenerator):
             length,
             attention.head_dim,
             dtype=weight.dtype,
-            device=weight.device,
+            device=device or weight.device,
         )
 
     @classmethod

@@ -73,7 +73,7 @@ def filter_logits(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, t
     """
     logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
-        threshold = logits.topk(top_k, dim=-1).values[..., -1:]
+        threshold = logits.topk(top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
         logits = logits.masked_fill(logits < threshold, -torch.inf)
     if top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)

@@ -138,12 +138,13 @@ class ViTVQGANGPT(AutoregressiveGenerator):
     def embed_tokens(self, ids: Tensor, start: int) -> Tensor:
         return self.token_embedding(ids) + self.token_positions[:, start : start + ids.shape[1]]
 
-    def attention_mask(self, condition: Condition, length: int) -> Tensor | None:
-        if self.condition_length == 1:
+    def attention_mask(self, condition: Condition, start: int, stop: int) -> Tensor | None:
+        """Causal, but condition tokens see each other; None where that makes no difference."""
+        if self.condition_length == 1 or start >= self.condition_length:
             return None
-        mask = torch.ones(length, length, dtype=torch.bool, device=self.token_positions.device).tril()
-        mask[: self.condition_length, : self.condition_length] = True
-        return mask[None, None]
+        queries, keys = (torch.arange(first, stop, device=self.token_positions.device) for first in (start, 0))
+        last_seen = queries.clamp(min=self.condition_length - 1)
+        return (keys <= last_seen[:, None])[None, None]
 
     def transform(self, x: Tensor, start: int, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         for block, memory in zip(self.blocks, cache.layers if cache else [None] * len(self.blocks)):
@@ -153,7 +154,7 @@ class ViTVQGANGPT(AutoregressiveGenerator):
     def head(self, hidden: Tensor) -> Tensor:
         return self.output(self.norm(hidden)).float()
 
-    def new_cache(self, rows: int, length: int) -> KVCache:
+    def new_cache(self, rows: int, length: int, device: torch.device | str | None = None) -> KVCache:
         attention, weight = self.blocks[0].attn, self.output.weight
         return KVCache(
             len(self.blocks),
@@ -163,7 +164,7 @@ class ViTVQGANGPT(AutoregressiveGenerator):
             attention.head_dim,
             shift_dim=weight.shape[1],
             dtype=weight.dtype,
-            device=weight.device,
+            device=device or weight.device,
         )
 
     @classmethod

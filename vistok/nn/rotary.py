@@ -69,6 +69,10 @@ def grid_positions(grid: tuple[int, ...]) -> Tensor:
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Rotate the channel pairs of x (..., N, head_dim), computed in float32 and cast back."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = rotation
-    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2).type_as(x)
+    pairs, (cos, sin) = x.float().unflatten(-1, (-1, 2)), rotation
+    if torch.compiler.is_compiling():  # compilers fuse real products, but not complex ones
+        even, odd = pairs.unbind(-1)
+        rotated = torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1)
+    else:  # one product instead of six: what counts for a single token
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+    return rotated.flatten(-2).type_as(x)
