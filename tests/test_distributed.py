@@ -2,30 +2,84 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tiny_runs import GAN, tokenizer_config
 
-from vistok.config import save_config
+import vistok
+from vistok.config import ConfigError, save_config
 from vistok.train import train
 from vistok.train.monitor import read_metrics
 
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version=2", "--num_processes=2")
 
-def test_two_processes_train_like_one(tmp_path, monkeypatch):
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> Path:
+    """The run on one process."""
+    return train(config(tmp_path_factory.mktemp("one") / "run"))
+
+
+def config(folder: Path, **training) -> dict:
     # No batch statistics; the adaptive weight is a ratio of local gradients, so it is left out.
     gan = GAN | {"balance": "fixed", "discriminator": {"name": "patchgan", "width": 4, "layers": 1, "norm": "none"}}
-    config = tokenizer_config(tmp_path / "one", losses={"gan": gan}, training={"gradient_accumulation_steps": 2})
-    one = train(config)
-    config["output_dir"] = str(tmp_path / "two")
-    config["data"]["batch_size"] //= 2
-    save_config(config, tmp_path / "two.yaml")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "vistok"]
-    done = subprocess.run([*launch, "train", str(tmp_path / "two.yaml")], capture_output=True, text=True, timeout=300)
+    return tokenizer_config(folder, losses={"gan": gan}, training={"gradient_accumulation_steps": 2, **training})
+
+
+def launch(launcher: tuple[str, ...], folder: Path, *options: str, **training) -> None:
+    """Train on two processes, half the batch on each."""
+    halved = config(folder, **training)
+    halved["data"]["batch_size"] //= 2
+    save_config(halved, folder.with_suffix(".yaml"))
+    command = [*launcher, "-m", "vistok", "train", str(folder.with_suffix(".yaml")), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    curves = [read_metrics(folder / "metrics.jsonl") for folder in (one, tmp_path / "two")]
-    for name in ("loss", "d_loss", "psnr", "codebook_usage"):
+
+
+def assert_same_curves(one: Path, two: Path) -> None:
+    curves = [read_metrics(folder / "metrics.jsonl") for folder in (one, two)]
+    assert len(curves[0]) == len(curves[1])
+    for name in ("loss", "d_loss", "psnr", "grad_norm", "codebook_usage"):
         ours, theirs = ([row[name] for row in rows if name in row] for rows in curves)
         assert theirs == pytest.approx(ours, rel=1e-4), name
+
+
+def test_two_processes_train_like_one(tmp_path, one):
+    launch(TORCHRUN, tmp_path / "two")
+    assert_same_curves(one, tmp_path / "two")
+
+
+def test_fsdp2_trains_saves_resumes_and_exports_one_file(tmp_path, one):
+    launch(ACCELERATE, tmp_path / "two", save_every=2)
+    assert_same_curves(one, tmp_path / "two")
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-0000006")
+    launch(TORCHRUN, tmp_path / "two", "--resume", save_every=2, parallel="fsdp2", activation_checkpointing=True)
+    assert_same_curves(one, tmp_path / "two")
+    exported = tmp_path / "two" / "tokenizer"
+    assert sorted(path.name for path in exported.iterdir()) == ["config.json", "model.safetensors"]
+    whole = load_file(one / "tokenizer" / "model.safetensors")
+    for key, tensor in load_file(exported / "model.safetensors").items():
+        assert torch.allclose(tensor, whole[key], atol=1e-5), key
+    assert vistok.load(exported).reconstruct(torch.zeros(1, 1, 16, 16)).isfinite().all()
+
+
+def test_fsdp2_refuses_what_it_cannot_do(tmp_path):
+    adaptive = tokenizer_config(tmp_path / "run", losses={"gan": GAN}, training={"parallel": "fsdp2"})
+    with pytest.raises(ConfigError, match=r"balance=adaptive .* FSDP2"):
+        train(adaptive)

@@ -98,25 +98,75 @@ def train(
         typer.Argument(metavar="KEY=VALUE", help="Changes to it: data.root=photos/ optimizer.lr=2e-4"),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what it would take, and show the first batch.")
+    ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Only time a few steps, and write a torch profiler trace.")
+    ] = False,
 ) -> None:
     """Train a tokenizer on images, or a generator on the tokens of one.
 
     The config says what is trained, on what, and in which folder (output_dir) the run goes.
 
-    On several GPUs: accelerate launch -m vistok train …
+    On several GPUs: accelerate launch -m vistok train … (add --use_fsdp --fsdp_version 2 to shard the model), or
+    torchrun -m vistok train …
     """
+    if resume + dry_run + profile > 1:
+        raise typer.BadParameter("--resume, --dry-run and --profile exclude each other")
     from vistok.config import load_config
+
+    values = load_config(config, overrides or ())
+    if dry_run:
+        _dry_run(values)
+    elif profile:
+        _profile(values)
+    else:
+        _train(values, resume)
+
+
+def _train(config: dict[str, Any], resume: bool) -> None:
     from vistok.train import TrainingInterrupted
     from vistok.train import train as run
 
     try:
-        folder = run(load_config(config, overrides or ()), resume=resume)
+        folder = run(config, resume=resume)
     except TrainingInterrupted as stop:
         errors.print(escape(str(stop)))
         # A scheduler's SIGTERM was served; after Ctrl-C a shell must not go on to its next command.
         raise typer.Exit(0 if stop.signal == signal.SIGTERM else 130) from stop
     if os.environ.get("RANK", "0") == "0":
         output.print(f"The run is in {escape(str(folder))}")
+
+
+def _dry_run(config: dict[str, Any]) -> None:
+    from vistok.train.preview import preview
+
+    found = preview(config)
+    table = Table("dry run", "", box=SIMPLE, show_header=False)
+    for name, count in found.parameters.items():
+        table.add_row(f"parameters of the {name}", f"{count:,}")
+    for purpose, size in found.memory.items():
+        table.add_row(f"memory for {purpose}{' (estimate)' * (purpose == 'activations')}", _bytes(size))
+    table.add_row("memory per device (estimate)", _bytes(sum(found.memory.values())))
+    table.add_row(f"{found.unit} per epoch", f"{found.units_per_epoch:,}")
+    table.add_row("samples per step", f"{found.batch_size:,}")
+    table.add_row("steps", f"{found.steps:,} ({found.epochs:.3g} epochs)")
+    _print_table(table)
+    output.print(f"The first batch is in {escape(str(found.picture))}; nothing was trained")
+
+
+def _profile(config: dict[str, Any]) -> None:
+    from vistok.train.profile import profile
+
+    found = profile(config)
+    table = Table("per step", "ms", "share", box=SIMPLE)
+    for phase, seconds in found.seconds.items():
+        table.add_row(phase, f"{1000 * seconds:.1f}", f"{seconds / found.step_seconds:.0%}")
+    table.add_row("step", f"{1000 * found.step_seconds:.1f}", "100%")
+    _print_table(table)
+    unit = found.unit.removesuffix("_per_second")
+    output.print(f"{found.units_per_second:,.0f} {unit}/s; the trace is in {escape(str(found.trace))}")
 
 
 @app.command()
@@ -471,3 +521,7 @@ def _print_table(table: Table) -> None:
 
 def _short(count: int) -> str:
     return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -32,7 +32,7 @@ def open_accelerator(run: RunConfig, folder: Path):
     return Accelerator(
         cpu=not torch.accelerator.is_available(),  # several CPU processes are found only if this is said
         mixed_precision=run.training.mixed_precision,
-        log_with=list(run.training.trackers),
+        log_with=list(run.training.trackers) or None,
         project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "tensorboard")),
     )
 

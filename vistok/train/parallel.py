@@ -34,8 +34,8 @@ def wants_fsdp2(run: RunConfig) -> bool:
 
 
 def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """The units that a model repeats: outermost modules whose class is called ...Block, as all systems name theirs."""
-    if type(model).__name__.endswith("Block"):
+    """The units that a model repeats: outermost modules whose class is called ...Block (diffusers: ...Block2D)."""
+    if type(model).__name__.removesuffix("2D").endswith("Block"):
         return [model]
     return [block for child in model.children() for block in repeated_blocks(child)]
 

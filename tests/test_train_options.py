@@ -1,0 +1,165 @@
+"""What ``vistok train`` can do besides training, and options of the loop that must not change the numbers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from PIL import Image
+from test_train import losses_of
+from tiny_models import labels, names, pixels, tiny, token_ids
+from tiny_runs import GAN, generator_config, tokenizer_config, write_tokens
+
+from vistok.cli import main
+from vistok.config import ConfigError, save_config
+from vistok.draws import Keys
+from vistok.nn.conv import ResBlock
+from vistok.tokenizers.base import Tokenizer
+from vistok.train import train
+from vistok.train.parallel import checkpoint_activations
+from vistok.train.preview import preview
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    return write_tokens(tmp_path_factory.mktemp("tokens") / "cache")
+
+
+@pytest.mark.parametrize("stage", ["tokenizer", "generator"])
+def test_activation_checkpointing_keeps_the_losses(tmp_path, tokens, stage):
+    def run(name: str, on: bool):
+        training = {"activation_checkpointing": on, "max_steps": 4}
+        if stage == "tokenizer":
+            return train(tokenizer_config(tmp_path / name, training=training))
+        return train(generator_config(tmp_path / name, tokens, training=training))  # with dropout
+
+    assert losses_of(run("on", True)) == losses_of(run("off", False))
+
+
+def test_activation_checkpointing_recomputes_blocks():
+    calls = []
+    model = torch.nn.Sequential(ResBlock(8, 8, norm_groups=4), torch.nn.Conv2d(8, 8, 1))
+    model[0].conv1.register_forward_hook(lambda *_: calls.append(1))
+    checkpoint_activations(model)
+    model(torch.zeros(1, 8, 4, 4)).sum().backward()
+    assert len(calls) == 2
+    with torch.no_grad():
+        model(torch.zeros(1, 8, 4, 4))
+    assert len(calls) == 3
+    with pytest.raises(ConfigError, match="Linear has no repeated blocks"):
+        checkpoint_activations(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("name", [*names("tokenizer"), *names("generator")])
+def test_activation_checkpointing_of_every_model(name):
+    def gradients(on: bool) -> list[torch.Tensor]:
+        model = tiny(name).train()
+        if on:
+            checkpoint_activations(model)
+        torch.manual_seed(0)
+        draws = model.training_draws(Keys.range(0, 3))
+        if isinstance(model, Tokenizer):
+            output = model(pixels(model), step=0, draws=draws)
+            loss = sum(term.mean() for term in output.losses.values())
+            loss = loss + (output.reconstruction.square().mean() if output.reconstruction is not None else 0)
+        else:
+            spec = model.spec
+            tokens = token_ids(model) if spec.discrete else Keys.range(0, 3).normal("x", spec.length, spec.dim)
+            loss = model(tokens, labels(0, 1, 2), draws=draws).loss
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return [loss, *torch.autograd.grad(loss, trained, allow_unused=True)]
+
+    for plain, recomputed in zip(gradients(False), gradients(True), strict=True):
+        assert (plain is None) == (recomputed is None)
+        assert plain is None or torch.equal(plain, recomputed)
+
+
+def test_dry_run_says_what_training_would_take(tmp_path, capsys):
+    config = tokenizer_config(tmp_path / "run", losses={"gan": GAN}, training={"gradient_accumulation_steps": 2})
+    found = preview(config)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.first-batch.png"]
+    assert Image.open(found.picture).size == (4 * 18 - 2, 4 * 18 - 2)  # 16 images of 16 pixels
+    assert (found.samples_per_epoch, found.units_per_epoch, found.batch_size) == (1433, 1433, 32)
+    assert found.epochs == pytest.approx(6 * 32 / 1433)
+    assert found.memory["gradients"] == 4 * sum(found.parameters.values())
+    assert found.memory["optimizer"] == 2 * found.memory["gradients"]
+    assert found.memory["averaged weights"] >= 4 * found.parameters["model"]
+    less = preview(config | {"training": config["training"] | {"activation_checkpointing": True, "ema_decay": 0.0}})
+    assert 0 < less.memory["activations"] < found.memory["activations"]
+    assert less.memory["averaged weights"] == 0
+    save_config(config, tmp_path / "run.yaml")
+    main_exits(["train", str(tmp_path / "run.yaml"), "--dry-run"], 0)
+    printed = capsys.readouterr().out
+    assert f"{found.parameters['model']:,}" in printed
+    assert "run.first-batch.png" in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_of_a_generator_decodes_its_tokens(tmp_path, tokens):
+    found = preview(generator_config(tmp_path / "run", tokens))
+    assert (found.samples_per_epoch, found.units_per_epoch, found.unit) == (200, 800, "tokens")
+    assert Image.open(found.picture).size == (70, 70)
+    assert not (tmp_path / "run").exists()
+
+
+def test_activations_grow_with_the_batch(tmp_path):
+    small, large = (
+        preview(tokenizer_config(tmp_path / "run", data={"batch_size": size})).memory["activations"] for size in (8, 16)
+    )
+    assert large == 2 * small
+
+
+def test_profile_writes_a_trace_and_a_summary(tmp_path, capsys):
+    save_config(tokenizer_config(tmp_path / "run"), tmp_path / "run.yaml")
+    main_exits(["train", str(tmp_path / "run.yaml"), "--profile"], 0)
+    printed = capsys.readouterr().out
+    for phase in ("data wait", "forward", "backward", "optimizer", "images/s"):
+        assert phase in printed
+    events = json.loads((tmp_path / "run.trace.json").read_text())["traceEvents"]
+    assert sum(event.get("name") == "step" and event.get("cat") == "user_annotation" for event in events) == 5
+    assert not (tmp_path / "run").exists()
+
+
+def test_modes_exclude_each_other(tmp_path):
+    save_config(tokenizer_config(tmp_path / "run"), tmp_path / "run.yaml")
+    main_exits(["train", str(tmp_path / "run.yaml"), "--profile", "--dry-run"], 2)
+
+
+def main_exits(arguments: list[str], code: int) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert (ended.value.code or 0) == code
+
+
+def test_a_tracker_that_is_not_installed(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
+    with pytest.raises(ConfigError, match=r"wandb is not installed; pip install 'vistok\[wandb\]'"):
+        train(tokenizer_config(tmp_path / "run", training={"trackers": ["wandb"]}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    training = {"trackers": ["tensorboard", "wandb"], "max_steps": 2}
+    folder = train(tokenizer_config(tmp_path / "run", training=training))
+    assert list((folder / "wandb").rglob("*.wandb"))
+    assert list((folder / "tensorboard").rglob("events*"))
+
+
+def test_no_tracker(tmp_path):
+    folder = train(tokenizer_config(tmp_path / "run", training={"trackers": [], "max_steps": 1}))
+    assert not (folder / "tensorboard").exists()
+    assert (folder / "metrics.jsonl").exists()
