@@ -189,7 +189,8 @@ class NpzImages:
                 if len(data) < rows * bytes_per_image:
                     raise ImageError(f"{self.source} ends within image {first + len(data) // bytes_per_image}")
                 pixels = np.frombuffer(bytearray(data), np.uint8).reshape(rows, height, width, 3)
-                yield torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (B, 3, H, W)
+                # Contiguous, so that the same images give the same features to the last bit wherever they come from.
+                yield torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()  # (B, 3, H, W)
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], str, np.dtype]:
@@ -218,7 +219,7 @@ class TensorImages:
                 pixels = to_uint8(pixels)
             except ValueError as error:
                 raise ImageError(str(error)) from error
-        self.pixels = pixels.expand(-1, 3, -1, -1).cpu()  # grey becomes RGB
+        self.pixels = pixels.expand(-1, 3, -1, -1).cpu().contiguous()  # grey becomes RGB
         self.count = len(pixels)
         self.size = (pixels.shape[2], pixels.shape[3])
 

@@ -2,31 +2,60 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from vistok.data.pictures import grid
-from vistok.report import (
-    code,
-    definitions,
-    details,
-    figure,
-    gallery,
-    page,
-    paragraph,
-    section,
-    table,
-    warnings,
-    write_page,
-)
+from vistok.report import Block, Commands, Paragraph, Picture, Section
+from vistok.report import write_report as write_page
 
 REPORT_FILE = "report.html"
 LOWER_IS_BETTER = ("fid", "clean_fid", "fd_dinov2", "frechet_distance", "sfid", "kid", "kernel_distance", "clean_kid")
-SMALL = 96  # images below this side are shown enlarged
+GRID_WIDTH = 420  # CSS pixels of a grid of samples
+
+
+@dataclass(frozen=True)
+class Table(Block):
+    """Rows with the same keys, which head the columns; numbers are aligned right, None is a dash."""
+
+    rows: Sequence[Mapping[str, Any]]
+
+    def html(self) -> str:
+        numeric = {key for key in self.rows[0] if all(isinstance(row[key], int | float | None) for row in self.rows)}
+        head = "".join(f"<th{_class(key in numeric)}>{escape(key)}</th>" for key in self.rows[0])
+        body = "\n".join(self._row(row, numeric) for row in self.rows)
+        return f'<div class="scroll"><table>\n<tr>{head}</tr>\n{body}\n</table></div>'
+
+    @staticmethod
+    def _row(row: Mapping[str, Any], numeric: set[str]) -> str:
+        cells = (f"<td{_class(key in numeric)}>{escape(_text(value))}</td>" for key, value in row.items())
+        return f"<tr>{''.join(cells)}</tr>"
+
+
+@dataclass(frozen=True)
+class Notes(Block):
+    """What the reader has to know before comparing."""
+
+    texts: Sequence[str]
+
+    def html(self) -> str:
+        return "<ul>" + "\n".join(f"<li>{escape(text)}</li>" for text in self.texts) + "</ul>"
+
+
+@dataclass(frozen=True)
+class Folded(Block):
+    """A block that the reader opens by its title."""
+
+    title: str
+    block: Block
+
+    def html(self) -> str:
+        return f"<details><summary>{escape(self.title)}</summary>\n{self.block.html()}\n</details>"
 
 
 def write_report(result: Mapping[str, Any], previews: Sequence[Sequence[Image.Image]], folder: str | Path) -> Path:
@@ -35,29 +64,36 @@ def write_report(result: Mapping[str, Any], previews: Sequence[Sequence[Image.Im
     Args:
         previews: some images of every run.
     """
-    runs = result["runs"]
-    plan = result["benchmark"]
-    lead = (
-        f"{plan['num_images']:,} images per guidance scale, labels {plan['labels']}, seed {plan['seed']}, "
-        f"protocol {result['protocol']}, against {runs[0]['reference']['source']}"
-    )
+    runs, plan = result["runs"], result["benchmark"]
     notes = list(dict.fromkeys(note for run in runs for note in run["warnings"]))
-    sections = [
-        section("Scores", table([_score_row(run) for run in runs]), _best(runs)),
-        *([section("Guidance", figure(_curves(runs), "scores over the guidance scale"))] if len(runs) > 1 else []),
-        *([section("Read these before comparing", warnings(notes))] if notes else []),
-        section("Samples", gallery(_grid(run, images) for run, images in zip(runs, previews))),
-        section("Classes", *(_classes(run) for run in runs if "classes" in run)) if "classes" in runs[0] else "",
-        section("How to repeat it", *_repeat(result)),
-    ]
+    best = _best(runs)
+    sections = [Section("Scores", [Table([_score_row(run) for run in runs]), *([Paragraph(best)] if best else [])])]
+    if len(runs) > 1:
+        curves = Picture(_curves(runs), "Every score over the guidance scale.", "curves over the guidance scale", 0.5)
+        sections.append(Section("Guidance", [curves]))
+    if notes:
+        sections.append(Section("Before you compare", [Notes(notes)]))
+    sections.append(Section("Samples", [_grid(run, images) for run, images in zip(runs, previews)]))
+    if "classes" in runs[0]:
+        sections.append(Section("Classes", [_classes(run) for run in runs]))
+    sections.append(Section("How to repeat it", list(_repeat(result))))
     path = Path(folder) / REPORT_FILE
-    write_page(path, page("Generation benchmark", lead, sections))
+    write_page(
+        path,
+        title="Generation benchmark",
+        kicker=f"protocol {result['protocol']}",
+        lead=(
+            f"{plan['num_images']:,} images per guidance scale, labels {plan['labels']}, seed {plan['seed']}, "
+            f"against {runs[0]['reference']['source']}."
+        ),
+        sections=sections,
+    )
     return path
 
 
-def _key(run: Mapping[str, Any]) -> Any:
-    scale = run["guidance_scale"]
-    return tuple(scale) if isinstance(scale, list) else scale
+def _score_row(run: Mapping[str, Any]) -> dict[str, Any]:
+    scores = {name: value for name, value in run["scores"].items() if not name.endswith("_std")}
+    return {"guidance": _scale_text(run)} | scores | {"distinct": run["images"]["distinct"]}
 
 
 def _scale_text(run: Mapping[str, Any]) -> str:
@@ -67,63 +103,87 @@ def _scale_text(run: Mapping[str, Any]) -> str:
     return " to ".join(f"{part:g}" for part in scale) if isinstance(scale, list | tuple) else f"{scale:g}"
 
 
-def _score_row(run: Mapping[str, Any]) -> dict[str, Any]:
-    return {"guidance": _scale_text(run)} | run["scores"] | {"distinct images": run["images"]["distinct"]}
-
-
 def _best(runs: Sequence[Mapping[str, Any]]) -> str:
     name = next((name for name in LOWER_IS_BETTER if name in runs[0]["scores"]), None)
     if len(runs) < 2 or name is None:
         return ""
     best = min(runs, key=lambda run: run["scores"][name])
-    return paragraph(f"The lowest {name} is {best['scores'][name]:.4g}, at guidance {_scale_text(best)}.")
+    return f"The lowest {name} is {best['scores'][name]:.4g}, at guidance {_scale_text(best)}."
 
 
 def _curves(runs: Sequence[Mapping[str, Any]]) -> Image.Image:
-    """One small plot per score over the guidance scale."""
+    """One small plot per score over the guidance scale, two image pixels per CSS pixel."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    ordered = sorted((run for run in runs if not isinstance(_key(run), tuple)), key=_key)
-    names = [name for name in ordered[0]["scores"] if not name.endswith("_std")] if ordered else []
-    columns = min(3, max(1, len(names)))
-    rows = max(1, -(-len(names) // columns))
-    plot = Figure(figsize=(3.4 * columns, 2.4 * rows), layout="constrained")
-    axes = plot.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat[len(names) :]:
+    ordered = sorted((run for run in runs if isinstance(run["guidance_scale"], int | float)), key=_scale)
+    names = [name for name in runs[0]["scores"] if not name.endswith("_std")]
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(7.2, 1.9 * rows), dpi=200, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for name, axis in zip(names, axes):
+        axis.plot([_scale(run) for run in ordered], [run["scores"][name] for run in ordered], "o-", color="#2f5d9b")
+        axis.set_title(name, loc="left", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.grid(color="#eceef1")
+    for axis in axes:  # what is left over
         axis.set_visible(False)
-    for axis, name in zip(axes.flat, names):
-        axis.plot([_key(run) for run in ordered], [run["scores"][name] for run in ordered], "o-", color="#2a78d6")
-        axis.set_title(name, fontsize=10)
-        axis.grid(alpha=0.3)
-        axis.tick_params(labelsize=8)
-    buffer = io.BytesIO()
-    plot.savefig(buffer, format="png", dpi=110)
-    return Image.open(buffer)
+    canvas.draw()
+    return Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
 
 
-def _grid(run: Mapping[str, Any], images: Sequence[Image.Image]) -> str:
-    scale = 2 if images[0].width < SMALL else 1
-    return figure(grid(images), f"first {len(images)} images, guidance {_scale_text(run)}", scale=scale)
+def _scale(run: Mapping[str, Any]) -> float:
+    return run["guidance_scale"]
 
 
-def _classes(run: Mapping[str, Any]) -> str:
+def _grid(run: Mapping[str, Any], images: Sequence[Image.Image]) -> Picture:
+    sheet = grid(images)
+    scale = max(1, GRID_WIDTH // sheet.width) if sheet.width < GRID_WIDTH else GRID_WIDTH / sheet.width
+    text = f"The first {len(images)} images, guidance {_scale_text(run)}."
+    return Picture(sheet, text, text, scale)
+
+
+def _classes(run: Mapping[str, Any]) -> Folded:
+    """Classes that miss the real images come first."""
     rows = sorted(run["classes"], key=lambda row: (row["precision"] is None, row["precision"], row["class"]))
     counts = [row["images"] for row in rows]
     text = f"guidance {_scale_text(run)}: {len(rows):,} classes, {min(counts):,} to {max(counts):,} images each"
-    return details(text, table(rows))
+    return Folded(text, Table(rows))
 
 
-def _repeat(result: Mapping[str, Any]) -> list[str]:
+def _repeat(result: Mapping[str, Any]) -> Iterator[Block]:
+    if result["command"]:
+        yield Commands([result["command"]])
+    yield Paragraph(
+        f"This call generated {result['generated']:,} images in {result['seconds']:,.0f} s, in {result['processes']} "
+        "process(es). Image i of a seed is the same in every one, so the same command gives the same scores."
+    )
     run = result["runs"][0]
-    recorded = {
-        "plan": result["benchmark"],
-        "reference": run["reference"],
-        "settings": run["settings"],
-        "versions": run["versions"],
-    }
-    made = f"This call generated {result['generated']:,} images in {result['seconds']:,.0f} s"
-    return [
-        *([code(result["command"])] if result["command"] else []),
-        paragraph(f"{made}, in {result['processes']} process(es). Image i of a seed is the same in every one."),
-        details("everything that these scores depend on", definitions(recorded)),
-    ]
+    recorded = {"plan": result["benchmark"]} | {name: run[name] for name in ("reference", "settings", "versions")}
+    rows = [{"setting": name, "value": _text(value)} for name, value in _flatten(recorded)]
+    yield Folded("Everything that these scores depend on", Table(rows))
+
+
+def _class(numeric: bool) -> str:
+    return ' class="number"' if numeric else ""
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested values under dotted names."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
