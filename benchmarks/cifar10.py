@@ -32,7 +32,8 @@ def main() -> None:
     tokenizer_run = train_for(config, arguments.minutes, out / "tokenizer", [f"data.root={data}"])
     psnr = test_psnr(tokenizer_run, data)
     say(f"{arguments.tokenizer} after {arguments.minutes:g} minutes: {psnr:.2f} dB")
-    figures = {"tokenizer": arguments.tokenizer, "minutes": arguments.minutes, "psnr": psnr, "psnr_kmeans": floor}
+    figures = {"tokenizer": arguments.tokenizer, "training_seconds": training_seconds(tokenizer_run)}
+    figures |= {"psnr": psnr, "psnr_kmeans": floor}
 
     if arguments.generator_minutes:
         tokens = tokenize_training_images(tokenizer_run, data, out / "tokens")
@@ -42,7 +43,7 @@ def main() -> None:
         real = real_features(instrument, data)
         for name, folder in (("before", untrained), ("after", run)):
             figures |= {f"{key}_{name}": value for key, value in score(instrument, folder, real, arguments.num).items()}
-        figures |= {"generator": arguments.generator, "generator_minutes": arguments.generator_minutes}
+        figures |= {"generator": arguments.generator, "generator_training_seconds": training_seconds(run)}
         figures["samples"] = arguments.num
     say(f"everything is in {out}")
     finish("cifar10", {"psnr_over_kmeans_db": psnr - floor}, figures)
@@ -112,6 +113,12 @@ def train_for(config: Path, minutes: float, out: Path, overrides: list[str], tri
     steps = max(int(60 * minutes / seconds), 1)
     say(f"{config.stem}: {seconds:.3f} s per step, {steps} steps")
     return train_steps(config, steps, out, overrides)
+
+
+def training_seconds(run: Path) -> float:
+    from vistok.train.monitor import read_metrics
+
+    return read_metrics(run / "metrics.jsonl")[-1]["seconds"]
 
 
 def test_psnr(run: Path, data: Path) -> float:
