@@ -211,7 +211,7 @@ class FlexTok(Tokenizer):
     def _check_vae(self) -> None:
         if not self._vae_loaded:
             raise CheckpointError(
-                "the autoencoder of this FlexTok has no weights: give the folder or hub id of a diffusers AutoencoderKL as "
+                "the autoencoder of this FlexTok has no weights: give a diffusers AutoencoderKL (folder or hub id) as "
                 "model.vae_weights=…, or load a whole model (init_from=…, vistok.load)"
             )
 
