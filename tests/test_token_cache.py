@@ -121,8 +121,8 @@ def test_failed_writes_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(ValueError, match="no samples were written"), TokenWriter(tmp_path / "a", asdict(SPEC), "abc"):
         pass
 
-    def full_disk(path, array):
-        Path(path).write_bytes(b"half")
+    def full_disk(file, array):
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "save", full_disk)

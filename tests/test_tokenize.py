@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,15 @@ import torch
 from PIL import Image
 
 import vistok
-from vistok.data import Affine, DataConfig, TokenCache, augmented_view_loader, evaluation_loader, open_source
+from vistok.data import (
+    Affine,
+    DataConfig,
+    TokenCache,
+    TokenCacheError,
+    augmented_view_loader,
+    evaluation_loader,
+    open_source,
+)
 from vistok.data.transforms import center_crop_adm, ten_crop, to_pixels
 from vistok.tokenizers.llamagen_vq import LlamaGenVQ
 from vistok.tokenizers.vit_vqgan import ViTVQGAN
@@ -181,3 +192,75 @@ def test_few_damaged_images_are_left_out_of_every_view(photos, tmp_path, caplog)
         cache = tokenize(tiny_tokenizer(), data, tmp_path / "tokens", augmentation="random:2")
     assert len(cache) == 119
     assert "more-000.png" in caplog.text
+
+
+def same_files(one: Path, other: Path) -> bool:
+    names = sorted(path.relative_to(one) for path in one.rglob("*") if path.is_file())
+    assert names == sorted(path.relative_to(other) for path in other.rglob("*") if path.is_file())
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr("vistok.train.tokenize.SHARD_SIZE", 4)
+
+
+def interrupt_at(patch, count: int) -> None:
+    """Let the encoder die, once it has seen so many batches."""
+    encode, seen = ViTVQGAN.encode, []
+
+    def dies(self, pixels, **options):
+        seen.append(1)
+        if len(seen) > count:
+            raise KeyboardInterrupt
+        return encode(self, pixels, **options)
+
+    patch.setattr(ViTVQGAN, "encode", dies)
+
+
+def test_a_killed_run_goes_on_with_the_shards_it_has(data, tmp_path, small_shards, monkeypatch):
+    tokenizer, data = tiny_tokenizer(), dataclasses.replace(data, affine=Affine(translate=0.3))
+    tokenize(tokenizer, data, tmp_path / "whole", augmentation="random:2")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 6)  # two batches of two views, each, make a shard
+        with pytest.raises(KeyboardInterrupt):
+            tokenize(tokenizer, data, tmp_path / "part", augmentation="random:2")
+    assert not (tmp_path / "part").exists()
+    left = tmp_path / "part.unfinished"
+    assert (left / "labels-00000.npy").exists()
+    (left / ".tokens-00001.npy.x.partial").write_bytes(b"half")
+    with pytest.raises(FileExistsError, match="did not finish; go on with --resume"):
+        tokenize(tokenizer, data, tmp_path / "part", augmentation="random:2")
+    with pytest.raises(TokenCacheError, match=r"begun with another augmentation \('random:2', now 'flip'\)"):
+        tokenize(tokenizer, data, tmp_path / "part", augmentation="flip", resume=True)
+    other = tiny_tokenizer(codebook_embed_dim=8)
+    with pytest.raises(TokenCacheError, match="begun with another tokenizer"):
+        tokenize(other, data, tmp_path / "part", augmentation="random:2", resume=True)
+    first = (left / "tokens-00000.npy").stat().st_mtime_ns
+    faster = dataclasses.replace(data, batch_size=2, num_workers=1)
+    tokenize(tokenizer, faster, tmp_path / "part", augmentation="random:2", resume=True)
+    assert (tmp_path / "part" / "tokens-00000.npy").stat().st_mtime_ns == first
+    assert same_files(tmp_path / "part", tmp_path / "whole")
+    assert not left.exists()
+
+
+def test_nothing_to_resume(data, tmp_path):
+    with pytest.raises(TokenCacheError, match="nothing to resume"):
+        tokenize(tiny_tokenizer(), data, tmp_path / "tokens", resume=True)
+
+
+def test_two_processes_write_what_one_writes(data, tmp_path, small_shards):
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    tokenize(tokenizer, data, tmp_path / "one", augmentation="flip")
+    program = "import vistok.train.tokenize as t; t.SHARD_SIZE = 4; from vistok.cli import main; main()"
+    (tmp_path / "program.py").write_text(program)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    arguments = ["tokenize", str(tmp_path / "tokenizer"), f"data.root={data.root}", "--augmentation", "flip"]
+    command = [*launch, str(tmp_path / "program.py"), *arguments, "--out", str(tmp_path / "two")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(vistok.__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("10 images in 2 views each") == 1
+    assert same_files(tmp_path / "one", tmp_path / "two")
+    assert len(list((tmp_path / "two").glob("tokens-*.npy"))) == 3

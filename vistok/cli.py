@@ -184,16 +184,24 @@ def tokenize(
             "crops of it; or random:K, K of those that training would see."
         ),
     ] = "none",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
     device: Device = None,
 ) -> None:
-    """Turn images into a cache of tokens, which generators train on."""
+    """Turn images into a cache of tokens, which generators train on.
+
+    On several GPUs, or in several processes: torchrun --nproc_per_node=8 -m vistok tokenize …
+    """
+    from vistok.eval.processes import Processes
     from vistok.pipelines import choose_device, load_tokenizer
     from vistok.runs import data_of_run
     from vistok.train.tokenize import tokenize as write_cache
 
-    tokenizer = load_tokenizer(run).to(choose_device(device))
+    processes = Processes.join()
+    tokenizer = load_tokenizer(run).to(choose_device(device) if device else processes.device())
     data = data_of_run(run, overrides or (), image_shape=tokenizer.image_shape)
-    cache = write_cache(tokenizer, data, out, augmentation=augmentation)
+    cache = write_cache(tokenizer, data, out, augmentation=augmentation, resume=resume, processes=processes)
+    if not processes.is_first:
+        return
     views = f" in {cache.views} views each" if cache.views > 1 else ""
     output.print(f"{len(cache):,} images{views}, {cache.spec['length']} tokens per image, are in {escape(str(out))}")
 
@@ -250,13 +258,27 @@ def reconstruct(
     out: Annotated[Path, typer.Option(help="PNG file: originals over their reconstructions.")] = Path(
         "reconstruction.png"
     ),
+    tokens: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K,K,…",
+            help="Decode from the first K tokens, for each K, such as 1,2,4,256: a row of pictures per image.",
+        ),
+    ] = None,
     device: Device = None,
 ) -> None:
     """Encode and decode images, and look at what is lost."""
     from vistok.pipelines import choose_device, load_tokenizer
-    from vistok.samples import reconstruct_files
+    from vistok.samples import reconstruct_files, reconstruct_prefixes
 
     tokenizer = load_tokenizer(run).to(choose_device(device))
+    if tokens is not None:
+        lengths = _numbers(tokens, "--tokens")
+        for image, decibels in zip(images, reconstruct_prefixes(tokenizer, images, lengths, out), strict=True):
+            scores = ", ".join(f"{value:.2f} dB at {length}" for length, value in zip(lengths, decibels))
+            output.print(f"{escape(str(image))}  PSNR {scores}")
+        output.print(f"Originals and their reconstructions are in {escape(str(out))}")
+        return
     for image, decibels in zip(images, reconstruct_files(tokenizer, images, out), strict=True):
         output.print(f"{escape(str(image))}  PSNR {decibels:.2f} dB")
     output.print(f"Originals over reconstructions are in {escape(str(out))}")
@@ -452,6 +474,14 @@ def _numbers(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
         raise ValueError(f"expected numbers separated by commas, such as 1.0,1.5,2.0; got {text!r}") from error
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    """The integers of "1,2,4"."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise ValueError(f"{option} takes whole numbers with commas between them, such as 1,2,4; got {text!r}")
+    return [int(part) for part in parts]
 
 
 def _print_scores(result: dict[str, Any]) -> None:

@@ -12,7 +12,8 @@ from vistok.data.loader import (
 )
 from vistok.data.order import SequentialOrder, ShuffledOrder
 from vistok.data.sources import ImageSource, UnreadableImageError, open_source
-from vistok.data.tokens import TokenBatch, TokenBatches, TokenCache, TokenCacheError, TokenWriter, token_loader
+from vistok.data.token_writer import TokenWriter
+from vistok.data.tokens import TokenBatch, TokenBatches, TokenCache, TokenCacheError, token_loader
 from vistok.data.transforms import ImageTransform, center_crop_adm, ten_crop, to_pixels
 
 __all__ = [

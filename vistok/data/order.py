@@ -69,7 +69,63 @@ class SequentialOrder:
         return [np.arange(start, min(start + self.batch_size, self.length)) for start in starts]
 
 
-Order = ShuffledOrder | SequentialOrder
+@dataclass(frozen=True)
+class ResampledOrder:
+    """Training on samples drawn with replacement, anew in every epoch; whole batches only.
+
+    Raises:
+        ValueError: there are too few samples for one batch, or ``rank`` is no rank.
+    """
+
+    length: int
+    batch_size: int
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        ShuffledOrder(self.length, self.batch_size, self.seed, self.rank, self.world_size)
+
+    def __len__(self) -> int:
+        """Batches per epoch on each process."""
+        return self.length // (self.batch_size * self.world_size)
+
+    def batches(self, epoch: int) -> np.ndarray:
+        """Indices of this rank's batches, (batches, batch_size) int64."""
+        shape = (len(self), self.world_size, self.batch_size)
+        # Two numbers of 24 bits each reach every sample of any data set.
+        high, low = Keys(self.seed, (0,), step=epoch).uniform("resampled order", 2, *shape)[0].double().numpy()
+        return ((high + low / (1 << 24)) * self.length).astype(np.int64)[:, self.rank]
+
+
+@dataclass(frozen=True)
+class ShardOrder:
+    """Every sample of some shards once, in order; no batch reaches over the end of a shard.
+
+    A shard is ``shard_size`` consecutive samples, the last one what is left; ``shards`` are their numbers.
+    """
+
+    length: int
+    batch_size: int
+    shards: tuple[int, ...]
+    shard_size: int
+    seed: int = 0
+    world_size: int = 1
+
+    def __len__(self) -> int:
+        return len(self.batches(0))
+
+    def batches(self, epoch: int) -> list[np.ndarray]:
+        """Indices of the batches; the same in every ``epoch``."""
+        ends = {shard * self.shard_size: min((shard + 1) * self.shard_size, self.length) for shard in self.shards}
+        return [
+            np.arange(start, min(start + self.batch_size, end))
+            for first, end in ends.items()
+            for start in range(first, end, self.batch_size)
+        ]
+
+
+Order = ShuffledOrder | ResampledOrder | SequentialOrder | ShardOrder
 
 
 def _check_rank(rank: int, world_size: int) -> None:

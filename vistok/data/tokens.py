@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,8 +25,6 @@ from torch import Tensor
 from vistok.data.loader import Failures, Loader
 from vistok.data.order import ShuffledOrder
 from vistok.draws import Keys
-from vistok.files import atomic_folder, write_json
-from vistok.types import to_json
 
 FORMAT = "vistok-tokens-1"
 Content = Literal["tokens", "moments"]
@@ -51,119 +48,12 @@ class TokenCacheError(ValueError):
     """A folder that is no (whole) token cache, or one that another tokenizer made."""
 
 
-class TokenWriter:
-    """Writes a token cache; used as a context manager, it appears whole or not at all.
-
-    Args:
-        folder: must not exist yet.
-        spec: the fields of the tokenizer's TokenSpec (``dataclasses.asdict``).
-        tokenizer_hash: identifies the weights; :meth:`TokenCache.check_tokenizer` compares it.
-        views: tokens of how many augmented versions of each image are written.
-        content: what is written of continuous tokens: latents, or the moments of their posteriors.
-        classes: names in the order of the labels; empty if unconditional.
-        source_fingerprint: of the images, see ``ImageSource.fingerprint``.
-        shard_size: samples per file.
-
-    Attributes:
-        folder: where the cache lies while it is being written; what else is put there becomes part of it.
-
-    Raises:
-        FileExistsError: on entering, if ``folder`` exists.
-        ValueError: on leaving, if nothing was written.
-    """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        spec: Mapping[str, Any],
-        tokenizer_hash: str,
-        *,
-        views: int = 1,
-        content: Content = "tokens",
-        classes: Sequence[str] = (),
-        source_fingerprint: str = "",
-        shard_size: int = 16384,
-    ) -> None:
-        for name, value in (("views", views), ("shard_size", shard_size)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        self._target, self._spec, self._classes = Path(folder), dict(spec), tuple(classes)
-        self._shard_size = shard_size
-        self._shape = (views, *sample_shape(spec, content))
-        self._header = {
-            "format": FORMAT,
-            "tokenizer": tokenizer_hash,
-            "source": source_fingerprint,
-            "spec": to_json(dict(spec)),
-            "views": views,
-            "content": content,
-            "classes": list(classes),
-        }
-        self._tokens: list[np.ndarray] = []
-        self._labels: list[np.ndarray] = []
-        self._shards: list[int] = []
-
-    def __enter__(self) -> TokenWriter:
-        self._stack = ExitStack()
-        self.folder = self._stack.enter_context(atomic_folder(self._target))
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        if exception[0] is not None:
-            self._stack.__exit__(*exception)
-            return
-        with self._stack:  # a failure to finish discards the folder, too
-            self._finish()
-
-    def write(self, tokens: Tensor, labels: Tensor) -> None:
-        """Append samples.
-
-        Args:
-            tokens: (B, V, L) or (B, V, L, depth) ids, or (B, V, L, D) latents, as the spec says; or moments
-                (B, V, L, 2D).
-            labels: (B,) ints; -1 for unconditional samples.
-
-        Raises:
-            ValueError: shapes, ids or labels that do not fit the spec and the classes.
-        """
-        tokens, labels = _to_numpy(tokens), _to_numpy(labels)
-        if tokens.shape[1:] != self._shape or labels.shape != tokens.shape[:1]:
-            raise ValueError(
-                f"expected tokens of shape (B, {', '.join(map(str, self._shape))}) and B labels, "
-                f"got {tokens.shape} and {labels.shape}"
-            )
-        _check_range("token id", tokens, self._spec["codebook_size"])
-        if self._classes:
-            _check_range("label", labels, len(self._classes))
-        elif (labels != -1).any():
-            raise ValueError("labels must be -1 in a cache without class names; pass classes=…")
-        self._tokens.append(tokens.astype(token_dtype(self._spec)))
-        self._labels.append(labels.astype(np.int64))
-        while sum(map(len, self._labels)) >= self._shard_size:
-            self._write_shard(self._shard_size)
-
-    def _write_shard(self, count: int) -> None:
-        tokens, labels = np.concatenate(self._tokens), np.concatenate(self._labels)
-        np.save(self.folder / _shard("tokens", len(self._shards)), tokens[:count])
-        np.save(self.folder / _shard("labels", len(self._shards)), labels[:count])
-        self._shards.append(count)
-        self._tokens, self._labels = [tokens[count:]], [labels[count:]]
-
-    def _finish(self) -> None:
-        rest = sum(map(len, self._labels))
-        if rest:
-            self._write_shard(rest)
-        if not self._shards:
-            raise ValueError(f"no samples were written to {self._target}")
-        write_json(self.folder / "index.json", {**self._header, "shards": self._shards})
-
-
 class TokenCache:
     """Reads a token cache. Nothing is loaded until a batch asks for it.
 
     Attributes:
         spec: the fields of the TokenSpec (lists where it has tuples; TokenSpec takes both).
-        tokenizer_hash, source_fingerprint, views, content, classes: see :class:`TokenWriter`.
+        tokenizer_hash, source_fingerprint, views, content, classes: see :class:`vistok.data.token_writer.TokenShards`.
 
     Raises:
         TokenCacheError: no token cache, or one with a missing, truncated or foreign shard.
@@ -231,7 +121,7 @@ class TokenCache:
             )
 
     def _map(self, kind: str, number: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        path = self.folder / _shard(kind, number)
+        path = self.folder / shard_name(kind, number)
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
         except FileNotFoundError as error:
@@ -297,23 +187,8 @@ def token_dtype(spec: Mapping[str, Any]) -> Any:
     return np.uint16 if spec["codebook_size"] <= 1 << 16 else np.int32
 
 
-def _to_numpy(tensor: Tensor) -> np.ndarray:
-    tensor = tensor.detach().cpu()
-    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()  # NumPy has no bfloat16
-
-
-def _check_range(what: str, values: np.ndarray, count: int | None) -> None:
-    """Refuse integers outside 0..count-1; None means that the values are not ids."""
-    if count is None or not values.size:
-        return
-    if values.dtype.kind not in "iu":
-        raise ValueError(f"{what}s must be integers, got {values.dtype}")
-    wrong = values[(values < 0) | (values >= count)]
-    if wrong.size:
-        raise ValueError(f"{what} {wrong[0]} is out of range 0..{count - 1}")
-
-
-def _shard(kind: str, number: int) -> str:
+def shard_name(kind: str, number: int) -> str:
+    """The file of a shard; ``kind`` is "tokens" or "labels"."""
     return f"{kind}-{number:05d}.npy"
 
 

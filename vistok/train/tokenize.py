@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import logging
+import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,24 +19,41 @@ from torch import Tensor
 from vistok.config import nearest
 from vistok.data.config import DataConfig
 from vistok.data.loader import Failures, ImageBatch, ImageBatches, InMemory, Loader
-from vistok.data.order import SequentialOrder
+from vistok.data.order import ShardOrder
 from vistok.data.sources import ImageSource, open_source
-from vistok.data.tokens import TokenCache, TokenWriter
+from vistok.data.token_writer import TokenShards, open_unfinished, publish, unfinished
+from vistok.data.tokens import TokenCache
 from vistok.data.transforms import ImageTransform, ten_crop
+from vistok.eval.processes import Processes
 from vistok.pipelines import TOKENIZER
 from vistok.progress import track
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import TokenSpec
 
+log = logging.getLogger(__name__)
+
+SHARD_SIZE = 4096
+"""Images per shard: what a killed process loses at most."""
+ALONE = Processes()
+
 AUGMENTATIONS = ("none", "flip", "ten_crop", "random:K")
 
 
-def tokenize(tokenizer: Tokenizer, data: DataConfig, out: str | Path, *, augmentation: str = "none") -> TokenCache:
+def tokenize(
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    out: str | Path,
+    *,
+    augmentation: str = "none",
+    resume: bool = False,
+    processes: Processes = ALONE,
+) -> TokenCache:
     """Encode every image of ``data`` and write the token cache ``out``, with a copy of the tokenizer inside.
 
     Of latents with a posterior the moments are written; training samples them anew in every epoch.
 
-    Runs on the tokenizer's device, ``data.batch_size`` images at a time; depends on nothing but its arguments.
+    Runs on the tokenizer's device, ``data.batch_size`` images at a time; depends on nothing but its arguments. Until
+    all is there the shards lie in ``OUT.unfinished/``, where a killed run can go on.
 
     Args:
         augmentation: which views of each image are stored, of which training draws one at a time:
@@ -40,10 +62,13 @@ def tokenize(tokenizer: Tokenizer, data: DataConfig, out: str | Path, *, augment
             ``ten_crop``: corners and centre of the image at 1.1 times the size, and their mirror images (LlamaGen's
             recipe for ImageNet);
             ``random:K``: K views as ``data``'s training augmentation draws them in its first K epochs.
+        resume: keep the shards that an unfinished run has written.
+        processes: those that share the work; each calls this with the same arguments.
 
     Raises:
-        FileExistsError: ``out`` exists.
+        FileExistsError: ``out`` exists; or an unfinished one, and ``resume`` is False.
         ValueError: an image size or channels that the tokenizer cannot read, or an unknown augmentation.
+        TokenCacheError: nothing to resume, or shards of other images or of another tokenizer.
         TooManyUnreadableError: more than 1 % of the images cannot be read.
     """
     out = Path(out)
@@ -53,9 +78,8 @@ def tokenize(tokenizer: Tokenizer, data: DataConfig, out: str | Path, *, augment
     views = parse_augmentation(augmentation)
     source = open_source(data)
     reader = views.reader(source, data)
-    loader = Loader(reader, SequentialOrder(len(source), data.batch_size), num_workers=data.num_workers)
-    writer = TokenWriter(
-        out,
+    shards = TokenShards(
+        unfinished(out),
         dataclasses.asdict(spec),
         tokenizer.fingerprint(),
         views=views.count,
@@ -63,11 +87,46 @@ def tokenize(tokenizer: Tokenizer, data: DataConfig, out: str | Path, *, augment
         classes=source.classes,
         source_fingerprint=source.fingerprint(),
     )
-    with writer:
-        for batch in track(loader, f"tokens of {len(source):,} images", len(loader)):
-            writer.write(_encode(tokenizer.eval(), batch.pixels, data.batch_size), batch.labels)
-        tokenizer.save_pretrained(writer.folder / TOKENIZER)
+    if processes.is_first:
+        open_unfinished(out, shards.header | _settings(data, augmentation), resume=resume)
+    processes.wait()
+    count = math.ceil(len(source) / SHARD_SIZE)
+    mine = [number for number in range(processes.index, count, processes.count) if not shards.is_written(number)]
+    loader = Loader(
+        reader, ShardOrder(len(source), data.batch_size, tuple(mine), SHARD_SIZE), num_workers=data.num_workers
+    )
+    try:
+        _write_shards(tokenizer.eval(), loader, shards, data.batch_size)
+    except BaseException:
+        if processes.count == 1 and not any(map(shards.is_written, range(count))):
+            shutil.rmtree(unfinished(out))
+        raise
+    processes.wait()
+    if processes.is_first:
+        shards.write_index(count)
+        tokenizer.save_pretrained(unfinished(out) / TOKENIZER)
+        publish(out)
+    processes.wait()
     return TokenCache(out)
+
+
+def _write_shards(tokenizer: Tokenizer, loader: Loader, shards: TokenShards, batch_size: int) -> None:
+    """Encode the loader's batches, and write every shard as soon as it is whole."""
+    batches = track(loader, "tokens", len(loader))
+    for number, parts in itertools.groupby(batches, lambda batch: int(batch.indices[0]) // SHARD_SIZE):
+        checked = [shards.checked(_encode(tokenizer, b.pixels, batch_size), b.labels) for b in parts]
+        tokens, labels = zip(*checked)
+        shards.write(number, np.concatenate(tokens), np.concatenate(labels))
+    if loader.failures:
+        listed = "\n".join([*loader.failures.values()][:20])
+        log.warning("%d images could not be read and have no tokens:\n%s", len(loader.failures), listed)
+
+
+def _settings(data: DataConfig, augmentation: str) -> dict[str, Any]:
+    """What else the shards depend on."""
+    names = ("image_size", "channels", "crop", "flip", "affine", "seed")
+    values = dataclasses.asdict(data)
+    return {"augmentation": augmentation, "shard_size": SHARD_SIZE, **{name: values[name] for name in names}}
 
 
 def check_size(tokenizer: Tokenizer, data: DataConfig) -> TokenSpec:

@@ -1,0 +1,235 @@
+"""Writing token caches (:mod:`vistok.data.tokens`): sample after sample, or shard by shard from several processes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from vistok.data.tokens import FORMAT, Content, TokenCacheError, sample_shape, shard_name, token_dtype
+from vistok.files import atomic_file, atomic_folder, write_json
+from vistok.types import to_json
+
+HEADER = "header.json"
+
+
+class TokenShards:
+    """Checks samples and writes them as the numbered shards of one cache.
+
+    Args:
+        folder: where the shards go.
+        spec: the fields of the tokenizer's TokenSpec (``dataclasses.asdict``).
+        tokenizer_hash: identifies the weights; :meth:`TokenCache.check_tokenizer` compares it.
+        views: tokens of how many augmented versions of each image are written.
+        content: what is written of continuous tokens: latents, or the moments of their posteriors.
+        classes: names in the order of the labels; empty if unconditional.
+        source_fingerprint: of the images, see ``ImageSource.fingerprint``.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        spec: Mapping[str, Any],
+        tokenizer_hash: str,
+        *,
+        views: int = 1,
+        content: Content = "tokens",
+        classes: Sequence[str] = (),
+        source_fingerprint: str = "",
+    ) -> None:
+        if views < 1:
+            raise ValueError(f"views must be at least 1, got {views}")
+        self.folder, self._spec, self._classes = folder, dict(spec), tuple(classes)
+        self._shape = (views, *sample_shape(spec, content))
+        self.header = {
+            "format": FORMAT,
+            "tokenizer": tokenizer_hash,
+            "source": source_fingerprint,
+            "spec": to_json(dict(spec)),
+            "views": views,
+            "content": content,
+            "classes": list(classes),
+        }
+
+    def checked(self, tokens: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Samples as they are stored.
+
+        Args:
+            tokens: (B, V, L) or (B, V, L, depth) ids, or (B, V, L, D) latents, as the spec says; or moments
+                (B, V, L, 2D).
+            labels: (B,) ints; -1 for unconditional samples.
+
+        Raises:
+            ValueError: shapes, ids or labels that do not fit the spec and the classes.
+        """
+        tokens, labels = _to_numpy(tokens), _to_numpy(labels)
+        if tokens.shape[1:] != self._shape or labels.shape != tokens.shape[:1]:
+            raise ValueError(
+                f"expected tokens of shape (B, {', '.join(map(str, self._shape))}) and B labels, "
+                f"got {tokens.shape} and {labels.shape}"
+            )
+        _check_range("token id", tokens, self._spec["codebook_size"])
+        if self._classes:
+            _check_range("label", labels, len(self._classes))
+        elif (labels != -1).any():
+            raise ValueError("labels must be -1 in a cache without class names; pass classes=…")
+        return tokens.astype(token_dtype(self._spec)), labels.astype(np.int64)
+
+    def write(self, number: int, tokens: np.ndarray, labels: np.ndarray) -> None:
+        """Write a shard of checked samples; its labels come last and say that it is whole."""
+        for kind, values in (("tokens", tokens), ("labels", labels)):
+            with atomic_file(self.folder / shard_name(kind, number)) as temporary, temporary.open("wb") as file:
+                np.save(file, values)
+
+    def is_written(self, number: int) -> bool:
+        return (self.folder / shard_name("labels", number)).exists()
+
+    def write_index(self, count: int) -> None:
+        """Complete a folder that has the shards 0 .. count - 1."""
+        sizes = [len(np.load(self.folder / shard_name("labels", number), mmap_mode="r")) for number in range(count)]
+        write_json(self.folder / "index.json", {**self.header, "shards": sizes})
+
+
+class TokenWriter:
+    """Writes a token cache from one process; used as a context manager, it appears whole or not at all.
+
+    Args:
+        folder: must not exist yet.
+        shard_size: samples per file.
+        spec, tokenizer_hash, views, content, classes, source_fingerprint: see :class:`TokenShards`.
+
+    Attributes:
+        folder: where the cache lies while it is being written; what else is put there becomes part of it.
+
+    Raises:
+        FileExistsError: on entering, if ``folder`` exists.
+        ValueError: on leaving, if nothing was written.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        spec: Mapping[str, Any],
+        tokenizer_hash: str,
+        *,
+        views: int = 1,
+        content: Content = "tokens",
+        classes: Sequence[str] = (),
+        source_fingerprint: str = "",
+        shard_size: int = 16384,
+    ) -> None:
+        if shard_size < 1:
+            raise ValueError(f"shard_size must be at least 1, got {shard_size}")
+        self._target, self._shard_size = Path(folder), shard_size
+        self._shards = TokenShards(
+            self._target,
+            spec,
+            tokenizer_hash,
+            views=views,
+            content=content,
+            classes=classes,
+            source_fingerprint=source_fingerprint,
+        )
+        self._tokens: list[np.ndarray] = []
+        self._labels: list[np.ndarray] = []
+        self._count = 0
+
+    def __enter__(self) -> TokenWriter:
+        self._stack = ExitStack()
+        self.folder = self._shards.folder = self._stack.enter_context(atomic_folder(self._target))
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if exception[0] is not None:
+            self._stack.__exit__(*exception)
+            return
+        with self._stack:  # a failure to finish discards the folder, too
+            self._finish()
+
+    def write(self, tokens: Tensor, labels: Tensor) -> None:
+        """Append samples; see :meth:`TokenShards.checked` for shapes and errors."""
+        tokens, labels = self._shards.checked(tokens, labels)
+        self._tokens.append(tokens)
+        self._labels.append(labels)
+        while sum(map(len, self._labels)) >= self._shard_size:
+            self._write_shard(self._shard_size)
+
+    def _write_shard(self, size: int) -> None:
+        tokens, labels = np.concatenate(self._tokens), np.concatenate(self._labels)
+        self._shards.write(self._count, tokens[:size], labels[:size])
+        self._count += 1
+        self._tokens, self._labels = [tokens[size:]], [labels[size:]]
+
+    def _finish(self) -> None:
+        rest = sum(map(len, self._labels))
+        if rest:
+            self._write_shard(rest)
+        if not self._count:
+            raise ValueError(f"no samples were written to {self._target}")
+        self._shards.write_index(self._count)
+
+
+def unfinished(target: Path) -> Path:
+    """Where a cache lies until all its shards are there."""
+    return target.with_name(f"{target.name}.unfinished")
+
+
+def open_unfinished(target: Path, header: Mapping[str, Any], *, resume: bool) -> Path:
+    """The folder in which the shards of ``target`` are collected: a new one, or the one that a killed process left.
+
+    Args:
+        header: everything that the shards depend on.
+
+    Raises:
+        FileExistsError: the folder exists and ``resume`` is False.
+        TokenCacheError: nothing to resume, or the folder holds shards of something else.
+    """
+    folder = unfinished(target)
+    if not resume:
+        if folder.exists():
+            raise FileExistsError(
+                f"{folder} holds the shards of a run that did not finish; go on with --resume, or remove it first"
+            )
+        with atomic_folder(folder) as temporary:
+            write_json(temporary / HEADER, to_json(dict(header)))
+        return folder
+    if not folder.exists():
+        raise TokenCacheError(f"nothing to resume: there is no {folder}; start without --resume")
+    saved = json.loads((folder / HEADER).read_text())
+    wrong = [key for key, value in to_json(dict(header)).items() if saved.get(key) != value]
+    if wrong:
+        raise TokenCacheError(
+            f"{folder} was begun with another {', '.join(wrong)} ({saved.get(wrong[0])!r}, now {header[wrong[0]]!r}); "
+            "resume with the same, or remove it"
+        )
+    for left in folder.glob(".*.partial"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    return folder
+
+
+def publish(target: Path) -> None:
+    """Turn the finished folder into the cache."""
+    unfinished(target).rename(target)
+    (target / HEADER).unlink()
+
+
+def _to_numpy(tensor: Tensor) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()  # NumPy has no bfloat16
+
+
+def _check_range(what: str, values: np.ndarray, count: int | None) -> None:
+    """Refuse integers outside 0..count-1; None means that the values are not ids."""
+    if count is None or not values.size:
+        return
+    if values.dtype.kind not in "iu":
+        raise ValueError(f"{what}s must be integers, got {values.dtype}")
+    wrong = values[(values < 0) | (values >= count)]
+    if wrong.size:
+        raise ValueError(f"{what} {wrong[0]} is out of range 0..{count - 1}")
