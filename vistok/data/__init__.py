@@ -10,7 +10,7 @@ from vistok.data.loader import (
     evaluation_loader,
     training_loader,
 )
-from vistok.data.order import SequentialOrder, ShuffledOrder
+from vistok.data.order import ResampledOrder, SequentialOrder, ShuffledOrder
 from vistok.data.sources import ImageSource, UnreadableImageError, open_source
 from vistok.data.token_writer import TokenWriter
 from vistok.data.tokens import TokenBatch, TokenBatches, TokenCache, TokenCacheError, token_loader
@@ -25,6 +25,7 @@ __all__ = [
     "ImageTransform",
     "InMemory",
     "Loader",
+    "ResampledOrder",
     "SequentialOrder",
     "ShuffledOrder",
     "TokenBatch",

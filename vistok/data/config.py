@@ -33,10 +33,12 @@ class DataConfig:
 
     Attributes:
         image_size: side of the square images that come out, in pixels.
-        source: ``folder`` (a folder or a .zip, see :class:`vistok.data.sources.FolderSource`), ``torchvision`` (a
-            dataset of torchvision by ``name``) or ``digits`` (scikit-learn's embedded 8x8 digits).
-        root: the folder or .zip file; where torchvision keeps its datasets.
-        name: torchvision's name of the dataset, for example ``CIFAR10``.
+        source: ``folder`` (a folder or a .zip, see :class:`vistok.data.sources.FolderSource`), ``webdataset`` (shards,
+            see :class:`vistok.data.shards.ShardSource`), ``huggingface`` (``datasets``, by ``name`` on the hub or saved
+            in ``root``), ``torchvision`` (a dataset of torchvision by ``name``) or ``digits`` (scikit-learn's embedded
+            8x8 digits).
+        root: the folder or .zip file; the pattern of the shards; where torchvision keeps its datasets.
+        name: the dataset's name: torchvision's, for example ``CIFAR10``, or its id on the hub.
         split: ``train``, ``test``, ``val``, …; None takes a folder as it is.
         download: let torchvision fetch what ``root`` lacks.
         channels: 3 (RGB) or 1 (grey).
@@ -47,6 +49,7 @@ class DataConfig:
             instead of the random ones.
         flip: mirror half of the training images.
         affine: small random turns, shifts and scalings of training images.
+        order: of training images: ``shuffled``, every one once per epoch; or ``resampled``, drawn with replacement.
         batch_size: images per batch and process.
         num_workers: processes that decode; the batches do not depend on it.
         cache: ``memory`` decodes every image once and keeps it.
@@ -54,7 +57,7 @@ class DataConfig:
     """
 
     image_size: int
-    source: Literal["folder", "torchvision", "digits"] = "folder"
+    source: Literal["folder", "webdataset", "huggingface", "torchvision", "digits"] = "folder"
     root: str | None = None
     name: str | None = None
     split: str | None = "train"
@@ -64,6 +67,7 @@ class DataConfig:
     crop: Literal["center", "random", "random_resized", "resize"] = "center"
     flip: bool = False
     affine: Affine | None = None
+    order: Literal["shuffled", "resampled"] = "shuffled"
     batch_size: int = 64
     num_workers: int = 0
     cache: Literal["none", "memory"] = "none"

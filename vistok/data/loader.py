@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vistok.data.config import DataConfig
-from vistok.data.order import Order, SequentialOrder, ShuffledOrder
+from vistok.data.order import Order, ResampledOrder, SequentialOrder, ShuffledOrder
 from vistok.data.sources import ImageSource, UnreadableImageError
 from vistok.data.transforms import ImageTransform, to_pixels
 from vistok.draws import Keys
@@ -215,8 +215,9 @@ class Loader(Generic[B]):
 
 
 def training_loader(source: ImageSource, config: DataConfig, *, rank: int = 0, world_size: int = 1) -> Loader:
-    """Shuffled, augmented whole batches; ``config.batch_size`` is per process."""
-    order = ShuffledOrder(len(source), config.batch_size, config.seed, rank, world_size)
+    """Augmented whole batches in a random order; ``config.batch_size`` is per process."""
+    kind = ResampledOrder if config.order == "resampled" else ShuffledOrder
+    order = kind(len(source), config.batch_size, config.seed, rank, world_size)
     return _image_loader(source, _transform(config), order, config)
 
 

@@ -1,4 +1,5 @@
-"""Where images come from: folders, zip files, torchvision's datasets, scikit-learn's digits.
+"""Where images come from: folders, zip files, torchvision's datasets, scikit-learn's digits; see also
+:mod:`vistok.data.shards` and :mod:`vistok.data.huggingface`.
 
 A source is a map-style dataset of ``(PIL image, label)``: mode L or RGB as ``channels`` says, whatever the size.
 A label is the position of the class in ``classes``, or -1 throughout where ``classes`` is empty (unconditional).
@@ -10,7 +11,7 @@ import hashlib
 import inspect
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ _LAYOUTS = (
     f"extensions: {' '.join(IMAGE_EXTENSIONS)}"
 )
 # What Pillow's decoders are known to raise on damaged files, besides OSError.
-_DECODING_ERRORS = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+DECODING_ERRORS = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 
 
 class UnreadableImageError(Exception):
@@ -95,15 +96,15 @@ class FolderSource(ImageSource):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         try:
             with self._tree.open(self._files[index]) as file, Image.open(file) as image:
-                return _convert(image, self._channels), self._labels[index]
-        except _DECODING_ERRORS as error:
+                return convert(image, self._channels), self._labels[index]
+        except DECODING_ERRORS as error:
             raise UnreadableImageError(self.name(index), str(error)) from error
 
     def name(self, index: int) -> str:
         return f"{self._tree.root}/{self._files[index]}"
 
     def fingerprint(self) -> str:
-        return _hash(f"{path.removeprefix(self._prefix)} {self._tree.size(path)}" for path in self._files)
+        return hash_lines(f"{path.removeprefix(self._prefix)} {self._tree.size(path)}" for path in self._files)
 
 
 class TorchvisionSource(ImageSource):
@@ -130,15 +131,15 @@ class TorchvisionSource(ImageSource):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         try:
             image, label = self._dataset[index]
-            return _convert(image, self._channels), int(label)
-        except _DECODING_ERRORS as error:
+            return convert(image, self._channels), int(label)
+        except DECODING_ERRORS as error:
             raise UnreadableImageError(self.name(index), str(error)) from error
 
     def name(self, index: int) -> str:
         return f"{self._label}[{index}]"
 
     def fingerprint(self) -> str:
-        return _hash([f"torchvision {self._label} {len(self)}"])
+        return hash_lines([f"torchvision {self._label} {len(self)}"])
 
 
 class DigitsSource(ImageSource):
@@ -169,13 +170,13 @@ class DigitsSource(ImageSource):
         return len(self._images)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return _convert(self._images[index], self._channels), int(self._labels[index])
+        return convert(self._images[index], self._channels), int(self._labels[index])
 
     def name(self, index: int) -> str:
         return f"digits/{self._positions[index]}"
 
     def fingerprint(self) -> str:
-        return _hash([f"digits {self._split} {len(self)}"])
+        return hash_lines([f"digits {self._split} {len(self)}"])
 
 
 class Selection(ImageSource):
@@ -195,7 +196,7 @@ class Selection(ImageSource):
         return self._source.name(self._indices[index])
 
     def fingerprint(self) -> str:
-        return _hash([self._source.fingerprint(), *map(str, self._indices)])
+        return hash_lines([self._source.fingerprint(), *map(str, self._indices)])
 
 
 def open_source(config: DataConfig) -> ImageSource:
@@ -214,11 +215,16 @@ def open_source(config: DataConfig) -> ImageSource:
 def _open(config: DataConfig) -> ImageSource:
     if config.source == "digits":
         return DigitsSource(split=config.split, channels=config.channels)
+    if config.source == "huggingface":
+        return _open_huggingface(config)
     if config.root is None:
-        what = "a folder or .zip file of images" if config.source == "folder" else "torchvision's data folder"
-        raise ValueError(f"data.source={config.source} needs data.root=…, {what}")
+        raise ValueError(f"data.source={config.source} needs data.root=…, {_ROOTS[config.source]}")
     if config.source == "folder":
         return FolderSource(config.root, split=config.split, channels=config.channels)
+    if config.source == "webdataset":
+        from vistok.data.shards import ShardSource
+
+        return ShardSource(config.root, split=config.split, channels=config.channels)
     if config.name is None:
         raise ValueError("data.source=torchvision needs data.name=…, for example data.name=CIFAR10")
     return TorchvisionSource(
@@ -226,14 +232,30 @@ def _open(config: DataConfig) -> ImageSource:
     )
 
 
-def _convert(image: Image.Image, channels: int) -> Image.Image:
+_ROOTS = {
+    "folder": "a folder or .zip file of images",
+    "torchvision": "torchvision's data folder",
+    "webdataset": "shards such as shards/train-{0000..0252}.tar",
+}
+
+
+def _open_huggingface(config: DataConfig) -> ImageSource:
+    from vistok.data.huggingface import HuggingFaceSource
+
+    if (config.name is None) == (config.root is None):
+        raise ValueError("data.source=huggingface needs data.name=… (on the hub) or data.root=… (a saved folder)")
+    return HuggingFaceSource(config.name, config.root, split=config.split, channels=config.channels)
+
+
+def convert(image: Image.Image, channels: int) -> Image.Image:
     """Decode to mode L or RGB."""
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("L" if channels == 1 else "RGB")
 
 
-def _hash(lines: Sequence[str]) -> str:
+def hash_lines(lines: Iterable[str]) -> str:
+    """The SHA-256 of some lines of text."""
     digest = hashlib.sha256()
     for line in lines:
         digest.update(line.encode() + b"\n")

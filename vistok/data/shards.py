@@ -1,0 +1,203 @@
+"""Images in webdataset shards: .tar files in which the files of one sample share their name up to the extension.
+
+Shards are indexed once and then read at random, so that batches, their order and resuming are those of any other
+source: exact, and the same for any number of workers. Remote shards are fetched whole, once.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from vistok.config import ConfigError
+from vistok.data.files import IMAGE_EXTENSIONS
+from vistok.data.sources import DECODING_ERRORS, UNCONDITIONAL, ImageSource, UnreadableImageError, convert, hash_lines
+from vistok.files import atomic_file
+
+CLASS_NAMES = "classnames.txt"
+
+
+class Sample(NamedTuple):
+    """Where an image lies.
+
+    Attributes:
+        shard: number of the shard.
+        offset, size: of the image's bytes in it.
+        name: the sample's name with the image's extension.
+        label: class id, or -1.
+    """
+
+    shard: int
+    offset: int
+    size: int
+    name: str
+    label: int
+
+
+class ShardSource(ImageSource):
+    """Images of webdataset shards.
+
+    The label of an image is the integer in its ``.cls`` file, or "label" of its ``.json``; without either the source
+    is unconditional. Class names are the lines of ``classnames.txt`` beside local shards, else the ids as text.
+
+    Args:
+        pattern: a path or URL; ``{0000..0252}`` counts, a path may have wildcards, and ``{split}`` is the split.
+            URLs (``https://``, ``s3://``, ``pipe:``, ...: what webdataset opens) are fetched into ``cache``.
+        cache: where fetched shards are kept.
+
+    Raises:
+        FileNotFoundError: no such shard.
+        ValueError: a shard that is no tar file, labels for some images only, or a split that ``pattern`` does not name.
+        ConfigError: a URL, and webdataset is not installed.
+    """
+
+    def __init__(
+        self, pattern: str, *, split: str | None = "train", channels: int = 3, cache: Path | None = None
+    ) -> None:
+        if "{split}" not in pattern and split not in (None, "train"):
+            raise ValueError(f"data.root={pattern} names no split; write {{split}} where {split!r} belongs, or both")
+        urls = shard_paths(pattern.replace("{split}", split or ""))
+        self._paths = [fetch(url, cache or default_cache()) if is_remote(url) else Path(url) for url in urls]
+        self._samples = [sample for number, path in enumerate(self._paths) for sample in index_shard(path, number)]
+        self._channels = channels
+        if not self._samples:
+            raise FileNotFoundError(
+                f"no images in the {len(urls)} shards of {pattern}; of {' '.join(IMAGE_EXTENSIONS)}"
+            )
+        self.classes = self._name_classes(pattern)
+
+    def _name_classes(self, pattern: str) -> tuple[str, ...]:
+        unlabelled = [sample for sample in self._samples if sample.label == UNCONDITIONAL]
+        if len(unlabelled) == len(self._samples):
+            return ()
+        if unlabelled:
+            raise ValueError(f"{len(unlabelled)} images of {pattern} have no label (such as {unlabelled[0].name})")
+        count = 1 + max(sample.label for sample in self._samples)
+        names = self._paths[0].with_name(CLASS_NAMES)
+        if not names.exists():
+            return tuple(map(str, range(count)))
+        lines = tuple(names.read_text().splitlines())
+        if len(lines) < count:
+            raise ValueError(f"{names} names {len(lines)} classes, but there is a label {count - 1}")
+        return lines
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        sample = self._samples[index]
+        try:
+            with self._paths[sample.shard].open("rb") as file:
+                file.seek(sample.offset)
+                content = file.read(sample.size)
+            with Image.open(io.BytesIO(content)) as image:
+                return convert(image, self._channels), sample.label
+        except DECODING_ERRORS as error:
+            raise UnreadableImageError(self.name(index), str(error)) from error
+
+    def name(self, index: int) -> str:
+        sample = self._samples[index]
+        return f"{self._paths[sample.shard]}:{sample.name}"
+
+    def fingerprint(self) -> str:
+        return hash_lines(f"{sample.name} {sample.size}" for sample in self._samples)
+
+
+def shard_paths(pattern: str) -> list[str]:
+    """The shards that a pattern stands for, in order.
+
+    Raises:
+        FileNotFoundError: a local path or wildcard with nothing there.
+    """
+    paths = []
+    for path in expand_braces(pattern):
+        found = [path] if is_remote(path) else sorted(glob.glob(os.path.expanduser(path)))
+        if not found:
+            raise FileNotFoundError(f"no such shard: {path} (of data.root={pattern})")
+        paths += found
+    return paths
+
+
+def expand_braces(pattern: str) -> Iterator[str]:
+    """``a-{00..02}.tar`` to a-00.tar, a-01.tar, a-02.tar; several pairs of braces multiply."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if match is None:
+        yield pattern
+        return
+    first, last = match.groups()
+    for number in range(int(first), int(last) + 1):
+        yield from expand_braces(f"{pattern[: match.start()]}{number:0{len(first)}d}{pattern[match.end() :]}")
+
+
+def is_remote(path: str) -> bool:
+    return "://" in path or path.startswith("pipe:")
+
+
+def default_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "vistok" / "shards"
+
+
+def fetch(url: str, cache: Path) -> Path:
+    """The local copy of a remote shard, which is fetched if it is not there.
+
+    Raises:
+        ConfigError: webdataset is not installed.
+        OSError: the shard cannot be had.
+    """
+    name = re.sub(r"[^\w.-]", "_", url.rsplit("/", 1)[-1])
+    path = cache / hashlib.sha256(url.encode()).hexdigest()[:16] / name
+    if path.exists():
+        return path
+    try:
+        from webdataset.gopen import gopen
+    except ImportError as error:
+        raise ConfigError(
+            f"data.root={url}: remote shards need webdataset; pip install 'vistok[webdataset]'"
+        ) from error
+    with atomic_file(path) as temporary, temporary.open("wb") as file, gopen(url, "rb") as stream:
+        while block := stream.read(1 << 20):
+            file.write(block)
+        if file.tell() == 0:
+            raise FileNotFoundError(f"nothing could be read from {url}")
+    return path
+
+
+def index_shard(path: Path, number: int) -> Iterator[Sample]:
+    """The images of a tar file, with their labels, in their order there."""
+    try:
+        with tarfile.open(path, "r:") as archive:
+            members = [member for member in archive if member.isfile()]
+            # tarfile takes a cut file for one that ends there; whole ones have an empty block after the last member.
+            if members and path.stat().st_size < members[-1].offset_data + members[-1].size + tarfile.BLOCKSIZE:
+                raise EOFError(f"it ends within or after {members[-1].name}")
+            labels = dict(_label(archive, member) for member in members if member.name.endswith((".cls", ".json")))
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(f"{path} is no whole, uncompressed .tar file ({error}); fetch or make it again") from error
+    for member in members:
+        stem, extension = _split(member.name)
+        if extension in IMAGE_EXTENSIONS:
+            yield Sample(number, member.offset_data, member.size, member.name, labels.get(stem, UNCONDITIONAL))
+
+
+def _label(archive: tarfile.TarFile, member: tarfile.TarInfo) -> tuple[str, int]:
+    stem, extension = _split(member.name)
+    content = archive.extractfile(member).read()
+    label = json.loads(content).get("label", UNCONDITIONAL) if extension == ".json" else content
+    return stem, int(label)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Name and extension; as webdataset has it, the extension begins at the first dot of the file's name."""
+    folder, slash, file = name.rpartition("/")
+    stem, dot, extension = file.partition(".")
+    return folder + slash + stem, (dot + extension).lower()
