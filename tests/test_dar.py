@@ -6,6 +6,7 @@ import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from golden.harness import Case
@@ -14,10 +15,12 @@ from hypothesis import strategies as st
 from tiny_models import pixels, tiny
 
 import vistok
+from vistok.data.pictures import to_pil
 from vistok.draws import Keys
 from vistok.generators.llama import Llama
 from vistok.generators.sampling import DecodingOptions
 from vistok.hub import CheckpointError, convert, official_name
+from vistok.pipelines import Pipeline
 from vistok.tokenizers.dar import DAR
 from vistok.tokenizers.dar_networks import AlignmentConfig
 from vistok.types import Condition
@@ -227,6 +230,25 @@ def test_a_prefix_of_a_reference_image_is_kept_and_the_rest_follows_each_label(m
     probabilities = (null + scale * (conditional - null)).softmax(-1)
     drawn = (probabilities.cumsum(-1) <= draws["ids"][:, 4:5]).sum(-1)
     assert torch.equal(session.tokens[:, 4], drawn)
+
+
+def test_pipeline_previews_are_the_decoded_prefixes_without_further_evaluations(model):
+    pipe = Pipeline(model, tiny("llama", spec=model.spec, positions="rope1d"))
+    images, calls = pipe([0, 1], seed=7).images, []
+    handle = model.velocity.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        previews = list(pipe.stream([0, 1], seed=7))
+    finally:
+        handle.remove()
+    assert [preview.step for preview in previews] == [2, 4, 6, 8]
+    assert len(calls) == STEPS
+    draws = model.decoding_draws(Keys.range(7, 2))
+    for preview in previews:
+        prefix = to_pil(model.decode(preview.tokens[:, : preview.step], draws=draws))
+        for shown, expected in zip(preview.images, prefix):
+            difference = np.asarray(shown, int) - np.asarray(expected, int)
+            assert np.abs(difference).max() <= 1
+    assert np.abs(np.asarray(previews[-1].images[1], int) - np.asarray(images[1], int)).max() <= 1
 
 
 def test_official_generator_has_one_dimensional_positions():

@@ -6,17 +6,22 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import save_file
 from tiny_models import pixels, tiny
 
 import vistok
+from vistok.cli import main
+from vistok.data.pictures import from_pil, to_pil
 from vistok.draws import Keys
 from vistok.flow import APG
 from vistok.hub import CheckpointError, convert
+from vistok.samples import reconstruct_prefixes
 from vistok.tokenizers.flextok import FlexTok, kept_tokens
 from vistok.tokenizers.flextok_networks import AlignmentConfig
 from vistok.tokenizers.kl_vae import KLVAE
@@ -159,6 +164,44 @@ def test_images_that_do_not_divide_or_are_too_large_are_refused(model, size):
 def test_models_that_cannot_be_built_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         tiny("flextok", **arguments)
+
+
+def photos(folder: Path, count: int) -> list[Path]:
+    images = to_pil(Keys.range(0, count).uniform("photos", 3, 16, 16) * 2 - 1)
+    paths = [folder / f"{index}.png" for index in range(count)]
+    for image, path in zip(images, paths):
+        image.save(path)
+    return paths
+
+
+def test_reconstruct_shows_a_strip_of_prefixes(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    files = photos(tmp_path, 2)
+    command = ["reconstruct", str(tmp_path / "model"), *map(str, files), "--tokens", "1,4,8", "--out"]
+    with pytest.raises(SystemExit) as done:
+        main([*command, str(tmp_path / "strip.png")])
+    assert done.value.code == 0
+    strip = np.asarray(Image.open(tmp_path / "strip.png"))
+    assert strip.shape == (2 * 16 + 2, 4 * 16 + 3 * 2, 3)  # the image and three reconstructions, per file
+    assert np.array_equal(strip[:16, :16], np.asarray(Image.open(files[0])))
+    original = from_pil([Image.open(files[1])], (16, 16), 3)
+    [four] = to_pil(model.decode(model.encode(original)[:, :4]))
+    assert np.array_equal(strip[18:, 36:52], np.asarray(four))
+
+
+@pytest.mark.parametrize(
+    ("name", "lengths", "message"),
+    [
+        ("flextok", [0], "cannot decode 0 tokens"),
+        ("flextok", [9], "cannot decode 9 tokens"),
+        ("dar", [3], "a multiple of 2"),
+        ("vit_vqgan", [1], "ViTVQGAN decodes all of its 16 tokens at once only"),
+    ],
+)
+def test_strips_that_cannot_be_made_are_refused(name, lengths, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        reconstruct_prefixes(tiny(name), photos(tmp_path, 1), lengths, tmp_path / "strip.png")
+    assert not (tmp_path / "strip.png").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

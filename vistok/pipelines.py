@@ -312,12 +312,12 @@ class Pipeline:
         decode_prefix = None if step is None else self.tokenizer.prefix_decoder(draws)
 
         def show(tokens: Tensor, known: Tensor) -> list[Image.Image] | None:
-            if bool(known.all()):
-                return to_pil(self._decode(tokens, draws))
             if decode_prefix is not None:
                 prefix = int(known.int().cumprod(1).sum(1).min())  # the longest that all images have
                 prefix -= prefix % step
                 return to_pil(decode_prefix(tokens[:, :prefix].to(self.device)).float()) if prefix else None
+            if bool(known.all()):
+                return to_pil(self._decode(tokens, draws))
             if self._grid is None or not bool(known.any(1).all()):
                 return None
             pixels = self._decode(_fill(tokens, known), draws)
