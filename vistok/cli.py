@@ -206,6 +206,30 @@ def tokenize(
     output.print(f"{len(cache):,} images{views}, {cache.spec['length']} tokens per image, are in {escape(str(out))}")
 
 
+@app.command("import-tokens")
+def import_tokens(
+    format_name: Annotated[str, typer.Argument(metavar="FORMAT", help="llamagen, mar or jsonl.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="The folder or file that holds the tokens.")],
+    tokenizer: Annotated[str, typer.Option(help="What made them: a run, saved or converted tokenizer, or hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder for the token cache; must not exist yet.")],
+    classes: Annotated[
+        Path | None, typer.Option(help="Text file with a class name a line; MAR's folder names or the ids by default.")
+    ] = None,
+) -> None:
+    """Turn the tokens that another codebase has cached into a cache that generators train on.
+
+    llamagen: a folder with NAME_codes/*.npy and NAME_labels/*.npy.
+    mar: a folder with CLASS/NAME.npz, moments and moments_flip.
+    jsonl: a file of RAR or TiTok, {"class_id": 3, "tokens": [5, 1, …]} a line.
+    """
+    from vistok.pipelines import load_tokenizer
+    from vistok.train.import_tokens import import_tokens as write_cache
+
+    names = tuple(classes.read_text().splitlines()) if classes is not None else None
+    cache = write_cache(format_name, source, load_tokenizer(tokenizer), out, classes=names)
+    output.print(f"{len(cache):,} samples in {cache.views} views each are in {escape(str(out))}")
+
+
 @app.command()
 def sample(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Run of a generator, pipeline folder, or hub id.")],
@@ -218,7 +242,7 @@ def sample(
         str | None,
         typer.Option(help="Classes by id or by name, separated by commas, taken in turn; all of them by default."),
     ] = None,
-    num: Annotated[int, typer.Option(help="How many images.")] = 64,
+    num: Annotated[int, typer.Option("--num", "--num-images", help="How many images.")] = 64,
     seed: Annotated[int, typer.Option(help="Image i of a seed is always the same.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images generated at a time; does not change them.")] = 64,
     npz: Annotated[bool, typer.Option("--npz", help="Also write samples.npz for ADM-style evaluators.")] = False,
@@ -226,20 +250,26 @@ def sample(
     top_k: Annotated[int | None, typer.Option(help="Draw among the k likeliest tokens only; 0 is off.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw within this probability mass only; 1 is off.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is off.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
     device: Device = None,
 ) -> None:
     """Generate images: a PNG each, an overview grid.png, and samples.json with what made them.
 
     Sampling options that are not given are those saved with the pipeline.
+
+    On several GPUs, or in several processes: torchrun --nproc_per_node=8 -m vistok sample … (with --num-images:
+    torchrun takes --num for an option of its own).
     """
     from vistok.config import override
+    from vistok.eval.processes import Processes
     from vistok.pipelines import pipeline
     from vistok.samples import write_samples
 
     named = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
     sampling = override({key: value for key, value in named.items() if value is not None}, options or ())
+    processes = Processes.join()
     write_samples(
-        pipeline(run, device=device),
+        pipeline(run, device=device or processes.device()),
         out,
         num,
         classes=classes.split(",") if classes is not None else None,
@@ -247,8 +277,11 @@ def sample(
         batch_size=batch_size,
         npz=npz,
         sampling=sampling,
+        resume=resume,
+        processes=processes,
     )
-    output.print(f"{num:,} samples are in {escape(str(out))}; see {escape(str(out / 'grid.png'))}")
+    if processes.is_first:
+        output.print(f"{num:,} samples are in {escape(str(out))}; see {escape(str(out / 'grid.png'))}")
 
 
 @app.command()
@@ -408,7 +441,7 @@ def benchmark(
         list[str] | None,
         typer.Argument(metavar="OPTION=VALUE", help="Sampling options that differ from the pipeline's: top_k=100"),
     ] = None,
-    num: Annotated[int, typer.Option(help="Images per guidance scale.")] = 50_000,
+    num: Annotated[int, typer.Option("--num", "--num-images", help="Images per guidance scale.")] = 50_000,
     labels: Annotated[
         str | None,
         typer.Option(help="balanced (classes in turn), random (uniform) or none; balanced if there are classes."),
@@ -423,6 +456,9 @@ def benchmark(
     protocol: Annotated[str, typer.Option(help="adm, torch-fidelity, clean-fid or dinov2.")] = "adm",
     weights: Annotated[
         Path | None, typer.Option(help="Local file with the feature network's weights; downloaded once by default.")
+    ] = None,
+    eval_size: Annotated[
+        int | None, typer.Option(help="Resize images to this side first (bicubic), as LlamaGen does from 384 to 256.")
     ] = None,
     save_npz: Annotated[
         bool, typer.Option("--save-npz", help="Also write samples.npz for ADM-style evaluators.")
@@ -454,6 +490,7 @@ def benchmark(
         reference=reference,
         protocol=protocol,
         weights=weights,
+        eval_size=eval_size,
         save_npz=save_npz,
         batch_size=batch_size,
         device=device,

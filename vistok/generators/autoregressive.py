@@ -157,7 +157,6 @@ class AutoregressiveSession:
         self._positions = torch.arange(length, device=device).expand(batch, length)
         self._valid = torch.ones(batch, 1, dtype=torch.bool, device=device)
         self.count = 0
-        self._fed = 0  # how many of the tokens are in the cache
         self._logits = self._advance(model.embed_condition(self.rows))
 
     @property
@@ -199,11 +198,11 @@ class AutoregressiveSession:
 
     def _next_logits(self) -> Tensor:
         """Logits (R, V) of the next position, after feeding the tokens that the cache has not seen."""
-        if self._fed < self.count:
-            ids = self._tokens[:, self._fed : self.count]
+        fed = self.cache.length - self.model.condition_length
+        if fed < self.count:
+            ids = self._tokens[:, fed : self.count]
             ids = torch.cat([ids, ids]) if self.guided else ids
-            self._logits = self._advance(self.model.embed_tokens(ids, self._fed))
-            self._fed = self.count
+            self._logits = self._advance(self.model.embed_tokens(ids, fed))
         return self._logits
 
     @torch.inference_mode()
@@ -214,7 +213,7 @@ class AutoregressiveSession:
         return self.model.head(hidden[:, -1])
 
     def _mask(self, start: int, stop: int) -> Tensor | None:
-        """What sequence positions [start, stop) see of the first ``stop``; None where that is all, or plainly causal."""
+        """What sequence positions [start, stop) see of the first ``stop``; None where it is all, or plainly causal."""
         mask = self.model.attention_mask(self.rows, start, stop)
         if mask is not None or start == 0 or stop - start == 1:
             return mask

@@ -1,0 +1,167 @@
+"""Cached sampling of LlamaGen's GPT-B beside the floor of the machine: a step takes at most 1.3 times as long.
+
+    python benchmarks/sampling.py --threads 2
+
+The model has 111 M random weights and samples a batch of 4 with guidance, 8 rows. The floor of a step is measured in
+the same run, in turn with it, so that a busy machine slows both alike: the bare matrix products of the same weights
+with 8 rows, plus bare scaled dot-product attention over the live part of the same cache.
+
+A step grows linearly with the cache. So the mean over a sequence is the mean over a few evenly spaced positions, and
+only those are measured: the cache is filled with random keys and values, and rewound. Reported are medians over the
+repeats. Recomputing the whole prefix for each token, which needs no cache, is measured once per position.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from common import finish, say
+from torch import nn
+from torch.nn import functional as F
+
+from vistok.draws import Keys
+from vistok.generators.llama import Llama
+from vistok.generators.sampling import DecodingOptions
+from vistok.types import Condition, TokenSpec
+
+BATCH, CODES = 4, 16384
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Setting:
+    """One model with a full cache, of which each measurement lives on a first part."""
+
+    def __init__(self, length: int, dtype: torch.dtype, options: DecodingOptions):
+        side = math.isqrt(length)
+        torch.manual_seed(0)
+        self.model = Llama(TokenSpec(length, CODES, dim=8, grid=(side, side)), **Llama.sizes["B"])
+        nn.init.normal_(self.model.output.weight, std=0.02)  # training starts at zero
+        self.model.eval().to(dtype)
+        self.condition = Condition.from_labels(torch.arange(BATCH))
+        draws = self.model.sampling_draws(Keys.range(0, BATCH), options)
+        self.session = self.model.start(self.condition, options, draws=draws)
+        self.ids = torch.randint(CODES, (BATCH, length))
+        self.session.append(self.ids)
+        rows, attention = len(self.session.rows), self.model.blocks[0].attn
+        shape = (rows, attention.heads, length, attention.head_dim)
+        self.memory = [
+            layer.append(*(torch.randn(shape, dtype=dtype) for _ in range(2))) for layer in self.session.cache.layers
+        ]  # keys and values (R, H, T + length, h) of each layer
+        self.inputs = {width: torch.randn(rows, width, dtype=dtype) for width in self._widths()}
+        self.query = torch.randn(rows, attention.heads, 1, attention.head_dim, dtype=dtype)
+
+    def _widths(self) -> set[int]:
+        return {linear.in_features for linear in self.model.modules() if isinstance(linear, nn.Linear)}
+
+    def step(self, position: int) -> None:
+        """Sample the token at ``position``."""
+        self.session.cache.truncate(self.model.condition_length + position - 1)
+        self.session.count = position
+        next(self.session.generate(1))
+
+    @torch.inference_mode()
+    def floor(self, position: int) -> None:
+        """The products and the attention that no implementation of such a step can avoid."""
+        live = self.model.condition_length + position
+        for block, (key, value) in zip(self.model.blocks, self.memory, strict=True):
+            self._product(block.attn.qkv)
+            F.scaled_dot_product_attention(self.query, key.narrow(2, 0, live), value.narrow(2, 0, live))
+            for linear in (block.attn.out, block.ffn.gate, block.ffn.up, block.ffn.down):
+                self._product(linear)
+        self._product(self.model.output)
+
+    def _product(self, linear: nn.Linear) -> None:
+        F.linear(self.inputs[linear.in_features], linear.weight)
+
+    @torch.inference_mode()
+    def recompute(self, position: int) -> None:
+        """The logits of ``position`` from the whole prefix, without a cache."""
+        rows, ids = self.session.rows, self.ids[:, :position].repeat(2, 1)
+        x = torch.cat([self.model.embed_condition(rows), self.model.embed_tokens(ids, 0)], 1)
+        self.model.head(self.model.transform(x, 0, None, None)[:, -1])
+
+
+def positions(length: int, count: int) -> list[int]:
+    """The middles of ``count`` equal parts of a sequence."""
+    return [int((i + 0.5) * length / count) for i in range(count)]
+
+
+def seconds(work: Callable[[int], None], position: int) -> float:
+    start = time.perf_counter()
+    work(position)
+    return time.perf_counter() - start
+
+
+def measure(settings: dict[str, Setting], where: Sequence[int], repeats: int) -> dict[str, float]:
+    """Milliseconds of a step and of its floor, "fp32", "fp32_floor", ...: everything in turn, medians over repeats."""
+    works = {}
+    for name, setting in settings.items():
+        works |= {name: setting.step, f"{name}_floor": setting.floor}
+    for work in works.values():
+        work(where[-1])  # first calls are slower
+    measured = {name: {position: [] for position in where} for name in works}
+    for _ in range(repeats):
+        for position in where:
+            for name, work in works.items():
+                measured[name][position].append(seconds(work, position))
+    return {
+        name: 1e3 * statistics.fmean(statistics.median(times) for times in by_position.values())
+        for name, by_position in measured.items()
+    }
+
+
+def peak_memory_mb() -> float:
+    """The largest resident size of this process so far."""
+    scale = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**20
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    options = DecodingOptions(guidance_scale=2.0, top_k=arguments.top_k)
+    ratios, figures = {}, {"threads": arguments.threads, "batch": BATCH, "top_k": arguments.top_k}
+    for length in (256, 1024):
+        suffix = "" if length == 256 else f"_{length}"
+        settings = {name: Setting(length, dtype, options) for name, dtype in DTYPES.items()}
+        where = positions(length, arguments.positions)
+        before = peak_memory_mb()
+        took = measure(settings, where, arguments.repeats)
+        figures[f"memory_growth_mb{suffix}"] = peak_memory_mb() - before
+        for name, setting in settings.items():
+            ratios[f"over_floor_{name}{suffix}"] = took[name] / took[f"{name}_floor"]
+            figures |= {
+                f"ms_per_step_{name}{suffix}": took[name],
+                f"ms_floor_{name}{suffix}": took[f"{name}_floor"],
+                f"tokens_per_second_{name}{suffix}": 1e3 * BATCH / took[name],
+                f"cache_mb_{name}{suffix}": setting.session.cache.nbytes / 2**20,
+            }
+            say(f"{length} tokens, {name}: {took[name]:.1f} ms, floor {took[f'{name}_floor']:.1f} ms")
+        if length == 256:
+            ratios["fp32_over_bf16"] = took["fp32"] / took["bf16"]
+        else:
+            slow = 1e3 * statistics.fmean(seconds(settings["fp32"].recompute, position) for position in where)
+            ratios["recompute_over_cached_1024"] = slow / took["fp32"]
+            figures["ms_per_step_recompute_1024"] = slow
+    figures["peak_memory_mb"] = peak_memory_mb()
+    finish("sampling", ratios, figures)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=20, help="measurements per position")
+    parser.add_argument("--positions", type=int, default=4, help="positions measured, of each length")
+    parser.add_argument("--top-k", type=int, default=0, help="truncation of the distribution; 0 is off")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
