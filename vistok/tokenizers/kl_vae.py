@@ -162,7 +162,10 @@ class KLVAE(Tokenizer):
 
     def encode_moments(self, pixels: Tensor) -> Tensor:
         """The posterior of the standardised latents, (B, L, 2D): means, then log-variances."""
-        mean, log_variance = self.moments(pixels)
+        return self.standardised_moments(*self.moments(pixels))
+
+    def standardised_moments(self, mean: Tensor, log_variance: Tensor) -> Tensor:
+        """Moments of the autoencoder's own latents, (..., D) each, to those of the standardised ones, (..., 2D)."""
         return torch.cat([self._standardised(mean), log_variance + 2 * self.scale.abs().log()], -1)
 
     def decode(self, tokens: Tensor, *, grid: tuple[int, int] | None = None) -> Tensor:

@@ -1,0 +1,71 @@
+"""Token caches of other codebases as ours: ``vistok import-tokens``."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vistok.data.peers import PeerCacheError, PeerSample, check_alike, open_peer_cache
+from vistok.data.token_writer import TokenWriter
+from vistok.data.tokens import TokenCache
+from vistok.pipelines import TOKENIZER
+from vistok.progress import track
+from vistok.tokenizers.base import Tokenizer
+
+BATCH = 256
+
+
+def import_tokens(
+    format_name: str, root: str | Path, tokenizer: Tokenizer, out: str | Path, *, classes: Sequence[str] | None = None
+) -> TokenCache:
+    """Write the samples of another codebase's cache as the token cache ``out``.
+
+    Whether this tokenizer made the tokens cannot be seen from them: looking at some that it decodes is up to the user
+    (``vistok train --dry-run`` shows a batch).
+
+    Args:
+        format_name: llamagen, mar or jsonl; see :mod:`vistok.data.peers`.
+        tokenizer: the one that made the tokens, for example converted from its official checkpoint.
+        classes: names in the order of the labels; None takes MAR's folder names, or the ids as text.
+
+    Raises:
+        FileExistsError: ``out`` exists.
+        PeerCacheError: not such a cache, a damaged file, or another kind or number of tokens than the tokenizer's.
+        ValueError: ids or labels out of range.
+    """
+    cache = open_peer_cache(format_name, root)
+    samples = track(cache, f"samples of {root}", len(cache))
+    first = next(iter(cache))
+    holds_moments = first.values.ndim == 4
+    if holds_moments != tokenizer.has_posterior:
+        held = "moments of a posterior" if holds_moments else "ids"
+        raise PeerCacheError(f"{root} holds {held}, which a {type(tokenizer).__name__} does not make")
+    writer = TokenWriter(
+        out,
+        dataclasses.asdict(tokenizer.spec),
+        tokenizer.fingerprint(),
+        views=len(first.values),
+        content="moments" if holds_moments else "tokens",
+        classes=classes or cache.classes or tuple(map(str, range(1 + max(sample.label for sample in cache)))),
+    )
+    with writer:
+        while batch := list(itertools.islice(samples, BATCH)):
+            check_alike([first, *batch])
+            writer.write(_tokens(tokenizer, batch), torch.tensor([sample.label for sample in batch]))
+        tokenizer.save_pretrained(writer.folder / TOKENIZER)
+    return TokenCache(out)
+
+
+def _tokens(tokenizer: Tokenizer, samples: Sequence[PeerSample]) -> Tensor:
+    """Ids (B, V, L), or standardised moments (B, V, L, 2D)."""
+    values = torch.from_numpy(np.stack([sample.values for sample in samples]))
+    if not tokenizer.has_posterior:
+        return values
+    mean, log_variance = values.float().flatten(3).transpose(2, 3).chunk(2, -1)  # (B, V, L, D) each
+    return tokenizer.standardised_moments(mean, log_variance.clamp(-30, 20))
