@@ -12,6 +12,7 @@ import torch
 from eval_data import as_tensor, colour_statistics, smooth_images
 from tiny_models import tiny
 
+from vistok.data.pictures import to_uint8
 from vistok.eval import evaluate
 from vistok.eval.benchmark import benchmark
 from vistok.eval.plan import BenchmarkError, Plan
@@ -206,6 +207,16 @@ def test_benchmarks_that_make_no_sense_are_refused(pipe, tmp_path):
     result = benchmark(unconditional, out, **CALL)
     assert result["benchmark"]["labels"] == "none"
     assert "classes" not in result["runs"][0]
+
+
+def test_images_can_be_scored_at_another_size(pipe, tmp_path):
+    result = benchmark(pipe, tmp_path / "out", eval_size=12, save_npz=True, **CALL)
+    pixels = pipe([0, 1], seed=0).pixels
+    expected = to_uint8(torch.nn.functional.interpolate(pixels, (12, 12), mode="bicubic")).permute(0, 2, 3, 1)
+    images = np.load(tmp_path / "out/guidance-1.5/samples.npz")["arr_0"]
+    assert np.array_equal(images[:2], expected)
+    assert result["runs"][0]["images"]["size"] == [12, 12]
+    assert any("images are 12x12, reference images 16x16" in text for text in result["runs"][0]["warnings"])
 
 
 def test_unevenly_filled_classes_are_pointed_out(pipe, tmp_path):

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vistok.data.pictures import to_uint8
 from vistok.eval.classes import class_table
@@ -65,6 +66,7 @@ def benchmark(
     weights: str | Path | None = None,
     features: Callable[[Tensor], Tensor] | None = None,
     network: str | None = None,
+    eval_size: int | None = None,
     save_npz: bool = False,
     batch_size: int = 64,
     device: str | torch.device | None = None,
@@ -85,6 +87,8 @@ def benchmark(
         sampling: options that differ from the pipeline's.
         reference, protocol, weights, features, network, device, processes: as for ``evaluate``. Without a reference
             only the Inception Score can be computed.
+        eval_size: side to which images are resized before they become 8 bit: bicubic without antialias, as LlamaGen
+            brings its 384 px images to 256. By default they are scored at their own size.
         save_npz: also write each scale's images as ``samples.npz``, which ADM's own evaluator reads.
         batch_size: images generated, and scored, at a time.
         command: the command line that this call stands for, for the report.
@@ -103,8 +107,8 @@ def benchmark(
     real = NO_REFERENCE if reference is None else open_reference(reference)
     device = torch.device(device or processes.device())
     net = load_network(rules, weights=weights, features=features, network=network, device=device)
-    plan = _plan(pipe, num_images, labels, seed, sampling or {}, rules.describe(net))
-    example = net(torch.zeros(1, 3, *plan.image_size, dtype=torch.uint8))
+    plan = _plan(pipe, num_images, labels, seed, sampling or {}, rules.describe(net), eval_size)
+    example = net(torch.zeros(1, 3, *plan.scored_size, dtype=torch.uint8))
     metrics, skipped = _choose_metrics(rules, plan, real)
     real.check_network(net, example)
     scales = _scales(pipe, guidance_scales, sampling or {})
@@ -116,7 +120,7 @@ def benchmark(
     started = time.perf_counter()
     sampler = _Sampler(pipe, plan, dict(sampling or {}))
     stores = [
-        (scale, FeatureStore(out / name, plan.shards, plan.image_size, keep_images=save_npz)) for scale, name in scales
+        (scale, FeatureStore(out / name, plan.shards, plan.scored_size, keep_images=save_npz)) for scale, name in scales
     ]
     made = [_generate(sampler, scale, store, net, tuple(example), batch_size, processes) for scale, store in stores]
     seconds = time.perf_counter() - started
@@ -157,7 +161,10 @@ class _Sampler:
         what = {"num_images": stop - start} if labels is None else {"class_labels": labels}
         options = _with_scale(self.sampling, scale)
         output = self.pipe(**what, seed=self.plan.seed, index_start=start, batch_size=stop - start, **options)
-        return to_uint8(output.pixels).expand(-1, 3, -1, -1)  # grey becomes RGB
+        pixels = output.pixels
+        if self.plan.eval_size is not None:
+            pixels = F.interpolate(pixels, self.plan.scored_size, mode="bicubic")
+        return to_uint8(pixels).expand(-1, 3, -1, -1)  # grey becomes RGB
 
 
 def _plan(
@@ -167,6 +174,7 @@ def _plan(
     seed: int,
     sampling: Mapping[str, Any],
     network: Mapping[str, Any],
+    eval_size: int | None,
 ) -> Plan:
     options = to_json(dataclasses.asdict(pipe.options(**sampling)))
     options.pop("guidance_scale", None)
@@ -182,12 +190,13 @@ def _plan(
         network=network,
         dtype=str(next(pipe.generator.parameters()).dtype).removeprefix("torch."),
         image_size=tuple(pipe.tokenizer.image_shape[-2:]),
+        eval_size=eval_size,
     )
 
 
 def _choose_metrics(rules: Rules, plan: Plan, real: Reference) -> tuple[list[str], list[str]]:
     # The samples' side allows everything: all features of the network are kept.
-    pixels = torch.zeros(1, 3, *plan.image_size, dtype=torch.uint8)
+    pixels = torch.zeros(1, 3, *plan.scored_size, dtype=torch.uint8)
     return choose_metrics(None, rules, open_reference(pixels), real)
 
 

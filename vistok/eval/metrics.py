@@ -263,7 +263,8 @@ def pairwise_distance(a: Tensor, b: Tensor, distance: Distance) -> Tensor:
 
 
 def _squared_euclidean(a: Tensor, b: Tensor) -> Tensor:
-    return (a.square().sum(1, keepdim=True) - 2 * (a @ b.T) + b.square().sum(1)).clamp_min(0)
+    # In place: a block is 400 MB.
+    return (a @ b.T).mul_(-2).add_(a.square().sum(1, keepdim=True)).add_(b.square().sum(1)).clamp_min_(0)
 
 
 def _squared_euclidean_float16(a: Tensor, b: Tensor) -> Tensor:
@@ -273,7 +274,7 @@ def _squared_euclidean_float16(a: Tensor, b: Tensor) -> Tensor:
     norm_a = a.square().float().sum(1, keepdim=True).half()  # (N_a, 1)
     norm_b = b.square().float().sum(1).half()  # (N_b,)
     product = (a.float() @ b.float().T).half()  # (N_a, N_b)
-    return (norm_a - 2 * product + norm_b).clamp_min(0).float()
+    return product.mul_(-2).add_(norm_a).add_(norm_b).clamp_min_(0).float()
 
 
 def manifold_radii(

@@ -37,7 +37,8 @@ class Plan:
         tokenizer, generator: fingerprints of both models.
         network: of the features, see ``Protocol.describe``.
         dtype: of the generator's weights; 16-bit ones sample other images than 32-bit ones.
-        image_size: (H, W).
+        image_size: (H, W) that the tokenizer decodes to.
+        eval_size: side to which images are resized before they become 8 bit, or None.
     """
 
     num_images: int
@@ -50,14 +51,22 @@ class Plan:
     network: Mapping[str, Any]
     dtype: str
     image_size: tuple[int, int]
+    eval_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_images < 2:
             raise ValueError(f"the number of images must be at least 2, got {self.num_images}")
+        if self.eval_size is not None and self.eval_size < 1:
+            raise ValueError(f"eval_size must be at least 1 pixel, got {self.eval_size}")
         if self.labels not in Labels.__args__:
             raise ValueError(f"unknown labels {self.labels!r}; known: {', '.join(Labels.__args__)}")
         if self.labels != "none" and not self.num_classes:
             raise ValueError(f"labels {self.labels!r} need a generator with classes; this one is unconditional")
+
+    @property
+    def scored_size(self) -> tuple[int, int]:
+        """(H, W) of the images that are scored."""
+        return self.image_size if self.eval_size is None else (self.eval_size, self.eval_size)
 
     @property
     def shards(self) -> list[tuple[int, int]]:
