@@ -17,6 +17,7 @@ from vistok.draws import Draws, Keys
 from vistok.generators.base import Generator
 from vistok.generators.cache import KVCache
 from vistok.generators.sampling import DecodingOptions, draw_ids, guide
+from vistok.nn.packed import packed_linears
 from vistok.types import Condition, GeneratorOutput, TokenChunk, TokenSpec
 
 
@@ -124,6 +125,15 @@ class AutoregressiveGenerator(Generator):
                 "sampling with a temperature above 0 needs draws: pass sampling_draws(Keys.range(seed, B))"
             )
         return AutoregressiveSession(self, condition, options, draws)
+
+    def sample(
+        self, condition: Condition, options: DecodingOptions | None = None, *, draws: Draws | None = None
+    ) -> Tensor:
+        """Generate whole sequences: ids (B, L). On a CPU with weights packed for it, which a stream of chunks does
+        without: its caller may change the model meanwhile."""
+        guided = options is not None and options.guided
+        with packed_linears(self, rows=len(condition) * (1 + guided)):
+            return super().sample(condition, options, draws=draws)
 
 
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:

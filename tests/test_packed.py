@@ -1,0 +1,83 @@
+"""Packed weights compute what plain ones do, and leave the model as it was."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny_models import labels, next_token_generators, tiny, token_ids
+from torch import nn
+
+from vistok.draws import Keys
+from vistok.generators.sampling import DecodingOptions
+from vistok.nn.packed import _packable_dtypes, packed_linears
+from vistok.types import Condition
+
+DTYPES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+def packed(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if "forward" in vars(module)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(8, 48), (8, 1, 48), (3, 5, 48), (1, 48)])
+def test_products_are_those_of_plain_layers(dtype, bias, shape):
+    if dtype not in _packable_dtypes():
+        pytest.skip(f"this processor does not pack {dtype}")
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(48, 80, bias=bias)).to(dtype)
+    x = torch.randn(shape, dtype=dtype)
+    expected = layer(x)
+    with torch.inference_mode(), packed_linears(layer, 8):
+        assert packed(layer)
+        torch.testing.assert_close(layer(x), expected, rtol=DTYPES[dtype], atol=DTYPES[dtype])
+
+
+def test_the_model_is_left_as_it_was():
+    model = tiny("llama")
+    ids, condition = token_ids(model), labels(0, 1, 2)
+    with packed_linears(model, 8):
+        count = len(packed(model))
+        with packed_linears(model, 8):  # a sample within a sample
+            assert len(packed(model)) == count
+        assert len(packed(model)) == count
+    with pytest.raises(ValueError, match="needs class labels"), packed_linears(model, 8):
+        model.sample(Condition(torch.zeros(8, dtype=torch.bool)), DecodingOptions(temperature=0))
+    assert not packed(model)
+    before = model(ids, condition).loss
+    before.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    with torch.no_grad():
+        model.output.weight.mul_(2)  # the next packing sees new weights
+    session = model.start(condition, DecodingOptions(temperature=0, guidance_scale=2.0))
+    streamed = torch.cat([chunk.tokens for chunk in session.generate()], 1)
+    assert torch.equal(model.sample(condition, DecodingOptions(temperature=0, guidance_scale=2.0)), streamed)
+    assert not packed(copy.deepcopy(model))
+
+
+def test_few_rows_and_quantised_layers_stay_plain():
+    class Quantised(nn.Parameter):
+        pass
+
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    model[1].weight = Quantised(torch.randn(16, 16))
+    with packed_linears(model, 1):
+        assert not packed(model)
+    with packed_linears(model, 8):
+        assert packed(model) == ([model[0]] if _packable_dtypes() else [])
+
+
+@pytest.mark.parametrize("name", next_token_generators())
+def test_sampling_is_packed_and_equals_the_stream(name):
+    model, condition = tiny(name), labels(0, 4, 2, 1)
+    draws = model.sampling_draws(Keys.range(0, 4))
+    seen = []
+    model.output.register_forward_hook(lambda module, *_: seen.append("forward" in vars(module)))
+    ids = model.sample(condition, draws=draws)
+    assert all(seen) or not _packable_dtypes()
+    chunks = [chunk.tokens for chunk in model.stream(condition, draws=draws)]
+    assert torch.equal(torch.cat(chunks, 1), ids)
+    assert not packed(model)
