@@ -41,7 +41,7 @@ def open_unfinished(target: Path, settings: Mapping[str, Any], *, resume: bool) 
     if resume:
         _check_settings(folder, settings)
         for left in folder.glob(".*.partial"):
-            left.unlink()
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
     elif folder.exists():
         raise FileExistsError(f"{folder} is of a run that did not finish; go on with --resume, or remove it first")
     else:
@@ -71,5 +71,5 @@ def publish(target: Path) -> None:
     """Give the finished folder its name."""
     if target.exists():
         target.rmdir()  # an empty folder, which not every system replaces
-    (unfinished(target) / SETTINGS).unlink()
     unfinished(target).rename(target)
+    (target / SETTINGS).unlink()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,11 +10,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from vistok.data.tokens import FORMAT, Content, TokenCacheError, sample_shape, shard_name, token_dtype
+from vistok.data.tokens import FORMAT, Content, sample_shape, shard_name, token_dtype
 from vistok.files import atomic_file, atomic_folder, write_json
 from vistok.types import to_json
-
-HEADER = "header.json"
 
 
 class TokenShards:
@@ -173,50 +169,6 @@ class TokenWriter:
         if not self._count:
             raise ValueError(f"no samples were written to {self._target}")
         self._shards.write_index(self._count)
-
-
-def unfinished(target: Path) -> Path:
-    """Where a cache lies until all its shards are there."""
-    return target.with_name(f"{target.name}.unfinished")
-
-
-def open_unfinished(target: Path, header: Mapping[str, Any], *, resume: bool) -> Path:
-    """The folder in which the shards of ``target`` are collected: a new one, or the one that a killed process left.
-
-    Args:
-        header: everything that the shards depend on.
-
-    Raises:
-        FileExistsError: the folder exists and ``resume`` is False.
-        TokenCacheError: nothing to resume, or the folder holds shards of something else.
-    """
-    folder = unfinished(target)
-    if not resume:
-        if folder.exists():
-            raise FileExistsError(
-                f"{folder} holds the shards of a run that did not finish; go on with --resume, or remove it first"
-            )
-        with atomic_folder(folder) as temporary:
-            write_json(temporary / HEADER, to_json(dict(header)))
-        return folder
-    if not folder.exists():
-        raise TokenCacheError(f"nothing to resume: there is no {folder}; start without --resume")
-    saved = json.loads((folder / HEADER).read_text())
-    wrong = [key for key, value in to_json(dict(header)).items() if saved.get(key) != value]
-    if wrong:
-        raise TokenCacheError(
-            f"{folder} was begun with another {', '.join(wrong)} ({saved.get(wrong[0])!r}, now {header[wrong[0]]!r}); "
-            "resume with the same, or remove it"
-        )
-    for left in folder.glob(".*.partial"):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
-    return folder
-
-
-def publish(target: Path) -> None:
-    """Turn the finished folder into the cache."""
-    unfinished(target).rename(target)
-    (target / HEADER).unlink()
 
 
 def _to_numpy(tensor: Tensor) -> np.ndarray:

@@ -142,19 +142,24 @@ class TokenBatches:
 
     def __init__(self, cache: TokenCache, *, seed: int = 0) -> None:
         self.cache, self.seed = cache, seed
+        self._drawn: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.cache)
 
     def load(self, indices: np.ndarray, epoch: int) -> tuple[TokenBatch, Failures]:
-        views, keys = np.zeros(len(indices), dtype=np.int64), Keys.of(self.seed, indices, step=epoch)
-        if self.cache.views > 1:
-            views = (keys.uniform("view").double() * self.cache.views).long().numpy()
-        tokens, labels = self.cache.batch(indices, views)
+        tokens, labels = self.cache.batch(indices, self._views(epoch)[indices])
         if self.cache.content == "moments":
-            spec = self.cache.spec
+            spec, keys = self.cache.spec, Keys.of(self.seed, indices, step=epoch)
             tokens = sample_moments(tokens, keys.normal("posterior", spec["length"], spec["dim"]))
         return TokenBatch(tokens, labels, torch.from_numpy(np.array(indices))), {}
+
+    def _views(self, epoch: int) -> np.ndarray:
+        """(N,) the view of every sample; drawn at once, because a generator per sample would outweigh the reading."""
+        if self._drawn is None or self._drawn[0] != epoch:
+            uniforms = Keys(self.seed, (0,), step=epoch).uniform("views", len(self.cache))[0].double()
+            self._drawn = epoch, (uniforms * self.cache.views).long().numpy()
+        return self._drawn[1]
 
 
 def token_loader(

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import logging
 import math
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +20,15 @@ from vistok.data.config import DataConfig
 from vistok.data.loader import Failures, ImageBatch, ImageBatches, InMemory, Loader
 from vistok.data.order import ShardOrder
 from vistok.data.sources import ImageSource, open_source
-from vistok.data.token_writer import TokenShards, open_unfinished, publish, unfinished
+from vistok.data.token_writer import TokenShards
 from vistok.data.tokens import TokenCache
 from vistok.data.transforms import ImageTransform, ten_crop
 from vistok.eval.processes import Processes
 from vistok.pipelines import TOKENIZER
 from vistok.progress import track
 from vistok.tokenizers.base import Tokenizer
-from vistok.types import TokenSpec
+from vistok.types import TokenSpec, to_json
+from vistok.unfinished import discard, open_unfinished, publish, unfinished
 
 log = logging.getLogger(__name__)
 
@@ -68,11 +68,11 @@ def tokenize(
     Raises:
         FileExistsError: ``out`` exists; or an unfinished one, and ``resume`` is False.
         ValueError: an image size or channels that the tokenizer cannot read, or an unknown augmentation.
-        TokenCacheError: nothing to resume, or shards of other images or of another tokenizer.
+        ResumeError: nothing to resume, or shards of other images or of another tokenizer.
         TooManyUnreadableError: more than 1 % of the images cannot be read.
     """
     out = Path(out)
-    if out.exists():
+    if out.exists():  # before any work; even an empty folder
         raise FileExistsError(f"{out} exists already; choose another folder for the tokens or remove it first")
     spec = check_size(tokenizer, data)
     views = parse_augmentation(augmentation)
@@ -88,7 +88,7 @@ def tokenize(
         source_fingerprint=source.fingerprint(),
     )
     if processes.is_first:
-        open_unfinished(out, shards.header | _settings(data, augmentation), resume=resume)
+        open_unfinished(out, to_json(shards.header | _settings(data, augmentation)), resume=resume)
     processes.wait()
     count = math.ceil(len(source) / SHARD_SIZE)
     mine = [number for number in range(processes.index, count, processes.count) if not shards.is_written(number)]
@@ -99,7 +99,7 @@ def tokenize(
         _write_shards(tokenizer.eval(), loader, shards, data.batch_size)
     except BaseException:
         if processes.count == 1 and not any(map(shards.is_written, range(count))):
-            shutil.rmtree(unfinished(out))
+            discard(out)
         raise
     processes.wait()
     if processes.is_first:

@@ -1,0 +1,181 @@
+"""Training steps per second, and how much of the machine's matrix product rate they reach.
+
+The rate is measured in the same run, in turn with the steps, by square matrix products in the same type. A step is
+forward, backward, clipping and AdamW on random data; its operations are those that torch counts in the first two.
+
+    python benchmarks/training.py --model llama_b --batch-size 8
+    python benchmarks/training.py --model vit_vqgan_small --batch-size 4
+
+On a GPU: ``--device cuda --dtype bf16 --compile --batch-size 64 --matrix 8192``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from common import finish, say
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vistok.draws import Keys
+from vistok.generators.llama import Llama
+from vistok.tokenizers.llamagen_vq import LlamaGenVQ
+from vistok.tokenizers.vit_vqgan import ViTVQGAN
+from vistok.types import Condition, TokenSpec
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Workload(NamedTuple):
+    """A model with the loss of one random batch.
+
+    Attributes:
+        units: what one step trains on: images, or tokens.
+        unit: their name.
+    """
+
+    model: nn.Module
+    loss: Callable[[], Tensor]
+    units: int
+    unit: str
+
+
+def generator(size: str, batch: int, device: str, length: int = 256) -> Workload:
+    """LlamaGen's GPT on the tokens of 256 px images."""
+    side = int(length**0.5)
+    model = Llama(TokenSpec(length, 16384, dim=8, grid=(side, side)), num_classes=1000, **Llama.sizes[size])
+    model.train().to(device)
+    tokens = torch.randint(16384, (batch, length), device=device)
+    labels = Condition.from_labels(torch.zeros(batch, dtype=torch.int64, device=device))
+    draws = {name: value.to(device) for name, value in model.training_draws(Keys.range(0, batch)).items()}
+    return Workload(model, lambda: model(tokens, labels, draws=draws).loss, batch * length, "tokens")
+
+
+def tokenizer(model: nn.Module, batch: int, device: str) -> Workload:
+    """Squared error and code losses of a tokenizer of 256 px images."""
+    model.train().to(device)
+    pixels = torch.rand(batch, 3, 256, 256, device=device) * 2 - 1
+
+    def loss() -> Tensor:
+        output = model(pixels)
+        return (output.reconstruction - pixels).square().mean() + sum(term.mean() for term in output.losses.values())
+
+    return Workload(model, loss, batch, "images")
+
+
+WORKLOADS: dict[str, Callable[[int, str], Workload]] = {
+    "llama_b": lambda batch, device: generator("B", batch, device),
+    "llama_l": lambda batch, device: generator("L", batch, device),
+    "llama_xl": lambda batch, device: generator("XL", batch, device),
+    "vit_vqgan_small": lambda batch, device: tokenizer(ViTVQGAN(**ViTVQGAN.sizes["small"]), batch, device),
+    "vit_vqgan_base": lambda batch, device: tokenizer(ViTVQGAN(**ViTVQGAN.sizes["base"]), batch, device),
+    "llamagen_vq": lambda batch, device: tokenizer(LlamaGenVQ(), batch, device),
+}
+
+
+class Step:
+    """One optimisation step of a workload, as the training loop does it."""
+
+    def __init__(self, workload: Workload, device: str, dtype: torch.dtype):
+        self.workload, self.device, self.dtype = workload, device, dtype
+        self.optimizer = torch.optim.AdamW(workload.model.parameters(), fused=device != "cpu")
+
+    def __call__(self) -> float:
+        """Do it; the seconds that it took."""
+        begin = time.perf_counter()
+        self.gradients()
+        torch.nn.utils.clip_grad_norm_(self.workload.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        synchronise(self.device)
+        return time.perf_counter() - begin
+
+    def gradients(self) -> None:
+        kind = torch.device(self.device).type
+        with torch.autocast(kind, self.dtype, enabled=self.dtype != torch.float32):
+            loss = self.workload.loss()
+        loss.backward()
+
+    def operations(self) -> int:
+        """Floating-point operations of forward and backward."""
+        with FlopCounterMode(display=False) as counter:
+            self.gradients()
+        self.optimizer.zero_grad(set_to_none=True)
+        return counter.get_total_flops()
+
+
+def matmul_rate(side: int, device: str, dtype: torch.dtype) -> float:
+    """Operations per second of one product of two square matrices."""
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    synchronise(device)
+    begin = time.perf_counter()
+    a @ b
+    synchronise(device)
+    return 2 * side**3 / (time.perf_counter() - begin)
+
+
+def synchronise(device: str) -> None:
+    if torch.device(device).type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def peak_memory(device: str) -> float:
+    """GiB: of the device, or on a CPU of the whole process."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=WORKLOADS, default="llama_b")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=5, help="steps that are timed, after two that warm up")
+    parser.add_argument("--threads", type=int, help="of the CPU; torch's choice by default")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="bf16 is autocast, as in training")
+    parser.add_argument("--matrix", type=int, default=2048, help="side of the matrices that measure the machine")
+    parser.add_argument("--compile", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device, dtype = arguments.device, DTYPES[arguments.dtype]
+    torch.manual_seed(0)
+    workload = WORKLOADS[arguments.model](arguments.batch_size, device)
+    step = Step(workload, device, dtype)
+    operations = step.operations()
+    if arguments.compile:
+        workload.model.compile()
+    seconds, rates = [], []
+    for number in range(arguments.steps + 2):
+        rates.append(matmul_rate(arguments.matrix, device, dtype))
+        seconds.append(step())
+        say(f"step {number}: {seconds[-1]:.3f} s; matrix products {rates[-1] / 1e9:,.0f} GFLOP/s")
+    machine = torch.cuda.get_device_name() if device.startswith("cuda") else f"{torch.get_num_threads()} threads"
+    second, rate = statistics.median(seconds[2:]), statistics.median(rates[2:])
+    finish(
+        "training",
+        {"of_matmul_rate": operations / second / rate},
+        {
+            f"{workload.unit}_per_second": workload.units / second,
+            "ms_per_step": 1000 * second,
+            "operations_per_step": float(operations),
+            "matmul_gflops": rate / 1e9,
+            "peak_memory_gib": peak_memory(device),
+            "parameters": sum(p.numel() for p in workload.model.parameters()),
+            "model": arguments.model,
+            "batch_size": arguments.batch_size,
+            "dtype": arguments.dtype,
+            "device": machine,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
