@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import struct
 import weakref
 import zipfile
@@ -481,3 +482,25 @@ def test_augmentation_is_off_without_being_asked_for():
     assert ImageTransform(8, "resize").without_augmentation().crop == "resize"
     pixels = torch.rand(2, 3, 8, 8)
     assert torch.equal(plain.augment(pixels, Keys.range(0, 2)), pixels)
+
+
+def test_a_killed_worker_ends_the_epoch_and_resuming_continues_it(folder: Path):
+    settings = config(num_workers=2, batch_size=2, **AUGMENTED)
+    source = open_folder(folder)
+    expected = list(training_loader(source, settings))
+    loader = training_loader(source, settings)
+    begun = []
+
+    def read_and_kill() -> None:
+        for batch in loader:
+            begun.append(batch)
+            if len(begun) == 3:
+                for child in multiprocessing.active_children():
+                    child.kill()
+
+    with pytest.raises(RuntimeError, match="worker"):
+        read_and_kill()
+    assert len(begun) < len(expected)
+    resumed = training_loader(source, settings)
+    resumed.load_state_dict(loader.state_dict())
+    assert_same_batches(begun + list(resumed), expected)

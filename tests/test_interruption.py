@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_data import fill_folder
 from test_train import losses_of, saved_steps
 from tiny_runs import GAN, generator_config, tokenizer_config, write_tokens
 
 import vistok
 from vistok.cli import main
 from vistok.config import save_config
+from vistok.data.loader import TooManyUnreadableError
 from vistok.data.sources import DigitsSource
 from vistok.hub import CheckpointError
 from vistok.train import TrainingDivergedError, TrainingInterrupted, train
@@ -229,3 +231,23 @@ def test_the_command_line_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     assert ended.value.code == 0
     assert "go on with --resume" in " ".join(capsys.readouterr().err.split())
     assert json.loads((tmp_path / "run" / "checkpoints" / "best.json").read_text())["step"] == 3
+
+
+def test_unreadable_images_are_named_again_at_the_end(tmp_path, caplog):
+    fill_folder(tmp_path / "photos", {"ant": 101})
+    (tmp_path / "photos" / "ant" / "007.png").write_bytes(b"no image")
+    data = {"source": "folder", "root": str(tmp_path / "photos"), "channels": 3, "batch_size": 20, "affine": None}
+    with caplog.at_level("WARNING", logger="vistok"):
+        train(tokenizer_config(tmp_path / "run", data=data, training={"max_steps": 10}))
+    assert caplog.text.count("left out, cannot be read") == 1
+    assert "1 samples could not be read and were left out of training" in caplog.text
+    assert "007.png" in caplog.text.rpartition("left out of training")[2]
+
+
+def test_too_many_unreadable_images_stop_the_run_with_the_list(tmp_path):
+    fill_folder(tmp_path / "photos", {"ant": 101})
+    for number in (7, 9):
+        (tmp_path / "photos" / "ant" / f"{number:03d}.png").write_bytes(b"no image")
+    data = {"source": "folder", "root": str(tmp_path / "photos"), "channels": 3, "batch_size": 20, "affine": None}
+    with pytest.raises(TooManyUnreadableError, match=r"(?s)2 of 101 images .*(007|009)\.png"):
+        train(tokenizer_config(tmp_path / "run", data=data, training={"max_steps": 10}))

@@ -15,14 +15,15 @@ from typing import Any
 import torch
 
 from vistok.config import load_config
+from vistok.data.tokens import TokenCache
 from vistok.files import write_json
-from vistok.pipelines import load_tokenizer, pipeline
+from vistok.pipelines import Pipeline, load_tokenizer, pipeline
 from vistok.quickstart.console import Stages, print_summary
 from vistok.quickstart.scores import CLASSES, Digits, equal_counts, fit_classifier, load_digits, score
 from vistok.quickstart.story import draw, score_lines, write_story
 from vistok.runs import data_of_run
 from vistok.train import train
-from vistok.train.loop import environment
+from vistok.train.environment import environment
 from vistok.train.tokenize import tokenize
 
 __all__ = ["Recipe", "quickstart"]
@@ -54,7 +55,7 @@ def quickstart(out: str | Path, recipe: Recipe = Recipe()) -> dict[str, Any]:
     """Train, sample, score, and report in the folder ``out``, and say so on standard output.
 
     ``out`` gets the runs ``tokenizer/`` and ``generator/`` (which is a pipeline), the token cache ``tokens/``,
-    result.json and report.html.
+    pictures, report.html, and at last result.json.
 
     Returns:
         what result.json holds: the fields of ``Scores``, "seconds", and how they came about under "protocol".
@@ -68,41 +69,27 @@ def quickstart(out: str | Path, recipe: Recipe = Recipe()) -> dict[str, Any]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists already and is not empty; remove it, or choose another folder with --out")
     stages = Stages(("tokenizer", "tokens", "generator", "samples", "scores", "report"))
-
-    stages.begin("tokenizer", "learns to write a 32x32 digit as 16 tokens")
-    tokenizer_run = train(_config("tokenizer", out, recipe.tokenizer, recipe.seed))
-    tokenizer = load_tokenizer(tokenizer_run)
-
-    stages.begin("tokens", f"of every training digit in {recipe.views} slightly different views")
-    data = data_of_run(tokenizer_run, (), image_shape=tokenizer.image_shape)
-    cache = tokenize(tokenizer, data, out / "tokens", augmentation=f"random:{recipe.views}")
-
-    stages.begin("generator", "learns to predict the tokens of each class")
-    generator_run = train(_config("generator", out, recipe.generator, recipe.seed))
+    pipe, cache = _train(out, recipe, stages)
 
     stages.begin("samples", f"{recipe.samples_per_class} digits of each class")
-    pipe = pipeline(generator_run)
     samples = pipe(list(range(CLASSES)), recipe.samples_per_class, seed=recipe.seed, batch_size=250)
     generated = Digits(samples.pixels, torch.tensor(samples.labels))
 
     stages.begin("scores", "by a classifier that is fitted to real digits now")
     real, held_out = load_digits("train"), load_digits("test")
-    classifier = fit_classifier(real, steps=recipe.classifier_steps, seed=recipe.seed)
     scores = score(
         generated,
         samples.tokens,
-        classifier=classifier,
-        tokenizer=tokenizer,
+        classifier=fit_classifier(real, steps=recipe.classifier_steps, seed=recipe.seed),
+        tokenizer=pipe.tokenizer,
         cache=cache,
         train=real,
         test=held_out,
     )
 
     stages.begin("report", "pictures and curves")
-    pictures = draw(generated, real, held_out, tokenizer, tokenizer_run, generator_run)
+    pictures = draw(generated, real, held_out, tokenizer=pipe.tokenizer, runs=(out / "tokenizer", out / "generator"))
     pictures.save(out)
-    seconds = time.monotonic() - begin
-    lines = score_lines(scores, seconds)
     protocol = {
         "data": "scikit-learn's digits, 8x8 resized to 32x32; the last fifth of each class is held out",
         "classifier": "a small convolutional network, fitted to augmented real training digits only",
@@ -115,12 +102,31 @@ def quickstart(out: str | Path, recipe: Recipe = Recipe()) -> dict[str, Any]:
         "recipe": asdict(recipe),
         "environment": environment(),
     }
+    seconds = time.monotonic() - begin
+    lines = score_lines(scores, seconds)
+    write_story(out / "report.html", pictures, lines, tokenizer=pipe.tokenizer, protocol=protocol)
     result = {name: round(value, 4) for name, value in asdict(scores).items()}
     result |= {"seconds": round(seconds, 1), "protocol": protocol}
     write_json(out / "result.json", result)
-    write_story(out / "report.html", pictures, lines, tokenizer=tokenizer, protocol=protocol)
     print_summary(lines, str(out / "report.html"))
     return result
+
+
+def _train(out: Path, recipe: Recipe, stages: Stages) -> tuple[Pipeline, TokenCache]:
+    """Both trainings, and the token cache between them."""
+    tokenizer_config = _config("tokenizer", out, recipe.tokenizer, recipe.seed)
+    generator_config = _config("generator", out, recipe.generator, recipe.seed)
+
+    stages.begin("tokenizer", "learns to write a 32x32 digit as 16 tokens")
+    run = train(tokenizer_config)
+
+    stages.begin("tokens", f"of every training digit in {recipe.views} slightly different views")
+    tokenizer = load_tokenizer(run)
+    data = data_of_run(run, (), image_shape=tokenizer.image_shape)
+    cache = tokenize(tokenizer, data, out / "tokens", augmentation=f"random:{recipe.views}")
+
+    stages.begin("generator", "learns to predict the tokens of each class")
+    return pipeline(train(generator_config)), cache
 
 
 def _config(stage: str, out: Path, overrides: Sequence[str], seed: int) -> dict[str, Any]:
