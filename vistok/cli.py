@@ -306,7 +306,7 @@ def reconstruct(
 
     tokenizer = load_tokenizer(run).to(choose_device(device))
     if tokens is not None:
-        lengths = _numbers(tokens, "--tokens")
+        lengths = _whole_numbers(tokens, "--tokens")
         for image, decibels in zip(images, reconstruct_prefixes(tokenizer, images, lengths, out), strict=True):
             scores = ", ".join(f"{value:.2f} dB at {length}" for length, value in zip(lengths, decibels))
             output.print(f"{escape(str(image))}  PSNR {scores}")
@@ -513,7 +513,7 @@ def _numbers(text: str) -> list[float]:
         raise ValueError(f"expected numbers separated by commas, such as 1.0,1.5,2.0; got {text!r}") from error
 
 
-def _numbers(text: str, option: str) -> list[int]:
+def _whole_numbers(text: str, option: str) -> list[int]:
     """The integers of "1,2,4"."""
     parts = text.split(",")
     if not all(part.strip().isdecimal() for part in parts):
