@@ -65,8 +65,9 @@ class Setting:
         return {linear.in_features for linear in self.model.modules() if isinstance(linear, nn.Linear)}
 
     def step(self, position: int) -> None:
-        """Sample the token at ``position``."""
-        self.session.cache.truncate(self.model.condition_length + position - 1)
+        """Feed the token before ``position``, and sample the one there."""
+        for layer in self.session.cache.layers:  # all of it is filled, so its live part may also grow
+            layer.length = self.model.condition_length + position - 1
         self.session.count = position
         next(self.session.generate(1))
 
