@@ -83,7 +83,7 @@ def test_rotation_of_a_sequence_starts_at_the_condition():
         ({"spec": TokenSpec(16, 32, dim=4, grid=(4, 2, 2))}, "needs tokens on an image raster"),
         ({"heads": 8}, "head_dim 2 must be divisible by 4"),
         ({"heads": 3}, "dim 16 is not divisible by heads 3"),
-        ({"positions": "learned"}, "'rope2d' or 'rope1d', got 'learned'"),
+        ({"positions": "rope"}, "'rope2d', 'rope1d' or 'learned', got 'rope'"),
     ],
 )
 def test_llama_that_cannot_be_built_is_refused(arguments, message):
@@ -122,3 +122,13 @@ def test_logits_start_uniform():
     model = Llama(RASTER, num_classes=5, dim=16, layers=1, heads=2)
     loss = model(token_ids(model), labels(0, 1, 2)).loss
     assert loss.item() == pytest.approx(torch.tensor(32.0).log().item())
+
+
+@pytest.mark.parametrize("positions", ["rope1d", "learned"])
+def test_plain_sequences_are_sampled_as_they_are_trained(positions):
+    model = tiny("llama", spec=TokenSpec(10, 32, dim=4), positions=positions)
+    ids = model.sample(labels(1, 2), DecodingOptions(temperature=0))
+    assert torch.equal(model.logits(ids, labels(1, 2)).argmax(-1), ids)
+    # Positions matter: the same ids in another order are no permutation of the same logits.
+    same = torch.full((1, 10), 3)
+    assert len(model.logits(same, labels(1))[0].unique(dim=0)) == 10

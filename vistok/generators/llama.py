@@ -33,7 +33,7 @@ SIZES = {
     "3B": {"dim": 3200, "layers": 24, "heads": 32},
     "7B": {"dim": 4096, "layers": 32, "heads": 32},
 }
-Positions = Literal["rope2d", "rope1d"]
+Positions = Literal["rope2d", "rope1d", "learned"]
 
 
 def _official(size: str, block_size: int) -> dict[str, Any]:
@@ -71,7 +71,7 @@ class Block(nn.Module):
         self.norm2 = RMSNorm(dim, eps)
         self.ffn = SwiGLU(dim, hidden_dim, dropout=ffn_dropout)
 
-    def forward(self, x: Tensor, rotation: Rotation, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation | None, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
         x = x + self.attn(self.norm1(x), mask=mask, causal=mask is None, rotation=rotation, cache=cache)
         return x + self.ffn(self.norm2(x))
 
@@ -91,7 +91,8 @@ class Llama(AutoregressiveGenerator):
         token_dropout, attention_dropout, residual_dropout, ffn_dropout: dropout of the embedded sequence, the
             attention weights, the attention output and the feed-forward output, in training.
         positions: "rope2d" rotates image tokens by row and column and switches the condition's queries and keys off,
-            as in LlamaGen (see ``position_table``); "rope1d" rotates the whole sequence, the condition first.
+            as in LlamaGen (see ``position_table``); "rope1d" rotates the whole sequence, the condition first
+            (D-AR); "learned" adds a vector per position (the generators of FlexTok's paper).
         rope_base: base of the rotary frequencies.
         norm_eps: eps of the RMS norms.
 
@@ -165,8 +166,12 @@ class Llama(AutoregressiveGenerator):
         )
         self.norm = RMSNorm(dim, norm_eps)
         self.output = nn.Linear(dim, self.spec.codebook_size, bias=False)
-        table = position_table(self.spec, self.condition_length, dim // heads, positions, rope_base)
-        self.rotation = FixedRotation(table)
+        if positions == "learned":
+            self.rotation = None
+            self.positions = nn.Parameter(torch.randn(self.condition_length + self.spec.length, dim) * 0.02)
+        else:
+            table = position_table(self.spec, self.condition_length, dim // heads, positions, rope_base)
+            self.rotation, self.positions = FixedRotation(table), None
         self.apply(_initialise)
         nn.init.zeros_(self.output.weight)
 
@@ -233,7 +238,9 @@ class Llama(AutoregressiveGenerator):
         return (offset > 0) & visible[:, None, None] | (offset == 0)  # (R, 1, stop - start, stop)
 
     def transform(self, x: Tensor, start: int, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        x, rotation = self.dropout(x), self.rotation(start, start + x.shape[1])
+        stop = start + x.shape[1]
+        x = self.dropout(x if self.positions is None else x + self.positions[start:stop])
+        rotation = None if self.rotation is None else self.rotation(start, stop)
         for block, memory in zip(self.blocks, cache.layers if cache else [None] * len(self.blocks)):
             x = block(x, rotation, mask, memory)
         return x
@@ -320,7 +327,7 @@ def position_table(
     if positions == "rope1d":
         return rotation_table(torch.arange(condition_length + spec.length)[:, None], head_dim, base=base)
     if positions != "rope2d":
-        raise ValueError(f"positions must be 'rope2d' or 'rope1d', got {positions!r}")
+        raise ValueError(f"positions must be 'rope2d', 'rope1d' or 'learned', got {positions!r}")
     side = math.isqrt(spec.length)
     grid = spec.grid or ((side, side) if side * side == spec.length else ())
     if len(grid) != 2:
