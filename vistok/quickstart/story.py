@@ -47,13 +47,16 @@ class Pictures:
 
 
 def draw(
-    generated: Digits, train: Digits, held_out: Digits, tokenizer: Tokenizer, tokenizer_run: Path, generator_run: Path
+    generated: Digits, train: Digits, held_out: Digits, *, tokenizer: Tokenizer, runs: tuple[Path, Path]
 ) -> Pictures:
-    """Draw everything. Nothing is picked: the first digits of each class, and evenly spread held-out digits."""
+    """Draw everything. Nothing is picked: the first digits of each class, and evenly spread held-out digits.
+
+    ``runs`` are the folders of the tokenizer's and the generator's training.
+    """
     shown = [generated.pixels[generated.labels == label][:COLUMNS] for label in range(CLASSES)]
     firsts = generated.pixels[[int((generated.labels == label).nonzero()[0]) for label in range(CLASSES)]]
     originals = held_out.pixels[:: max(1, len(held_out) // (2 * COLUMNS))][: 2 * COLUMNS]
-    tokenizer_rows, generator_rows = (read_metrics(run / "metrics.jsonl") for run in (tokenizer_run, generator_run))
+    tokenizer_rows, generator_rows = (read_metrics(run / "metrics.jsonl") for run in runs)
     return Pictures(
         samples=grid([image for row in shown for image in to_pil(row)], columns=min(COLUMNS, len(shown[0]))),
         nearest=comparison(firsts, train.pixels[nearest(firsts, train.pixels)], COLUMNS),
@@ -176,7 +179,7 @@ def _reconstructions(pictures: Pictures) -> Picture:
 def _curves(pictures: Pictures) -> Picture:
     return Picture(
         pictures.curves,
-        "From tokenizer/metrics.jsonl and generator/metrics.jsonl; `tensorboard --logdir` on either folder shows more.",
+        "From metrics.jsonl of both runs. TensorBoard shows all of it: tensorboard --logdir with this folder.",
         "Three training curves",
         scale=0.5,
     )
@@ -191,12 +194,15 @@ def _next_commands(out: Path) -> list[str]:
         "# PSNR and SSIM of the tokenizer on the held-out digits",
         f"vistok eval {tokenizer}",
         "",
-        "# The same chain on your own pictures: a folder for each class, or one folder for all",
+        "# The same chain on your own pictures (a folder for each class, or one for all)",
         f"vistok train {tokenizer}/config.yaml output_dir=runs/tokenizer \\",
-        "    data.source=folder data.root=photos/ data.channels=3 data.affine=null data.flip=true model.patch_size=4",
+        "    data.source=folder data.root=photos/ data.channels=3 \\",
+        "    data.affine=null data.flip=true model.patch_size=4",
         "vistok tokenize runs/tokenizer --augmentation flip --out tokens/",
         f"vistok train {generator}/config.yaml output_dir=runs/generator tokens=tokens/",
-        "vistok sample runs/generator --num 64 --out samples/",
+        "vistok sample runs/generator --num 1000 --out samples/",
+        "",
+        "# FID and more; the Inception weights are fetched once, or named with --weights",
         "vistok eval samples/ --reference photos/",
         "",
         "# Every model there is; configs/ in the repository holds larger recipes",
