@@ -116,7 +116,7 @@ def test_activations_grow_with_the_batch(tmp_path):
     small, large = (
         preview(tokenizer_config(tmp_path / "run", data={"batch_size": size})).memory["activations"] for size in (8, 16)
     )
-    assert large == 2 * small
+    assert large == pytest.approx(2 * small, rel=0.01)
 
 
 def test_profile_writes_a_trace_and_a_summary(tmp_path, capsys):
