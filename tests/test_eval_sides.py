@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from eval_data import as_tensor, colour_statistics, smooth_images, write_folder
+from eval_data import FakeInception, as_tensor, colour_statistics, smooth_images, write_folder
 from PIL import Image
 from tiny_models import tiny
 
@@ -43,21 +43,6 @@ def generated() -> np.ndarray:
 @pytest.fixture(scope="module")
 def real() -> np.ndarray:
     return smooth_images(10, seed=2, contrast=60, brightness=150)
-
-
-class FakeInception:
-    """Stands for Inception where loading it would cost seconds: its name and rules, the colours as features."""
-
-    name = "inception-v3-compat"
-
-    def __init__(self, rule: str, weights_sha256: str | None = "a" * 64):
-        self.resize, self.weights_sha256 = rule, weights_sha256
-        self.calls = 0
-
-    def __call__(self, images):
-        self.calls += 1
-        pool = colour_statistics(images)
-        return {"pool": pool, "spatial": pool[:, :3], "logits": 20 * pool}
 
 
 @pytest.fixture

@@ -73,17 +73,16 @@ class InceptionV3Compat:
         weights_sha256: str | None = None,
         device: torch.device | str = "cpu",
     ):
-        network = _build_inception(state_dict)
+        self.network = _build_inception(state_dict).to(device, memory_format=torch.channels_last)
         self.resize = resize
         self.weights_sha256 = weights_sha256
         self.device = torch.device(device)
         # The extractor's stages follow one another; what it would do before them, the resize, is done here. With
         # channels last, CPUs and GPUs run the convolutions markedly faster, to the same float32 results.
-        *stages, self._head = network.children()
-        self._stages = nn.Sequential(*stages).to(self.device, memory_format=torch.channels_last)
-        self._head = self._head.to(self.device)
+        *stages, self._head = self.network.children()
+        self._stages = nn.Sequential(*stages)
         self._spatial_map: Tensor | None = None
-        network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial_map)
+        self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial_map)
 
     @classmethod
     def load(
