@@ -161,6 +161,7 @@ def main() -> None:
             say(f"{length} tokens, {name}: {took[name]:.1f} ms, floor {took[f'{name}_floor']:.1f} ms")
         if length == 256:
             ratios["fp32_over_bf16"] = took["fp32"] / took["bf16"]
+            figures["fp32_over_bf16_stream"] = took["fp32_stream"] / took["bf16_stream"]
     figures["peak_memory_mb"] = peak_memory_mb()
     finish("sampling", ratios, figures)
 
