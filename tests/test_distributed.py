@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,20 @@ def test_fsdp2_trains_saves_resumes_and_exports_one_file(tmp_path, one):
     for key, tensor in load_file(exported / "model.safetensors").items():
         assert torch.allclose(tensor, whole[key], atol=1e-5), key
     assert vistok.load(exported).reconstruct(torch.zeros(1, 1, 16, 16)).isfinite().all()
+
+
+def test_sigterm_stops_all_processes_at_one_step(tmp_path):
+    save_config(config(tmp_path / "two", max_steps=100_000, save_every=0, image_every=0), tmp_path / "two.yaml")
+    command = [*TORCHRUN, "-m", "vistok", "train", str(tmp_path / "two.yaml")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "two" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and read_metrics(metrics)):
+        time.sleep(0.05)
+    process.terminate()
+    _, printed = process.communicate(timeout=120)
+    [saved] = (tmp_path / "two" / "checkpoints").glob("step-*")
+    assert int(saved.name[5:]) == read_metrics(metrics)[-1]["step"]
+    assert "stopped by SIGTERM after step" in printed
 
 
 def test_fsdp2_refuses_what_it_cannot_do(tmp_path):
