@@ -132,7 +132,8 @@ def _train(config: dict[str, Any], resume: bool) -> None:
     try:
         folder = run(config, resume=resume)
     except TrainingInterrupted as stop:
-        errors.print(escape(str(stop)))
+        if os.environ.get("RANK", "0") == "0":
+            errors.print(escape(str(stop)))
         # A scheduler's SIGTERM was served; after Ctrl-C a shell must not go on to its next command.
         raise typer.Exit(0 if stop.signal == signal.SIGTERM else 130) from stop
     if os.environ.get("RANK", "0") == "0":
