@@ -56,7 +56,7 @@ class LlamaGenCodes:
 
 
 class MarMoments:
-    """MAR's cached moments: ``CLASS/NAME.npz`` with "moments" and "moments_flip" of (2D, h, w), which become two views."""
+    """MAR's cached moments: ``CLASS/NAME.npz`` with "moments" and "moments_flip" of (2D, h, w): two views."""
 
     def __init__(self, root: Path) -> None:
         self._files = sorted(root.glob("*/*.npz"))
