@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import struct
+import time
 import weakref
 import zipfile
 from dataclasses import replace
@@ -495,8 +496,8 @@ def test_a_killed_worker_ends_the_epoch_and_resuming_continues_it(folder: Path):
         for batch in loader:
             begun.append(batch)
             if len(begun) == 3:
-                for child in multiprocessing.active_children():
-                    child.kill()
+                multiprocessing.active_children()[0].kill()
+                time.sleep(30)  # torch's handler of the signal raises here, not at a random place later
 
     with pytest.raises(RuntimeError, match="worker"):
         read_and_kill()
