@@ -13,9 +13,9 @@ from tiny_models import tiny
 from vistok.eval import evaluate, evaluate_reconstruction
 from vistok.eval.benchmark import benchmark
 from vistok.eval.networks import CallableNetwork
-from vistok.eval.processes import Processes
 from vistok.files import write_json
 from vistok.pipelines import Pipeline
+from vistok.processes import Processes
 
 
 def measure(folder: Path, out: Path, processes: Processes = Processes()) -> dict[str, Any]:  # noqa: B008

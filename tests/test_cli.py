@@ -317,7 +317,7 @@ def test_eval_of_images_hands_everything_on(photos, tmp_path, run_command, monke
             "reference": described, "warnings": ["only 12 images"],
         }  # fmt: skip
 
-    from vistok.eval.processes import Processes
+    from vistok.processes import Processes
 
     monkeypatch.setattr("vistok.eval.evaluate", score)
     printed = run_command(

@@ -192,8 +192,8 @@ def tokenize(
 
     On several GPUs, or in several processes: torchrun --nproc_per_node=8 -m vistok tokenize …
     """
-    from vistok.eval.processes import Processes
     from vistok.pipelines import choose_device, load_tokenizer
+    from vistok.processes import Processes
     from vistok.runs import data_of_run
     from vistok.train.tokenize import tokenize as write_cache
 
@@ -262,8 +262,8 @@ def sample(
     torchrun takes --num for an option of its own).
     """
     from vistok.config import override
-    from vistok.eval.processes import Processes
     from vistok.pipelines import pipeline
+    from vistok.processes import Processes
     from vistok.samples import write_samples
 
     named = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
@@ -369,8 +369,8 @@ def evaluate(
     A tokenizer is scored on the test split of its training data; --reference or data.root=… names other images. Several
     processes share the work: torchrun --nproc-per-node 8 -m vistok eval …
     """
-    from vistok.eval.processes import Processes
     from vistok.files import write_json
+    from vistok.processes import Processes
     from vistok.runs import holds_tokenizer_only
 
     processes = Processes.join()
@@ -475,8 +475,8 @@ def benchmark(
 
     from vistok.config import override
     from vistok.eval.benchmark import benchmark as measure
-    from vistok.eval.processes import Processes
     from vistok.pipelines import pipeline
+    from vistok.processes import Processes
 
     processes = Processes.join()
     device = device or str(processes.device())

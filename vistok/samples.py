@@ -13,10 +13,10 @@ from vistok._version import __version__
 from vistok.classes import ClassLabel
 from vistok.data.pictures import comparison, from_pil, grid, npz_writer, open_picture, save_png, to_pil, to_uint8
 from vistok.draws import Keys
-from vistok.eval.processes import Processes
 from vistok.eval.reconstruction import psnr
 from vistok.files import write_json
 from vistok.pipelines import Pipeline
+from vistok.processes import Processes
 from vistok.progress import track
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json

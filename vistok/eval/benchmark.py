@@ -19,7 +19,6 @@ from vistok.eval.comparison import Source, score_sides
 from vistok.eval.features import FeaturePass
 from vistok.eval.networks import FeatureNetwork
 from vistok.eval.plan import Labels, Plan
-from vistok.eval.processes import Processes
 from vistok.eval.protocols import Protocol as Rules
 from vistok.eval.protocols import choose_protocol, load_network
 from vistok.eval.record import RESULT_FILE, save_result
@@ -29,6 +28,7 @@ from vistok.eval.scoring import Side, choose_metrics, extract_side
 from vistok.eval.store import FeatureStore
 from vistok.files import read_json
 from vistok.generators.base import Generator
+from vistok.processes import Processes
 from vistok.progress import track
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json

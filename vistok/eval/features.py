@@ -13,7 +13,7 @@ from torch import Tensor
 from vistok.eval.images import ImageSet
 from vistok.eval.metrics import Moments
 from vistok.eval.networks import FeatureNetwork
-from vistok.eval.processes import Processes
+from vistok.processes import Processes
 from vistok.progress import track
 
 

@@ -14,12 +14,12 @@ from vistok.eval.features import Extraction, FeaturePass
 from vistok.eval.guards import by_text, comparability_warnings
 from vistok.eval.images import ImageError, ImageSet, open_images
 from vistok.eval.networks import CallableNetwork, FeatureNetwork
-from vistok.eval.processes import Processes
 from vistok.eval.protocols import CUSTOM, PROTOCOLS, Protocol
 from vistok.eval.reconstruction import SSIM_VARIANTS, decibels, mean_squared_error
 from vistok.eval.record import describe_images, describe_side, library_versions, save_result
 from vistok.eval.references import Reference
 from vistok.eval.scoring import Side, compute_scores
+from vistok.processes import Processes
 
 Source = str | Path | Sequence[str | Path] | Tensor | ImageSet
 

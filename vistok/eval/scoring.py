@@ -12,9 +12,9 @@ from torch import Tensor
 from vistok.eval import metrics as m
 from vistok.eval.features import Extraction, extract_features
 from vistok.eval.networks import FeatureNetwork, full_precision
-from vistok.eval.processes import Processes
 from vistok.eval.protocols import METRICS, Protocol
 from vistok.eval.references import Reference
+from vistok.processes import Processes
 
 SHUFFLE_SEED = KID_SEED = 2020
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000

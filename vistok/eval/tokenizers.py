@@ -18,8 +18,8 @@ from vistok.data.transforms import ImageTransform
 from vistok.eval.images import ImageError
 from vistok.eval.networks import FeatureNetwork
 from vistok.eval.pairs import evaluate_reconstruction
-from vistok.eval.processes import Processes
 from vistok.eval.record import save_result
+from vistok.processes import Processes
 from vistok.progress import track
 from vistok.tokenizers.base import Tokenizer
 

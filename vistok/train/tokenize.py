@@ -23,8 +23,8 @@ from vistok.data.sources import ImageSource, open_source
 from vistok.data.token_writer import TokenShards
 from vistok.data.tokens import TokenCache
 from vistok.data.transforms import ImageTransform, ten_crop
-from vistok.eval.processes import Processes
 from vistok.pipelines import TOKENIZER
+from vistok.processes import Processes
 from vistok.progress import track
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import TokenSpec, to_json

@@ -1,4 +1,4 @@
-"""Several processes that share the work of an evaluation, as ``torchrun`` or ``accelerate launch`` start them."""
+"""Several processes that share one piece of work, as ``torchrun`` or ``accelerate launch`` start them."""
 
 from __future__ import annotations
 
