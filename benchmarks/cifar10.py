@@ -29,9 +29,12 @@ def main() -> None:
     floor = kmeans_psnr(data)
     say(f"k-means on {PATCH}x{PATCH} patches, {CODES} codes: {floor:.2f} dB on the test images")
     config = ROOT / "configs" / "cifar10" / f"{arguments.tokenizer}.yaml"
-    tokenizer_run = train_for(config, arguments.minutes, out / "tokenizer", [f"data.root={data}"])
+    if arguments.tokenizer_run:
+        tokenizer_run = Path(arguments.tokenizer_run)
+    else:
+        tokenizer_run = train_for(config, arguments.minutes, out / "tokenizer", [f"data.root={data}"])
     psnr = test_psnr(tokenizer_run, data)
-    say(f"{arguments.tokenizer} after {arguments.minutes:g} minutes: {psnr:.2f} dB")
+    say(f"{arguments.tokenizer} after {training_seconds(tokenizer_run) / 60:.1f} minutes of training: {psnr:.2f} dB")
     figures = {"tokenizer": arguments.tokenizer, "training_seconds": training_seconds(tokenizer_run)}
     figures |= {"psnr": psnr, "psnr_kmeans": floor}
 
@@ -52,6 +55,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", default="llamagen_vq", help="config in configs/cifar10/")
+    parser.add_argument("--tokenizer-run", help="a run of that config to go on from, instead of training one")
     parser.add_argument("--generator", default="llama", help="config in configs/cifar10/")
     parser.add_argument("--minutes", type=float, default=5, help="training time of the tokenizer")
     parser.add_argument("--generator-minutes", type=float, default=3, help="of the generator; 0 leaves it out")
