@@ -15,12 +15,30 @@ from PIL import Image
 
 import vistok
 from vistok.cli import main
-from vistok.config import ConfigError
+from vistok.config import ConfigError, load_config
+from vistok.data.config import DataConfig
 from vistok.data.tokens import TokenCache
 from vistok.quickstart import Recipe, quickstart
-from vistok.quickstart.scores import Digits, Scores, encode, equal_counts, fit_classifier, load_digits, nearest, score
-from vistok.quickstart.story import score_lines
+from vistok.quickstart.scores import (
+    Digits,
+    Scores,
+    encode,
+    equal_counts,
+    fit_classifier,
+    load_digits,
+    nearest,
+    repeated_latents,
+    round_trip_error,
+    score,
+)
+from vistok.quickstart.story import prefix_ladder, score_lines
+from vistok.quickstart.systems import SYSTEMS, config_file
 from vistok.report import Commands, Panel, Paragraph, Picture, Score, ScoreTable, Section, draw_curves, write_report
+from vistok.tokenizers.kl_vae import KLVAE
+from vistok.train.config import RunConfig
+from vistok.train.objectives import check_terms
+from vistok.train.tokenize import tokenize
+from vistok.types import TokenSpec, to_json
 
 SHORT = Recipe(
     tokenizer=("training.max_steps=4", "training.log_every=2"),
@@ -119,7 +137,9 @@ def test_report_needs_nothing_else(folder):
 def test_report_shows_the_scores_and_commands_that_fit(folder):
     report = ReportReader(folder / "report.html")
     result = json.loads((folder / "result.json").read_text())
-    for line in score_lines(Scores(**{f.name: result[f.name] for f in fields(Scores)}), result["seconds"]):
+    scores = Scores(**{f.name: result[f.name] for f in fields(Scores)})
+    spec = vistok.load(folder / "tokenizer" / "tokenizer").spec
+    for line in score_lines(scores, result["seconds"], SYSTEMS["vit_vqgan"], spec=spec):
         assert line.name in report.text
         assert line.value in report.text
     commands = [line for line in report.text.splitlines() if line.startswith("vistok eval")]
@@ -173,6 +193,61 @@ def test_copies_and_repeats_are_counted(folder, real, held_out, classifier):
     scores = score(generated, tokens, classifier=classifier, tokenizer=tokenizer, cache=cache, train=real, test=real)
     assert scores.copies == 9 / 12
     assert scores.distinct == len({tuple(row) for row in tokens.tolist()}) / 12 <= 10 / 12
+
+
+def test_equal_latents_are_those_that_differ_no_more_than_a_round_trip():
+    known = torch.tensor([[[0.0, 0.0]], [[5.0, 5.0]]])
+    latents = torch.tensor([[[0.0, 0.1]], [[0.1, 0.0]], [[3.0, 3.0]], [[5.2, 5.0]]])
+    repeats = repeated_latents(latents, known, tolerance=0.15)
+    assert repeats.copies == 2 / 4
+    assert repeats.distinct == 3 / 4
+
+
+def test_continuous_tokens_are_scored(held_out, real, classifier, tmp_path):
+    """Held-out digits in the place of generated ones: none is a copy; training digits: all are."""
+    tokenizer = tiny_kl_vae()
+    config = DataConfig(32, source="digits", split="train", channels=1, batch_size=256, limit=40)
+    cache = tokenize(tokenizer, config, tmp_path / "tokens")
+    parts = {"classifier": classifier, "tokenizer": tokenizer, "cache": cache, "train": real, "test": held_out}
+    few = Digits(real.pixels[:20], real.labels[:20])
+    assert round_trip_error(tokenizer, held_out.pixels[:20]) > 0
+    scores = score(few, encode(tokenizer, few.pixels), **parts)
+    assert scores.copies == 1
+    far = encode(tokenizer, few.pixels) + 1e4 * torch.arange(1, 21.0).view(-1, 1, 1)
+    scores = score(few, far, **parts)
+    assert (scores.copies, scores.distinct) == (0, 1)
+
+
+def tiny_kl_vae():
+    torch.manual_seed(0)
+    sizes = {"block_out_channels": (8, 8, 8), "norm_groups": 4, "layers_per_block": 1, "latent_channels": 2}
+    return KLVAE(image_size=32, in_channels=1, encoder_attention=(), **sizes).eval()
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_generator_of_every_system_fits_its_tokenizer(system):
+    runs = [RunConfig.parse(load_config(config_file(system, stage))) for stage in ("tokenizer", "generator")]
+    with torch.device("meta"):
+        tokenizer = runs[0].build_model({"image_size": 32, "in_channels": runs[0].data.channels})
+        generator = runs[1].build_model({"spec": to_json(tokenizer.spec), "num_classes": 10})
+    check_terms(tokenizer, runs[0].losses)
+    generator.options_type(**runs[1].sampling)
+    assert tokenizer.image_shape == (1, 32, 32)
+
+
+def test_unknown_system_is_refused(tmp_path, capsys):
+    assert _exit_code("quickstart", "--system", "vqgun", "--out", tmp_path / "out") == 2
+    assert "vit_vqgan" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_ladder_of_prefixes():
+    def ladder(length, step):
+        return prefix_ladder(TokenSpec(length, 8, 2, prefix_step=step))
+
+    assert ladder(16, 1) == [1, 2, 4, 8, 16]
+    assert ladder(12, 4) == [4, 8, 12]
+    assert ladder(4, 4) == [4]
 
 
 def test_equal_counts_take_the_first_of_each_class():

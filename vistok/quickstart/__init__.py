@@ -1,7 +1,7 @@
 """The whole chain on data that needs no download: digits -> tokenizer -> tokens -> generator -> samples -> scores.
 
-Everything goes through the parts that users have: two configs (``tokenizer.yaml`` and ``generator.yaml`` beside this
-file), :func:`vistok.train.train`, :func:`vistok.train.tokenize.tokenize` and a :class:`vistok.pipelines.Pipeline`.
+Everything goes through the parts that users have: two configs of a system (``systems/``), :func:`vistok.train.train`,
+:func:`vistok.train.tokenize.tokenize` and a :class:`vistok.pipelines.Pipeline`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from vistok.data.tokens import TokenCache
 from vistok.files import write_json
 from vistok.pipelines import Pipeline, load_tokenizer, pipeline
 from vistok.quickstart.console import Stages, print_summary
-from vistok.quickstart.scores import CLASSES, Digits, equal_counts, fit_classifier, load_digits, score
+from vistok.quickstart.scores import CLASSES, COPIES, Digits, equal_counts, fit_classifier, load_digits, score
 from vistok.quickstart.story import draw, score_lines, write_story
+from vistok.quickstart.systems import Stage, config_file, find_system
 from vistok.runs import data_of_run
 from vistok.train import train
 from vistok.train.environment import environment
@@ -28,25 +29,25 @@ from vistok.train.tokenize import tokenize
 
 __all__ = ["Recipe", "quickstart"]
 
-HERE = Path(__file__).parent
-
 
 @dataclass(frozen=True)
 class Recipe:
-    """How much of everything; the defaults take about three minutes on two cores.
+    """What is trained, and how much of everything.
 
     Attributes:
+        system: a name of ``systems.SYSTEMS``.
         seed: of everything.
         tokenizer, generator: ``key=value`` changes to the two configs.
-        views: augmented versions of each training digit in the token cache.
+        views: augmented versions of each training digit in the token cache; None takes what the system says.
         classifier_steps: of fitting the classifier that judges the samples.
         samples_per_class: generated digits of each class.
     """
 
+    system: str = "vit_vqgan"
     seed: int = 0
     tokenizer: Sequence[str] = ()
     generator: Sequence[str] = ()
-    views: int = 32
+    views: int | None = None
     classifier_steps: int = 600
     samples_per_class: int = 50
 
@@ -62,14 +63,16 @@ def quickstart(out: str | Path, recipe: Recipe = Recipe()) -> dict[str, Any]:
 
     Raises:
         FileExistsError: ``out`` exists and is not an empty folder.
+        ValueError: an unknown system.
         ConfigError: a change in ``recipe`` that does not fit the configs.
     """
     begin = time.monotonic()
+    system = find_system(recipe.system)
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists already and is not empty; remove it, or choose another folder with --out")
     stages = Stages(("tokenizer", "tokens", "generator", "samples", "scores", "report"))
-    pipe, cache = _train(out, recipe, stages)
+    pipe, cache = _train(out, recipe, system.views if recipe.views is None else recipe.views, stages)
 
     stages.begin("samples", f"{recipe.samples_per_class} digits of each class")
     samples = pipe(list(range(CLASSES)), recipe.samples_per_class, seed=recipe.seed, batch_size=250)
@@ -97,14 +100,14 @@ def quickstart(out: str | Path, recipe: Recipe = Recipe()) -> dict[str, Any]:
         "held_out_digits": len(held_out),
         "generated_digits": len(generated),
         "frechet_digits": int(equal_counts(generated, held_out).sum()),
-        "copies": "equal to the tokens of a training digit as it is, or of any view that the generator trained on",
+        "copies": COPIES[pipe.tokenizer.spec.discrete],
         "sampling": pipe.sampling,
         "recipe": asdict(recipe),
         "environment": environment(),
     }
     seconds = time.monotonic() - begin
-    lines = score_lines(scores, seconds)
-    write_story(out / "report.html", pictures, lines, tokenizer=pipe.tokenizer, protocol=protocol)
+    lines = score_lines(scores, seconds, system, spec=pipe.tokenizer.spec)
+    write_story(out / "report.html", pictures, lines, system=system, spec=pipe.tokenizer.spec, protocol=protocol)
     result = {name: round(value, 4) for name, value in asdict(scores).items()}
     result |= {"seconds": round(seconds, 1), "protocol": protocol}
     write_json(out / "result.json", result)
@@ -112,29 +115,29 @@ def quickstart(out: str | Path, recipe: Recipe = Recipe()) -> dict[str, Any]:
     return result
 
 
-def _train(out: Path, recipe: Recipe, stages: Stages) -> tuple[Pipeline, TokenCache]:
+def _train(out: Path, recipe: Recipe, views: int, stages: Stages) -> tuple[Pipeline, TokenCache]:
     """Both trainings, and the token cache between them."""
-    tokenizer_config = _config("tokenizer", out, recipe.tokenizer, recipe.seed)
-    generator_config = _config("generator", out, recipe.generator, recipe.seed)
+    tokenizer_config = _config("tokenizer", out, recipe, recipe.tokenizer)
+    generator_config = _config("generator", out, recipe, recipe.generator)
 
-    stages.begin("tokenizer", "learns to write a 32x32 digit as 16 tokens")
+    stages.begin("tokenizer", "learns to write a 32x32 digit as a few tokens")
     run = train(tokenizer_config)
 
-    stages.begin("tokens", f"of every training digit in {recipe.views} slightly different views")
+    stages.begin("tokens", f"of every training digit in {views} slightly different views")
     tokenizer = load_tokenizer(run)
     data = data_of_run(run, (), image_shape=tokenizer.image_shape)
-    cache = tokenize(tokenizer, data, out / "tokens", augmentation=f"random:{recipe.views}")
+    cache = tokenize(tokenizer, data, out / "tokens", augmentation=f"random:{views}")
 
     stages.begin("generator", "learns to predict the tokens of each class")
     return pipeline(train(generator_config)), cache
 
 
-def _config(stage: str, out: Path, overrides: Sequence[str], seed: int) -> dict[str, Any]:
+def _config(stage: Stage, out: Path, recipe: Recipe, overrides: Sequence[str]) -> dict[str, Any]:
     """The config of a stage, with everything it reads and writes inside ``out``."""
-    config = load_config(HERE / f"{stage}.yaml", overrides)
-    config |= {"output_dir": str(out / stage), "seed": seed}
+    config = load_config(config_file(recipe.system, stage), overrides)
+    config |= {"output_dir": str(out / stage), "seed": recipe.seed}
     if stage == "tokenizer":
-        config["data"] = {**config["data"], "seed": seed}
+        config["data"] = {**config["data"], "seed": recipe.seed}
     else:
         config["tokens"] = str(out / "tokens")
     return config

@@ -19,6 +19,11 @@ from vistok.tokenizers.base import Tokenizer
 
 CLASSES = 10
 AUGMENTATION = Affine(degrees=10, translate=0.06, scale=0.1)
+COPIES = {  # what counts as a copy, of discrete tokens or not
+    True: "equal to the tokens of a training digit as it is, or of any view that the generator trained on",
+    False: "as close to the latents of a training digit, as it is or in a view that the generator trained on, as a "
+    "held-out digit's latents are to those of its own reconstruction (median)",
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,8 @@ class Scores:
         frechet_real: the same of as many held-out digits, class by class.
         distinct: share of different token sequences among the generated.
         copies: share of generated token sequences that some training digit has, as it is or in a view trained on.
+            For both, sequences of continuous tokens are the same where they differ no more than an image's do from
+            those of its reconstruction.
         psnr: of the tokenizer on held-out digits in dB, mean over images.
     """
 
@@ -139,7 +146,7 @@ def score(
 
     Args:
         generated: with the classes asked for.
-        tokens: (N, L) ids of ``generated``.
+        tokens: (N, L) ids or (N, L, D) latents of ``generated``.
         classifier: fitted on ``train``.
         tokenizer: for the PSNR, and for the tokens of the training digits as they are.
         cache: what the generator was trained on.
@@ -151,14 +158,18 @@ def score(
     def frechet(digits: Digits) -> float:
         return frechet_distance(classifier.moments(digits.first_of_each_class(counts)).gaussian, reference)
 
-    known = sequences(encode(tokenizer, train.pixels)) | cached_sequences(cache)
+    known = torch.cat([encode(tokenizer, train.pixels), cached_tokens(cache)])
+    if tokenizer.spec.discrete:
+        repeats = repeated_ids(tokens, known)
+    else:
+        repeats = repeated_latents(tokens, known, tolerance=round_trip_error(tokenizer, test.pixels))
     return Scores(
         recognised=classifier.accuracy(generated),
         recognised_real=classifier.accuracy(test),
         frechet=frechet(generated),
         frechet_real=frechet(test),
-        distinct=len(sequences(tokens)) / len(tokens),
-        copies=sum(tuple(row) in known for row in tokens.tolist()) / len(tokens),
+        distinct=repeats.distinct,
+        copies=repeats.copies,
         psnr=reconstruction_psnr(tokenizer, test.pixels),
     )
 
@@ -168,21 +179,52 @@ def equal_counts(a: Digits, b: Digits) -> Tensor:
     return torch.minimum(*(torch.bincount(digits.labels, minlength=CLASSES) for digits in (a, b)))
 
 
-def sequences(tokens: Tensor) -> set[tuple[int, ...]]:
-    """The different rows of (N, L) ids."""
-    return set(map(tuple, tokens.tolist()))
+@dataclass(frozen=True)
+class Repeats:
+    """Attributes: ``distinct``, the share of sequences that no earlier one equals; ``copies``, of those that are
+    known."""
+
+    distinct: float
+    copies: float
 
 
-def cached_sequences(cache: TokenCache) -> set[tuple[int, ...]]:
-    """The different sequences of all views in a cache."""
+def repeated_ids(ids: Tensor, known: Tensor) -> Repeats:
+    """Repeats among ids (N, L), known ids (M, L)."""
+    rows, old = list(map(tuple, ids.tolist())), set(map(tuple, known.tolist()))
+    return Repeats(len(set(rows)) / len(rows), sum(row in old for row in rows) / len(rows))
+
+
+def repeated_latents(latents: Tensor, known: Tensor, *, tolerance: float) -> Repeats:
+    """Repeats among latents (N, L, D), known latents (M, L, D); at most ``tolerance`` apart is the same."""
+    flat, old = latents.float().flatten(1), known.float().flatten(1)
+    close = torch.cdist(flat, flat) <= tolerance
+    copied = torch.cat([(torch.cdist(part, old) <= tolerance).any(1) for part in flat.split(100)])
+    return Repeats(1 - close.tril(-1).any(1).float().mean().item(), copied.float().mean().item())
+
+
+def round_trip_error(tokenizer: Tokenizer, pixels: Tensor) -> float:
+    """Median distance of an image's latents to those of its reconstruction: closer ones are the same to a viewer."""
+    latents, again = encode(tokenizer, pixels), encode(tokenizer, reconstruct(tokenizer, pixels))
+    return float((latents - again).float().flatten(1).norm(dim=1).median())
+
+
+def cached_tokens(cache: TokenCache) -> Tensor:
+    """The tokens of all views in a cache, (views x N, L[, D]); of moments, the means."""
     rows = range(len(cache))
-    return set().union(*(sequences(cache.batch(rows, [view] * len(cache))[0]) for view in range(cache.views)))
+    views = [cache.batch(rows, [view] * len(cache))[0] for view in range(cache.views)]
+    return torch.cat([tokens.chunk(2, -1)[0] if cache.content == "moments" else tokens for tokens in views])
 
 
 @torch.no_grad()
 def encode(tokenizer: Tokenizer, pixels: Tensor) -> Tensor:
     device = next(tokenizer.parameters()).device
     return torch.cat([tokenizer.encode(part.to(device)).cpu() for part in pixels.split(256)])
+
+
+@torch.no_grad()
+def decode(tokenizer: Tokenizer, tokens: Tensor) -> Tensor:
+    device = next(tokenizer.parameters()).device
+    return torch.cat([tokenizer.decode(part.to(device)).float().cpu() for part in tokens.split(256)])
 
 
 @torch.no_grad()
