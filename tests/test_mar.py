@@ -162,8 +162,12 @@ def test_each_row_has_its_own_region():
         regenerate[row, row : row + 4] = True
     edited = model.edit(images, regenerate, LABELS, options(), draws=draw(model))
     assert torch.equal(edited[~regenerate], images[~regenerate])
-    with pytest.raises(ValueError, match=r"as many tokens, got \[4, 5, 4\]"):
-        model.edit(images, regenerate | (torch.arange(3) == 1)[:, None] & (torch.arange(16) == 9), LABELS)
+    more = regenerate | (torch.arange(3) == 1)[:, None] & (torch.arange(16) == 9)
+    again = model.edit(images, more, LABELS, options(), draws=draw(model))
+    assert torch.equal(again[~more], images[~more])
+    torch.testing.assert_close(again[[0, 2]], edited[[0, 2]], atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"regenerate \(16,\) or \(B, 16\), got \(3, 16, 3\) and \(4,\)"):
+        model.edit(images, regenerate[0, :4], LABELS)
 
 
 def test_nothing_to_regenerate():

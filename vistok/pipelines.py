@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from vistok.classes import ClassLabel, ClassNames
 from vistok.config import check
+from vistok.data.masks import pixel_masks, token_masks
 from vistok.data.pictures import from_pil, to_pil
 from vistok.draws import Draws, Keys
 from vistok.files import atomic_folder, write_json
@@ -200,15 +201,71 @@ class Pipeline:
         """
         options = self.options(**sampling)
         condition = self._condition(class_labels, num_images, condition, num_images_per_label)
-        seed = _seed(seed, generator)
+
+        def sample(rows: slice, draws: Draws) -> Tensor:
+            return self.generator.sample(condition[rows].to(self.device), options, draws=draws)
+
+        return self._run(sample, condition, options, _seed(seed, generator), index_start, batch_size)
+
+    @torch.no_grad()
+    def edit(
+        self,
+        images: Image.Image | Sequence[Image.Image] | Tensor,
+        masks: Image.Image | Sequence[Image.Image] | Tensor,
+        class_labels: ClassLabel | Iterable[ClassLabel] | None = None,
+        *,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        index_start: int = 0,
+        batch_size: int = 64,
+        **sampling: Any,
+    ) -> PipelineOutput:
+        """Generate a part of each image anew: inpainting, or class-conditional editing if the class is another one.
+
+        A token that the mask touches is generated, the others are kept; what is kept looks as ``reconstruct`` has it.
+
+        Args:
+            images: as of :meth:`reconstruct`.
+            masks: what is generated. PIL images of the sizes of ``images``, light where it is; or a bool tensor, (H, W)
+                or (B, H, W), of the size that the images have after cropping. One mask serves all images.
+            class_labels: what to generate: one class for all images, or one for each; None leaves it to the model.
+
+        The others are as of :meth:`__call__`.
+
+        Raises:
+            ValueError: a generator that cannot fill in any positions (``mar`` can), masks or classes that do not fit
+                the images, tokens without a place in the image, and as of :meth:`__call__`.
+        """
+        options, pixels = self.options(**sampling), self._pixels(images)
+        if self._grid is None:
+            raise ValueError("the tokens of this tokenizer have no place in the image, so a part of it has none either")
+        masks = pixel_masks(masks, len(pixels), (pixels.shape[2], pixels.shape[3]))
+        regenerate = token_masks(masks, self._grid).to(self.device)
+        condition = self._condition_of_images(class_labels, len(pixels))
+
+        def edit(rows: slice, draws: Draws) -> Tensor:
+            tokens, part = self.tokenizer.encode(self._to_tokenizer(pixels[rows])), condition[rows].to(self.device)
+            return self.generator.edit(tokens, regenerate[rows], part, options, draws=draws)
+
+        return self._run(edit, condition, options, _seed(seed, generator), index_start, batch_size)
+
+    def _run(
+        self,
+        make: Callable[[slice, Draws], Tensor],
+        condition: Condition,
+        options: Any,
+        seed: int,
+        index_start: int,
+        batch_size: int,
+    ) -> PipelineOutput:
+        """The images of all rows of ``condition``, whose tokens ``make`` returns for some rows and their draws."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         tokens, pixels = [], []
         for start in range(0, len(condition), batch_size):
-            rows = condition[start : start + batch_size]
-            keys = Keys.range(seed, len(rows), index_start + start)
-            draws = self.generator.sampling_draws(keys, options)
-            batch = self.generator.sample(rows.to(self.device), options, draws=draws)
+            rows = slice(start, start + batch_size)
+            keys = Keys.range(seed, len(condition[rows]), index_start + start)
+            batch = make(rows, self.generator.sampling_draws(keys, options))
             tokens.append(batch.cpu())
             pixels.append(self._decode(batch, self.tokenizer.decoding_draws(keys)))
         pixels = torch.cat(pixels)
@@ -251,11 +308,28 @@ class Pipeline:
             images: PIL images, cropped to the tokenizer's size (ADM's centre crop); or pixels (B, C, H, W) in [-1, 1]
                 of exactly that size.
         """
-        if not isinstance(images, Tensor):
-            channels, *size = self.tokenizer.image_shape
-            images = from_pil([images] if isinstance(images, Image.Image) else images, tuple(size), channels)
+        return to_pil(self.tokenizer.reconstruct(self._to_tokenizer(self._pixels(images))))
+
+    def _pixels(self, images: Image.Image | Sequence[Image.Image] | Tensor) -> Tensor:
+        """Pixels (B, C, H, W) as they are, or of PIL images."""
+        if isinstance(images, Tensor):
+            return images
+        channels, *size = self.tokenizer.image_shape
+        return from_pil([images] if isinstance(images, Image.Image) else images, tuple(size), channels)
+
+    def _to_tokenizer(self, pixels: Tensor) -> Tensor:
+        """Pixels on the device and in the precision of the tokenizer."""
         parameter = next(self.tokenizer.parameters())
-        return to_pil(self.tokenizer.reconstruct(images.to(parameter.device, parameter.dtype)))
+        return pixels.to(parameter.device, parameter.dtype)
+
+    def _condition_of_images(self, class_labels: ClassLabel | Iterable[ClassLabel] | None, count: int) -> Condition:
+        """One class for all of ``count`` images, one for each, or none."""
+        if class_labels is None:
+            return Condition.none(count)
+        ids = self.class_ids(class_labels)
+        if len(ids) not in (1, count):
+            raise ValueError(f"give one class, or one for each of the {count} images; got {len(ids)}")
+        return Condition.from_labels(torch.tensor(ids, dtype=torch.int64).expand(count))
 
     def _condition(
         self,

@@ -82,5 +82,24 @@ class Generator(Model):
             pass
         return session.tokens
 
+    def edit(
+        self,
+        tokens: Tensor,
+        regenerate: Tensor,
+        condition: Condition,
+        options: Any = None,
+        *,
+        draws: Draws | None = None,
+    ) -> Tensor:
+        """Generate some positions of tokens (B, L[, D]) anew, those where ``regenerate`` (B, L) is True.
+
+        Raises:
+            ValueError: this generator cannot, because it has an order of its own.
+        """
+        raise ValueError(
+            f"{type(self).__name__} generates in an order of its own and cannot keep tokens that come later; editing "
+            "needs a generator that fills in any positions, such as mar"
+        )
+
     def check_condition(self, condition: Condition) -> None:
         """Raise ValueError if the model cannot be conditioned on ``condition``."""

@@ -280,22 +280,34 @@ class MAR(ContinuousGenerator):
 
         Args:
             tokens: (B, L, D) latents of the images.
-            regenerate: (L,) or (B, L) bool, True where tokens are generated; as many in every row.
+            regenerate: (L,) or (B, L) bool, True where tokens are generated; a patch of the model is generated whole.
             condition: the class of what is generated.
 
         Returns:
             (B, L, D) latents.
+
+        Raises:
+            ValueError: latents of another tokenizer, or another shape of ``regenerate``.
         """
-        regenerate = regenerate.expand(len(tokens), -1)
-        counts = (~regenerate).sum(1)
-        if int(counts.min()) != int(counts.max()):
-            raise ValueError(f"every row must regenerate as many tokens, got {regenerate.sum(1).tolist()}")
-        positions = (~regenerate).nonzero()[:, 1].view(len(tokens), -1)
-        session = self.start(condition, options, draws=draws)
-        session.append(take(tokens, positions), positions)
-        for _ in session.generate():
-            pass
-        return session.tokens
+        self.spec.check_latents(tokens)
+        if regenerate.shape not in (tokens.shape[:2], tokens.shape[1:2]) or tokens.shape[1] != self.spec.length:
+            raise ValueError(
+                f"tokens must be (B, {self.spec.length}, D) and regenerate ({self.spec.length},) or (B, "
+                f"{self.spec.length}), got {tuple(tokens.shape)} and {tuple(regenerate.shape)}"
+            )
+        regenerate = regenerate.expand(len(tokens), -1)[:, self.members].any(-1)  # (B, n), of the model's tokens
+        counts, edited = regenerate.sum(1), torch.empty_like(tokens)
+        for count in counts.unique():  # all rows of a session draw as many tokens
+            rows = (counts == count).nonzero()[:, 0]
+            kept = (~regenerate[rows]).nonzero()[:, 1].view(len(rows), -1)
+            positions = self.members[kept].flatten(1)
+            chosen = None if draws is None else {name: value[rows.to(value.device)] for name, value in draws.items()}
+            session = self.start(condition[rows], options, draws=chosen)
+            session.append(take(tokens[rows], positions), positions)
+            for _ in session.generate():
+                pass
+            edited[rows] = session.tokens.to(tokens)
+        return edited
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:

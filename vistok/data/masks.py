@@ -1,0 +1,49 @@
+"""Masks of images: which part is meant, in pixels and in tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from vistok.data.pictures import from_pil
+
+
+def pixel_masks(masks: Image.Image | Sequence[Image.Image] | Tensor, count: int, size: tuple[int, int]) -> Tensor:
+    """Masks of ``count`` images as one bool tensor (count, height, width).
+
+    Args:
+        masks: PIL images, True where they are lighter than mid-grey, cropped to the size like photos (ADM's centre
+            crop); or a bool tensor, (height, width) or (count, height, width). One mask serves all images.
+        size: (height, width).
+
+    Raises:
+        ValueError: another number of masks, another size, or a tensor that is not bool.
+    """
+    if not isinstance(masks, Tensor):
+        masks = from_pil([masks] if isinstance(masks, Image.Image) else masks, size, channels=1)[:, 0] > 0
+    if masks.dtype != torch.bool:
+        raise ValueError(f"a mask tensor must be bool, True where the image is generated anew; got {masks.dtype}")
+    masks = masks[None] if masks.ndim == 2 else masks
+    if masks.ndim != 3 or masks.shape[0] not in (1, count) or tuple(masks.shape[1:]) != tuple(size):
+        height, width = size
+        raise ValueError(
+            f"masks must have shape ({height}, {width}) or ({count}, {height}, {width}) for {count} images of "
+            f"{height}x{width}, got {tuple(masks.shape)}"
+        )
+    return masks.expand(count, -1, -1)
+
+
+def token_masks(masks: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Pixel masks (B, H, W) as bool (B, h * w): True where a mask touches any pixel of a token of the (h, w) grid.
+
+    Raises:
+        ValueError: the grid does not divide the image.
+    """
+    (height, width), (rows, columns) = masks.shape[1:], grid
+    if height % rows or width % columns:
+        raise ValueError(f"a grid of {rows}x{columns} tokens does not divide masks of {height}x{width}")
+    return F.max_pool2d(masks[:, None].float(), (height // rows, width // columns)).flatten(1) > 0
