@@ -7,27 +7,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from eval_data import colour_statistics
+from eval_data import batch_statistics
 from tiny_models import tiny
 
+from vistok.data.config import DataConfig
 from vistok.eval import evaluate, evaluate_reconstruction
 from vistok.eval.benchmark import benchmark
 from vistok.eval.networks import CallableNetwork
+from vistok.eval.perturbation import Grid, evaluate_perturbation
 from vistok.files import write_json
 from vistok.pipelines import Pipeline
 from vistok.processes import Processes
 
 
-def measure(folder: Path, out: Path, processes: Processes = Processes()) -> dict[str, Any]:  # noqa: B008
-    """Scores and fingerprints of an evaluation, of reconstructions and of a benchmark."""
+def measure(folder: Path, out: Path, processes: Processes = Processes(), batch_size: int = 4) -> dict[str, Any]:  # noqa: B008
+    """Scores and fingerprints of an evaluation, of reconstructions, of a tokenizer's pFID and of a benchmark."""
     torch.set_num_threads(1)
-    colours = {"features": colour_statistics, "network": "colours"}
-    compared = evaluate(folder / "generated", folder / "real", batch_size=4, processes=processes, **colours)
+    colours = {"features": batch_statistics, "network": "colours"}
+    compared = evaluate(folder / "generated", folder / "real", batch_size=batch_size, processes=processes, **colours)
     paired = evaluate_reconstruction(
         folder / "real",
         folder / "restored",
-        network=CallableNetwork(colour_statistics, "colours"),
-        batch_size=4,
+        network=CallableNetwork(batch_statistics, "colours"),
+        batch_size=batch_size,
         processes=processes,
     )
     generated = benchmark(
@@ -36,13 +38,20 @@ def measure(folder: Path, out: Path, processes: Processes = Processes()) -> dict
         num_images=24,
         protocol="torch-fidelity",
         reference=folder / "real",
-        batch_size=5,
+        batch_size=batch_size + 1,
         processes=processes,
         **colours,
     )
-    results = {"compared": compared, "paired": paired, "generated": generated["runs"][0]}
+    perturbed = evaluate_perturbation(
+        tiny("vit_vqgan"),
+        DataConfig(image_size=16, root=str(folder / "real"), split=None, batch_size=batch_size),
+        CallableNetwork(batch_statistics, "colours"),
+        grid=Grid((0.5,), (8,)),
+        processes=processes,
+    )
+    results = {"compared": compared, "paired": paired, "perturbed": perturbed, "generated": generated["runs"][0]}
     return {
-        name: {"scores": result["scores"], "fingerprint": result["images"]["fingerprint"]}
+        name: {"scores": result["scores"], "fingerprint": result["images"].get("fingerprint")}
         for name, result in results.items()
     }
 

@@ -14,6 +14,7 @@ from tiny_models import tiny
 
 from vistok.data.pictures import to_uint8
 from vistok.eval import evaluate
+from vistok.eval.batches import NETWORK_BATCH
 from vistok.eval.benchmark import benchmark
 from vistok.eval.plan import BenchmarkError, Plan
 from vistok.pipelines import Pipeline
@@ -104,11 +105,11 @@ class StopsAfter:
 
 def test_an_interrupted_benchmark_goes_on_where_it_stopped(pipe, finished, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        benchmark(StopsAfter(pipe, 7), tmp_path / "out", batch_size=2, **CALL)
+        benchmark(StopsAfter(pipe, 5), tmp_path / "out", batch_size=7, **CALL)
     assert not (tmp_path / "out" / "result.json").exists()
     continued = benchmark(pipe, tmp_path / "out", **CALL)
-    # Ranges of 3 take two calls of at most 2: three were complete when the eighth call failed.
-    assert continued["generated"] == NUM - 9
+    # Ranges of 16 take three calls of at most 7: one was complete when the sixth call failed.
+    assert continued["generated"] == NUM - 16
     assert fingerprints(continued) == fingerprints(read(finished))  # no image twice, none missing
     assert continued["runs"][0]["scores"] == pytest.approx(read(finished)["runs"][0]["scores"], rel=1e-6)
     assert not list((tmp_path / "out").rglob("*.partial"))
@@ -148,12 +149,12 @@ def test_a_folder_belongs_to_one_plan(pipe, finished, tmp_path):
 
 def test_damaged_files_are_named(pipe, tmp_path):
     benchmark(pipe, tmp_path / "out", **CALL)
-    shard = sorted((tmp_path / "out").rglob("*.safetensors"))[2]
+    shard = sorted((tmp_path / "out").rglob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:50])
     with pytest.raises(BenchmarkError, match=rf"{shard.name} is damaged .* remove it and run the benchmark again"):
         benchmark(pipe, tmp_path / "out", **CALL)
     shard.unlink()
-    assert benchmark(pipe, tmp_path / "out", **CALL)["generated"] == 3
+    assert benchmark(pipe, tmp_path / "out", **CALL)["generated"] == 16
     (tmp_path / "out" / "plan.json").write_text("{")
     with pytest.raises(BenchmarkError, match=r"plan\.json is damaged"):
         benchmark(pipe, tmp_path / "out", **CALL)
@@ -183,7 +184,9 @@ def test_ranges_cover_all_images_once_and_suit_few_of_them():
         shards = plan(num_images=num).shards
         assert [index for shard in shards for index in range(*shard)] == list(range(num))
         assert max(stop - start for start, stop in shards) <= 512
-    assert len(plan(num_images=100).shards) > 8
+        assert all((stop - start) % NETWORK_BATCH == 0 for start, stop in shards[:-1])
+    assert len(plan(num_images=100).shards) == 7
+    assert len(plan(num_images=1000).shards) == 16
 
 
 def test_benchmarks_that_make_no_sense_are_refused(pipe, tmp_path):

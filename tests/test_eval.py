@@ -9,7 +9,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from eval_data import as_tensor, colour_statistics, smooth_images, write_folder
+from eval_data import (
+    FakeInception,
+    as_tensor,
+    batch_statistics,
+    colour_statistics,
+    inception_weights,
+    smooth_images,
+    write_folder,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -17,6 +25,7 @@ from PIL import Image
 from vistok.data.pictures import to_uint8
 from vistok.eval import evaluate, evaluate_reconstruction, make_reference, networks
 from vistok.eval import metrics as m
+from vistok.eval.batches import NETWORK_BATCH, filled, regrouped
 from vistok.eval.images import FolderImages, ImageError, NpzImages, open_images
 from vistok.eval.networks import CallableNetwork, InceptionV3Compat
 from vistok.eval.protocols import PROTOCOLS
@@ -32,32 +41,8 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
-def inception_weights(tmp_path_factory) -> Path:
-    """A weights file of inception-v3-compat with random values that keep activations alive."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Extractor
-
-    captured = {}
-
-    class Skeleton(Extractor):
-        def load_state_dict(self, state_dict, *args, **kwargs):
-            captured.update(self.state_dict())
-
-    empty = tmp_path_factory.mktemp("weights") / "empty.pth"
-    torch.save({}, empty)
-    Skeleton("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(empty))
-    generator = torch.Generator().manual_seed(0)
-    state = {}
-    for key, value in captured.items():
-        noise = torch.randn(value.shape, generator=generator)
-        if value.ndim > 1:
-            state[key] = noise * (2 / value[0].numel()) ** 0.5
-        elif key.endswith(("bn.weight", "running_var")):
-            state[key] = 1 + 0.1 * noise.clamp(-3, 3)
-        else:
-            state[key] = torch.zeros_like(value) if "num_batches" in key else 0.1 * noise
-    path = empty.with_name("inception.pth")
-    torch.save(state, path)
-    return path
+def weights(tmp_path_factory) -> Path:
+    return inception_weights(tmp_path_factory.mktemp("weights") / "inception.pth")
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +56,6 @@ def folders(tmp_path_factory) -> SimpleNamespace:
         generated_pixels=generated,
         real_pixels=real,
     )
-
-
-@pytest.fixture(scope="module")
-def fidelity_result(inception_weights, folders, tmp_path_factory) -> SimpleNamespace:
-    out = tmp_path_factory.mktemp("result") / "scores"
-    result = evaluate(folders.generated, folders.real, weights=inception_weights, batch_size=8, out=out)
-    return SimpleNamespace(result=result, out=out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,6 +167,8 @@ def test_metrics_refuse_sets_that_are_too_small():
         m.manifold_radii(features)
     with pytest.raises(ValueError, match=r"subsets of 1000 .* got 3 and 3"):
         m.kernel_distance(features, features)
+    with pytest.raises(ValueError, match="at least 2 samples, got 1"):
+        m.kernel_distance(features, features, subset_size=1)
     with pytest.raises(ValueError, match="at least 2 samples, got 1"):
         _ = m.Moments.of(features[:1]).covariance
 
@@ -393,54 +373,14 @@ def test_a_truncated_npz_is_refused(tmp_path):
 # Protocols
 
 
-def test_the_fidelity_protocol_equals_torch_fidelity(inception_weights, folders, fidelity_result):
-    import torch_fidelity
-
-    expected = torch_fidelity.calculate_metrics(
-        input1=str(folders.generated),
-        input2=str(folders.real),
-        cuda=False,
-        batch_size=8,
-        isc=True,
-        fid=True,
-        kid=True,
-        prc=True,
-        kid_subset_size=10,
-        feature_extractor="inception-v3-compat",
-        feature_extractor_weights_path=str(inception_weights),
-        cache=False,
-        verbose=False,
-        save_cpu_ram=True,  # no worker processes
-    )
-    names = {
-        "fid": "frechet_inception_distance",
-        "is": "inception_score_mean",
-        "is_std": "inception_score_std",
-        "kid": "kernel_inception_distance_mean",
-        "kid_std": "kernel_inception_distance_std",
-        "precision": "precision",
-        "recall": "recall",
-        "f_score": "f_score",
-    }
-    scores = fidelity_result.result["scores"]
-    assert set(scores) == set(names)
-    for ours, theirs in names.items():
-        # These are differences of nearly equal numbers: float32 rounding in the network shows there first.
-        loose = "std" in ours or ours == "kid"
-        assert scores[ours] == pytest.approx(expected[theirs], rel=2e-5 if loose else 1e-6), ours
-    assert scores["fid"] > 0.1
-    assert scores["is_std"] > 0
-
-
-def test_a_result_records_what_the_score_depends_on(inception_weights, folders, fidelity_result):
-    from vistok.files import sha256
-
-    result = fidelity_result.result
-    assert json.loads((fidelity_result.out / "result.json").read_text()) == result
+def test_a_result_records_what_the_score_depends_on(monkeypatch, folders, tmp_path):
+    monkeypatch.setattr(InceptionV3Compat, "load", lambda weights, resize, device: FakeInception(resize))
+    result = evaluate(folders.generated, folders.real, out=tmp_path)
+    assert json.loads((tmp_path / "result.json").read_text()) == result
     assert result["protocol"] == "torch-fidelity"
     assert result["network"] == {
         "name": "inception-v3-compat",
-        "weights_sha256": sha256(inception_weights),
+        "weights_sha256": "a" * 64,
         "resize": "tf1-bilinear",
         "uint8": "files as stored; float pixels in [-1, 1] by 127.5 x + 128, truncated",
         "dtype": "float32",
@@ -457,24 +397,56 @@ def test_a_result_records_what_the_score_depends_on(inception_weights, folders, 
         "images": [12, 10],
     }
     text = "\n".join(result["warnings"])
-    for expected in ("only 12 images", "12 images for 2,048 pool features", "not the published file", "subsets of 10"):
+    for expected in ("only 12 images", "not the published file", "subsets of 10"):
         assert expected in text
 
 
-def test_the_same_images_have_one_fingerprint_and_one_score_however_stored_and_batched(tmp_path, folders):
-    np.savez(tmp_path / "generated.npz", folders.generated_pixels)
-    results = [
-        evaluate(source, folders.real, features=colour_statistics, network="colours", batch_size=batch_size)
-        for source, batch_size in ((folders.generated, 5), (tmp_path / "generated.npz", 64))
-    ]
-    assert results[0]["images"]["fingerprint"] == results[1]["images"]["fingerprint"]
-    assert results[0]["images"]["fingerprint"] != results[0]["reference"]["fingerprint"]
-    assert results[0]["scores"] == pytest.approx(results[1]["scores"], rel=1e-6, abs=1e-7)
+@pytest.mark.parametrize("batch_size", [1, 7, 32, 50])
+def test_no_batch_size_changes_a_score(batch_size):
+    images, real = as_tensor(smooth_images(53, seed=1)), as_tensor(smooth_images(40, seed=2, contrast=60))
+    options = {"features": batch_statistics, "network": "colours"}
+    result = evaluate(images, real, batch_size=batch_size, **options)
+    expected = evaluate(images, real, batch_size=64, **options)
+    assert result["scores"] == expected["scores"]  # to the last bit
+    assert result["images"]["fingerprint"] == expected["images"]["fingerprint"]
+    assert result["images"]["fingerprint"] != result["reference"]["fingerprint"]
 
 
-def test_the_adm_protocol_uses_stored_moments_and_the_references_images(tmp_path, inception_weights, folders):
+def test_batches_of_one_shape_keep_all_rows_in_order():
+    rows = torch.arange(50)
+    batches = list(regrouped(rows.split([1, 20, 3, 26]), 8))
+    assert torch.equal(torch.cat(batches), rows)
+    assert [len(batch) for batch in batches] == [8, 8, 8, 8, 8, 8, 2]
+    assert torch.equal(filled(rows[48:]), torch.tensor([48] + [49] * (NETWORK_BATCH - 1)))
+    assert torch.equal(filled(rows[:NETWORK_BATCH]), rows[:NETWORK_BATCH])
+    assert list(regrouped([], 8)) == []
+
+
+def test_the_kernel_distance_is_torch_fidelitys_in_float64():
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.rand(40, 16, generator=generator).double(), torch.rand(30, 16, generator=generator).double()
+    sizes = {"kid_subsets": 7, "kid_subset_size": 20, "rng_seed": 5, "verbose": False}
+    kernels = (
+        (m.PolynomialKernel(), {"kid_kernel": "poly"}),
+        (m.PolynomialKernel(2, 0.5, 0.1), {"kid_kernel": "poly", "kid_kernel_poly_degree": 2,
+                                           "kid_kernel_poly_gamma": 0.5, "kid_kernel_poly_coef0": 0.1}),
+        (m.GaussianKernel(0.7), {"kid_kernel": "rbf", "kid_kernel_rbf_sigma": 0.7}),
+    )  # fmt: skip
+    for kernel, options in kernels:
+        got = m.kernel_distance(a.float(), b.float(), kernel=kernel, subsets=7, subset_size=20, seed=5)
+        expected = kid_features_to_metric(a.float().double(), b.float().double(), **sizes, **options)
+        assert got == pytest.approx(tuple(expected.values()), rel=1e-9), kernel
+        # Rounding errors of a network do not show.
+        noise = 1 + 1e-7 * torch.randn(a.shape, generator=generator)
+        shaken = m.kernel_distance(a * noise, b, kernel=kernel, subsets=7, subset_size=20, seed=5)
+        assert shaken == pytest.approx(got, rel=1e-5), kernel
+
+
+def test_the_adm_protocol_uses_stored_moments_and_the_references_images(tmp_path, weights, folders):
     """One file with moments of all images and only some images, as the published references are."""
-    network = InceptionV3Compat.load(inception_weights)
+    network = InceptionV3Compat.load(weights)
     real = folders.real_pixels
     features = network(as_tensor(real))
     generated = network(as_tensor(folders.generated_pixels))
@@ -487,7 +459,7 @@ def test_the_adm_protocol_uses_stored_moments_and_the_references_images(tmp_path
         mu_s=features["spatial"].numpy().mean(0),
         sigma_s=np.cov(features["spatial"].numpy(), rowvar=False),
     )
-    result = evaluate(folders.generated, path, protocol="adm", weights=inception_weights, batch_size=24)
+    result = evaluate(folders.generated, path, protocol="adm", weights=weights, batch_size=24)
     scores = result["scores"]
     assert set(scores) == {"fid", "sfid", "is", "is_shuffled", "precision", "recall", "f_score"}
     for name, feature in (("fid", "pool"), ("sfid", "spatial")):
@@ -568,18 +540,18 @@ def test_copies_lossy_files_and_other_sizes_are_pointed_out(tmp_path, folders):
         assert expected in text
 
 
-def test_references_of_another_network_are_refused(tmp_path, folders, inception_weights):
+def test_references_of_another_network_are_refused(tmp_path, folders, weights):
     network = CallableNetwork(colour_statistics, "colours", "a" * 64)
     narrow = make_reference(folders.real, tmp_path / "narrow.npz", network)
     with pytest.raises(InvalidReferenceError, match="network 'colours', but the images are scored with 'inception"):
-        evaluate(folders.generated, narrow, weights=inception_weights)
+        evaluate(folders.generated, narrow, weights=weights)
     other = CallableNetwork(colour_statistics, "colours", "b" * 64)
     with pytest.raises(InvalidReferenceError, match=r"weights aaaaaaaaaaaa.* scored with weights bbbbbbbbbbbb"):
         narrow.check_network(other, other(as_tensor(folders.real_pixels)))
     # A file of unknown origin: only the width can tell.
     np.savez(tmp_path / "foreign.npz", mu=np.zeros(1024), sigma=np.eye(1024))
     with pytest.raises(InvalidReferenceError, match="1024 features, but inception-v3-compat gives 2048"):
-        evaluate(folders.generated, tmp_path / "foreign.npz", weights=inception_weights)
+        evaluate(folders.generated, tmp_path / "foreign.npz", weights=weights)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from eval_data import FakeInception, as_tensor, colour_statistics, smooth_images, write_folder
+from eval_data import FakeInception, as_tensor, batch_statistics, colour_statistics, smooth_images, write_folder
 from PIL import Image
 from tiny_models import tiny
 
@@ -23,6 +23,7 @@ from vistok.data.config import DataConfig
 from vistok.data.transforms import center_crop_adm
 from vistok.eval import evaluate, evaluate_reconstruction, make_reference
 from vistok.eval import metrics as m
+from vistok.eval.batches import NETWORK_BATCH
 from vistok.eval.dinov2 import DINOv2, resize_positions
 from vistok.eval.images import ImageError, open_images
 from vistok.eval.networks import CallableNetwork, InceptionV3Compat
@@ -84,10 +85,12 @@ def test_folder_npz_and_shards_of_the_same_images_have_one_fingerprint_and_one_s
         tmp_path / "images.npz",
         write_shards(tmp_path / "shards", generated, [7, 3, 11, 0, 5, 9, 1, 2, 10, 4, 8, 6]),
     )
-    results = [evaluate(source, as_tensor(real), batch_size=5, **COLOURS) for source in sources]
+    options = {"features": batch_statistics, "network": "colours"}
+    results = [
+        evaluate(source, as_tensor(real), batch_size=size, **options) for source, size in zip(sources, (5, 7, 32))
+    ]
     assert len({result["images"]["fingerprint"] for result in results}) == 1
-    for result in results[1:]:
-        assert result["scores"] == pytest.approx(results[0]["scores"], rel=1e-6, abs=1e-9)
+    assert results[1]["scores"] == results[2]["scores"] == results[0]["scores"]  # to the last bit
 
 
 @pytest.mark.parametrize("kind", ["folder", "npz", "packed", "shards", "tensor"])
@@ -239,7 +242,7 @@ def test_the_reconstruction_protocol_scores_pairs_and_sets_in_one_pass(tmp_path,
         *(m.Moments.of(colour_statistics(as_tensor(images))).gaussian for images in (restored, real))
     )
     assert result["scores"] == {"rfid": pytest.approx(expected, rel=1e-6)} | pairs["scores"]
-    assert inception[0].calls == 6  # three batches of each side, and no more
+    assert inception[0].calls == 2  # one batch of each side, whatever the batch size, and no more
     assert result["network"]["name"] == "inception-v3-compat"
     assert result["images"]["source"] == str(reconstructions)
     assert json.loads((tmp_path / "out" / "result.json").read_text()) == result
@@ -251,11 +254,25 @@ def photos(tmp_path_factory) -> DataConfig:
     return DataConfig(image_size=16, root=str(root), split=None, batch_size=3)
 
 
-def test_a_tokenizers_rfid_is_that_of_its_reconstructions(photos):
+def counted(monkeypatch, model, method: str) -> list[int]:
+    """Lengths of the batches that a method of ``model`` will be called with."""
+    lengths, inner = [], getattr(model, method)
+
+    def call(batch, *args, **options):
+        lengths.append(len(batch))
+        return inner(batch, *args, **options)
+
+    monkeypatch.setattr(model, method, call)
+    return lengths
+
+
+def test_a_tokenizers_rfid_is_that_of_its_reconstructions(monkeypatch, photos):
     from vistok.eval.tokenizers import DataImages, Reconstructions, evaluate_tokenizer
 
     tokenizer, network = tiny("vit_vqgan"), CallableNetwork(colour_statistics, "colours")
+    batches = counted(monkeypatch, tokenizer, "reconstruct")
     result = evaluate_tokenizer(tokenizer, photos, network=network)
+    assert batches == [NETWORK_BATCH]  # of 7 images, 3 at a time
     originals = DataImages(photos)
     sets = [torch.cat(list(images.batches(7))) for images in (Reconstructions(tokenizer, originals), originals)]
     expected = m.frechet_distance(*(m.Moments.of(colour_statistics(images)).gaussian for images in sets))
@@ -274,8 +291,9 @@ def test_perturbed_tokens_are_near_codes_drawn_evenly():
     assert not torch.equal(ranks[0], ranks[1])
 
 
-def test_pfid_is_the_mean_over_its_grid_and_rfid_its_unperturbed_cell(photos):
-    tokenizer, network = tiny("vit_vqgan"), CallableNetwork(colour_statistics, "colours")
+def test_pfid_is_the_mean_over_its_grid_and_rfid_its_unperturbed_cell(monkeypatch, photos):
+    tokenizer, network = tiny("vit_vqgan"), CallableNetwork(batch_statistics, "colours")
+    batches = counted(monkeypatch, tokenizer, "decode")
     result = evaluate_perturbation(tokenizer, photos, network, grid=Grid((0.5, 1.0), (1, 8, 100)))
     cells = {(cell["rate"], cell["strength"]): cell["fid"] for cell in result["cells"]}
     plain = result["scores"]["frechet_distance"]
@@ -288,7 +306,8 @@ def test_pfid_is_the_mean_over_its_grid_and_rfid_its_unperturbed_cell(photos):
     other = evaluate_perturbation(
         tokenizer, DataConfig(**{**vars(photos), "batch_size": 7}), network, grid=Grid((0.5, 1.0), (1, 8, 100))
     )
-    assert other["scores"] == pytest.approx(result["scores"], rel=1e-6)  # whatever the batch size
+    assert other["scores"] == result["scores"]  # whatever the batch size
+    assert set(batches) == {NETWORK_BATCH}
 
 
 def test_pfid_refuses_what_it_cannot_perturb(photos):
@@ -425,7 +444,7 @@ def test_scores_do_not_depend_on_the_number_of_processes(tmp_path, generated, re
         assert worker.returncode == 0, errors
     from eval_worker import measure
 
-    alone = measure(tmp_path, tmp_path / "alone")
+    alone = measure(tmp_path, tmp_path / "alone", batch_size=9)
     for rank in range(2):
         shared = json.loads((tmp_path / f"rank-{rank}.json").read_text())
         assert shared.keys() == alone.keys()

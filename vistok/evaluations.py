@@ -54,7 +54,7 @@ def score_tokenizer(
     if protocol is not None or weights is not None:
         network = load_network(choose_protocol(PAIRS, None, None), weights=weights, device=where)
     if protocol == PERTURBATION:
-        return evaluate_perturbation(tokenizer, data, network)
+        return evaluate_perturbation(tokenizer, data, network, processes=processes)
     return evaluate_tokenizer(tokenizer, data, network=network, lpips=open_lpips(lpips_weights), processes=processes)
 
 

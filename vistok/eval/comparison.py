@@ -56,7 +56,7 @@ def evaluate(
         network: the name of that other network, required with ``features``.
         lpips: for "reconstruction", see ``evaluate_reconstruction``.
         crop: side to which ADM's centre crop brings the files of the reference.
-        batch_size: images per forward pass.
+        batch_size: images read at a time; no score depends on it (see ``vistok.eval.batches``).
         device: where to compute; a GPU if there is one by default.
         processes: those that share the work; all of them return the result, the first one writes it.
         out: folder in which ``result.json`` is written.

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vistok.eval.batches import NETWORK_BATCH, filled
 from vistok.eval.images import ImageSet
 from vistok.eval.metrics import Moments
 from vistok.eval.networks import FeatureNetwork
@@ -65,6 +66,8 @@ class Extraction:
 class FeaturePass:
     """Takes batches of images one after another and keeps what scores need of them.
 
+    The network always gets ``NETWORK_BATCH`` images, in their order, however many came at a time.
+
     Args:
         network: makes the features.
         source: what the images are called in messages.
@@ -79,15 +82,23 @@ class FeaturePass:
         self._kept: dict[str, list[Tensor]] = {name: [] for name in keep}
         self._moments: dict[str, Moments | None] = dict.fromkeys(moments)
         self._digests: list[Tensor] = []
-        self._size: tuple[int, int] | None = None
+        self._waiting: Tensor | None = None  # images that do not make a full batch yet
 
-    def add(self, images: Tensor) -> dict[str, Tensor]:
-        """Take uint8 images (B, 3, H, W); returns their features, as the network gives them.
+    def add(self, images: Tensor) -> None:
+        """Take uint8 images (B, 3, H, W).
 
         Raises:
             ValueError: features that are not finite.
         """
-        features = self._network(images)
+        self._digests.append(digests_of(images))
+        rows = images if self._waiting is None else torch.cat([self._waiting, images])
+        whole = len(rows) // NETWORK_BATCH * NETWORK_BATCH
+        for start in range(0, whole, NETWORK_BATCH):
+            self._extract(rows[start : start + NETWORK_BATCH])
+        self._waiting = rows[whole:]
+
+    def _extract(self, images: Tensor) -> None:
+        features = {name: rows[: len(images)] for name, rows in self._network(filled(images)).items()}
         for name in {*self._kept, *self._moments}:
             if not bool(features[name].isfinite().all()):
                 raise ValueError(
@@ -100,14 +111,19 @@ class FeaturePass:
             if running is None:
                 running = self._moments[name] = Moments(features[name].shape[1], _float64_device(features[name]))
             running.update(features[name])
-        self._digests.append(digests_of(images))
-        self._size = (images.shape[-2], images.shape[-1])
-        return features
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._digests
 
     def result(self) -> Extraction:
-        """What was gathered so far."""
+        """What was gathered, once all images are there."""
+        height, width = self._waiting.shape[-2:]
+        if len(self._waiting):
+            self._extract(self._waiting)
+            self._waiting = self._waiting[:0]
         return Extraction(
-            size=self._size,
+            size=(height, width),
             digests=torch.cat(self._digests),
             features={name: torch.cat(rows) for name, rows in self._kept.items()},
             moments={name: running.to("cpu") for name, running in self._moments.items()},
@@ -132,8 +148,13 @@ def extract_features(
     batches = images.batches(batch_size, start, stop) if processes.count > 1 else images.batches(batch_size)
     for batch in track(batches, f"features of {images.source}", -(-(stop - start) // batch_size)):
         features.add(batch)
-    parts = processes.gather(features.result() if stop > start else None)
-    return Extraction.concatenate([part for part in parts if part is not None])
+    return gathered(features, processes)
+
+
+def gathered(part: FeaturePass, processes: Processes) -> Extraction:
+    """The pass over a whole set of which every process made a consecutive part (or none), in all of them."""
+    parts = processes.gather(None if part.is_empty else part.result())
+    return Extraction.concatenate([extraction for extraction in parts if extraction is not None])
 
 
 def digests_of(images: Tensor) -> Tensor:

@@ -102,10 +102,20 @@ class InceptionV3Compat:
         with full_precision():
             pixels = (resize(images.to(self.device), self.input_size, self.resize) - 128) / 128
             pool = self._stages(pixels.contiguous(memory_format=torch.channels_last)).flatten(1)  # (B, 2048)
-            logits = pool @ self._head.weight.T  # the suites' class probabilities leave the bias out
+            logits = self._logits(pool)
         spatial = self._spatial_map[:, : self.spatial_channels].permute(0, 2, 3, 1).flatten(1)  # (B, 17 * 17 * 7)
         self._spatial_map = None
         return {"pool": pool, "spatial": spatial, "logits": logits}
+
+    def _logits(self, pool: Tensor) -> Tensor:
+        """(B, 1008), without the bias, which the suites' class probabilities leave out.
+
+        In float64 where there is one: the float32 product depends on the number of threads.
+        """
+        weight = self._head.weight
+        if pool.device.type in ("cpu", "cuda"):
+            return (pool.double() @ weight.double().T).float()
+        return pool @ weight.T
 
     def _keep_spatial_map(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         self._spatial_map = output

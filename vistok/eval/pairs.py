@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vistok.eval.features import Extraction, FeaturePass
+from vistok.eval.features import FeaturePass, gathered
 from vistok.eval.guards import by_text, comparability_warnings
 from vistok.eval.images import ImageError, ImageSet, open_images
 from vistok.eval.networks import CallableNetwork, FeatureNetwork
@@ -99,7 +99,7 @@ class _Passes:
         """Put the Frechet distance, what it depends on and its warnings into ``result``."""
         protocol = _protocol_of(self.network)
         sample, real = (
-            Side(Reference(images.source, images), _gather(features, processes))
+            Side(Reference(images.source, images), gathered(features, processes))
             for images, features in zip(self.sets, self.passes)
         )
         scores = compute_scores(protocol, ["fid"], sample, real, device).values
@@ -108,10 +108,6 @@ class _Passes:
         result["network"] = protocol.describe(self.network)
         others = comparability_warnings(protocol, self.network, sample, real, scores, {})
         result["warnings"] += [warning for warning in others if warning not in result["warnings"]]
-
-
-def _gather(features: FeaturePass, processes: Processes) -> Extraction:
-    return Extraction.concatenate(processes.gather(features.result()))
 
 
 def _protocol_of(network: FeatureNetwork) -> Protocol:

@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 from vistok.data.config import DataConfig
-from vistok.data.pictures import to_uint8
 from vistok.draws import Draws, Keys
 from vistok.eval import metrics as m
-from vistok.eval.features import FeaturePass
+from vistok.eval.batches import NETWORK_BATCH, filled
+from vistok.eval.features import FeaturePass, gathered
 from vistok.eval.networks import CallableNetwork, FeatureNetwork, full_precision
 from vistok.eval.protocols import CUSTOM, PROTOCOLS
 from vistok.eval.record import describe_images, library_versions, save_result
-from vistok.eval.tokenizers import DataImages
+from vistok.eval.tokenizers import DataImages, to_rgb
+from vistok.processes import Processes
 from vistok.progress import track
 from vistok.tokenizers.base import Tokenizer
 
@@ -93,6 +94,7 @@ def evaluate_perturbation(
     *,
     grid: Grid = Grid(),
     seed: int = 0,
+    processes: Processes = Processes(),  # noqa: B008 (immutable)
     out: str | Path | None = None,
 ) -> dict[str, Any]:
     """Frechet distances between images and their reconstructions from perturbed tokens, and their mean, pFID.
@@ -103,6 +105,7 @@ def evaluate_perturbation(
         tokenizer: with ``latents(pixels)`` and a ``quantizer`` that has ``neighbours``, one id per position.
         data: the images; papers take ImageNet's validation set.
         network: of the features. With a network of the user's own the scores are called ``frechet_distance``.
+        processes: those that share the images; all of them return the result, the first one writes it.
         out: folder in which ``result.json`` is written.
 
     Returns:
@@ -114,10 +117,9 @@ def evaluate_perturbation(
     _check(tokenizer)
     originals = DataImages(data)
     cells = grid.cells(tokenizer.spec.codebook_size)
-    real, plain, perturbed = _passes(tokenizer, originals, cells, network, seed, data.batch_size)
+    passes = _passes(tokenizer, originals, cells, network, seed, processes)
     with full_precision():
-        reference = real.result().moments["pool"].gaussian
-        gaussians = [features.result().moments["pool"].gaussian for features in (plain, *perturbed)]
+        reference, *gaussians = (gathered(features, processes).moments["pool"].gaussian for features in passes)
         distances = [m.frechet_distance(gaussian, reference) for gaussian in gaussians]
     rules = CUSTOM if isinstance(network, CallableNetwork) else PROTOCOLS["reconstruction"]
     fid = rules.rename({"fid": distances[0]})
@@ -137,7 +139,7 @@ def evaluate_perturbation(
         "versions": library_versions(),
         "warnings": [UNCERTAIN, *_clipped(grid, tokenizer.spec.codebook_size)],
     }
-    if out is not None:
+    if out is not None and processes.is_first:
         save_result(result, out)
     return result
 
@@ -161,31 +163,32 @@ def _passes(
     cells: list[tuple[float, int]],
     network: FeatureNetwork,
     seed: int,
-    batch_size: int,
-) -> tuple[FeaturePass, FeaturePass, list[FeaturePass]]:
-    """The feature passes over originals, over plain and over perturbed reconstructions; images are encoded once."""
+    processes: Processes,
+) -> list[FeaturePass]:
+    """The feature passes over this process's part of the originals, of the plain and of the perturbed reconstructions.
+
+    Images are encoded once, and always ``NETWORK_BATCH`` at a time, so that no number of processes changes a pixel.
+    """
     parameter = next(tokenizer.eval().parameters())
     real, plain, *perturbed = (FeaturePass(network, originals.source, moments=["pool"]) for _ in range(len(cells) + 2))
     most = max(strength for _, strength in cells)
-    start, batches = 0, -(-originals.count // batch_size)
-    for pixels in track(originals.pixels(batch_size), f"perturbed {originals.source}", batches):
-        real.add(_to_rgb(pixels))
-        latents = tokenizer.latents(pixels.to(parameter.device, parameter.dtype))
-        neighbours = tokenizer.quantizer.neighbours(latents, most)  # (B, L, most)
-        draws = perturbation_draws(Keys.range(seed, len(pixels), start), neighbours.shape[1])
-        plain.add(_decode(tokenizer, neighbours[..., 0]))
+    first, stop = processes.part(originals.count)
+    batches = originals.pixels(NETWORK_BATCH, first, stop)
+    for pixels in track(batches, f"perturbed {originals.source}", -(-(stop - first) // NETWORK_BATCH)):
+        count = len(pixels)
+        real.add(to_rgb(pixels))
+        latents = tokenizer.latents(filled(pixels).to(parameter.device, parameter.dtype))
+        neighbours = tokenizer.quantizer.neighbours(latents, most)  # (NETWORK_BATCH, L, most)
+        draws = perturbation_draws(Keys.range(seed, len(neighbours), first), neighbours.shape[1])
+        plain.add(_decode(tokenizer, neighbours[..., 0])[:count])
         for (rate, strength), features in zip(cells, perturbed):
-            features.add(_decode(tokenizer, perturb(neighbours, rate, strength, draws)))
-        start += len(pixels)
-    return real, plain, perturbed
+            features.add(_decode(tokenizer, perturb(neighbours, rate, strength, draws))[:count])
+        first += count
+    return [real, plain, *perturbed]
 
 
 def _decode(tokenizer: Tokenizer, ids: Tensor) -> Tensor:
-    return _to_rgb(tokenizer.decode(ids).clamp(-1, 1).cpu())
-
-
-def _to_rgb(pixels: Tensor) -> Tensor:
-    return to_uint8(pixels.float()).expand(-1, 3, -1, -1)
+    return to_rgb(tokenizer.decode(ids).clamp(-1, 1).cpu())
 
 
 def _clipped(grid: Grid, codebook_size: int) -> list[str]:

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vistok.draws import Keys
+from vistok.eval.batches import NETWORK_BATCH
 from vistok.files import read_json, write_json
 
 Labels = Literal["balanced", "random", "none"]
 PLAN_FILE = "plan.json"
 FORMAT = "vistok-benchmark-1"
 SHARD_SIZE = 512  # images whose features make one file: what an interruption can cost at most
-FEWEST_SHARDS = 16  # so that small benchmarks are shared by several processes as well
+FEWEST_SHARDS = 16  # if there are enough images, so that several processes share small benchmarks as well
 
 
 class BenchmarkError(ValueError):
@@ -71,7 +72,8 @@ class Plan:
     @property
     def shards(self) -> list[tuple[int, int]]:
         """First and last + 1 image of every file of features."""
-        size = min(SHARD_SIZE, -(-self.num_images // FEWEST_SHARDS))
+        batches = -(-self.num_images // (FEWEST_SHARDS * NETWORK_BATCH))
+        size = min(SHARD_SIZE, batches * NETWORK_BATCH)
         return [(start, min(start + size, self.num_images)) for start in range(0, self.num_images, size)]
 
     def labels_of(self, start: int, stop: int) -> list[int] | None:

@@ -151,7 +151,7 @@ def compute_scores(
             elif metric == "is":
                 values |= _inception_score(sample.extraction.features["logits"], protocol)
             elif metric == "kid":
-                values |= _kernel_distance(sample.rows, real.rows)
+                values |= _kernel_distance(*(rows.to(float64_device) for rows in (sample.rows, real.rows)))
             else:
                 precision_recall, inside = _precision_recall(sample.rows, real.rows, protocol, device)
                 values |= precision_recall
@@ -212,6 +212,7 @@ def describe_metrics(protocol: Protocol, metrics: Sequence[str], sample: Side, r
         kernel = m.PolynomialKernel()._asdict()
         size = _kid_subset_size(sample.rows, real.rows)
         settings["kid"] = {"subsets": KID_SUBSETS, "subset_size": size, "seed": KID_SEED, "kernel": kernel}
+        settings["kid"]["dtype"] = "float64"
     if "prc" in metrics:
         settings["prc"] = {
             "features": "pool of the same network",

@@ -15,6 +15,7 @@ from vistok.data.loader import ImageBatches
 from vistok.data.pictures import to_uint8
 from vistok.data.sources import open_source
 from vistok.data.transforms import ImageTransform
+from vistok.eval.batches import NETWORK_BATCH, filled, regrouped
 from vistok.eval.images import ImageError
 from vistok.eval.networks import FeatureNetwork
 from vistok.eval.pairs import evaluate_reconstruction
@@ -53,11 +54,14 @@ class DataImages:
 
     def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
         """Yield uint8 (B, 3, H, W), in order."""
-        return map(_to_rgb, self.pixels(batch_size, start, stop))
+        return map(to_rgb, self.pixels(batch_size, start, stop))
 
 
 class Reconstructions:
-    """What a tokenizer makes of ``originals``, as an ``ImageSet``; computed on its device, with a progress bar."""
+    """What a tokenizer makes of ``originals``, as an ``ImageSet``; computed on its device, with a progress bar.
+
+    The tokenizer always gets ``NETWORK_BATCH`` images, so that no pixel depends on the size of the batches read.
+    """
 
     names: ClassVar[None] = None
     lossy: ClassVar[int] = 0
@@ -69,11 +73,14 @@ class Reconstructions:
 
     def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
         """Yield uint8 (B, 3, H, W), in order."""
-        parameter = next(self._tokenizer.parameters())
-        batches = self._originals.pixels(batch_size, start, stop)
         count = (self.count if stop is None else stop) - start
-        for pixels in track(batches, self.source, -(-count // batch_size)):
-            yield _to_rgb(self._tokenizer.reconstruct(pixels.to(parameter.device, parameter.dtype)).cpu())
+        batches = self._originals.pixels(NETWORK_BATCH, start, stop)
+        return regrouped(map(self._reconstruct, track(batches, self.source, -(-count // NETWORK_BATCH))), batch_size)
+
+    def _reconstruct(self, pixels: Tensor) -> Tensor:
+        parameter = next(self._tokenizer.parameters())
+        made = self._tokenizer.reconstruct(filled(pixels).to(parameter.device, parameter.dtype))
+        return to_rgb(made[: len(pixels)].cpu())
 
 
 def evaluate_tokenizer(
@@ -119,6 +126,6 @@ def evaluate_tokenizer(
     return result
 
 
-def _to_rgb(pixels: Tensor) -> Tensor:
-    images = to_uint8(pixels.float())
-    return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+def to_rgb(pixels: Tensor) -> Tensor:
+    """Grey or RGB pixels (B, 1 or 3, H, W) in [-1, 1] as uint8 (B, 3, H, W)."""
+    return to_uint8(pixels.float()).expand(-1, 3, -1, -1)
