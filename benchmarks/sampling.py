@@ -89,8 +89,8 @@ class Setting:
     def recompute(self, position: int) -> None:
         """The logits of ``position`` from the whole prefix, without a cache."""
         rows, ids = self.session.rows, self.ids[:, :position].repeat(2, 1)
-        x = torch.cat([self.model.embed_condition(rows), self.model.embed_tokens(ids, 0)], 1)
-        self.model.head(self.model.transform(x, 0, None, None)[:, -1])
+        x = torch.cat([self.model.embed_condition(rows), self.model.embed_tokens(ids, slice(0, position))], 1)
+        self.model.head(self.model.transform(x, slice(0, x.shape[1]), None, None)[:, -1])
 
 
 def positions(length: int, count: int) -> list[int]:

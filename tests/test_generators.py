@@ -219,6 +219,28 @@ def test_sampling_one_candidate_is_greedy_and_stops_early(setup):
     assert torch.equal(session.tokens, model.sample(condition, GREEDY)[:, :5])
 
 
+@pytest.mark.parametrize("options", [{"top_k": 9, "guidance_interval": (3, 9)}, {"top_p": 0.9}, {"temperature": 0.0}])
+@pytest.mark.parametrize("name", ["llama", "llama-captions", "vit_vqgan_gpt"])
+def test_compiled_steps_give_the_same_samples(name, options):
+    model, condition = SETUPS[name]()
+    options = DecodingOptions(guidance_scale=1.5, **options)
+    draws = model.sampling_draws(Keys.range(0, 3), options)
+    expected = model.sample(condition, options, draws=draws)
+    model.compile_decoding("eager")  # traced into one graph, but not translated: that takes a compiler and time
+    assert torch.equal(model.sample(condition, options, draws=draws), expected)
+    with torch._dynamo.config.patch(error_on_recompile=True):  # another session fits the same graph
+        session = model.start(condition, options, draws=draws)
+        drain(session, 3)
+        session.append(expected[:, 3:6])
+        drain(session)
+    assert torch.equal(session.tokens, expected)
+
+
+def test_compiling_is_refused_where_there_is_no_compiled_step():
+    with pytest.raises(ValueError, match="MAR has no compiled decoding"):
+        tiny("mar").compile_decoding()
+
+
 def test_session_refuses_what_does_not_fit():
     model = tiny("llama")
     session = model.start(labels(0, 1), GREEDY)
@@ -247,7 +269,7 @@ def test_sampled_ids_can_be_trained_on(setup):
     ids = torch.cat([chunk.tokens for chunk in chunks], 1)
     for tokens in (ids, model.sample(condition, GREEDY)):
         model(tokens, condition).loss.backward()
-    embedded = model.embed_tokens(chunks[0].tokens, 0)  # a chunk itself is saved for the backward pass
+    embedded = model.embed_tokens(chunks[0].tokens, slice(0, 1))  # a chunk itself is saved for the backward pass
     embedded.sum().backward()
 
 

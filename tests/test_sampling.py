@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vistok.generators.sampling import DecodingOptions, draw_ids, filter_logits, guide, inverse_cdf
+from vistok.generators.sampling import DecodingOptions, draw_ids, filter_logits, first_above, guide, inverse_cdf
 
 LOGIT = st.floats(-20, 20, width=32)
 rows = st.lists(LOGIT, min_size=1, max_size=12).map(lambda row: torch.tensor([row]))
@@ -82,13 +82,19 @@ def test_largest_uniform_draws_the_last_possible_id():
     assert inverse_cdf(torch.rand(1, 16384).softmax(-1), almost_one).item() > 16380
 
 
-def test_rounding_of_a_parallel_sum_does_not_draw_an_excluded_id(monkeypatch):
+def test_rounding_of_a_parallel_sum_does_not_draw_an_excluded_id():
     # Accelerators sum in another order: the sum at an excluded id may exceed the one before it by a rounding error.
-    sums = torch.tensor([[0.5, 0.5 + 2**-20, 1 - 2**-20, 1.0]])
-    monkeypatch.setattr(torch.Tensor, "cumsum", lambda self, dim: sums.clone())
-    probabilities = torch.tensor([[0.5, 0.0, 0.5, 0.0]])
-    assert inverse_cdf(probabilities, torch.tensor([0.5 + 2**-21])).tolist() == [2]
-    assert inverse_cdf(probabilities, torch.tensor([1 - 2**-24])).tolist() == [2]
+    sums, probabilities = torch.tensor([[0.5, 0.5 + 2**-20, 1 - 2**-20, 1.0]]), torch.tensor([[0.5, 0.0, 0.5, 0.0]])
+    sums = sums.masked_fill(probabilities == 0, 0)
+    assert first_above(sums, torch.tensor([0.5 + 2**-21])).tolist() == [2]
+    assert first_above(sums, torch.tensor([1 - 2**-24])).tolist() == [2]
+
+
+@given(st.floats(1, 2, width=32))
+def test_largest_uniform_stays_below_any_total(total):
+    uniforms = torch.tensor([1 - 2**-24])  # times some totals it rounds to the total itself
+    probabilities = torch.tensor([[total, 0.0]])
+    assert inverse_cdf(probabilities, uniforms).tolist() == first_above(probabilities, uniforms).tolist() == [0]
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-6}])

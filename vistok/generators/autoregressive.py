@@ -15,9 +15,11 @@ from torch.nn import functional as F
 
 from vistok.draws import Draws, Keys
 from vistok.generators.base import Generator
-from vistok.generators.cache import KVCache
+from vistok.generators.cache import KVCache, Layers
+from vistok.generators.compiled import CompiledStep, SessionSteps, compile_step
 from vistok.generators.sampling import DecodingOptions, draw_ids, guide
 from vistok.nn.packed import packed_linears
+from vistok.nn.rotary import Rows
 from vistok.types import Condition, GeneratorOutput, TokenChunk, TokenSpec
 
 
@@ -33,20 +35,22 @@ class AutoregressiveGenerator(Generator):
     condition_length: int
     condition_dropout: float
     num_classes: int | None
+    compiled_step: CompiledStep | None = None
 
     @abstractmethod
     def embed_condition(self, condition: Condition) -> Tensor:
         """(R, T, D) embeddings of the condition, null embeddings in its dropped rows."""
 
     @abstractmethod
-    def embed_tokens(self, ids: Tensor, start: int) -> Tensor:
-        """(R, n, D) embeddings of ids (R, n) that lie at image positions start, start + 1, ..."""
+    def embed_tokens(self, ids: Tensor, where: Rows) -> Tensor:
+        """(R, n, D) embeddings of ids (R, n) that lie at the image positions ``where``."""
 
     @abstractmethod
-    def transform(self, x: Tensor, start: int, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        """Logits' inputs: hidden states (R, n, D) of embeddings (R, n, D) at sequence positions start, start + 1, ...
+    def transform(self, x: Tensor, where: Rows, mask: Tensor | None, layers: Layers | None) -> Tensor:
+        """Logits' inputs: hidden states (R, n, D) of embeddings (R, n, D) at the sequence positions ``where``.
 
-        ``mask`` (broadcastable to (R, H, n, keys), bool) replaces plain causal attention where it is given.
+        ``mask`` (broadcastable to (R, H, n, keys), bool) replaces plain causal attention where it is given; ``layers``
+        is the cache of each layer.
         """
 
     @abstractmethod
@@ -56,6 +60,13 @@ class AutoregressiveGenerator(Generator):
     @abstractmethod
     def new_cache(self, rows: int, length: int, device: torch.device | str | None = None) -> KVCache:
         """An empty cache of ``length`` sequence positions, where the weights are if no device is named."""
+
+    def compile_decoding(self, backend: str = "inductor") -> None:
+        """From now on sample with compiled steps of fixed shapes, on a CUDA device as one graph launch per token.
+
+        The first images take longer, once for each batch size and each set of options. ``backend`` is torch.compile's.
+        """
+        self.compiled_step = compile_step(backend)
 
     def cache_bytes(self, batch: int, *, guided: bool) -> int:
         """Bytes of cache that sampling ``batch`` images will take; guidance doubles them."""
@@ -91,8 +102,10 @@ class AutoregressiveGenerator(Generator):
 
     def logits(self, ids: Tensor, condition: Condition) -> Tensor:
         """Teacher-forced logits (B, L, V): position i, seeing the condition and ids[:, :i], predicts ids[:, i]."""
-        x = torch.cat([self.embed_condition(condition), self.embed_tokens(ids[:, :-1], 0)], 1)
-        hidden = self.transform(x, 0, self.attention_mask(condition, 0, x.shape[1]), None)
+        ids = ids[:, :-1]
+        x = torch.cat([self.embed_condition(condition), self.embed_tokens(ids, slice(0, ids.shape[1]))], 1)
+        length = x.shape[1]
+        hidden = self.transform(x, slice(0, length), self.attention_mask(condition, 0, length), None)
         return self.head(hidden[:, self.condition_length - 1 :])
 
     def forward(
@@ -132,7 +145,8 @@ class AutoregressiveGenerator(Generator):
         """Generate whole sequences: ids (B, L). On a CPU with weights packed for it, which a stream of chunks does
         without: its caller may change the model meanwhile."""
         guided = options is not None and options.guided
-        with packed_linears(self, rows=len(condition) * (1 + guided)):
+        rows = 0 if self.compiled_step else len(condition) * (1 + guided)  # compilers lay weights out themselves
+        with packed_linears(self, rows):
             return super().sample(condition, options, draws=draws)
 
 
@@ -168,6 +182,7 @@ class AutoregressiveSession:
         self._valid = torch.ones(batch, 1, dtype=torch.bool, device=device)
         self.count = 0
         self._logits = self._advance(model.embed_condition(self.rows))
+        self._steps = self._compiled_steps()
 
     @property
     def tokens(self) -> Tensor:
@@ -197,29 +212,42 @@ class AutoregressiveSession:
         if num_tokens is not None and num_tokens > left:
             raise ValueError(f"num_tokens {num_tokens} exceeds the {left} positions left")
         for position in range(self.count, self.count + (left if num_tokens is None else num_tokens)):
-            logits = self._next_logits()
-            if self.guided:
-                logits = guide(logits, self.scales[position])
-            uniforms = None if self.uniforms is None else self.uniforms[:, position]
-            self._tokens[:, position] = draw_ids(logits, uniforms, self.options)
+            if self._steps is not None and self._unseen == 1:
+                self._steps(position)
+                self.cache.advance(1)
+            else:
+                self._tokens[:, position] = self._draw(position)
             self.count = position + 1
             here = slice(position, position + 1)
             yield TokenChunk(self._positions[:, here], self._tokens[:, here], self._valid)
 
+    @property
+    def _unseen(self) -> int:
+        """Tokens at the end that the cache has not seen."""
+        return self.model.condition_length + self.count - self.cache.length
+
+    def _draw(self, position: int) -> Tensor:
+        """Ids (B,) of the next position."""
+        logits = self._next_logits()
+        if self.guided:
+            logits = guide(logits, self.scales[position])
+        uniforms = None if self.uniforms is None else self.uniforms[:, position]
+        return draw_ids(logits, uniforms, self.options)
+
     def _next_logits(self) -> Tensor:
         """Logits (R, V) of the next position, after feeding the tokens that the cache has not seen."""
-        fed = self.cache.length - self.model.condition_length
+        fed = self.count - self._unseen
         if fed < self.count:
             ids = self._tokens[:, fed : self.count]
             ids = torch.cat([ids, ids]) if self.guided else ids
-            self._logits = self._advance(self.model.embed_tokens(ids, fed))
+            self._logits = self._advance(self.model.embed_tokens(ids, slice(fed, self.count)))
         return self._logits
 
     @torch.inference_mode()
     def _advance(self, x: Tensor) -> Tensor:
         """Logits (R, V) that follow the embeddings x (R, n, D) of the next n positions."""
-        start = self.cache.length
-        hidden = self.model.transform(x, start, self._mask(start, start + x.shape[1]), self.cache)
+        start, stop = self.cache.length, self.cache.length + x.shape[1]
+        hidden = self.model.transform(x, slice(start, stop), self._mask(start, stop), self.cache.layers)
         return self.model.head(hidden[:, -1])
 
     def _mask(self, start: int, stop: int) -> Tensor | None:
@@ -228,3 +256,19 @@ class AutoregressiveSession:
         if mask is not None or start == 0 or stop - start == 1:
             return mask
         return torch.ones(stop - start, stop, dtype=torch.bool, device=self._tokens.device).tril(start)
+
+    def _compiled_steps(self) -> SessionSteps | None:
+        """Steps of one token, where the model was told to compile them."""
+        if self.model.compiled_step is None:
+            return None
+        last = self.model.condition_length + self.model.spec.length
+        return SessionSteps(
+            self.model.compiled_step,
+            self.model,
+            self.options,
+            tokens=self._tokens,
+            uniforms=self.uniforms,
+            scales=torch.tensor(self.scales, device=self._tokens.device) if self.guided else None,
+            visible=self.model.attention_mask(self.rows, last - 1, last),
+            cache=self.cache,
+        )

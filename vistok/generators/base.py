@@ -101,5 +101,13 @@ class Generator(Model):
             "needs a generator that fills in any positions, such as mar"
         )
 
+    def compile_decoding(self, backend: str = "inductor") -> None:
+        """From now on sample with compiled steps.
+
+        Raises:
+            ValueError: this generator has none.
+        """
+        raise ValueError(f"{type(self).__name__} has no compiled decoding; generators of one token after another have")
+
     def check_condition(self, condition: Condition) -> None:
         """Raise ValueError if the model cannot be conditioned on ``condition``."""

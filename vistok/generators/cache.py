@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -33,9 +35,40 @@ class LayerCache:
         self._shift.copy_(x[:, -1:])
         return shifted
 
+    @property
+    def shift_memory(self) -> Tensor | None:
+        """What ``shift`` remembers, (R, 1, D)."""
+        return self._shift
+
+    def at(self, position: Tensor) -> IndexedLayer:
+        """The same memory for steps that write at a position which a tensor holds."""
+        return IndexedLayer(self, position)
+
+
+class IndexedLayer:
+    """A layer's cache for steps of one token whose shapes never change, as compiled graphs want it.
+
+    The token's position is a tensor (1,), and attention reads the whole buffer: a mask must hide what lies behind.
+    """
+
+    def __init__(self, layer: LayerCache, position: Tensor):
+        self._key, self._value, self._position, self.shift = layer._key, layer._value, position, layer.shift
+        for buffer in (self._key, self._value):
+            buffer[:, :, layer.length :] = 0  # a hidden value has weight 0, but 0 times NaN is NaN
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values (R, H, 1, h); return the buffers, (R, H, all positions, h)."""
+        self._key[:, :, self._position] = key
+        self._value[:, :, self._position] = value
+        return self._key, self._value
+
+
+Layer = LayerCache | IndexedLayer
+Layers = Sequence[Layer]
+
 
 class KVCache:
-    """Keys and values of all layers in one allocation, made once per sampling session.
+    """Keys and values of all layers, allocated once per sampling session.
 
     Args:
         layers, rows, heads, length, head_dim: the sizes; ``rows`` counts guidance rows too.
@@ -54,15 +87,29 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
-        buffer = torch.empty(layers, 2, rows, heads, length, head_dim, dtype=dtype, device=device)
-        shift = torch.zeros(layers, rows, 1, shift_dim, dtype=dtype, device=device) if shift_dim else [None] * layers
-        self.layers = [LayerCache(pair[0], pair[1], memory) for pair, memory in zip(buffer, shift)]
-        self.nbytes = buffer.nbytes + (shift.nbytes if shift_dim else 0)
+        def buffer(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        # Each a tensor of its own: compilers copy the whole of a tensor of which a part is written.
+        self.layers = [
+            LayerCache(
+                buffer(rows, heads, length, head_dim),
+                buffer(rows, heads, length, head_dim),
+                buffer(rows, 1, shift_dim) if shift_dim else None,
+            )
+            for _ in range(layers)
+        ]
+        self.nbytes = layers * rows * (2 * heads * length * head_dim + shift_dim) * dtype.itemsize
 
     @property
     def length(self) -> int:
         """Positions stored so far."""
         return self.layers[0].length
+
+    def advance(self, count: int) -> None:
+        """Say that ``count`` positions were written through ``at``."""
+        for layer in self.layers:
+            layer.length += count
 
     def truncate(self, length: int) -> None:
         """Forget the positions from ``length`` on: those that are still being made."""

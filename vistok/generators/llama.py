@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from vistok.generators.autoregressive import AutoregressiveGenerator
-from vistok.generators.cache import KVCache, LayerCache
+from vistok.generators.cache import KVCache, Layer, Layers
 from vistok.hub import CheckpointError, OfficialCheckpoint, load_strictly, rename
 from vistok.nn.attention import Attention
 from vistok.nn.mlp import SwiGLU, llama_hidden_dim
 from vistok.nn.norms import RMSNorm
-from vistok.nn.rotary import FixedRotation, Rotation, grid_positions, rotation_table
+from vistok.nn.rotary import FixedRotation, Rotation, Rows, grid_positions, rotation_table
 from vistok.types import Condition, TokenSpec, as_dataclass
 
 SIZES = {
@@ -71,7 +71,7 @@ class Block(nn.Module):
         self.norm2 = RMSNorm(dim, eps)
         self.ffn = SwiGLU(dim, hidden_dim, dropout=ffn_dropout)
 
-    def forward(self, x: Tensor, rotation: Rotation | None, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation | None, mask: Tensor | None, cache: Layer | None) -> Tensor:
         x = x + self.attn(self.norm1(x), mask=mask, causal=mask is None, rotation=rotation, cache=cache)
         return x + self.ffn(self.norm2(x))
 
@@ -225,7 +225,7 @@ class Llama(AutoregressiveGenerator):
             features = features * condition.mask[..., None]
         return self.caption_projection(torch.where(condition.dropped[:, None, None], null, features))
 
-    def embed_tokens(self, ids: Tensor, start: int) -> Tensor:
+    def embed_tokens(self, ids: Tensor, where: Rows) -> Tensor:
         return self.token_embedding(ids)
 
     def attention_mask(self, condition: Condition, start: int, stop: int) -> Tensor | None:
@@ -237,11 +237,10 @@ class Llama(AutoregressiveGenerator):
         offset = queries[:, None] - keys  # (stop - start, stop)
         return (offset > 0) & visible[:, None, None] | (offset == 0)  # (R, 1, stop - start, stop)
 
-    def transform(self, x: Tensor, start: int, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        stop = start + x.shape[1]
-        x = self.dropout(x if self.positions is None else x + self.positions[start:stop])
-        rotation = None if self.rotation is None else self.rotation(start, stop)
-        for block, memory in zip(self.blocks, cache.layers if cache else [None] * len(self.blocks)):
+    def transform(self, x: Tensor, where: Rows, mask: Tensor | None, layers: Layers | None) -> Tensor:
+        x = self.dropout(x if self.positions is None else x + self.positions[where])
+        rotation = None if self.rotation is None else self.rotation(where)
+        for block, memory in zip(self.blocks, layers or [None] * len(self.blocks)):
             x = block(x, rotation, mask, memory)
         return x
 

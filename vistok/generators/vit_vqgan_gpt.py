@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vistok.generators.autoregressive import AutoregressiveGenerator
-from vistok.generators.cache import KVCache, LayerCache
+from vistok.generators.cache import KVCache, Layer, Layers
 from vistok.hub import load_strictly, rename
 from vistok.nn.attention import Attention
 from vistok.nn.mlp import MLP
+from vistok.nn.rotary import Rows
 from vistok.types import Condition, TokenSpec, as_dataclass
 
 
@@ -39,7 +40,7 @@ class Block(nn.Module):
         self.mlp = MLP(dim, 4 * dim, squared_relu)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, cache: Layer | None) -> Tensor:
         y = self.norm1(x)
         previous = F.pad(y[:, :-1], (0, 0, 1, 0)) if cache is None else cache.shift(y)
         y = y * self.mix + previous * (1 - self.mix)
@@ -135,8 +136,8 @@ class ViTVQGANGPT(AutoregressiveGenerator):
                 f"0..{self.num_classes - 1}"
             )
 
-    def embed_tokens(self, ids: Tensor, start: int) -> Tensor:
-        return self.token_embedding(ids) + self.token_positions[:, start : start + ids.shape[1]]
+    def embed_tokens(self, ids: Tensor, where: Rows) -> Tensor:
+        return self.token_embedding(ids) + self.token_positions[:, where]
 
     def attention_mask(self, condition: Condition, start: int, stop: int) -> Tensor | None:
         """Causal, but condition tokens see each other; None where that makes no difference."""
@@ -146,8 +147,8 @@ class ViTVQGANGPT(AutoregressiveGenerator):
         last_seen = queries.clamp(min=self.condition_length - 1)
         return (keys <= last_seen[:, None])[None, None]
 
-    def transform(self, x: Tensor, start: int, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        for block, memory in zip(self.blocks, cache.layers if cache else [None] * len(self.blocks)):
+    def transform(self, x: Tensor, where: Rows, mask: Tensor | None, layers: Layers | None) -> Tensor:
+        for block, memory in zip(self.blocks, layers or [None] * len(self.blocks)):
             x = block(x, mask, memory)
         return x
 

@@ -189,7 +189,7 @@ class XAR(ContinuousGenerator):
         even = len(set(sizes)) == 1
         spread = None if even else torch.repeat_interleave(torch.tensor(sizes)).to(noisy.device)
         condition = classes[:, None] + self.embed_times(times)
-        shared = (condition, spread, self.rotation(start, stop), self._mask(entities, noisy.device))
+        shared = (condition, spread, self.rotation(slice(start, stop)), self._mask(entities, noisy.device))
         memories = iter(cache.layers if cache else [None] * (len(self.encoder_blocks) + len(self.decoder_blocks)))
 
         x = self.input_norm(self.input(noisy) + self.encoder_positions[:, start:stop])

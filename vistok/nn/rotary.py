@@ -10,6 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+Rows = slice | Tensor
+"""Positions: consecutive ones as a slice, or any as an index tensor, which compiled graphs can read anew each time."""
+
 
 class Rotation(NamedTuple):
     """Cosines and sines, (N, head_dim / 2) each, of N positions."""
@@ -17,7 +20,7 @@ class Rotation(NamedTuple):
     cos: Tensor
     sin: Tensor
 
-    def __getitem__(self, rows) -> Rotation:
+    def __getitem__(self, rows: Rows) -> Rotation:
         return Rotation(self.cos[rows], self.sin[rows])
 
 
@@ -32,9 +35,9 @@ class FixedRotation(nn.Module):
         self.register_buffer("cos", rotation.cos, persistent=False)
         self.register_buffer("sin", rotation.sin, persistent=False)
 
-    def forward(self, start: int, stop: int) -> Rotation:
-        """The rows of positions start, ..., stop - 1."""
-        return Rotation(self.cos[start:stop], self.sin[start:stop])
+    def forward(self, where: Rows) -> Rotation:
+        """The rows of some positions."""
+        return Rotation(self.cos[where], self.sin[where])
 
     def _apply(self, fn, recurse: bool = True):
         precise = self.cos, self.sin

@@ -45,7 +45,7 @@ class GridRotation(nn.Module):
 
     def forward(self, grid: tuple[int, int]) -> Rotation:
         if grid == self.grid:
-            return self.table(0, grid[0] * grid[1] + self.extra)
+            return self.table(slice(0, grid[0] * grid[1] + self.extra))
         return Rotation(*(part.to(self.table.cos.device) for part in self._make(grid)))
 
 
