@@ -14,7 +14,7 @@ from test_data import assert_same_batches, picture
 from vistok.config import ConfigError
 from vistok.data import DataConfig, ResampledOrder, open_source, training_loader
 from vistok.data.loader import TooManyUnreadableError
-from vistok.data.shards import expand_braces, fetch
+from vistok.data.shards import ShardSource, expand_braces, fetch
 
 
 def encoded(number: int) -> bytes:
@@ -164,6 +164,21 @@ def test_resampling_draws_with_replacement_and_alike_on_any_number_of_ranks():
     assert len(set(ResampledOrder(50, 50).batches(0)[0])) < 45, "some must repeat within an epoch"
     with pytest.raises(ValueError, match="2 samples do not fill one batch of 5"):
         ResampledOrder(2, 5)
+
+
+def test_index_is_kept_until_a_shard_changes(shards: Path, tmp_path: Path, monkeypatch):
+    read = [ShardSource(str(shards / "*.tar"), cache=tmp_path / "cache").name(7)]
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile, "open", lambda *_: pytest.fail("a known shard was walked through again"))
+        read.append(ShardSource(str(shards / "*.tar"), cache=tmp_path / "cache").name(7))
+    assert read[0] == read[1]
+    write_shard(shards / "train-0001.tar", {"new.png": encoded(0), "new.cls": b"1"})
+    assert len(ShardSource(str(shards / "*.tar"), cache=tmp_path / "cache")) == 9
+
+
+def test_shards_are_read_where_no_index_can_be_kept(shards: Path, tmp_path: Path):
+    (tmp_path / "cache").write_text("a file in the place of the folder")
+    assert len(ShardSource(str(shards / "*.tar"), cache=tmp_path / "cache")) == 12
 
 
 def test_resampled_training(shards: Path):

@@ -10,6 +10,7 @@ import glob
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import tarfile
@@ -22,7 +23,9 @@ from PIL import Image
 from vistok.config import ConfigError
 from vistok.data.files import IMAGE_EXTENSIONS
 from vistok.data.sources import DECODING_ERRORS, UNCONDITIONAL, ImageSource, UnreadableImageError, convert, hash_lines
-from vistok.files import atomic_file
+from vistok.files import atomic_file, read_json
+
+log = logging.getLogger(__name__)
 
 CLASS_NAMES = "classnames.txt"
 
@@ -53,7 +56,7 @@ class ShardSource(ImageSource):
     Args:
         pattern: a path or URL; ``{0000..0252}`` counts, a path may have wildcards, and ``{split}`` is the split.
             URLs (``https://``, ``s3://``, ``pipe:``, ...: what webdataset opens) are fetched into ``cache``.
-        cache: where fetched shards are kept.
+        cache: where fetched shards and the indices of all shards are kept.
 
     Raises:
         FileNotFoundError: no such shard.
@@ -67,8 +70,9 @@ class ShardSource(ImageSource):
         if "{split}" not in pattern and split not in (None, "train"):
             raise ValueError(f"data.root={pattern} names no split; write {{split}} where {split!r} belongs, or both")
         urls = shard_paths(pattern.replace("{split}", split or ""))
-        self._paths = [fetch(url, cache or default_cache()) if is_remote(url) else Path(url) for url in urls]
-        self._samples = [sample for number, path in enumerate(self._paths) for sample in index_shard(path, number)]
+        cache = cache or default_cache()
+        self._paths = [fetch(url, cache) if is_remote(url) else Path(url) for url in urls]
+        self._samples = [s for number, path in enumerate(self._paths) for s in samples_of(path, number, cache)]
         self._channels = channels
         if not self._samples:
             raise FileNotFoundError(
@@ -170,6 +174,23 @@ def fetch(url: str, cache: Path) -> Path:
         if file.tell() == 0:
             raise FileNotFoundError(f"nothing could be read from {url}")
     return path
+
+
+def samples_of(path: Path, number: int, cache: Path) -> list[Sample]:
+    """As ``index_shard``; what it finds is kept in ``cache``, because a large set takes minutes to walk through."""
+    status = path.stat()
+    key = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"  # a shard that has changed is indexed anew
+    file = cache / "index" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    try:
+        return [Sample(number, *row) for row in read_json(file)]
+    except (OSError, ValueError, TypeError):
+        samples = list(index_shard(path, number))
+    try:
+        with atomic_file(file) as temporary:
+            temporary.write_text(json.dumps([sample[1:] for sample in samples]))
+    except OSError as error:
+        log.info("the index of %s is not kept: %s", path, error)
+    return samples
 
 
 def index_shard(path: Path, number: int) -> Iterator[Sample]:
