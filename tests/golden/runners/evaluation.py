@@ -13,6 +13,7 @@ from vistok.data.pictures import to_uint8
 from vistok.eval import metrics as m
 from vistok.eval.networks import InceptionV3Compat
 from vistok.eval.reconstruction import SSIM, decibels, mean_squared_error
+from vistok.eval.resize import resize as resize_images
 
 from ..harness import Case, GoldenFailure, Step, runner
 
@@ -102,8 +103,9 @@ def adm_inception_score(case: Case, step: Step) -> dict[str, np.ndarray]:
 
 def _neighbourhood(step: Step) -> dict[str, Any]:
     args = step.args
-    distance = _check(step, "distance", args["distance"], "euclidean", "squared_euclidean")
-    if _check(step, "dtype", args["dtype"], "float32", "float16") == "float16":
+    default = "euclidean" if step.case.model == "eval/fidelity" else "squared_euclidean"
+    distance = _check(step, "distance", args.get("distance", default), "euclidean", "squared_euclidean")
+    if _check(step, "dtype", args.get("dtype", "float32"), "float32", "float16") == "float16":
         distance = f"{distance}_float16"
     return {"neighbours": args["k"], "distance": distance}
 
@@ -246,14 +248,9 @@ def _network(case: Case) -> InceptionV3Compat:
 
 @runner("eval/inception", "resize")
 def resize(case: Case, step: Step) -> dict[str, Tensor]:
-    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
-
     args = step.args
     _check(step, "rule", args["rule"], "tensorflow1")
-    images = interpolate_bilinear_2d_like_tensorflow1x(
-        step.tensor("images", 0).float(), size=(args["size"], args["size"]), align_corners=False
-    )
-    images = (images - args["subtract"]) / args["divide"]
+    images = (resize_images(step.tensor("images", 0), args["size"], "tf1-bilinear") - args["subtract"]) / args["divide"]
     answers = {}
     for name in step.outputs:
         reduce = _check(step, "reduce", args.get("reduce", {}).get(name), None, "sum_per_image")
