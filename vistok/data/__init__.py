@@ -10,8 +10,9 @@ from vistok.data.loader import (
     evaluation_loader,
     training_loader,
 )
+from vistok.data.opening import open_source
 from vistok.data.order import ResampledOrder, SequentialOrder, ShuffledOrder
-from vistok.data.sources import ImageSource, UnreadableImageError, open_source
+from vistok.data.sources import ImageSource, UnreadableImageError
 from vistok.data.token_writer import TokenWriter
 from vistok.data.tokens import TokenBatch, TokenBatches, TokenCache, TokenCacheError, token_loader
 from vistok.data.transforms import ImageTransform, center_crop_adm, ten_crop, to_pixels

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from vistok.data.config import DataConfig
 from vistok.data.loader import ImageBatches
+from vistok.data.opening import open_source
 from vistok.data.pictures import to_uint8
-from vistok.data.sources import open_source
 from vistok.data.transforms import ImageTransform
 from vistok.eval.batches import NETWORK_BATCH, filled, regrouped
 from vistok.eval.images import ImageError

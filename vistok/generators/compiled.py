@@ -8,18 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from vistok.generators.cache import KVCache, Layers
 from vistok.generators.sampling import DecodingOptions, draw_ids
-
-if TYPE_CHECKING:
-    from vistok.generators.autoregressive import AutoregressiveGenerator
+from vistok.nn.rotary import Rows
 
 CompiledStep = Callable[..., None]
+
+
+class NextTokenModel(Protocol):
+    """What a step needs of an ``AutoregressiveGenerator``."""
+
+    condition_length: int
+
+    def embed_tokens(self, ids: Tensor, where: Rows) -> Tensor: ...
+
+    def transform(self, x: Tensor, where: Rows, mask: Tensor | None, layers: Layers | None) -> Tensor: ...
+
+    def head(self, hidden: Tensor) -> Tensor: ...
 
 
 def compile_step(backend: str) -> CompiledStep:
@@ -30,7 +40,7 @@ def compile_step(backend: str) -> CompiledStep:
 
 
 def sample_next(
-    model: AutoregressiveGenerator,
+    model: NextTokenModel,
     options: DecodingOptions,
     position: Tensor,
     fed: Tensor,
@@ -80,7 +90,7 @@ class SessionSteps:
     def __init__(
         self,
         step: CompiledStep,
-        model: AutoregressiveGenerator,
+        model: NextTokenModel,
         options: DecodingOptions,
         *,
         tokens: Tensor,

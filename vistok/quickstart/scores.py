@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from vistok.data.config import Affine, DataConfig
 from vistok.data.loader import evaluation_loader
-from vistok.data.sources import open_source
+from vistok.data.opening import open_source
 from vistok.data.tokens import TokenCache
 from vistok.data.transforms import random_affine
 from vistok.eval.metrics import Moments, frechet_distance

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from vistok.config import check
 from vistok.data.config import DataConfig
 from vistok.data.loader import ImageBatch, Loader, evaluation_loader, training_loader
+from vistok.data.opening import open_source
 from vistok.data.pictures import comparison, grid
-from vistok.data.sources import open_source
 from vistok.data.tokens import TokenBatch, TokenCache, token_loader
 from vistok.draws import Keys
 from vistok.generators.base import Generator

@@ -18,8 +18,9 @@ from torch import Tensor
 from vistok.config import nearest
 from vistok.data.config import DataConfig
 from vistok.data.loader import Failures, ImageBatch, ImageBatches, InMemory, Loader
+from vistok.data.opening import open_source
 from vistok.data.order import ShardOrder
-from vistok.data.sources import ImageSource, open_source
+from vistok.data.sources import ImageSource
 from vistok.data.token_writer import TokenShards
 from vistok.data.tokens import TokenCache
 from vistok.data.transforms import ImageTransform, ten_crop

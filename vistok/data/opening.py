@@ -1,0 +1,51 @@
+"""From a config to the source that it describes."""
+
+from __future__ import annotations
+
+from vistok.data.config import DataConfig
+from vistok.data.huggingface import HuggingFaceSource
+from vistok.data.shards import ShardSource
+from vistok.data.sources import DigitsSource, FolderSource, ImageSource, Selection, TorchvisionSource
+
+_ROOTS = {
+    "folder": "a folder or .zip file of images",
+    "torchvision": "torchvision's data folder",
+    "webdataset": "shards such as shards/train-{0000..0252}.tar",
+}
+
+
+def open_source(config: DataConfig) -> ImageSource:
+    """Open the source that a config describes, cut down to ``limit`` images.
+
+    Raises:
+        ValueError, FileNotFoundError: as the sources do; also for a key that the source needs and the config lacks.
+    """
+    source = _open(config)
+    if config.limit is None or config.limit >= len(source):
+        return source
+    # Evenly spread: sources lie sorted by class, so the first images would be of one class.
+    return Selection(source, [index * len(source) // config.limit for index in range(config.limit)])
+
+
+def _open(config: DataConfig) -> ImageSource:
+    if config.source == "digits":
+        return DigitsSource(split=config.split, channels=config.channels)
+    if config.source == "huggingface":
+        return _open_huggingface(config)
+    if config.root is None:
+        raise ValueError(f"data.source={config.source} needs data.root=…, {_ROOTS[config.source]}")
+    if config.source == "folder":
+        return FolderSource(config.root, split=config.split, channels=config.channels)
+    if config.source == "webdataset":
+        return ShardSource(config.root, split=config.split, channels=config.channels)
+    if config.name is None:
+        raise ValueError("data.source=torchvision needs data.name=…, for example data.name=CIFAR10")
+    return TorchvisionSource(
+        config.name, config.root, split=config.split, download=config.download, channels=config.channels
+    )
+
+
+def _open_huggingface(config: DataConfig) -> ImageSource:
+    if (config.name is None) == (config.root is None):
+        raise ValueError("data.source=huggingface needs data.name=… (on the hub) or data.root=… (a saved folder)")
+    return HuggingFaceSource(config.name, config.root, split=config.split, channels=config.channels)
