@@ -308,6 +308,19 @@ def test_respacing_keeps_the_marginals(count):
     torch.testing.assert_close(respaced.alphas_cumprod, whole.alphas_cumprod[timesteps])
 
 
+@pytest.mark.parametrize("count", [25, 100])
+def test_only_even_spacing_magnifies_an_error_of_the_first_noise(count):
+    def magnified(timesteps):
+        diffusion, error = GaussianDiffusion.cosine().respaced(timesteps), torch.tensor([[1.0]])
+        x, noise = torch.ones(1, 1), [torch.zeros(1, 1)] * count
+        outputs = (torch.cat([x + share * error, x], 1) for share in (0.0, 1.0))
+        exact, wrong = (next(diffusion.ancestral(lambda *_, o=output: o, x, noise)).x for output in outputs)
+        return abs((wrong - exact).item())
+
+    assert magnified(even_timesteps(1000, count)) == pytest.approx(31620 / count, rel=0.06)
+    assert magnified(strided_timesteps(1000, count)) < 2
+
+
 def test_a_perfect_network_recovers_the_data():
     diffusion = GaussianDiffusion.cosine().respaced(strided_timesteps(1000, 20))
     data = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 import vistok
+from vistok.config import load_config
+from vistok.data import DataConfig
 from vistok.draws import Draws, Keys
 from vistok.flow import euler_maruyama, guided, stochastic_times
 from vistok.generators.layouts import LayoutConfig
 from vistok.generators.xar import XAR
 from vistok.generators.xar_sampling import PATH, XAROptions
 from vistok.nn.flex import block_causal
+from vistok.pipelines import pipeline
+from vistok.tokenizers.kl_vae import KLVAE
+from vistok.train import train
+from vistok.train.tokenize import tokenize
 from vistok.types import Condition, TokenSpec
 
+CONFIG = Path(__file__).parents[1] / "configs" / "cifar10" / "xar.yaml"
 SPEC = TokenSpec(16, None, dim=3, grid=(4, 4))
 LAYOUTS = {
     "token": LayoutConfig("token"),
@@ -309,3 +317,35 @@ def test_rotary_positions_are_those_of_the_raster():
     wrapped = torch.remainder(model.layout.coordinates + math.pi, 2 * math.pi) - math.pi
     torch.testing.assert_close(angle[:, [0, 2]].double(), wrapped, atol=1e-6, rtol=1e-6)
     assert PATH.noise_at == 1
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A token cache of some digits, by an untrained autoencoder."""
+    torch.manual_seed(0)
+    widths = {"block_out_channels": (4, 4, 8), "layers_per_block": 1, "encoder_attention": (), "norm_groups": 4}
+    tokenizer = KLVAE(16, 1, latent_channels=2, **widths)
+    folder = tmp_path_factory.mktemp("tokens") / "digits"
+    tokenize(tokenizer, DataConfig(16, source="digits", channels=1, limit=64), folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("layout", "entities"),
+    [
+        ("{entity: token}", 16),
+        ("{entity: cell, size: 2}", 4),
+        ("{entity: subsample, size: [2, 1]}", 2),
+        ("{entity: image}", 1),
+        ("{entity: scale, scales: [1, 2, 4]}", 3),
+    ],
+)
+def test_every_entity_trains_and_samples_from_a_config(layout, entities, digits, tmp_path):
+    changes = [f"output_dir={tmp_path / 'run'}", f"tokens={digits}", f"model.layout={layout}", "model.dim=16"]
+    changes += ["training.max_steps=2", "training.batch_size=8", "training.image_every=0", "sampling.num_steps=2"]
+    run = train(load_config(CONFIG, changes))
+    pipe = pipeline(run)
+    assert pipe.generator.layout.num_entities == entities
+    made = pipe([3, 5], batch_size=2)
+    assert made.tokens.shape == (2, 16, 2)
+    assert made.tokens.isfinite().all()
