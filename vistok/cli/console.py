@@ -1,0 +1,21 @@
+"""What all commands print with, and options that several of them have."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+output, errors = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
+
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, …; a GPU if there is one by default.")]
+
+
+def print_table(table: Table) -> None:
+    """Fit a table to the terminal; elsewhere it gets all the width it needs, so that names stay whole."""
+    for column in table.columns:
+        column.overflow = "fold"
+    console = output if output.is_terminal else Console(width=1000)
+    console.print(table, soft_wrap=False)

@@ -1,0 +1,108 @@
+"""``vistok sample`` and ``reconstruct``: models at work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from vistok.cli.console import Device, output
+
+
+def sample(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run of a generator, pipeline folder, or hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder for the samples; must not exist yet, or be empty.")],
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="OPTION=VALUE", help="More sampling options: guidance_interval=[0,64]"),
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(help="Classes by id or by name, separated by commas, taken in turn; all of them by default."),
+    ] = None,
+    num: Annotated[int, typer.Option("--num", "--num-images", help="How many images.")] = 64,
+    seed: Annotated[int, typer.Option(help="Image i of a seed is always the same.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Images generated at a time; does not change them.")] = 64,
+    npz: Annotated[bool, typer.Option("--npz", help="Also write samples.npz for ADM-style evaluators.")] = False,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Draw among the k likeliest tokens only; 0 is off.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw within this probability mass only; 1 is off.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is off.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the steps first: worth it for many images on a GPU.")
+    ] = False,
+    device: Device = None,
+) -> None:
+    """Generate images: a PNG each, an overview grid.png, and samples.json with what made them.
+
+    Sampling options that are not given are those saved with the pipeline.
+
+    On several GPUs, or in several processes: torchrun --nproc_per_node=8 -m vistok sample … (with --num-images:
+    torchrun takes --num for an option of its own).
+    """
+    from vistok.config import override
+    from vistok.pipelines import pipeline
+    from vistok.processes import Processes
+    from vistok.samples import write_samples
+
+    named = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
+    sampling = override({key: value for key, value in named.items() if value is not None}, options or ())
+    processes = Processes.join()
+    pipe = pipeline(run, device=device or processes.device())
+    write_samples(
+        pipe.compile() if compiled else pipe,
+        out,
+        num,
+        classes=classes.split(",") if classes is not None else None,
+        seed=seed,
+        batch_size=batch_size,
+        npz=npz,
+        sampling=sampling,
+        resume=resume,
+        processes=processes,
+    )
+    if processes.is_first:
+        output.print(f"{num:,} samples are in {escape(str(out))}; see {escape(str(out / 'grid.png'))}")
+
+
+def reconstruct(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run, saved tokenizer, pipeline, or hub id.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files; cropped to the right size.")],
+    out: Annotated[Path, typer.Option(help="PNG file: originals over their reconstructions.")] = Path(
+        "reconstruction.png"
+    ),
+    tokens: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K,K,…",
+            help="Decode from the first K tokens, for each K, such as 1,2,4,256: a row of pictures per image.",
+        ),
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Encode and decode images, and look at what is lost."""
+    from vistok.pipelines import choose_device, load_tokenizer
+    from vistok.samples import reconstruct_files, reconstruct_prefixes
+
+    tokenizer = load_tokenizer(run).to(choose_device(device))
+    if tokens is not None:
+        lengths = _whole_numbers(tokens, "--tokens")
+        for image, decibels in zip(images, reconstruct_prefixes(tokenizer, images, lengths, out), strict=True):
+            scores = ", ".join(f"{value:.2f} dB at {length}" for length, value in zip(lengths, decibels))
+            output.print(f"{escape(str(image))}  PSNR {scores}")
+        output.print(f"Originals and their reconstructions are in {escape(str(out))}")
+        return
+    for image, decibels in zip(images, reconstruct_files(tokenizer, images, out), strict=True):
+        output.print(f"{escape(str(image))}  PSNR {decibels:.2f} dB")
+    output.print(f"Originals over reconstructions are in {escape(str(out))}")
+
+
+def _whole_numbers(text: str, option: str) -> list[int]:
+    """The integers of "1,2,4"."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise ValueError(f"{option} takes whole numbers with commas between them, such as 1,2,4; got {text!r}")
+    return [int(part) for part in parts]

@@ -1,0 +1,220 @@
+"""``vistok eval`` and ``benchmark``: scores, and what they depend on."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE
+from rich.markup import escape
+from rich.table import Table
+
+from vistok.cli.console import Device, errors, output, print_table
+
+
+def evaluate(
+    what: Annotated[
+        str,
+        typer.Argument(
+            metavar="IMAGES|RUN",
+            help="Folder of images, ADM-style .npz, webdataset .tar, or run with samples; or run of a tokenizer.",
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="data.KEY=VALUE", help="For a tokenizer: other images than the run's test split."),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="What the images are compared with: images in any of these forms, or .npz statistics."),
+    ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="torch-fidelity (default), adm, clean-fid, dinov2, or reconstruction (IMAGES are those of the "
+            "reference, reconstructed). For a tokenizer: reconstruction adds rFID, perturbation is pFID."
+        ),
+    ] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="Some of fid,sfid,is,kid,prc; by default all that protocol and reference allow.")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Local file with the feature network's weights; downloaded once by default.")
+    ] = None,
+    lpips_weights: Annotated[
+        Path | None, typer.Option(help="For reconstructions: local file with all LPIPS weights; no LPIPS without.")
+    ] = None,
+    crop: Annotated[
+        int | None, typer.Option(help="Bring the reference's files to this size by ADM's centre crop.")
+    ] = None,
+    make_reference: Annotated[
+        Path | None, typer.Option(metavar="FILE.npz", help="Instead of scoring: make a reference file of IMAGES.")
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="With --make-reference: which images these are: train, val or test.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 64,
+    out: Annotated[Path | None, typer.Option(help="JSON file for scores and everything they depend on.")] = None,
+    device: Device = None,
+) -> None:
+    """Score images against a reference (FID, IS, KID, …), or the reconstructions of a tokenizer (PSNR, SSIM, LPIPS).
+
+    A tokenizer is scored on the test split of its training data; --reference or data.root=… names other images. Several
+    processes share the work: torchrun --nproc-per-node 8 -m vistok eval …
+    """
+    from vistok.files import write_json
+    from vistok.processes import Processes
+    from vistok.runs import holds_tokenizer_only
+
+    processes = Processes.join()
+    if holds_tokenizer_only(what):
+        from vistok.evaluations import score_tokenizer
+
+        result = score_tokenizer(
+            what,
+            overrides or (),
+            reference=reference,
+            protocol=protocol,
+            weights=weights,
+            lpips_weights=lpips_weights,
+            batch_size=batch_size,
+            device=device,
+            processes=processes,
+        )
+    elif overrides:
+        raise typer.BadParameter(f"only the run of a tokenizer takes {overrides[0]}")
+    elif make_reference is not None:
+        from vistok.evaluations import make_reference_file
+
+        told = make_reference_file(
+            what,
+            make_reference,
+            protocol=protocol or "torch-fidelity",
+            weights=weights,
+            split=split,
+            crop=crop,
+            batch_size=batch_size,
+            device=device,
+            processes=processes,
+        )
+        if processes.is_first:
+            made = f"{escape(str(make_reference))} stands for {told.count:,} images"
+            output.print(f"The reference {made} (fingerprint {told.fingerprint[:12]}…)")
+        return
+    else:
+        if reference is None:
+            raise typer.BadParameter("images need one to be compared with", param_hint="--reference")
+        from vistok.eval import evaluate as score
+        from vistok.evaluations import open_lpips
+
+        result = score(
+            what,
+            reference,
+            protocol=protocol or "torch-fidelity",
+            metrics=metrics.split(",") if metrics is not None else None,
+            weights=weights,
+            lpips=open_lpips(lpips_weights),
+            crop=crop,
+            batch_size=batch_size,
+            device=device,
+            processes=processes,
+        )
+    if not processes.is_first:
+        return
+    _print_scores(result)
+    if out is not None:
+        write_json(out, result)
+        output.print(f"Everything these scores depend on is in {escape(str(out))}")
+
+
+def benchmark(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run of a generator, pipeline folder, or hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder for features, scores and report.html; continued if it exists.")],
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="OPTION=VALUE", help="Sampling options that differ from the pipeline's: top_k=100"),
+    ] = None,
+    num: Annotated[int, typer.Option("--num", "--num-images", help="Images per guidance scale.")] = 50_000,
+    labels: Annotated[
+        str | None,
+        typer.Option(help="balanced (classes in turn), random (uniform) or none; balanced if there are classes."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Image i of a seed is always the same.")] = 0,
+    guidance_sweep: Annotated[
+        str | None, typer.Option(help="Scales to compare, such as 1.0,1.5,2.0; features of earlier ones are reused.")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="As for vistok eval; without one only the Inception Score is computed.")
+    ] = None,
+    protocol: Annotated[str, typer.Option(help="adm, torch-fidelity, clean-fid or dinov2.")] = "adm",
+    weights: Annotated[
+        Path | None, typer.Option(help="Local file with the feature network's weights; downloaded once by default.")
+    ] = None,
+    eval_size: Annotated[
+        int | None, typer.Option(help="Resize images to this side first (bicubic), as LlamaGen does from 384 to 256.")
+    ] = None,
+    save_npz: Annotated[
+        bool, typer.Option("--save-npz", help="Also write samples.npz for ADM-style evaluators.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(help="Images at a time; does not change them.")] = 64,
+    device: Device = None,
+) -> None:
+    """Generate many images and score them, with features instead of images kept; the same command continues it.
+
+    Several processes share the work: torchrun --nproc-per-node 8 -m vistok benchmark …
+    """
+    import shlex
+
+    from vistok.config import override
+    from vistok.eval.benchmark import benchmark as measure
+    from vistok.pipelines import pipeline
+    from vistok.processes import Processes
+
+    processes = Processes.join()
+    device = device or str(processes.device())
+    result = measure(
+        pipeline(run, device=device),
+        out,
+        num_images=num,
+        labels=labels,
+        seed=seed,
+        guidance_scales=_numbers(guidance_sweep) if guidance_sweep is not None else None,
+        sampling=override({}, options or ()),
+        reference=reference,
+        protocol=protocol,
+        weights=weights,
+        eval_size=eval_size,
+        save_npz=save_npz,
+        batch_size=batch_size,
+        device=device,
+        processes=processes,
+        command=f"vistok {shlex.join(sys.argv[1:])}",
+    )
+    if not processes.is_first:
+        return
+    for scored in result["runs"]:
+        if scored["guidance_scale"] is not None:
+            output.print(f"guidance scale {scored['guidance_scale']}")
+        _print_scores(scored)
+    output.print(f"Scores, samples and classes are shown in {escape(str(out / 'report.html'))}")
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"expected numbers separated by commas, such as 1.0,1.5,2.0; got {text!r}") from error
+
+
+def _print_scores(result: dict[str, Any]) -> None:
+    images, reference = result["images"], result["reference"]
+    count = "an unknown number of" if images["count"] is None else f"{images['count']:,}"
+    output.print(f"{count} images ({escape(images['source'])}) against {escape(reference['source'])}")
+    table = Table("score", "value", title=f"protocol: {result['protocol']}", title_justify="left", box=SIMPLE)
+    for name, value in result["scores"].items():
+        table.add_row(name, "infinite" if value is None else f"{value:.4f}")
+    print_table(table)
+    for warning in result["warnings"]:
+        errors.print(f"[yellow]Note:[/] {escape(warning)}")

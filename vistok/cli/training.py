@@ -1,0 +1,172 @@
+"""``vistok train``, ``quickstart``, and the token caches between the two stages."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE
+from rich.markup import escape
+from rich.table import Table
+
+from vistok.cli.console import Device, errors, output, print_table
+
+
+def quickstart(
+    out: Annotated[Path, typer.Option(help="Folder for everything it makes; must not exist yet.")] = Path("quickstart"),
+    system: Annotated[str, typer.Option(help="What is trained: vit_vqgan, flextok, dar or xar.")] = "vit_vqgan",
+    seed: Annotated[int, typer.Option(help="Of everything.")] = 0,
+) -> None:
+    """The whole chain on embedded digits, in five to ten minutes on a CPU, without a network.
+
+    Trains a tokenizer and a generator, samples, scores the samples, and writes report.html.
+    """
+    from vistok.quickstart import Recipe
+    from vistok.quickstart import quickstart as run
+
+    run(out, Recipe(system=system, seed=seed))
+
+
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file: configs/cifar10/vit_vqgan.yaml")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Changes to it: data.root=photos/ optimizer.lr=2e-4"),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what it would take, and show the first batch.")
+    ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Only time a few steps, and write a torch profiler trace.")
+    ] = False,
+) -> None:
+    """Train a tokenizer on images, or a generator on the tokens of one.
+
+    The config says what is trained, on what, and in which folder (output_dir) the run goes.
+
+    On several GPUs: accelerate launch -m vistok train … (add --use_fsdp --fsdp_version 2 to shard the model), or
+    torchrun -m vistok train …
+    """
+    if resume + dry_run + profile > 1:
+        raise typer.BadParameter("--resume, --dry-run and --profile exclude each other")
+    from vistok.config import load_config
+
+    values = load_config(config, overrides or ())
+    if dry_run:
+        _dry_run(values)
+    elif profile:
+        _profile(values)
+    else:
+        _train(values, resume)
+
+
+def _train(config: dict[str, Any], resume: bool) -> None:
+    from vistok.train import TrainingInterrupted
+    from vistok.train import train as run
+
+    try:
+        folder = run(config, resume=resume)
+    except TrainingInterrupted as stop:
+        if os.environ.get("RANK", "0") == "0":
+            errors.print(escape(str(stop)))
+        # A scheduler's SIGTERM was served; after Ctrl-C a shell must not go on to its next command.
+        raise typer.Exit(0 if stop.signal == signal.SIGTERM else 130) from stop
+    if os.environ.get("RANK", "0") == "0":
+        output.print(f"The run is in {escape(str(folder))}")
+
+
+def _dry_run(config: dict[str, Any]) -> None:
+    from vistok.train.preview import preview
+
+    found = preview(config)
+    table = Table("dry run", "", box=SIMPLE, show_header=False)
+    for name, count in found.parameters.items():
+        table.add_row(f"parameters of the {name}", f"{count:,}")
+    for purpose, size in found.memory.items():
+        table.add_row(f"memory for {purpose}{' (estimate)' * (purpose == 'activations')}", _bytes(size))
+    table.add_row("memory per device (estimate)", _bytes(sum(found.memory.values())))
+    table.add_row(f"{found.unit} per epoch", f"{found.units_per_epoch:,}")
+    table.add_row("samples per step", f"{found.batch_size:,}")
+    table.add_row("steps", f"{found.steps:,} ({found.epochs:.3g} epochs)")
+    print_table(table)
+    output.print(f"The first batch is in {escape(str(found.picture))}; nothing was trained")
+
+
+def _profile(config: dict[str, Any]) -> None:
+    from vistok.train.profile import profile
+
+    found = profile(config)
+    table = Table("per step", "ms", "share", box=SIMPLE)
+    for phase, seconds in found.seconds.items():
+        table.add_row(phase, f"{1000 * seconds:.1f}", f"{seconds / found.step_seconds:.0%}")
+    table.add_row("step", f"{1000 * found.step_seconds:.1f}", "100%")
+    print_table(table)
+    unit = found.unit.removesuffix("_per_second")
+    output.print(f"{found.units_per_second:,.0f} {unit}/s; the trace is in {escape(str(found.trace))}")
+
+
+def tokenize(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run of a tokenizer, saved tokenizer, or hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder for the token cache; must not exist yet.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="data.KEY=VALUE", help="Other images than the run's: data.root=photos/"),
+    ] = None,
+    augmentation: Annotated[
+        str,
+        typer.Option(
+            help="Views stored of each image: none, only itself; flip, also its mirror image; ten_crop, LlamaGen's "
+            "crops of it; or random:K, K of those that training would see."
+        ),
+    ] = "none",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
+    device: Device = None,
+) -> None:
+    """Turn images into a cache of tokens, which generators train on.
+
+    On several GPUs, or in several processes: torchrun --nproc_per_node=8 -m vistok tokenize …
+    """
+    from vistok.pipelines import choose_device, load_tokenizer
+    from vistok.processes import Processes
+    from vistok.runs import data_of_run
+    from vistok.train.tokenize import tokenize as write_cache
+
+    processes = Processes.join()
+    tokenizer = load_tokenizer(run).to(choose_device(device) if device else processes.device())
+    data = data_of_run(run, overrides or (), image_shape=tokenizer.image_shape)
+    cache = write_cache(tokenizer, data, out, augmentation=augmentation, resume=resume, processes=processes)
+    if not processes.is_first:
+        return
+    views = f" in {cache.views} views each" if cache.views > 1 else ""
+    output.print(f"{len(cache):,} images{views}, {cache.spec['length']} tokens per image, are in {escape(str(out))}")
+
+
+def import_tokens(
+    format_name: Annotated[str, typer.Argument(metavar="FORMAT", help="llamagen, mar or jsonl.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="The folder or file that holds the tokens.")],
+    tokenizer: Annotated[str, typer.Option(help="What made them: a run, saved or converted tokenizer, or hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder for the token cache; must not exist yet.")],
+    classes: Annotated[
+        Path | None, typer.Option(help="Text file with a class name a line; MAR's folder names or the ids by default.")
+    ] = None,
+) -> None:
+    """Turn the tokens that another codebase has cached into a cache that generators train on.
+
+    llamagen: a folder with NAME_codes/*.npy and NAME_labels/*.npy.
+    mar: a folder with CLASS/NAME.npz, moments and moments_flip.
+    jsonl: a file of RAR or TiTok, {"class_id": 3, "tokens": [5, 1, …]} a line.
+    """
+    from vistok.pipelines import load_tokenizer
+    from vistok.train.import_tokens import import_tokens as write_cache
+
+    names = tuple(classes.read_text().splitlines()) if classes is not None else None
+    cache = write_cache(format_name, source, load_tokenizer(tokenizer), out, classes=names)
+    output.print(f"{len(cache):,} samples in {cache.views} views each are in {escape(str(out))}")
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
