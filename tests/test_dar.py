@@ -12,7 +12,7 @@ import torch
 from golden.harness import Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import pixels, tiny
+from tiny_models import ARGUMENTS, pixels, tiny
 
 import vistok
 from vistok.data.pictures import to_pil
@@ -202,6 +202,28 @@ def test_options_of_the_velocity_network(velocity):
     model = tiny("dar", velocity={"dim": 64, "depth": 2, "patch_size": 8} | velocity)
     forward(model, [0.1, 0.5, 0.9]).losses["flow"].sum().backward()
     assert model.velocity.time_embedding.mlp[0].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("group_size", "absolute", "alike"), [(1, False, True), (1, True, False), (2, False, False)])
+def test_one_token_a_group_needs_absolute_positions_to_tell_patches_apart(group_size, absolute, alike):
+    velocity = {"dim": 64, "depth": 1, "patch_size": 8, "absolute_positions": absolute}
+    network = tiny("dar", group_size=group_size, velocity=velocity).velocity
+    grey, tokens = torch.zeros(1, 3, 16, 16), Keys.range(0, 1).normal("tokens", group_size, 64)
+    patches = network(grey, torch.tensor([0.5]), tokens).velocity.unfold(2, 8, 8).unfold(3, 8, 8)
+    assert torch.allclose(patches[:, :, 0, 0], patches[:, :, 1, 1], atol=1e-5) == alike
+
+
+def test_absolute_positions_follow_the_size():
+    model = tiny("dar", velocity={"dim": 64, "depth": 1, "patch_size": 8, "absolute_positions": True})
+    ids = model.encode(torch.rand(2, 3, 24, 8) * 2 - 1)
+    assert model.decode(ids, draws={"noise": torch.randn(2, 3, 24, 8)}).shape == (2, 3, 24, 8)
+
+
+def test_tokens_see_the_image_from_the_first_step_where_gates_are_open(model):
+    images = pixels(model)
+    shut, opened = (DAR(**ARGUMENTS["dar"], gate_init=gate).latents(images) for gate in (0.0, 1.0))
+    torch.testing.assert_close(shut[0], shut[1])
+    assert not torch.allclose(opened[0], opened[1], atol=1e-3)
 
 
 def test_training_without_draws_is_refused(model):

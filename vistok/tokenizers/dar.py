@@ -80,6 +80,8 @@ class DAR(Tokenizer):
         num_groups, group_size: the G groups of Q ids; group i conditions times around i / G.
         query_rank: inner width of the learned queries' table; None learns them at full width.
         max_tokens: rows of the tables of queries and of token embeddings; the first N are used.
+        gate_init: of the gates in the encoder's and the causal layers' blocks. At 0, the paper's, tokens are blind to the
+            image at first; short runs start at 1.
         velocity: the velocity network.
         data_std: pixels are multiplied by it, so that data and noise are alike in scale.
         time_shift: sampling and training times t become t / (t + time_shift (1 - t)).
@@ -112,6 +114,7 @@ class DAR(Tokenizer):
         group_size: int = 32,
         query_rank: int | None = 8,
         max_tokens: int = 1024,
+        gate_init: float = 0.0,
         velocity: VelocityConfig = VELOCITY,
         data_std: float = 0.6,
         time_shift: float = 2.0,
@@ -138,7 +141,7 @@ class DAR(Tokenizer):
         nn.init.trunc_normal_(self.queries.weight, std=1.0 if query_rank else 0.02)
         self.encoder_rotation = GridRotation(self._grid((height, width), encoder_patch_size), num_tokens)
         self.encoder_norm, self.decoder_norm = plain_norm(encoder_dim), plain_norm(decoder_dim)
-        self.encoder = nn.ModuleList(Block(encoder_dim) for _ in range(encoder_layers))
+        self.encoder = nn.ModuleList(Block(encoder_dim, gate_init) for _ in range(encoder_layers))
         self.pre_quant = nn.Linear(encoder_dim, codebook_embed_dim, bias=False)
         self.quantizer = VectorQuantizer(
             codebook_size,
@@ -151,7 +154,7 @@ class DAR(Tokenizer):
         self.post_quant = nn.Linear(codebook_embed_dim, decoder_dim, bias=False)
         self.token_positions = nn.Embedding(max_tokens, decoder_dim)
         nn.init.trunc_normal_(self.token_positions.weight, std=0.02)
-        self.decoder = nn.ModuleList(Block(decoder_dim) for _ in range(decoder_layers))
+        self.decoder = nn.ModuleList(Block(decoder_dim, gate_init) for _ in range(decoder_layers))
         self.velocity = VelocityNetwork(
             velocity,
             in_channels,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -14,10 +15,12 @@ from torch.nn import functional as F
 from vistok.nn.attention import Attention, CrossAttention
 from vistok.nn.mlp import MLP
 from vistok.nn.modulation import modulate
+from vistok.nn.positions import sincos_2d
 from vistok.nn.rotary import FixedRotation, Rotation, grid_positions, rotation_table
 from vistok.nn.timesteps import TimestepEmbedding
 
 HEAD_DIM = 64
+RELEASED_WIDTH = 768
 ALIGNED_GRID = 16  # features are pooled to this many patches a side, the raster of the frozen encoder
 layer_norm = partial(nn.LayerNorm, eps=1e-6)
 plain_norm = partial(nn.LayerNorm, eps=1e-6, elementwise_affine=False)
@@ -50,21 +53,33 @@ class GridRotation(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block with learned per-channel gates, zero at first: (B, N, D) -> (B, N, D)."""
+    """Pre-norm transformer block with learned per-channel gates, ``gate_init`` at first: (B, N, D) -> (B, N, D)."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, gate_init: float = 0.0):
         super().__init__()
         self.norm1, self.norm2 = layer_norm(dim), layer_norm(dim)
         self.attn = Attention(dim, heads_of(dim), qk_norm=layer_norm)
         self.mlp = MLP(dim, 4 * dim, F.silu)
-        self.gate1, self.gate2 = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
-        _initialise(self)
+        self.gate1, self.gate2 = (nn.Parameter(torch.full((dim,), gate_init)) for _ in range(2))
+        _initialise(self, dim)
 
     def forward(
         self, x: Tensor, *, mask: Tensor | None = None, causal: bool = False, rotation: Rotation | None = None
     ) -> Tensor:
         x = x + self.gate1 * self.attn(self.norm1(x), mask=mask, causal=causal, rotation=rotation)
         return x + self.gate2 * self.mlp(self.norm2(x))
+
+
+class GridPositions(nn.Module):
+    """Sine-cosine positions (P, D) of a raster. Those of one grid are kept; those of others are made when asked for."""
+
+    def __init__(self, grid: tuple[int, int], dim: int):
+        super().__init__()
+        self.grid, self.dim = grid, dim
+        self.register_buffer("table", sincos_2d(grid, dim), persistent=False)
+
+    def forward(self, grid: tuple[int, int]) -> Tensor:
+        return self.table if grid == self.grid else sincos_2d(grid, self.dim).to(self.table)
 
 
 @dataclass(frozen=True)
@@ -76,6 +91,8 @@ class VelocityConfig:
         patch_size: side of a pixel patch.
         share_time_embedding: one time embedding for all blocks, instead of one each.
         modulated_output: adaptive norm before the output too; needs a shared time embedding.
+        absolute_positions: add sine-cosine positions to the patches. The released models do without: patches attend to
+            a group from where they are. Groups of one token look the same from everywhere, and need this.
     """
 
     dim: int = 768
@@ -83,6 +100,7 @@ class VelocityConfig:
     patch_size: int = 8
     share_time_embedding: bool = False
     modulated_output: bool = False
+    absolute_positions: bool = False
 
     def __post_init__(self) -> None:
         if self.modulated_output and not self.share_time_embedding:
@@ -121,7 +139,7 @@ class VelocityBlock(nn.Module):
         self.mlp = MLP(dim, 4 * dim, F.silu)
         self.time_embedding = None if config.share_time_embedding else time_embedding(dim)
         self.modulation = nn.Linear(dim, 6 * dim)
-        _initialise(self)
+        _initialise(self, dim)
         nn.init.zeros_(self.modulation.weight)
 
     def forward(
@@ -165,6 +183,7 @@ class VelocityNetwork(nn.Module):
         dim, self.patch = config.dim, config.patch_size
         self.cond_proj, self.norm = nn.Linear(cond_dim, dim), plain_norm(dim)
         self.patches_in = nn.Linear(in_channels * self.patch**2, dim)
+        self.positions = GridPositions(grid, dim) if config.absolute_positions else None
         self.rotation = GridRotation(grid)
         self.time_embedding = time_embedding(dim) if config.share_time_embedding else None
         self.blocks = nn.ModuleList(VelocityBlock(config) for _ in range(config.depth))
@@ -197,6 +216,7 @@ class VelocityNetwork(nn.Module):
         rotation, condition = self.rotation(grid), self.norm(self.cond_proj(tokens))
         pixels = {"h": grid[0], "p": self.patch, "q": self.patch}
         x = self.patches_in(rearrange(noisy, "b c (h p) (w q) -> b (h w) (c p q)", **pixels))
+        x = x if self.positions is None else x + self.positions(grid)
         shared_time = None if self.time_embedding is None else self.time_embedding(t * 1000)
         aligned = None
         for index, block in enumerate(self.blocks):
@@ -223,8 +243,11 @@ def _pooled(x: Tensor, grid: tuple[int, int]) -> Tensor:
     return rearrange(maps, "b d h w -> b (h w) d")
 
 
-def _initialise(module: nn.Module) -> None:
+def _initialise(module: nn.Module, dim: int) -> None:
+    """Deviation 0.02 at the released width; others keep the scale of the signal. At 128 channels 0.02 would shrink it in
+    every layer, and the velocity would be slow to hear what the tokens say."""
+    std = 0.02 * math.sqrt(RELEASED_WIDTH / dim)
     for part in module.modules():
         if isinstance(part, nn.Linear):
-            nn.init.trunc_normal_(part.weight, std=0.02)
+            nn.init.trunc_normal_(part.weight, std=std)
             nn.init.zeros_(part.bias)
