@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
-from tiny_models import pixels, tiny
+from tiny_models import ARGUMENTS, pixels, tiny
 
 import vistok
 from vistok.cli import main
@@ -228,6 +228,21 @@ def test_all_parameters_learn_and_the_loss_is_the_velocity_error(model):
     output.losses["flow"].sum().backward()
     still = [name for name, p in model.named_parameters() if p.requires_grad and not p.grad.abs().sum() > 0]
     assert still == []
+
+
+@pytest.mark.parametrize(("code_std", "differ"), [(0.0, False), (1.0, True)])
+def test_images_begin_with_codes_of_their_own_where_asked_for(code_std, differ):
+    model = FlexTok(**ARGUMENTS["flextok"], code_std=code_std)
+    ids = model.encode(pixels(model))
+    assert torch.equal(ids, ids[:1].expand_as(ids)) != differ
+
+
+def test_queries_keys_and_values_begin_as_layers_of_their_own():
+    untrained = FlexTok(**ARGUMENTS["flextok"])
+    bound = (6 / (32 + 32)) ** 0.5  # of Xavier's uniform distribution
+    for block in [*untrained.encoder.blocks, *untrained.decoder.blocks]:
+        for part in block.attn.qkv.weight.chunk(3):
+            assert 0.95 * bound < part.abs().max() <= bound
 
 
 def test_samples_train_alike_in_any_batch(model):

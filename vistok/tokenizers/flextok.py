@@ -58,6 +58,8 @@ class FlexTok(Tokenizer):
         encoder, decoder: the two transformers.
         num_tokens: registers N.
         levels: of the quantizer, see ``FSQ``; their product is the codebook size.
+        code_std: deviation of the initial weights of the layer that codes are rounded from. With 0, as released, all
+            images begin with the same codes, and it takes long until they differ; 0.02 suits short runs.
         adaln_streams: 2 modulates the decoder's patches and registers separately, 1 together.
         nested_dropout: how many tokens a training sample keeps: "uniform" in 1..N; "pow2", one of 1, 2, 4, ..., N;
             "uniform_pow2", uniform rounded up to one of them; "none", all.
@@ -103,6 +105,7 @@ class FlexTok(Tokenizer):
         decoder: TrunkConfig = D12,
         num_tokens: int = 256,
         levels: tuple[int, ...] = LEVELS,
+        code_std: float = 0.0,
         adaln_streams: Literal[1, 2] = 2,
         nested_dropout: NestedDropout = "pow2",
         null_dropout: float = 0.2,
@@ -131,7 +134,7 @@ class FlexTok(Tokenizer):
         self.spec_for((height, width))  # refuses sides that do not divide
         grid = (height // self._unit[0], width // self._unit[1])
         sizes = (channels, patch, grid, num_tokens, self.quantizer.dim)
-        self.encoder = Encoder(as_dataclass(TrunkConfig, encoder), *sizes)
+        self.encoder = Encoder(as_dataclass(TrunkConfig, encoder), *sizes, code_std=code_std)
         self.decoder = FlowDecoder(
             as_dataclass(TrunkConfig, decoder),
             *sizes,

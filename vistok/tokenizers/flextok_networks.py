@@ -142,6 +142,12 @@ class Encoder(nn.Module):
 
     Patches see all patches and no register; register i sees all patches and registers up to itself. So a register
     depends on no later one, and the first k of them are an encoding of k tokens.
+
+    Args:
+        config: the transformer.
+        channels, patch, grid: of the latent maps, of a patch of them, and of the patches.
+        num_tokens, code_dim: registers, and channels of their codes.
+        code_std: deviation of the initial weights of the last layer.
     """
 
     def __init__(
@@ -152,6 +158,7 @@ class Encoder(nn.Module):
         grid: tuple[int, int],
         num_tokens: int,
         code_dim: int,
+        code_std: float = 0.0,
     ):
         super().__init__()
         self.patches = PatchEmbedding(channels, patch, grid, config.dim)
@@ -159,7 +166,8 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = layer_norm(config.dim)
         self.to_codes = nn.Linear(config.dim, code_dim)
-        _initialise(self, zero=[self.to_codes], normal=[self.registers])
+        _initialise(self, zero=[], normal=[self.registers])
+        nn.init.normal_(self.to_codes.weight, std=code_std)
 
     def forward(self, maps: Tensor) -> Tensor:
         patches = self.patches(maps)
@@ -324,6 +332,10 @@ def _initialise(model: nn.Module, *, zero: list[nn.Linear], normal: list[nn.Para
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+    for module in model.modules():
+        if isinstance(module, Attention):  # three layers in one: the bound is that of each
+            for part in module.qkv.weight.detach().chunk(3):
+                nn.init.xavier_uniform_(part)
     for module in zero:
         nn.init.zeros_(module.weight)
     for parameter in normal:
