@@ -44,6 +44,7 @@ class Model(HidesItsConstructor):
         folder: Path | None = None,
         weights: dict[str, float] | None = None,
         size: int | tuple[int, int] = 1,
+        precision: Literal["no", "bf16"] = "bf16",
     ) -> None: ...
 
 
@@ -63,6 +64,7 @@ def test_check_converts_what_yaml_cannot_write():
         "folder": "a/b",
         "weights": {"l2": 1},
         "size": [1, 2],
+        "precision": False,  # what YAML makes of a bare no
     }
     checked = check(Model, values, "model")
     assert checked["jitter"] == Jitter(degrees=3.0)
@@ -71,6 +73,7 @@ def test_check_converts_what_yaml_cannot_write():
     assert checked["folder"] == Path("a/b")
     assert checked["weights"] == {"l2": 1.0}
     assert checked["size"] == (1, 2)
+    assert checked["precision"] == "no"
     assert type(checked["rate"]) is float
     assert "dim" not in checked  # the signature's default stands
 

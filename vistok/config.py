@@ -226,6 +226,8 @@ def _literal_validator(choices: tuple[Any, ...]) -> Any:
     from pydantic import BeforeValidator
 
     def same_type(value: Any) -> Any:
+        if value is False and "no" in choices:  # how YAML reads a bare no
+            return "no"
         if not any(type(value) is type(choice) and value == choice for choice in choices):
             raise ValueError("not one of the choices")
         return value
