@@ -535,7 +535,7 @@ def test_what_makes_a_score_incomparable_is_pointed_out_with_its_known_effect(tm
     text = "\n".join(evaluate(source, folders.real, features=colour_statistics, network="colours")["warnings"])
     for expected in (
         r"only 4 images: .* upward by a term of order 1/N",
-        r"4 images for 6 pool features; .* mostly bias",
+        r"4 images for 6 pool features: .* mostly bias",
         r"1 of 4 images are exact copies .* 4\.24",
         r"4 lossily compressed .* 2\.2 instead of 1\.5",
         r"images are 16x16, reference images 24x24 .* 2\.11 instead of 2\.19",
@@ -604,6 +604,9 @@ def test_questions_that_no_protocol_answers_are_refused(folders):
         evaluate(generated, real, features=colour_statistics, network="colours", weights="inception.pth")
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         evaluate(generated, real, batch_size=0)
+    few = as_tensor(smooth_images(3, seed=0))
+    with pytest.raises(ValueError, match=r"prc cannot be computed: it needs at least 4 images, and tensor has 3"):
+        evaluate(generated, few, metrics=["prc"], features=colour_statistics, network="colours")
     assert set(PROTOCOLS) == {"adm", "torch-fidelity", "clean-fid", "dinov2", "reconstruction"}
 
 

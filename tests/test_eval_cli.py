@@ -100,3 +100,22 @@ def test_a_tokenizer_has_rfid_and_pfid_and_refuses_training_statistics(run, phot
     code, text = run("eval", tmp_path / "tokenizer", *data, "--protocol", "adm")
     assert code == 2
     assert "by the protocol reconstruction or perturbation, not by 'adm'" in text
+    for option in (("--crop", 16), ("--metrics", "fid"), ("--make-reference", tmp_path / "ref.npz")):
+        code, text = run("eval", tmp_path / "tokenizer", *data, *option)
+        assert code == 2
+        assert f"Invalid value for {option[0]}" in text
+        assert "scored without it" in text
+
+
+def test_small_scores_are_printed_with_their_digits_and_every_note_once(run, photos, pipe, tmp_path):
+    code, text = run("eval", photos, "--reference", photos, "--split", "val")
+    assert code == 2
+    assert "goes with --make-reference" in text
+    code, text = run("benchmark", pipe, "--num", 6, "--reference", photos, "--protocol", "torch-fidelity",
+                     "--guidance-sweep", "1.0,1.5", "--out", tmp_path / "out")  # fmt: skip
+    assert code == 0, text
+    assert text.count("images: only 6 images") == 1
+    assert "no is: it needs at least 10 images, and the benchmark has 6" in text
+    scores = json.loads((tmp_path / "out" / "result.json").read_text())["runs"][0]["scores"]
+    assert abs(scores["kid_std"]) < 0.1
+    assert f"{scores['kid_std']:#.4g}" in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,7 +56,7 @@ def evaluate(
     split: Annotated[
         str | None, typer.Option(help="With --make-reference: which images these are: train, val or test.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Images read at a time; does not change a score.")] = 64,
     out: Annotated[Path | None, typer.Option(help="JSON file for scores and everything they depend on.")] = None,
     device: Device = None,
 ) -> None:
@@ -69,8 +70,14 @@ def evaluate(
     from vistok.runs import holds_tokenizer_only
 
     processes = Processes.join()
+    if split is not None and make_reference is None:
+        raise typer.BadParameter("it goes with --make-reference", param_hint="--split")
     if holds_tokenizer_only(what):
         from vistok.evaluations import score_tokenizer
+
+        for option, value in (("--metrics", metrics), ("--crop", crop), ("--make-reference", make_reference)):
+            if value is not None:
+                raise typer.BadParameter(f"{what} is a tokenizer, which is scored without it", param_hint=option)
 
         result = score_tokenizer(
             what,
@@ -124,6 +131,7 @@ def evaluate(
     if not processes.is_first:
         return
     _print_scores(result)
+    _print_notes(result["warnings"])
     if out is not None:
         write_json(out, result)
         output.print(f"Everything these scores depend on is in {escape(str(out))}")
@@ -163,7 +171,8 @@ def benchmark(
 ) -> None:
     """Generate many images and score them, with features instead of images kept; the same command continues it.
 
-    Several processes share the work: torchrun --nproc-per-node 8 -m vistok benchmark …
+    Several processes share the work: torchrun --nproc-per-node 8 -m vistok benchmark … (with --num-images: torchrun
+    takes --num for an option of its own).
     """
     import shlex
 
@@ -198,6 +207,7 @@ def benchmark(
         if scored["guidance_scale"] is not None:
             output.print(f"guidance scale {scored['guidance_scale']}")
         _print_scores(scored)
+    _print_notes(dict.fromkeys(note for scored in result["runs"] for note in scored["warnings"]))
     output.print(f"Scores, samples and classes are shown in {escape(str(out / 'report.html'))}")
 
 
@@ -214,7 +224,17 @@ def _print_scores(result: dict[str, Any]) -> None:
     output.print(f"{count} images ({escape(images['source'])}) against {escape(reference['source'])}")
     table = Table("score", "value", title=f"protocol: {result['protocol']}", title_justify="left", box=SIMPLE)
     for name, value in result["scores"].items():
-        table.add_row(name, "infinite" if value is None else f"{value:.4f}")
+        table.add_row(name, _number(value))
     print_table(table)
-    for warning in result["warnings"]:
-        errors.print(f"[yellow]Note:[/] {escape(warning)}")
+
+
+def _number(value: float | None) -> str:
+    """Four decimals, and more of what is small, such as kernel distances."""
+    if value is None:
+        return "infinite"
+    return f"{value:.4f}" if abs(value) >= 0.1 or value == 0 else f"{value:#.4g}"
+
+
+def _print_notes(notes: Iterable[str]) -> None:
+    for note in notes:
+        errors.print(f"[yellow]Note:[/] {escape(note)}")

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -195,9 +195,20 @@ def _plan(
 
 
 def _choose_metrics(rules: Rules, plan: Plan, real: Reference) -> tuple[list[str], list[str]]:
-    # The samples' side allows everything: all features of the network are kept.
-    pixels = torch.zeros(1, 3, *plan.scored_size, dtype=torch.uint8)
-    return choose_metrics(None, rules, open_reference(pixels), real)
+    # The samples' side allows everything that so many images allow: all features of the network are kept.
+    samples = Reference("the benchmark", _PlannedImages(plan.num_images, plan.scored_size))
+    return choose_metrics(None, rules, samples, real)
+
+
+@dataclass(frozen=True)
+class _PlannedImages:
+    """What is known of generated images before they are there; an ``ImageSet`` without images."""
+
+    count: int
+    size: tuple[int, int]
+    source: ClassVar[str] = "the benchmark"
+    names: ClassVar[None] = None
+    lossy: ClassVar[int] = 0
 
 
 def _scales(pipe: ImagePipeline, scales: Sequence[float] | None, sampling: Mapping[str, Any]) -> list[tuple[Any, str]]:

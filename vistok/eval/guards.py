@@ -65,12 +65,12 @@ def _width_warnings(name: str, side: Side) -> Iterator[str]:
     widths = {feature: len(gaussian.mean) for feature, gaussian in side.reference.gaussians.items()}
     if not widths and side.extraction is not None:
         widths = {feature: len(moments.sum) for feature, moments in side.extraction.moments.items()}
-    for feature, width in widths.items():
-        if side.count <= width:
-            yield (
-                f"{name}: {side.count:,} images for {width:,} {feature} features; their covariance is singular and the "
-                "Frechet distance mostly bias"
-            )
+    beyond = [f"{width:,} {feature} features" for feature, width in widths.items() if side.count <= width]
+    if beyond:
+        yield (
+            f"{name}: {side.count:,} images for {' and '.join(beyond)}: the covariance is singular and the Frechet "
+            "distance mostly bias"
+        )
 
 
 def _pair_warnings(protocol: Protocol, sample: Side, real: Side) -> Iterator[str]:

@@ -16,7 +16,7 @@ from vistok.report import write_report as write_page
 
 REPORT_FILE = "report.html"
 LOWER_IS_BETTER = ("fid", "clean_fid", "fd_dinov2", "frechet_distance", "sfid", "kid", "kernel_distance", "clean_kid")
-GRID_WIDTH = 420  # CSS pixels of a grid of samples
+GRID_WIDTH = 500  # CSS pixels of a grid of samples
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,12 @@ def write_report(result: Mapping[str, Any], previews: Sequence[Sequence[Image.Im
     best = _best(runs)
     sections = [Section("Scores", [Table([_score_row(run) for run in runs]), *([Paragraph(best)] if best else [])])]
     if len(runs) > 1:
-        curves = Picture(_curves(runs), "Every score over the guidance scale.", "curves over the guidance scale", 0.5)
+        curves = Picture(
+            _curves(runs),
+            "Every score (upright) over the guidance scale.",
+            "curves over the guidance scale",
+            0.5,
+        )
         sections.append(Section("Guidance", [curves]))
     if notes:
         sections.append(Section("Before you compare", [Notes(notes)]))
@@ -126,6 +131,8 @@ def _curves(runs: Sequence[Mapping[str, Any]]) -> Image.Image:
     for name, axis in zip(names, axes):
         axis.plot([_scale(run) for run in ordered], [run["scores"][name] for run in ordered], "o-", color="#2f5d9b")
         axis.set_title(name, loc="left", fontsize=8)
+        axis.ticklabel_format(useOffset=False)
+        axis.locator_params(nbins=5)
         axis.tick_params(labelsize=7)
         axis.grid(color="#eceef1")
     for axis in axes:  # what is left over
@@ -149,7 +156,8 @@ def _classes(run: Mapping[str, Any]) -> Folded:
     """Classes that miss the real images come first."""
     rows = sorted(run["classes"], key=lambda row: (row["precision"] is None, row["precision"], row["class"]))
     counts = [row["images"] for row in rows]
-    text = f"guidance {_scale_text(run)}: {len(rows):,} classes, {min(counts):,} to {max(counts):,} images each"
+    each = f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
+    text = f"guidance {_scale_text(run)}: {len(rows):,} classes of {each} images; the farthest from the real ones first"
     return Folded(text, Table(rows))
 
 
@@ -177,7 +185,7 @@ def _text(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:#.4g}" if isinstance(value, float) else str(value)
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

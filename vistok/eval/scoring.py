@@ -80,9 +80,9 @@ def choose_metrics(
             raise ValueError(f"the protocol {protocol.name!r} does not define {metric!r}; it has {defined}")
     wanted, skipped = [], []
     for metric in protocol.metrics if metrics is None else [name for name in METRICS if name in metrics]:
-        obstacle = _obstacle(metric, "images", sample)
+        obstacle = _obstacle(metric, "images", sample) or _shortage(metric, protocol, sample)
         if obstacle is None and metric != "is":  # which looks at the samples only
-            obstacle = _obstacle(metric, "reference", real)
+            obstacle = _obstacle(metric, "reference", real) or _shortage(metric, protocol, real)
         if obstacle is None:
             wanted.append(metric)
         elif metrics is None:
@@ -106,6 +106,18 @@ def _obstacle(metric: str, name: str, side: Reference) -> str | None:
     if metric == "fid" and side.gaussians and "pool" not in side.gaussians:
         return f"the {name} {side.source} has no moments 'mu', 'sigma'"
     return None
+
+
+def _shortage(metric: str, protocol: Protocol, side: Reference) -> str | None:
+    """Too few images for a metric, seen before any work."""
+    if metric in _MOMENTS_OF and side.gaussians:
+        return None
+    stored = side.rows if metric in ("kid", "prc") else None
+    count = len(stored) if stored is not None else side.images.count
+    fewest = {"is": FIDELITY_SPLITS if protocol.splits == "even" else 1, "prc": protocol.neighbours + 1}.get(metric, 2)
+    if count >= fewest:
+        return None
+    return f"it needs at least {fewest} images, and {side.source} has {count}"
 
 
 def extract_side(
