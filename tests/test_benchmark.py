@@ -195,6 +195,8 @@ def test_benchmarks_that_make_no_sense_are_refused(pipe, tmp_path):
         benchmark(pipe, out, labels="even", **CALL)
     with pytest.raises(ValueError, match="must be at least 2, got 1"):
         benchmark(pipe, out, **CALL | {"num_images": 1})
+    with pytest.raises(ValueError, match="'reconstruction' compares images with their originals"):
+        benchmark(pipe, out, **CALL | {"protocol": "reconstruction"})
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         benchmark(pipe, out, batch_size=0, **CALL)
     with pytest.raises(ValueError, match="names no guidance scale"):

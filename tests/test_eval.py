@@ -341,6 +341,13 @@ def test_bad_image_sets_are_refused_with_the_reason(tmp_path):
     with pytest.raises(ImageError, match=r"cannot read the image .*0001\.png"):
         list(open_images(broken).batches(2))
 
+    (tmp_path / "deep").mkdir()
+    Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(tmp_path / "deep" / "0.png")
+    with pytest.raises(ImageError, match=r"0\.png has more than 8 bits per channel"):
+        list(open_images(tmp_path / "deep").batches(1))
+    with pytest.raises(ImageError, match="crop must be at least 1 pixel, got 0"):
+        open_images(mixed, crop=0)
+
     with pytest.raises(ImageError, match="pixel values are NaN"):
         open_images(torch.full((1, 3, 4, 4), torch.nan))
     with pytest.raises(ImageError, match=r"\(N, 1 or 3, H, W\) with N > 0, got \(0, 3, 4, 4\)"):

@@ -102,6 +102,8 @@ def benchmark(
         ValueError, ConfigError, CheckpointError, ImageError, InvalidReferenceError: as the pipeline and ``evaluate``.
     """
     rules = choose_protocol(protocol, features, network)
+    if protocol == "reconstruction":
+        raise ValueError("the protocol 'reconstruction' compares images with their originals; generated ones have none")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     real = NO_REFERENCE if reference is None else open_reference(reference)

@@ -16,6 +16,7 @@ from vistok.data.transforms import center_crop_adm
 
 EXTENSIONS = (".png", ".jpg", ".jpeg")
 LOSSY_EXTENSIONS = (".jpg", ".jpeg")
+DEEP_MODES = ("I;16", "I;16B", "I;16L", "I", "F")  # Pillow clips these to 8 bit instead of scaling them
 
 
 class ImageError(ValueError):
@@ -59,6 +60,10 @@ def size_of(file: Path | IO[bytes], name: str) -> tuple[int, int]:
 def decode(file: Path | IO[bytes], name: str, crop: int | None) -> Tensor:
     """uint8 (3, H, W) of an image file, after ADM's centre crop if one is asked for."""
     with opened(file, name) as image:
+        if image.mode in DEEP_MODES:
+            raise ImageError(
+                f"the image {name} has more than 8 bits per channel (mode {image.mode}); store 8-bit images"
+            )
         rgb = image.convert("RGB")
     if crop is not None and rgb.size != (crop, crop):
         rgb = center_crop_adm(rgb, crop)

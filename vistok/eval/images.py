@@ -62,6 +62,8 @@ def open_images(source: str | Path | Sequence[str | Path] | Tensor | ImageSet, *
         ImageError: nothing there, no images, mixed sizes without ``crop``, unreadable files, an ``.npz`` without
             ``arr_0``, NaN, or a crop of images that are pixels already.
     """
+    if crop is not None and crop < 1:
+        raise ImageError(f"crop must be at least 1 pixel, got {crop}")
     if isinstance(source, list | tuple):
         return TarImages([Path(file) for file in source], crop=crop)
     if not isinstance(source, (str, Path)):
