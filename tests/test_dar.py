@@ -206,15 +206,14 @@ def test_options_of_the_velocity_network(velocity):
 
 @pytest.mark.parametrize(("group_size", "absolute", "alike"), [(1, False, True), (1, True, False), (2, False, False)])
 def test_one_token_a_group_needs_absolute_positions_to_tell_patches_apart(group_size, absolute, alike):
-    velocity = {"dim": 64, "depth": 1, "patch_size": 8, "absolute_positions": absolute}
-    network = tiny("dar", group_size=group_size, velocity=velocity).velocity
+    network = tiny("dar", group_size=group_size, absolute_positions=absolute).velocity
     grey, tokens = torch.zeros(1, 3, 16, 16), Keys.range(0, 1).normal("tokens", group_size, 64)
     patches = network(grey, torch.tensor([0.5]), tokens).velocity.unfold(2, 8, 8).unfold(3, 8, 8)
     assert torch.allclose(patches[:, :, 0, 0], patches[:, :, 1, 1], atol=1e-5) == alike
 
 
 def test_absolute_positions_follow_the_size():
-    model = tiny("dar", velocity={"dim": 64, "depth": 1, "patch_size": 8, "absolute_positions": True})
+    model = tiny("dar", absolute_positions=True)
     ids = model.encode(torch.rand(2, 3, 24, 8) * 2 - 1)
     assert model.decode(ids, draws={"noise": torch.randn(2, 3, 24, 8)}).shape == (2, 3, 24, 8)
 

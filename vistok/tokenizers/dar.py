@@ -26,6 +26,7 @@ from vistok.tokenizers.base import Tokenizer, prefix_lengths
 from vistok.tokenizers.dar_networks import (
     AlignmentConfig,
     Block,
+    GridPositions,
     GridRotation,
     VelocityConfig,
     VelocityNetwork,
@@ -80,8 +81,11 @@ class DAR(Tokenizer):
         num_groups, group_size: the G groups of Q ids; group i conditions times around i / G.
         query_rank: inner width of the learned queries' table; None learns them at full width.
         max_tokens: rows of the tables of queries and of token embeddings; the first N are used.
-        gate_init: of the gates in the encoder's and the causal layers' blocks. At 0, the paper's, tokens are blind to the
-            image at first; short runs start at 1.
+        gate_init: of the gates in the encoder's and the causal layers' blocks. At 0, the paper's, tokens are blind to
+            the image at first; short runs start at 1.
+        absolute_positions: add learned positions to the patches of encoder and velocity network. Released models do
+            without: a patch attends to the tokens of a group from where it is. But one token looks the same from
+            everywhere, so groups of one need this; and the encoder learns sooner what lies where.
         velocity: the velocity network.
         data_std: pixels are multiplied by it, so that data and noise are alike in scale.
         time_shift: sampling and training times t become t / (t + time_shift (1 - t)).
@@ -115,6 +119,7 @@ class DAR(Tokenizer):
         query_rank: int | None = 8,
         max_tokens: int = 1024,
         gate_init: float = 0.0,
+        absolute_positions: bool = False,
         velocity: VelocityConfig = VELOCITY,
         data_std: float = 0.6,
         time_shift: float = 2.0,
@@ -140,6 +145,9 @@ class DAR(Tokenizer):
         self.query_proj = nn.Linear(query_rank, encoder_dim) if query_rank else nn.Identity()
         nn.init.trunc_normal_(self.queries.weight, std=1.0 if query_rank else 0.02)
         self.encoder_rotation = GridRotation(self._grid((height, width), encoder_patch_size), num_tokens)
+        self.encoder_positions = (
+            GridPositions(self._grid((height, width), encoder_patch_size), encoder_dim) if absolute_positions else None
+        )
         self.encoder_norm, self.decoder_norm = plain_norm(encoder_dim), plain_norm(decoder_dim)
         self.encoder = nn.ModuleList(Block(encoder_dim, gate_init) for _ in range(encoder_layers))
         self.pre_quant = nn.Linear(encoder_dim, codebook_embed_dim, bias=False)
@@ -161,6 +169,7 @@ class DAR(Tokenizer):
             decoder_dim,
             self._grid((height, width), velocity.patch_size),
             alignment and as_dataclass(AlignmentConfig, alignment),
+            absolute_positions=absolute_positions,
         )
 
     @staticmethod
@@ -201,11 +210,14 @@ class DAR(Tokenizer):
         Patches see patches; query i sees all patches and queries up to itself.
         """
         self.check_pixels(pixels)
-        patches = rearrange(self.to_patches(pixels), "b d h w -> b (h w) d")
+        grid = self._grid(pixels.shape[2:], self.encoder_patch)
+        patches = self.encoder_norm(rearrange(self.to_patches(pixels), "b d h w -> b (h w) d"))
+        if self.encoder_positions is not None:
+            patches = patches + self.encoder_positions(grid)
         queries = self.query_proj(self.queries.weight[: self._spec.length])
-        x = torch.cat([self.encoder_norm(patches), queries.expand(len(pixels), -1, -1)], 1)
+        x = torch.cat([patches, queries.expand(len(pixels), -1, -1)], 1)
         mask = prefix_causal_mask(patches.shape[1], x.shape[1], x.device)
-        rotation = self.encoder_rotation(self._grid(pixels.shape[2:], self.encoder_patch))
+        rotation = self.encoder_rotation(grid)
         for block in self.encoder:
             x = block(x, mask=mask, rotation=rotation)
         return self.pre_quant(self.encoder_norm(x[:, patches.shape[1] :]))

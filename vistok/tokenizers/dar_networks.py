@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from vistok.nn.attention import Attention, CrossAttention
 from vistok.nn.mlp import MLP
 from vistok.nn.modulation import modulate
-from vistok.nn.positions import sincos_2d
 from vistok.nn.rotary import FixedRotation, Rotation, grid_positions, rotation_table
 from vistok.nn.timesteps import TimestepEmbedding
 
@@ -71,15 +70,18 @@ class Block(nn.Module):
 
 
 class GridPositions(nn.Module):
-    """Sine-cosine positions (P, D) of a raster. Those of one grid are kept; those of others are made when asked for."""
+    """Learned positions (P, D) of a raster; those of other rasters are interpolated."""
 
     def __init__(self, grid: tuple[int, int], dim: int):
         super().__init__()
-        self.grid, self.dim = grid, dim
-        self.register_buffer("table", sincos_2d(grid, dim), persistent=False)
+        # As strong as the patches, and independent: the smooth tables of sines hardly differ over so few patches.
+        self.table = nn.Parameter(0.7 * torch.randn(dim, *grid))
 
     def forward(self, grid: tuple[int, int]) -> Tensor:
-        return self.table if grid == self.grid else sincos_2d(grid, self.dim).to(self.table)
+        table = self.table
+        if grid != table.shape[1:]:
+            table = F.interpolate(table[None], grid, mode="bilinear", antialias=True)[0]
+        return rearrange(table, "d h w -> (h w) d")
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,6 @@ class VelocityConfig:
         patch_size: side of a pixel patch.
         share_time_embedding: one time embedding for all blocks, instead of one each.
         modulated_output: adaptive norm before the output too; needs a shared time embedding.
-        absolute_positions: add sine-cosine positions to the patches. The released models do without: patches attend to
-            a group from where they are. Groups of one token look the same from everywhere, and need this.
     """
 
     dim: int = 768
@@ -100,7 +100,6 @@ class VelocityConfig:
     patch_size: int = 8
     share_time_embedding: bool = False
     modulated_output: bool = False
-    absolute_positions: bool = False
 
     def __post_init__(self) -> None:
         if self.modulated_output and not self.share_time_embedding:
@@ -169,6 +168,7 @@ class VelocityNetwork(nn.Module):
         cond_dim: Dc.
         grid: patches of the usual image; other sizes work too.
         alignment: the training-only head; None has none.
+        absolute_positions: add learned positions to the patches.
     """
 
     def __init__(
@@ -178,12 +178,14 @@ class VelocityNetwork(nn.Module):
         cond_dim: int,
         grid: tuple[int, int],
         alignment: AlignmentConfig | None = None,
+        *,
+        absolute_positions: bool = False,
     ):
         super().__init__()
         dim, self.patch = config.dim, config.patch_size
         self.cond_proj, self.norm = nn.Linear(cond_dim, dim), plain_norm(dim)
         self.patches_in = nn.Linear(in_channels * self.patch**2, dim)
-        self.positions = GridPositions(grid, dim) if config.absolute_positions else None
+        self.positions = GridPositions(grid, dim) if absolute_positions else None
         self.rotation = GridRotation(grid)
         self.time_embedding = time_embedding(dim) if config.share_time_embedding else None
         self.blocks = nn.ModuleList(VelocityBlock(config) for _ in range(config.depth))
@@ -244,8 +246,8 @@ def _pooled(x: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def _initialise(module: nn.Module, dim: int) -> None:
-    """Deviation 0.02 at the released width; others keep the scale of the signal. At 128 channels 0.02 would shrink it in
-    every layer, and the velocity would be slow to hear what the tokens say."""
+    """Deviation 0.02 at the released width; others keep the scale of the signal. At 128 channels 0.02 would shrink it
+    in every layer, and the velocity would be slow to hear what the tokens say."""
     std = 0.02 * math.sqrt(RELEASED_WIDTH / dim)
     for part in module.modules():
         if isinstance(part, nn.Linear):
