@@ -52,6 +52,8 @@ class Extraction:
     def concatenate(cls, parts: Sequence[Extraction]) -> Extraction:
         """One pass of several over consecutive parts of a set; empty parts may be left out."""
         first, *others = parts
+        if not others:
+            return first
         moments = dict(first.moments)
         for part in others:
             moments = {name: moments[name].merge(part.moments[name]) for name in moments}
@@ -125,7 +127,7 @@ class FeaturePass:
         return Extraction(
             size=(height, width),
             digests=torch.cat(self._digests),
-            features={name: torch.cat(rows) for name, rows in self._kept.items()},
+            features={name: _joined(rows) for name, rows in self._kept.items()},
             moments={name: running.to("cpu") for name, running in self._moments.items()},
         )
 
@@ -155,6 +157,19 @@ def gathered(part: FeaturePass, processes: Processes) -> Extraction:
     """The pass over a whole set of which every process made a consecutive part (or none), in all of them."""
     parts = processes.gather(None if part.is_empty else part.result())
     return Extraction.concatenate([extraction for extraction in parts if extraction is not None])
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The rows of all parts, which are let go one by one: 50,000 features are 400 MB, and need not be there twice."""
+    if len(parts) > 1:
+        end = sum(len(part) for part in parts)
+        whole = parts[0].new_empty(end, *parts[0].shape[1:])
+        while parts:
+            part = parts.pop()
+            whole[end - len(part) : end] = part
+            end -= len(part)
+        parts.append(whole)
+    return parts[0]
 
 
 def digests_of(images: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 # Blocks of this many rows bound the memory of pairwise distances (400 MB in float32). It is also the block of the
 # ADM suite, whose float16 rule decides per block, and of torch-fidelity, so that ties fall as they do there.
 BLOCK = 10_000
-FLOAT32_ROWS = 1000  # of a float16 block that are in float32 at a time
+ROWS_AT_A_TIME = 1000  # of a block, where all at once would need more memory than the block itself
 
 
 class Gaussian(NamedTuple):
@@ -280,7 +280,7 @@ def pairwise_distance(a: Tensor, b: Tensor, distance: Distance) -> Tensor:
         return _squared_euclidean(a, b)
     if distance == "squared_euclidean_float16":
         rounded = _squared_euclidean_float16(a, b)
-        return rounded if bool(rounded.isfinite().all()) else _squared_euclidean(a, b)
+        return rounded if bool(rounded.amax().isfinite()) else _squared_euclidean(a, b)  # the largest is NaN if any is
     raise ValueError(f"unknown distance {distance!r}; known: {', '.join(Distance.__args__)}")
 
 
@@ -297,7 +297,7 @@ def _squared_euclidean_float16(a: Tensor, b: Tensor) -> Tensor:
     norm_b = b.square().float().sum(1).half()  # (N_b,)
     product = a.new_empty(len(a), len(b))
     columns = b.float().T
-    for rows, target in zip(a.split(FLOAT32_ROWS), product.split(FLOAT32_ROWS)):
+    for rows, target in zip(a.split(ROWS_AT_A_TIME), product.split(ROWS_AT_A_TIME)):
         target.copy_(rows.float() @ columns)
     return product.mul_(-2).add_(norm_a).add_(norm_b).clamp_min_(0)
 
@@ -356,8 +356,11 @@ def inside_manifold(
         for j in range(0, len(generated), block):
             rows, columns = slice(i, i + block), slice(j, j + block)
             between = pairwise_distance(real[rows], generated[columns], distance)  # (real, generated)
-            generated_inside[columns] |= within(between, real_radii[rows, None]).any(0)
-            real_inside[rows] |= within(between, generated_radii[columns]).any(1)
+            for some, radii, inside in zip(
+                *(part.split(ROWS_AT_A_TIME) for part in (between, real_radii[rows], real_inside[rows]))
+            ):
+                generated_inside[columns] |= within(some, radii[:, None]).any(0)
+                inside |= within(some, generated_radii[columns]).any(1)  # a view: this is real_inside
     return generated_inside, real_inside
 
 
