@@ -84,6 +84,8 @@ def test_the_report_is_one_file_that_shows_scores_and_the_command(finished):
     assert "<dog>" not in page
     assert f"{read(finished)['runs'][0]['scores']['frechet_distance']:.4g}" in page
     assert "only 40 images" in page
+    assert "generated 40 images in" in page
+    assert "5 classes of 8 images; the farthest from the real ones first" in page
     assert page.count("data:image/png;base64,") == 1
     assert not re.findall(r'(?:src|href)="(?!data:)', page)  # nothing is fetched
 
@@ -122,6 +124,7 @@ def test_pixels_are_made_again_only_if_they_are_asked_for_later(pipe, finished, 
     assert (with_pixels["generated"], fingerprints(with_pixels)) == (NUM, fingerprints(plain))
     again = benchmark(pipe, tmp_path / "out", save_npz=True, **CALL)
     assert again["generated"] == 0
+    assert "All features were there from earlier calls" in (tmp_path / "out" / "report.html").read_text()
     ours, theirs = (np.load(folder / "guidance-1.5/samples.npz")["arr_0"] for folder in (tmp_path / "out", finished))
     assert np.array_equal(ours, theirs)
 

@@ -112,6 +112,16 @@ def test_frechet_distance_refuses_other_widths_and_nan():
         m.frechet_distance(narrow, narrow._replace(mean=narrow.mean * torch.nan))
 
 
+def test_frechet_distance_is_torch_fidelitys_where_covariances_have_full_rank():
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    generator = torch.Generator().manual_seed(0)
+    a, b = (scale * torch.rand(90, 40, generator=generator) for scale in (1, 1.1))
+    theirs = fid_statistics_to_metric(fid_features_to_statistics(a), fid_features_to_statistics(b), False)
+    ours = m.frechet_distance(m.Moments.of(a).gaussian, m.Moments.of(b).gaussian)
+    assert ours == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+
+
 def test_inception_score_of_certain_balanced_classes_is_their_number_and_depends_on_the_order():
     labels = torch.arange(10).repeat_interleave(20)
     logits = 200.0 * torch.eye(10)[labels]  # so certain that other probabilities underflow in float32

@@ -16,6 +16,10 @@ from vistok.report import write_report as write_page
 
 REPORT_FILE = "report.html"
 LOWER_IS_BETTER = ("fid", "clean_fid", "fd_dinov2", "frechet_distance", "sfid", "kid", "kernel_distance", "clean_kid")
+CLASS_COLUMNS = (
+    "Diversity is the spread of a class's features as a share of that of all images: near 0, it repeats one image. "
+    "Precision is the share of its images within the manifold of the reference."
+)
 GRID_WIDTH = 500  # CSS pixels of a grid of samples
 
 
@@ -80,7 +84,7 @@ def write_report(result: Mapping[str, Any], previews: Sequence[Sequence[Image.Im
         sections.append(Section("Before you compare", [Notes(notes)]))
     sections.append(Section("Samples", [_grid(run, images) for run, images in zip(runs, previews)]))
     if "classes" in runs[0]:
-        sections.append(Section("Classes", [_classes(run) for run in runs]))
+        sections.append(Section("Classes", [Paragraph(CLASS_COLUMNS), *map(_classes, runs)]))
     sections.append(Section("How to repeat it", list(_repeat(result))))
     path = Path(folder) / REPORT_FILE
     write_page(
@@ -165,13 +169,20 @@ def _repeat(result: Mapping[str, Any]) -> Iterator[Block]:
     if result["command"]:
         yield Commands([result["command"]])
     yield Paragraph(
-        f"This call generated {result['generated']:,} images in {result['seconds']:,.0f} s, in {result['processes']} "
-        "process(es). Image i of a seed is the same in every one, so the same command gives the same scores."
+        f"{_work(result)} Image i of a seed is the same in any number of processes, so the same command gives the same "
+        "scores."
     )
     run = result["runs"][0]
     recorded = {"plan": result["benchmark"]} | {name: run[name] for name in ("reference", "settings", "versions")}
     rows = [{"setting": name, "value": _text(value)} for name, value in _flatten(recorded)]
     yield Folded("Everything that these scores depend on", Table(rows))
+
+
+def _work(result: Mapping[str, Any]) -> str:
+    if not result["generated"]:
+        return "All features were there from earlier calls."
+    processes = "one process" if result["processes"] == 1 else f"{result['processes']:,} processes"
+    return f"This call generated {result['generated']:,} images in {result['seconds']:,.0f} s, in {processes}."
 
 
 def _class(numeric: bool) -> str:
