@@ -25,6 +25,11 @@ def _check(step: Step, name: str, value: Any, *known: Any) -> Any:
     return value
 
 
+def _per_output(step: Step) -> dict[str, dict[str, Any]]:
+    """Settings by output; a step with a single output may give its settings without its name."""
+    return step.args if set(step.args) <= set(step.outputs) and step.args else {step.outputs[0]: step.args}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # ADM
 
@@ -70,8 +75,8 @@ def _as_index(entries: list) -> tuple:
 
 def _frechet_distances(case: Case, step: Step) -> dict[str, float]:
     answers = {}
-    for name, settings in step.args.items():
-        a, b = (m.Moments.of(_features(case, of, settings)).gaussian for of in settings["of"])
+    for name, settings in _per_output(step).items():
+        a, b = (m.Moments.of(_features(case, of, settings)).gaussian for of in settings.get("of", step.inputs))
         answers[name] = m.frechet_distance(a, b)
     return answers
 
@@ -133,7 +138,7 @@ def permutation(case: Case, step: Step) -> dict[str, Tensor]:
 @runner("eval/fidelity", "inception_score")
 def fidelity_inception_score(case: Case, step: Step) -> dict[str, np.ndarray]:
     answers = {}
-    for name, settings in step.args.items():
+    for name, settings in _per_output(step).items():
         logits = case.tensor(settings["of"]) if "of" in settings else step.tensor("logits_generated", 0)
         if settings["shuffle"]:
             logits = m.shuffled(logits, settings["seed"])
@@ -144,8 +149,7 @@ def fidelity_inception_score(case: Case, step: Step) -> dict[str, np.ndarray]:
 @runner("eval/fidelity", "kid")
 def kid(case: Case, step: Step) -> dict[str, np.ndarray]:
     generated, real = step.tensor("features_generated", 0), step.tensor("features_real", 1)
-    per_output = step.args if set(step.args) == set(step.outputs) else {step.outputs[0]: step.args}
-    return {name: np.array(_kid(step, generated, real, settings)) for name, settings in per_output.items()}
+    return {name: np.array(_kid(step, generated, real, settings)) for name, settings in _per_output(step).items()}
 
 
 def _kid(step: Step, generated: Tensor, real: Tensor, settings: dict[str, Any]) -> m.Spread:
