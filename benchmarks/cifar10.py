@@ -1,7 +1,7 @@
 """CIFAR-10 end to end: a tokenizer beside a simple one fitted in the same run, then a generator on its tokens.
 
     python benchmarks/cifar10.py --tokenizer llamagen_vq --minutes 20 --generator-minutes 15
-    python benchmarks/cifar10.py --tokenizer flextok --minutes 25 --generator llama_1d --generator-minutes 0
+    python benchmarks/cifar10.py --tokenizer flextok --minutes 25 --generator-minutes 0 --images 1000
 
 The tokenizer trains for a stated number of minutes (its first steps set the number of steps) and is scored by PSNR, the
 mean over test images. Beside it stands:
