@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +16,7 @@ import torch
 from eval_data import as_tensor, colour_statistics, smooth_images
 from tiny_models import tiny
 
+import vistok
 from vistok.data.pictures import to_uint8
 from vistok.eval import evaluate
 from vistok.eval.batches import NETWORK_BATCH
@@ -32,6 +37,10 @@ CALL = {
 
 @pytest.fixture(scope="module")
 def pipe() -> Pipeline:
+    return make_pipe()
+
+
+def make_pipe() -> Pipeline:
     names = ["cat", "<dog>", "tench", "crane", "newt"]
     return Pipeline(tiny("vit_vqgan"), tiny("vit_vqgan_gpt"), class_names=names, sampling={"guidance_scale": 1.5})
 
@@ -115,6 +124,33 @@ def test_an_interrupted_benchmark_goes_on_where_it_stopped(pipe, finished, tmp_p
     assert fingerprints(continued) == fingerprints(read(finished))  # no image twice, none missing
     assert continued["runs"][0]["scores"] == pytest.approx(read(finished)["runs"][0]["scores"], rel=1e-6)
     assert not list((tmp_path / "out").rglob("*.partial"))
+
+
+def slow_statistics(images: torch.Tensor) -> torch.Tensor:
+    time.sleep(0.5)
+    return colour_statistics(images)
+
+
+def test_a_killed_benchmark_goes_on_without_duplicates(pipe, finished, tmp_path):
+    out = tmp_path / "out"
+    code = (
+        "import sys, test_benchmark as t; "
+        "t.benchmark(t.make_pipe(), sys.argv[1], **t.CALL | {'features': t.slow_statistics})"
+    )
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(vistok.__file__).parents[1])])
+    worker = subprocess.Popen([sys.executable, "-c", code, str(out)], env=os.environ | {"PYTHONPATH": paths})
+    while worker.poll() is None and not list(out.rglob("*.safetensors")):
+        time.sleep(0.05)
+    worker.kill()
+    worker.wait()
+    assert not (out / "result.json").exists()
+    there = {path: path.read_bytes() for path in out.rglob("*.safetensors")}
+    assert there
+    continued = benchmark(pipe, out, **CALL)
+    assert 0 < continued["generated"] < NUM
+    assert all(path.read_bytes() == content for path, content in there.items())  # none was made again
+    assert fingerprints(continued) == fingerprints(read(finished))
+    assert continued["runs"][0]["images"]["distinct"] == NUM
 
 
 def test_pixels_are_made_again_only_if_they_are_asked_for_later(pipe, finished, tmp_path):

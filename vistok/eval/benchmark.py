@@ -90,7 +90,7 @@ def benchmark(
         eval_size: side to which images are resized before they become 8 bit: bicubic without antialias, as LlamaGen
             brings its 384 px images to 256. By default they are scored at their own size.
         save_npz: also write each scale's images as ``samples.npz``, which ADM's own evaluator reads.
-        batch_size: images generated, and scored, at a time.
+        batch_size: images generated at a time.
         command: the command line that this call stands for, for the report.
 
     Returns:

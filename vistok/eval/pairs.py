@@ -44,7 +44,7 @@ def evaluate_reconstruction(
         lpips: a distance (B,) of two batches in [-1, 1], such as ``vistok.losses.LPIPS.from_pretrained()``, on
             ``device``. Distances of other networks than VGG16 are not comparable.
         crop: side to which ADM's centre crop brings the files of the originals.
-        batch_size: pairs at a time.
+        batch_size: pairs read at a time; no score depends on it.
         device: where to compute.
         processes: those that share the work; all of them return the result, the first one writes it.
         out: folder in which ``result.json`` is written.
