@@ -30,6 +30,7 @@ LAYOUTS = {
 }
 VIEWS = 32
 QUIET = ["training.image_every=0", "training.save_every=0", "training.log_every=10"]
+SHORT = [*QUIET, "training.batch_size=64", "training.ema_decay=0.99"]  # smaller batches than the quickstart's
 
 
 def main() -> None:
@@ -45,7 +46,7 @@ def main() -> None:
     classifier = fit_classifier(real, steps=600)
     figures = {"steps": arguments.steps, "samples": arguments.num, "threads": arguments.threads}
     for name, layout in LAYOUTS.items():
-        changes = [f"model.layout={layout}", f"training.max_steps={arguments.steps}", *QUIET, *arguments.changes]
+        changes = [*SHORT, f"model.layout={layout}", f"training.max_steps={arguments.steps}", *arguments.changes]
         run = train_generator([*changes, f"tokens={tokens}", f"output_dir={out / name}"])
         row = {"loss": final_loss(run), **score(run, arguments.num, classifier, real)}
         figures |= {f"{name}_{key}": value for key, value in row.items()}
@@ -58,7 +59,7 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=500, help="training steps of each generator")
+    parser.add_argument("--steps", type=int, default=800, help="training steps of each generator")
     parser.add_argument("--tokenizer-steps", type=int, default=300)
     parser.add_argument("--tokenizer-run", help="a run of the quickstart's tokenizer, instead of training one")
     parser.add_argument("--changes", nargs="*", default=[], help="key=value, to the config of all five generators")
