@@ -83,6 +83,8 @@ class DAR(Tokenizer):
         max_tokens: rows of the tables of queries and of token embeddings; the first N are used.
         gate_init: of the gates in the encoder's and the causal layers' blocks. At 0, the paper's, tokens are blind to
             the image at first; short runs start at 1.
+        position_std: deviation of the initial positions of tokens. The paper's leaves the causal layers little to tell
+            one token from another by; short runs start at 0.5.
         absolute_positions: add learned positions to the patches of encoder and velocity network. Released models do
             without: a patch attends to the tokens of a group from where it is. But one token looks the same from
             everywhere, so groups of one need this; and the encoder learns sooner what lies where.
@@ -119,6 +121,7 @@ class DAR(Tokenizer):
         query_rank: int | None = 8,
         max_tokens: int = 1024,
         gate_init: float = 0.0,
+        position_std: float = 0.02,
         absolute_positions: bool = False,
         velocity: VelocityConfig = VELOCITY,
         data_std: float = 0.6,
@@ -161,7 +164,7 @@ class DAR(Tokenizer):
         )
         self.post_quant = nn.Linear(codebook_embed_dim, decoder_dim, bias=False)
         self.token_positions = nn.Embedding(max_tokens, decoder_dim)
-        nn.init.trunc_normal_(self.token_positions.weight, std=0.02)
+        nn.init.trunc_normal_(self.token_positions.weight, std=position_std)
         self.decoder = nn.ModuleList(Block(decoder_dim, gate_init) for _ in range(decoder_layers))
         self.velocity = VelocityNetwork(
             velocity,
