@@ -81,7 +81,7 @@ class FeaturePass:
         self, network: FeatureNetwork, source: str, *, keep: Sequence[str] = (), moments: Sequence[str] = ()
     ) -> None:
         self._network, self._source = network, source
-        self._kept: dict[str, list[Tensor]] = {name: [] for name in keep}
+        self._kept = {name: Rows() for name in keep}
         self._moments: dict[str, Moments | None] = dict.fromkeys(moments)
         self._digests: list[Tensor] = []
         self._waiting: Tensor | None = None  # images that do not make a full batch yet
@@ -127,7 +127,7 @@ class FeaturePass:
         return Extraction(
             size=(height, width),
             digests=torch.cat(self._digests),
-            features={name: _joined(rows) for name, rows in self._kept.items()},
+            features={name: rows.join() for name, rows in self._kept.items()},
             moments={name: running.to("cpu") for name, running in self._moments.items()},
         )
 
@@ -159,17 +159,40 @@ def gathered(part: FeaturePass, processes: Processes) -> Extraction:
     return Extraction.concatenate([extraction for extraction in parts if extraction is not None])
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    """The rows of all parts, which are let go one by one: 50,000 features are 400 MB, and need not be there twice."""
-    if len(parts) > 1:
-        end = sum(len(part) for part in parts)
-        whole = parts[0].new_empty(end, *parts[0].shape[1:])
-        while parts:
-            part = parts.pop()
-            whole[end - len(part) : end] = part
-            end -= len(part)
-        parts.append(whole)
-    return parts[0]
+class Rows:
+    """Rows (n, ...) that come a few at a time, joined at the end without a second copy: 50,000 features are 400 MB.
+
+    They are kept in blocks so large that the allocator returns each as soon as it is let go.
+    """
+
+    BLOCK = 4096
+
+    def __init__(self) -> None:
+        self._blocks: list[Tensor] = []
+        self._free = 0
+
+    def append(self, rows: Tensor) -> None:
+        """Copy ``rows`` (B, ...) to the end."""
+        while len(rows):
+            if not self._free:
+                self._blocks.append(rows.new_empty(self.BLOCK, *rows.shape[1:]))
+                self._free = self.BLOCK
+            some = rows[: self._free]
+            self._blocks[-1][self.BLOCK - self._free :][: len(some)] = some
+            self._free -= len(some)
+            rows = rows[len(some) :]
+
+    def join(self) -> Tensor:
+        """All rows; the store is empty afterwards."""
+        end = len(self._blocks) * self.BLOCK - self._free
+        whole = self._blocks[0].new_empty(end, *self._blocks[0].shape[1:])
+        while self._blocks:
+            block = self._blocks.pop()
+            start = len(self._blocks) * self.BLOCK
+            whole[start:end] = block[: end - start]
+            end = start
+        self._free = 0
+        return whole
 
 
 def digests_of(images: Tensor) -> Tensor:

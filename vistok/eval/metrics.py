@@ -14,7 +14,7 @@ from torch import Tensor
 
 # Blocks of this many rows bound the memory of pairwise distances (400 MB in float32). It is also the block of the
 # ADM suite, whose float16 rule decides per block, and of torch-fidelity, so that ties fall as they do there.
-BLOCK = 10_000
+BLOCK = 5_000
 ROWS_AT_A_TIME = 1000  # of a block, where all at once would need more memory than the block itself
 
 
