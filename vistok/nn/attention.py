@@ -132,7 +132,7 @@ def attend(
         raise ValueError(f"{q.shape[2]} causal queries over {k.shape[2]} keys need an explicit mask")
     options = {"attn_mask": mask, "dropout_p": dropout, "is_causal": causal, "scale": scale}
     if q.device.type == "cpu" and q.requires_grad and torch.is_autocast_enabled("cpu"):
-        # The backward pass of the processor's bfloat16 kernel takes four to twelve times as long as in float32.
+        # The backward pass of the processor's bfloat16 kernel takes several times as long as in float32.
         with torch.autocast("cpu", enabled=False):
             out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
     else:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
@@ -19,9 +18,10 @@ from torch import Tensor, nn
 
 from vistok.draws import Draws, Keys
 from vistok.flow import SOLVERS, LinearPath, shift_time
-from vistok.hub import CheckpointError, OfficialCheckpoint, fuse, load_strictly, rename
+from vistok.hub import OfficialCheckpoint, load_strictly
 from vistok.nn.masks import prefix_causal_mask
 from vistok.quantizers import VectorQuantizer
+from vistok.tokenizers import dar_official as official
 from vistok.tokenizers.base import Tokenizer, prefix_lengths
 from vistok.tokenizers.dar_networks import (
     AlignmentConfig,
@@ -37,32 +37,6 @@ from vistok.types import TokenizerOutput, TokenSpec, as_dataclass
 PATH = LinearPath(noise_at=0)
 VELOCITY = VelocityConfig()
 Solver = Literal["adams_bashforth2", "euler"]
-
-V1 = {
-    "encoder_patch_size": 16,
-    "num_encoder_layers": 8,
-    "num_decoder_layers": 8,
-    "query_low_rank": True,
-    "encoder_dim": 768,
-    "decoder_dim": 768,
-    "vq_dim": 8,
-    "vq_codebook_size": 16384,
-    "num_denoising_steps": 8,
-    "num_query_groups": 8,
-    "num_all_queries": 256,
-    "queries_per_step": 32,
-    "vq_enable": True,
-    "diff_decoder": {
-        "in_dim": 3,
-        "out_dim": 3,
-        "dim": 768,
-        "cond_dim": 768,
-        "patch_size": 8,
-        "depth": 12,
-        "data_std": 0.6,
-        "time_shift": 2,
-    },
-}
 
 
 class DAR(Tokenizer):
@@ -100,7 +74,7 @@ class DAR(Tokenizer):
 
     registry_name = "dar"
     sizes = {"v1": {}}
-    checkpoints = (OfficialCheckpoint("showlab/D-AR", "D-AR-tokenizer_v1.pt", V1),)
+    checkpoints = (OfficialCheckpoint("showlab/D-AR", "D-AR-tokenizer_v1.pt", official.V1),)
 
     def __init__(
         self,
@@ -358,45 +332,11 @@ class DAR(Tokenizer):
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
-        flow = config["diff_decoder"]
-        if not config.get("vq_enable", True):
-            raise CheckpointError("vq_enable false is no tokenizer: it has no ids; every released model has true")
-        layer, depth = flow.get("repa_layer", 8), flow["depth"]
-        # A head behind a block that is not there was never run.
-        aligned = layer < depth and "diff_decoder.net.repa_out.0.weight" in state_dict
-        model = cls(
-            image_size=config.get("sampling_resolution", 256),
-            encoder_patch_size=config["encoder_patch_size"],
-            encoder_dim=config["encoder_dim"],
-            encoder_layers=config["num_encoder_layers"],
-            decoder_dim=config["decoder_dim"],
-            decoder_layers=config["num_decoder_layers"],
-            codebook_size=config["vq_codebook_size"],
-            codebook_embed_dim=config["vq_dim"],
-            num_tokens=config["num_all_queries"],
-            num_groups=config["num_query_groups"],
-            group_size=config["queries_per_step"],
-            query_rank=QUERY_RANK if config.get("query_low_rank", True) else None,
-            velocity=VelocityConfig(
-                dim=flow["dim"],
-                depth=depth,
-                patch_size=flow["patch_size"],
-                share_time_embedding=flow.get("share_time_encoding", False),
-                modulated_output=flow.get("mlp_head", False),
-            ),
-            data_std=float(flow["data_std"]),
-            time_shift=float(flow["time_shift"]),
-            num_steps=config["num_denoising_steps"],
-            alignment=AlignmentConfig(layer=layer) if aligned else None,
-        )
-        load_strictly(model, _our_names(state_dict, model), source="the official state dict")
+        model = cls(**official.model_arguments(config, state_dict))
+        load_strictly(model, official.our_names(config, state_dict), source="the official state dict")
         return model
 
-    @staticmethod
-    def embedded_config(file: Path, content: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        """The arguments that a training file holds beside its weights."""
-        config = content.get("config")
-        return config.get("model") if isinstance(config, Mapping) else None
+    embedded_config = staticmethod(official.embedded_config)
 
 
 class Trajectory:
@@ -448,55 +388,3 @@ class Trajectory:
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of per-token values (B, N) where the mask is True; a value without tokens stays."""
     return values if values.ndim == 0 else (values * mask).sum() / mask.sum()
-
-
-def _our_names(state: Mapping[str, Tensor], model: DAR) -> dict[str, Tensor]:
-    state = {key: tensor for key, tensor in state.items() if key != USAGE_COUNTER}
-    if model.alignment_dim is None:
-        state = {key: tensor for key, tensor in state.items() if ".net.repa_out." not in key}
-    if model.velocity.modulation is not None:
-        state = {key: tensor for key, tensor in state.items() if ".net.conv_out." not in key}
-    state = fuse(state, ("attention.q", "attention.k", "attention.v"), "attention.qkv")
-    state = rename(fuse(state, ("cross_attn.k", "cross_attn.v"), "cross_attn.kv"), OFFICIAL_NAMES)
-    return {key: _as_linear(key, tensor) for key, tensor in state.items()}
-
-
-def _as_linear(key: str, tensor: Tensor) -> Tensor:
-    """The reference writes linear layers as 1x1 convolutions in places."""
-    pointwise = key.startswith(("pre_quant", "post_quant", "velocity.patches_")) and tensor.ndim == 4
-    return tensor.flatten(1) if pointwise and tensor.shape[2:] == (1, 1) else tensor
-
-
-QUERY_RANK = 8
-USAGE_COUNTER = "quantize.codebook_used"  # which codes the last training batches chose; no part of the model
-_NET = r"diff_decoder\.net\."
-_BLOCK = _NET + r"blocks\.(\d+)\."
-OFFICIAL_NAMES = [
-    (r"patchify\.(\w+)", r"to_patches.\1"),
-    (r"query_embedding\.weight", r"queries.weight"),
-    (r"query_linear\.(\w+)", r"query_proj.\1"),
-    (r"quant_in_conv\.weight", r"pre_quant.weight"),
-    (r"quant_out_conv\.weight", r"post_quant.weight"),
-    (r"quantize\.embedding\.weight", r"quantizer.embedding.weight"),
-    (r"decoder_embedding\.weight", r"token_positions.weight"),
-    (r"(\w+)_layers\.(\d+)\.attention\.proj\.(\w+)", r"\1.\2.attn.out.\3"),
-    (r"(\w+)_layers\.(\d+)\.attention\.(\w+)\.(\w+)", r"\1.\2.attn.\3.\4"),
-    (r"(\w+)_layers\.(\d+)\.mlp\.fc1\.(\w+)", r"\1.\2.mlp.up.\3"),
-    (r"(\w+)_layers\.(\d+)\.mlp\.fc2\.(\w+)", r"\1.\2.mlp.down.\3"),
-    (r"(\w+)_layers\.(\d+)\.(.+)", r"\1.\2.\3"),
-    (_BLOCK + r"attention\.proj\.(\w+)", r"velocity.blocks.\1.attn.out.\2"),
-    (_BLOCK + r"attention\.(\w+)\.(\w+)", r"velocity.blocks.\1.attn.\2.\3"),
-    (_BLOCK + r"cross_attn\.proj\.(\w+)", r"velocity.blocks.\1.cross_attn.out.\2"),
-    (_BLOCK + r"cross_attn\.(\w+)\.(\w+)", r"velocity.blocks.\1.cross_attn.\2.\3"),
-    (_BLOCK + r"mlp\.fc1\.(\w+)", r"velocity.blocks.\1.mlp.up.\2"),
-    (_BLOCK + r"mlp\.fc2\.(\w+)", r"velocity.blocks.\1.mlp.down.\2"),
-    (_BLOCK + r"adaLN_modulation\.1\.(\w+)", r"velocity.blocks.\1.modulation.\2"),
-    (_BLOCK + r"time_embed\.mlp\.(\d)\.(\w+)", r"velocity.blocks.\1.time_embedding.mlp.\2.\3"),
-    (_BLOCK + r"cond_embed\.(\d)\.(\w+)", r"velocity.blocks.\1.cond_embed.\2.\3"),
-    (_NET + r"time_embed\.mlp\.(\d)\.(\w+)", r"velocity.time_embedding.mlp.\1.\2"),
-    (_NET + r"cond_mlp\.(\w+)", r"velocity.cond_proj.\1"),
-    (_NET + r"conv_in\.(\w+)", r"velocity.patches_in.\1"),
-    (_NET + r"(?:conv_out|linear_out\.linear)\.(\w+)", r"velocity.patches_out.\1"),
-    (_NET + r"linear_out\.adaLN_modulation\.1\.(\w+)", r"velocity.modulation.\1"),
-    (_NET + r"repa_out\.(\d)\.(\w+)", r"velocity.alignment_head.\1.\2"),
-]
