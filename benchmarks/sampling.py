@@ -11,6 +11,8 @@ streams do not, and are the figures with "stream".
 A step grows linearly with the cache. So the mean over a sequence is the mean over a few evenly spaced positions, and
 only those are measured: the cache is filled with random keys and values, and rewound. Reported are medians over the
 repeats. Recomputing the whole prefix for each token, which needs no cache, is measured once per position.
+
+At the end xAR and MAR sample continuous tokens, see ``sampling_continuous.py``.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from contextlib import ExitStack
 
 import torch
 from common import finish, say
+from sampling_continuous import compare_all
 from torch import nn
 from torch.nn import functional as F
 
@@ -163,7 +166,8 @@ def main() -> None:
             ratios["fp32_over_bf16"] = took["fp32"] / took["bf16"]
             figures["fp32_over_bf16_stream"] = took["fp32_stream"] / took["bf16_stream"]
     figures["peak_memory_mb"] = peak_memory_mb()
-    finish("sampling", ratios, figures)
+    continuous_ratios, continuous_figures = compare_all(repeats=1)
+    finish("sampling", ratios | continuous_ratios, figures | continuous_figures)
 
 
 def parse_arguments() -> argparse.Namespace:
