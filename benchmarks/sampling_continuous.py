@@ -7,8 +7,8 @@ Both models have random weights and sample a batch of 4 with guidance from 16x16
 same width and depth, 8 iterations and 25 denoising steps; encoder and decoder have nothing to remember, as attention
 goes both ways, but the head denoises the tokens of an iteration only. Without that it denoises all that are unknown,
 and keeps some. Each pair gives the same latents, which is checked, and is timed in turn, so that a busy machine slows
-both alike; reported are medians. Tokens per call are those of an image, its null row included. ``sampling.py`` ends with
-the same figures, measured once.
+both alike; reported are medians. Tokens per call are those of an image, its null row included. ``sampling.py`` ends
+with the same figures, measured once.
 """
 
 from __future__ import annotations
