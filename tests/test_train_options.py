@@ -163,3 +163,10 @@ def test_no_tracker(tmp_path):
     folder = train(tokenizer_config(tmp_path / "run", training={"trackers": [], "max_steps": 1}))
     assert not (folder / "tensorboard").exists()
     assert (folder / "metrics.jsonl").exists()
+
+
+def test_runs_of_different_precision_follow_one_another(tmp_path):
+    for number, precision in enumerate(("no", "bf16", "no")):
+        changes = {"training": {"max_steps": 1, "mixed_precision": precision}}
+        folder = train(tokenizer_config(tmp_path / str(number), **changes))
+        assert (folder / "tokenizer").is_dir()

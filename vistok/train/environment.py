@@ -24,11 +24,13 @@ def open_accelerator(run: RunConfig, folder: Path):
         ConfigError: a tracker that is not installed.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from accelerate.utils import ProjectConfiguration
 
     for name in run.training.trackers:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"training.trackers: {name} is not installed; pip install 'vistok[{name}]'")
+    AcceleratorState._reset_state()  # the precision of a run before this one in the same process is not this one's
     return Accelerator(
         cpu=not torch.accelerator.is_available(),  # several CPU processes are found only if this is said
         mixed_precision=run.training.mixed_precision,
