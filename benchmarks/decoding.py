@@ -17,13 +17,13 @@ import time
 import torch
 from common import finish, say
 from torch import nn
+from training import DTYPES, synchronise
 
 from vistok.draws import Keys
 from vistok.generators.llama import Llama
 from vistok.generators.sampling import DecodingOptions
 from vistok.types import Condition, TokenSpec
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CODES = 16384
 
 
@@ -60,14 +60,14 @@ def seconds_per_step(model: Llama, batch: int, tokens: int, guidance_scale: floa
     """Mean over the first ``tokens`` tokens, without feeding the condition."""
     options = DecodingOptions(guidance_scale=guidance_scale)
     draws = model.sampling_draws(Keys.range(0, batch), options)
-    condition = Condition.from_labels(torch.arange(batch) % 1000)
+    condition, device = Condition.from_labels(torch.arange(batch) % 1000), model.output.weight.device
     for _ in range(2):  # the first compiles, and is slower
         session = model.start(condition, options, draws=draws)
-        synchronise()
+        synchronise(device)
         begin = time.perf_counter()
         for _ in session.generate(tokens):
             pass
-        synchronise()
+        synchronise(device)
     return (time.perf_counter() - begin) / tokens
 
 
@@ -80,17 +80,12 @@ def copy_rate(device: torch.device, size: int = 1 << 28, repeats: int = 10) -> f
     source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
     best = math.inf
     for _ in range(repeats):
-        synchronise()
+        synchronise(device)
         begin = time.perf_counter()
         target.copy_(source)
-        synchronise()
+        synchronise(device)
         best = min(best, time.perf_counter() - begin)
     return 2 * size / best
-
-
-def synchronise() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -120,7 +120,7 @@ def matmul_rate(side: int, device: str, dtype: torch.dtype) -> float:
     return 2 * side**3 / (time.perf_counter() - begin)
 
 
-def synchronise(device: str) -> None:
+def synchronise(device: str | torch.device) -> None:
     if torch.device(device).type != "cpu":
         torch.accelerator.synchronize()
 

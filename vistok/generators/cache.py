@@ -87,15 +87,14 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
-        def buffer(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
+        like = {"dtype": dtype, "device": device}
+        kept = (rows, heads, length, head_dim)
         # Each a tensor of its own: compilers copy the whole of a tensor of which a part is written.
         self.layers = [
             LayerCache(
-                buffer(rows, heads, length, head_dim),
-                buffer(rows, heads, length, head_dim),
-                buffer(rows, 1, shift_dim) if shift_dim else None,
+                torch.empty(kept, **like),
+                torch.empty(kept, **like),
+                torch.zeros(rows, 1, shift_dim, **like) if shift_dim else None,
             )
             for _ in range(layers)
         ]

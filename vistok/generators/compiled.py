@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vistok.generators.cache import KVCache, Layers
-from vistok.generators.sampling import DecodingOptions, draw_ids
+from vistok.generators.sampling import DecodingOptions, draw_ids, guide
 from vistok.nn.rotary import Rows
 
 CompiledStep = Callable[..., None]
@@ -70,9 +70,7 @@ def sample_next(
         mask = mask & visible
     logits = model.head(model.transform(model.embed_tokens(ids, position - 1), fed, mask, layers)[:, -1])
     if scales is not None:
-        conditional, null = logits.chunk(2)
-        scale = scales[position]
-        logits = torch.where(scale == 1, conditional, null + scale * (conditional - null))
+        logits = guide(logits, scales[position])
     drawn = draw_ids(logits, None if uniforms is None else uniforms[:, position].squeeze(1), options)
     tokens[:, position] = drawn[:, None]
 

@@ -60,9 +60,12 @@ class DecodingOptions:
         return [first + slope * i if start <= i < stop else 1.0 for i in range(length)]
 
 
-def guide(logits: Tensor, scale: float) -> Tensor:
-    """Combine logits (2B, V), conditional rows first, null rows second, into (B, V)."""
+def guide(logits: Tensor, scale: float | Tensor) -> Tensor:
+    """Combine logits (2B, V), conditional rows first, null rows second, into (B, V). A scale of 1 leaves the former to
+    the last bit; one in a tensor is not read by the host."""
     conditional, null = logits.chunk(2)
+    if isinstance(scale, Tensor):
+        return torch.where(scale == 1, conditional, null + scale * (conditional - null))
     return conditional if scale == 1 else null + scale * (conditional - null)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -215,22 +216,23 @@ def cached_tokens(cache: TokenCache) -> Tensor:
     return torch.cat([tokens.chunk(2, -1)[0] if cache.content == "moments" else tokens for tokens in views])
 
 
-@torch.no_grad()
 def encode(tokenizer: Tokenizer, pixels: Tensor) -> Tensor:
-    device = next(tokenizer.parameters()).device
-    return torch.cat([tokenizer.encode(part.to(device)).cpu() for part in pixels.split(256)])
+    return _in_parts(tokenizer, tokenizer.encode, pixels)
 
 
-@torch.no_grad()
 def decode(tokenizer: Tokenizer, tokens: Tensor) -> Tensor:
-    device = next(tokenizer.parameters()).device
-    return torch.cat([tokenizer.decode(part.to(device)).float().cpu() for part in tokens.split(256)])
+    return _in_parts(tokenizer, tokenizer.decode, tokens)
+
+
+def reconstruct(tokenizer: Tokenizer, pixels: Tensor) -> Tensor:
+    return _in_parts(tokenizer, tokenizer.reconstruct, pixels)
 
 
 @torch.no_grad()
-def reconstruct(tokenizer: Tokenizer, pixels: Tensor) -> Tensor:
+def _in_parts(tokenizer: Tokenizer, work: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """``work`` on some rows at a time, on the tokenizer's device."""
     device = next(tokenizer.parameters()).device
-    return torch.cat([tokenizer.reconstruct(part.to(device)).cpu() for part in pixels.split(256)])
+    return torch.cat([work(part.to(device)).cpu() for part in rows.split(256)])
 
 
 def reconstruction_psnr(tokenizer: Tokenizer, pixels: Tensor) -> float:
