@@ -21,13 +21,29 @@ def filled(rows: Tensor) -> Tensor:
     return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]) if missing else rows
 
 
+class Regrouper:
+    """Takes rows as they come and gives them back, in their order, ``size`` at a time.
+
+    Attributes:
+        rest: the rows (n, ...) that do not make a whole batch yet; None before the first.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self.rest: Tensor | None = None
+
+    def add(self, rows: Tensor) -> Iterator[Tensor]:
+        """The batches that ``rows`` complete."""
+        rows = rows if self.rest is None else torch.cat([self.rest, rows])
+        whole = len(rows) // self._size * self._size
+        self.rest = rows[whole:]
+        return (rows[start : start + self._size] for start in range(0, whole, self._size))
+
+
 def regrouped(batches: Iterable[Tensor], size: int) -> Iterator[Tensor]:
     """The same rows in the same order, ``size`` at a time; the last batch may be smaller."""
-    waiting: Tensor | None = None
+    groups = Regrouper(size)
     for batch in batches:
-        rows = batch if waiting is None else torch.cat([waiting, batch])
-        whole = len(rows) // size * size
-        yield from (rows[start : start + size] for start in range(0, whole, size))
-        waiting = rows[whole:]
-    if waiting is not None and len(waiting):
-        yield waiting
+        yield from groups.add(batch)
+    if groups.rest is not None and len(groups.rest):
+        yield groups.rest

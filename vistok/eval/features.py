@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vistok.eval.batches import NETWORK_BATCH, filled
+from vistok.eval.batches import NETWORK_BATCH, Regrouper, filled
 from vistok.eval.images import ImageSet
 from vistok.eval.metrics import Moments
 from vistok.eval.networks import FeatureNetwork
@@ -84,7 +84,7 @@ class FeaturePass:
         self._kept = {name: Rows() for name in keep}
         self._moments: dict[str, Moments | None] = dict.fromkeys(moments)
         self._digests: list[Tensor] = []
-        self._waiting: Tensor | None = None  # images that do not make a full batch yet
+        self._groups = Regrouper(NETWORK_BATCH)
 
     def add(self, images: Tensor) -> None:
         """Take uint8 images (B, 3, H, W).
@@ -93,11 +93,8 @@ class FeaturePass:
             ValueError: features that are not finite.
         """
         self._digests.append(digests_of(images))
-        rows = images if self._waiting is None else torch.cat([self._waiting, images])
-        whole = len(rows) // NETWORK_BATCH * NETWORK_BATCH
-        for start in range(0, whole, NETWORK_BATCH):
-            self._extract(rows[start : start + NETWORK_BATCH])
-        self._waiting = rows[whole:]
+        for group in self._groups.add(images):
+            self._extract(group)
 
     def _extract(self, images: Tensor) -> None:
         features = {name: rows[: len(images)] for name, rows in self._network(filled(images)).items()}
@@ -120,10 +117,10 @@ class FeaturePass:
 
     def result(self) -> Extraction:
         """What was gathered, once all images are there."""
-        height, width = self._waiting.shape[-2:]
-        if len(self._waiting):
-            self._extract(self._waiting)
-            self._waiting = self._waiting[:0]
+        rest = self._groups.rest
+        height, width = rest.shape[-2:]
+        if len(rest):
+            self._extract(rest)
         return Extraction(
             size=(height, width),
             digests=torch.cat(self._digests),
