@@ -70,6 +70,42 @@ def test_class_names_and_labels_in_json(tmp_path: Path):
         open_source(config(tmp_path / "0.tar"))
 
 
+@pytest.mark.parametrize("sidecars", [("cls", "json"), ("json", "cls")])
+def test_a_caption_beside_a_label_hides_nothing(tmp_path: Path, sidecars: tuple[str, str]):
+    contents = {"cls": b"3\n", "json": b'{"caption": "a cat", "label": 1}'}
+    write_shard(tmp_path / "0.tar", {"a.png": encoded(0)} | {f"a.{kind}": contents[kind] for kind in sidecars})
+    assert open_source(config(tmp_path / "0.tar"))[0][1] == 3
+    contents["json"] = b'{"caption": "a cat"}'
+    write_shard(tmp_path / "1.tar", {"a.png": encoded(0)} | {f"a.{kind}": contents[kind] for kind in sidecars})
+    assert open_source(config(tmp_path / "1.tar"))[0][1] == 3
+
+
+@pytest.mark.parametrize("content", [b'{"label": null}', b'{"caption": "x"}', b"[1, 2]"])
+def test_json_without_a_label(tmp_path: Path, content: bytes, caplog: pytest.LogCaptureFixture):
+    write_shard(tmp_path / "0.tar", {"a.png": encoded(0), "a.json": content})
+    with caplog.at_level("INFO"):
+        assert open_source(config(tmp_path / "0.tar"))[0][1] == -1
+    assert "have no labels" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.cls", b"n01440764"),
+        ("a.cls", b"-2"),
+        ("a.json", b"{oops"),
+        ("a.json", b'{"label": "cat"}'),
+        ("a.json", b'{"label": 1.5}'),
+        ("a.json", b'{"label": true}'),
+        ("a.json", b'{"label": [1]}'),
+    ],
+)
+def test_a_label_that_is_no_class_id_is_named(tmp_path: Path, name: str, content: bytes):
+    write_shard(tmp_path / "0.tar", {"a.png": encoded(0), name: content})
+    with pytest.raises(ValueError, match=rf"0\.tar:{name} holds no class id: "):
+        open_source(config(tmp_path / "0.tar"))
+
+
 def test_unlabelled_shards_are_unconditional(tmp_path: Path):
     write_shard(tmp_path / "0.tar", {"a.png": encoded(0), "a.txt": b"a caption", "b.png": encoded(1)})
     source = open_source(config(tmp_path / "0.tar"))
@@ -110,6 +146,18 @@ def test_a_truncated_shard_is_named(shards: Path):
     path.write_bytes(path.read_bytes()[:1300])
     with pytest.raises(ValueError, match=r"train-0001\.tar is no whole, uncompressed \.tar file"):
         open_source(config(shards / "*.tar"))
+
+
+@pytest.mark.parametrize("damage", [b"\xff" * 20, bytes(tarfile.BLOCKSIZE)])
+def test_a_damaged_header_does_not_end_a_shard(shards: Path, damage: bytes):
+    path = shards / "train-0001.tar"
+    with tarfile.open(path) as archive:
+        offsets = [member.offset for member in archive]
+    whole = path.read_bytes()
+    for offset, named in ((offsets[0], ""), (offsets[4], rf"header at byte {offsets[4]} is damaged")):
+        path.write_bytes(whole[:offset] + damage + whole[offset + len(damage) :])
+        with pytest.raises(ValueError, match=rf"train-0001\.tar is no whole.*{named}"):
+            open_source(config(shards / "*.tar"))
 
 
 def test_missing_shards_and_splits(shards: Path):

@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ from vistok.files import atomic_file, read_json
 log = logging.getLogger(__name__)
 
 CLASS_NAMES = "classnames.txt"
+INDEX_VERSION = 2
 
 
 class Sample(NamedTuple):
@@ -50,7 +51,7 @@ class Sample(NamedTuple):
 class ShardSource(ImageSource):
     """Images of webdataset shards.
 
-    The label of an image is the integer in its ``.cls`` file, or "label" of its ``.json``; without either the source
+    The label of an image is the integer in its ``.cls`` file, else "label" of its ``.json``; without either the source
     is unconditional. Class names are the lines of ``classnames.txt`` beside local shards, else the ids as text.
 
     Args:
@@ -60,7 +61,8 @@ class ShardSource(ImageSource):
 
     Raises:
         FileNotFoundError: no such shard.
-        ValueError: a shard that is no tar file, labels for some images only, or a split that ``pattern`` does not name.
+        ValueError: a shard that is damaged or no tar file, a label that is no integer, labels for some images only, or
+            a split that ``pattern`` does not name.
         ConfigError: a URL, and webdataset is not installed.
     """
 
@@ -83,6 +85,7 @@ class ShardSource(ImageSource):
     def _name_classes(self, pattern: str) -> tuple[str, ...]:
         unlabelled = [sample for sample in self._samples if sample.label == UNCONDITIONAL]
         if len(unlabelled) == len(self._samples):
+            log.info('the images of %s have no labels, in .cls files or as "label" in .json files', pattern)
             return ()
         if unlabelled:
             raise ValueError(f"{len(unlabelled)} images of {pattern} have no label (such as {unlabelled[0].name})")
@@ -179,7 +182,8 @@ def fetch(url: str, cache: Path) -> Path:
 def samples_of(path: Path, number: int, cache: Path) -> list[Sample]:
     """As ``index_shard``; what it finds is kept in ``cache``, because a large set takes minutes to walk through."""
     status = path.stat()
-    key = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"  # a shard that has changed is indexed anew
+    # A shard that has changed is indexed anew, and all are if the rules of indexing have.
+    key = f"{INDEX_VERSION} {path.resolve()} {status.st_size} {status.st_mtime_ns}"
     file = cache / "index" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     try:
         return [Sample(number, *row) for row in read_json(file)]
@@ -194,14 +198,16 @@ def samples_of(path: Path, number: int, cache: Path) -> list[Sample]:
 
 
 def index_shard(path: Path, number: int) -> Iterator[Sample]:
-    """The images of a tar file, with their labels, in their order there."""
+    """The images of a tar file, with their labels, in their order there.
+
+    Raises:
+        ValueError: it is cut, damaged or no tar file, or a label is no class id.
+    """
     try:
         with tarfile.open(path, "r:") as archive:
             members = [member for member in archive if member.isfile()]
-            # tarfile takes a cut file for one that ends there; whole ones have an empty block after the last member.
-            if members and path.stat().st_size < members[-1].offset_data + members[-1].size + tarfile.BLOCKSIZE:
-                raise EOFError(f"it ends within or after {members[-1].name}")
-            labels = dict(_label(archive, member) for member in members if member.name.endswith((".cls", ".json")))
+            _check_end(path, archive.offset)
+            labels = _labels(path, archive, members)
     except (tarfile.TarError, EOFError) as error:
         raise ValueError(f"{path} is no whole, uncompressed .tar file ({error}); fetch or make it again") from error
     for member in members:
@@ -210,11 +216,54 @@ def index_shard(path: Path, number: int) -> Iterator[Sample]:
             yield Sample(number, member.offset_data, member.size, member.name, labels.get(stem, UNCONDITIONAL))
 
 
-def _label(archive: tarfile.TarFile, member: tarfile.TarInfo) -> tuple[str, int]:
-    stem, extension = _split(member.name)
-    content = archive.extractfile(member).read()
-    label = json.loads(content).get("label", UNCONDITIONAL) if extension == ".json" else content
-    return stem, int(label)
+def _check_end(path: Path, end: int) -> None:
+    """Raise EOFError unless an archive that tarfile read up to ``end`` ends there, with zeros and nothing else.
+
+    tarfile takes a cut file, and a damaged header, for the end.
+    """
+    with path.open("rb") as file:
+        file.seek(end)
+        block = file.read(tarfile.BLOCKSIZE)
+        if len(block) < tarfile.BLOCKSIZE:
+            raise EOFError("its end is missing")
+        while block:
+            if block.strip(b"\0"):
+                raise EOFError(f"the header at byte {end} is damaged, or that is its end, and more follows")
+            block = file.read(1 << 20)
+
+
+def _labels(path: Path, archive: tarfile.TarFile, files: Sequence[tarfile.TarInfo]) -> dict[str, int]:
+    """Class ids by sample: that of its .cls file, else that of its .json file, if it has one."""
+    labels: dict[str, int] = {}
+    for kind in (".cls", ".json"):
+        for member in files:
+            stem, extension = _split(member.name)
+            if extension != kind or stem in labels:
+                continue
+            try:
+                label = _label(archive.extractfile(member).read(), kind)
+            except ValueError as error:
+                raise ValueError(f"{path}:{member.name} holds no class id: {error}") from error
+            if label is not None:
+                labels[stem] = label
+    return labels
+
+
+def _label(content: bytes, kind: str) -> int | None:
+    """The class id that a file holds; None if it is a .json file without "label", or with null there.
+
+    Raises:
+        ValueError: something else than an integer from 0, or -1 for no class.
+    """
+    label = content
+    if kind == ".json":
+        value = json.loads(content)
+        label = value.get("label") if isinstance(value, dict) else None
+    if label is None:
+        return None
+    if not isinstance(label, int | str | bytes) or isinstance(label, bool) or int(label) < UNCONDITIONAL:
+        raise ValueError(f"expected an integer from 0, got {label!r}")
+    return int(label)
 
 
 def _split(name: str) -> tuple[str, str]:
