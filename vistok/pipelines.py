@@ -115,6 +115,7 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
+        """Where the generator is; the tokenizer may be elsewhere."""
         return next(self.generator.parameters()).device
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
@@ -254,8 +255,8 @@ class Pipeline:
         condition = self._condition_of_images(class_labels, len(pixels))
 
         def edit(rows: slice, draws: Draws) -> Tensor:
-            tokens, part = self.tokenizer.encode(self._to_tokenizer(pixels[rows])), condition[rows].to(self.device)
-            return self.generator.edit(tokens, regenerate[rows], part, options, draws=draws)
+            tokens = self.tokenizer.encode(self._to_tokenizer(pixels[rows])).to(self.device)
+            return self.generator.edit(tokens, regenerate[rows], condition[rows].to(self.device), options, draws=draws)
 
         return self._run(edit, condition, options, _seed(seed, generator), index_start, batch_size)
 
@@ -327,10 +328,11 @@ class Pipeline:
         channels, *size = self.tokenizer.image_shape
         return from_pil([images] if isinstance(images, Image.Image) else images, tuple(size), channels)
 
-    def _to_tokenizer(self, pixels: Tensor) -> Tensor:
-        """Pixels on the device and in the precision of the tokenizer."""
+    def _to_tokenizer(self, values: Tensor) -> Tensor:
+        """Pixels, latents or ids on the tokenizer's device, which need not be the generator's; floats in its
+        precision."""
         parameter = next(self.tokenizer.parameters())
-        return pixels.to(parameter.device, parameter.dtype)
+        return values.to(parameter.device, parameter.dtype if values.is_floating_point() else values.dtype)
 
     def _condition_of_images(self, class_labels: ClassLabel | Iterable[ClassLabel] | None, count: int) -> Condition:
         """One class for all of ``count`` images, one for each, or none."""
@@ -370,7 +372,7 @@ class Pipeline:
     def _decode(self, tokens: Tensor, draws: Draws) -> Tensor:
         """Whole sequences to pixels (B, C, H, W) in [-1, 1], float32 on the CPU, with ``decoding_draws``."""
         options = self._decode_options | ({"draws": draws} if draws else {})
-        return self.tokenizer.decode(tokens.to(self.device), **options).float().clamp(-1, 1).cpu()
+        return self.tokenizer.decode(self._to_tokenizer(tokens), **options).float().clamp(-1, 1).cpu()
 
     @torch.no_grad()
     def _previews(self, condition: Condition, options: Any, keys: Keys, every: int) -> Iterator[Preview]:
@@ -399,7 +401,7 @@ class Pipeline:
             if decode_prefix is not None:
                 prefix = int(known.int().cumprod(1).sum(1).min())  # the longest that all images have
                 prefix -= prefix % step
-                return to_pil(decode_prefix(tokens[:, :prefix].to(self.device)).float()) if prefix else None
+                return to_pil(decode_prefix(self._to_tokenizer(tokens[:, :prefix])).float()) if prefix else None
             if bool(known.all()):
                 return to_pil(self._decode(tokens, draws))
             if self._grid is None or not bool(known.any(1).all()):

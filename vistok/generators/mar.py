@@ -295,6 +295,7 @@ class MAR(ContinuousGenerator):
                 f"tokens must be (B, {self.spec.length}, D) and regenerate ({self.spec.length},) or (B, "
                 f"{self.spec.length}), got {tuple(tokens.shape)} and {tuple(regenerate.shape)}"
             )
+        tokens, regenerate, condition = (given.to(self.members.device) for given in (tokens, regenerate, condition))
         regenerate = regenerate.expand(len(tokens), -1)[:, self.members].any(-1)  # (B, n), of the model's tokens
         counts, edited = regenerate.sum(1), torch.empty_like(tokens)
         for count in counts.unique():  # all rows of a session draw as many tokens

@@ -205,11 +205,14 @@ class GeneratorStage(Stage):
     def picture(self, model: Generator) -> Image.Image:
         """Samples, one row per class of the first eight."""
         rows, columns = min(len(self.classes), 8) or 4, 8
+        labels = [label for label in range(rows) for _ in range(columns)]
+        what = {"class_labels": labels} if self.classes else {"num_images": len(labels)}
         pipe = self.pipeline(model)
-        if self.classes:
-            images = pipe(list(range(rows)), num_images_per_label=columns, seed=self.seed).images
-        else:
-            images = pipe(num_images=rows * columns, seed=self.seed).images
+        self.tokenizer.to(pipe.device)
+        try:
+            images = pipe(**what, seed=self.seed).images
+        finally:
+            self.tokenizer.to("cpu")  # training needs the memory
         return grid(images, columns=columns)
 
     def export(self, folder: Path, model: Generator) -> None:

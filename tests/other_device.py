@@ -1,0 +1,135 @@
+"""A stand-in for an accelerator, for machines that have none.
+
+Tensors "on" it keep a real CPU tensor inside, and every operation runs for real on that; but an operation that mixes
+them with tensors of the CPU raises the RuntimeError that a GPU raises. So a test on any machine sees a draw, an index
+or a table that was left on the CPU. What a GPU allows is allowed: copies between devices, CPU scalars (0 dimensions) in
+elementwise operations, CPU indices into a tensor of the device.
+
+``with other_device() as device: model.to(device)`` is all that a test needs; gradients, optimizers, ``deepcopy`` and
+``torch.save`` work. Tensors of the device may leave the ``with``, but none can be made outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+# PyTorch knows this device type, builds without it everywhere, and runs the backward pass of its tensors in the CPU's
+# queue. (A "cuda" tensor would ask for the streams of a GPU that is not there.)
+DEVICE = torch.device("lazy", 0)
+
+aten = torch.ops.aten
+COPIES = {aten.copy_.default, aten._foreach_copy_.default}
+FILLS = {aten.masked_fill.Tensor, aten.masked_fill_.Tensor, aten.fill_.Tensor}
+INDEXING = {aten.index.Tensor, aten._unsafe_index.Tensor, aten.index_put.default, aten.index_put_.default}
+# PyTorch resolves these lazily, in a layer that does not see the tensors inside.
+AT_ONCE = {aten._conj.default: aten._conj_physical.default, aten._neg_view.default: aten.neg.default}
+
+
+@contextmanager
+def other_device() -> Iterator[torch.device]:
+    """The stand-in's device, for ``.to(device)`` and ``device=…`` inside."""
+    before = torch._C._only_lift_cpu_tensors()
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device=…) copies to the device where we see it
+    try:
+        with _Factories():
+            yield DEVICE
+    finally:
+        torch._C._set_only_lift_cpu_tensors(before)
+
+
+class OtherTensor(Tensor):
+    """A tensor that says it is on ``DEVICE``, around one on the CPU that holds its values."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> OtherTensor:
+        return Tensor._make_wrapper_subclass(
+            cls,
+            inner.size(),
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=DEVICE,
+        )
+
+    def __init__(self, inner: Tensor):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return _run(function, args, kwargs or {})
+
+    def tolist(self):
+        return self.cpu().tolist()
+
+    def numpy(self, *, force: bool = False):
+        if not force:
+            raise TypeError(f"can't convert {DEVICE} device type tensor to numpy. Use Tensor.cpu() first.")
+        return self.detach().cpu().numpy(force=True)
+
+    def __reduce_ex__(self, protocol):
+        # A file of a GPU's tensors is read with map_location="cpu", which gives this.
+        return self.inner.__reduce_ex__(protocol)
+
+
+class _Factories(TorchDispatchMode):
+    """Sees operations without a tensor of the device, too: those that make one."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return _run(function, args, kwargs or {})
+
+
+def _run(function, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The operation on the CPU tensors inside, its results wrapped if they are on the device."""
+    tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+    wrappers = {id(tensor.inner): tensor for tensor in tensors if isinstance(tensor, OtherTensor)}
+    if wrappers and _strangers(function, args, tensors):
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but found at least two devices, {DEVICE} and cpu! "
+            f"(when checking the arguments of {function})"
+        )
+    there = bool(wrappers)
+    if kwargs.get("device") is not None:
+        there = torch.device(kwargs["device"]).type == DEVICE.type
+        kwargs = kwargs | {"device": torch.device("cpu")}
+    if there and kwargs.get("generator") is not None:
+        raise RuntimeError(f"Expected a '{DEVICE.type}' device type for generator but found 'cpu'")
+    function = AT_ONCE.get(function, function)
+    results = function(*tree_map(_unwrap, args), **tree_map(_unwrap, kwargs))
+    if function in COPIES:
+        there = isinstance(args[0], OtherTensor)
+
+    def wrap(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        # An operation in place returns its argument, which must stay the same object.
+        if id(value) in wrappers:
+            return wrappers[id(value)]
+        with torch.inference_mode(False):  # PyTorch makes no views of a wrapper that is an inference tensor
+            return OtherTensor(value)
+
+    return tree_map(wrap, results) if there else results
+
+
+def _unwrap(value: Any) -> Any:
+    return value.inner if isinstance(value, OtherTensor) else value
+
+
+def _strangers(function, args: tuple, tensors: list[Tensor]) -> list[Tensor]:
+    """Those of the operation's CPU tensors that a GPU does not combine with tensors of its own."""
+    if function in COPIES:
+        return []
+    strangers = [tensor for tensor in tensors if not isinstance(tensor, OtherTensor)]
+    if not isinstance(args[0], OtherTensor) and (function in INDEXING or function._schema.is_mutable):
+        return strangers  # what is indexed, or changed in place, is on the CPU itself
+    if function in INDEXING:
+        strangers = [tensor for tensor in strangers if all(tensor is not index for index in args[1])]
+    if function in INDEXING | FILLS or torch.Tag.pointwise in function.tags:
+        strangers = [tensor for tensor in strangers if tensor.ndim]
+    return strangers
