@@ -206,12 +206,11 @@ def test_generating_in_two_turns_keeps_the_order():
 def test_the_training_loss_by_its_definition():
     model = tiny()
     draws, images = model.training_draws(Keys.range(0, 3)), latents()
-    count = math.ceil(16 * draws["mask_rate"][0])
+    visible, count = draws["visible"], draws["masked"].shape[1]
     kept, terms = LABELS.drop(draws["drop"] < 0.1), torch.zeros(3, count, 4)
-    visible = draws["order"][:, count:].sort(1).values
     z = model.decode(model.encode(images, visible, model.embed_classes(kept)), visible)
     for row in range(3):
-        for i, position in enumerate(draws["order"][row, :count].tolist()):
+        for i, position in enumerate(draws["masked"][row].tolist()):
             for level in range(4):
                 t, noise = draws["time"][row, level, position, None], draws["noise"][row, level, position, None]
                 data = images[row, position, None]
@@ -227,9 +226,8 @@ def test_the_training_loss_by_its_definition():
 
 def test_masked_tokens_are_not_seen():
     model, draws = tiny(), tiny().training_draws(Keys.range(0, 3))
-    count = model.num_masked(draws["mask_rate"])
-    hidden = torch.zeros(3, 16, dtype=torch.bool).scatter(1, draws["order"][:, :count], True)
-    visible = draws["order"][:, count:].sort(1).values
+    visible, hidden = draws["visible"], torch.zeros(3, 16, dtype=torch.bool).scatter(1, draws["masked"], True)
+    assert 0.7 * 16 <= hidden.sum(1).min() == 16 - visible.shape[1]
 
     def condition(images):
         return model.decode(model.encode(images, visible, model.embed_classes(LABELS)), visible)

@@ -22,6 +22,12 @@ Draws = dict[str, Tensor]
 """Named random tensors, each with the batch as first axis."""
 
 
+def draws_on(draws: Draws, device: torch.device) -> Draws:
+    """The draws on ``device``, copied without waiting for what it is computing."""
+    # CUDA reads the memory of the CPU before it returns; other devices may come back for it when it is gone.
+    return {name: value.to(device, non_blocking=device.type == "cuda") for name, value in draws.items()}
+
+
 @dataclass(frozen=True)
 class Keys:
     """The keys of a batch's randomness: one ``seed``, the global sample ``indices`` of its rows, and a ``step``.
@@ -40,7 +46,7 @@ class Keys:
 
     @classmethod
     def of(cls, seed: int, indices: Iterable[int] | Tensor, step: int = 0) -> Keys:
-        return cls(seed, tuple(int(i) for i in indices), step)
+        return cls(seed, tuple(indices.tolist() if isinstance(indices, Tensor) else map(int, indices)), step)
 
     def __len__(self) -> int:
         return len(self.indices)

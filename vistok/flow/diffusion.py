@@ -47,6 +47,10 @@ class GaussianDiffusion:
         self.posterior_mean_coef2 = (1 - previous) * (1 - betas).sqrt() / (1 - self.alphas_cumprod)
         self.sqrt_recip_alphas_cumprod = self.alphas_cumprod.rsqrt()
         self.sqrt_recipm1_alphas_cumprod = (1 / self.alphas_cumprod - 1).sqrt()
+        self.sqrt_alphas_cumprod = self.alphas_cumprod.sqrt()
+        self.sqrt_one_minus_alphas_cumprod = (1 - self.alphas_cumprod).sqrt()
+        self.log_betas = betas.log()
+        self._copies: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
     @classmethod
     def cosine(cls, num_timesteps: int = 1000) -> GaussianDiffusion:
@@ -68,20 +72,26 @@ class GaussianDiffusion:
 
     def add_noise(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t of data and noise (M, d) at indices t (M,)."""
-        return _at(self.alphas_cumprod.sqrt(), t, data) * data + _at((1 - self.alphas_cumprod).sqrt(), t, data) * noise
+        signal, spread = self._at("sqrt_alphas_cumprod", t, data), self._at("sqrt_one_minus_alphas_cumprod", t, data)
+        return signal * data + spread * noise
 
     def predict(self, output: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance (M, d) of the reverse step at indices t (M,), from the network's output (M, 2d)."""
         eps, v = output.chunk(2, -1)
-        data = _at(self.sqrt_recip_alphas_cumprod, t, x) * x - _at(self.sqrt_recipm1_alphas_cumprod, t, x) * eps
+        data = self._at("sqrt_recip_alphas_cumprod", t, x) * x - self._at("sqrt_recipm1_alphas_cumprod", t, x) * eps
+        least, most = self._at("posterior_log_variance_clipped", t, x), self._at("log_betas", t, x)
         share = (v + 1) / 2
-        log_variance = share * _at(self.betas.log(), t, x) + (1 - share) * _at(
-            self.posterior_log_variance_clipped, t, x
-        )
-        return self._posterior_mean(data, x, t), log_variance
+        return self._posterior_mean(data, x, t), share * most + (1 - share) * least
 
     def _posterior_mean(self, data: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        return _at(self.posterior_mean_coef1, t, x) * data + _at(self.posterior_mean_coef2, t, x) * x
+        return self._at("posterior_mean_coef1", t, x) * data + self._at("posterior_mean_coef2", t, x) * x
+
+    def _at(self, table: str, t: Tensor, like: Tensor) -> Tensor:
+        """Entries t (M,) of a table as a column (M, 1), where ``like`` is and of its type."""
+        key = (table, like.device, like.dtype)
+        if key not in self._copies:  # kept, because a copy to a device waits for what it is computing
+            self._copies[key] = getattr(self, table).to(like.device, like.dtype)
+        return self._copies[key][t].unsqueeze(-1)
 
     def loss_terms(self, output: Tensor, data: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """The two terms of the hybrid objective, (M,) each.
@@ -99,7 +109,7 @@ class GaussianDiffusion:
         x = self.add_noise(data, noise, t)
         mean, log_variance = self.predict(torch.cat([eps.detach(), v], -1), x, t)
         true_mean = self._posterior_mean(data, x, t)
-        true_log_variance = _at(self.posterior_log_variance_clipped, t, x)
+        true_log_variance = self._at("posterior_log_variance_clipped", t, x)
         kl = normal_kl(true_mean, true_log_variance, mean, log_variance).mean(-1)
         likelihood = discretised_log_likelihood(data, mean, log_variance).mean(-1)
         bound = torch.where(t == 0, -likelihood, kl) / math.log(2)
@@ -167,8 +177,3 @@ def discretised_log_likelihood(data: Tensor, mean: Tensor, log_variance: Tensor)
 
 def _normal_cdf(x: Tensor) -> Tensor:
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
-def _at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """Entries t (M,) of a table as a column (M, 1), of the type of ``like``."""
-    return table.to(like.device, like.dtype)[t].unsqueeze(-1)

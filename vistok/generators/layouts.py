@@ -120,7 +120,7 @@ class EntityLayout:
         The coarse versions of a pyramid are averages of the latents.
         """
         if self.permutation is not None:
-            return latents[:, self.permutation.to(latents.device)]
+            return latents[:, self.permutation.to(latents.device, non_blocking=True)]
         image = latents.unflatten(1, self.grid).movedim(-1, 1)  # (B, D, h, w)
         return torch.cat([F.adaptive_avg_pool2d(image, scale).flatten(2).mT for scale in self.scales], 1)
 

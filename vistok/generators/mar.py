@@ -217,9 +217,7 @@ class MAR(ContinuousGenerator):
         self.spec.check_latents(tokens)
         if "drop" in draws:
             condition = condition.drop(draws["drop"] < self.condition_dropout)
-        tokens, order = self.group(tokens), draws["order"]
-        count = self.num_masked(draws["mask_rate"])
-        masked, visible = order[:, :count], order[:, count:].sort(1).values
+        tokens, masked, visible = self.group(tokens), draws["masked"], draws["visible"]
         z = self.decode(self.encode(tokens, visible, self.embed_classes(condition)), visible)
 
         levels = draws["time"].shape[1]
@@ -231,22 +229,25 @@ class MAR(ContinuousGenerator):
         mse, bound = self.diffusion.loss_terms(output, data, noise, t)
         per_sample = (mse + bound).view(len(tokens), -1).mean(1)
         loss = per_sample.mean() if weights is None else weighted_mean(per_sample, weights)
-        prediction = output.view(len(tokens), levels, count, -1)
+        prediction = output.view(len(tokens), levels, masked.shape[1], -1)
         return GeneratorOutput(loss, prediction, {"mse": mse.detach().mean(), "vb": bound.detach().mean()})
 
-    def num_masked(self, mask_rate: Tensor) -> int:
-        """How many tokens a mask rate (B,) hides; the whole batch has the first."""
-        return math.ceil(self.length * float(mask_rate[0]))
+    def num_masked(self, mask_rate: float) -> int:
+        """How many of the tokens a mask rate hides."""
+        return math.ceil(self.length * mask_rate)
 
     def training_draws(self, keys: Keys) -> Draws:
-        """ "drop" (B,) uniform, "order" (B, L), "mask_rate" (B,), "time" (B, m, L), "noise" (B, m, L, d)."""
+        """ "drop" (B,) uniform; "masked" (B, n) and "visible" (B, L - n), the positions that are predicted and seen;
+        "time" (B, m, L), "noise" (B, m, L, d)."""
         # One rate per batch, so that all rows show the encoder as many tokens: keyed by the step alone.
         uniform = Keys(keys.seed, (0,), keys.step).uniform("mask_rate")
+        count = self.num_masked(float(truncated_normal(uniform.double(), self.mask_rate_min)))
+        order = keys.permutation("order", self.length)
         noise = keys.normal("noise", self.batch_mul, self.length, self.token_dim)
         return {
             "drop": keys.uniform("drop"),
-            "order": keys.permutation("order", self.length),
-            "mask_rate": truncated_normal(uniform.double(), self.mask_rate_min).expand(len(keys)),
+            "masked": order[:, :count],
+            "visible": order[:, count:].sort(1).values,
             "time": (keys.uniform("time", self.batch_mul, self.length).double() * NUM_TIMESTEPS).long(),
             "noise": noise,
         }

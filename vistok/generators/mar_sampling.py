@@ -192,7 +192,7 @@ class MARSession:
         condition = model.head.condition(z.gather(1, rows[..., None].expand(-1, -1, z.shape[2]))).flatten(0, 1)
 
         def network(x: Tensor, t: int) -> Tensor:
-            output = model.head(x.repeat(copies, 1), torch.tensor([t], device=x.device), condition)
+            output = model.head(x.repeat(copies, 1), torch.full((1,), t, device=x.device), condition)
             if copies == 1:
                 return output
             conditional, null = output.chunk(2)

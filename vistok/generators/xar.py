@@ -187,7 +187,7 @@ class XAR(ContinuousGenerator):
         start, stop = bounds[entities.start], bounds[entities.stop]
         sizes = self.layout.sizes[entities.start : entities.stop]
         even = len(set(sizes)) == 1
-        spread = None if even else torch.repeat_interleave(torch.tensor(sizes)).to(noisy.device)
+        spread = None if even else _entity_of(self.layout, start, stop, noisy.device) - entities.start
         condition = classes[:, None] + self.embed_times(times)
         shared = (condition, spread, self.rotation(slice(start, stop)), self._mask(entities, noisy.device))
         memories = iter(cache.layers if cache else [None] * (len(self.encoder_blocks) + len(self.decoder_blocks)))
@@ -236,7 +236,7 @@ class XAR(ContinuousGenerator):
 
     def noisy(self, sequence: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """A sequence (B, N, D) with noise at the level times (B, E) of each entity."""
-        levels = times[:, self.layout.entity_of.to(times.device)]  # (B, N)
+        levels = times[:, _entity_of(self.layout, 0, self.layout.length, times.device)]  # (B, N)
         return PATH.interpolate(sequence.flatten(0, 1), noise.flatten(0, 1), levels.flatten()).view_as(sequence)
 
     def training_draws(self, keys: Keys) -> Draws:
@@ -337,6 +337,12 @@ def _initialise(module: nn.Module) -> None:
 @lru_cache(maxsize=8)
 def _flex_mask(layout: EntityLayout, entities: int, device: torch.device) -> FlexMask:
     return block_causal(layout.entity_of[: layout.bounds[entities]].to(device))
+
+
+# Kept, because a copy to the device waits for what it is computing.
+@lru_cache(maxsize=32)
+def _entity_of(layout: EntityLayout, start: int, stop: int, device: torch.device) -> Tensor:
+    return layout.entity_of[start:stop].to(device)
 
 
 @lru_cache(maxsize=32)

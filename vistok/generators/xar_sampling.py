@@ -149,23 +149,23 @@ class XARSession:
         """
 
         def velocity(x: Tensor, t: float) -> Tensor:
-            noisy, times = x.to(self._sequence), [t]
+            noisy = x.to(self._sequence)
             if entity == 0:  # nothing to remember; and unguided, it has fewer rows than the cache
-                return self._transform(noisy, times, range(1), None).to(x)
+                return self._transform(noisy, t, range(1), None).to(x)
             if self._cached < entity:
-                finished = range(self._cached, entity)
-                context = self._context(finished)
+                context = self._context(range(self._cached, entity))
                 noisy = torch.cat([context.repeat(len(noisy) // len(context), 1, 1), noisy], 1)
-                times = [self.options.context_noise] * len(finished) + times
-            out = self._transform(noisy, times, range(self._cached, entity + 1), self._cache)
+            out = self._transform(noisy, t, range(self._cached, entity + 1), self._cache)
             self._cache.truncate(self.layout.bounds[entity])
             self._cached = entity
             return out[:, -x.shape[1] :].to(x)
 
         return velocity
 
-    def _transform(self, noisy: Tensor, times: list[float], entities: range, cache: KVCache | None) -> Tensor:
-        levels = torch.tensor(times, device=noisy.device).expand(len(noisy), -1)
+    def _transform(self, noisy: Tensor, t: float, entities: range, cache: KVCache | None) -> Tensor:
+        """The velocities of consecutive entities, the last of which is at time t and the others are finished."""
+        levels = torch.full((len(noisy), len(entities)), self.options.context_noise, device=noisy.device)
+        levels[:, -1].fill_(t)
         return self.model.transform(noisy, levels, self._classes[: len(noisy)], entities, cache)
 
     def _context(self, entities: range) -> Tensor:

@@ -352,7 +352,8 @@ def kept_tokens(uniforms: Tensor, num_tokens: int, mode: NestedDropout) -> Tenso
     """How many tokens nested dropout keeps, (B,) integers in 1..N, from uniform numbers (B,) in [0, 1)."""
     if mode == "none":
         return torch.full_like(uniforms, num_tokens, dtype=torch.int64)
-    powers = torch.tensor([*(1 << i for i in range((num_tokens - 1).bit_length())), num_tokens], device=uniforms.device)
+    exponents = torch.arange((num_tokens - 1).bit_length() + 1, device=uniforms.device)
+    powers = (2**exponents).clamp_max(num_tokens)
     if mode == "pow2":
         return powers[(uniforms * len(powers)).long()]
     count = 1 + (uniforms * num_tokens).long()

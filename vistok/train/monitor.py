@@ -56,7 +56,9 @@ class CodeUsage:
         self.counts = torch.zeros(codebook_size, dtype=torch.int64)
 
     def add(self, ids: Tensor) -> None:
-        self.counts = self.counts.to(ids.device) + torch.bincount(ids.flatten(), minlength=self.codebook_size)
+        ids = ids.flatten()
+        # Not bincount, which waits for the device to learn the largest id.
+        self.counts = self.counts.to(ids.device).scatter_add(0, ids, torch.ones_like(ids))
 
     def read(self) -> dict[str, Tensor]:
         """The share of codes in use, and the perplexity of their distribution (1 .. codebook_size), over all processes;

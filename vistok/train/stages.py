@@ -18,7 +18,7 @@ from vistok.data.loader import ImageBatch, Loader, evaluation_loader, training_l
 from vistok.data.opening import open_source
 from vistok.data.pictures import comparison, grid
 from vistok.data.tokens import TokenBatch, TokenCache, token_loader
-from vistok.draws import Keys
+from vistok.draws import Keys, draws_on
 from vistok.generators.base import Generator
 from vistok.hub import Model
 from vistok.losses import adaptive_weight
@@ -110,7 +110,7 @@ class TokenizerStage(Stage):
     def losses(self, model: nn.Module, batch: ImageBatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         pixels = batch.pixels
         draws = self.model.training_draws(Keys.of(self.seed, batch.indices, step))
-        output = model(pixels, step=step, draws={name: value.to(pixels.device) for name, value in draws.items()})
+        output = model(pixels, step=step, draws=draws_on(draws, pixels.device))
         terms = self.objective(output, pixels)
         total = self.objective.total(terms)
         if self.usage is not None:
@@ -186,7 +186,7 @@ class GeneratorStage(Stage):
         output = model(
             batch.tokens,
             Condition.from_labels(batch.labels) if self.classes else Condition.none(len(batch.tokens), device),
-            draws={name: value.to(device) for name, value in draws.items()},
+            draws=draws_on(draws, device),
         )
         return output.loss, {"loss": output.loss.detach()} | output.metrics
 

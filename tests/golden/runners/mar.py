@@ -48,8 +48,13 @@ def _tokens(latent: Tensor) -> Tensor:
 
 
 def _visible(model: MAR, step: Step) -> Tensor:
-    count = model.num_masked(step.case.tensor("mask_rate"))
-    return step.case.tensor("orders")[:, count:].sort(1).values
+    return _split(model, step.case)[1]
+
+
+def _split(model: MAR, case: Case) -> tuple[Tensor, Tensor]:
+    """The positions that are masked, and those that are visible."""
+    count, orders = model.num_masked(float(case.tensor("mask_rate"))), case.tensor("orders")
+    return orders[:, :count], orders[:, count:].sort(1).values
 
 
 def _encoded(model: MAR, step: Step) -> Tensor:
@@ -120,9 +125,10 @@ def row_vb(case: Case, step: Step) -> dict[str, Tensor]:
 @torch.no_grad()
 def loss(case: Case, step: Step) -> dict[str, Tensor]:
     model, tokens, copies = _model(case, step), _tokens(case.tensor("latent")), _copies(step)
+    masked, visible = _split(model, case)
     draws = {
-        "order": case.tensor("orders"),
-        "mask_rate": case.tensor("mask_rate").expand(len(tokens)),
+        "masked": masked,
+        "visible": visible,
         "time": rearrange(case.tensor("t"), "(m b l) -> b m l", m=copies, b=len(tokens)),
         "noise": rearrange(case.tensor("noise"), "(m b l) d -> b m l d", m=copies, b=len(tokens)),
     }
