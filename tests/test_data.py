@@ -471,6 +471,22 @@ def test_more_than_one_percent_damaged_files_are_an_error(tmp_path: Path, num_wo
         list(evaluation_loader(open_folder(root), config(num_workers=num_workers)))
 
 
+def test_unreadable_files_are_counted_over_processes_and_interruptions(tmp_path: Path):
+    root = fill_folder(tmp_path, {"ant": 240})
+    for number in (3, 130, 200):
+        (root / "ant" / f"{number:03d}.png").write_bytes(b"no image")
+    source, settings = open_folder(root), config(batch_size=20, seed=1)
+    pair = [training_loader(source, settings, rank=rank, world_size=2) for rank in range(2)]
+    for loader in pair:
+        list(loader)
+    assert [sorted(loader.failures) for loader in pair] == [[3], [130, 200]]
+    resumed = training_loader(source, settings, world_size=2)
+    resumed.load_state_dict(pair[0].state_dict())
+    assert resumed.failures == pair[0].failures
+    with pytest.raises(TooManyUnreadableError, match="3 of 240"):
+        resumed.count_failures(pair[1].failures)
+
+
 def test_memory_keeps_crops_only_where_they_are_not_random(folder: Path):
     source = open_folder(folder)
     assert InMemory(source, ImageTransform(8))[0][0].size == (8, 8)

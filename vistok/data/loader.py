@@ -25,6 +25,8 @@ from vistok.draws import Keys
 log = logging.getLogger(__name__)
 
 MAX_UNREADABLE_SHARE = 0.01
+SHOWN = 20
+"""Unreadable samples that a message names."""
 
 B = TypeVar("B", bound=tuple)
 Failures = dict[int, str]
@@ -56,6 +58,21 @@ class BatchReader(Protocol[B]):
 
 class TooManyUnreadableError(ValueError):
     """More than 1 % of a source cannot be read."""
+
+
+def check_failures(failures: Failures, count: int) -> None:
+    """Raise TooManyUnreadableError, with the list, if that many of ``count`` samples are more than 1 %."""
+    if len(failures) > MAX_UNREADABLE_SHARE * count:
+        raise TooManyUnreadableError(
+            f"{len(failures)} of {count} images cannot be read, more than {MAX_UNREADABLE_SHARE:.0%}; "
+            f"repair or remove them:\n{listed(failures)}"
+        )
+
+
+def listed(failures: Failures) -> str:
+    """The first of them in the order of the source, one a line."""
+    reasons = [failures[index] for index in sorted(failures)]
+    return "\n".join(reasons[:SHOWN] + ["…"] * (len(reasons) > SHOWN))
 
 
 class ImageBatches:
@@ -173,16 +190,26 @@ class Loader(Generic[B]):
         """Samples that could not be read so far, and were left out."""
         return dict(self._failures)
 
-    def state_dict(self) -> dict[str, int]:
-        """Where iteration stands, as plain numbers."""
+    def count_failures(self, failures: Failures) -> None:
+        """Add what other processes could not read to ``failures``.
+
+        Raises:
+            TooManyUnreadableError: together they are more than 1 % of all samples.
+        """
+        self._failures.update(failures)
+        check_failures(self._failures, len(self.reader))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where iteration stands, and what could not be read so far; plain numbers and texts."""
         finished = self._position == len(self)
         return {
             "epoch": self.epoch + finished,
             "position": 0 if finished else max(self._position, self._start),
+            "failures": self.failures,
             **self._identity(),
         }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where ``state`` was taken. Workers may differ, and processes if the global batch is the same.
 
         Raises:
@@ -192,6 +219,7 @@ class Loader(Generic[B]):
             if state[key] != own:
                 raise ValueError(f"cannot resume the data order: its {key} was {state[key]}, now it is {own}")
         self.epoch, self._start, self._position = state["epoch"], state["position"], 0
+        self._failures = dict(state["failures"])
 
     def _identity(self) -> dict[str, int]:
         order = self.order
@@ -205,13 +233,7 @@ class Loader(Generic[B]):
         for index, reason in failures.items():
             if index not in self._failures:
                 log.warning("left out, cannot be read: %s", reason)
-        self._failures.update(failures)
-        if len(self._failures) > MAX_UNREADABLE_SHARE * len(self.reader):
-            shown = "\n".join(list(self._failures.values())[:20])
-            raise TooManyUnreadableError(
-                f"{len(self._failures)} of {len(self.reader)} images cannot be read, more than "
-                f"{MAX_UNREADABLE_SHARE:.0%}; repair or remove them:\n{shown}"
-            )
+        self.count_failures(failures)
 
 
 def training_loader(source: ImageSource, config: DataConfig, *, rank: int = 0, world_size: int = 1) -> Loader:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import zlib
+from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from vistok.config import save_config
+from vistok.data.loader import Failures, listed
 from vistok.data.pictures import save_png
 from vistok.files import write_json
 from vistok.train.checkpoints import Checkpoints, remove_leftovers, start_from
@@ -237,6 +239,7 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint and what users load."""
         self._check_finite()
+        self.stage.loader.count_failures(self._unreadable())  # the state of one process is saved, for all
         state = self._state()
         if self.accelerator.is_main_process:
             self.checkpoints.save(self.step, state, self.row)
@@ -261,14 +264,18 @@ class Trainer:
         if self.stage.usage is not None and self.accelerator.is_main_process:
             self.stage.usage.counts = state["usage"]
 
-    def _name_unreadable(self) -> None:
-        """Say once more, at the end, which samples no step has seen."""
+    def _unreadable(self) -> Failures:
+        """Samples that could not be read so far, on any process; all processes must call it."""
         from accelerate.utils import gather_object
 
-        reasons = sorted(set(gather_object(list(self.stage.loader.failures.values()))))
-        if reasons and self.accelerator.is_main_process:
-            listed = "\n".join(reasons[:20] + ["…"] * (len(reasons) > 20))
-            log.warning("%d samples could not be read and were left out of training:\n%s", len(reasons), listed)
+        return dict(ChainMap(*gather_object([self.stage.loader.failures])))
+
+    def _name_unreadable(self) -> None:
+        """Say once more, at the end, which samples no step has seen."""
+        failures = self._unreadable()
+        if failures and self.accelerator.is_main_process:
+            shown = listed(failures)
+            log.warning("%d samples could not be read and were left out of training:\n%s", len(failures), shown)
 
 
 def _due(step: int, every: int) -> bool:
