@@ -37,6 +37,17 @@ def one(tmp_path_factory) -> Path:
     return train(config(tmp_path_factory.mktemp("one") / "run"))
 
 
+def remedies(folder: Path, batch_size: int, **training) -> dict:
+    """A run that restarts dead codes and has an entropy loss, both of which look at the whole batch."""
+    return tokenizer_config(
+        folder,
+        model={"codebook_restart_after": 1, "entropy_temperature": 0.1},
+        losses={"entropy": 0.5},
+        data={"batch_size": batch_size},
+        training={"gradient_accumulation_steps": 2, "image_every": 0, "save_every": 0, **training},
+    )
+
+
 def config(folder: Path, **training) -> dict:
     # No batch statistics; the adaptive weight is a ratio of local gradients, so it is left out.
     gan = GAN | {"balance": "fixed", "discriminator": {"name": "patchgan", "width": 4, "layers": 1, "norm": "none"}}
@@ -47,7 +58,12 @@ def launch(launcher: tuple[str, ...], folder: Path, *options: str, **training) -
     """Train on two processes, half the batch on each."""
     halved = config(folder, **training)
     halved["data"]["batch_size"] //= 2
-    save_config(halved, folder.with_suffix(".yaml"))
+    run_processes(launcher, halved, *options)
+
+
+def run_processes(launcher: tuple[str, ...], values: dict, *options: str) -> None:
+    folder = Path(values["output_dir"])
+    save_config(values, folder.with_suffix(".yaml"))
     command = [*launcher, "-m", "vistok", "train", str(folder.with_suffix(".yaml")), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -56,7 +72,7 @@ def launch(launcher: tuple[str, ...], folder: Path, *options: str, **training) -
 def assert_same_curves(one: Path, two: Path) -> None:
     curves = [read_metrics(folder / "metrics.jsonl") for folder in (one, two)]
     assert len(curves[0]) == len(curves[1])
-    for name in ("loss", "d_loss", "psnr", "grad_norm", "codebook_usage"):
+    for name in ("loss", "d_loss", "psnr", "entropy", "grad_norm", "codebook_usage"):
         ours, theirs = ([row[name] for row in rows if name in row] for rows in curves)
         assert theirs == pytest.approx(ours, rel=1e-4), name
 
@@ -78,6 +94,16 @@ def test_fsdp2_trains_saves_resumes_and_exports_one_file(tmp_path, one):
     for key, tensor in load_file(exported / "model.safetensors").items():
         assert torch.allclose(tensor, whole[key], atol=1e-5), key
     assert vistok.load(exported).reconstruct(torch.zeros(1, 1, 16, 16)).isfinite().all()
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_remedies_of_a_dying_codebook_see_the_whole_batch(tmp_path, parallel):
+    one = train(remedies(tmp_path / "one", 16))
+    run_processes(TORCHRUN, remedies(tmp_path / "two", 8, parallel=parallel))
+    assert_same_curves(one, tmp_path / "two")
+    codebook = "quantizer.embedding.weight"
+    ours, theirs = (load_file(tmp_path / run / "tokenizer/model.safetensors")[codebook] for run in ("one", "two"))
+    assert torch.allclose(theirs, ours, atol=1e-5)
 
 
 def test_sigterm_stops_all_processes_at_one_step(tmp_path):

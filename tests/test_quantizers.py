@@ -61,7 +61,9 @@ def test_restart_revives_the_codebook():
     z = latents() * 0.05 + torch.tensor([3.0, 1.0, 0.0, 0.0])
     collapsed, revived = (VectorQuantizer(64, 4, restart_after=n).train() for n in (0, 5))
     for _ in range(20):
-        collapsed(z), revived(z)
+        for quantizer in (collapsed, revived):
+            quantizer(z)
+            quantizer.restart_dead_codes()
     assert (collapsed(z).usage() > 0).sum() < 10
     assert (revived(z).usage() > 0).sum() > 30
 
@@ -73,7 +75,24 @@ def test_restart_leaves_codes_in_use_alone():
     before = quantizer.embedding.weight.detach().clone()
     for _ in range(5):
         quantizer(latents())
+        quantizer.restart_dead_codes()
     assert torch.equal(quantizer.embedding.weight[used], before[used])
+
+
+def test_dead_codes_move_onto_latents_after_the_step():
+    torch.manual_seed(1)
+    quantizer = VectorQuantizer(64, 4, restart_after=1).train()
+    before = quantizer.embedding.weight.detach().clone()
+    used = quantizer(latents()).ids.unique()
+    assert torch.equal(quantizer.embedding.weight, before)  # which the gradient still belongs to
+    quantizer.restart_dead_codes()
+    moved = (quantizer.embedding.weight != before).any(-1)
+    assert not moved[used].any()
+    assert moved.sum() == 64 - len(used)
+    assert (quantizer.embedding.weight[moved, None] == latents().flatten(0, 1)).all(-1).any(1).all()
+    after = quantizer.embedding.weight.detach().clone()
+    quantizer.restart_dead_codes()
+    assert torch.equal(quantizer.embedding.weight, after)
 
 
 def test_no_restart_in_evaluation():
@@ -81,6 +100,7 @@ def test_no_restart_in_evaluation():
     quantizer = VectorQuantizer(64, 4, restart_after=1).eval()
     before = quantizer.embedding.weight.detach().clone()
     quantizer(latents())
+    quantizer.restart_dead_codes()
     assert torch.equal(quantizer.embedding.weight, before)
 
 

@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+from torch import Tensor, distributed
 
 PATIENCE = timedelta(days=2)  # how long a process waits for slower ones
 
@@ -61,3 +62,21 @@ class Processes:
         """Return when all processes are here."""
         if self.count > 1:
             torch.distributed.barrier()
+
+
+def group_size() -> int:
+    """How many processes torch's process group has; 1 where there is none."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def mean_over_group(values: Tensor) -> Tensor:
+    """The mean of ``values`` (...) over the process group; every process must call it, and gets the same mean.
+
+    Differentiable, for losses that every process computes from the mean alike: each hands the whole gradient of the
+    mean on to its own values, and DDP or FSDP2, which average gradients over processes, make it that process's share.
+    """
+    if group_size() == 1:
+        return values
+    mean = values.detach().clone()
+    distributed.all_reduce(mean)
+    return values + (mean / group_size() - values).detach()

@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vistok.processes import mean_over_group
+
 
 class EntropyLoss(nn.Module):
     """Mean entropy of each position's code probabilities, minus the entropy of their mean over the batch.
 
     Probabilities are softmax(-distance / temperature). The loss is low where every position is sure of its code
-    and the batch as a whole uses all codes evenly (MaskGIT, Chang et al. 2022; LlamaGen's quantizer).
+    and the batch as a whole uses all codes evenly (MaskGIT, Chang et al. 2022; LlamaGen's quantizer). In training, the
+    batch is that of all processes together, so with equal shares they minimise what a single one would.
 
     Args:
         temperature: of the softmax, positive.
@@ -28,5 +31,7 @@ class EntropyLoss(nn.Module):
         probabilities = scores.softmax(dim=-1)
         position_entropy = -(probabilities * scores.log_softmax(dim=-1)).sum(dim=-1).mean()
         usage = probabilities.mean(dim=0)
+        if self.training:
+            usage = mean_over_group(usage)
         usage_entropy = -(usage * torch.log(usage + 1e-5)).sum()  # the shift keeps unused codes finite
         return position_entropy - usage_entropy

@@ -5,37 +5,62 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed, nn
 
+from vistok.processes import group_size
+
 
 class CodeRestart(nn.Module):
     """Moves every code that was not chosen for ``patience`` steps onto a random latent of the current batch.
 
-    All codes start as dead, so the first batch places the codebook among the latents. Jukebox (arXiv 2005.00341,
-    section 3.1) restarts codes like this. Random picks come from torch's global generator; with several processes the
-    codes that rank 0 picks are used everywhere.
+    A forward pass counts and picks new places; ``move`` puts the dead codes there, once the optimizer has made its
+    step. (In between, gradients still belong to the old codes, and FSDP2 would forget what a forward pass writes into
+    a weight.) All codes start as dead, so the first batch places the codebook among the latents. Jukebox (arXiv
+    2005.00341, section 3.1) restarts codes like this.
+
+    Several processes make the same picks, from the batch of all of them. Random numbers come from torch's global
+    generator, that of the first process.
 
     Args:
         codebook_size: number of codes K.
+        dim: channels D of a code.
         patience: training steps that a code may go unused.
     """
 
-    def __init__(self, codebook_size: int, patience: int):
+    def __init__(self, codebook_size: int, dim: int, patience: int):
         super().__init__()
         if patience < 1:
             raise ValueError(f"patience must be at least 1 step, got {patience}")
         self.patience = patience
         self.register_buffer("idle", torch.full((codebook_size,), patience))
+        self.register_buffer("places", torch.zeros(codebook_size, dim), persistent=False)
 
     @torch.no_grad()
-    def forward(self, codebook: Tensor, latents: Tensor, ids: Tensor) -> None:
-        """Update ``codebook`` (K, D) in place after latents (..., D) were given codes ids (...)."""
-        latents = latents.reshape(-1, latents.shape[-1])
-        used = torch.bincount(ids.flatten(), minlength=len(codebook)).clamp_max(1)
-        picks = latents[torch.randint(len(latents), (len(codebook),), device=latents.device)].to(codebook.dtype)
-        if distributed.is_available() and distributed.is_initialized():
+    def forward(self, latents: Tensor, ids: Tensor) -> None:
+        """Count unused steps, and pick new places, after latents (..., D) were given codes ids (...)."""
+        used = torch.bincount(ids.flatten(), minlength=len(self.idle)).clamp_max(1)
+        if group_size() > 1:
             distributed.all_reduce(used, op=distributed.ReduceOp.MAX)
-            distributed.broadcast(picks, src=0)
         self.idle.copy_(torch.where(used > 0, 0, self.idle + 1))
+        self.places.copy_(self._picks(latents.flatten(0, -2)))
+
+    def _picks(self, latents: Tensor) -> Tensor:
+        """A random one for each code (K, D), of all latents (N, D) that the processes have."""
+        count, size = len(latents), group_size()
+        chosen = torch.randint(count * size, (len(self.idle),), device=latents.device)
+        process, row = chosen // count, chosen % count
+        if size == 1:
+            return latents[row].to(self.places.dtype)
+        choice = torch.stack([process, row])
+        distributed.broadcast(choice, src=0)
+        process, row = choice
+        own = latents[row % count].to(self.places.dtype)  # fewer than the first process has, if images were unreadable
+        picks = torch.where((process == distributed.get_rank())[:, None], own, 0)
+        distributed.all_reduce(picks)
+        return picks
+
+    @torch.no_grad()
+    def move(self, codebook: Tensor) -> None:
+        """Move the dead codes of ``codebook`` (K, D) to the places that the last forward pass picked."""
         dead = self.idle > self.patience
         # Written without a branch on the device's data, which would wait for the device at every step.
-        codebook.copy_(torch.where(dead[:, None], picks, codebook))
+        codebook.copy_(torch.where(dead[:, None], self.places, codebook))
         self.idle.masked_fill_(dead, 0)

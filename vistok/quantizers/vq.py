@@ -32,6 +32,7 @@ class VectorQuantizer(nn.Module):
         init: "normal" N(0, 1), or "uniform" in +-1/K, rows l2-normalised if ``normalize``.
         entropy_temperature: softmax temperature of the "entropy" term; None leaves the term out.
         restart_after: training steps after which an unused code is moved onto a latent (``CodeRestart``); 0 is never.
+            A training loop calls ``restart_dead_codes`` after each step of its optimizer.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class VectorQuantizer(nn.Module):
         self.normalize, self.gradient = normalize, gradient
         self.embedding = nn.Embedding(codebook_size, dim)
         self.entropy = None if entropy_temperature is None else EntropyLoss(entropy_temperature)
-        self.restart = CodeRestart(codebook_size, restart_after) if restart_after else None
+        self.restart = CodeRestart(codebook_size, dim, restart_after) if restart_after else None
         self._initialise(init)
 
     def _initialise(self, init: Init) -> None:
@@ -93,7 +94,7 @@ class VectorQuantizer(nn.Module):
         distances = self.distances(latents)
         ids = distances.argmin(-1)
         if self.training and self.restart is not None:
-            self.restart(self.embedding.weight.data, latents, ids)
+            self.restart(latents, ids)
         codes, normalised = self.ids_to_latents(ids), self._norm(latents)
         losses = {
             "codebook": (codes - normalised.detach()).pow(2).mean(-1),
@@ -103,6 +104,11 @@ class VectorQuantizer(nn.Module):
             losses["entropy"] = self.entropy(distances)
         carrier = latents if self.gradient == "raw" else normalised
         return QuantizerOutput(carrier + (codes - carrier).detach(), ids, losses, self.codebook_size)
+
+    def restart_dead_codes(self) -> None:
+        """Move codes that have gone unused for ``restart_after`` steps onto latents; nothing if that is 0."""
+        if self.restart is not None:
+            self.restart.move(self.embedding.weight)
 
     def _norm(self, vectors: Tensor) -> Tensor:
         return F.normalize(vectors, dim=-1) if self.normalize else vectors

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vistok.hub import CheckpointError, Model, load_strictly
+from vistok.quantizers import VectorQuantizer
 from vistok.train.config import RunConfig
 from vistok.train.optim import AveragedModel, build_optimizer
 from vistok.train.parallel import (
     checkpoint_activations,
     clip_grad_norm,
     load_whole_state,
+    replicating,
     shard,
     wants_fsdp2,
     whole_model_state,
@@ -46,6 +48,7 @@ class Models:
     def _place_model(self, model: Model) -> None:
         training, device = self._run.training, self._accelerator.device
         model.train().to(device)
+        self._quantizers = [module for module in model.modules() if isinstance(module, VectorQuantizer)]
         self.average = AveragedModel(model, training.ema_decay) if training.ema_decay else None
         # Where a whole model is needed (pictures, export), process 0 gathers the shards into this one.
         self._whole = copy.deepcopy(model).cpu() if self.sharded and self._accelerator.is_main_process else None
@@ -96,6 +99,7 @@ class Models:
     def step(self, *, adversary: bool) -> dict[str, Tensor]:
         """Apply the gradients, the ``adversary``'s too if it takes part by now; the gradient norms, if clipped."""
         norms = self._apply(self._optimizer, self.model, "grad_norm")
+        self._restart_dead_codes()
         if adversary:
             norms |= self._apply(self._adversary_optimizer, self.adversary, "d_grad_norm")
         if self.average is not None:
@@ -111,6 +115,11 @@ class Models:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norms
+
+    def _restart_dead_codes(self) -> None:
+        with replicating() if self.sharded else nullcontext():
+            for quantizer in self._quantizers:
+                quantizer.restart_dead_codes()
 
     def _bare(self, module: nn.Module) -> nn.Module:
         return self._accelerator.unwrap_model(module)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -85,6 +86,13 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor, sharing its memory; other tensors as they are."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def replicating() -> AbstractContextManager[None]:
+    """Meanwhile sharded tensors can compute with plain ones, which every process must have alike."""
+    from torch.distributed.tensor.experimental import implicit_replication
+
+    return implicit_replication()
 
 
 def whole_model_state(model: nn.Module) -> dict[str, Any]:
