@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -107,17 +109,27 @@ def test_remedies_of_a_dying_codebook_see_the_whole_batch(tmp_path, parallel):
 
 
 def test_sigterm_stops_all_processes_at_one_step(tmp_path):
-    save_config(config(tmp_path / "two", max_steps=100_000, save_every=0, image_every=0), tmp_path / "two.yaml")
+    endless = config(tmp_path / "two", max_steps=100_000, save_every=0, image_every=0)
+    endless["data"]["num_workers"] = 1  # torchrun signals the loader's processes, too
+    save_config(endless, tmp_path / "two.yaml")
     command = [*TORCHRUN, "-m", "vistok", "train", str(tmp_path / "two.yaml")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "two" / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and read_metrics(metrics)):
         time.sleep(0.05)
+    for child in children(process):  # as a scheduler that signals every process; torchrun passes its own on
+        os.kill(child, signal.SIGTERM)
     process.terminate()
     _, printed = process.communicate(timeout=120)
     [saved] = (tmp_path / "two" / "checkpoints").glob("step-*")
     assert int(saved.name[5:]) == read_metrics(metrics)[-1]["step"]
     assert "stopped by SIGTERM after step" in printed
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    """Where the system lists them."""
+    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in listed.read_text().split()] if listed.exists() else []
 
 
 def test_fsdp2_refuses_what_it_cannot_do(tmp_path):

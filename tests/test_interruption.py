@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +26,9 @@ from vistok.data.loader import TooManyUnreadableError
 from vistok.data.sources import DigitsSource
 from vistok.hub import CheckpointError
 from vistok.train import TrainingDivergedError, TrainingInterrupted, train
+from vistok.train.checkpoints import Checkpoints
 from vistok.train.monitor import CodebookWatch, read_metrics
+from vistok.train.stopping import StopRequest
 
 LONG = {"max_steps": 60, "save_every": 7, "log_every": 5, "image_every": 20}
 
@@ -42,13 +46,14 @@ def tokens(tmp_path_factory):
     return write_tokens(tmp_path_factory.mktemp("tokens") / "cache")
 
 
-def start(config: dict, *options: str) -> subprocess.Popen:
+def start(config: dict, *options: str, start_new_session: bool = False) -> subprocess.Popen:
     """``vistok train`` in a process of its own."""
     path = Path(config["output_dir"]).with_suffix(".yaml")
     save_config(config, path)
     command = [sys.executable, "-m", "vistok", "train", str(path), *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, **pipes, text=True, env=environment, start_new_session=start_new_session)
 
 
 def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
@@ -106,6 +111,95 @@ def test_stopped_by_a_signal(tmp_path, number):
         assert read_metrics(resumed / "metrics.jsonl")[-1]["step"] == end
 
 
+def with_loader_worker(folder: Path) -> dict:
+    """A run that goes on until it is told to stop, and reads its data in one more process."""
+    config = tokenizer_config(folder, training=LONG | {"max_steps": 100000, "save_every": 0, "image_every": 0})
+    config["data"]["num_workers"] = 1
+    return config
+
+
+def loader_workers(process: subprocess.Popen) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="needs process groups")
+def test_signals_to_the_whole_process_group_twice(tmp_path):
+    process = start(with_loader_worker(tmp_path / "run"), start_new_session=True)
+    wait_for_step(process, tmp_path / "run", 5)
+    for _ in range(2):  # one from a scheduler, one passed on by a launcher
+        os.killpg(process.pid, signal.SIGTERM)
+        time.sleep(0.01)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 0, printed
+    assert "stopped by SIGTERM after step" in printed
+    assert len(saved_steps(tmp_path / "run")) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the worker in /proc")
+def test_a_killed_loader_worker_is_named_with_the_last_checkpoint(tmp_path):
+    config = with_loader_worker(tmp_path / "run")
+    config["training"]["save_every"] = 5
+    process = start(config)
+    wait_for_step(process, tmp_path / "run", 10)
+    [worker] = loader_workers(process)
+    os.kill(worker, signal.SIGKILL)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert f"a process that reads data (pid {worker}) was killed by SIGKILL" in printed
+    assert "lower data.num_workers" in printed
+    assert (
+        f"the last good checkpoint is {tmp_path / 'run' / 'checkpoints' / saved_steps(tmp_path / 'run')[-1]}" in printed
+    )
+    assert "Traceback" not in printed
+
+
+def test_workers_do_not_keep_python_from_exiting(tmp_path):
+    code = (
+        "from vistok.data import DataConfig, open_source, training_loader\n"
+        "config = DataConfig(16, source='digits', channels=1, batch_size=4, num_workers=1)\n"
+        "batches = iter(training_loader(open_source(config), config))\n"
+        "next(batches)\n"
+        "raise SystemExit(3)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 3
+
+
+def test_only_a_second_ctrl_c_interrupts():
+    with StopRequest() as stop:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+        assert stop.signal == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(("step_seconds", "exchanges"), [(0.01, 5), (0.5, 11), (5.0, 41)])
+def test_processes_exchange_stop_requests_every_two_seconds_or_ten_steps(monkeypatch, step_seconds, exchanges):
+    clock, asked = [0.0], []
+    monkeypatch.setattr("vistok.train.stopping.time.monotonic", lambda: clock[0])
+
+    def gather(own: torch.Tensor) -> torch.Tensor:
+        asked.append(clock[0])
+        return own
+
+    two = SimpleNamespace(num_processes=2, device=torch.device("cpu"), gather=gather)
+    with StopRequest(1000) as stop:
+        for step in range(1001, 1042):
+            clock[0] += step_seconds
+            assert not stop.agreed(step, two)
+        signal.raise_signal(signal.SIGTERM)
+    assert len(asked) == exchanges
+    assert max(later - earlier for earlier, later in pairwise(asked)) <= max(2, step_seconds)
+
+
+def test_processes_that_were_not_asked_stop_with_the_one_that_was():
+    other = torch.tensor([[float(signal.SIGTERM), 1.0]])
+    two = SimpleNamespace(num_processes=2, device=torch.device("cpu"), gather=lambda own: torch.cat([own, other]))
+    stop = StopRequest(6)
+    assert stop.agreed(7, two)
+    assert stop.signal == signal.SIGTERM
+
+
 def test_stop_request_in_process_restores_handlers(tmp_path, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     stop_at(monkeypatch, 4)
@@ -150,6 +244,19 @@ def test_a_torn_metrics_line_and_leftovers_of_a_kill(tmp_path):
     resumed = train(tokenizer_config(tmp_path / "run"), resume=True)
     assert [row["step"] for row in read_metrics(resumed / "metrics.jsonl")] == list(range(1, 7))
     assert not list((folder / "checkpoints").glob(".*"))
+
+
+def test_only_errors_of_the_writer_are_a_full_disk(tmp_path, monkeypatch):
+    def no_device(*arguments):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated.")
+
+    monkeypatch.setattr(torch, "save", no_device)
+    with pytest.raises(RuntimeError, match="killed by signal"):
+        Checkpoints(tmp_path, 1, "loss").save(1, {}, None)
+    monkeypatch.undo()
+    monkeypatch.setattr("vistok.train.checkpoints.STATE", "/dev/full")
+    with pytest.raises(CheckpointError, match=r"step 1 could not be written.*Free some space"):
+        Checkpoints(tmp_path, 1, "loss").save(1, {"a": torch.zeros(10000)}, None)
 
 
 @pytest.mark.parametrize("what", ["metrics", "export"])

@@ -20,6 +20,7 @@ from vistok.data.config import DataConfig
 from vistok.data.order import Order, ResampledOrder, SequentialOrder, ShuffledOrder
 from vistok.data.sources import ImageSource, UnreadableImageError
 from vistok.data.transforms import ImageTransform, to_pixels
+from vistok.data.workers import cause_of_death, end_with_the_parent, leave_signals_to_the_parent
 from vistok.draws import Keys
 
 log = logging.getLogger(__name__)
@@ -165,9 +166,11 @@ class Loader(Generic[B]):
             batch_size=None,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
+            worker_init_fn=leave_signals_to_the_parent,
             collate_fn=_unchanged,
             pin_memory=torch.cuda.is_available(),
         )
+        end_with_the_parent(self._loader)
 
     def __len__(self) -> int:
         """Batches per epoch, on this process."""
@@ -198,6 +201,10 @@ class Loader(Generic[B]):
         """
         self._failures.update(failures)
         check_failures(self._failures, len(self.reader))
+
+    def dead_worker(self) -> str | None:
+        """After an error: which worker died of what, or None. Torch raises it anywhere in the main thread."""
+        return cause_of_death(self._loader)
 
     def state_dict(self) -> dict[str, Any]:
         """Where iteration stands, and what could not be read so far; plain numbers and texts."""

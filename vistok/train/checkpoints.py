@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -75,7 +76,9 @@ class Checkpoints:
                 torch.save({"step": step, **state}, temporary / STATE)
             if row is not None:
                 self._judge(step, row[self.metric])
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not _is_of_torch_writer(error):
+                raise
             raise self._not_written(f"the checkpoint of step {step}", error) from error
         best = self.best()
         kept = {*self.steps()[-self.keep :], best["step"] if best else -1}
@@ -97,10 +100,9 @@ class Checkpoints:
             raise self._not_written(what, error) from error
 
     def _not_written(self, what: str, error: Exception) -> CheckpointError:
-        return CheckpointError(
-            f"{what} could not be written below {self.folder.parent}: {error}; {self.last_good()}. "
-            "Free some space and go on with --resume"
-        )
+        advice = "Free some space and go on with --resume" if _is_full_disk(error) else "Go on with --resume"
+        where = f"below {self.folder.parent}: {error}; {self.last_good()}"
+        return CheckpointError(f"{what} could not be written {where}. {advice}")
 
     def load(self, step: int | None = None) -> dict[str, Any]:
         """Read the state of ``step``, by default the newest.
@@ -112,6 +114,17 @@ class Checkpoints:
         if not steps:
             raise CheckpointError(f"nothing to resume: {self.folder} has no checkpoint; start without --resume")
         return read_weights(self.path(steps[-1] if step is None else step) / STATE)
+
+
+def _is_of_torch_writer(error: Exception) -> bool:
+    """Torch reports a failed write, which is nearly always a full disk, as a RuntimeError without a code."""
+    return any(text in str(error) for text in ("inline_container.cc", "PytorchStreamWriter", "iostream error"))
+
+
+def _is_full_disk(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return _is_of_torch_writer(error) or isinstance(error, SafetensorError)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -7,7 +7,7 @@ import time
 import zlib
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch.profiler import record_function
 from vistok.config import save_config
 from vistok.data.loader import Failures, listed
 from vistok.data.pictures import save_png
+from vistok.data.workers import LoaderWorkerError
 from vistok.files import write_json
 from vistok.train.checkpoints import Checkpoints, remove_leftovers, start_from
 from vistok.train.config import RunConfig
@@ -53,6 +54,7 @@ def train(config: Mapping[str, Any], *, resume: bool = False) -> Path:
         CheckpointError: nothing to resume, ``init_from`` does not fit, or the disk is full.
         TrainingDivergedError: the loss became NaN or infinite.
         TrainingInterrupted: SIGTERM or Ctrl-C; a checkpoint was saved.
+        LoaderWorkerError: a process that reads data died.
     """
     run = RunConfig.parse(config)
     run.model_entry()
@@ -126,7 +128,7 @@ class Trainer:
         batches = forever(self.stage.loader)
         if self.step == config.max_steps:  # resumed after its last step
             self.export()
-        with console, StopRequest() as stop:
+        with console, self._dead_workers(), StopRequest(self.step) as stop:
             begin, units = time.monotonic(), 0
             while self.step < config.max_steps:
                 units += self.optimise(batches)
@@ -151,6 +153,17 @@ class Trainer:
                     )
                 begin += time.monotonic() - pause  # pictures and checkpoints are not training time
         self._name_unreadable()
+
+    @contextmanager
+    def _dead_workers(self) -> Iterator[None]:
+        """Name the cause if a process that reads data dies: it shows as a broken connection, or as torch's error."""
+        try:
+            yield
+        except (OSError, EOFError, RuntimeError) as error:
+            if cause := self.stage.loader.dead_worker():
+                message = f"{cause}; {self.checkpoints.last_good()}. Go on with --resume"
+                raise LoaderWorkerError(message) from error
+            raise
 
     def optimise(self, batches: Iterator[Any]) -> int:
         """One optimisation step; returns how many units of data it saw, on all processes."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
 import torch
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-AGREE_EVERY = 10
-"""Steps between two exchanges of stop requests, where there are several processes: each waits for the device."""
+AGREE_SECONDS, AGREE_STEPS = 2.0, 10
+"""The longest time and the most steps between two exchanges of stop requests, where there are several processes. Each
+waits for the device; but torchrun gives a run only 30 s from SIGTERM to the end of its checkpoint."""
 
 
 class TrainingInterrupted(Exception):
@@ -27,14 +29,23 @@ class TrainingInterrupted(Exception):
 
 
 class StopRequest:
-    """While entered, SIGTERM and Ctrl-C are noted instead of obeyed; a second one interrupts at once.
+    """While entered, SIGTERM and Ctrl-C are noted instead of obeyed; only a second Ctrl-C interrupts at once.
 
-    Outside the main thread, where Python allows no signal handlers, it notes nothing.
+    SIGTERM comes more than once where a scheduler signals every process and a launcher passes its own signal on.
+    Outside the main thread, where Python allows no signal handlers, nothing is noted.
+
+    Args:
+        step: after which step the run begins.
+
+    Attributes:
+        signal: the first request, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, step: int = 0) -> None:
         self.signal: signal.Signals | None = None
         self._previous: dict[signal.Signals, Any] = {}
+        self._ctrl_c = 0
+        self._asked_at, self._asked_step, self._next_step = time.monotonic(), step, step + 1
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
@@ -46,18 +57,29 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        self._ctrl_c += number == signal.SIGINT
+        if self._ctrl_c > 1:
             raise KeyboardInterrupt
-        self.signal = signal.Signals(number)
+        self.signal = self.signal or signal.Signals(number)
 
     def agreed(self, step: int, accelerator) -> bool:
-        """Whether the run stops after ``step``: the same answer on all processes."""
+        """Whether the run stops after ``step``: the same answer on all processes, which must all ask."""
         if accelerator.num_processes == 1:
             return self.signal is not None
-        if step % AGREE_EVERY:
+        if step < self._next_step:
             return False
-        asked = torch.tensor(float(self.signal or 0), device=accelerator.device)
-        number = int(accelerator.gather(asked[None]).max())
+        number = self._exchange(step, accelerator)
         if number and self.signal is None:
             self.signal = signal.Signals(number)
         return number > 0
+
+    def _exchange(self, step: int, accelerator) -> int:
+        """The signal that any process got, or 0. When to ask next follows from the slowest one's pace, so that all
+        come to the same step."""
+        now = time.monotonic()
+        own = torch.tensor([float(self.signal or 0), now - self._asked_at], device=accelerator.device)
+        number, seconds = accelerator.gather(own[None]).amax(0).tolist()
+        steps = int(AGREE_SECONDS * (step - self._asked_step) / max(seconds, 1e-6))
+        self._asked_at, self._asked_step = now, step
+        self._next_step = step + min(max(steps, 1), AGREE_STEPS)
+        return int(number)
