@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +26,9 @@ from vistok.data import (
     evaluation_loader,
     open_source,
 )
+from vistok.data.loader import TooManyUnreadableError
 from vistok.data.transforms import center_crop_adm, ten_crop, to_pixels
+from vistok.processes import Processes
 from vistok.tokenizers.llamagen_vq import LlamaGenVQ
 from vistok.tokenizers.vit_vqgan import ViTVQGAN
 from vistok.train.tokenize import tokenize
@@ -192,6 +197,64 @@ def test_few_damaged_images_are_left_out_of_every_view(photos, tmp_path, caplog)
         cache = tokenize(tiny_tokenizer(), data, tmp_path / "tokens", augmentation="random:2")
     assert len(cache) == 119
     assert "more-000.png" in caplog.text
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> DataConfig:
+    """121 images, of which three shards of 40 hold all but the last."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "many").mkdir()
+    for number in range(121):
+        image = Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8))
+        image.save(tmp_path / "many" / f"{number:03d}.png")
+    return DataConfig(image_size=16, root=str(tmp_path / "many"), batch_size=20)
+
+
+def damage(data: DataConfig, *numbers: int) -> None:
+    for number in numbers:
+        (Path(data.root) / f"{number:03d}.png").write_bytes(b"not an image")
+
+
+def test_a_shard_may_be_wholly_unreadable(many, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("vistok.train.tokenize.SHARD_SIZE", 40)
+    damage(many, 120)
+    with caplog.at_level(logging.WARNING):
+        cache = tokenize(tiny_tokenizer(), many, tmp_path / "tokens", augmentation="flip")
+    assert "1 images could not be read and have no tokens" in caplog.text
+    assert json.loads((tmp_path / "tokens" / "index.json").read_text())["shards"] == [40, 40, 40, 0]
+    assert list(json.loads((tmp_path / "tokens" / "unreadable-00003.json").read_text())) == ["120"]
+    assert stored(cache, 1).shape == (120, 4)
+
+
+def test_unreadable_images_count_over_interruptions(many, tmp_path, monkeypatch):
+    monkeypatch.setattr("vistok.train.tokenize.SHARD_SIZE", 40)
+    damage(many, 30, 90)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            tokenize(tiny_tokenizer(), many, tmp_path / "tokens")
+    for _ in range(2):  # once more when all shards are there
+        with pytest.raises(TooManyUnreadableError, match=r"(?s)2 of 121 images .*030\.png.*090\.png"):
+            tokenize(tiny_tokenizer(), many, tmp_path / "tokens", resume=True)
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_unreadable_images_count_over_processes(many, tmp_path, monkeypatch):
+    monkeypatch.setattr("vistok.train.tokenize.SHARD_SIZE", 40)
+    damage(many, 30, 50)  # in shards of different processes
+    barrier = threading.Barrier(2)
+    monkeypatch.setattr(Processes, "wait", lambda self: barrier.wait())
+
+    def run(index: int) -> None:
+        try:
+            tokenize(tiny_tokenizer(), many, tmp_path / "tokens", processes=Processes(index, 2))
+        finally:
+            barrier.abort()  # as a launcher ends all processes when one fails
+
+    with ThreadPoolExecutor() as pool:
+        errors = [future.exception() for future in [pool.submit(run, index) for index in range(2)]]
+    assert any(isinstance(error, TooManyUnreadableError) for error in errors)
+    assert not (tmp_path / "tokens").exists()
 
 
 def same_files(one: Path, other: Path) -> bool:

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from vistok.data.loader import Failures
 from vistok.data.tokens import FORMAT, Content, sample_shape, shard_name, token_dtype
-from vistok.files import atomic_file, atomic_folder, write_json
+from vistok.files import atomic_file, atomic_folder, read_json, write_json
 from vistok.types import to_json
 
 
@@ -77,14 +78,32 @@ class TokenShards:
             raise ValueError("labels must be -1 in a cache without class names; pass classes=…")
         return tokens.astype(token_dtype(self._spec)), labels.astype(np.int64)
 
-    def write(self, number: int, tokens: np.ndarray, labels: np.ndarray) -> None:
-        """Write a shard of checked samples; its labels come last and say that it is whole."""
-        for kind, values in (("tokens", tokens), ("labels", labels)):
+    def write(
+        self, number: int, samples: Sequence[tuple[np.ndarray, np.ndarray]], failures: Failures | None = None
+    ) -> None:
+        """Write a shard; its labels come last and say that it is whole.
+
+        Args:
+            samples: tokens and labels as ``checked`` returns them, part by part; there may be none.
+            failures: the images of this shard that could not be read.
+        """
+        unreadable = self.folder / f"unreadable-{number:05d}.json"
+        if failures:
+            write_json(unreadable, failures)
+        else:
+            unreadable.unlink(missing_ok=True)  # of a run that was killed in here
+        nothing = (np.empty((0, *self._shape), token_dtype(self._spec)), np.empty(0, np.int64))
+        for kind, parts in zip(("tokens", "labels"), zip(nothing, *samples, strict=True), strict=True):
             with atomic_file(self.folder / shard_name(kind, number)) as temporary, temporary.open("wb") as file:
-                np.save(file, values)
+                np.save(file, np.concatenate(parts))
 
     def is_written(self, number: int) -> bool:
         return (self.folder / shard_name("labels", number)).exists()
+
+    def failures(self) -> Failures:
+        """The images that could not be read, of all shards that any process has written so far."""
+        files = self.folder.glob("unreadable-*.json")
+        return {int(index): reason for file in files for index, reason in read_json(file).items()}
 
     def write_index(self, count: int) -> None:
         """Complete a folder that has the shards 0 .. count - 1."""
@@ -158,7 +177,7 @@ class TokenWriter:
 
     def _write_shard(self, size: int) -> None:
         tokens, labels = np.concatenate(self._tokens), np.concatenate(self._labels)
-        self._shards.write(self._count, tokens[:size], labels[:size])
+        self._shards.write(self._count, [(tokens[:size], labels[:size])])
         self._count += 1
         self._tokens, self._labels = [tokens[size:]], [labels[size:]]
 

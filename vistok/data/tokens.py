@@ -6,6 +6,7 @@ A cache is a folder::
     tokens-00000.npy      (N, V, L) or (N, V, L, depth) ids, or (N, V, L, D) latents; V augmentation views. Of latents
                           with a posterior, (N, V, L, 2D) moments (means, log-variances), sampled when they are read
     labels-00000.npy      (N,) int64; -1 where there are no classes
+    unreadable-00000.json position and reason of the images that could not be read and are left out, if there are any
     tokens-00001.npy      …
 
 Ids are uint16 where the codebook allows, else int32; latents and moments are float32.

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vistok.config import nearest
 from vistok.data.config import DataConfig
-from vistok.data.loader import Failures, ImageBatch, ImageBatches, InMemory, Loader
+from vistok.data.loader import Failures, ImageBatch, ImageBatches, InMemory, Loader, check_failures, listed
 from vistok.data.opening import open_source
 from vistok.data.order import ShardOrder
 from vistok.data.sources import ImageSource
@@ -97,13 +97,17 @@ def tokenize(
         reader, ShardOrder(len(source), data.batch_size, tuple(mine), SHARD_SIZE), num_workers=data.num_workers
     )
     try:
-        _write_shards(tokenizer.eval(), loader, shards, data.batch_size)
+        _write_shards(tokenizer.eval(), loader, shards, mine, data.batch_size)
     except BaseException:
         if processes.count == 1 and not any(map(shards.is_written, range(count))):
             discard(out)
         raise
     processes.wait()
+    failures = shards.failures()
+    check_failures(failures, len(source))
     if processes.is_first:
+        if failures:
+            log.warning("%d images could not be read and have no tokens:\n%s", len(failures), listed(failures))
         shards.write_index(count)
         tokenizer.save_pretrained(unfinished(out) / TOKENIZER)
         publish(out)
@@ -111,16 +115,23 @@ def tokenize(
     return TokenCache(out)
 
 
-def _write_shards(tokenizer: Tokenizer, loader: Loader, shards: TokenShards, batch_size: int) -> None:
-    """Encode the loader's batches, and write every shard as soon as it is whole."""
+def _write_shards(
+    tokenizer: Tokenizer, loader: Loader, shards: TokenShards, numbers: Sequence[int], batch_size: int
+) -> None:
+    """Encode the loader's batches, those of the shards ``numbers``, and write every shard as soon as it is whole."""
+
+    def write(number: int, batches: Iterable[ImageBatch]) -> None:
+        samples = [shards.checked(_encode(tokenizer, b.pixels, batch_size), b.labels) for b in batches]
+        failures = {index: why for index, why in loader.failures.items() if index // SHARD_SIZE == number}
+        shards.write(number, samples, failures)
+        check_failures(shards.failures(), len(loader.reader))  # of all processes, and of earlier runs
+
     batches = track(loader, "tokens", len(loader))
     for number, parts in itertools.groupby(batches, lambda batch: int(batch.indices[0]) // SHARD_SIZE):
-        checked = [shards.checked(_encode(tokenizer, b.pixels, batch_size), b.labels) for b in parts]
-        tokens, labels = zip(*checked)
-        shards.write(number, np.concatenate(tokens), np.concatenate(labels))
-    if loader.failures:
-        listed = "\n".join([*loader.failures.values()][:20])
-        log.warning("%d images could not be read and have no tokens:\n%s", len(loader.failures), listed)
+        write(number, parts)
+    for number in numbers:
+        if not shards.is_written(number):
+            write(number, [])  # none of its images could be read
 
 
 def _settings(data: DataConfig, augmentation: str) -> dict[str, Any]:
