@@ -7,6 +7,7 @@ elementwise operations, CPU indices into a tensor of the device.
 
 ``with other_device() as device: model.to(device)`` is all that a test needs; gradients, optimizers, ``deepcopy`` and
 ``torch.save`` work. Tensors of the device may leave the ``with``, but none can be made outside.
+``recorded_waits`` tells where the host would wait for a GPU.
 """
 
 from __future__ import annotations
@@ -42,6 +43,20 @@ def other_device() -> Iterator[torch.device]:
             yield DEVICE
     finally:
         torch._C._set_only_lift_cpu_tensors(before)
+
+
+@contextmanager
+def recorded_waits() -> Iterator[list[str]]:
+    """The operations, meanwhile, that make the host wait until a GPU has done all that it was given: reading values,
+    results whose size depends on values, copies that are not ``non_blocking``."""
+    _recorders.append(waits := [])
+    try:
+        yield waits
+    finally:
+        _recorders.remove(waits)
+
+
+_recorders: list[list[str]] = []
 
 
 class OtherTensor(Tensor):
@@ -104,6 +119,9 @@ def _run(function, args: tuple, kwargs: dict[str, Any]) -> Any:
     results = function(*tree_map(_unwrap, args), **tree_map(_unwrap, kwargs))
     if function in COPIES:
         there = isinstance(args[0], OtherTensor)
+    if (wrappers or there) and _waits(function, args, kwargs, there):
+        for waits in _recorders:
+            waits.append(str(function))
 
     def wrap(value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -133,3 +151,15 @@ def _strangers(function, args: tuple, tensors: list[Tensor]) -> list[Tensor]:
     if function in INDEXING | FILLS or torch.Tag.pointwise in function.tags:
         strangers = [tensor for tensor in strangers if tensor.ndim]
     return strangers
+
+
+def _waits(function, args: tuple, kwargs: dict[str, Any], there: bool) -> bool:
+    """Whether the host waits for this operation on a GPU, whose result is ``there`` or on the CPU."""
+    if function in (aten._to_copy.default, aten.copy_.default):
+        source = args[0] if function is aten._to_copy.default else args[1]
+        blocking = not (kwargs.get("non_blocking") or args[2:3] == (True,))
+        return isinstance(source, OtherTensor) != there and (blocking or not there)
+    if function in INDEXING:
+        return any(index is not None and index.dtype == torch.bool for index in args[1])
+    sized_by_values = torch.Tag.dynamic_output_shape in function.tags or function is aten.bincount.default
+    return sized_by_values or torch.Tag.data_dependent_output in function.tags

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from eval_data import as_tensor, colour_statistics, smooth_images
-from other_device import other_device
+from other_device import other_device, recorded_waits
 from PIL import Image
 from tiny_models import CAPTIONS, captions, labels, names, pixels, tiny, token_ids
 from tiny_runs import GAN, generator_config, tokenizer_config, write_tokens
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 import vistok
 from vistok.data import DataConfig
 from vistok.data.tokens import TokenCache
-from vistok.draws import Draws, Keys
+from vistok.draws import Draws, Keys, draws_on
 from vistok.eval import metrics
 from vistok.eval.features import FeaturePass
 from vistok.eval.networks import CallableNetwork, full_precision
@@ -41,6 +42,7 @@ from vistok.train.config import GanConfig, RunConfig
 from vistok.train.monitor import read_metrics
 from vistok.train.stages import GeneratorStage, Stage, TokenizerStage
 from vistok.train.tokenize import tokenize
+from vistok.types import Condition
 
 GPU = torch.cuda.is_available()
 ROUNDING = 1e-3 if GPU else 1e-4
@@ -76,10 +78,6 @@ def device() -> Iterator[torch.device]:
 def moved(model: nn.Module, device: torch.device) -> nn.Module:
     """A copy on the device."""
     return copy.deepcopy(model).to(device)
-
-
-def draws_on(draws: Draws, device: torch.device) -> Draws:
-    return {name: value.to(device) for name, value in draws.items()}
 
 
 def check_same(there: Tensor, here: Tensor) -> None:
@@ -150,26 +148,71 @@ def test_the_stand_in_computes_where_a_gpu_would():
         check_gradients(other, layer)
 
 
+@pytest.mark.skipif(GPU, reason="a GPU stands for itself")
+def test_the_stand_in_records_where_the_host_would_wait():
+    with other_device() as device:
+        there, mask = torch.ones(4, device=device), torch.tensor([True, False, True, True])
+        waiting = [
+            lambda: there.sum().item(),
+            lambda: bool((there > 0).all()),
+            lambda: there.cpu(),
+            lambda: mask.to(device),
+            lambda: torch.tensor([1, 2], device=device),
+            lambda: there[there > 0],
+            lambda: there.nonzero(),
+            lambda: torch.equal(there, there),
+        ]
+        for work in waiting:
+            with recorded_waits() as waits:
+                work()
+            assert len(waits) == 1
+        with recorded_waits() as waits:
+            other = mask.to(device, non_blocking=True)
+            torch.where(other, there, torch.full((4,), 2.0, device=device))[1:].fill_(1).sum()
+            torch.ones(4).sum().item()
+        assert not waits
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Fails if the host waits for the device in this block."""
+    if GPU:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    else:
+        with recorded_waits() as waits:
+            yield
+        assert not waits
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizers
 
 
-def tokenizer_loss(model: Tokenizer, images: Tensor, device: torch.device | str) -> Tensor:
-    output = model(images.to(device), step=0, draws=draws_on(model.training_draws(Keys.range(0, len(images))), device))
+def tokenizer_loss(model: Tokenizer, images: Tensor, draws: Draws) -> Tensor:
+    output = model(images, step=0, draws=draws)
     loss = sum(term.mean() for term in output.losses.values())
     return loss if output.reconstruction is None else loss + output.reconstruction.square().mean()
 
 
 @pytest.mark.parametrize(("name", "arguments"), TOKENIZERS)
-def test_a_tokenizer_trains_alike(name, arguments, device):
+def test_a_tokenizer_trains_alike_and_never_waits(name, arguments, device):
     here = tiny(name, **arguments)
-    there, images = moved(here, device), pixels(here)
-    loss, other = tokenizer_loss(here, images, "cpu"), tokenizer_loss(there, images, device)
-    check_same(other, loss)
+    there, images, draws = moved(here, device), pixels(here), here.training_draws(Keys.range(0, 3))
+    loss = tokenizer_loss(here, images, draws)
     loss.backward()
+    images, draws = images.to(device), draws_on(draws, device)
+    other = tokenizer_loss(there, images, draws)
     other.backward()
+    check_same(other, loss)
     check_gradients(there, here)
-    assert tokenizer_loss(there.train(), images, device).isfinite()
+    with no_waiting():
+        loss = tokenizer_loss(there.train(), images, draws)
+        loss.backward()
+    assert loss.isfinite()
 
 
 @torch.no_grad()
@@ -211,22 +254,27 @@ def some_tokens(model: Generator) -> Tensor:
     return Keys.range(0, 3).normal("latents", model.spec.length, model.spec.dim)
 
 
-def generator_loss(model: Generator, condition, device: torch.device | str) -> Tensor:
-    draws = draws_on(model.training_draws(Keys.range(0, 3)), device)
-    weights = torch.tensor([1.0, 0.0, 2.0], device=device)
-    return model(some_tokens(model).to(device), condition.to(device), draws=draws, weights=weights).loss
+def generator_loss(model: Generator, tokens: Tensor, condition: Condition, draws: Draws) -> Tensor:
+    weights = torch.arange(3.0, device=tokens.device)
+    return model(tokens, condition, draws=draws, weights=weights).loss
 
 
 @pytest.mark.parametrize(("name", "arguments"), [*GENERATORS, ("llama", CAPTIONS)])
-def test_a_generator_trains_alike(name, arguments, device):
+def test_a_generator_trains_alike_and_never_waits(name, arguments, device):
     here = tiny(name, **arguments)
     there, condition = moved(here, device), captions() if arguments is CAPTIONS else labels(0, 4, -1)
-    loss, other = generator_loss(here, condition, "cpu"), generator_loss(there, condition, device)
-    check_same(other, loss)
+    tokens, draws = some_tokens(here), here.training_draws(Keys.range(0, 3))
+    loss = generator_loss(here, tokens, condition, draws)
     loss.backward()
+    batch = tokens.to(device), condition.to(device), draws_on(draws, device)
+    other = generator_loss(there, *batch)
     other.backward()
+    check_same(other, loss)
     check_gradients(there, here)
-    assert generator_loss(there.train(), condition, device).isfinite()
+    with no_waiting():
+        loss = generator_loss(there.train(), *batch)
+        loss.backward()
+    assert loss.isfinite()
 
 
 @pytest.mark.parametrize(("name", "arguments"), [*GENERATORS, ("llama", CAPTIONS)])

@@ -70,7 +70,7 @@ class TokenSpec:
         if ids.ndim != (2 if self.depth == 1 else 3) or (self.depth > 1 and ids.shape[2] != self.depth):
             raise ValueError(f"token ids must have shape {expected}, got {tuple(ids.shape)}")
         if ids.numel():
-            low, high = (int(v) for v in torch.aminmax(ids))
+            low, high = torch.stack(torch.aminmax(ids)).tolist()
             if low < 0 or high >= self.codebook_size:
                 wrong = low if low < 0 else high
                 raise ValueError(

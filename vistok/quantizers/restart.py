@@ -36,7 +36,7 @@ class CodeRestart(nn.Module):
     @torch.no_grad()
     def forward(self, latents: Tensor, ids: Tensor) -> None:
         """Count unused steps, and pick new places, after latents (..., D) were given codes ids (...)."""
-        used = torch.bincount(ids.flatten(), minlength=len(self.idle)).clamp_max(1)
+        used = torch.zeros_like(self.idle).scatter_(0, ids.flatten(), 1)  # bincount would wait for the device
         if group_size() > 1:
             distributed.all_reduce(used, op=distributed.ReduceOp.MAX)
         self.idle.copy_(torch.where(used > 0, 0, self.idle + 1))

@@ -8,6 +8,7 @@ import zlib
 from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from vistok.train.monitor import Console, Meter, MetricsFile
 from vistok.train.optim import lr_factor
 from vistok.train.stages import STAGES, Stage, forever
 from vistok.train.stopping import StopRequest, TrainingInterrupted
-from vistok.train.trail import Trail, first_of
+from vistok.train.trail import Trail, earliest
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +47,12 @@ def train(config: Mapping[str, Any], *, resume: bool = False) -> Path:
     numbers as one that was not.
 
     Args:
-        resume: go on from the newest checkpoint of the run folder.
+        resume: go on from the newest checkpoint of the run folder, or begin where there is none yet.
 
     Raises:
         ConfigError: anything wrong with the config.
         FileExistsError: the run folder exists and ``resume`` is False.
-        CheckpointError: nothing to resume, ``init_from`` does not fit, or the disk is full.
+        CheckpointError: the checkpoint or ``init_from`` does not fit, or the disk is full.
         TrainingDivergedError: the loss became NaN or infinite.
         TrainingInterrupted: SIGTERM or Ctrl-C; a checkpoint was saved.
         LoaderWorkerError: a process that reads data died.
@@ -64,16 +65,17 @@ def train(config: Mapping[str, Any], *, resume: bool = False) -> Path:
             f"run folder {folder} exists already; go on with --resume, or choose another with output_dir=…"
         )
     accelerator, stage = prepare(run, folder)
-    checkpoints = Checkpoints(folder / "checkpoints", run.training.keep_checkpoints, run.training.best_metric)
-    state = checkpoints.load() if resume else None
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
-        save_config(config, folder / "config.yaml")
-        write_json(folder / "environment.json", environment())
-    start_trackers(accelerator, folder)
     try:
-        Trainer(run, stage, accelerator, checkpoints, folder, state).run()
+        trainer = Trainer(run, stage, accelerator, folder)
+        if resume:
+            trainer.resume()
+        if accelerator.is_main_process:  # only now: a config that the checkpoint does not fit must not replace its own
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(folder)
+            save_config(config, folder / "config.yaml")
+            write_json(folder / "environment.json", environment())
+        start_trackers(accelerator, folder, run.training.trackers)
+        trainer.run()
     finally:
         accelerator.end_training()
     return folder
@@ -99,30 +101,45 @@ class Trainer:
         run: RunConfig,
         stage: Stage,
         accelerator,
-        checkpoints: Checkpoints,
         folder: Path,
-        state: dict[str, Any] | None,
     ):
         self.seed, self.config, self.stage = run.seed, run.training, stage
-        self.accelerator, self.checkpoints, self.folder = accelerator, checkpoints, folder
+        self.accelerator, self.folder = accelerator, folder
+        self.checkpoints = Checkpoints(
+            folder / "checkpoints",
+            self.config.keep_checkpoints,
+            self.config.best_metric,
+            adversary_start=stage.adversary.config.start_step if stage.adversary is not None else 0,
+        )
         self.lr_factor = lr_factor(run.lr_scheduler, self.config.max_steps)
         self.models = Models(run, stage, accelerator)
         if stage.objective is not None:
             stage.objective.to(accelerator.device)
         self.step, self.row, self.meter, self.trail = 0, None, Meter(), Trail()
+
+    def resume(self) -> None:
+        """Go to the newest checkpoint; where there is none yet, stay at the beginning.
+
+        Raises:
+            CheckpointError, ValueError: it is of another model, or of other data.
+        """
+        state = self.checkpoints.load()
         if state is not None:
             self._load(state)
-        self.metrics = MetricsFile(folder / "metrics.jsonl", self.step)
-        self.seconds = self.metrics.seconds()
+        elif self.accelerator.is_main_process:
+            log.warning("%s has no checkpoint yet: training begins at step 0", self.folder)
 
     def run(self) -> None:
         """Train to ``max_steps``; checkpoint and export at the end in any case."""
         config = self.config
+        self.metrics = MetricsFile(self.folder / "metrics.jsonl", self.step)
+        self.seconds = self.metrics.seconds()
         console = Console(
             self.folder.name,
             config.max_steps,
             self.step,
             unit=self.stage.unit,
+            device=self.accelerator.device,
             quiet=not self.accelerator.is_main_process,
         )
         batches = forever(self.stage.loader)
@@ -173,7 +190,7 @@ class Trainer:
             with record_function("data wait"):
                 batch = next(batches)
             self.trail.add_batch(self.step + 1, batch.indices)
-            batch = type(batch)(*(tensor.to(self.accelerator.device, non_blocking=True) for tensor in batch))
+            batch = _on_device(batch, self.accelerator.device)
             units += self.stage.count(batch)
             # Dropout draws from the global generator: keying it by the step makes it resumable. A loader that starts
             # an epoch draws from it too, so the batch comes first.
@@ -224,15 +241,19 @@ class Trainer:
 
     def _check_finite(self) -> None:
         """Raise TrainingDivergedError, on all processes, if a loss or gradient since the last check was not finite."""
-        culprit = self.trail.check()
+        culprit = self.trail.check(self.stage.sample_name)
         bad = torch.tensor(float(culprit is not None), device=self.accelerator.device)
         if not self.accelerator.reduce(bad, reduction="sum"):
             return
         from accelerate.utils import gather_object
 
-        found = culprit and (culprit.step, culprit.describe(self.stage.sample_name))
+        culprits = earliest(gather_object([culprit]))
+        report = self.folder / "diverged.json"
+        if self.accelerator.is_main_process:
+            with self.checkpoints.disk_errors(f"{'; '.join(map(str, culprits))}, but {report.name}"):
+                write_json(report, [asdict(culprit) for culprit in culprits])
         raise TrainingDivergedError(
-            f"{first_of(gather_object([found]))}; {self.checkpoints.last_good()}. "
+            f"{'; '.join(map(str, culprits))} (all of them: {report}); {self.checkpoints.last_good()}. "
             "Lower optimizer.lr, set training.max_grad_norm, or train in float32"
         )
 
@@ -260,12 +281,13 @@ class Trainer:
 
     def _state(self) -> dict[str, Any]:
         """Everything that ``_load`` needs; all processes must call it."""
-        usage = self.stage.usage
+        usage, watch = self.stage.usage, self.stage.watch
         return {
             **self.models.state_dict(),
             "loader": self.stage.loader.state_dict(),
             "meter": self.meter.state_dict(partial(self.accelerator.reduce, reduction="mean")),
             "usage": usage.over_processes() if usage is not None else None,
+            "watch": watch.state_dict() if watch is not None else None,
             "row": self.row,
         }
 
@@ -276,6 +298,8 @@ class Trainer:
         self.meter.load_state_dict(state["meter"], self.accelerator.device)
         if self.stage.usage is not None and self.accelerator.is_main_process:
             self.stage.usage.counts = state["usage"]
+        if self.stage.watch is not None:
+            self.stage.watch.load_state_dict(state["watch"])
 
     def _unreadable(self) -> Failures:
         """Samples that could not be read so far, on any process; all processes must call it."""
@@ -289,6 +313,12 @@ class Trainer:
         if failures and self.accelerator.is_main_process:
             shown = listed(failures)
             log.warning("%d samples could not be read and were left out of training:\n%s", len(failures), shown)
+
+
+def _on_device(batch: Any, device: torch.device) -> Any:
+    """The batch on the device, but for its indices: the host reads them, and would wait for the device."""
+    moved = type(batch)(*(tensor.to(device, non_blocking=True) for tensor in batch))
+    return moved._replace(indices=batch.indices)
 
 
 def _due(step: int, every: int) -> bool:
