@@ -38,6 +38,7 @@ from vistok.data.loader import TooManyUnreadableError
 from vistok.data.sources import UnreadableImageError
 from vistok.data.transforms import random_affine, random_crop, random_resized_crop, squash
 from vistok.draws import Keys
+from vistok.train.stages import example_images
 
 
 def picture(number: int, size: tuple[int, int] = (12, 10), mode: str = "RGB") -> Image.Image:
@@ -485,6 +486,24 @@ def test_unreadable_files_are_counted_over_processes_and_interruptions(tmp_path:
     assert resumed.failures == pair[0].failures
     with pytest.raises(TooManyUnreadableError, match="3 of 240"):
         resumed.count_failures(pair[1].failures)
+
+
+def test_examples_of_a_source_step_over_damaged_files(tmp_path: Path):
+    root = fill_folder(tmp_path, {"ant": 201})
+    source, settings = open_folder(root), config(**AUGMENTED)
+    whole = example_images(source, settings)
+    assert whole.shape == (8, 3, 8, 8)
+    for number in (25, 150):  # the first of the second and of the seventh part
+        (root / "ant" / f"{number:03d}.png").write_bytes(b"no image")
+    examples = example_images(source, settings)
+    loaded = by_index(evaluation_loader(source, settings))
+    assert torch.equal(examples[[1, 6]], torch.stack([loaded[26], loaded[151]]))
+    rest = [0, 2, 3, 4, 5, 7]
+    assert torch.equal(examples[rest], whole[rest])
+    assert len(example_images(source, settings, 256)) == 199
+    (root / "ant" / "151.png").write_bytes(b"no image")
+    with pytest.raises(TooManyUnreadableError, match="3 of 201"):
+        example_images(source, settings, 256)
 
 
 def test_memory_keeps_crops_only_where_they_are_not_random(folder: Path):

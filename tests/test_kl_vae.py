@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import vistok
-from vistok.data import TokenBatches, TokenCache, TokenCacheError
+from vistok.data import TokenBatches, TokenCache, TokenCacheError, open_source
 from vistok.data.config import DataConfig
 from vistok.data.tokens import sample_moments
 from vistok.draws import Keys
@@ -264,7 +264,8 @@ def test_moments_are_cached_with_the_mirror_image_and_sampled_at_load(vae_run, c
     tokenizer = vistok.load(vae_run / "tokenizer")
     assert cache.content == "moments"
     assert cache.views == 2
-    images = example_images(DataConfig(**DATA | {"limit": 40}), 40)
+    data = DataConfig(**DATA | {"limit": 40})
+    images = example_images(open_source(data), data, 40)
     with torch.no_grad():
         for view, seen in enumerate((images, images.flip(-1))):
             moments, _ = cache.batch(np.arange(40), np.full(40, view))

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from vistok.config import check
 from vistok.data.config import DataConfig
-from vistok.data.loader import ImageBatch, Loader, evaluation_loader, training_loader
+from vistok.data.loader import ImageBatch, ImageBatches, Loader, check_failures, training_loader
 from vistok.data.opening import open_source
 from vistok.data.pictures import comparison, grid
+from vistok.data.sources import ImageSource
 from vistok.data.tokens import TokenBatch, TokenCache, token_loader
+from vistok.data.transforms import ImageTransform
 from vistok.draws import Keys, draws_on
 from vistok.generators.base import Generator
 from vistok.hub import Model
@@ -104,7 +106,7 @@ class TokenizerStage(Stage):
         self.usage = CodeUsage(self.model.spec.codebook_size) if self.model.spec.discrete else None
         self.watch = _codebook_watch(self.model, config, world_size)
         self._source, self._data = source, config.data
-        self._examples = example_images(config.data)
+        self._examples = example_images(source, config.data)
         self._seen: tuple[Tensor, Tensor] | None = None
 
     def losses(self, model: nn.Module, batch: ImageBatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -157,7 +159,7 @@ class TokenizerStage(Stage):
     def export(self, folder: Path, model: Tokenizer) -> None:
         if not model.spec.discrete:
             device = next(model.parameters()).device
-            model.standardise(example_images(self._data, STANDARDISED_ON).to(device))
+            model.standardise(example_images(self._source, self._data, STANDARDISED_ON).to(device))
         model.save_pretrained(folder / TOKENIZER)
 
 
@@ -251,10 +253,25 @@ def forever(loader: Loader) -> Iterator[Any]:
         yield from loader
 
 
-def example_images(data: DataConfig, count: int = 8) -> Tensor:
-    """A few images, evenly spread over the source, as evaluation sees them: (count, C, H, W) in [-1, 1]."""
-    few = replace(data, limit=count, batch_size=count, cache="none", num_workers=0)
-    return next(iter(evaluation_loader(open_source(few), few))).pixels
+def example_images(source: ImageSource, data: DataConfig, count: int = 8) -> Tensor:
+    """A few images, evenly spread over the source, as evaluation sees them: (at most ``count``, C, H, W) in [-1, 1].
+
+    Of each of ``count`` equal parts of the source it is the first image that can be read.
+
+    Raises:
+        TooManyUnreadableError: the ones that cannot be read are more than 1 % of the source.
+    """
+    reader = ImageBatches(source, ImageTransform(data.image_size, data.crop).without_augmentation())
+    count, pixels, failures = min(count, len(source)), [], {}
+    for part in range(count):
+        for index in range(part * len(source) // count, (part + 1) * len(source) // count):
+            batch, failed = reader.load(np.array([index]), epoch=0)
+            failures |= failed
+            if not failed:
+                pixels.append(batch.pixels)
+                break
+    check_failures(failures, len(source))
+    return torch.cat(pixels)
 
 
 STAGES = {"tokenizer": TokenizerStage, "generator": GeneratorStage}
