@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -287,6 +289,26 @@ def fill_the_disk(monkeypatch) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(hub, "save_file", save_half)
+
+
+def test_what_is_renamed_is_on_the_disk_before(tmp_path, monkeypatch):
+    def inode(path: Path) -> int:
+        return path.stat().st_ino
+
+    events, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (events.append(os.fstat(handle).st_ino), fsync(handle)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (events.append("rename"), replace(old, new)))
+    with atomic_folder(tmp_path / "model") as partial:
+        (partial / "weights").write_bytes(b"weights")
+    model = tmp_path / "model"
+    assert events == [inode(model / "weights"), inode(model), "rename", inode(tmp_path)]
+    events.clear()
+    write_json(tmp_path / "record.json", {})
+    assert events == [inode(tmp_path / "record.json"), "rename", inode(tmp_path)]
+    events.clear()
+    with atomic_file(tmp_path / "000001.png", durable=False) as partial:
+        partial.write_bytes(b"one image of thousands")
+    assert events == ["rename"]
 
 
 def test_full_disk_leaves_the_old_model_and_nothing_half_written(saved, monkeypatch):

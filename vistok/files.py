@@ -28,6 +28,8 @@ def atomic_folder(target: str | Path, *, replace: bool = False) -> Iterator[Path
     try:
         yield temporary
         os.chmod(temporary, 0o755)  # mkdtemp makes private folders
+        for path in [*temporary.rglob("*"), temporary]:
+            _flush(path)
         if target.exists():
             retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
             os.replace(target, retired / "old")
@@ -35,14 +37,19 @@ def atomic_folder(target: str | Path, *, replace: bool = False) -> Iterator[Path
             shutil.rmtree(retired, ignore_errors=True)
         else:
             os.replace(temporary, target)
+        _flush(target.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
 @contextmanager
-def atomic_file(target: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``target``; it replaces ``target`` if the block succeeds, and vanishes if not."""
+def atomic_file(target: str | Path, *, durable: bool = True) -> Iterator[Path]:
+    """Yield a temporary path beside ``target``; it replaces ``target`` if the block succeeds, and vanishes if not.
+
+    Args:
+        durable: whether it outlives a loss of power, too, which takes milliseconds; False for one file of thousands.
+    """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
@@ -51,10 +58,25 @@ def atomic_file(target: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         os.chmod(temporary, 0o644)
+        if durable:
+            _flush(temporary)
         os.replace(temporary, target)
+        if durable:
+            _flush(target.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _flush(path: Path) -> None:
+    """Have the system write a file or folder out: else a rename may reach the disk before what it names does."""
+    if os.name == "nt" and path.is_dir():  # which Windows cannot open
+        return
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(target: str | Path, value: Any) -> None:

@@ -141,7 +141,7 @@ def comparison(originals: Tensor, reconstructions: Tensor, columns: int = 8) -> 
 
 def save_png(image: Image.Image, path: str | Path) -> None:
     """Write a PNG file; it appears whole or not at all."""
-    with atomic_file(path) as temporary:
+    with atomic_file(path, durable=False) as temporary:
         image.save(temporary, format="PNG")
 
 
