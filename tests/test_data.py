@@ -488,6 +488,26 @@ def test_unreadable_files_are_counted_over_processes_and_interruptions(tmp_path:
         resumed.count_failures(pair[1].failures)
 
 
+def test_a_process_whose_whole_batch_is_unreadable_stays_in_step(tmp_path: Path):
+    root = fill_folder(tmp_path, {"ant": 201})
+    source, settings = open_folder(root), config(batch_size=1, seed=1)
+    pair = [training_loader(source, settings, rank=rank, world_size=2) for rank in range(2)]
+    seen = [[batch.indices.tolist() for batch in loader] for loader in pair]
+    for position in (99, 50):  # the second one's; after the last comes the first
+        damaged = source.name(seen[1][position][0])
+        (root / damaged).write_bytes(b"no image")
+        again = training_loader(source, settings, rank=1, world_size=2)
+        again.load_state_dict({**pair[1].state_dict(), "epoch": 0, "position": position})
+        batches = iter(again)
+        following = seen[1][(position + 1) % 100]
+        assert next(batches).indices.tolist() == following
+        assert again.state_dict()["position"] == (position + 1) % 100
+        if position < 99:
+            assert next(batches).indices.tolist() == following
+    assert len(list(training_loader(source, settings, rank=1, world_size=2))) == 100
+    assert sum(len(batch.indices) for batch in evaluation_loader(source, settings)) == 199
+
+
 def test_examples_of_a_source_step_over_damaged_files(tmp_path: Path):
     root = fill_folder(tmp_path, {"ant": 201})
     source, settings = open_folder(root), config(**AUGMENTED)

@@ -143,8 +143,9 @@ class Loader(Generic[B]):
     that workers have read ahead do not count. Any other ``iter`` starts its epoch anew, so a loop that breaks off and
     begins again sees the same batches.
 
-    A sample that cannot be read is left out of its batch (which is then smaller; an empty one is skipped), and named
-    in a warning the first time. It is not replaced, so what a batch holds never depends on the run's history.
+    A sample that cannot be read is left out of its batch (which is then smaller), and named in a warning the first
+    time. It is not replaced, so what a batch holds never depends on the run's history. A batch without any sample is
+    skipped; where processes must stay in step (``Order.in_step``) the next one that has some takes its place, too.
 
     Raises:
         TooManyUnreadableError: while iterating, once more than 1 % of all samples were unreadable.
@@ -178,15 +179,26 @@ class Loader(Generic[B]):
 
     def __iter__(self) -> Iterator[B]:
         self._position, self._start = self._start, 0
-        remaining = self.order.batches(self.epoch)[self._position :]
-        self._requests[:] = [(self.epoch, indices) for indices in remaining]
+        requests = [(self.epoch, indices) for indices in self.order.batches(self.epoch)]
+        self._requests[:] = requests[self._position :]
         for batch, failures in self._loader:
             self._position += 1
             self._report(failures)
+            if not len(batch.indices) and self.order.in_step:
+                batch = self._next_readable(requests[self._position :] + requests[: self._position])
             if len(batch.indices):
                 yield batch
         self.epoch += 1
         self._position = 0
+
+    def _next_readable(self, requests: list[tuple[int, np.ndarray]]) -> B:
+        """The first batch that has a sample; the last request is the one that had none."""
+        for epoch, indices in requests:
+            batch, failures = self.reader.load(indices, epoch)
+            self._report(failures)
+            if len(batch.indices):
+                break
+        return batch
 
     @property
     def failures(self) -> Failures:

@@ -7,6 +7,7 @@ the epoch's order. So a run sees the same images in the same steps on 1 x 64 and
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from vistok.draws import Keys
 class ShuffledOrder:
     """Training: a new permutation every epoch, whole batches only (the remainder of an epoch is left out).
 
+    Attributes:
+        in_step: whether all processes have as many batches, so that none may skip one.
+
     Raises:
         ValueError: there are too few samples for one batch, or ``rank`` is no rank.
     """
@@ -26,6 +30,8 @@ class ShuffledOrder:
     seed: int = 0
     rank: int = 0
     world_size: int = 1
+
+    in_step: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _check_rank(self.rank, self.world_size)
@@ -56,6 +62,8 @@ class SequentialOrder:
     rank: int = 0
     world_size: int = 1
 
+    in_step: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         _check_rank(self.rank, self.world_size)
 
@@ -82,6 +90,8 @@ class ResampledOrder:
     seed: int = 0
     rank: int = 0
     world_size: int = 1
+
+    in_step: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         ShuffledOrder(self.length, self.batch_size, self.seed, self.rank, self.world_size)
@@ -111,6 +121,8 @@ class ShardOrder:
     shard_size: int
     seed: int = 0
     world_size: int = 1
+
+    in_step: ClassVar[bool] = False
 
     def __len__(self) -> int:
         return len(self.batches(0))
