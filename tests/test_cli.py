@@ -197,6 +197,23 @@ def test_a_full_disk_leaves_nothing_behind(pipe, tmp_path, refused, monkeypatch)
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
 
 
+def test_a_full_disk_halfway_says_to_resume(pipe, tmp_path, refused, monkeypatch):
+    save, saved = Image.Image.save, []
+
+    def disk_full(self, path, *args, **kwargs):
+        if len(saved) == 1:
+            raise OSError(28, "No space left on device")
+        saved.append(path)
+        save(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "save", disk_full)
+    message = refused("sample", pipe, "--out", tmp_path / "samples", "--num", 2)
+    assert "No space left on device" in message
+    assert "go on with --resume" in message
+    assert "run the command again" not in message
+    assert (tmp_path / "samples.unfinished" / "000000.png").exists()
+
+
 def test_errors_are_one_message_unless_debugging(tmp_path, refused, monkeypatch):
     assert "there is no folder 'nowhere', and it is not a hub id" in refused(
         "sample", "nowhere", "--out", tmp_path / "x"

@@ -20,7 +20,7 @@ from vistok.processes import Processes
 from vistok.progress import track
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json
-from vistok.unfinished import discard, open_unfinished, publish, unfinished
+from vistok.unfinished import discard, how_to_go_on, open_unfinished, publish, unfinished
 
 GRID, NPZ, RECORD = "grid.png", "samples.npz", "samples.json"
 GRID_IMAGES = 64
@@ -90,9 +90,11 @@ def write_samples(
         processes.wait()
         if processes.is_first:
             _finish(files, record, columns=_columns(classes), npz=npz)
-    except BaseException:
+    except BaseException as error:
         if processes.count == 1 and not any(file.exists() for file in files):
             discard(out)
+        else:
+            error.add_note(how_to_go_on(out))
         raise
     if processes.is_first:
         publish(out)

@@ -62,6 +62,11 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
         )
 
 
+def how_to_go_on(target: Path) -> str:
+    """What an error says, as a note, that leaves an unfinished folder."""
+    return f"What is finished lies in {unfinished(target)}: once the cause is removed, go on with --resume."
+
+
 def discard(target: Path) -> None:
     """Remove what was collected."""
     shutil.rmtree(unfinished(target))

@@ -51,9 +51,11 @@ def _is_for_users(error: Exception) -> bool:
 
 
 def _message(error: Exception) -> str:
+    text, notes = str(error) or type(error).__name__, getattr(error, "__notes__", ())
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"{error}. Nothing was left half-written; free some space and run the command again."
-    return str(error) or type(error).__name__
+        advice = notes or ("Nothing was left half-written; free some space and run the command again.",)
+        return " ".join((f"{text}.", *advice))
+    return "\n".join((text, *notes))
 
 
 def _show_logs() -> None:
