@@ -136,3 +136,13 @@ def test_fsdp2_refuses_what_it_cannot_do(tmp_path):
     adaptive = tokenizer_config(tmp_path / "run", losses={"gan": GAN}, training={"parallel": "fsdp2"})
     with pytest.raises(ConfigError, match=r"balance=adaptive .* FSDP2"):
         train(adaptive)
+@pytest.mark.parametrize("option", ["--dry-run", "--profile"])
+def test_what_does_not_train_speaks_once_per_job(tmp_path, option):
+    save_config(config(tmp_path / "run"), tmp_path / "run.yaml")
+    command = [*TORCHRUN, "-m", "vistok", "train", str(tmp_path / "run.yaml"), option]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    what = "The first batch is in" if option == "--dry-run" else "the trace is in"
+    assert done.stdout.count(what) == 1
+
+

@@ -307,6 +307,10 @@ def test_divergence_names_step_files_and_checkpoint(tmp_path, monkeypatch):
     name = DigitsSource(split="train").name(seen[0])
     assert f"loss is nan in step 5, on {name}" in str(caught.value)
     assert "and 8 more" in str(caught.value)
+    assert f"all of them: {tmp_path / 'run' / 'diverged.json'}" in str(caught.value)
+    [report] = json.loads((tmp_path / "run" / "diverged.json").read_text())
+    assert (report["step"], report["name"], report["value"]) == (5, "loss", "nan")
+    assert report["samples"] == [DigitsSource(split="train").name(index) for index in seen]
     assert "step-0000003" in str(caught.value)
     assert saved_steps(tmp_path / "run") == ["step-0000003"]
 
@@ -328,6 +332,16 @@ def test_codebook_watch_waits_and_forgives():
     warned = {step: watch.update(step, usage) for step, usage in sorted(usages.items())}
     assert [step for step, text in warned.items() if text] == [900]
     assert "since step 400" in warned[900]
+
+
+def test_codebook_watch_goes_on_after_a_resume(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(CodebookWatch, "PATIENCE", 4)
+    monkeypatch.setattr(CodebookWatch, "SHARE", 1.1)
+    for steps in (4, 8, 12):  # it is due at step 5, and was given before step 12
+        with caplog.at_level("WARNING", logger="vistok"):
+            train(tokenizer_config(tmp_path / "run", training={"max_steps": steps}), resume=steps > 4)
+    assert caplog.text.count("the codebook is dying") == 1
+    assert "since step 1," in caplog.text
 
 
 def test_the_command_line_says_how_to_go_on(tmp_path, monkeypatch, capsys):

@@ -17,6 +17,7 @@ from vistok.data import TokenCacheError
 from vistok.hub import CheckpointError
 from vistok.tokenizers.vit_vqgan import ViTConfig, ViTVQGAN
 from vistok.train import TrainingDivergedError, train
+from vistok.train.checkpoints import Checkpoints
 from vistok.train.config import SchedulerConfig
 from vistok.train.monitor import read_metrics
 from vistok.train.optim import lr_factor
@@ -94,9 +95,23 @@ def test_existing_run_is_not_overwritten(tmp_path):
     assert (folder / "metrics.jsonl").read_text() == before
 
 
-def test_nothing_to_resume(tmp_path):
-    with pytest.raises(CheckpointError, match="nothing to resume"):
-        train(tokenizer_config(tmp_path / "run"), resume=True)
+def test_resume_without_a_checkpoint_begins_at_step_0(tmp_path, caplog):
+    config = tokenizer_config(tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vistok.train.loop.Trainer.optimise", _killed_at(2))
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    assert saved_steps(tmp_path / "run") == []
+    assert losses_of(train(config, resume=True)) == losses_of(train(tokenizer_config(tmp_path / "whole")))
+    assert "no checkpoint yet" in caplog.text
+
+
+def test_a_config_that_does_not_fit_leaves_the_run_as_it_was(tmp_path):
+    folder = train(tokenizer_config(tmp_path / "run", training={"max_steps": 3}))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match="another shape"):
+        train(tokenizer_config(folder, model={"codebook_size": 64}), resume=True)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(
@@ -169,6 +184,25 @@ def test_the_newest_checkpoints_and_the_best_stay(tmp_path):
         assert record == {"step": best, "metric": metric, "value": rows[best]}
 
 
+def test_by_default_the_best_has_the_highest_psnr_and_else_the_lowest_loss(tmp_path):
+    rows = [{"loss": 0.3, "psnr": 20.0}, {"loss": 0.2, "psnr": 19.0}]
+    tokenizers, generators = Checkpoints(tmp_path / "a", 1, None), Checkpoints(tmp_path / "b", 1, None)
+    for step, row in enumerate(rows, start=1):
+        tokenizers.save(step, {}, row)
+        generators.save(step, {}, {"loss": row["loss"]})
+    assert tokenizers.best() == {"step": 1, "metric": "psnr", "value": 20.0}
+    assert generators.best() == {"step": 2, "metric": "loss", "value": 0.2}
+
+
+def test_checkpoints_from_before_the_adversary_do_not_stay_the_best(tmp_path):
+    checkpoints = Checkpoints(tmp_path, 1, None, adversary_start=20)
+    best = []
+    for step, value in {10: 20.0, 20: 21.0, 30: 18.0, 40: 19.0, 50: 18.5}.items():
+        checkpoints.save(step, {}, {"psnr": value})
+        best.append(checkpoints.best()["step"])
+    assert best == [10, 20, 30, 40, 40]
+
+
 def test_a_best_metric_that_is_not_logged(tmp_path):
     with pytest.raises(ConfigError, match=r"best_metric: this run logs no 'psnrr'; did you mean 'psnr'"):
         train(tokenizer_config(tmp_path / "run", training={"best_metric": "psnrr"}))
@@ -218,6 +252,14 @@ def test_init_from(tmp_path):
     second = train(tokenizer_config(tmp_path / "second", init_from=str(first), optimizer={"lr": 0.0}))
     ours, theirs = (vistok.load(f / "tokenizer").state_dict() for f in (second, first))
     assert all(torch.allclose(ours[key], theirs[key], atol=1e-6) for key in theirs)
+    best = train(
+        tokenizer_config(
+            tmp_path / "best", init_from=str(first / "checkpoints" / "step-0000003"), optimizer={"lr": 0.0}
+        )
+    )
+    averaged = torch.load(first / "checkpoints" / "step-0000003" / "state.pt", weights_only=True)["average"]["model"]
+    ours = vistok.load(best / "tokenizer").state_dict()
+    assert all(torch.allclose(ours[key], averaged[key], atol=1e-6) for key in averaged)
     with pytest.raises(CheckpointError, match="another shape"):
         train(tokenizer_config(tmp_path / "third", init_from=str(first), model={"codebook_size": 16}))
     with pytest.raises(CheckpointError, match="no folder"):
@@ -227,8 +269,9 @@ def test_init_from(tmp_path):
 @pytest.mark.parametrize("name", ["constant", "cosine", "wsd"])
 def test_schedules(name):
     factor = lr_factor(SchedulerConfig(name, warmup_steps=10, final_factor=0.1), 100)
-    values = [factor(step) for step in range(101)]
+    values = [factor(step) for step in range(100)]
     assert 0 < values[0] < values[9] < 1
     assert values[10] == pytest.approx(1)
-    assert values[100] == pytest.approx(1 if name == "constant" else 0.1)
+    assert values[99] == (1 if name == "constant" else 0.1)  # the last step that is taken
+    assert lr_factor(SchedulerConfig(name), 1)(0) == 1
     assert all(a >= b for a, b in pairwise(values[10:]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from vistok.draws import Keys
 from vistok.nn.conv import ResBlock
 from vistok.tokenizers.base import Tokenizer
 from vistok.train import train
+from vistok.train.monitor import Console
 from vistok.train.parallel import checkpoint_activations
 from vistok.train.preview import preview
 
@@ -157,6 +159,24 @@ def test_wandb_offline(tmp_path, monkeypatch):
     folder = train(tokenizer_config(tmp_path / "run", training=training))
     assert list((folder / "wandb").rglob("*.wandb"))
     assert list((folder / "tensorboard").rglob("events*"))
+
+
+def test_a_resumed_run_goes_on_in_its_wandb_run(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for steps in (1, 2):
+        training = {"trackers": ["wandb"], "max_steps": steps}
+        folder = train(tokenizer_config(tmp_path / "run", training=training), resume=steps == 2)
+    ids = [path.stem.removeprefix("run-") for path in (folder / "wandb").rglob("run-*.wandb")]
+    assert ids == [(folder / "wandb.id").read_text()] * 2
+
+
+def test_the_console_line_has_speed_memory_and_time_left(capsys):
+    with Console("run", 100, 0, unit="images_per_second", device=torch.device("cpu"), quiet=False) as console:
+        console.report(10, {"loss": 0.5, "images_per_second": 1234.0})
+    printed = capsys.readouterr().out
+    assert re.fullmatch(r"step 10/100  loss 0\.5  1,234 images/s  \d+\.\d\d GiB  \d+ s left\n", printed), printed
 
 
 def test_no_tracker(tmp_path):

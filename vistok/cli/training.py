@@ -36,7 +36,9 @@ def train(
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Changes to it: data.root=photos/ optimizer.lr=2e-4"),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the run's newest checkpoint, if it has one.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what it would take, and show the first batch.")
     ] = False,
@@ -71,18 +73,25 @@ def _train(config: dict[str, Any], resume: bool) -> None:
     try:
         folder = run(config, resume=resume)
     except TrainingInterrupted as stop:
-        if os.environ.get("RANK", "0") == "0":
+        if _is_first_process():
             errors.print(escape(str(stop)))
         # A scheduler's SIGTERM was served; after Ctrl-C a shell must not go on to its next command.
         raise typer.Exit(0 if stop.signal == signal.SIGTERM else 130) from stop
-    if os.environ.get("RANK", "0") == "0":
+    if _is_first_process():
         output.print(f"The run is in {escape(str(folder))}")
+
+
+def _is_first_process() -> bool:
+    """Of those that a launcher started, which all do the work, but speak with one voice."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _dry_run(config: dict[str, Any]) -> None:
     from vistok.train.preview import preview
 
     found = preview(config)
+    if not _is_first_process():
+        return
     table = Table("dry run", "", box=SIMPLE, show_header=False)
     for name, count in found.parameters.items():
         table.add_row(f"parameters of the {name}", f"{count:,}")
@@ -100,6 +109,8 @@ def _profile(config: dict[str, Any]) -> None:
     from vistok.train.profile import profile
 
     found = profile(config)
+    if not _is_first_process():
+        return
     table = Table("per step", "ms", "share", box=SIMPLE)
     for phase, seconds in found.seconds.items():
         table.add_row(phase, f"{1000 * seconds:.1f}", f"{seconds / found.step_seconds:.0%}")

@@ -30,11 +30,15 @@ class Checkpoints:
     Args:
         folder: where they lie.
         keep: how many of the newest stay.
-        best_metric: by which metric the best is chosen: the highest psnr, the lowest loss.
+        best_metric: by which metric the best is chosen: the highest psnr, the lowest loss. None takes psnr where it is
+            logged, else loss.
+        adversary_start: the step after which an adversary takes part. Its game is another objective: reconstructions
+            may get worse by every metric, so checkpoints of before are not compared with those of after.
     """
 
-    def __init__(self, folder: Path, keep: int, best_metric: str):
-        self.folder, self.keep, self.metric = folder, keep, best_metric
+    def __init__(self, folder: Path, keep: int, best_metric: str | None, *, adversary_start: int = 0):
+        self.folder, self.keep, self._best_metric = folder, keep, best_metric
+        self._adversary_start = adversary_start
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, oldest first."""
@@ -56,10 +60,14 @@ class Checkpoints:
 
     def check_metric(self, row: Mapping[str, float]) -> None:
         """Raise ConfigError unless the log rows have ``best_metric``."""
-        if self.metric not in row:
-            near = nearest(self.metric, tuple(row))
+        metric = self._metric(row)
+        if metric not in row:
+            near = nearest(metric, tuple(row))
             hint = f"; did you mean {near!r}?" if near else ""
-            raise ConfigError(f"training.best_metric: this run logs no {self.metric!r}{hint} It logs {', '.join(row)}.")
+            raise ConfigError(f"training.best_metric: this run logs no {metric!r}{hint} It logs {', '.join(row)}.")
+
+    def _metric(self, row: Mapping[str, float]) -> str:
+        return self._best_metric or ("psnr" if "psnr" in row else "loss")
 
     def save(self, step: int, state: Mapping[str, Any], row: Mapping[str, float] | None) -> Path:
         """Write the state of ``step`` (after that many optimisation steps), then remove what need not stay.
@@ -75,7 +83,7 @@ class Checkpoints:
             with atomic_folder(path, replace=True) as temporary:
                 torch.save({"step": step, **state}, temporary / STATE)
             if row is not None:
-                self._judge(step, row[self.metric])
+                self._judge(step, row)
         except (OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not _is_of_torch_writer(error):
                 raise
@@ -86,10 +94,12 @@ class Checkpoints:
             shutil.rmtree(self.path(old))
         return path
 
-    def _judge(self, step: int, value: float) -> None:
-        best, sign = self.best(), 1 if self.metric in HIGHER_IS_BETTER else -1
-        if best is None or best["metric"] != self.metric or sign * value > sign * best["value"]:
-            write_json(self.folder / BEST, {"step": step, "metric": self.metric, "value": value})
+    def _judge(self, step: int, row: Mapping[str, float]) -> None:
+        best, metric, start = self.best(), self._metric(row), self._adversary_start
+        sign = 1 if metric in HIGHER_IS_BETTER else -1
+        comparable = best is not None and best["metric"] == metric and (best["step"] > start) == (step > start)
+        if not comparable or sign * row[metric] > sign * best["value"]:
+            write_json(self.folder / BEST, {"step": step, "metric": metric, "value": row[metric]})
 
     @contextmanager
     def disk_errors(self, what: str) -> Iterator[None]:
@@ -104,16 +114,10 @@ class Checkpoints:
         where = f"below {self.folder.parent}: {error}; {self.last_good()}"
         return CheckpointError(f"{what} could not be written {where}. {advice}")
 
-    def load(self, step: int | None = None) -> dict[str, Any]:
-        """Read the state of ``step``, by default the newest.
-
-        Raises:
-            CheckpointError: there is none.
-        """
+    def load(self) -> dict[str, Any] | None:
+        """The newest state; None if there is none yet."""
         steps = self.steps()
-        if not steps:
-            raise CheckpointError(f"nothing to resume: {self.folder} has no checkpoint; start without --resume")
-        return read_weights(self.path(steps[-1] if step is None else step) / STATE)
+        return read_weights(self.path(steps[-1]) / STATE) if steps else None
 
 
 def _is_of_torch_writer(error: Exception) -> bool:
@@ -135,7 +139,9 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def start_from(model: Model, source: Path, stage: str) -> None:
-    """Load the weights of a run or model folder into ``model``, for fine-tuning.
+    """Load the weights of a run, model or checkpoint folder into ``model``, for fine-tuning.
+
+    Of a checkpoint those count that would be exported: the averaged ones, if there are any.
 
     Raises:
         CheckpointError: nothing there, or weights of another shape.
@@ -143,4 +149,9 @@ def start_from(model: Model, source: Path, stage: str) -> None:
     folder = source / stage if (source / stage).is_dir() else source
     if not folder.exists():
         raise CheckpointError(f"init_from: there is no folder {source}")
-    load_strictly(model, read_weights(folder / WEIGHTS), source=f"init_from {folder}")
+    if (folder / STATE).exists():
+        state = read_weights(folder / STATE)
+        weights = (state["average"] or state)["model"]
+    else:
+        weights = read_weights(folder / WEIGHTS)
+    load_strictly(model, weights, source=f"init_from {folder}")

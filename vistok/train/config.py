@@ -62,7 +62,8 @@ class TrainingConfig:
             optimizer spread over all (fsdp2). ``accelerate launch --use_fsdp`` means fsdp2, too.
         log_every, image_every, save_every: when metrics, pictures and checkpoints are written.
         keep_checkpoints: how many of the newest checkpoints stay.
-        best_metric: the checkpoint that is best by this metric (its mean over a log window) stays, too.
+        best_metric: the checkpoint that is best by this metric (its mean over a log window) stays, too; by default
+            psnr where it is logged, else loss. Those from before an adversary takes part do not count once it does.
         trackers: who gets the metrics, besides metrics.jsonl.
     """
 
@@ -79,7 +80,7 @@ class TrainingConfig:
     image_every: int = 500
     save_every: int = 1000
     keep_checkpoints: int = 2
-    best_metric: str = "loss"
+    best_metric: str | None = None
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
@@ -131,7 +132,7 @@ class RunConfig:
         tokens: token cache folder (generators).
         sampling: default sampling options, saved with the pipeline and used for its pictures (generators).
         seed: of initial weights, order, augmentation and every draw.
-        init_from: a run or model folder whose weights training starts from.
+        init_from: a run, model or checkpoint folder whose weights training starts from.
     """
 
     stage: Literal["tokenizer", "generator"]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+import secrets
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import torch
 
 from vistok._version import __version__
 from vistok.config import ConfigError
+from vistok.files import atomic_file
 from vistok.train.config import RunConfig
 
 
@@ -39,9 +42,23 @@ def open_accelerator(run: RunConfig, folder: Path):
     )
 
 
-def start_trackers(accelerator, folder: Path) -> None:
-    """TensorBoard's events go into the run folder; W&B's run takes its name, and its offline files too."""
-    accelerator.init_trackers("vistok", init_kwargs={"wandb": {"name": folder.name, "dir": str(folder)}})
+def start_trackers(accelerator, folder: Path, trackers: Sequence[str]) -> None:
+    """TensorBoard's events go into the run folder; W&B's run takes its name, and its offline files too.
+
+    A resumed run goes on in the same W&B run.
+    """
+    options = {}
+    if "wandb" in trackers and accelerator.is_main_process:
+        options = {"name": folder.name, "dir": str(folder), "id": _wandb_id(folder / "wandb.id"), "resume": "allow"}
+    accelerator.init_trackers("vistok", init_kwargs={"wandb": options})
+
+
+def _wandb_id(path: Path) -> str:
+    """The id in that file; a new one the first time."""
+    if not path.exists():
+        with atomic_file(path) as temporary:
+            temporary.write_text(secrets.token_hex(8))
+    return path.read_text()
 
 
 def environment() -> dict[str, Any]:

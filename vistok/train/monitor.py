@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, distributed
 
@@ -92,6 +93,13 @@ class CodebookWatch:
         self._low_since: int | None = None
         self._warned = False
 
+    def state_dict(self) -> dict[str, Any]:
+        """Since when usage is low, and whether that was said, so that a resumed run neither forgets nor repeats it."""
+        return {"low_since": self._low_since, "warned": self._warned}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._low_since, self._warned = state["low_since"], state["warned"]
+
     def update(self, step: int, usage: float) -> str | None:
         """Look at the usage of a window that ends with ``step``; the warning, the one time that it is due."""
         if usage >= self.SHARE * self.possible:
@@ -134,14 +142,22 @@ def read_metrics(path: str | Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in whole]
 
 
-class Console:
-    """Loss, speed and time left: a progress bar on a terminal, plain lines elsewhere, nothing on other processes."""
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: of a GPU, the most that torch has reserved so far; elsewhere, what this process has in memory now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return psutil.Process().memory_info().rss
 
-    def __init__(self, title: str, max_steps: int, step: int, *, unit: str, quiet: bool):
+
+class Console:
+    """Loss, speed, memory and time left: a progress bar on a terminal, plain lines elsewhere, nothing on other
+    processes."""
+
+    def __init__(self, title: str, max_steps: int, step: int, *, unit: str, device: torch.device, quiet: bool):
         from rich.console import Console as RichConsole
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self._unit, self._quiet, self._max_steps = unit, quiet, max_steps
+        self._unit, self._device, self._quiet, self._max_steps = unit, device, quiet, max_steps
         self._console = RichConsole()
         columns = (
             TextColumn("{task.description}"),
@@ -168,7 +184,8 @@ class Console:
             self._progress.update(self._task, completed=step)
 
     def report(self, step: int, row: dict[str, float]) -> None:
-        note = f"loss {row['loss']:.4g}  {row[self._unit]:,.0f} {self._unit.replace('_per_second', '/s')}"
+        speed = f"{row[self._unit]:,.0f} {self._unit.replace('_per_second', '/s')}"
+        note = f"loss {row['loss']:.4g}  {speed}  {memory_in_use(self._device) / 2**30:.2f} GiB"
         if self._live:
             self._progress.update(self._task, completed=step, note=note)
         elif not self._quiet:

@@ -25,14 +25,15 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig,
 
 
 def lr_factor(config: SchedulerConfig, max_steps: int) -> Callable[[int], float]:
-    """The factor on the learning rate at each step 0 .. max_steps - 1."""
+    """The factor on the learning rate at each step 0 .. max_steps - 1; the last one's is ``final_factor``."""
+    last = max_steps - 1
 
     def shape(step: int) -> float:
-        progress = (step - config.warmup_steps) / max(max_steps - config.warmup_steps, 1)
+        progress = (step - config.warmup_steps) / max(last - config.warmup_steps, 1)
         if config.name == "cosine":
             return config.final_factor + (1 - config.final_factor) * 0.5 * (1 + math.cos(math.pi * progress))
         if config.name == "wsd":
-            tail = min((1 - step / max_steps) / config.decay_share, 1.0)
+            tail = min((1 - step / max(last, 1)) / config.decay_share, 1.0)
             return config.final_factor + (1 - config.final_factor) * tail
         return 1.0
 

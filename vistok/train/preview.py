@@ -60,7 +60,8 @@ def preview(config: Mapping[str, Any]) -> Preview:
     accelerator, stage = prepare(run, Path(run.output_dir))
     batch = next(iter(stage.loader))
     picture = Path(f"{run.output_dir}.first-batch.png")
-    save_png(first_batch(stage, batch), picture)
+    if accelerator.is_main_process:
+        save_png(first_batch(stage, batch), picture)
     steps = run.training.max_steps
     batch_size = len(batch.indices) * accelerator.num_processes * run.training.gradient_accumulation_steps
     samples = len(stage.loader.reader)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vistok.files import atomic_file
-from vistok.train.checkpoints import Checkpoints
 from vistok.train.config import RunConfig
 from vistok.train.loop import Trainer, prepare
 from vistok.train.stages import forever
@@ -52,8 +51,7 @@ def profile(config: Mapping[str, Any]) -> Profile:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         accelerator, stage = prepare(run, folder)
-        checkpoints = Checkpoints(folder, 1, run.training.best_metric)
-        trainer = Trainer(run, stage, accelerator, checkpoints, folder, None)
+        trainer = Trainer(run, stage, accelerator, folder)
         batches = forever(stage.loader)
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
         units = 0

@@ -45,6 +45,7 @@ class Stage(ABC):
         objective: modules that the loss needs (LPIPS), for the loop to move to the device; or None.
         adversary: the second player of a GAN, or None.
         usage: which codes a tokenizer chose since the last log row, or None.
+        watch: notices a dying codebook, or None.
         unit: what throughput counts.
     """
 
@@ -53,6 +54,7 @@ class Stage(ABC):
     objective: nn.Module | None = None
     adversary: Adversary | None = None
     usage: CodeUsage | None = None
+    watch: CodebookWatch | None = None
     unit: str
 
     @abstractmethod

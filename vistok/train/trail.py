@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 SHOWN = 8
-"""Samples of a batch that a message names."""
+"""Samples of a batch that a message names; the report of a run that diverged has all."""
 
 
 @dataclass(frozen=True)
@@ -18,20 +18,18 @@ class Culprit:
 
     Attributes:
         step: the optimisation step, counted from 1.
-        name, value: which number, and what it was.
-        indices: the samples of this process's batches in that step.
+        name, value: which number, and what it was: "nan", "inf" or "-inf".
+        samples: names of the samples of this process's batches in that step.
     """
 
     step: int
     name: str
-    value: float
-    indices: tuple[int, ...]
+    value: str
+    samples: tuple[str, ...]
 
-    def describe(self, sample_name: Callable[[int], str]) -> str:
-        """One line; ``sample_name`` says what lies at an index."""
-        names = ", ".join(sample_name(index) for index in self.indices[:SHOWN])
-        more = f" and {len(self.indices) - SHOWN} more" if len(self.indices) > SHOWN else ""
-        return f"{self.name} is {self.value} in step {self.step}, on {names}{more}"
+    def __str__(self) -> str:
+        more = f" and {len(self.samples) - SHOWN} more" if len(self.samples) > SHOWN else ""
+        return f"{self.name} is {self.value} in step {self.step}, on {', '.join(self.samples[:SHOWN])}{more}"
 
 
 class Trail:
@@ -49,8 +47,12 @@ class Trail:
         self._values.append(value.detach().float())
         self._origins.append((step, name))
 
-    def check(self) -> Culprit | None:
-        """The first number that is not finite, and a new window; waits for the device once."""
+    def check(self, sample_name: Callable[[int], str]) -> Culprit | None:
+        """The first number that is not finite, and a new window; waits for the device once.
+
+        Args:
+            sample_name: says what lies at an index.
+        """
         values, origins, indices = self._values, self._origins, self._indices
         self._values, self._origins, self._indices = [], [], {}
         numbers = torch.stack(values) if values else torch.empty(0)
@@ -59,14 +61,11 @@ class Trail:
             return None
         first = int(bad[0])
         step, name = origins[first]
-        samples = torch.cat(indices[step]).tolist()
-        return Culprit(step, name, float(numbers[first]), tuple(samples))
+        samples = tuple(sample_name(index) for index in torch.cat(indices[step]).tolist())
+        return Culprit(step, name, str(float(numbers[first])), samples)
 
 
-def first_of(culprits: Sequence[tuple[int, str] | None]) -> str | None:
-    """Of (step, description) from every process, the descriptions of the earliest step; None if all is well."""
+def earliest(culprits: Sequence[Culprit | None]) -> list[Culprit]:
+    """Of the culprits of all processes those of the earliest step."""
     found = [culprit for culprit in culprits if culprit is not None]
-    if not found:
-        return None
-    earliest = min(step for step, _ in found)
-    return "; ".join(text for step, text in found if step == earliest)
+    return [culprit for culprit in found if culprit.step == min(other.step for other in found)]
