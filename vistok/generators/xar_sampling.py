@@ -109,11 +109,13 @@ class XARSession:
         Raises:
             ValueError: num_tokens does not end with an entity.
         """
-        for entity in range(self.entity, self._stop(num_tokens)):
+        entities = range(self.entity, self._stop(num_tokens))
+        # All before the first step: a copy to a device waits for what it is computing.
+        raster = [self.layout.raster_positions(entity).to(self._sequence.device) for entity in entities]
+        for entity, positions in zip(entities, raster):
             here = slice(self.layout.bounds[entity], self.layout.bounds[entity + 1])
             self._sequence[:, here] = self._solve(entity, here).to(self._sequence)
             self.entity = entity + 1
-            positions = self.layout.raster_positions(entity).to(self._sequence.device)
             if len(positions):
                 shape = (len(self._sequence), len(positions))
                 valid = torch.ones(shape, dtype=torch.bool, device=positions.device)
