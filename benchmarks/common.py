@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -28,6 +29,17 @@ def load_instrument(path: Path):
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
+
+
+def use_threads(count: int) -> None:
+    """Go on with ``count`` threads of the processor; the script starts anew where it has another number.
+
+    ``torch.set_num_threads`` would not do: it also takes from MKL the freedom to use one thread inside a parallel
+    region, and attention in bfloat16 then opens a team of threads for every head, which takes longer than attending.
+    """
+    if os.environ.get("OMP_NUM_THREADS") != str(count):
+        os.environ["OMP_NUM_THREADS"] = str(count)
+        os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
 def say(text: str) -> None:

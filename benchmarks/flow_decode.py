@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from common import finish, say
+from common import finish, say, use_threads
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    use_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
     size, steps = arguments.size or ("d18" if on_gpu else "tiny"), arguments.steps or (20 if on_gpu else 3)

@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import finish, say
+from common import finish, say, use_threads
 
 LAYOUTS = {
     "token": "{entity: token}",
@@ -35,11 +35,10 @@ SHORT = [*QUIET, "training.batch_size=64", "training.ema_decay=0.99"]  # smaller
 
 def main() -> None:
     arguments = parse_arguments()
-    import torch
 
     from vistok.quickstart.scores import fit_classifier, load_digits
 
-    torch.set_num_threads(arguments.threads)
+    use_threads(arguments.threads)
     out = Path(arguments.out or tempfile.mkdtemp(prefix="vistok-next-x-"))
     tokens = tokenize(tokenizer_run(arguments, out), out / "tokens")
     real = load_digits("train")

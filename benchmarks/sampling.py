@@ -8,9 +8,11 @@ with 8 rows, in PyTorch's layout, plus bare scaled dot-product attention over th
 packs the weights first (which takes as long as a few steps, and is not in these times), so it can go below that floor;
 streams do not, and are the figures with "stream".
 
-A step grows linearly with the cache. So the mean over a sequence is the mean over a few evenly spaced positions, and
-only those are measured: the cache is filled with random keys and values, and rewound. Reported are medians over the
-repeats. Recomputing the whole prefix for each token, which needs no cache, is measured once per position.
+A step grows linearly with the cache. So the mean over a sequence is the mean over a few evenly spaced stretches of it,
+and only those are measured: the cache is filled with random keys and values, and rewound. A stretch is some steps one
+after another, as sampling does them: the first find the processor's caches full of what was measured before, and are
+not timed. Reported are medians over the steps and the repeats. Recomputing the whole prefix for each token, which needs
+no cache, is measured once per position.
 
 At the end xAR and MAR sample continuous tokens, see ``sampling_continuous.py``.
 """
@@ -27,7 +29,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
-from common import finish, say
+from common import finish, say, use_threads
 from sampling_continuous import compare_all
 from torch import nn
 from torch.nn import functional as F
@@ -39,6 +41,7 @@ from vistok.nn.packed import packed_linears
 from vistok.types import Condition, TokenSpec
 
 BATCH, CODES = 4, 16384
+UNTIMED, TIMED = 4, 8  # steps of a stretch
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -107,8 +110,15 @@ def seconds(work: Callable[[int], None], position: int) -> float:
     return time.perf_counter() - start
 
 
+def stretch(work: Callable[[int], None], position: int) -> list[float]:
+    """Seconds of each of the steps at ``position`` and after it."""
+    for ahead in range(UNTIMED, 0, -1):
+        work(position - ahead)
+    return [seconds(work, position + i) for i in range(TIMED)]
+
+
 def measure(settings: dict[str, Setting], where: Sequence[int], repeats: int) -> dict[str, float]:
-    """Milliseconds of a step and of its floor, "fp32", "fp32_floor", ...: everything in turn, medians over repeats."""
+    """Milliseconds of a step and of its floor, "fp32", "fp32_floor", ...: everything in turn, medians."""
     works = {}
     for name, setting in settings.items():
         works |= {name: setting.step, f"{name}_floor": setting.floor}
@@ -118,7 +128,7 @@ def measure(settings: dict[str, Setting], where: Sequence[int], repeats: int) ->
     for _ in range(repeats):
         for position in where:
             for name, work in works.items():
-                measured[name][position].append(seconds(work, position))
+                measured[name][position] += stretch(work, position)
     return {
         name: 1e3 * statistics.fmean(statistics.median(times) for times in by_position.values())
         for name, by_position in measured.items()
@@ -133,7 +143,7 @@ def peak_memory_mb() -> float:
 
 def main() -> None:
     arguments = parse_arguments()
-    torch.set_num_threads(arguments.threads)
+    use_threads(arguments.threads)
     options = DecodingOptions(guidance_scale=2.0, top_k=arguments.top_k)
     ratios, figures = {}, {"threads": arguments.threads, "batch": BATCH, "top_k": arguments.top_k}
     for length in (256, 1024):
@@ -173,8 +183,8 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=20, help="measurements per position")
-    parser.add_argument("--positions", type=int, default=4, help="positions measured, of each length")
+    parser.add_argument("--repeats", type=int, default=5, help="measurements of each stretch")
+    parser.add_argument("--positions", type=int, default=4, help="stretches measured, of each length")
     parser.add_argument("--top-k", type=int, default=0, help="truncation of the distribution; 0 is off")
     return parser.parse_args()
 

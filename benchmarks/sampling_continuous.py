@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from common import finish, say
+from common import finish, say, use_threads
 from torch import Tensor, nn
 
 from vistok.draws import Draws, Keys
@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    use_threads(arguments.threads)
     ratios, figures = compare_all(arguments.repeats)
     finish("sampling_continuous", ratios, {"threads": arguments.threads, "batch": BATCH} | figures)
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from common import finish, say
+from common import finish, say, use_threads
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     arguments = parser.parse_args()
     if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+        use_threads(arguments.threads)
     device, dtype = arguments.device, DTYPES[arguments.dtype]
     torch.manual_seed(0)
     workload = WORKLOADS[arguments.model](arguments.batch_size, device)

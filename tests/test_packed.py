@@ -11,6 +11,7 @@ from torch import nn
 
 from vistok.draws import Keys
 from vistok.generators.sampling import DecodingOptions
+from vistok.nn.mlp import SwiGLU
 from vistok.nn.packed import _packable_dtypes, packed_linears
 from vistok.types import Condition
 
@@ -34,6 +35,17 @@ def test_products_are_those_of_plain_layers(dtype, bias, shape):
     with torch.inference_mode(), packed_linears(layer, 8):
         assert packed(layer)
         torch.testing.assert_close(layer(x), expected, rtol=DTYPES[dtype], atol=DTYPES[dtype])
+
+
+def test_a_gated_feed_forward_is_two_products_and_computes_the_same():
+    torch.manual_seed(0)
+    mlp, x = SwiGLU(32, 96, dropout=0.5), torch.randn(8, 1, 32)
+    expected = mlp.eval()(x)
+    with torch.inference_mode(), packed_linears(mlp, 8):
+        assert packed(mlp) == ([mlp, mlp.down] if _packable_dtypes() else [])
+        torch.testing.assert_close(mlp(x), expected, rtol=1e-5, atol=1e-5)
+    with packed_linears(mlp.train(), 8):  # dropout is left alone
+        assert mlp not in packed(mlp)
 
 
 def test_the_model_is_left_as_it_was():
