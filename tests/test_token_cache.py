@@ -13,7 +13,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vistok.data import Loader, SequentialOrder, TokenBatches, TokenCache, TokenCacheError, TokenWriter, token_loader
+from vistok.data import (
+    Loader,
+    SequentialOrder,
+    TokenBatches,
+    TokenCache,
+    TokenCacheError,
+    TokenMixture,
+    TokenWriter,
+    token_loader,
+)
 from vistok.data.tokens import sample_shape, token_dtype
 from vistok.types import TokenSpec
 
@@ -30,8 +39,8 @@ def random_tokens(spec: TokenSpec, count: int, views: int) -> torch.Tensor:
 
 def write_cache(folder: Path, spec: TokenSpec = SPEC, count: int = 23, views: int = 2, **options) -> torch.Tensor:
     tokens = random_tokens(spec, count, views)
-    options = {"shard_size": 10, "classes": ("ant", "cat"), **options}
-    with TokenWriter(folder, asdict(spec), "abc", views=views, source_fingerprint="def", **options) as writer:
+    options = {"shard_size": 10, "classes": ("ant", "cat"), "source_fingerprint": "def", **options}
+    with TokenWriter(folder, asdict(spec), "abc", views=views, **options) as writer:
         for part, labels in zip(tokens.split(7), (torch.arange(count) % 2).split(7)):
             writer.write(part, labels)
     return tokens
@@ -189,19 +198,26 @@ def test_pickling_hands_on_the_folder_not_the_data(cache_folder: Path):
     assert torch.equal(pickle.loads(pickled).batch([3], [1])[0], cache.batch([3], [1])[0])
 
 
-def test_loader_is_the_same_for_any_workers_and_resumes(cache_folder: Path):
+@pytest.mark.parametrize("mixed", [False, True])
+def test_loader_is_the_same_for_any_workers_and_resumes(cache_folder: Path, tmp_path: Path, mixed: bool):
+    cache = TokenCache(cache_folder)
+    if mixed:
+        write_cache(tmp_path / "other", views=3)
+        cache = TokenMixture([cache, TokenCache(tmp_path / "other")], (1, 2))
+
     def drain(num_workers: int, state: dict | None = None, epochs: int = 2) -> list:
-        loader = token_loader(TokenCache(cache_folder), 4, seed=3, num_workers=num_workers)
+        loader = token_loader(cache, 4, seed=3, num_workers=num_workers)
         if state is not None:
             loader.load_state_dict(state)
         return [batch for _ in range(epochs) for batch in loader]
 
     expected = drain(0)
-    half = token_loader(TokenCache(cache_folder), 4, seed=3)
+    half = token_loader(cache, 4, seed=3)
     running = iter(half)
     begun = [next(running) for _ in range(2)]
     assert_same(drain(2), expected)
     assert_same(begun + drain(1, half.state_dict()), expected)
+    assert all(batch.labels.tolist() == (batch.indices % 2).tolist() for batch in expected)
 
 
 def test_every_view_is_drawn_and_changes_with_the_epoch(tmp_path: Path):
@@ -215,6 +231,56 @@ def test_every_view_is_drawn_and_changes_with_the_epoch(tmp_path: Path):
         drawn.append(matches.int().argmax(1))
     assert set(drawn[0].tolist()) == {0, 1, 2}
     assert not torch.equal(*drawn)
+
+
+def drawn(tokens: torch.Tensor, reader: TokenBatches, epoch: int) -> torch.Tensor:
+    """(N,) which of the views (N, V, L) of each sample an epoch reads."""
+    batch, _ = reader.load(np.arange(len(reader)), epoch)
+    return (batch.tokens[:, None] == tokens).all(-1).int().argmax(1)
+
+
+def test_a_mixture_draws_from_each_cache_as_often_as_its_weight_says(tmp_path: Path):
+    tokens = [write_cache(tmp_path / name, count=600, views=views) for name, views in (("a", 2), ("b", 3))]
+    caches = [TokenCache(tmp_path / name) for name in "ab"]
+    views = torch.cat(tokens, 1)
+    for weights, share in ((None, 0.5), ((3, 1), 0.75)):
+        counts = np.zeros(5)
+        for epoch in range(4):
+            reader = TokenBatches(TokenMixture(caches, weights), seed=5)
+            counts += np.bincount(drawn(views, reader, epoch), minlength=5)
+        expected = 2400 * np.array([share / 2] * 2 + [(1 - share) / 3] * 3)
+        assert ((counts - expected) ** 2 / expected).sum() < 18.5  # chi-squared, 4 degrees of freedom: 1 in 1,000
+
+
+def test_a_mixture_of_one_is_that_cache(tmp_path: Path):
+    tokens = write_cache(tmp_path / "a", count=200, views=10)
+    cache = TokenCache(tmp_path / "a")
+    for epoch in range(3):
+        views = [drawn(tokens, TokenBatches(one, seed=1), epoch) for one in (cache, TokenMixture([cache]))]
+        assert torch.equal(*views)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"count": 22}, "their images differ"),
+        ({"source_fingerprint": "xyz"}, "their images differ"),
+        ({"classes": ("bee", "cow")}, "their images differ"),
+        ({"spec": TokenSpec(length=5, codebook_size=100, dim=4)}, "their shape of tokens differ"),
+    ],
+)
+def test_caches_that_do_not_belong_together_are_not_mixed(tmp_path: Path, changes: dict, message: str):
+    write_cache(tmp_path / "a")
+    write_cache(tmp_path / "b", **changes)
+    with pytest.raises(TokenCacheError, match=rf"b cannot be mixed with .*a: {message}"):
+        TokenMixture([TokenCache(tmp_path / "a"), TokenCache(tmp_path / "b")])
+
+
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, 0.0), (1.0, float("nan")), (1, 2, 3)])
+def test_weights_are_one_positive_number_per_cache(cache_folder: Path, weights: tuple):
+    cache = TokenCache(cache_folder)
+    with pytest.raises(ValueError, match="2 token caches need as many token_weights above 0"):
+        TokenMixture([cache, cache], weights)
 
 
 def test_index_tells_what_made_the_cache(cache_folder: Path):

@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_runs import generator_config
 
 import vistok
+from vistok.config import ConfigError
 from vistok.data import (
     Affine,
     DataConfig,
@@ -31,6 +33,8 @@ from vistok.data.transforms import center_crop_adm, ten_crop, to_pixels
 from vistok.processes import Processes
 from vistok.tokenizers.llamagen_vq import LlamaGenVQ
 from vistok.tokenizers.vit_vqgan import ViTVQGAN
+from vistok.train.config import RunConfig
+from vistok.train.stages import GeneratorStage
 from vistok.train.tokenize import tokenize
 from vistok.unfinished import ResumeError
 
@@ -97,15 +101,31 @@ def test_flip_stores_the_mirror_image_second(data, tmp_path):
     assert torch.equal(stored(cache, 1), tokenizer.encode(pixels.flip(-1)))
 
 
-def test_ten_crop_cuts_from_images_a_tenth_larger(data, tmp_path):
+@pytest.mark.parametrize(("augmentation", "size"), [("ten_crop", 17), ("ten_crop:1.1", 17), ("ten_crop:1.3", 20)])
+def test_ten_crop_cuts_from_larger_images(data, tmp_path, augmentation, size):
     tokenizer = tiny_tokenizer()
-    cache = tokenize(tokenizer, data, tmp_path / "tokens", augmentation="ten_crop")
+    cache = tokenize(tokenizer, data, tmp_path / "tokens", augmentation=augmentation)
     source = open_source(data)
-    larger = np.stack([np.asarray(center_crop_adm(source[i][0], 17)) for i in range(len(source))])
+    larger = np.stack([np.asarray(center_crop_adm(source[i][0], size)) for i in range(len(source))])
     crops = ten_crop(to_pixels(larger), 16)  # (N, 10, C, H, W)
     assert cache.views == 10
     for view in range(10):
         assert torch.equal(stored(cache, view), tokenizer.encode(crops[:, view]))
+
+
+def test_a_generator_stage_reads_crops_of_two_sizes(data, tmp_path):
+    caches = [tokenize(tiny_tokenizer(), data, tmp_path / m, augmentation=f"ten_crop:{m}") for m in ("1.1", "1.3")]
+    config = generator_config(tmp_path / "run", "", training={"batch_size": 10})
+    config |= {"tokens": [str(cache.folder) for cache in caches], "token_weights": [1, 3]}
+    stage = GeneratorStage(RunConfig.parse(config), 0, 1)
+    (batch,) = stage.loader
+    views = [cache.batch(batch.indices, [view] * 10)[0] for cache in caches for view in range(10)]
+    found = torch.stack([(view == batch.tokens).all(-1) for view in views])  # (20, B)
+    assert found.any(0).all()
+    assert found[:10].any()
+    assert found[10:].any()
+    with pytest.raises(ConfigError, match="stage generator needs 'tokens'"):
+        RunConfig.parse({**config, "tokens": []})
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_workers": 2}, {"cache": "memory"}, {"batch_size": 10}])
@@ -163,6 +183,10 @@ def test_another_size_of_a_convolutional_tokenizer(data, tmp_path):
         ({"image_size": 32}, "none", r"data\.image_size is 32, .*built for 16x16: set data\.image_size=16"),
         ({"channels": 1}, "none", r"reads 3 channels; set data\.channels=3, not 1"),
         ({}, "tencrop", r"unknown augmentation 'tencrop'; did you mean 'ten_crop'\? Known: none, flip"),
+        ({}, "ten_crop:", "must grow by a factor above 1, for example ten_crop:1.05"),
+        ({}, "ten_crop:1", "must grow by a factor above 1"),
+        ({}, "ten_crop:inf", "must grow by a factor above 1"),
+        ({}, "ten_crop:1.05", "a margin of 1.05 adds no pixel to 16"),
         ({}, "random", "random needs a number of views"),
         ({}, "random:0", "random needs a number of views"),
         ({}, "random:4", r"would store 4 equal views: set data\.flip=true"),

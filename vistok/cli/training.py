@@ -131,7 +131,7 @@ def tokenize(
         str,
         typer.Option(
             help="Views stored of each image: none, only itself; flip, also its mirror image; ten_crop, LlamaGen's "
-            "crops of it; or random:K, K of those that training would see."
+            "crops of it at 1.1 times the size, or ten_crop:1.05; or random:K, K of those that training would see."
         ),
     ] = "none",
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,

@@ -14,7 +14,7 @@ from vistok.data.opening import open_source
 from vistok.data.order import ResampledOrder, SequentialOrder, ShuffledOrder
 from vistok.data.sources import ImageSource, UnreadableImageError
 from vistok.data.token_writer import TokenWriter
-from vistok.data.tokens import TokenBatch, TokenBatches, TokenCache, TokenCacheError, token_loader
+from vistok.data.tokens import TokenBatch, TokenBatches, TokenCache, TokenCacheError, TokenMixture, token_loader
 from vistok.data.transforms import ImageTransform, center_crop_adm, ten_crop, to_pixels
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "TokenBatches",
     "TokenCache",
     "TokenCacheError",
+    "TokenMixture",
     "TokenWriter",
     "UnreadableImageError",
     "augmented_view_loader",

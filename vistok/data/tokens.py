@@ -15,6 +15,7 @@ Ids are uint16 where the codebook allows, else int32; latents and moments are fl
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -87,6 +88,11 @@ class TokenCache:
         """(N,) int64, of all samples."""
         return torch.from_numpy(self._labels)
 
+    @property
+    def view_shares(self) -> np.ndarray:
+        """(views,) float64, how often each view is to be drawn: all alike."""
+        return np.full(self.views, 1 / self.views)
+
     def batch(self, indices: np.ndarray | Sequence[int], views: np.ndarray | Sequence[int]) -> tuple[Tensor, Tensor]:
         """Read one view of each sample.
 
@@ -101,9 +107,8 @@ class TokenCache:
             IndexError: an index or a view that the cache lacks.
         """
         indices, views = np.asarray(indices, dtype=np.int64), np.asarray(views, dtype=np.int64)
-        for name, values, count in (("index", indices, len(self)), ("view", views, self.views)):
-            if values.size and not 0 <= values.min() <= values.max() < count:
-                raise IndexError(f"{name} out of range 0..{count - 1}: {values[(values < 0) | (values >= count)][0]}")
+        _check_range("index", indices, len(self))
+        _check_range("view", views, self.views)
         discrete = self.spec["codebook_size"] is not None
         tokens = np.empty((len(indices), *self._shape), dtype=np.int64 if discrete else np.float32)
         shards = np.searchsorted(self._ends, indices, side="right")
@@ -137,11 +142,72 @@ class TokenCache:
         return array
 
 
+class TokenMixture:
+    """Caches that one tokenizer made of the same images, read as one: the views of all of them, side by side.
+
+    LlamaGen (arXiv 2406.06525) trains on ten crops of images of two sizes in this way.
+
+    Attributes:
+        folder: of the first cache, whose tokenizer stands for all.
+        view_shares: (views,) float64, how often each view is to be drawn; they sum to one. A cache's share is spread
+            evenly over its views.
+        spec, tokenizer_hash, views, content, classes, labels: as those of a cache.
+
+    Args:
+        caches: one or more.
+        weights: how often each cache is drawn, relative to the others; all alike by default.
+
+    Raises:
+        TokenCacheError: caches of other images or of another tokenizer.
+        ValueError: weights that are not one positive number per cache.
+    """
+
+    def __init__(self, caches: Sequence[TokenCache], weights: Sequence[float] | None = None) -> None:
+        weights = [1.0] * len(caches) if weights is None else list(weights)
+        if len(weights) != len(caches) or not all(0 < weight < math.inf for weight in weights):
+            raise ValueError(f"{len(caches)} token caches need as many token_weights above 0, or none; got {weights}")
+        self.caches = tuple(caches)
+        first, *others = self.caches
+        for other in others:
+            _check_alike(first, other)
+        self.folder, self.spec, self.tokenizer_hash = first.folder, first.spec, first.tokenizer_hash
+        self.content, self.classes = first.content, first.classes
+        self._ends = np.cumsum([cache.views for cache in self.caches])
+        self.views = int(self._ends[-1])
+        shares = [np.full(cache.views, weight / cache.views) for cache, weight in zip(self.caches, weights)]
+        self.view_shares = np.concatenate(shares) / sum(weights)
+
+    def __len__(self) -> int:
+        return len(self.caches[0])
+
+    @property
+    def labels(self) -> Tensor:
+        """(N,) int64, of all samples."""
+        return self.caches[0].labels
+
+    def batch(self, indices: np.ndarray | Sequence[int], views: np.ndarray | Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Read one view of each sample; see :meth:`TokenCache.batch`."""
+        indices, views = np.asarray(indices, dtype=np.int64), np.asarray(views, dtype=np.int64)
+        _check_range("view", views, self.views)
+        owners = np.searchsorted(self._ends, views, side="right")
+        rows = [np.flatnonzero(owners == number) for number in range(len(self.caches))]
+        parts = [
+            cache.batch(indices[part], views[part] - (end - cache.views))[0]
+            for cache, end, part in zip(self.caches, self._ends, rows)
+        ]
+        tokens = torch.cat(parts)[np.argsort(np.concatenate(rows))]
+        return tokens, self.labels[indices]
+
+    def check_tokenizer(self, tokenizer_hash: str) -> None:
+        """Raise TokenCacheError unless the tokenizer with this hash made the caches."""
+        self.caches[0].check_tokenizer(tokenizer_hash)
+
+
 class TokenBatches:
     """Reads batches of a cache, each sample in one view, latents with a posterior as one sample of it; both drawn by
     (seed, epoch, index)."""
 
-    def __init__(self, cache: TokenCache, *, seed: int = 0) -> None:
+    def __init__(self, cache: TokenCache | TokenMixture, *, seed: int = 0) -> None:
         self.cache, self.seed = cache, seed
         self._drawn: tuple[int, np.ndarray] | None = None
 
@@ -158,17 +224,48 @@ class TokenBatches:
     def _views(self, epoch: int) -> np.ndarray:
         """(N,) the view of every sample; drawn at once, because a generator per sample would outweigh the reading."""
         if self._drawn is None or self._drawn[0] != epoch:
-            uniforms = Keys(self.seed, (0,), step=epoch).uniform("views", len(self.cache))[0].double()
-            self._drawn = epoch, (uniforms * self.cache.views).long().numpy()
+            uniforms = Keys(self.seed, (0,), step=epoch).uniform("views", len(self.cache))[0].double().numpy()
+            inner_ends = np.cumsum(self.cache.view_shares)[:-1]
+            self._drawn = epoch, np.searchsorted(inner_ends, uniforms, side="right")
         return self._drawn[1]
 
 
 def token_loader(
-    cache: TokenCache, batch_size: int, *, seed: int = 0, rank: int = 0, world_size: int = 1, num_workers: int = 0
+    cache: TokenCache | TokenMixture,
+    batch_size: int,
+    *,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
 ) -> Loader[TokenBatch]:
-    """Shuffled whole batches of a cache for training; ``batch_size`` is per process."""
+    """Shuffled whole batches of a cache, or of a mixture, for training; ``batch_size`` is per process."""
     order = ShuffledOrder(len(cache), batch_size, seed, rank, world_size)
     return Loader(TokenBatches(cache, seed=seed), order, num_workers=num_workers)
+
+
+def _check_alike(one: TokenCache, other: TokenCache) -> None:
+    """Raise TokenCacheError unless one tokenizer made both caches of the same images."""
+    sides = [
+        {
+            "tokenizer": cache.tokenizer_hash,
+            "shape of tokens": (cache.spec, cache.content),
+            "images": (cache.source_fingerprint, cache.classes, cache.labels.tolist()),
+        }
+        for cache in (one, other)
+    ]
+    differing = [name for name, value in sides[0].items() if sides[1][name] != value]
+    if differing:
+        raise TokenCacheError(
+            f"{other.folder} cannot be mixed with {one.folder}: their {' and '.join(differing)} differ; mix caches "
+            "that one tokenizer made of the same images"
+        )
+
+
+def _check_range(name: str, values: np.ndarray, count: int) -> None:
+    """Raise IndexError unless all values lie in 0 .. count - 1."""
+    if values.size and not 0 <= values.min() <= values.max() < count:
+        raise IndexError(f"{name} out of range 0..{count - 1}: {values[(values < 0) | (values >= count)][0]}")
 
 
 def sample_moments(moments: Tensor, noise: Tensor) -> Tensor:

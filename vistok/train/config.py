@@ -129,7 +129,9 @@ class RunConfig:
         model: ``name`` (see ``vistok models``) and constructor arguments.
         losses: weights by name (tokenizers); ``lpips_weights`` and ``gan`` configure those two.
         data: images (tokenizers).
-        tokens: token cache folder (generators).
+        tokens: token cache folder (generators); or several, of the same images by the same tokenizer, of which every
+            epoch draws one anew for each image.
+        token_weights: how often each of several token caches is drawn, relative to the others; all alike by default.
         sampling: default sampling options, saved with the pipeline and used for its pictures (generators).
         seed: of initial weights, order, augmentation and every draw.
         init_from: a run, model or checkpoint folder whose weights training starts from.
@@ -143,7 +145,8 @@ class RunConfig:
     lr_scheduler: SchedulerConfig = SchedulerConfig()
     losses: dict[str, Any] = field(default_factory=dict)
     data: DataConfig | None = None
-    tokens: str | None = None
+    tokens: str | tuple[str, ...] | None = None
+    token_weights: tuple[float, ...] | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     init_from: str | None = None
@@ -157,9 +160,9 @@ class RunConfig:
         """
         config = cls(**check(cls, values, ""))
         needed, other = ("data", "tokens") if config.stage == "tokenizer" else ("tokens", "data")
-        if getattr(config, needed) is None:
+        if not getattr(config, needed):
             raise ConfigError(f"stage {config.stage} needs {needed!r}; for example {EXAMPLES[needed]}")
-        if getattr(config, other) is not None:
+        if getattr(config, other):
             raise ConfigError(f"stage {config.stage} takes no {other!r}: it reads {needed!r}")
         return config
 

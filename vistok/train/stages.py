@@ -18,7 +18,7 @@ from vistok.data.loader import ImageBatch, ImageBatches, Loader, check_failures,
 from vistok.data.opening import open_source
 from vistok.data.pictures import comparison, grid
 from vistok.data.sources import ImageSource
-from vistok.data.tokens import TokenBatch, TokenCache, token_loader
+from vistok.data.tokens import TokenBatch, TokenCache, TokenMixture, token_loader
 from vistok.data.transforms import ImageTransform
 from vistok.draws import Keys, draws_on
 from vistok.generators.base import Generator
@@ -171,7 +171,8 @@ class GeneratorStage(Stage):
     unit = "tokens_per_second"
 
     def __init__(self, config: RunConfig, rank: int, world_size: int):
-        cache = TokenCache(config.tokens)
+        folders = [config.tokens] if isinstance(config.tokens, str) else config.tokens
+        cache = TokenMixture([TokenCache(folder) for folder in folders], config.token_weights)
         self.tokenizer = load_tokenizer(cache.folder)
         cache.check_tokenizer(self.tokenizer.fingerprint())
         self.classes = cache.classes

@@ -7,7 +7,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ SHARD_SIZE = 4096
 """Images per shard: what a killed process loses at most."""
 ALONE = Processes()
 
-AUGMENTATIONS = ("none", "flip", "ten_crop", "random:K")
+AUGMENTATIONS = ("none", "flip", "ten_crop", "ten_crop:MARGIN", "random:K")
 
 
 def tokenize(
@@ -60,8 +60,8 @@ def tokenize(
         augmentation: which views of each image are stored, of which training draws one at a time:
             ``none``: the image as evaluation sees it;
             ``flip``: that, and its mirror image;
-            ``ten_crop``: corners and centre of the image at 1.1 times the size, and their mirror images (LlamaGen's
-            recipe for ImageNet);
+            ``ten_crop``: corners and centre of the image at 1.1 times the size, and their mirror images;
+            ``ten_crop:1.05``: at 1.05 times the size (LlamaGen's recipe for ImageNet draws from both sets);
             ``random:K``: K views as ``data``'s training augmentation draws them in its first K epochs.
         resume: keep the shards that an unfinished run has written.
         processes: those that share the work; each calls this with the same arguments.
@@ -211,7 +211,10 @@ class FixedViews:
     margin: float = 1.0
 
     def reader(self, source: ImageSource, data: DataConfig) -> FixedViewBatches:
-        transform = ImageTransform(int(data.image_size * self.margin), data.crop).without_augmentation()
+        size = int(data.image_size * self.margin)
+        if self.margin > 1 and size == data.image_size:
+            raise ValueError(f"a margin of {self.margin} adds no pixel to {size}, so that all crops would be equal")
+        transform = ImageTransform(size, data.crop).without_augmentation()
         return FixedViewBatches(ImageBatches(source, transform), self, data.image_size)
 
 
@@ -237,14 +240,26 @@ def parse_augmentation(name: str) -> FixedViews | RandomViews:
     """The views that an augmentation stands for; ValueError if there is none of the name."""
     if name in FIXED_VIEWS:
         return FIXED_VIEWS[name]
-    kind, _, count = name.partition(":")
-    if kind == "random" and count.isdigit() and int(count) > 0:
-        return RandomViews(int(count))
+    kind, _, argument = name.partition(":")
+    if kind == "ten_crop":
+        return replace(FIXED_VIEWS[kind], margin=_margin(name, argument))
+    if kind == "random" and argument.isdigit() and int(argument) > 0:
+        return RandomViews(int(argument))
     if kind == "random":
         raise ValueError(f"augmentation {name!r}: random needs a number of views, for example random:10")
     guess = nearest(name, AUGMENTATIONS)
     hint = f"; did you mean {guess!r}?" if guess else ""
     raise ValueError(f"unknown augmentation {name!r}{hint} Known: {', '.join(AUGMENTATIONS)}.")
+
+
+def _margin(name: str, text: str) -> float:
+    try:
+        margin = float(text)
+    except ValueError:
+        margin = math.nan
+    if not 1 < margin < math.inf:
+        raise ValueError(f"augmentation {name!r}: the images must grow by a factor above 1, for example ten_crop:1.05")
+    return margin
 
 
 def as_it_is(pixels: Tensor, size: int) -> Tensor:
