@@ -7,7 +7,8 @@ elementwise operations, CPU indices into a tensor of the device.
 
 ``with other_device() as device: model.to(device)`` is all that a test needs; gradients, optimizers, ``deepcopy`` and
 ``torch.save`` work. Tensors of the device may leave the ``with``, but none can be made outside.
-``recorded_waits`` tells where the host would wait for a GPU.
+``recorded_waits`` tells where the host would wait for a GPU. There is no autocast and no activation checkpointing:
+PyTorch has none for such a device.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ from vistok.eval.tokenizers import evaluate_tokenizer
 from vistok.generators.base import Generator
 from vistok.losses import L1, LPIPS, EntropyLoss, LogitLaplace, StyleGANDiscriminator
 from vistok.pipelines import Pipeline
+from vistok.quantizers import FSQ, ResidualQuantizer, VectorQuantizer
 from vistok.quickstart import scores
 from vistok.samples import reconstruct_files, reconstruct_prefixes, write_samples
 from vistok.tokenizers.base import Tokenizer
@@ -234,6 +235,18 @@ def test_a_tokenizer_encodes_and_decodes_alike(name, arguments, device):
         decode, other = here.prefix_decoder(draws), there.prefix_decoder(draws)
         for length in (step, 2 * step, here.spec.length):
             check_same(other(ids[:, :length]), decode(tokens[:, :length]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("here", [FSQ((4, 4, 2)), ResidualQuantizer(VectorQuantizer(16, 3), 2)])
+def test_codes_are_alike(here, device):
+    there, latents = moved(here, device), Keys.range(0, 2).normal("latents", 5, 3)
+    ours, theirs = there(latents.to(device)), here(latents)
+    check_same(ours.ids, theirs.ids)
+    check_same(ours.usage(), theirs.usage())
+    check_same(there.ids_to_latents(ours.ids), here.ids_to_latents(theirs.ids))
+    if isinstance(here, FSQ):
+        check_same(there.neighbours(latents.to(device), 4), here.neighbours(latents, 4))
 
 
 def test_latents_are_standardised_alike(device):
