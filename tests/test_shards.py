@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -261,6 +262,53 @@ def test_huggingface_datasets(saved_dataset: Path):
         open_source(DataConfig(8, source="huggingface", root=str(saved_dataset), split="val"))
     with pytest.raises(ValueError, match=r"needs data\.name=…"):
         open_source(DataConfig(8, source="huggingface"))
+
+
+@pytest.fixture
+def columns(tmp_path: Path) -> Path:
+    """A data set with two columns of images, two of integers and one of text."""
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "mask": datasets.Image(),
+            "label": datasets.Value("int64"),
+            "score": datasets.Value("int32"),
+            "caption": datasets.Value("string"),
+        }
+    )
+    rows = {"image": [picture(number) for number in range(4)], "mask": [picture(9)] * 4, "label": [2, 0, 3, 0]}
+    rows |= {"score": [1, -1, 1, 1], "caption": ["x"] * 4}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "columns"))
+    return tmp_path / "columns"
+
+
+def test_huggingface_columns_are_chosen(columns: Path, caplog: pytest.LogCaptureFixture):
+    settings = DataConfig(8, source="huggingface", root=str(columns), image_column="image")
+    with caplog.at_level("WARNING"):
+        unconditional = open_source(settings)
+    assert "unconditional; if there are class ids in label or score, set data.label_column" in caplog.text
+    assert (unconditional.classes, unconditional[0][1]) == ((), -1)
+    labelled = open_source(replace(settings, label_column="label"))
+    assert (labelled.classes, [labelled[index][1] for index in range(4)]) == (("0", "1", "2", "3"), [2, 0, 3, 0])
+    mask = open_source(replace(settings, image_column="mask"))
+    assert np.array_equal(np.asarray(mask[0][0]), np.asarray(picture(9)))
+    assert len({source.fingerprint() for source in (unconditional, labelled, mask)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_column": None}, "several columns to choose from: set data.image_column to image or mask"),
+        ({"image_column": "photo"}, "data.image_column=photo: .* has no such column; it could be image or mask"),
+        ({"label_column": "caption"}, "data.label_column=caption: .* has no such column; it could be label or score"),
+        ({"label_column": "score"}, "data.label_column=score .* holds -1, which is no class id"),
+    ],
+)
+def test_huggingface_columns_that_do_not_serve(columns: Path, changes: dict, message: str):
+    settings = {"source": "huggingface", "root": str(columns), "image_column": "image", **changes}
+    with pytest.raises(ValueError, match=message):
+        open_source(DataConfig(8, **settings))
 
 
 def test_huggingface_needs_datasets(monkeypatch: pytest.MonkeyPatch):

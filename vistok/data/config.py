@@ -39,6 +39,8 @@ class DataConfig:
             8x8 digits).
         root: the folder or .zip file; the pattern of the shards; where torchvision keeps its datasets.
         name: the dataset's name: torchvision's, for example ``CIFAR10``, or its id on the hub.
+        image_column, label_column: which columns of a data set of the hub hold the images and the class ids; by default
+            its only image column and its only class label column.
         split: ``train``, ``test``, ``val``, …; None takes a folder as it is.
         download: let torchvision fetch what ``root`` lacks.
         channels: 3 (RGB) or 1 (grey).
@@ -60,6 +62,8 @@ class DataConfig:
     source: Literal["folder", "webdataset", "huggingface", "torchvision", "digits"] = "folder"
     root: str | None = None
     name: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
     split: str | None = "train"
     download: bool = False
     channels: Literal[1, 3] = 3

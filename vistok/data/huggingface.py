@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
@@ -9,21 +11,35 @@ from PIL import Image
 from vistok.config import ConfigError
 from vistok.data.sources import DECODING_ERRORS, UNCONDITIONAL, ImageSource, UnreadableImageError, convert, hash_lines
 
+log = logging.getLogger(__name__)
+
 
 class HuggingFaceSource(ImageSource):
-    """A map-style data set with one image column, and a class label column if it is to be conditional.
+    """A map-style data set with an image column, and a column of class ids if it is to be conditional.
 
     Args:
         name: id on the hub, as ``datasets.load_dataset`` takes it; or None.
         root: folder that ``save_to_disk`` wrote; or None.
         split: of the data set, for example "train", "validation", "train[:10%]"; None where there are no splits.
+        image_column: None takes the only one of images.
+        label_column: of class labels, or of integers, whose classes are then named by the ids. None takes the only
+            one of class labels; without any the source is unconditional, which a warning says if there are integers.
 
     Raises:
         ConfigError: ``datasets`` is not installed.
-        ValueError: no such split, or not exactly one image column.
+        ValueError: no such split or column, several columns to choose from, or integers that are no class ids.
     """
 
-    def __init__(self, name: str | None, root: str | None, *, split: str | None = "train", channels: int = 3) -> None:
+    def __init__(
+        self,
+        name: str | None,
+        root: str | None,
+        *,
+        split: str | None = "train",
+        channels: int = 3,
+        image_column: str | None = None,
+        label_column: str | None = None,
+    ) -> None:
         try:
             import datasets
         except ImportError as error:
@@ -33,12 +49,47 @@ class HuggingFaceSource(ImageSource):
         self._dataset = _pick_split(loaded, split, self._label)
         features = self._dataset.features
         images = [key for key, feature in features.items() if isinstance(feature, datasets.Image)]
-        if len(images) != 1:
-            raise ValueError(f"{self._label} has the image columns {images}; vistok reads data sets with exactly one")
-        classes = [key for key, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-        self._image, self._class = images[0], classes[0] if classes else None
-        self.classes = tuple(features[self._class].names) if classes else ()
+        labels = [key for key, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+        values = {key: feature.dtype for key, feature in features.items() if isinstance(feature, datasets.Value)}
+        integers = [key for key, dtype in values.items() if dtype.startswith(("int", "uint"))]
+        self._image = self._pick("image_column", image_column, images, images)
+        if self._image is None:
+            raise ValueError(f"{self._label} has no column of images, but {', '.join(features)}")
+        self._class = self._pick("label_column", label_column, labels, [*labels, *integers])
+        # Whole rows would be decoded otherwise, with all images in them.
+        self._dataset = self._dataset.select_columns([self._image, *([self._class] if self._class else [])])
+        self.classes = self._class_names() if self._class else ()
+        if self._class is None and integers:
+            log.warning(
+                "%s has no column of class labels, so its images are unconditional; if there are class ids in %s, "
+                "set data.label_column=…",
+                self._label,
+                " or ".join(integers),
+            )
         self._channels = channels
+
+    def _pick(self, key: str, wanted: str | None, usual: Sequence[str], possible: Sequence[str]) -> str | None:
+        """The wanted column, else the only usual one; None if there is none."""
+        if wanted is not None and wanted not in possible:
+            raise ValueError(
+                f"data.{key}={wanted}: {self._label} has no such column; it could be {' or '.join(possible) or 'none'}"
+            )
+        if wanted is None and len(usual) > 1:
+            raise ValueError(
+                f"{self._label} has several columns to choose from: set data.{key} to {' or '.join(usual)}"
+            )
+        return wanted or next(iter(usual), None)
+
+    def _class_names(self) -> tuple[str, ...]:
+        """Of a class label column; or the ids as text."""
+        feature = self._dataset.features[self._class]
+        if hasattr(feature, "names"):
+            return tuple(feature.names)
+        ids = self._dataset.unique(self._class)
+        wrong = [number for number in ids if number is None or number < 0]
+        if wrong:
+            raise ValueError(f"data.label_column={self._class} of {self._label} holds {wrong[0]}, which is no class id")
+        return tuple(map(str, range(1 + max(ids))))
 
     def __len__(self) -> int:
         return len(self._dataset)

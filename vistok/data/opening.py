@@ -48,4 +48,11 @@ def _open(config: DataConfig) -> ImageSource:
 def _open_huggingface(config: DataConfig) -> ImageSource:
     if (config.name is None) == (config.root is None):
         raise ValueError("data.source=huggingface needs data.name=… (on the hub) or data.root=… (a saved folder)")
-    return HuggingFaceSource(config.name, config.root, split=config.split, channels=config.channels)
+    return HuggingFaceSource(
+        config.name,
+        config.root,
+        split=config.split,
+        channels=config.channels,
+        image_column=config.image_column,
+        label_column=config.label_column,
+    )
