@@ -310,8 +310,9 @@ def test_a_killed_run_goes_on_with_the_shards_it_has(data, tmp_path, small_shard
     tokenize(tokenizer, data, tmp_path / "whole", augmentation="random:2")
     with monkeypatch.context() as patch:
         interrupt_at(patch, 6)  # two batches of two views, each, make a shard
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as caught:
             tokenize(tokenizer, data, tmp_path / "part", augmentation="random:2")
+    assert "go on with --resume" in caught.value.__notes__[0]
     assert not (tmp_path / "part").exists()
     left = tmp_path / "part.unfinished"
     assert (left / "labels-00000.npy").exists()

@@ -96,13 +96,7 @@ def prepare(run: RunConfig, folder: Path) -> tuple[Any, Stage]:
 class Trainer:
     """The state of a run and its one loop."""
 
-    def __init__(
-        self,
-        run: RunConfig,
-        stage: Stage,
-        accelerator,
-        folder: Path,
-    ):
+    def __init__(self, run: RunConfig, stage: Stage, accelerator, folder: Path):
         self.seed, self.config, self.stage = run.seed, run.training, stage
         self.accelerator, self.folder = accelerator, folder
         self.checkpoints = Checkpoints(
@@ -158,7 +152,7 @@ class Trainer:
                     begin, units = time.monotonic(), 0
                 pause = time.monotonic()
                 stopped = stop.agreed(self.step, self.accelerator) and not last
-                if _due(self.step, config.image_every) or last:
+                if (_due(self.step, config.image_every) or last) and not stopped:  # whose time may be short
                     self._picture()
                 if _due(self.step, config.save_every) or last or stopped:
                     self.save()

@@ -29,7 +29,7 @@ from vistok.processes import Processes
 from vistok.progress import track
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import TokenSpec, to_json
-from vistok.unfinished import discard, open_unfinished, publish, unfinished
+from vistok.unfinished import discard, how_to_go_on, open_unfinished, publish, unfinished
 
 log = logging.getLogger(__name__)
 
@@ -98,9 +98,11 @@ def tokenize(
     )
     try:
         _write_shards(tokenizer.eval(), loader, shards, mine, data.batch_size)
-    except BaseException:
+    except BaseException as error:
         if processes.count == 1 and not any(map(shards.is_written, range(count))):
             discard(out)
+        else:
+            error.add_note(how_to_go_on(out))
         raise
     processes.wait()
     failures = shards.failures()
