@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -191,14 +192,25 @@ def test_remote_shards_are_fetched_once(shards: Path, tmp_path: Path, monkeypatc
 def test_a_shard_that_cannot_be_fetched_leaves_nothing(tmp_path: Path):
     pytest.importorskip("webdataset")
     with pytest.raises(OSError, match=r"gone\.tar"):
-        fetch(f"pipe:cat {tmp_path}/gone.tar", tmp_path / "cache")
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+        fetch([f"pipe:cat {tmp_path}/gone.tar"], tmp_path / "cache")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
+
+
+def test_processes_do_not_fetch_the_same_shards(shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    pytest.importorskip("webdataset")
+    urls = [f"pipe:echo >>{tmp_path}/fetched; sleep 0.1; cat {shard}" for shard in sorted(shards.iterdir())]
+    with caplog.at_level("INFO"), ThreadPoolExecutor() as pool:
+        one, other = pool.map(lambda _: fetch(urls, tmp_path / "cache"), range(2))
+    assert one == other
+    assert [path.read_bytes() for path in one] == [path.read_bytes() for path in sorted(shards.iterdir())]
+    assert len((tmp_path / "fetched").read_text()) == 3
+    assert "fetching shard 3 of 3: pipe:" in caplog.text
 
 
 def test_remote_shards_need_webdataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(__import__("sys").modules, "webdataset.gopen", None)
     with pytest.raises(ConfigError, match=r"pip install 'vistok\[webdataset\]'"):
-        fetch("https://example.org/0.tar", tmp_path)
+        fetch(["https://example.org/0.tar"], tmp_path)
 
 
 def test_resampling_draws_with_replacement_and_alike_on_any_number_of_ranks():

@@ -7,7 +7,6 @@ source: exact, and the same for any number of workers. Remote shards are fetched
 from __future__ import annotations
 
 import glob
-import hashlib
 import io
 import json
 import logging
@@ -73,7 +72,7 @@ class ShardSource(ImageSource):
             raise ValueError(f"data.root={pattern} names no split; write {{split}} where {split!r} belongs, or both")
         urls = shard_paths(pattern.replace("{split}", split or ""))
         cache = cache or default_cache()
-        self._paths = [fetch(url, cache) if is_remote(url) else Path(url) for url in urls]
+        self._paths = fetch(urls, cache) if is_remote(pattern) else [Path(url) for url in urls]
         self._samples = [s for number, path in enumerate(self._paths) for s in samples_of(path, number, cache)]
         self._channels = channels
         if not self._samples:
@@ -154,17 +153,39 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "vistok" / "shards"
 
 
-def fetch(url: str, cache: Path) -> Path:
-    """The local copy of a remote shard, which is fetched if it is not there.
+def fetch(urls: Sequence[str], cache: Path) -> list[Path]:
+    """The local copies of remote shards.
+
+    Those that are not there are fetched by one process, while others that want the same ones wait.
 
     Raises:
         ConfigError: webdataset is not installed.
-        OSError: the shard cannot be had.
+        OSError: a shard cannot be had.
     """
-    name = re.sub(r"[^\w.-]", "_", url.rsplit("/", 1)[-1])
-    path = cache / hashlib.sha256(url.encode()).hexdigest()[:16] / name
-    if path.exists():
-        return path
+    from filelock import FileLock
+
+    copies = {url: _copy_of(url, cache) for url in urls}
+    if all(path.exists() for path in copies.values()):
+        return list(copies.values())
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / f"{_key(*urls)}.lock"):
+        missing = {url: path for url, path in copies.items() if not path.exists()}
+        for number, (url, path) in enumerate(missing.items(), 1):
+            log.info("fetching shard %d of %d: %s", number, len(missing), url)
+            _download(url, path)
+    return list(copies.values())
+
+
+def _copy_of(url: str, cache: Path) -> Path:
+    return cache / _key(url)[:16] / re.sub(r"[^\w.-]", "_", url.rsplit("/", 1)[-1])
+
+
+def _key(*texts: str) -> str:
+    """What stands for some texts in the name of a file."""
+    return hash_lines(texts)[:32]
+
+
+def _download(url: str, path: Path) -> None:
     try:
         from webdataset.gopen import gopen
     except ImportError as error:
@@ -176,7 +197,6 @@ def fetch(url: str, cache: Path) -> Path:
             file.write(block)
         if file.tell() == 0:
             raise FileNotFoundError(f"nothing could be read from {url}")
-    return path
 
 
 def samples_of(path: Path, number: int, cache: Path) -> list[Sample]:
@@ -184,7 +204,7 @@ def samples_of(path: Path, number: int, cache: Path) -> list[Sample]:
     status = path.stat()
     # A shard that has changed is indexed anew, and all are if the rules of indexing have.
     key = f"{INDEX_VERSION} {path.resolve()} {status.st_size} {status.st_mtime_ns}"
-    file = cache / "index" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    file = cache / "index" / f"{_key(key)}.json"
     try:
         return [Sample(number, *row) for row in read_json(file)]
     except (OSError, ValueError, TypeError):
