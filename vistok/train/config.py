@@ -53,13 +53,14 @@ class TrainingConfig:
         batch_size: token sequences per step and process (generators; images have data.batch_size).
         gradient_accumulation_steps: batches per optimisation step.
         max_grad_norm: gradients are clipped to this norm; 0 is off.
-        mixed_precision: autocast of forward passes.
+        mixed_precision: autocast of forward passes. ``accelerate launch --mixed_precision`` may not say another one.
         ema_decay: decay of the averaged weights that are saved and sampled; 0 keeps no average.
         compile: torch.compile the model.
         activation_checkpointing: blocks recompute their activations in the backward pass: less memory, a third more
             work.
         parallel: how several processes share the work: each a whole model (ddp), or parameters, gradients and
-            optimizer spread over all (fsdp2). ``accelerate launch --use_fsdp`` means fsdp2, too.
+            optimizer spread over all (fsdp2). ``accelerate launch --use_fsdp`` means fsdp2, too. A run that was started
+            in one way can be resumed in another, also on one process.
         log_every, image_every, save_every: when metrics, pictures and checkpoints are written.
         keep_checkpoints: how many of the newest checkpoints stay.
         best_metric: the checkpoint that is best by this metric (its mean over a log window) stays, too; by default

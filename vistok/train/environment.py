@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 import secrets
 import subprocess
@@ -24,7 +25,7 @@ def open_accelerator(run: RunConfig, folder: Path):
     """accelerate's view of the devices and processes that this run was started on.
 
     Raises:
-        ConfigError: a tracker that is not installed.
+        ConfigError: a tracker that is not installed, or a launcher that asks for another precision than the config.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -33,6 +34,7 @@ def open_accelerator(run: RunConfig, folder: Path):
     for name in run.training.trackers:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"training.trackers: {name} is not installed; pip install 'vistok[{name}]'")
+    _check_launcher(run.training.mixed_precision)
     AcceleratorState._reset_state()  # the precision of a run before this one in the same process is not this one's
     return Accelerator(
         cpu=not torch.accelerator.is_available(),  # several CPU processes are found only if this is said
@@ -40,6 +42,15 @@ def open_accelerator(run: RunConfig, folder: Path):
         log_with=list(run.training.trackers) or None,
         project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "tensorboard")),
     )
+
+
+def _check_launcher(mixed_precision: str) -> None:
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # which accelerate sets even if nobody asked
+    if launched not in ("no", mixed_precision):
+        raise ConfigError(
+            f"accelerate launch says mixed precision {launched}, the config {mixed_precision}; set "
+            f"training.mixed_precision={launched}, or start with --mixed_precision no"
+        )
 
 
 def start_trackers(accelerator, folder: Path, trackers: Sequence[str]) -> None:
