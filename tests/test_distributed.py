@@ -13,12 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_models import names, tiny, training_loss
 from tiny_runs import GAN, tokenizer_config
+from torch import distributed
 
 import vistok
 from vistok.config import ConfigError, save_config
+from vistok.hub import CheckpointError
 from vistok.train import train
+from vistok.train.config import OptimizerConfig
 from vistok.train.monitor import read_metrics
+from vistok.train.optim import build_optimizer, load_named_state, named_state
+from vistok.train.parallel import shard
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version=2", "--num_processes=2")
@@ -84,11 +90,9 @@ def test_two_processes_train_like_one(tmp_path, one):
     assert_same_curves(one, tmp_path / "two")
 
 
-def test_fsdp2_trains_saves_resumes_and_exports_one_file(tmp_path, one):
-    launch(ACCELERATE, tmp_path / "two", save_every=2)
-    assert_same_curves(one, tmp_path / "two")
-    shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-0000006")
-    launch(TORCHRUN, tmp_path / "two", "--resume", save_every=2, parallel="fsdp2", activation_checkpointing=True)
+def test_fsdp2_trains_exports_one_file_and_resumes_in_any_setting(tmp_path, one):
+    saving = {"save_every": 2, "keep_checkpoints": 3}
+    launch(ACCELERATE, tmp_path / "two", **saving)
     assert_same_curves(one, tmp_path / "two")
     exported = tmp_path / "two" / "tokenizer"
     assert sorted(path.name for path in exported.iterdir()) == ["config.json", "model.safetensors"]
@@ -96,6 +100,19 @@ def test_fsdp2_trains_saves_resumes_and_exports_one_file(tmp_path, one):
     for key, tensor in load_file(exported / "model.safetensors").items():
         assert torch.allclose(tensor, whole[key], atol=1e-5), key
     assert vistok.load(exported).reconstruct(torch.zeros(1, 1, 16, 16)).isfinite().all()
+
+    go_back_to(2, tmp_path / "two")
+    train(config(tmp_path / "two", **saving), resume=True)  # on one process
+    assert_same_curves(one, tmp_path / "two")
+    go_back_to(4, tmp_path / "two")
+    launch(TORCHRUN, tmp_path / "two", "--resume", parallel="fsdp2", activation_checkpointing=True, **saving)
+    assert_same_curves(one, tmp_path / "two")
+
+
+def go_back_to(step: int, run: Path) -> None:
+    for path in (run / "checkpoints").glob("step-*"):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
@@ -126,16 +143,6 @@ def test_sigterm_stops_all_processes_at_one_step(tmp_path):
     assert "stopped by SIGTERM after step" in printed
 
 
-def children(process: subprocess.Popen) -> list[int]:
-    """Where the system lists them."""
-    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    return [int(pid) for pid in listed.read_text().split()] if listed.exists() else []
-
-
-def test_fsdp2_refuses_what_it_cannot_do(tmp_path):
-    adaptive = tokenizer_config(tmp_path / "run", losses={"gan": GAN}, training={"parallel": "fsdp2"})
-    with pytest.raises(ConfigError, match=r"balance=adaptive .* FSDP2"):
-        train(adaptive)
 @pytest.mark.parametrize("option", ["--dry-run", "--profile"])
 def test_what_does_not_train_speaks_once_per_job(tmp_path, option):
     save_config(config(tmp_path / "run"), tmp_path / "run.yaml")
@@ -146,3 +153,71 @@ def test_what_does_not_train_speaks_once_per_job(tmp_path, option):
     assert done.stdout.count(what) == 1
 
 
+def children(process: subprocess.Popen) -> list[int]:
+    """Where the system lists them."""
+    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(pid) for pid in listed.read_text().split()] if listed.exists() else []
+
+
+def test_the_optimizer_state_of_other_parameters_is_refused():
+    frozen, trained = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    frozen.bias.requires_grad_(False)
+    optimizers = [build_optimizer(model.parameters(), OptimizerConfig(), 1e-3) for model in (frozen, trained)]
+    with pytest.raises(CheckpointError, match="other parameters"):
+        load_named_state(optimizers[1], trained, named_state(optimizers[0], frozen))
+
+
+@pytest.fixture
+def _process_group():
+    """Of this process alone."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_process_group")
+@pytest.mark.filterwarnings("error:.*returned a view")
+def test_fsdp2_gives_every_model_the_gradients_of_autocast():
+    for name in (*names("tokenizer"), *names("generator")):
+        whole, sharded = (tiny(name).train() for _ in range(2))
+        shard(sharded, torch.device("cpu"), mixed_precision="bf16")
+        expected, found = (gradients(model) for model in (whole, sharded))
+        assert found.keys() == expected.keys()
+        for key, gradient in found.items():
+            assert gradient.dtype == torch.float32
+            assert torch.allclose(gradient.full_tensor(), expected[key], rtol=1e-5, atol=1e-6), (name, key)
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    with torch.autocast("cpu", torch.bfloat16):
+        training_loss(model).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.usefixtures("_process_group")
+def test_blocks_are_gathered_in_bfloat16_and_codebooks_as_they_are():
+    seen = {}
+    model = shard(tiny("vit_vqgan").train(), torch.device("cpu"), mixed_precision="bf16")
+    for name in ("encoder.blocks.0.mlp.up", "encoder.blocks.0.norm1", "quantizer.embedding"):
+        model.get_submodule(name).register_forward_hook(
+            lambda module, *_, name=name: seen.update({name: module.weight.dtype})
+        )
+    with torch.autocast("cpu", torch.bfloat16):
+        training_loss(model)
+    assert list(seen.values()) == [torch.float32, torch.bfloat16, torch.float32]
+
+
+def test_a_launcher_of_another_precision_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ConfigError, match=r"launch says mixed precision bf16, the config no.*mixed_precision=bf16"):
+        train(tokenizer_config(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    train(tokenizer_config(tmp_path / "run", training={"mixed_precision": "bf16", "max_steps": 1}))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # what accelerate launch says without the option
+    train(tokenizer_config(tmp_path / "other", training={"mixed_precision": "bf16", "max_steps": 1}))
+
+
+def test_fsdp2_refuses_what_it_cannot_do(tmp_path):
+    adaptive = tokenizer_config(tmp_path / "run", losses={"gan": GAN}, training={"parallel": "fsdp2"})
+    with pytest.raises(ConfigError, match=r"balance=adaptive .* FSDP2"):
+        train(adaptive)

@@ -138,6 +138,19 @@ def token_ids(generator: Generator, batch: int = 3, seed: int = 0) -> torch.Tens
     return (uniforms * generator.spec.codebook_size).long()
 
 
+def training_loss(model: Tokenizer | Generator) -> torch.Tensor:
+    """The sum of all that a tiny model can be trained on, on one batch of random data."""
+    torch.manual_seed(0)
+    draws = model.training_draws(Keys.range(0, 3))
+    if isinstance(model, Tokenizer):
+        output = model(pixels(model), step=0, draws=draws)
+        terms = [term.mean() for term in output.losses.values()]
+        return sum(terms if output.reconstruction is None else [*terms, output.reconstruction.square().mean()])
+    spec = model.spec
+    tokens = token_ids(model) if spec.discrete else Keys.range(0, 3).normal("x", spec.length, spec.dim)
+    return model(tokens, labels(0, 1, 2), draws=draws).loss
+
+
 def labels(*classes: int) -> Condition:
     return Condition.from_labels(torch.tensor(classes))
 

@@ -10,19 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vistok.hub import CheckpointError, Model, load_strictly
+from vistok.hub import Model
 from vistok.quantizers import VectorQuantizer
 from vistok.train.config import RunConfig
-from vistok.train.optim import AveragedModel, build_optimizer
+from vistok.train.optim import AveragedModel, build_optimizer, load_named_state, named_state
 from vistok.train.parallel import (
     checkpoint_activations,
     clip_grad_norm,
-    load_whole_state,
+    load_whole_state_dict,
     replicating,
     shard,
     wants_fsdp2,
-    whole_model_state,
-    whole_optimizer_state,
+    whole_state_dict,
 )
 from vistok.train.stages import Stage
 
@@ -57,7 +56,7 @@ class Models:
         if training.compile:
             model.compile()
         if self.sharded:
-            shard(model, device)
+            shard(model, device, mixed_precision=training.mixed_precision)
             if self.average:
                 shard(self.average.model, device)
         optimizer = build_optimizer(model.parameters(), self._run.optimizer, self._run.optimizer.lr)
@@ -132,7 +131,7 @@ class Models:
         """
         model = self.average.model if self.average else self._bare(self.model)
         if self.sharded:
-            state, model = whole_model_state(model), self._whole
+            state, model = whole_state_dict(model), self._whole
             if model is not None:
                 model.load_state_dict(state)
         if model is not None:
@@ -143,14 +142,10 @@ class Models:
     def state_dict(self) -> dict[str, Any]:
         """Everything that ``load_state_dict`` needs. Shards are gathered, so all processes must call it."""
         model, average = self._bare(self.model), self.average
-        read = whole_model_state if self.sharded else nn.Module.state_dict
         state = {
-            "sharded": self.sharded,
-            "model": read(model),
-            "optimizer": whole_optimizer_state(model, self._optimizer)
-            if self.sharded
-            else self._optimizer.state_dict(),
-            "average": {"model": read(average.model), "updates": average.updates} if average else None,
+            "model": whole_state_dict(model),
+            "optimizer": named_state(self._optimizer, model),
+            "average": {"model": whole_state_dict(average.model), "updates": average.updates} if average else None,
         }
         if self.adversary is not None:
             state["adversary"] = self._bare(self.adversary).state_dict()
@@ -160,23 +155,16 @@ class Models:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go back to a state.
+        """Go back to a state, of a run on any number of processes, sharded or not; all processes must call it.
 
         Raises:
-            CheckpointError: a state of another model, or of a run that was sharded where this one is not.
+            CheckpointError: a state of another model.
         """
-        if state["sharded"] != self.sharded:
-            saved = "FSDP2" if state["sharded"] else "whole models"
-            raise CheckpointError(f"the checkpoint is of a run with {saved}; resume it in the same way")
         model, average = self._bare(self.model), self.average
-        if self.sharded:
-            load_whole_state(model, state["model"], self._optimizer, state["optimizer"])
-        else:
-            load_strictly(model, state["model"], source="the checkpoint")
-            self._optimizer.load_state_dict(state["optimizer"])
+        load_whole_state_dict(model, state["model"], source="the checkpoint")
+        load_named_state(self._optimizer, model, state["optimizer"])
         if average is not None:
-            load = load_whole_state if self.sharded else nn.Module.load_state_dict
-            load(average.model, state["average"]["model"])
+            load_whole_state_dict(average.model, state["average"]["model"], source="the checkpoint's average")
             average.updates = state["average"]["updates"]
         if self.adversary is not None:
             self._bare(self.adversary).load_state_dict(state["adversary"])

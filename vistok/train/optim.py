@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
+from vistok.hub import CheckpointError
 from vistok.train.config import OptimizerConfig, SchedulerConfig
-from vistok.train.parallel import local
+from vistok.train.parallel import local, spread, whole
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
@@ -22,6 +24,46 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig,
     ]
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     return kind([g for g in groups if g["params"]], lr=lr, betas=config.betas, eps=config.eps)
+
+
+def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
+    """The state of an optimizer of ``model``, with names of parameters in place of numbers, gathered by ``whole``."""
+    names, state = _names(optimizer, model), optimizer.state_dict()
+    return {
+        "state": {
+            names[number]: {key: whole(value) for key, value in moments.items()}
+            for number, moments in state["state"].items()
+        },
+        "param_groups": [group | {"params": [names[n] for n in group["params"]]} for group in state["param_groups"]],
+    }
+
+
+def load_named_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Load what ``named_state`` returned, into an optimizer whose model may be sharded otherwise.
+
+    Raises:
+        CheckpointError: it is the state of an optimizer of other parameters.
+    """
+    names, parameters = _names(optimizer, model), dict(model.named_parameters())
+    if names != [name for group in state["param_groups"] for name in group["params"]]:
+        raise CheckpointError("the checkpoint's optimizer trains other parameters than this run's; start a new run")
+    numbers = {name: number for number, name in enumerate(names)}
+    optimizer.load_state_dict(
+        {
+            "state": {
+                numbers[name]: {key: spread(value, parameters[name]) for key, value in moments.items()}
+                for name, moments in state["state"].items()
+            },
+            "param_groups": [
+                group | {"params": [numbers[name] for name in group["params"]]} for group in state["param_groups"]
+            ],
+        }
+    )
+
+
+def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def lr_factor(config: SchedulerConfig, max_steps: int) -> Callable[[int], float]:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import is_dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
 
 from vistok.config import ConfigError
+from vistok.hub import load_strictly
 from vistok.train.config import RunConfig
+
+AUTOCAST_LAYERS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 
 
 def wants_fsdp2(run: RunConfig) -> bool:
@@ -66,15 +70,60 @@ def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
     return recomputed
 
 
-def shard(model: nn.Module, device: torch.device) -> nn.Module:
-    """Spread the parameters of a model over all processes (FSDP2), block by block."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+def shard(model: nn.Module, device: torch.device, *, mixed_precision: str = "no") -> nn.Module:
+    """Spread the parameters of a model over all processes (FSDP2), block by block.
 
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    With ``mixed_precision`` bf16, weights that autocast would turn into bfloat16 anyway are gathered in it, at half the
+    traffic, where a block has no others but norms. Everything else, a codebook for one, is gathered as it is, and all
+    gradients are added up in float32: the numbers are those of DDP.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
+    # Inputs are not cast: the residual stream stays in float32.
+    half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in repeated_blocks(model):
-        fully_shard(block, mesh=mesh)
+        block.register_forward_hook(_return_no_views)
+        norms = _norms(block)
+        if mixed_precision == "bf16" and norms is not None:
+            if norms:
+                fully_shard(norms, mesh=mesh)
+            fully_shard(block, mesh=mesh, mp_policy=half)
+        else:
+            fully_shard(block, mesh=mesh)
+    model.register_forward_hook(_return_no_views)
     return fully_shard(model, mesh=mesh)
+
+
+def _norms(block: nn.Module) -> list[nn.Module] | None:
+    """The norms of a block, if it has no other weights but those that autocast casts; None if it has, or is frozen.
+
+    Frozen networks may run outside of autocast, in float32.
+    """
+    layers = [module for module in block.modules() if list(module.parameters(recurse=False))]
+    others = [layer for layer in layers if not isinstance(layer, AUTOCAST_LAYERS)]
+    trained = all(parameter.requires_grad for parameter in block.parameters())
+    return others if trained and all("Norm" in type(layer).__name__ for layer in others) else None
+
+
+def _return_no_views(module: nn.Module, inputs: Any, output: Any) -> Any:
+    """Forward hook: outputs that are views are copied. FSDP2 hangs on a module's outputs what its backward pass needs,
+    and an operation in place on a view would lose that."""
+    return _map_tensors(lambda tensor: tensor.clone() if tensor.requires_grad and tensor._is_view() else tensor, output)
+
+
+def _map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """``value`` with its tensors replaced, in data classes, dictionaries, tuples and lists."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if is_dataclass(value):
+        return replace(value, **{name: _map_tensors(function, part) for name, part in vars(value).items()})
+    if isinstance(value, dict):
+        return {name: _map_tensors(function, part) for name, part in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_map_tensors(function, part) for part in value)
+    return value
 
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
@@ -95,32 +144,40 @@ def replicating() -> AbstractContextManager[None]:
     return implicit_replication()
 
 
-def whole_model_state(model: nn.Module) -> dict[str, Any]:
-    """The state dict of a sharded model, gathered on process 0 (empty elsewhere); all processes must call it."""
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered on the CPU of process 0, and empty elsewhere; other tensors as they are.
 
-    return get_model_state_dict(model, options=_whole())
-
-
-def whole_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Likewise of its optimizer, by parameter name."""
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-
-    return get_optimizer_state_dict(model, optimizer, options=_whole())
+    All processes must call it.
+    """
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    gathered = tensor.full_tensor()
+    return gathered.cpu() if distributed.get_rank() == 0 else gathered.new_empty(0)
 
 
-def load_whole_state(
-    model: nn.Module, state: dict[str, Any], optimizer: torch.optim.Optimizer | None = None, moments: Any = None
-) -> None:
-    """Load whole state dicts, present on every process, into a sharded model and its optimizer."""
-    from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
+def spread(tensor: Tensor, like: Tensor) -> Tensor:
+    """The inverse of ``whole``: a tensor sharded as ``like`` is, if that is sharded and of its shape.
 
-    set_model_state_dict(model, state, options=_whole())
-    if optimizer is not None:
-        set_optimizer_state_dict(model, optimizer, moments, options=_whole())
+    All processes must call it with tensors of one shape and type; only process 0 reads the numbers in its own.
+    """
+    if not hasattr(like, "full_tensor") or tensor.shape != like.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    source = tensor if distributed.get_rank() == 0 else torch.empty_like(tensor, device=like.device)
+    return distribute_tensor(source, like.device_mesh, like.placements)
 
 
-def _whole():
-    from torch.distributed.checkpoint.state_dict import StateDictOptions
+def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a model, gathered as ``whole`` does it."""
+    return {name: whole(tensor) for name, tensor in model.state_dict().items()}
 
-    return StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+def load_whole_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
+    """Load a whole state dict into a model that may be sharded.
+
+    Raises:
+        CheckpointError: it does not fit; ``source`` names it in the message.
+    """
+    own = model.state_dict()
+    load_strictly(model, {k: spread(v, own[k]) if k in own else v for k, v in state.items()}, source=source)
