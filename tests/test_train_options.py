@@ -5,19 +5,19 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from test_train import losses_of
-from tiny_models import labels, names, pixels, tiny, token_ids
+from tiny_models import names, tiny, training_loss
 from tiny_runs import GAN, generator_config, tokenizer_config, write_tokens
 
 from vistok.cli import main
 from vistok.config import ConfigError, save_config
-from vistok.draws import Keys
 from vistok.nn.conv import ResBlock
-from vistok.tokenizers.base import Tokenizer
 from vistok.train import train
 from vistok.train.monitor import Console
 from vistok.train.parallel import checkpoint_activations
@@ -62,22 +62,34 @@ def test_activation_checkpointing_recomputes_blocks():
         checkpoint_activations(torch.nn.Linear(2, 2))
 
 
+def test_a_compiled_model_trains_like_a_plain_one(tmp_path, monkeypatch):
+    compile_module = torch.nn.Module.compile
+    calls = []
+
+    def compile_without_compiler(module: torch.nn.Module) -> None:  # traced and differentiated ahead of time, no more
+        calls.append(module)
+        compile_module(module, backend="aot_eager")
+
+    def run(name: str, on: bool) -> Path:
+        model = {"codebook_restart_after": 1, "entropy_temperature": 0.1}
+        training = {"compile": on, "max_steps": 4, "image_every": 0}
+        return train(tokenizer_config(tmp_path / name, model=model, losses={"entropy": 0.1}, training=training))
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_without_compiler)
+    plain, compiled = run("plain", False), run("compiled", True)
+    assert len(calls) == 1
+    assert losses_of(compiled) == pytest.approx(losses_of(plain), rel=1e-5)
+    ours, theirs = (load_file(folder / "tokenizer" / "model.safetensors") for folder in (plain, compiled))
+    assert ours.keys() == theirs.keys()
+
+
 @pytest.mark.parametrize("name", [*names("tokenizer"), *names("generator")])
 def test_activation_checkpointing_of_every_model(name):
     def gradients(on: bool) -> list[torch.Tensor]:
         model = tiny(name).train()
         if on:
             checkpoint_activations(model)
-        torch.manual_seed(0)
-        draws = model.training_draws(Keys.range(0, 3))
-        if isinstance(model, Tokenizer):
-            output = model(pixels(model), step=0, draws=draws)
-            loss = sum(term.mean() for term in output.losses.values())
-            loss = loss + (output.reconstruction.square().mean() if output.reconstruction is not None else 0)
-        else:
-            spec = model.spec
-            tokens = token_ids(model) if spec.discrete else Keys.range(0, 3).normal("x", spec.length, spec.dim)
-            loss = model(tokens, labels(0, 1, 2), draws=draws).loss
+        loss = training_loss(model)
         trained = [p for p in model.parameters() if p.requires_grad]
         return [loss, *torch.autograd.grad(loss, trained, allow_unused=True)]
 
