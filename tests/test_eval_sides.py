@@ -124,7 +124,14 @@ def test_bad_shards_are_refused_with_the_reason(tmp_path, generated):
     shards = write_shards(tmp_path / "shards", generated, [0, 1, 2, 3])
     with pytest.raises(ImageError, match="the key '0000' has two images"):
         open_images([shards / "shard-0.tar", shards / "shard-0.tar"])
-    broken = bytearray((shards / "shard-0.tar").read_bytes())
+    whole = (shards / "shard-0.tar").read_bytes()
+    with tarfile.open(shards / "shard-0.tar") as archive:
+        second = archive.getmembers()[2].offset
+    for damaged in (whole[:second] + bytes(512) + whole[second + 512 :], whole[:second]):
+        (tmp_path / "damaged.tar").write_bytes(damaged)
+        with pytest.raises(ImageError, match=r"damaged\.tar is not a readable \.tar shard.*(damaged|missing)"):
+            open_images(tmp_path / "damaged.tar")
+    broken = bytearray(whole)
     broken[700:900] = bytes(200)
     (tmp_path / "broken.tar").write_bytes(broken)
     with pytest.raises(ImageError, match=r"cannot read the image .*broken\.tar:0000\.png"):

@@ -22,6 +22,7 @@ from PIL import Image
 from vistok.config import ConfigError
 from vistok.data.files import IMAGE_EXTENSIONS
 from vistok.data.sources import DECODING_ERRORS, UNCONDITIONAL, ImageSource, UnreadableImageError, convert, hash_lines
+from vistok.data.tar import regular_files
 from vistok.files import atomic_file, read_json
 
 log = logging.getLogger(__name__)
@@ -224,48 +225,32 @@ def index_shard(path: Path, number: int) -> Iterator[Sample]:
         ValueError: it is cut, damaged or no tar file, or a label is no class id.
     """
     try:
-        with tarfile.open(path, "r:") as archive:
-            members = [member for member in archive if member.isfile()]
-            _check_end(path, archive.offset)
-            labels = _labels(path, archive, members)
-    except (tarfile.TarError, EOFError) as error:
+        members = regular_files(path)
+    except tarfile.TarError as error:
         raise ValueError(f"{path} is no whole, uncompressed .tar file ({error}); fetch or make it again") from error
+    labels = _labels(path, members)
     for member in members:
         stem, extension = _split(member.name)
         if extension in IMAGE_EXTENSIONS:
             yield Sample(number, member.offset_data, member.size, member.name, labels.get(stem, UNCONDITIONAL))
 
 
-def _check_end(path: Path, end: int) -> None:
-    """Raise EOFError unless an archive that tarfile read up to ``end`` ends there, with zeros and nothing else.
-
-    tarfile takes a cut file, and a damaged header, for the end.
-    """
-    with path.open("rb") as file:
-        file.seek(end)
-        block = file.read(tarfile.BLOCKSIZE)
-        if len(block) < tarfile.BLOCKSIZE:
-            raise EOFError("its end is missing")
-        while block:
-            if block.strip(b"\0"):
-                raise EOFError(f"the header at byte {end} is damaged, or that is its end, and more follows")
-            block = file.read(1 << 20)
-
-
-def _labels(path: Path, archive: tarfile.TarFile, files: Sequence[tarfile.TarInfo]) -> dict[str, int]:
+def _labels(path: Path, members: Sequence[tarfile.TarInfo]) -> dict[str, int]:
     """Class ids by sample: that of its .cls file, else that of its .json file, if it has one."""
     labels: dict[str, int] = {}
-    for kind in (".cls", ".json"):
-        for member in files:
-            stem, extension = _split(member.name)
-            if extension != kind or stem in labels:
-                continue
-            try:
-                label = _label(archive.extractfile(member).read(), kind)
-            except ValueError as error:
-                raise ValueError(f"{path}:{member.name} holds no class id: {error}") from error
-            if label is not None:
-                labels[stem] = label
+    with path.open("rb") as file:
+        for kind in (".cls", ".json"):
+            for member in members:
+                stem, extension = _split(member.name)
+                if extension != kind or stem in labels:
+                    continue
+                file.seek(member.offset_data)
+                try:
+                    label = _label(file.read(member.size), kind)
+                except ValueError as error:
+                    raise ValueError(f"{path}:{member.name} holds no class id: {error}") from error
+                if label is not None:
+                    labels[stem] = label
     return labels
 
 

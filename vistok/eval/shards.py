@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vistok.data.tar import regular_files
 from vistok.eval.decoding import EXTENSIONS, LOSSY_EXTENSIONS, ImageError, common_size, decode, size_of
 
 
@@ -82,8 +83,7 @@ class TarImages:
 
 def _members(file: Path) -> list[_Member]:
     try:
-        with tarfile.open(file, "r:") as archive:
-            infos = [info for info in archive if info.isfile()]
+        infos = regular_files(file)
     except (tarfile.TarError, OSError) as error:
         raise ImageError(f"{file} is not a readable .tar shard (compressed ones are not supported): {error}") from error
     members = []
