@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from vistok.draws import Draws, Keys
 from vistok.generators.base import Generator
 from vistok.generators.cache import KVCache, Layers
-from vistok.generators.compiled import CompiledStep, SessionSteps, compile_step
+from vistok.generators.compiled import CompiledStep, SessionSteps
 from vistok.generators.sampling import DecodingOptions, draw_ids, guide
 from vistok.nn.packed import packed_linears
 from vistok.nn.rotary import Rows
@@ -66,7 +66,7 @@ class AutoregressiveGenerator(Generator):
 
         The first images take longer, once for each batch size and each set of options. ``backend`` is torch.compile's.
         """
-        self.compiled_step = compile_step(backend)
+        self.compiled_step = CompiledStep(self, backend)
 
     def cache_bytes(self, batch: int, *, guided: bool) -> int:
         """Bytes of cache that sampling ``batch`` images will take; guidance doubles them."""

@@ -1,29 +1,29 @@
-"""Single-token decoding steps as one compiled graph of fixed shapes.
+"""Single-token decoding steps as compiled graphs of fixed shapes.
 
 An eager step of a large transformer is several hundred small kernels, and on a GPU the host cannot launch them as fast
-as they run. A compiled step is fewer kernels; captured in a CUDA graph, they cost one launch per token.
+as they run. Compiled blocks are fewer kernels; captured in a CUDA graph, the whole step costs one launch per token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vistok.generators.cache import KVCache, Layers
 from vistok.generators.sampling import DecodingOptions, draw_ids, guide
 from vistok.nn.rotary import Rows
 
-CompiledStep = Callable[..., None]
-
 
 class NextTokenModel(Protocol):
-    """What a step needs of an ``AutoregressiveGenerator``."""
+    """What a step needs of an ``AutoregressiveGenerator``; its blocks are of one class."""
 
     condition_length: int
+    blocks: nn.ModuleList
 
     def embed_tokens(self, ids: Tensor, where: Rows) -> Tensor: ...
 
@@ -32,43 +32,83 @@ class NextTokenModel(Protocol):
     def head(self, hidden: Tensor) -> Tensor: ...
 
 
-def compile_step(backend: str) -> CompiledStep:
-    """``sample_next`` for torch.compile's ``backend``; compiled anew for every model, batch size and set of options."""
-    limits = torch._dynamo.config  # of graphs per function in one process: a sweep over options takes more than 8
-    limits.recompile_limit = max(limits.recompile_limit, 64)
-    return torch.compile(sample_next, backend=backend, fullgraph=True, dynamic=False)
+class CompiledStep:
+    """One sampling step of a model, in three parts compiled for its sizes: what comes before the blocks, one block, and
+    what comes after. All blocks share the second, so compilation takes as long for a deep model as for a shallow one.
+
+    Args:
+        model: whose blocks will be computed.
+        backend: torch.compile's.
+    """
+
+    def __init__(self, model: NextTokenModel, backend: str):
+        limits = torch._dynamo.config  # of graphs per function in one process: a sweep over options takes more than 8
+        limits.recompile_limit = max(limits.recompile_limit, 64)
+        compiled = partial(torch.compile, backend=backend, fullgraph=True, dynamic=False)
+        self._before, self._after = compiled(embed_last), compiled(draw_next)
+        self._block = compiled(type(model.blocks[0]).forward)
+
+    def __call__(
+        self,
+        model: NextTokenModel,
+        options: DecodingOptions,
+        position: Tensor,
+        fed: Tensor,
+        tokens: Tensor,
+        uniforms: Tensor | None,
+        scales: Tensor | None,
+        visible: Tensor | None,
+        layers: Layers,
+    ) -> None:
+        """Feed the token before ``position`` and write the one there into ``tokens``.
+
+        Args:
+            position: (1,) int64 image position, at least 1.
+            fed: (1,) int64, the sequence position of the token before.
+            tokens: (B, L) ids.
+            uniforms: (B, L), or None for greedy decoding.
+            scales: (L,) guidance scales, or None without guidance.
+            visible: bool (R or 1, 1, 1, T + L), what the last position of all sees; None is everything.
+            layers: caches that write at ``fed``.
+        """
+        x, mask = self._before(model, position, fed, tokens, visible, guided=scales is not None)
+        with self._blocks_of(model):
+            hidden = model.transform(x, fed, mask, layers)
+        self._after(model, options, hidden, position, tokens, uniforms, scales)
+
+    @contextmanager
+    def _blocks_of(self, model: NextTokenModel) -> Iterator[None]:
+        for block in model.blocks:
+            block.forward = partial(self._block, block)
+        try:
+            yield
+        finally:
+            for block in model.blocks:
+                del block.forward
 
 
-def sample_next(
+def embed_last(
+    model: NextTokenModel, position: Tensor, fed: Tensor, tokens: Tensor, visible: Tensor | None, guided: bool
+) -> tuple[Tensor, Tensor]:
+    """The embedded token before ``position``, (R, 1, D), and what it sees of the whole cache."""
+    ids = tokens[:, position - 1]
+    if guided:
+        ids = torch.cat([ids, ids])
+    mask = torch.arange(model.condition_length + tokens.shape[1], device=tokens.device)[None, None, None] <= fed
+    return model.embed_tokens(ids, position - 1), mask if visible is None else mask & visible
+
+
+def draw_next(
     model: NextTokenModel,
     options: DecodingOptions,
+    hidden: Tensor,
     position: Tensor,
-    fed: Tensor,
     tokens: Tensor,
     uniforms: Tensor | None,
     scales: Tensor | None,
-    visible: Tensor | None,
-    layers: Layers,
 ) -> None:
-    """Feed the token before ``position`` and write the one there into ``tokens``.
-
-    Args:
-        position: (1,) int64 image position, at least 1.
-        fed: (1,) int64, the sequence position of the token before.
-        tokens: (B, L) ids.
-        uniforms: (B, L), or None for greedy decoding.
-        scales: (L,) guidance scales, or None without guidance.
-        visible: bool (R or 1, 1, 1, T + L), what the last position of all sees; None is everything.
-        layers: caches that write at ``fed``.
-    """
-    ids = tokens[:, position - 1]
-    if scales is not None:
-        ids = torch.cat([ids, ids])
-    length = model.condition_length + tokens.shape[1]
-    mask = torch.arange(length, device=tokens.device)[None, None, None] <= fed
-    if visible is not None:
-        mask = mask & visible
-    logits = model.head(model.transform(model.embed_tokens(ids, position - 1), fed, mask, layers)[:, -1])
+    """Write the ids at ``position``, drawn from the logits of hidden states (R, 1, D)."""
+    logits = model.head(hidden[:, -1])
     if scales is not None:
         logits = guide(logits, scales[position])
     drawn = draw_ids(logits, None if uniforms is None else uniforms[:, position].squeeze(1), options)
@@ -79,10 +119,10 @@ class SessionSteps:
     """The steps of one sampling session, on a CUDA device captured in a graph at the first of them.
 
     Args:
-        step: from ``compile_step``.
+        step: of the model's class and sizes.
         cache: of the session, after its condition was fed.
 
-    The others are as of ``sample_next``.
+    The others are as of ``CompiledStep``.
     """
 
     def __init__(
@@ -103,19 +143,25 @@ class SessionSteps:
         self._shifts = [layer.shift_memory for layer in cache.layers if layer.shift_memory is not None]
         inputs = (self._position, self._fed, tokens, uniforms, scales, visible, layers)
         self._run = partial(step, model, options, *inputs)
-        self._captured = not tokens.is_cuda
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._next: int | None = None  # the position that the graph will do if nobody says otherwise
 
     def __call__(self, position: int) -> None:
         """Feed the token before ``position``, the only one that the cache lacks, and draw the one there."""
-        self._position.fill_(position)
-        self._fed.fill_(position + self._offset)
-        if not self._captured:
-            self._capture()
-        self._run()
+        if position != self._next:
+            self._position.fill_(position)
+            self._fed.fill_(position + self._offset)
+        if not self._position.is_cuda:
+            self._run()
+            return
+        if self._graph is None:
+            self._graph = self._capture()
+        self._graph.replay()
+        self._next = position + 1
 
-    def _capture(self) -> None:
-        """Replace the step by a CUDA graph of it. Running it ahead changes nothing but the token shift's memory: all
-        else is written again by the step itself."""
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """The step as a graph that moves on by one position. Running it ahead changes nothing but the token shift's
+        memory: all else is written again by the step itself."""
         kept = [memory.clone() for memory in self._shifts]
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
@@ -126,6 +172,8 @@ class SessionSteps:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._run()
+            self._position.add_(1)
+            self._fed.add_(1)
         for memory, before in zip(self._shifts, kept, strict=True):
             memory.copy_(before)
-        self._run, self._captured = graph.replay, True
+        return graph

@@ -27,7 +27,7 @@ from vistok.generators.layouts import EntityLayout, LayoutConfig
 from vistok.generators.xar_sampling import PATH, XAROptions, XARSession
 from vistok.hub import CheckpointError, OfficialCheckpoint, load_strictly, rename
 from vistok.nn.attention import Attention
-from vistok.nn.flex import FlexMask, block_causal
+from vistok.nn.flex import FEWEST_CHANNELS, FlexMask, block_causal
 from vistok.nn.mlp import GatedMLP
 from vistok.nn.modulation import modulate
 from vistok.nn.norms import RMSNorm
@@ -210,7 +210,9 @@ class XAR(ContinuousGenerator):
         """The block-causal mask of these entities over all up to them; one entity alone sees everything there is."""
         if len(entities) == 1:
             return None
-        if device.type == "cuda" and entities.start == 0 and not (self.training and self.attention_dropout):
+        dropout = self.training and self.attention_dropout
+        wide = self.encoder_blocks[0].attn.head_dim >= FEWEST_CHANNELS
+        if device.type == "cuda" and wide and entities.start == 0 and not dropout:
             return _flex_mask(self.layout, len(entities), device)
         bounds = self.layout.bounds
         return _dense_mask(self.layout, bounds[entities.start], bounds[entities.stop], device)

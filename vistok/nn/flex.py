@@ -11,6 +11,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+FEWEST_CHANNELS = 16
+"""Heads with fewer are not compiled for GPUs."""
+
 
 class FlexMask:
     """Attention of L positions to one another under ``rule(batch, head, query, key)``, True where it is allowed."""
