@@ -49,8 +49,9 @@ class CodeRestart(nn.Module):
         process, row = chosen // count, chosen % count
         if size == 1:
             return latents[row].to(self.places.dtype)
-        choice = torch.stack([process, row])
-        distributed.broadcast(choice, src=0)
+        # Sums, also where a broadcast would do: torch.compile takes them into its graph.
+        choice = torch.stack([process, row]) * (distributed.get_rank() == 0)
+        distributed.all_reduce(choice)
         process, row = choice
         own = latents[row % count].to(self.places.dtype)  # fewer than the first process has, if images were unreadable
         picks = torch.where((process == distributed.get_rank())[:, None], own, 0)
