@@ -365,6 +365,18 @@ def test_unreadable_images_are_named_again_at_the_end(tmp_path, caplog):
     assert "007.png" in caplog.text.rpartition("left out of training")[2]
 
 
+def test_unreadable_images_are_remembered_by_a_resumed_run(tmp_path, caplog):
+    fill_folder(tmp_path / "photos", {"ant": 101})
+    (tmp_path / "photos" / "ant" / "007.png").write_bytes(b"no image")
+    data = {"source": "folder", "root": str(tmp_path / "photos"), "channels": 3, "batch_size": 20, "affine": None}
+    for steps in (5, 6):  # one epoch meets it, the first step of the next does not
+        caplog.clear()
+        with caplog.at_level("WARNING", logger="vistok"):
+            train(tokenizer_config(tmp_path / "run", data=data, training={"max_steps": steps}), resume=steps > 5)
+    assert "left out, cannot be read" not in caplog.text
+    assert "1 samples could not be read and were left out of training" in caplog.text
+
+
 def test_too_many_unreadable_images_stop_the_run_with_the_list(tmp_path):
     fill_folder(tmp_path / "photos", {"ant": 101})
     for number in (7, 9):
