@@ -34,7 +34,8 @@ class NextTokenModel(Protocol):
 
 class CompiledStep:
     """One sampling step of a model, in three parts compiled for its sizes: what comes before the blocks, one block, and
-    what comes after. All blocks share the second, so compilation takes as long for a deep model as for a shallow one.
+    the logits. All blocks share the second, so compilation takes as long for a deep model as for a shallow one. Ids are
+    drawn uncompiled, since some versions of inductor fail on running sums over large codebooks.
 
     Args:
         model: whose blocks will be computed.
@@ -45,7 +46,7 @@ class CompiledStep:
         limits = torch._dynamo.config  # of graphs per function in one process: a sweep over options takes more than 8
         limits.recompile_limit = max(limits.recompile_limit, 64)
         compiled = partial(torch.compile, backend=backend, fullgraph=True, dynamic=False)
-        self._before, self._after = compiled(embed_last), compiled(draw_next)
+        self._before, self._after = compiled(embed_last), compiled(next_logits)
         self._block = compiled(type(model.blocks[0]).forward)
 
     def __call__(
@@ -74,7 +75,9 @@ class CompiledStep:
         x, mask = self._before(model, position, fed, tokens, visible, guided=scales is not None)
         with self._blocks_of(model):
             hidden = model.transform(x, fed, mask, layers)
-        self._after(model, options, hidden, position, tokens, uniforms, scales)
+        logits = self._after(model, hidden, position, scales)
+        drawn = draw_ids(logits, None if uniforms is None else uniforms[:, position].squeeze(1), options)
+        tokens[:, position] = drawn[:, None]
 
     @contextmanager
     def _blocks_of(self, model: NextTokenModel) -> Iterator[None]:
@@ -98,21 +101,10 @@ def embed_last(
     return model.embed_tokens(ids, position - 1), mask if visible is None else mask & visible
 
 
-def draw_next(
-    model: NextTokenModel,
-    options: DecodingOptions,
-    hidden: Tensor,
-    position: Tensor,
-    tokens: Tensor,
-    uniforms: Tensor | None,
-    scales: Tensor | None,
-) -> None:
-    """Write the ids at ``position``, drawn from the logits of hidden states (R, 1, D)."""
+def next_logits(model: NextTokenModel, hidden: Tensor, position: Tensor, scales: Tensor | None) -> Tensor:
+    """Guided logits (B, V) for ``position`` from hidden states (R, 1, D)."""
     logits = model.head(hidden[:, -1])
-    if scales is not None:
-        logits = guide(logits, scales[position])
-    drawn = draw_ids(logits, None if uniforms is None else uniforms[:, position].squeeze(1), options)
-    tokens[:, position] = drawn[:, None]
+    return logits if scales is None else guide(logits, scales[position])
 
 
 class SessionSteps:
