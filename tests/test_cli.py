@@ -147,6 +147,14 @@ def test_sample_writes_pictures_grid_npz_and_record(pipe, tmp_path, run_command)
     assert record["tokenizer"] == tiny_tokenizer().fingerprint()
 
 
+def test_sample_in_bfloat16(pipe, tmp_path, run_command):
+    run_command("sample", pipe, "--out", tmp_path / "samples", "--num", 3, "--dtype", "bf16", "--device", "cpu")
+    expected = vistok.pipeline(pipe, device="cpu", dtype=torch.bfloat16)([0, 1, 2], seed=0)
+    written = [np.asarray(Image.open(tmp_path / "samples" / f"{i:06d}.png")) for i in range(3)]
+    assert np.array_equal(written, np.stack([np.asarray(image) for image in expected.images]))
+    assert json.loads((tmp_path / "samples" / "samples.json").read_text())["dtype"] == "bfloat16"
+
+
 def test_sample_takes_all_classes_in_turn_by_default(pipe, tmp_path, run_command):
     (tmp_path / "samples").mkdir()
     run_command("sample", pipe, "--out", tmp_path / "samples", "--num", 4)
@@ -170,6 +178,7 @@ def test_sample_unconditionally(tmp_path, run_command):
         (["temprature=1"], "temprature: unknown key; did you mean temperature?"),
         (["temperature"], "override 'temperature': expected key=value"),
         (["--device", "gpu"], "unknown device 'gpu'"),
+        (["--dtype", "half"], "unknown dtype 'half'; known are fp32, bf16, fp16"),
     ],
 )
 def test_sample_refuses(pipe, tmp_path, refused, arguments, message):

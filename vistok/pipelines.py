@@ -136,22 +136,24 @@ class Pipeline:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        cls, path: str | Path, *, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None
     ) -> Self:
         """Load a pipeline from a folder or a hub id.
 
         Args:
             device: None takes a GPU if there is one.
-            dtype: of all weights and computation; None keeps that of the saved weights.
+            dtype: of all weights and computation, as torch has it or "fp32", "bf16" or "fp16"; None keeps that of the
+                saved weights.
 
         Raises:
             CheckpointError: nothing there, no whole pipeline, or damaged weights.
+            ValueError: an unknown dtype, or a device that is not there.
         """
         folder = _pipeline_folder(path)
         settings = _read_settings(folder)
         tokenizer, generator = _load_part(folder, TOKENIZER, Tokenizer), _load_part(folder, GENERATOR, Generator)
         pipe = cls(tokenizer, generator, **settings)
-        return pipe.to(choose_device(device), dtype)
+        return pipe.to(choose_device(device), choose_dtype(dtype))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the pipeline folder as a whole, or not at all; an older pipeline there is replaced.
@@ -429,6 +431,23 @@ pipeline = Pipeline.from_pretrained
 def write_settings(folder: str | Path, *, class_names: Sequence[str], sampling: Mapping[str, Any]) -> None:
     """Write ``pipeline.json`` into a folder that has (or gets) ``tokenizer/`` and ``generator/``."""
     write_json(Path(folder) / PIPELINE, {"class_names": list(class_names), "sampling": to_json(dict(sampling))})
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precisions by their short names."""
+
+
+def choose_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """``dtype`` as torch has it; None stays None.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if not isinstance(dtype, str):
+        return dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
+    return DTYPES[dtype]
 
 
 def choose_device(device: torch.device | str | None) -> torch.device:

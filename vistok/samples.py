@@ -76,7 +76,8 @@ def write_samples(
         "tokenizer": pipe.tokenizer.fingerprint(),
         "generator": pipe.generator.fingerprint(),
     }
-    record = settings | {"device": str(pipe.device), "vistok_version": __version__}
+    dtype = str(next(pipe.generator.parameters()).dtype).removeprefix("torch.")
+    record = settings | {"device": str(pipe.device), "dtype": dtype, "vistok_version": __version__}
     if processes.is_first:
         open_unfinished(out, settings, resume=resume)
     processes.wait()

@@ -10,6 +10,9 @@ from rich.table import Table
 
 output, errors = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
 
+Dtype = Annotated[
+    str | None, typer.Option(help="Precision of weights and computation: fp32, bf16 or fp16; as saved by default.")
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, …; a GPU if there is one by default.")]
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from vistok.cli.console import Device, output
+from vistok.cli.console import Device, Dtype, output
 
 
 def sample(
@@ -34,6 +34,7 @@ def sample(
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile the steps first: worth it for many images on a GPU.")
     ] = False,
+    dtype: Dtype = None,
     device: Device = None,
 ) -> None:
     """Generate images: a PNG each, an overview grid.png, and samples.json with what made them.
@@ -51,7 +52,7 @@ def sample(
     named = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
     sampling = override({key: value for key, value in named.items() if value is not None}, options or ())
     processes = Processes.join()
-    pipe = pipeline(run, device=device or processes.device())
+    pipe = pipeline(run, device=device or processes.device(), dtype=dtype)
     write_samples(
         pipe.compile() if compiled else pipe,
         out,

@@ -12,7 +12,7 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
-from vistok.cli.console import Device, errors, output, print_table
+from vistok.cli.console import Device, Dtype, errors, output, print_table
 
 
 def evaluate(
@@ -167,6 +167,7 @@ def benchmark(
         bool, typer.Option("--save-npz", help="Also write samples.npz for ADM-style evaluators.")
     ] = False,
     batch_size: Annotated[int, typer.Option(help="Images at a time; does not change them.")] = 64,
+    dtype: Dtype = None,
     device: Device = None,
 ) -> None:
     """Generate many images and score them, with features instead of images kept; the same command continues it.
@@ -184,7 +185,7 @@ def benchmark(
     processes = Processes.join()
     device = device or str(processes.device())
     result = measure(
-        pipeline(run, device=device),
+        pipeline(run, device=device, dtype=dtype),
         out,
         num_images=num,
         labels=labels,
