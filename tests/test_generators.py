@@ -280,6 +280,23 @@ def test_cache_bytes_are_known_beforehand(setup, guided):
     assert session.cache.nbytes == model.cache_bytes(3, guided=guided)
 
 
+@pytest.mark.parametrize("options", [GREEDY, DecodingOptions(guidance_scale=2.0, top_k=5)])
+def test_steps_keep_no_memory(setup, options):
+    model, condition = setup
+    draws = model.sampling_draws(Keys.range(0, 3), options)
+    chunks = model.stream(condition, options, draws=draws)
+    next(chunks)
+
+    def kept(steps: int) -> int:
+        """Bytes allocated and not freed meanwhile."""
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            for _ in range(steps):
+                next(chunks)
+        return sum(event.self_cpu_memory_usage for event in profile.key_averages())
+
+    assert kept(2) == kept(6) > 0  # the last logits
+
+
 def test_cache_counts_and_overflows():
     cache = KVCache(layers=2, rows=1, heads=1, length=4, head_dim=2)
     part = torch.arange(6.0).view(1, 1, 3, 2)
