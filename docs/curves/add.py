@@ -37,8 +37,8 @@ def plot(rows: list[dict], name: str) -> None:
     import matplotlib.pyplot as plt
 
     shown = [key for key in ("loss", "psnr", "perplexity", "accuracy", "grad_norm") if key in rows[-1]]
-    figure, axes = plt.subplots(1, len(shown), figsize=(3.2 * len(shown), 2.6), constrained_layout=True)
-    for axis, key in zip(axes, shown, strict=True):
+    figure, axes = plt.subplots(1, len(shown), figsize=(3.2 * len(shown), 2.6), constrained_layout=True, squeeze=False)
+    for axis, key in zip(axes[0], shown, strict=True):
         axis.plot([row["step"] for row in rows], [row[key] for row in rows], linewidth=1.2, color="#26547c")
         axis.set_title(f"{key}: {rows[-1][key]:.4g} at the end", fontsize=9)
         axis.set_xlabel("step", fontsize=8)
