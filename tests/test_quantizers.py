@@ -79,12 +79,12 @@ def test_restart_leaves_codes_in_use_alone():
     assert torch.equal(quantizer.embedding.weight[used], before[used])
 
 
-def test_dead_codes_move_onto_latents_after_the_step():
+def test_dead_codes_move_onto_latents_once_gradients_are_there():
     torch.manual_seed(1)
     quantizer = VectorQuantizer(64, 4, restart_after=1).train()
     before = quantizer.embedding.weight.detach().clone()
     used = quantizer(latents()).ids.unique()
-    assert torch.equal(quantizer.embedding.weight, before)  # which the gradient still belongs to
+    assert torch.equal(quantizer.embedding.weight, before)  # which the backward pass still needs
     quantizer.restart_dead_codes()
     moved = (quantizer.embedding.weight != before).any(-1)
     assert not moved[used].any()

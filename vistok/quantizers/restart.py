@@ -11,9 +11,9 @@ from vistok.processes import group_size
 class CodeRestart(nn.Module):
     """Moves every code that was not chosen for ``patience`` steps onto a random latent of the current batch.
 
-    A forward pass counts and picks new places; ``move`` puts the dead codes there, once the optimizer has made its
-    step. (In between, gradients still belong to the old codes, and FSDP2 would forget what a forward pass writes into
-    a weight.) All codes start as dead, so the first batch places the codebook among the latents. Jukebox (arXiv
+    A forward pass counts and picks new places; ``move`` puts the dead codes there, after the backward pass and before
+    the optimizer's step. (Until then gradients need the old codes, and FSDP2 would forget what a forward pass writes
+    into a weight.) All codes start as dead, so the first batch places the codebook among the latents. Jukebox (arXiv
     2005.00341, section 3.1) restarts codes like this.
 
     Several processes make the same picks, from the batch of all of them. Random numbers come from torch's global

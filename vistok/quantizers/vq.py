@@ -32,7 +32,7 @@ class VectorQuantizer(nn.Module):
         init: "normal" N(0, 1), or "uniform" in +-1/K, rows l2-normalised if ``normalize``.
         entropy_temperature: softmax temperature of the "entropy" term; None leaves the term out.
         restart_after: training steps after which an unused code is moved onto a latent (``CodeRestart``); 0 is never.
-            A training loop calls ``restart_dead_codes`` after each step of its optimizer.
+            A training loop calls ``restart_dead_codes`` between the backward pass and the step of its optimizer.
     """
 
     def __init__(

@@ -97,8 +97,8 @@ class Models:
 
     def step(self, *, adversary: bool) -> dict[str, Tensor]:
         """Apply the gradients, the ``adversary``'s too if it takes part by now; the gradient norms, if clipped."""
-        norms = self._apply(self._optimizer, self.model, "grad_norm")
         self._restart_dead_codes()
+        norms = self._apply(self._optimizer, self.model, "grad_norm")
         if adversary:
             norms |= self._apply(self._adversary_optimizer, self.adversary, "d_grad_norm")
         if self.average is not None:
