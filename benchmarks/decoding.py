@@ -17,8 +17,9 @@ import time
 import torch
 from common import finish, say
 from torch import nn
-from training import DTYPES, synchronise
+from training import synchronise
 
+from vistok.devices import DTYPES
 from vistok.draws import Keys
 from vistok.generators.llama import Llama
 from vistok.generators.sampling import DecodingOptions

@@ -13,9 +13,10 @@ from tiny_models import tiny
 
 import vistok
 from vistok.config import ConfigError
+from vistok.folders import load_tokenizer
 from vistok.generators.vit_vqgan_gpt import ViTVQGANGPT
 from vistok.hub import CheckpointError
-from vistok.pipelines import Pipeline, load_tokenizer
+from vistok.pipelines import Pipeline
 from vistok.tokenizers.llamagen_vq import LlamaGenVQ
 from vistok.tokenizers.vit_vqgan import ViTVQGAN
 from vistok.types import Condition, TokenSpec
@@ -85,7 +86,7 @@ def test_a_failed_save_leaves_nothing(pipe, tmp_path, monkeypatch):
     def disk_full(path, value):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vistok.pipelines.write_json", disk_full)
+    monkeypatch.setattr("vistok.folders.write_json", disk_full)
     with pytest.raises(OSError, match="No space"):
         pipe.save_pretrained(tmp_path / "pipe")
     assert list(tmp_path.iterdir()) == []

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vistok.devices import choose_device
 from vistok.eval import make_reference
 from vistok.eval.perturbation import evaluate_perturbation
 from vistok.eval.protocols import choose_protocol, load_network
 from vistok.eval.references import Provenance, open_reference
 from vistok.eval.tokenizers import evaluate_tokenizer
+from vistok.folders import load_tokenizer
 from vistok.losses import LPIPS
-from vistok.pipelines import choose_device, load_tokenizer
 from vistok.processes import Processes
 from vistok.runs import data_of_run
 

@@ -7,7 +7,6 @@ is one.
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +21,13 @@ from vistok.classes import ClassLabel, ClassNames
 from vistok.config import check
 from vistok.data.masks import pixel_masks, token_masks
 from vistok.data.pictures import from_pil, to_pil
+from vistok.devices import choose_device, choose_dtype
 from vistok.draws import Draws, Keys
-from vistok.files import atomic_folder, write_json
+from vistok.files import atomic_folder
+from vistok.folders import GENERATOR, PIPELINE, TOKENIZER, load_part, pipeline_folder, read_settings, write_settings
 from vistok.generators.base import Generator
-from vistok.hub import CONFIG, WEIGHTS, CheckpointError, load, snapshot
 from vistok.tokenizers.base import Tokenizer
-from vistok.types import Condition, TokenSpec, to_json
-
-PIPELINE, TOKENIZER, GENERATOR = "pipeline.json", "tokenizer", "generator"
+from vistok.types import Condition, TokenSpec
 
 
 @dataclass(frozen=True)
@@ -149,9 +147,9 @@ class Pipeline:
             CheckpointError: nothing there, no whole pipeline, or damaged weights.
             ValueError: an unknown dtype, or a device that is not there.
         """
-        folder = _pipeline_folder(path)
-        settings = _read_settings(folder)
-        tokenizer, generator = _load_part(folder, TOKENIZER, Tokenizer), _load_part(folder, GENERATOR, Generator)
+        folder = pipeline_folder(path)
+        settings = read_settings(folder)
+        tokenizer, generator = load_part(folder, TOKENIZER, Tokenizer), load_part(folder, GENERATOR, Generator)
         pipe = cls(tokenizer, generator, **settings)
         return pipe.to(choose_device(device), choose_dtype(dtype))
 
@@ -428,58 +426,6 @@ pipeline = Pipeline.from_pretrained
 """``vistok.pipeline(path, *, device=None, dtype=None)``: load a pipeline from a folder or a hub id."""
 
 
-def write_settings(folder: str | Path, *, class_names: Sequence[str], sampling: Mapping[str, Any]) -> None:
-    """Write ``pipeline.json`` into a folder that has (or gets) ``tokenizer/`` and ``generator/``."""
-    write_json(Path(folder) / PIPELINE, {"class_names": list(class_names), "sampling": to_json(dict(sampling))})
-
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Precisions by their short names."""
-
-
-def choose_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """``dtype`` as torch has it; None stays None.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    if not isinstance(dtype, str):
-        return dtype
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
-    return DTYPES[dtype]
-
-
-def choose_device(device: torch.device | str | None) -> torch.device:
-    """``device``, or where None is given, a GPU if there is one.
-
-    Raises:
-        ValueError: no such device, here or at all.
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"unknown device {device!r}; known are cpu, cuda, cuda:1, mps, …") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"there is no CUDA GPU for device {str(device)!r}; leave the device out, or take cpu")
-    return device
-
-
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a model folder, of a run or pipeline (its ``tokenizer/``), of a token cache, or of a hub id.
-
-    Raises:
-        CheckpointError: nothing there, damaged weights, or another kind of model.
-    """
-    inner = Path(path) / TOKENIZER
-    model = load(inner if inner.is_dir() else path)
-    if not isinstance(model, Tokenizer):
-        raise CheckpointError(f"{path} holds a generator ({model.registry_name}), but a tokenizer is needed")
-    return model
-
-
 def _decode_options(tokenizer: Tokenizer, spec: TokenSpec) -> dict[str, Any]:
     """What ``decode`` has to be told of tokens with a generator's ``spec``; ValueError if they do not fit."""
     own = tokenizer.spec
@@ -494,41 +440,6 @@ def _decode_options(tokenizer: Tokenizer, spec: TokenSpec) -> dict[str, Any]:
         "the generator models other tokens than this tokenizer makes: "
         + "; ".join(f"{name} {getattr(spec, name)} instead of {getattr(own, name)}" for name in differing)
     )
-
-
-def _pipeline_folder(path: str | Path) -> Path:
-    """The local folder of a pipeline, fetched from the hub if need be."""
-    folder = Path(path)
-    if not folder.exists():
-        files = [PIPELINE, *(f"{part}/{file}" for part in (TOKENIZER, GENERATOR) for file in (CONFIG, WEIGHTS))]
-        return snapshot(str(path), files)
-    missing = [name for name in (PIPELINE, TOKENIZER, GENERATOR) if not (folder / name).exists()]
-    if not missing:
-        return folder
-    hint = ""
-    if (folder / CONFIG).is_file():
-        hint = " (it is a single model, which vistok.load reads)"
-    elif GENERATOR in missing and TOKENIZER not in missing:
-        hint = " (it has a tokenizer only: train a generator on its tokens, or look at it with `vistok reconstruct`)"
-    raise CheckpointError(f"{folder} is no pipeline: it has no {', no '.join(missing)}{hint}")
-
-
-def _read_settings(folder: Path) -> dict[str, Any]:
-    path = folder / PIPELINE
-    try:
-        settings = json.loads(path.read_text())
-        return {"class_names": tuple(settings["class_names"]), "sampling": dict(settings["sampling"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f'{path} is damaged ({error!r}); expected {{"class_names": [...], "sampling": {{...}}}}'
-        ) from error
-
-
-def _load_part(folder: Path, part: str, kind: type) -> Any:
-    model = load(folder / part)
-    if not isinstance(model, kind):
-        raise CheckpointError(f"{folder / part} holds a {type(model).__name__}, which is no {part}")
-    return model
 
 
 def _seed(seed: int | None, generator: torch.Generator | None) -> int:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from vistok.config import ConfigError, check, load_config, override
 from vistok.data.config import DataConfig
+from vistok.folders import GENERATOR, TOKENIZER
 from vistok.hub import CONFIG, read_config
-from vistok.pipelines import GENERATOR, TOKENIZER
 from vistok.registry import entry
 
 RUN_CONFIG = "config.yaml"

@@ -85,7 +85,8 @@ def reconstruct(
     device: Device = None,
 ) -> None:
     """Encode and decode images, and look at what is lost."""
-    from vistok.pipelines import choose_device, load_tokenizer
+    from vistok.devices import choose_device
+    from vistok.folders import load_tokenizer
     from vistok.samples import reconstruct_files, reconstruct_prefixes
 
     tokenizer = load_tokenizer(run).to(choose_device(device))

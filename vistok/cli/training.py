@@ -141,7 +141,8 @@ def tokenize(
 
     On several GPUs, or in several processes: torchrun --nproc_per_node=8 -m vistok tokenize …
     """
-    from vistok.pipelines import choose_device, load_tokenizer
+    from vistok.devices import choose_device
+    from vistok.folders import load_tokenizer
     from vistok.processes import Processes
     from vistok.runs import data_of_run
     from vistok.train.tokenize import tokenize as write_cache
@@ -171,7 +172,7 @@ def import_tokens(
     mar: a folder with CLASS/NAME.npz, moments and moments_flip.
     jsonl: a file of RAR or TiTok, {"class_id": 3, "tokens": [5, 1, …]} a line.
     """
-    from vistok.pipelines import load_tokenizer
+    from vistok.folders import load_tokenizer
     from vistok.train.import_tokens import import_tokens as write_cache
 
     names = tuple(classes.read_text().splitlines()) if classes is not None else None

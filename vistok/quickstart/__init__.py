@@ -17,7 +17,8 @@ import torch
 from vistok.config import load_config
 from vistok.data.tokens import TokenCache
 from vistok.files import write_json
-from vistok.pipelines import Pipeline, load_tokenizer, pipeline
+from vistok.folders import load_tokenizer
+from vistok.pipelines import Pipeline, pipeline
 from vistok.quickstart.console import Stages, print_summary
 from vistok.quickstart.scores import CLASSES, COPIES, Digits, equal_counts, fit_classifier, load_digits, score
 from vistok.quickstart.story import draw, score_lines, write_story

@@ -21,10 +21,11 @@ from vistok.data.sources import ImageSource
 from vistok.data.tokens import TokenBatch, TokenCache, TokenMixture, token_loader
 from vistok.data.transforms import ImageTransform
 from vistok.draws import Keys, draws_on
+from vistok.folders import GENERATOR, TOKENIZER, load_tokenizer, write_settings
 from vistok.generators.base import Generator
 from vistok.hub import Model
 from vistok.losses import adaptive_weight
-from vistok.pipelines import GENERATOR, TOKENIZER, Pipeline, load_tokenizer, write_settings
+from vistok.pipelines import Pipeline
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.adversary import Adversary
 from vistok.train.config import RunConfig

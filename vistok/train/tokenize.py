@@ -24,7 +24,7 @@ from vistok.data.sources import ImageSource
 from vistok.data.token_writer import TokenShards
 from vistok.data.tokens import TokenCache
 from vistok.data.transforms import ImageTransform, ten_crop
-from vistok.pipelines import TOKENIZER
+from vistok.folders import TOKENIZER
 from vistok.processes import Processes
 from vistok.progress import track
 from vistok.tokenizers.base import Tokenizer

@@ -1,0 +1,38 @@
+"""Devices and precisions as users name them."""
+
+from __future__ import annotations
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precisions by their short names."""
+
+
+def choose_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """``dtype`` as torch has it; None stays None.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if not isinstance(dtype, str):
+        return dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def choose_device(device: torch.device | str | None) -> torch.device:
+    """``device``, or where None is given, a GPU if there is one.
+
+    Raises:
+        ValueError: no such device, here or at all.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {device!r}; known are cpu, cuda, cuda:1, mps, …") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"there is no CUDA GPU for device {str(device)!r}; leave the device out, or take cpu")
+    return device
