@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vistok.draws import Draws, Keys
@@ -27,14 +27,16 @@ class AutoregressiveGenerator(Generator):
     """A causal transformer over [condition tokens, image tokens].
 
     A subclass sets ``spec``, ``condition_length`` (tokens T that the condition takes), ``condition_dropout`` (the
-    probability of training a sample without its condition), and defines the four methods below. ``num_classes`` is
-    None for models that take no labels.
+    probability of training a sample without its condition), ``blocks`` with an ``attn`` each, ``norm`` and ``output``,
+    and defines the three methods below. ``num_classes`` is None for models that take no labels.
     """
 
     options_type = DecodingOptions
     condition_length: int
     condition_dropout: float
     num_classes: int | None
+    blocks: nn.ModuleList
+    shift_dim: int = 0  # width of the token shift's memory in the cache; 0 without one
     compiled_step: CompiledStep | None = None
 
     @abstractmethod
@@ -53,13 +55,23 @@ class AutoregressiveGenerator(Generator):
         is the cache of each layer.
         """
 
-    @abstractmethod
     def head(self, hidden: Tensor) -> Tensor:
         """Float32 logits (..., V) of hidden states (..., D)."""
+        return self.output(self.norm(hidden)).float()
 
-    @abstractmethod
     def new_cache(self, rows: int, length: int, device: torch.device | str | None = None) -> KVCache:
         """An empty cache of ``length`` sequence positions, where the weights are if no device is named."""
+        attention, weight = self.blocks[0].attn, self.output.weight
+        return KVCache(
+            len(self.blocks),
+            rows,
+            attention.heads,
+            length,
+            attention.head_dim,
+            shift_dim=self.shift_dim,
+            dtype=weight.dtype,
+            device=device or weight.device,
+        )
 
     def compile_decoding(self, backend: str = "inductor") -> None:
         """From now on sample with compiled steps of fixed shapes, on a CUDA device as one graph launch per token.

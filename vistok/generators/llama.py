@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vistok.generators.autoregressive import AutoregressiveGenerator
-from vistok.generators.cache import KVCache, Layer, Layers
+from vistok.generators.cache import Layer, Layers
 from vistok.hub import CheckpointError, OfficialCheckpoint, load_strictly, rename
 from vistok.nn.attention import Attention
 from vistok.nn.mlp import SwiGLU, llama_hidden_dim
@@ -243,21 +243,6 @@ class Llama(AutoregressiveGenerator):
         for block, memory in zip(self.blocks, layers or [None] * len(self.blocks)):
             x = block(x, rotation, mask, memory)
         return x
-
-    def head(self, hidden: Tensor) -> Tensor:
-        return self.output(self.norm(hidden)).float()
-
-    def new_cache(self, rows: int, length: int, device: torch.device | str | None = None) -> KVCache:
-        attention, weight = self.blocks[0].attn, self.output.weight
-        return KVCache(
-            len(self.blocks),
-            rows,
-            attention.heads,
-            length,
-            attention.head_dim,
-            dtype=weight.dtype,
-            device=device or weight.device,
-        )
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vistok.generators.autoregressive import AutoregressiveGenerator
-from vistok.generators.cache import KVCache, Layer, Layers
+from vistok.generators.cache import Layer, Layers
 from vistok.hub import load_strictly, rename
 from vistok.nn.attention import Attention
 from vistok.nn.mlp import MLP
@@ -87,7 +87,7 @@ class ViTVQGANGPT(AutoregressiveGenerator):
         self.condition_positions = nn.Parameter(torch.zeros(1, condition_length, dim))
         self.token_embedding = nn.Embedding(self.spec.codebook_size, dim)
         self.token_positions = nn.Parameter(torch.zeros(1, self.spec.length, dim))
-        self.blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(layers))
+        self.blocks, self.shift_dim = nn.ModuleList(Block(dim, heads, dropout) for _ in range(layers)), dim
         self.norm = nn.LayerNorm(dim)
         self.output = nn.Linear(dim, self.spec.codebook_size, bias=False)
         self.apply(_initialise)
@@ -151,22 +151,6 @@ class ViTVQGANGPT(AutoregressiveGenerator):
         for block, memory in zip(self.blocks, layers or [None] * len(self.blocks)):
             x = block(x, mask, memory)
         return x
-
-    def head(self, hidden: Tensor) -> Tensor:
-        return self.output(self.norm(hidden)).float()
-
-    def new_cache(self, rows: int, length: int, device: torch.device | str | None = None) -> KVCache:
-        attention, weight = self.blocks[0].attn, self.output.weight
-        return KVCache(
-            len(self.blocks),
-            rows,
-            attention.heads,
-            length,
-            attention.head_dim,
-            shift_dim=weight.shape[1],
-            dtype=weight.dtype,
-            device=device or weight.device,
-        )
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
