@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from vistok.draws import Keys
 from vistok.generators.cache import KVCache
+from vistok.generators.compiled import CompiledStep
 from vistok.generators.sampling import DecodingOptions, draw_ids
 from vistok.types import Condition, TokenSpec
 
@@ -234,6 +237,22 @@ def test_compiled_steps_give_the_same_samples(name, options):
         session.append(expected[:, 3:6])
         drain(session)
     assert torch.equal(session.tokens, expected)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_weights_that_are_constants_of_compiled_steps_may_change(monkeypatch):
+    freezing = partial(torch._inductor.config.patch, freezing=True)  # no choice of kernels by trial, which takes long
+    monkeypatch.setattr("vistok.generators.compiled._constant_weights", freezing)
+    model, condition = tiny("llama", layers=1), labels(0, 1)
+    draws = model.sampling_draws(Keys.range(0, 2))
+    step = CompiledStep("inductor")
+    for _ in range(2):
+        model.compiled_step = None
+        expected = model.sample(condition, draws=draws)
+        model.compiled_step = step
+        assert torch.equal(model.sample(condition, draws=draws), expected)
+        with torch.no_grad():
+            model.blocks[0].ffn.down.weight.mul_(-3)
 
 
 def test_compiling_is_refused_where_there_is_no_compiled_step():

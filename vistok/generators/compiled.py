@@ -2,14 +2,16 @@
 
 An eager step of a large transformer is several hundred small kernels, and on a GPU the host cannot launch them as fast
 as they run. Compiled blocks are fewer kernels; captured in a CUDA graph, the whole step costs one launch per token.
+On a CPU weights are made constants, so that inductor can lay them out for matrix kernels that it chooses by trial.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Protocol
+from types import FunctionType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +20,16 @@ from vistok.generators.cache import KVCache, Layers
 from vistok.generators.sampling import DecodingOptions, draw_ids, guide
 from vistok.nn.rotary import Rows
 
+CompiledFunction = Callable[..., Any]
+
 
 class NextTokenModel(Protocol):
     """What a step needs of an ``AutoregressiveGenerator``; its blocks are of one class."""
 
     condition_length: int
     blocks: nn.ModuleList
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
     def embed_tokens(self, ids: Tensor, where: Rows) -> Tensor: ...
 
@@ -34,20 +40,37 @@ class NextTokenModel(Protocol):
 
 class CompiledStep:
     """One sampling step of a model, in three parts compiled for its sizes: what comes before the blocks, one block, and
-    the logits. All blocks share the second, so compilation takes as long for a deep model as for a shallow one. Ids are
-    drawn uncompiled, since some versions of inductor fail on running sums over large codebooks.
+    the logits. All blocks share the second, so compilation takes as long for a deep model as for a shallow one; only
+    where weights are constants each block is compiled by itself. Ids are drawn uncompiled, since some versions of
+    inductor fail on running sums over large codebooks.
 
     Args:
-        model: whose blocks will be computed.
         backend: torch.compile's.
     """
 
-    def __init__(self, model: NextTokenModel, backend: str):
+    def __init__(self, backend: str):
         limits = torch._dynamo.config  # of graphs per function in one process: a sweep over options takes more than 8
         limits.recompile_limit = max(limits.recompile_limit, 64)
-        compiled = partial(torch.compile, backend=backend, fullgraph=True, dynamic=False)
-        self._before, self._after = compiled(embed_last), compiled(next_logits)
-        self._block = compiled(type(model.blocks[0]).forward)
+        self._backend = backend
+        self._before, self._after = self._compiled(embed_last), self._compiled(next_logits)
+        self._blocks: list[CompiledFunction] = []
+        self._constants: list[tuple[int, int]] = []
+
+    def _compiled(self, function: FunctionType) -> CompiledFunction:
+        return torch.compile(function, backend=self._backend, fullgraph=True, dynamic=False)
+
+    def prepare(self, model: NextTokenModel) -> None:
+        """Get ready for the blocks of ``model``, and forget what was compiled for weights that have changed since."""
+        weights = list(model.parameters())
+        constants = [(w.data_ptr(), w._version) for w in weights if self._backend == "inductor" and w.is_cpu]
+        if self._blocks and constants == self._constants:
+            return
+        self._constants, forward = constants, type(model.blocks[0]).forward
+        if constants:  # graphs of other weights must not be found again
+            self._after = self._compiled(_copy(next_logits))
+            self._blocks = [self._compiled(_copy(forward)) for _ in model.blocks]
+        else:
+            self._blocks = [self._compiled(forward)] * len(model.blocks)
 
     def __call__(
         self,
@@ -73,21 +96,40 @@ class CompiledStep:
             layers: caches that write at ``fed``.
         """
         x, mask = self._before(model, position, fed, tokens, visible, guided=scales is not None)
-        with self._blocks_of(model):
+        with _constant_weights() if self._constants else nullcontext(), self._blocks_of(model):
             hidden = model.transform(x, fed, mask, layers)
-        logits = self._after(model, hidden, position, scales)
+            logits = self._after(model, hidden, position, scales)
         drawn = draw_ids(logits, None if uniforms is None else uniforms[:, position].squeeze(1), options)
         tokens[:, position] = drawn[:, None]
 
     @contextmanager
     def _blocks_of(self, model: NextTokenModel) -> Iterator[None]:
-        for block in model.blocks:
-            block.forward = partial(self._block, block)
+        for block, compiled in zip(model.blocks, self._blocks, strict=True):
+            block.forward = partial(compiled, block)
         try:
             yield
         finally:
             for block in model.blocks:
                 del block.forward
+
+
+@contextmanager
+def _constant_weights() -> Iterator[None]:
+    """What is compiled inside has weights as constants, and matrix kernels chosen by trial, without a report of it."""
+    from torch._inductor import config, select_algorithm
+
+    reports, select_algorithm.PRINT_AUTOTUNE = select_algorithm.PRINT_AUTOTUNE, False
+    try:
+        with config.patch(freezing=True, max_autotune=True, max_autotune_gemm_backends="CPP,ATEN"):
+            yield
+    finally:
+        select_algorithm.PRINT_AUTOTUNE = reports
+
+
+def _copy(function: FunctionType) -> FunctionType:
+    """The same function with a code of its own, by which torch.compile remembers what it has compiled."""
+    code = function.__code__.replace()
+    return FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
 
 
 def embed_last(
@@ -132,6 +174,7 @@ class SessionSteps:
         self._offset = model.condition_length - 1
         self._position, self._fed = (torch.zeros(1, dtype=torch.int64, device=tokens.device) for _ in range(2))
         layers = [layer.at(self._fed) for layer in cache.layers]
+        step.prepare(model)
         self._shifts = [layer.shift_memory for layer in cache.layers if layer.shift_memory is not None]
         inputs = (self._position, self._fed, tokens, uniforms, scales, visible, layers)
         self._run = partial(step, model, options, *inputs)
