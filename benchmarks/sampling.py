@@ -160,7 +160,8 @@ def main() -> None:
                 if arguments.compile:
                     say("compiling")
                     for name, dtype in DTYPES.items():
-                        settings[f"{name}_compiled"] = Setting(length, dtype, options, compiled=True)
+                        settings[f"{name}_compiled"] = compiled = Setting(length, dtype, options, compiled=True)
+                        compiled.step(where[-1])
             before = peak_memory_mb()
             took = measure(settings, where, arguments.repeats)
             figures[f"memory_growth_mb{suffix}"] = peak_memory_mb() - before
