@@ -129,6 +129,8 @@ def test_a_config_that_does_not_fit_leaves_the_run_as_it_was(tmp_path):
         ({"optimizer": {"lr": "fast"}}, r"optimizer\.lr"),
         ({"training": {"max_steps": 0}}, r"max_steps"),
         ({"tokens": "tokens"}, r"takes no 'tokens'"),
+        ({"token_weights": [1, 2]}, r"takes no 'token_weights'"),
+        ({"sampling": {"top_k": 3}}, r"takes no 'sampling'"),
         ({"sampler": {}}, r"sampl"),
     ],
 )

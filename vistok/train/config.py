@@ -160,11 +160,13 @@ class RunConfig:
             ConfigError: unknown keys, wrong types, or sections that do not belong to the stage.
         """
         config = cls(**check(cls, values, ""))
-        needed, other = ("data", "tokens") if config.stage == "tokenizer" else ("tokens", "data")
+        images, tokens = ("data", "losses"), ("tokens", "token_weights", "sampling")
+        (needed, *_), others = (images, tokens) if config.stage == "tokenizer" else (tokens, images)
         if not getattr(config, needed):
             raise ConfigError(f"stage {config.stage} needs {needed!r}; for example {EXAMPLES[needed]}")
-        if getattr(config, other):
-            raise ConfigError(f"stage {config.stage} takes no {other!r}: it reads {needed!r}")
+        for other in others:
+            if getattr(config, other):
+                raise ConfigError(f"stage {config.stage} takes no {other!r}: it reads {needed!r}")
         return config
 
     def model_entry(self) -> registry.Entry:
