@@ -35,10 +35,9 @@ SHORT = [*QUIET, "training.batch_size=64", "training.ema_decay=0.99"]  # smaller
 
 def main() -> None:
     arguments = parse_arguments()
-
+    use_threads(arguments.threads)
     from vistok.quickstart.scores import fit_classifier, load_digits
 
-    use_threads(arguments.threads)
     out = Path(arguments.out or tempfile.mkdtemp(prefix="vistok-next-x-"))
     tokens = tokenize(tokenizer_run(arguments, out), out / "tokens")
     real = load_digits("train")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Precisions by their short names."""
@@ -19,6 +20,11 @@ def choose_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPES)}")
     return DTYPES[dtype]
+
+
+def dtype_of(model: nn.Module) -> str:
+    """The precision of a model's weights, as records name it: "float32", "bfloat16", …"""
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 def choose_device(device: torch.device | str | None) -> torch.device:

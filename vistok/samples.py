@@ -12,6 +12,7 @@ import torch
 from vistok._version import __version__
 from vistok.classes import ClassLabel
 from vistok.data.pictures import comparison, from_pil, grid, npz_writer, open_picture, save_png, to_pil, to_uint8
+from vistok.devices import dtype_of
 from vistok.draws import Keys
 from vistok.eval.reconstruction import psnr
 from vistok.files import write_json
@@ -76,8 +77,8 @@ def write_samples(
         "tokenizer": pipe.tokenizer.fingerprint(),
         "generator": pipe.generator.fingerprint(),
     }
-    dtype = str(next(pipe.generator.parameters()).dtype).removeprefix("torch.")
-    record = settings | {"device": str(pipe.device), "dtype": dtype, "vistok_version": __version__}
+    where = {"device": str(pipe.device), "dtype": dtype_of(pipe.generator)}
+    record = settings | where | {"vistok_version": __version__}
     if processes.is_first:
         open_unfinished(out, settings, resume=resume)
     processes.wait()

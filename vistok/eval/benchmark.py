@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vistok.data.pictures import to_uint8
+from vistok.devices import dtype_of
 from vistok.eval.classes import class_table
 from vistok.eval.comparison import Source, score_sides
 from vistok.eval.features import FeaturePass
@@ -190,7 +191,7 @@ def _plan(
         tokenizer=pipe.tokenizer.fingerprint(),
         generator=pipe.generator.fingerprint(),
         network=network,
-        dtype=str(next(pipe.generator.parameters()).dtype).removeprefix("torch."),
+        dtype=dtype_of(pipe.generator),
         image_size=tuple(pipe.tokenizer.image_shape[-2:]),
         eval_size=eval_size,
     )

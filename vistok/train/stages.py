@@ -211,8 +211,10 @@ class GeneratorStage(Stage):
     def picture(self, model: Generator) -> Image.Image:
         """Samples, one row per class of the first eight."""
         rows, columns = min(len(self.classes), 8) or 4, 8
-        labels = [label for label in range(rows) for _ in range(columns)]
-        what = {"class_labels": labels} if self.classes else {"num_images": len(labels)}
+        if self.classes:
+            what = {"class_labels": range(rows), "num_images_per_label": columns}
+        else:
+            what = {"num_images": rows * columns}
         pipe = self.pipeline(model)
         self.tokenizer.to(pipe.device)
         try:
