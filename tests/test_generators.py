@@ -255,6 +255,12 @@ def test_weights_that_are_constants_of_compiled_steps_may_change(monkeypatch):
             model.blocks[0].ffn.down.weight.mul_(-3)
 
 
+def test_weights_that_were_made_in_inference_mode_are_compiled_too():
+    with torch.inference_mode():
+        model = tiny("llama")
+        CompiledStep("inductor").prepare(model)  # such tensors count no changes
+
+
 def test_compiling_is_refused_where_there_is_no_compiled_step():
     with pytest.raises(ValueError, match="MAR has no compiled decoding"):
         tiny("mar").compile_decoding()

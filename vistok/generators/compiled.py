@@ -61,8 +61,7 @@ class CompiledStep:
 
     def prepare(self, model: NextTokenModel) -> None:
         """Get ready for the blocks of ``model``, and forget what was compiled for weights that have changed since."""
-        weights = list(model.parameters())
-        constants = [(w.data_ptr(), w._version) for w in weights if self._backend == "inductor" and w.is_cpu]
+        constants = [_state(w) for w in model.parameters() if self._backend == "inductor" and w.is_cpu]
         if self._blocks and constants == self._constants:
             return
         self._constants, forward = constants, type(model.blocks[0]).forward
@@ -124,6 +123,11 @@ def _constant_weights() -> Iterator[None]:
             yield
     finally:
         select_algorithm.PRINT_AUTOTUNE = reports
+
+
+def _state(weight: Tensor) -> tuple[int, int]:
+    """Something that changes with the weight; tensors made in inference mode count no changes in place."""
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
 def _copy(function: FunctionType) -> FunctionType:
