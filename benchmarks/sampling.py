@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from vistok.draws import Keys
 from vistok.generators.llama import Llama
 from vistok.generators.sampling import DecodingOptions
-from vistok.nn.packed import packed_linears
+from vistok.nn.few_rows import linears_for
 from vistok.types import Condition, TokenSpec
 
 BATCH, CODES = 4, 16384
@@ -154,7 +154,7 @@ def main() -> None:
         where = positions(length, arguments.positions)
         with ExitStack() as stack:
             for setting in settings.values():
-                stack.enter_context(packed_linears(setting.model, len(setting.session.rows)))
+                stack.enter_context(linears_for(setting.model, len(setting.session.rows)))
             if length == 256:
                 settings |= {f"{name}_stream": Setting(length, dtype, options) for name, dtype in DTYPES.items()}
                 if arguments.compile:

@@ -18,7 +18,7 @@ from vistok.generators.base import Generator
 from vistok.generators.cache import KVCache, Layers
 from vistok.generators.compiled import CompiledStep, SessionSteps
 from vistok.generators.sampling import DecodingOptions, draw_ids, guide
-from vistok.nn.packed import packed_linears
+from vistok.nn.few_rows import linears_for
 from vistok.nn.rotary import Rows
 from vistok.types import Condition, GeneratorOutput, TokenChunk, TokenSpec
 
@@ -154,11 +154,11 @@ class AutoregressiveGenerator(Generator):
     def sample(
         self, condition: Condition, options: DecodingOptions | None = None, *, draws: Draws | None = None
     ) -> Tensor:
-        """Generate whole sequences: ids (B, L). On a CPU with weights packed for it, which a stream of chunks does
+        """Generate whole sequences: ids (B, L). On a CPU with products made for few rows, which a stream of chunks does
         without: its caller may change the model meanwhile."""
         guided = options is not None and options.guided
-        rows = 0 if self.compiled_step else len(condition) * (1 + guided)  # compilers lay weights out themselves
-        with packed_linears(self, rows):
+        rows = 0 if self.compiled_step else len(condition) * (1 + guided)  # compilers choose products themselves
+        with linears_for(self, rows):
             return super().sample(condition, options, draws=draws)
 
 

@@ -1,7 +1,8 @@
-"""Linear layers with weights in the order in which a CPU's matrix kernels read them.
+"""Linear layers for a few rows at a time on a CPU, as in the steps of cached sampling.
 
-A step of cached sampling multiplies a few rows by every weight of a model. In PyTorch's layout the kernels spend a good
-part of that time on rearranging weights, anew in each step; oneDNN can do it once.
+Such a product takes as long as reading the weight does, and PyTorch's own way of computing it takes longer: its kernels
+rearrange the weight, anew in each step. oneDNN can do that once and keep a packed copy; for bfloat16, where the
+processor allows it, our own kernel needs no copy and reads faster still (``vistok.nn.amx``).
 """
 
 from __future__ import annotations
@@ -12,24 +13,22 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from vistok.nn import amx
 from vistok.nn.mlp import GatedMLP
 
-FEWEST_ROWS = 4
-"""With fewer the products are as fast in PyTorch's layout."""
+FEWEST_PACKED = 4
+"""With fewer rows oneDNN's products are as fast in PyTorch's layout."""
 
 
 @contextmanager
-def packed_linears(model: nn.Module, rows: int) -> Iterator[None]:
-    """Within the block the linear layers of ``model``, on a CPU, compute with packed copies of their weights; the two
-    of a ``GatedMLP`` that take the same input, as one.
+def linears_for(model: nn.Module, rows: int) -> Iterator[None]:
+    """Within the block the linear layers of ``model``, on a CPU, compute in the way that is fastest for ``rows`` rows;
+    without gradients.
 
-    The copies take as much memory as the weights; what happens to the weights inside the block is not seen. Nothing
-    is packed for other devices, for processors without the instructions, or for ``rows`` so few that it does not pay.
-
-    Args:
-        rows: how many rows the layers will mostly be given.
+    Packed copies take as much memory as the weights, and what happens to the weights inside the block is not seen.
+    Layers on other devices, quantised ones, and those for which nothing is faster stay as they are.
     """
-    products = _products(model, rows) if rows >= FEWEST_ROWS else {}
+    products = _products(model, rows) if rows else {}
     for module, product in products.items():
         # On the instance, so that hooks of the module still run; a copy of its own needs no second set of modules.
         module.forward = product
@@ -41,27 +40,33 @@ def packed_linears(model: nn.Module, rows: int) -> Iterator[None]:
 
 
 Product = Callable[[Tensor], Tensor]
-"""A layer as a function of its input, which holds a packed copy of the weight."""
+"""A layer as a function of its input."""
 
 
 def _products(model: nn.Module, rows: int) -> dict[nn.Module, Product]:
     """What replaces the forward pass of which module, without those that are replaced already: blocks may be nested."""
     products: dict[nn.Module, Product] = {}
-    within: set[nn.Module] = set()
+    joined: set[nn.Module] = set()
     for module in model.modules():  # parents before children
-        gated = isinstance(module, GatedMLP) and not module.training and _is_packable(module.gate)
+        gated = isinstance(module, GatedMLP) and not module.training and _is_packable(module.gate, rows)
         if gated:
-            within |= {module.gate, module.up}
-        if "forward" in vars(module):
+            joined |= {module.gate, module.up}
+        if module in joined or "forward" in vars(module):
             continue
         if gated:
             products[module] = _gated_product(module, rows)
-        elif module not in within and _is_packable(module):
-            products[module] = _product([module], rows)
+        elif _is_direct(module, rows):
+            products[module] = _direct_product(module)
+        elif _is_packable(module, rows):
+            products[module] = _packed_product([module], rows)
     return products
 
 
-def _product(linears: Sequence[nn.Linear], rows: int) -> Product:
+def _direct_product(linear: nn.Linear) -> Product:
+    return lambda x: amx.linear(x, linear.weight, linear.bias)
+
+
+def _packed_product(linears: Sequence[nn.Linear], rows: int) -> Product:
     """Layers of one input as one, their outputs side by side."""
     with torch.no_grad():
         weight = torch.ops.mkldnn._reorder_linear_weight(_joined([linear.weight for linear in linears]), rows)
@@ -75,7 +80,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 def _gated_product(mlp: GatedMLP, rows: int) -> Product:
     """The feed-forward without dropout; its last layer is packed by itself."""
-    product = _product([mlp.gate, mlp.up], rows)
+    product = _packed_product([mlp.gate, mlp.up], rows)
 
     def forward(x: Tensor) -> Tensor:
         gate, up = product(x).chunk(2, -1)
@@ -84,12 +89,19 @@ def _gated_product(mlp: GatedMLP, rows: int) -> Product:
     return forward
 
 
-def _is_packable(module: nn.Module) -> bool:
-    if type(module) is not nn.Linear:
-        return False
-    weight = module.weight
+def _is_direct(module: nn.Module, rows: int) -> bool:
+    return _is_plain(module) and rows <= amx.MOST_ROWS and amx.suits(module.weight)
+
+
+def _is_packable(module: nn.Module, rows: int) -> bool:
+    """Whether oneDNN packs the layer, which our own kernel does not serve."""
+    packable = _is_plain(module) and rows >= FEWEST_PACKED and module.weight.dtype in _packable_dtypes()
+    return packable and not _is_direct(module, rows)
+
+
+def _is_plain(module: nn.Module) -> bool:
     # A subclass of Parameter is quantised, or sharded over processes.
-    return type(weight) is nn.Parameter and weight.device.type == "cpu" and weight.dtype in _packable_dtypes()
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and module.weight.is_cpu
 
 
 def _packable_dtypes() -> tuple[torch.dtype, ...]:

@@ -1,0 +1,93 @@
+"""Products of a few rows with large bfloat16 weights, on processors with AMX: a kernel of our own, in ``amx.cpp``.
+
+A step of cached sampling is such products, and takes as long as the weights need to arrive from memory. PyTorch's
+kernels wait for them: on two cores of a busy machine they read half as fast as this one, which asks ahead
+(``benchmarks/sampling.py``). Weights stay where they are and as they are.
+
+The kernel is compiled on its first use, which takes a second or two, and kept in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shlex
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+logger = logging.getLogger(__name__)
+
+MOST_ROWS = 32
+"""For more, time goes into arithmetic, and general kernels are as fast."""
+
+SOURCE = Path(__file__).with_name("amx.cpp")
+FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp"]
+INSTRUCTIONS = ["-mamx-tile", "-mamx-bf16", "-mavx512f", "-mavx512vl", "-mavx512bf16"]
+
+
+def suits(weight: Tensor) -> bool:
+    """Whether ``linear`` takes this weight (V, D), and the machine has what it needs. May compile the kernel."""
+    fits = weight.is_cpu and weight.dtype == torch.bfloat16 and weight.is_contiguous()
+    return fits and weight.shape[0] % 16 == 0 and weight.shape[1] % 32 == 0 and _kernel() is not None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear`` for inputs (..., D) and a weight that ``suits``. What the kernel cannot do, or not faster, PyTorch
+    does: gradients, other types, more than 32 rows."""
+    rows, (outputs, columns) = x.numel() // max(x.shape[-1], 1), weight.shape
+    direct = 0 < rows <= MOST_ROWS and x.shape[-1] == columns and x.dtype == weight.dtype
+    if not direct or torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    x, y = x.contiguous(), x.new_empty(*x.shape[:-1], outputs)
+    pointers = (x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr())
+    _kernel()(*pointers, rows, columns, outputs)
+    return y
+
+
+@functools.cache
+def _kernel() -> ctypes._CFuncPtr | None:
+    """The compiled function, or None where there is no such processor, or no compiler."""
+    if not {"amx_bf16", "avx512_bf16"} <= _processor_flags():
+        return None
+    try:
+        library = ctypes.CDLL(str(_compiled()))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
+        logger.warning("bfloat16 sampling will be slower: the kernel for AMX could not be compiled (%s)", reason)
+        return None
+    if library.vistok_amx_start():
+        return None
+    function = library.vistok_amx_linear
+    function.argtypes, function.restype = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3, None
+    return function
+
+
+def _processor_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux, and AMX has to be asked for in Linux's way
+        return set()
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+def _compiled() -> Path:
+    """The shared library, compiled with ``$CXX`` or g++ if this version of it is not there yet."""
+    command = [*shlex.split(os.environ.get("CXX", "g++")), *FLAGS, *INSTRUCTIONS, str(SOURCE)]
+    version = hashlib.sha256(SOURCE.read_bytes() + shlex.join(command).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vistok"
+    path = folder / f"amx-{version}.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as aside:
+            unfinished = Path(aside) / path.name
+            subprocess.run([*command, "-o", str(unfinished)], check=True, capture_output=True, text=True)
+            unfinished.replace(path)  # whole or not at all, also when several processes compile it
+    return path
