@@ -43,7 +43,7 @@ from vistok.train.config import GanConfig, RunConfig
 from vistok.train.monitor import read_metrics
 from vistok.train.stages import GeneratorStage, Stage, TokenizerStage
 from vistok.train.tokenize import tokenize
-from vistok.types import Condition
+from vistok.types import Condition, TokenSpec
 
 GPU = torch.cuda.is_available()
 ROUNDING = 1e-3 if GPU else 1e-4
@@ -318,6 +318,27 @@ def test_sampling_does_not_wait_between_its_steps(name, arguments, device):
     with no_waiting():
         rest = list(chunks)
     assert sum(chunk.tokens.shape[1] for chunk in [first, *rest]) == model.spec.length
+
+
+@pytest.mark.skipif(not GPU, reason="the stand-in knows no graphs; test_generators.py compiles steps without a GPU")
+@pytest.mark.parametrize(
+    ("name", "arguments"), [("llama", {"heads": 1}), ("llama", CAPTIONS | {"heads": 1}), ("vit_vqgan_gpt", {})]
+)
+def test_compiled_steps_sample_alike(name, arguments, device):
+    here = tiny(name, spec=TokenSpec(100, 32, dim=4, grid=(10, 10)), **arguments)
+    there, condition = moved(here, device), captions() if "caption_dim" in arguments else labels(0, 4, -1)
+    options = here.options_type(**SAMPLING[name])
+    draws = here.sampling_draws(Keys.range(0, 3), options)
+    expected = here.sample(condition, options, draws=draws)
+    there.compile_decoding()
+    for _ in range(2):
+        check_same(there.sample(condition, options, draws=draws), expected)
+    session = there.start(condition, options, draws=draws)
+    for start in (0, 50):  # what is forced in between is fed uncompiled
+        for _ in session.generate(45):
+            pass
+        session.append(expected[:, start + 45 : start + 50])
+    check_same(session.tokens, expected)
 
 
 @pytest.mark.parametrize("patch_size", [1, 2])

@@ -12,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import CAPTIONS, captions, labels, next_token_generators, tiny, token_ids
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from vistok.draws import Keys
 from vistok.generators.cache import KVCache
-from vistok.generators.compiled import CompiledStep
+from vistok.generators.compiled import CompiledStep, dense_mask
 from vistok.generators.sampling import DecodingOptions, draw_ids
+from vistok.nn.flex import LiveKeys
 from vistok.types import Condition, TokenSpec
 
 GENERATORS = next_token_generators()
@@ -224,7 +226,9 @@ def test_sampling_one_candidate_is_greedy_and_stops_early(setup):
 
 @pytest.mark.parametrize("options", [{"top_k": 9, "guidance_interval": (3, 9)}, {"top_p": 0.9}, {"temperature": 0.0}])
 @pytest.mark.parametrize("name", ["llama", "llama-captions", "vit_vqgan_gpt"])
-def test_compiled_steps_give_the_same_samples(name, options):
+@pytest.mark.parametrize("seen_keys", [dense_mask, LiveKeys.up_to])  # as on a CPU, as on a GPU
+def test_compiled_steps_give_the_same_samples(name, options, seen_keys, monkeypatch):
+    monkeypatch.setattr("vistok.generators.compiled.seen_keys_for", lambda device, head_dim: seen_keys)
     model, condition = SETUPS[name]()
     options = DecodingOptions(guidance_scale=1.5, **options)
     draws = model.sampling_draws(Keys.range(0, 3), options)
@@ -237,6 +241,18 @@ def test_compiled_steps_give_the_same_samples(name, options):
         session.append(expected[:, 3:6])
         drain(session)
     assert torch.equal(session.tokens, expected)
+
+
+@pytest.mark.parametrize(("last", "blocks"), [(0, 1), (63, 1), (64, 2), (149, 3)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_keys_behind_the_last_are_not_read(last, blocks, padded):
+    q, k, v = (Keys.range(0, 2).normal(name, 3, 150, 16) for name in "qkv")
+    q, last = q[:, :, :1], torch.tensor([last])
+    visible = torch.arange(150).view(1, 1, 1, -1) != torch.tensor([5, 7]).view(2, 1, 1, 1) if padded else None
+    keys = LiveKeys.up_to(last, 150, visible)
+    assert keys.count.item() == blocks
+    expected = scaled_dot_product_attention(q, k, v, attn_mask=dense_mask(last, 150, visible))
+    torch.testing.assert_close(keys.attend(q, k, v), expected, **TOLERANCE)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")

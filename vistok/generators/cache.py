@@ -35,11 +35,6 @@ class LayerCache:
         self._shift.copy_(x[:, -1:])
         return shifted
 
-    @property
-    def shift_memory(self) -> Tensor | None:
-        """What ``shift`` remembers, (R, 1, D)."""
-        return self._shift
-
     def at(self, position: Tensor) -> IndexedLayer:
         """The same memory for steps that write at a position which a tensor holds."""
         return IndexedLayer(self, position)

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from vistok.generators.cache import KVCache, Layers
 from vistok.generators.sampling import DecodingOptions, draw_ids, guide
+from vistok.nn.attention import Mask
+from vistok.nn.flex import FEWEST_CHANNELS, LiveKeys
 from vistok.nn.rotary import Rows
 
 CompiledFunction = Callable[..., Any]
@@ -33,7 +35,7 @@ class NextTokenModel(Protocol):
 
     def embed_tokens(self, ids: Tensor, where: Rows) -> Tensor: ...
 
-    def transform(self, x: Tensor, where: Rows, mask: Tensor | None, layers: Layers | None) -> Tensor: ...
+    def transform(self, x: Tensor, where: Rows, mask: Mask | None, layers: Layers | None) -> Tensor: ...
 
     def head(self, hidden: Tensor) -> Tensor: ...
 
@@ -94,7 +96,8 @@ class CompiledStep:
             visible: bool (R or 1, 1, 1, T + L), what the last position of all sees; None is everything.
             layers: caches that write at ``fed``.
         """
-        x, mask = self._before(model, position, fed, tokens, visible, guided=scales is not None)
+        keys = seen_keys_for(tokens.device, model.blocks[0].attn.head_dim)
+        x, mask = self._before(model, position, fed, tokens, visible, keys, guided=scales is not None)
         with _constant_weights() if self._constants else nullcontext(), self._blocks_of(model):
             hidden = model.transform(x, fed, mask, layers)
             logits = self._after(model, hidden, position, scales)
@@ -136,15 +139,36 @@ def _copy(function: FunctionType) -> FunctionType:
     return FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
 
 
+SeenKeys = Callable[[Tensor, int, Tensor | None], Mask]
+"""What a query at position (1,) sees of a cache of some length, of which bool (R or 1, 1, 1, length) is visible."""
+
+
+def seen_keys_for(device: torch.device, head_dim: int) -> SeenKeys:
+    """The form of mask that suits the device."""
+    return LiveKeys.up_to if device.type == "cuda" and head_dim >= FEWEST_CHANNELS else dense_mask
+
+
+def dense_mask(last: Tensor, length: int, visible: Tensor | None) -> Tensor:
+    """Bool (R or 1, 1, 1, length), True for what is visible up to ``last``."""
+    mask = torch.arange(length, device=last.device)[None, None, None] <= last
+    return mask if visible is None else mask & visible
+
+
 def embed_last(
-    model: NextTokenModel, position: Tensor, fed: Tensor, tokens: Tensor, visible: Tensor | None, guided: bool
-) -> tuple[Tensor, Tensor]:
+    model: NextTokenModel,
+    position: Tensor,
+    fed: Tensor,
+    tokens: Tensor,
+    visible: Tensor | None,
+    keys: SeenKeys,
+    guided: bool,
+) -> tuple[Tensor, Mask]:
     """The embedded token before ``position``, (R, 1, D), and what it sees of the whole cache."""
     ids = tokens[:, position - 1]
     if guided:
         ids = torch.cat([ids, ids])
-    mask = torch.arange(model.condition_length + tokens.shape[1], device=tokens.device)[None, None, None] <= fed
-    return model.embed_tokens(ids, position - 1), mask if visible is None else mask & visible
+    mask = keys(fed, model.condition_length + tokens.shape[1], visible)
+    return model.embed_tokens(ids, position - 1), mask
 
 
 def next_logits(model: NextTokenModel, hidden: Tensor, position: Tensor, scales: Tensor | None) -> Tensor:
@@ -154,7 +178,7 @@ def next_logits(model: NextTokenModel, hidden: Tensor, position: Tensor, scales:
 
 
 class SessionSteps:
-    """The steps of one sampling session, on a CUDA device captured in a graph at the first of them.
+    """The steps of one sampling session, on a CUDA device captured in a graph at the second of them.
 
     Args:
         step: of the model's class and sizes.
@@ -179,10 +203,10 @@ class SessionSteps:
         self._position, self._fed = (torch.zeros(1, dtype=torch.int64, device=tokens.device) for _ in range(2))
         layers = [layer.at(self._fed) for layer in cache.layers]
         step.prepare(model)
-        self._shifts = [layer.shift_memory for layer in cache.layers if layer.shift_memory is not None]
         inputs = (self._position, self._fed, tokens, uniforms, scales, visible, layers)
         self._run = partial(step, model, options, *inputs)
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._warm = False
         self._next: int | None = None  # the position that the graph will do if nobody says otherwise
 
     def __call__(self, position: int) -> None:
@@ -190,8 +214,9 @@ class SessionSteps:
         if position != self._next:
             self._position.fill_(position)
             self._fed.fill_(position + self._offset)
-        if not self._position.is_cuda:
-            self._run()
+        if not (self._warm and self._position.is_cuda):
+            self._run()  # what happens once, compilation for one, cannot be captured
+            self._warm = True
             return
         if self._graph is None:
             self._graph = self._capture()
@@ -199,20 +224,10 @@ class SessionSteps:
         self._next = position + 1
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        """The step as a graph that moves on by one position. Running it ahead changes nothing but the token shift's
-        memory: all else is written again by the step itself."""
-        kept = [memory.clone() for memory in self._shifts]
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(3):  # compilation, and allocations that happen once
-                self._run()
-        torch.cuda.current_stream().wait_stream(aside)
+        """The step as a graph that moves on by one position."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._run()
             self._position.add_(1)
             self._fed.add_(1)
-        for memory, before in zip(self._shifts, kept, strict=True):
-            memory.copy_(before)
         return graph

@@ -10,8 +10,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.nn.flex import FlexMask
+from vistok.nn.flex import FlexMask, LiveKeys
 from vistok.nn.rotary import Rotation, rotate
+
+Mask = Tensor | FlexMask | LiveKeys
+"""Bool, broadcastable to (B, H, N, keys), True where attention is allowed; or a rule."""
 
 
 class LayerCache(Protocol):
@@ -65,7 +68,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         *,
-        mask: Tensor | FlexMask | None = None,
+        mask: Mask | None = None,
         causal: bool = False,
         rotation: Rotation | None = None,
         cache: LayerCache | None = None,
@@ -118,13 +121,13 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Tensor | FlexMask | None,
+    mask: Mask | None,
     causal: bool,
     dropout: float = 0.0,
     scale: float | None = None,
 ) -> Tensor:
     """Scaled dot-product attention of (B, H, n, h) queries over (B, H, m, h) keys -> (B, n, H * h)."""
-    if isinstance(mask, FlexMask):
+    if isinstance(mask, FlexMask | LiveKeys):
         return rearrange(mask.attend(q, k, v, scale), "b h n d -> b n (h d)")
     # One query sees every key of the cache: no mask, which keeps SDPA on its fast path.
     causal = causal and q.shape[2] > 1

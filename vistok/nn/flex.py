@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 FEWEST_CHANNELS = 16
 """Heads with fewer are not compiled for GPUs."""
+
+QUERIES_PER_BLOCK, KEYS_PER_BLOCK = 128, 64
 
 
 class FlexMask:
@@ -27,6 +30,49 @@ class FlexMask:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
         """Queries, keys and values (B, H, L, h) to (B, H, L, h)."""
         return self._attention(q, k, v, block_mask=self._blocks, scale=scale)
+
+
+class LiveKeys(NamedTuple):
+    """What a single query sees of a static cache: the keys up to its own. Those behind are not even read, which a mask
+    in a tensor cannot promise. For code that is compiled as a whole.
+
+    Attributes:
+        last: (1,) int64, position of the query.
+        count: (1, 1, 1) int32, how many blocks of ``KEYS_PER_BLOCK`` keys hold what it sees.
+        blocks: (1, 1, 1, N) int32, the numbers of all blocks.
+        visible: bool (B or 1, 1, 1, L), which of the L keys are seen at all; None is every one.
+    """
+
+    last: Tensor
+    count: Tensor
+    blocks: Tensor
+    visible: Tensor | None
+
+    @classmethod
+    def up_to(cls, last: Tensor, length: int, visible: Tensor | None) -> Self:
+        """The keys up to position ``last`` (1,) of a cache of ``length``."""
+        blocks = torch.arange(-(-length // KEYS_PER_BLOCK), dtype=torch.int32, device=last.device)
+        return cls(last, (last // KEYS_PER_BLOCK + 1).int().view(1, 1, 1), blocks.view(1, 1, 1, -1), visible)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+        """A query (B, H, 1, h), keys and values (B, H, L, h) to (B, H, 1, h)."""
+        from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+        last = self.last.squeeze(0)
+        visible = None if self.visible is None else self.visible.expand(len(q), 1, 1, k.shape[2])
+
+        def seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return key <= last if visible is None else (key <= last) & visible[row, 0, 0, key]
+
+        mask = BlockMask.from_kv_blocks(
+            self.count,
+            self.blocks,
+            BLOCK_SIZE=(QUERIES_PER_BLOCK, KEYS_PER_BLOCK),
+            mask_mod=seen,
+            seq_lengths=(1, k.shape[2]),
+            compute_q_blocks=False,  # of the backward pass
+        )
+        return flex_attention(q, k, v, block_mask=mask, scale=scale)
 
 
 def block_causal(group_of: Tensor) -> FlexMask:
