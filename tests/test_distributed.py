@@ -59,7 +59,12 @@ def remedies(folder: Path, batch_size: int, **training) -> dict:
 def config(folder: Path, **training) -> dict:
     # No batch statistics; the adaptive weight is a ratio of local gradients, so it is left out.
     gan = GAN | {"balance": "fixed", "discriminator": {"name": "patchgan", "width": 4, "layers": 1, "norm": "none"}}
-    return tokenizer_config(folder, losses={"gan": gan}, training={"gradient_accumulation_steps": 2, **training})
+    return tokenizer_config(
+        folder,
+        losses={"gan": gan},
+        training={"gradient_accumulation_steps": 2, **training},
+        validation={"data": {"split": "test", "limit": 30}},
+    )
 
 
 def launch(launcher: tuple[str, ...], folder: Path, *options: str, **training) -> None:
@@ -83,6 +88,10 @@ def assert_same_curves(one: Path, two: Path) -> None:
     for name in ("loss", "d_loss", "psnr", "entropy", "grad_norm", "codebook_usage"):
         ours, theirs = ([row[name] for row in rows if name in row] for rows in curves)
         assert theirs == pytest.approx(ours, rel=1e-4), name
+    ours, theirs = ({row["step"]: row["val_loss"] for row in rows if "val_loss" in row} for rows in curves)
+    both = ours.keys() & theirs.keys()  # the steps at which both saved a checkpoint
+    assert bool(both) == bool(ours)
+    assert [theirs[step] for step in both] == pytest.approx([ours[step] for step in both], rel=1e-4)
 
 
 def test_two_processes_train_like_one(tmp_path, one):

@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import GAN, TINY, generator_config, tokenizer_config, write_tokens
+from tiny_runs import GAN, TINY, generator_config, killed_at, tokenizer_config, write_tokens
 
 import vistok
 from vistok.config import ConfigError
@@ -57,26 +57,13 @@ def test_resume_continues_the_same_curve(tmp_path, losses):
     config = tokenizer_config(tmp_path / "part", losses=losses)
     # Stop after four steps without a checkpoint there, as a killed process would: the newest one is of step 3.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vistok.train.loop.Trainer.optimise", _killed_at(4))
+        patch.setattr("vistok.train.loop.Trainer.optimise", killed_at(4))
         with pytest.raises(KeyboardInterrupt):
             train(config)
     part = train(config, resume=True)
     assert losses_of(part) == losses_of(whole)
     ours, theirs = (vistok.load(f / "tokenizer").state_dict() for f in (part, whole))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-
-
-def _killed_at(step):
-    from vistok.train.loop import Trainer
-
-    original = Trainer.optimise
-
-    def optimise(self, batches):
-        if self.step == step:
-            raise KeyboardInterrupt
-        return original(self, batches)
-
-    return optimise
 
 
 def test_accumulation_equals_one_large_batch(tmp_path):
@@ -98,7 +85,7 @@ def test_existing_run_is_not_overwritten(tmp_path):
 def test_resume_without_a_checkpoint_begins_at_step_0(tmp_path, caplog):
     config = tokenizer_config(tmp_path / "run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vistok.train.loop.Trainer.optimise", _killed_at(2))
+        patch.setattr("vistok.train.loop.Trainer.optimise", killed_at(2))
         with pytest.raises(KeyboardInterrupt):
             train(config)
     assert saved_steps(tmp_path / "run") == []
@@ -221,7 +208,7 @@ def test_generator_run_is_a_pipeline_and_resumes(tmp_path, tokens, ema):
     whole = train(generator_config(tmp_path / "whole", tokens, training=training))
     config = generator_config(tmp_path / "part", tokens, training=training)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vistok.train.loop.Trainer.optimise", _killed_at(5))
+        patch.setattr("vistok.train.loop.Trainer.optimise", killed_at(5))
         with pytest.raises(KeyboardInterrupt):
             train(config)
     part = train(config, resume=True)

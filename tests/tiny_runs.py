@@ -65,3 +65,17 @@ def write_tokens(folder):
     data = DataConfig(16, source="digits", channels=1, limit=200, affine=Affine(translate=0.1))
     tokenize(tokenizer, data, folder, augmentation="random:2")
     return folder
+
+
+def killed_at(step: int):
+    """In place of ``Trainer.optimise``: what a killed process is, after so many steps."""
+    from vistok.train.loop import Trainer
+
+    original = Trainer.optimise
+
+    def optimise(self, batches):
+        if self.step == step:
+            raise KeyboardInterrupt
+        return original(self, batches)
+
+    return optimise

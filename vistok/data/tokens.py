@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from vistok.data.loader import Failures, Loader
-from vistok.data.order import ShuffledOrder
+from vistok.data.order import SequentialOrder, ShuffledOrder
 from vistok.draws import Keys
 
 FORMAT = "vistok-tokens-1"
@@ -242,6 +242,11 @@ def token_loader(
     """Shuffled whole batches of a cache, or of a mixture, for training; ``batch_size`` is per process."""
     order = ShuffledOrder(len(cache), batch_size, seed, rank, world_size)
     return Loader(TokenBatches(cache, seed=seed), order, num_workers=num_workers)
+
+
+def token_evaluation_loader(cache: TokenCache, batch_size: int, *, seed: int = 0) -> Loader[TokenBatch]:
+    """Every sample once, in order."""
+    return Loader(TokenBatches(cache, seed=seed), SequentialOrder(len(cache), batch_size, seed))
 
 
 def _check_alike(one: TokenCache, other: TokenCache) -> None:

@@ -19,7 +19,8 @@ from vistok.hub import WEIGHTS, CheckpointError, Model, load_strictly, read_weig
 
 STATE = "state.pt"
 BEST = "best.json"
-HIGHER_IS_BETTER = ("psnr", "codebook_usage", "perplexity")
+HIGHER_IS_BETTER = ("psnr", "accuracy", "codebook_usage", "perplexity")
+DEFAULT_METRICS = ("val_psnr", "val_loss", "psnr")
 
 
 class Checkpoints:
@@ -31,7 +32,7 @@ class Checkpoints:
         folder: where they lie.
         keep: how many of the newest stay.
         best_metric: by which metric the best is chosen: the highest psnr, the lowest loss. None takes psnr where it is
-            logged, else loss.
+            logged, else loss; of held-out samples where there are some.
         adversary_start: the step after which an adversary takes part. Its game is another objective: reconstructions
             may get worse by every metric, so checkpoints of before are not compared with those of after.
     """
@@ -58,6 +59,10 @@ class Checkpoints:
         path = self.folder / BEST
         return read_json(path) if path.exists() else None
 
+    def is_best(self, step: int) -> bool:
+        best = self.best()
+        return best is not None and best["step"] == step
+
     def check_metric(self, row: Mapping[str, float]) -> None:
         """Raise ConfigError unless the log rows have ``best_metric``."""
         metric = self._metric(row)
@@ -67,7 +72,7 @@ class Checkpoints:
             raise ConfigError(f"training.best_metric: this run logs no {metric!r}{hint} It logs {', '.join(row)}.")
 
     def _metric(self, row: Mapping[str, float]) -> str:
-        return self._best_metric or ("psnr" if "psnr" in row else "loss")
+        return self._best_metric or next((name for name in DEFAULT_METRICS if name in row), "loss")
 
     def save(self, step: int, state: Mapping[str, Any], row: Mapping[str, float] | None) -> Path:
         """Write the state of ``step`` (after that many optimisation steps), then remove what need not stay.
@@ -96,7 +101,7 @@ class Checkpoints:
 
     def _judge(self, step: int, row: Mapping[str, float]) -> None:
         best, metric, start = self.best(), self._metric(row), self._adversary_start
-        sign = 1 if metric in HIGHER_IS_BETTER else -1
+        sign = 1 if metric.removeprefix("val_") in HIGHER_IS_BETTER else -1
         comparable = best is not None and best["metric"] == metric and (best["step"] > start) == (step > start)
         if not comparable or sign * row[metric] > sign * best["value"]:
             write_json(self.folder / BEST, {"step": step, "metric": metric, "value": row[metric]})
@@ -134,7 +139,8 @@ def _is_full_disk(error: Exception) -> bool:
 def remove_leftovers(folder: Path) -> None:
     """Remove the half-written files and folders that a killed process left in a run folder."""
     for pattern in (".*.partial", ".*.old"):
-        for path in [*folder.glob(pattern), *(folder / "checkpoints").glob(pattern), *folder.glob(f"images/{pattern}")]:
+        places = (folder, folder / "best", folder / "checkpoints", folder / "images")
+        for path in [path for place in places for path in place.glob(pattern)]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

@@ -64,7 +64,8 @@ class TrainingConfig:
         log_every, image_every, save_every: when metrics, pictures and checkpoints are written.
         keep_checkpoints: how many of the newest checkpoints stay.
         best_metric: the checkpoint that is best by this metric (its mean over a log window) stays, too; by default
-            psnr where it is logged, else loss. Those from before an adversary takes part do not count once it does.
+            psnr where it is logged, else loss; with ``validation``, the held-out one (val_psnr, val_loss). Those from
+            before an adversary takes part do not count once it does.
         trackers: who gets the metrics, besides metrics.jsonl.
     """
 
@@ -121,6 +122,36 @@ class GanConfig:
 
 
 @dataclass(frozen=True)
+class ValidationConfig:
+    """Samples that a run does not train on. Their losses, as "val_loss" and so on, are in the log row of every step
+    that saves a checkpoint, and say which checkpoint is the best; the model of that step is in the run's ``best/``.
+
+    They are measured with the averaged weights, without dropout or augmentation, and with the same draws every time;
+    by the first process, for which the others wait.
+
+    Attributes:
+        data: the keys of the run's ``data`` that differ for held-out images (tokenizers): ``{split: test}``. ``limit``
+            and ``batch_size`` can be among them.
+        tokens: a cache of held-out images by the same tokenizer (generators).
+    """
+
+    data: dict[str, Any] = field(default_factory=dict)
+    tokens: str | None = None
+
+    def check(self, needed: Literal["data", "tokens"]) -> None:
+        """Raise ConfigError unless exactly what the stage reads is given."""
+        given = [name for name in ("data", "tokens") if getattr(self, name)]
+        if given != [needed]:
+            raise ConfigError(
+                f"validation has {' and '.join(given) or 'nothing'}, but this stage reads {needed!r}; for example "
+                f"{VALIDATION_EXAMPLES[needed]}"
+            )
+
+
+VALIDATION_EXAMPLES = {"data": "validation.data.split=test", "tokens": "validation.tokens=held_out_tokens/"}
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A whole training run, as its YAML has it.
 
@@ -134,6 +165,7 @@ class RunConfig:
             epoch draws one anew for each image.
         token_weights: how often each of several token caches is drawn, relative to the others; all alike by default.
         sampling: default sampling options, saved with the pipeline and used for its pictures (generators).
+        validation: held-out samples; None is no validation.
         seed: of initial weights, order, augmentation and every draw.
         init_from: a run, model or checkpoint folder whose weights training starts from.
     """
@@ -149,6 +181,7 @@ class RunConfig:
     tokens: str | tuple[str, ...] | None = None
     token_weights: tuple[float, ...] | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
+    validation: ValidationConfig | None = None
     seed: int = 0
     init_from: str | None = None
 
@@ -167,6 +200,8 @@ class RunConfig:
         for other in others:
             if getattr(config, other):
                 raise ConfigError(f"stage {config.stage} takes no {other!r}: it reads {needed!r}")
+        if config.validation is not None:
+            config.validation.check(needed)
         return config
 
     def model_entry(self) -> registry.Entry:

@@ -28,7 +28,7 @@ from vistok.train.environment import environment, open_accelerator, start_tracke
 from vistok.train.models import Models
 from vistok.train.monitor import Console, Meter, MetricsFile
 from vistok.train.optim import lr_factor
-from vistok.train.stages import STAGES, Stage, forever
+from vistok.train.stages import STAGES, Stage, forever, on_device
 from vistok.train.stopping import StopRequest, TrainingInterrupted
 from vistok.train.trail import Trail, earliest
 
@@ -146,16 +146,18 @@ class Trainer:
                 self.step += 1
                 console.update(self.step)
                 last = self.step == config.max_steps
-                if _due(self.step, config.log_every) or last:
-                    self._log(units, time.monotonic() - begin)
+                stopped = stop.agreed(self.step, self.accelerator) and not last
+                saving = _due(self.step, config.save_every) or last
+                validating = self.stage.held_out is not None and saving and not stopped  # whose time may be short
+                if _due(self.step, config.log_every) or last or validating:
+                    self._log(units, time.monotonic() - begin, validating=validating)
                     console.report(self.step, self.row)
                     begin, units = time.monotonic(), 0
                 pause = time.monotonic()
-                stopped = stop.agreed(self.step, self.accelerator) and not last
-                if (_due(self.step, config.image_every) or last) and not stopped:  # whose time may be short
+                if (_due(self.step, config.image_every) or last) and not stopped:
                     self._picture()
-                if _due(self.step, config.save_every) or last or stopped:
-                    self.save()
+                if saving or stopped:
+                    self.save(validated=validating)
                 if stopped:
                     raise TrainingInterrupted(
                         f"stopped by {stop.signal.name} after step {self.step}; go on with --resume, from "
@@ -184,7 +186,7 @@ class Trainer:
             with record_function("data wait"):
                 batch = next(batches)
             self.trail.add_batch(self.step + 1, batch.indices)
-            batch = _on_device(batch, self.accelerator.device)
+            batch = on_device(batch, self.accelerator.device)
             units += self.stage.count(batch)
             # Dropout draws from the global generator: keying it by the step makes it resumable. A loader that starts
             # an epoch draws from it too, so the batch comes first.
@@ -217,12 +219,15 @@ class Trainer:
         self.meter.add(terms)
         self.trail.add(self.step + 1, name, loss)
 
-    def _log(self, units: int, elapsed: float) -> None:
+    def _log(self, units: int, elapsed: float, *, validating: bool) -> None:
         self._check_finite()
         self.meter.add(self.stage.window_metrics())
         means = self.meter.means(partial(self.accelerator.reduce, reduction="mean"))
         self.seconds += elapsed
-        self.checkpoints.check_metric(means)
+        if validating:
+            means |= self._validate()
+        if validating or self.stage.held_out is None:  # rows that a checkpoint can be judged by
+            self.checkpoints.check_metric(means)
         row = {"step": self.step, **means, "lr": self.models.lr}
         row |= {self.stage.unit: round(units / elapsed, 2), "seconds": round(self.seconds, 2)}
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=self.step)
@@ -251,6 +256,20 @@ class Trainer:
             "Lower optimizer.lr, set training.max_grad_norm, or train in float32"
         )
 
+    def _validate(self) -> dict[str, float]:
+        """Held-out losses, on all processes; the first one measures them."""
+        from accelerate.utils import broadcast_object_list
+
+        found: list[dict[str, float]] = [{}]
+        with self.models.best() as model:
+            if self.accelerator.is_main_process:
+                home = next(model.parameters()).device  # the whole copy of a sharded model lives on the CPU
+                model.to(self.accelerator.device)
+                with self.accelerator.autocast():
+                    found = [self.stage.validate(model, self.step)]
+                model.to(home)
+        return broadcast_object_list(found)[0]
+
     def _picture(self) -> None:
         with self.models.best() as model:
             if self.accelerator.is_main_process:
@@ -263,14 +282,17 @@ class Trainer:
             if self.accelerator.is_main_process:
                 with self.checkpoints.disk_errors("the trained model"):
                     self.stage.export(self.folder, model)
+                    if self.stage.held_out is not None and self.checkpoints.is_best(self.step):
+                        self.stage.export(self.folder / "best", model)
 
-    def save(self) -> None:
-        """Write a checkpoint and what users load."""
+    def save(self, *, validated: bool) -> None:
+        """Write a checkpoint and what users load; also to ``best/`` where validation says that it is the best."""
         self._check_finite()
         self.stage.loader.count_failures(self._unreadable())  # the state of one process is saved, for all
         state = self._state()
+        judged_by = self.row if validated or self.stage.held_out is None else None
         if self.accelerator.is_main_process:
-            self.checkpoints.save(self.step, state, self.row)
+            self.checkpoints.save(self.step, state, judged_by)
         self.export()
 
     def _state(self) -> dict[str, Any]:
@@ -307,12 +329,6 @@ class Trainer:
         if failures and self.accelerator.is_main_process:
             shown = listed(failures)
             log.warning("%d samples could not be read and were left out of training:\n%s", len(failures), shown)
-
-
-def _on_device(batch: Any, device: torch.device) -> Any:
-    """The batch on the device, but for its indices: the host reads them, and would wait for the device."""
-    moved = type(batch)(*(tensor.to(device, non_blocking=True) for tensor in batch))
-    return moved._replace(indices=batch.indices)
 
 
 def _due(step: int, every: int) -> bool:

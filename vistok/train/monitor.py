@@ -185,7 +185,8 @@ class Console:
 
     def report(self, step: int, row: dict[str, float]) -> None:
         speed = f"{row[self._unit]:,.0f} {self._unit.replace('_per_second', '/s')}"
-        note = f"loss {row['loss']:.4g}  {speed}  {memory_in_use(self._device) / 2**30:.2f} GiB"
+        held_out = f" (held-out {row['val_loss']:.4g})" if "val_loss" in row else ""
+        note = f"loss {row['loss']:.4g}{held_out}  {speed}  {memory_in_use(self._device) / 2**30:.2f} GiB"
         if self._live:
             self._progress.update(self._task, completed=step, note=note)
         elif not self._quiet:

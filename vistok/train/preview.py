@@ -31,6 +31,7 @@ class Preview:
         memory: bytes per device by purpose. "activations" is an estimate: what the forward pass of two samples keeps
             for its gradient, scaled to the batch, in the precision of this machine's pass; workspace comes on top.
         samples_per_epoch, units_per_epoch: what one epoch holds, in samples and in ``unit`` ("images", "tokens").
+        held_out: samples to validate on.
         batch_size: samples per optimisation step, over all processes and accumulated batches.
         steps, epochs: the length of the run.
         picture: PNG of the first batch.
@@ -41,6 +42,7 @@ class Preview:
     samples_per_epoch: int
     units_per_epoch: int
     unit: str
+    held_out: int
     batch_size: int
     steps: int
     epochs: float
@@ -72,6 +74,7 @@ def preview(config: Mapping[str, Any]) -> Preview:
         samples_per_epoch=samples,
         units_per_epoch=samples * stage.count(batch) // len(batch.indices),
         unit=stage.unit.removesuffix("_per_second"),
+        held_out=len(stage.held_out.reader) if stage.held_out is not None else 0,
         batch_size=batch_size,
         steps=steps,
         epochs=steps * batch_size / samples,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from vistok.config import check
+from vistok.config import ConfigError, check
 from vistok.data.config import DataConfig
-from vistok.data.loader import ImageBatch, ImageBatches, Loader, check_failures, training_loader
+from vistok.data.loader import ImageBatch, ImageBatches, Loader, check_failures, evaluation_loader, training_loader
 from vistok.data.opening import open_source
 from vistok.data.pictures import comparison, grid
 from vistok.data.sources import ImageSource
-from vistok.data.tokens import TokenBatch, TokenCache, TokenMixture, token_loader
+from vistok.data.tokens import TokenBatch, TokenCache, TokenMixture, token_evaluation_loader, token_loader
 from vistok.data.transforms import ImageTransform
 from vistok.draws import Keys, draws_on
 from vistok.folders import GENERATOR, TOKENIZER, load_tokenizer, write_settings
@@ -31,7 +32,7 @@ from vistok.train.adversary import Adversary
 from vistok.train.config import RunConfig
 from vistok.train.monitor import CodebookWatch, CodeUsage
 from vistok.train.objectives import TokenizerObjective, gan_config
-from vistok.types import Condition, TokenSpec, to_json
+from vistok.types import Condition, GeneratorOutput, TokenizerOutput, TokenSpec, to_json
 
 STANDARDISED_ON = 256
 """Images that the mean and the scale of continuous latents are measured on."""
@@ -43,6 +44,7 @@ class Stage(ABC):
     Attributes:
         model: the bare model, on the CPU until the loop moves it.
         loader: batches of this process.
+        held_out: batches to validate on, or None.
         objective: modules that the loss needs (LPIPS), for the loop to move to the device; or None.
         adversary: the second player of a GAN, or None.
         usage: which codes a tokenizer chose since the last log row, or None.
@@ -52,6 +54,7 @@ class Stage(ABC):
 
     model: Model
     loader: Loader
+    held_out: Loader | None = None
     objective: nn.Module | None = None
     adversary: Adversary | None = None
     usage: CodeUsage | None = None
@@ -65,6 +68,22 @@ class Stage(ABC):
     def adversary_losses(self, adversary: nn.Module, step: int) -> dict[str, Tensor]:
         """The second player's terms on the batch that ``losses`` saw last; "d_loss" is minimised."""
         return {}
+
+    @torch.no_grad()
+    def validate(self, model: Model, step: int) -> dict[str, float]:
+        """Means over the held-out samples, as "val_loss", ...; the draws are those of every time before."""
+        device, totals, count = next(model.parameters()).device, {}, 0
+        self.held_out.epoch = 0  # of a token cache with several views, the same ones
+        for batch in self.held_out:
+            batch = on_device(batch, device)
+            for name, value in self._held_out_terms(model, batch, step).items():
+                totals[name] = totals.get(name, 0) + value.float() * len(batch.indices)
+            count += len(batch.indices)
+        return {f"val_{name}": (total / count).item() for name, total in totals.items()}
+
+    @abstractmethod
+    def _held_out_terms(self, model: Model, batch: Any, step: int) -> dict[str, Tensor]:
+        """Means over one batch, "loss" among them."""
 
     @abstractmethod
     def window_metrics(self) -> dict[str, Tensor]:
@@ -105,6 +124,7 @@ class TokenizerStage(Stage):
         self.gan = gan_config(self.model, config.losses)
         self.adversary = Adversary(self.gan, self.model.image_shape) if self.gan else None
         self.loader = training_loader(source, config.data, rank=rank, world_size=world_size)
+        self.held_out = _held_out_images(config)
         self.seed = config.seed
         self.usage = CodeUsage(self.model.spec.codebook_size) if self.model.spec.discrete else None
         self.watch = _codebook_watch(self.model, config, world_size)
@@ -113,9 +133,7 @@ class TokenizerStage(Stage):
         self._seen: tuple[Tensor, Tensor] | None = None
 
     def losses(self, model: nn.Module, batch: ImageBatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        pixels = batch.pixels
-        draws = self.model.training_draws(Keys.of(self.seed, batch.indices, step))
-        output = model(pixels, step=step, draws=draws_on(draws, pixels.device))
+        pixels, output = batch.pixels, self._output(model, batch, step, draws_of=step)
         terms = self.objective(output, pixels)
         total = self.objective.total(terms)
         if self.usage is not None:
@@ -126,9 +144,16 @@ class TokenizerStage(Stage):
             total = total + self._gan_weight(terms) * terms["g_loss"]
             self._seen = (self.model.to_native(pixels), fake.detach())
         terms = {name: value.detach() for name, value in terms.items()}
-        if output.reconstruction is not None:
-            terms["psnr"] = psnr(output.reconstruction.detach(), pixels)
-        return total, {"loss": total.detach()} | terms
+        return total, {"loss": total.detach()} | terms | _psnr_of(output, pixels)
+
+    def _output(self, model: nn.Module, batch: ImageBatch, step: int, *, draws_of: int) -> TokenizerOutput:
+        draws = self.model.training_draws(Keys.of(self.seed, batch.indices, draws_of))
+        return model(batch.pixels, step=step, draws=draws_on(draws, batch.pixels.device))
+
+    def _held_out_terms(self, model: Tokenizer, batch: ImageBatch, step: int) -> dict[str, Tensor]:
+        output = self._output(model, batch, step, draws_of=0)
+        terms = self.objective(output, batch.pixels)
+        return {"loss": self.objective.total(terms)} | terms | _psnr_of(output, batch.pixels)
 
     def _gan_weight(self, terms: dict[str, Tensor]) -> Tensor | float:
         if self.gan.balance == "fixed":
@@ -185,16 +210,24 @@ class GeneratorStage(Stage):
         self.loader = token_loader(
             cache, config.training.batch_size, seed=config.seed, rank=rank, world_size=world_size
         )
+        self.held_out = _held_out_tokens(config, cache)
 
     def losses(self, model: nn.Module, batch: TokenBatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        output = self._output(model, batch, draws_of=step)
+        return output.loss, {"loss": output.loss.detach()} | output.metrics
+
+    def _output(self, model: nn.Module, batch: TokenBatch, *, draws_of: int) -> GeneratorOutput:
         device = batch.tokens.device
-        draws = self.model.training_draws(Keys.of(self.seed, batch.indices, step))
-        output = model(
+        draws = self.model.training_draws(Keys.of(self.seed, batch.indices, draws_of))
+        return model(
             batch.tokens,
             Condition.from_labels(batch.labels) if self.classes else Condition.none(len(batch.tokens), device),
             draws=draws_on(draws, device),
         )
-        return output.loss, {"loss": output.loss.detach()} | output.metrics
+
+    def _held_out_terms(self, model: Generator, batch: TokenBatch, step: int) -> dict[str, Tensor]:
+        output = self._output(model, batch, draws_of=0)
+        return {"loss": output.loss} | output.metrics
 
     def window_metrics(self) -> dict[str, Tensor]:
         return {}
@@ -247,10 +280,45 @@ def _codebook_watch(tokenizer: Tokenizer, config: RunConfig, world_size: int) ->
     return CodebookWatch(possible, remedies)
 
 
+def on_device(batch: Any, device: torch.device) -> Any:
+    """The batch on the device, but for its indices: the host reads them, and would wait for the device."""
+    moved = type(batch)(*(tensor.to(device, non_blocking=True) for tensor in batch))
+    return moved._replace(indices=batch.indices)
+
+
+def _psnr_of(output: TokenizerOutput, target: Tensor) -> dict[str, Tensor]:
+    """Of tokenizers whose training reconstructs."""
+    return {} if output.reconstruction is None else {"psnr": psnr(output.reconstruction.detach(), target)}
+
+
 def psnr(reconstruction: Tensor, target: Tensor) -> Tensor:
     """Mean over images of the PSNR in dB, for pixels in [-1, 1]; the reconstruction is clamped."""
     error = (reconstruction.clamp(-1, 1) - target).square().flatten(1).mean(1)
     return (10 * torch.log10(4 / error.clamp_min(1e-12))).mean()
+
+
+def _held_out_images(config: RunConfig) -> Loader[ImageBatch] | None:
+    if config.validation is None:
+        return None
+    changed = asdict(config.data) | config.validation.data
+    data = DataConfig(**check(DataConfig, changed, "validation.data"))
+    if data == config.data:
+        raise ConfigError("validation.data names the images that the run trains on; name others: split=test, or a root")
+    return evaluation_loader(open_source(data), data)
+
+
+def _held_out_tokens(config: RunConfig, trained: TokenCache | TokenMixture) -> Loader[TokenBatch] | None:
+    if config.validation is None:
+        return None
+    cache = TokenCache(config.validation.tokens)
+    cache.check_tokenizer(trained.tokenizer_hash)
+    if cache.classes != trained.classes:
+        differing = sorted(set(cache.classes) ^ set(trained.classes))
+        raise ConfigError(
+            f"validation.tokens: {cache.folder} has other classes than {trained.folder} "
+            f"({', '.join(differing[:3]) or 'in another order'}), so its labels mean something else"
+        )
+    return token_evaluation_loader(cache, config.training.batch_size, seed=config.seed)
 
 
 def forever(loader: Loader) -> Iterator[Any]:

@@ -1,0 +1,146 @@
+"""Held-out samples: measured at every checkpoint, with the weights that are saved, the same way each time."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tiny_runs import TINY, generator_config, killed_at, tokenizer_config, write_tokens
+from typer.testing import CliRunner
+
+import vistok
+from vistok.cli import app
+from vistok.config import ConfigError, save_config
+from vistok.data import DataConfig, TokenCacheError
+from vistok.data.opening import open_source
+from vistok.data.tokens import TokenCache
+from vistok.draws import Keys
+from vistok.tokenizers.vit_vqgan import ViTConfig, ViTVQGAN
+from vistok.train import train
+from vistok.train.monitor import read_metrics
+from vistok.train.stages import example_images, psnr
+from vistok.train.tokenize import tokenize
+from vistok.types import Condition
+
+HELD_OUT = {"data": {"split": "test", "limit": 50}}
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    return write_tokens(tmp_path_factory.mktemp("tokens") / "cache")
+
+
+@pytest.fixture(scope="module")
+def held_out_tokens(tokens, tmp_path_factory):
+    """Of other digits, by the same tokenizer, in two views."""
+    from vistok.folders import load_tokenizer
+
+    data = DataConfig(16, source="digits", channels=1, split="test", limit=50)
+    folder = tmp_path_factory.mktemp("held_out") / "cache"
+    tokenize(load_tokenizer(tokens), data, folder, augmentation="flip")
+    return folder
+
+
+def rows_of(folder) -> dict[int, dict[str, float]]:
+    return {row["step"]: row for row in read_metrics(folder / "metrics.jsonl")}
+
+
+def test_a_tokenizer_is_measured_with_its_averaged_weights_where_checkpoints_are_saved(tmp_path):
+    config = tokenizer_config(tmp_path / "run", validation=HELD_OUT, training={"log_every": 4})
+    rows = rows_of(train(config))
+    assert [step for step, row in rows.items() if "val_loss" in row] == [3, 6] == [step for step in rows if step != 4]
+    assert {"val_l2", "val_codebook", "val_psnr"} <= rows[6].keys()
+    images = open_source(DataConfig(16, source="digits", channels=1, split="test", limit=50))
+    pixels = example_images(images, DataConfig(16, source="digits", channels=1), 50)
+    exported = vistok.load(tmp_path / "run" / "tokenizer")
+    assert rows[6]["val_psnr"] == pytest.approx(psnr(exported.reconstruct(pixels), pixels).item(), abs=1e-3)
+
+
+def test_a_generator_is_measured_on_the_first_view_of_other_tokens(tmp_path, tokens, held_out_tokens):
+    still = {"optimizer": {"lr": 0.0}, "training": {"ema_decay": 0.0, "save_every": 1}}
+    config = generator_config(tmp_path / "run", tokens, validation={"tokens": str(held_out_tokens)}, **still)
+    rows = rows_of(train(config))
+    assert len({row["val_loss"] for row in rows.values()}) == 1
+    model = vistok.pipeline(tmp_path / "run").generator
+    ids, labels = TokenCache(held_out_tokens).batch(range(50), [0] * 50)
+    with torch.no_grad():
+        loss = model(ids, Condition.from_labels(labels), draws=model.training_draws(Keys.range(0, 50))).loss
+    assert rows[1]["val_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert "val_accuracy" in rows[1]
+
+
+def test_the_best_by_validation_stays_and_can_be_loaded(tmp_path):
+    changes = {"optimizer": {"lr": 0.02}, "training": {"save_every": 1, "keep_checkpoints": 1, "ema_decay": 0.0}}
+    folder = train(tokenizer_config(tmp_path / "run", validation=HELD_OUT, **changes))
+    by_step = {step: row["val_psnr"] for step, row in rows_of(folder).items()}
+    best = max(by_step, key=by_step.get)
+    assert best < 6, "the rate is meant to be too high"
+    record = json.loads((folder / "checkpoints" / "best.json").read_text())
+    assert record == {"step": best, "metric": "val_psnr", "value": by_step[best]}
+    state = torch.load(folder / "checkpoints" / f"step-{best:07d}" / "state.pt", weights_only=True)
+    loaded = vistok.load(folder / "best" / "tokenizer").state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in state["model"].items())
+
+
+def test_resume_measures_what_it_would_have(tmp_path):
+    config = tokenizer_config(tmp_path / "whole", validation=HELD_OUT)
+    whole = rows_of(train(config))
+    config = tokenizer_config(tmp_path / "part", validation=HELD_OUT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vistok.train.loop.Trainer.optimise", killed_at(4))
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    resumed = rows_of(train(config, resume=True))
+    changing = {"seconds", "images_per_second"}
+    for step, row in whole.items():
+        assert {k: v for k, v in row.items() if k not in changing} == {
+            k: v for k, v in resumed[step].items() if k not in changing
+        }
+
+
+@pytest.mark.parametrize(
+    ("validation", "message"),
+    [
+        ({"data": {"split": "train"}}, r"names the images that the run trains on"),
+        ({"data": {"splitt": "test"}}, r"validation\.data.*splitt"),
+        ({"tokens": "cache/"}, r"validation has tokens, but this stage reads 'data'; .* validation\.data\.split=test"),
+        ({}, r"validation has nothing"),
+    ],
+)
+def test_validation_that_a_tokenizer_cannot_have(tmp_path, validation, message):
+    with pytest.raises(ConfigError, match=message):
+        train(tokenizer_config(tmp_path / "run", validation=validation))
+    assert not (tmp_path / "run").exists()
+
+
+def test_tokens_of_another_tokenizer_or_of_other_classes(tmp_path, tokens):
+    data = DataConfig(16, source="digits", channels=1, split="test", limit=50)
+    torch.manual_seed(1)
+    foreign = ViTVQGAN(16, 8, ViTConfig(**TINY), ViTConfig(**TINY), 32, 4, in_channels=1)
+    tokenize(foreign, data, tmp_path / "foreign")
+    with pytest.raises(TokenCacheError, match="made by another tokenizer"):
+        train(generator_config(tmp_path / "run", tokens, validation={"tokens": str(tmp_path / "foreign")}))
+
+    index = tokens / "index.json"
+    classes = {**json.loads(index.read_text()), "classes": [str(10 - i) for i in range(10)]}
+    (tmp_path / "renamed").mkdir()
+    for path in tokens.iterdir():
+        if path != index:
+            (tmp_path / "renamed" / path.name).symlink_to(path)
+    (tmp_path / "renamed" / "index.json").write_text(json.dumps(classes))
+    with pytest.raises(ConfigError, match=r"other classes .*\(0, 10\), so its labels"):
+        train(generator_config(tmp_path / "run", tokens, validation={"tokens": str(tmp_path / "renamed")}))
+
+
+def test_an_unknown_held_out_metric_is_refused_at_the_first_checkpoint(tmp_path):
+    training = {"best_metric": "val_psnrr"}
+    with pytest.raises(ConfigError, match="did you mean 'val_psnr'"):
+        train(tokenizer_config(tmp_path / "run", validation=HELD_OUT, training=training))
+
+
+def test_a_dry_run_counts_held_out_samples(tmp_path):
+    save_config(tokenizer_config(tmp_path / "run", validation=HELD_OUT), tmp_path / "run.yaml")
+    shown = CliRunner().invoke(app, ["train", str(tmp_path / "run.yaml"), "--dry-run"])
+    assert "held-out samples" in shown.output
+    assert " 50" in shown.output.split("held-out samples")[1].splitlines()[0]
