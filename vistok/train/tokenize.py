@@ -17,7 +17,16 @@ from torch import Tensor
 
 from vistok.config import nearest
 from vistok.data.config import DataConfig
-from vistok.data.loader import Failures, ImageBatch, ImageBatches, InMemory, Loader, check_failures, listed
+from vistok.data.loader import (
+    Failures,
+    ImageBatch,
+    ImageBatches,
+    InMemory,
+    Loader,
+    TooManyUnreadableError,
+    check_failures,
+    listed,
+)
 from vistok.data.opening import open_source
 from vistok.data.order import ShardOrder
 from vistok.data.sources import ImageSource
@@ -98,15 +107,17 @@ def tokenize(
     )
     try:
         _write_shards(tokenizer.eval(), loader, shards, mine, data.batch_size)
+        processes.wait()
+        failures = shards.failures()
+        check_failures(failures, len(source))
     except BaseException as error:
         if processes.count == 1 and not any(map(shards.is_written, range(count))):
             discard(out)
+        elif isinstance(error, TooManyUnreadableError):  # and with --resume it would be the same
+            error.add_note(f"Repaired images are other data: remove {unfinished(out)} and begin anew.")
         else:
             error.add_note(how_to_go_on(out))
         raise
-    processes.wait()
-    failures = shards.failures()
-    check_failures(failures, len(source))
     if processes.is_first:
         if failures:
             log.warning("%d images could not be read and have no tokens:\n%s", len(failures), listed(failures))
