@@ -322,7 +322,8 @@ def test_sampling_does_not_wait_between_its_steps(name, arguments, device):
 
 @pytest.mark.skipif(not GPU, reason="the stand-in knows no graphs; test_generators.py compiles steps without a GPU")
 @pytest.mark.parametrize(
-    ("name", "arguments"), [("llama", {"heads": 1}), ("llama", CAPTIONS | {"heads": 1}), ("vit_vqgan_gpt", {})]
+    ("name", "arguments"),
+    [("llama", {"dim": 128, "heads": 8}), ("llama", CAPTIONS | {"heads": 1}), ("vit_vqgan_gpt", {})],
 )
 def test_compiled_steps_sample_alike(name, arguments, device):
     here = tiny(name, spec=TokenSpec(100, 32, dim=4, grid=(10, 10)), **arguments)

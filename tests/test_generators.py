@@ -19,6 +19,8 @@ from vistok.generators.cache import KVCache
 from vistok.generators.compiled import CompiledStep, dense_mask
 from vistok.generators.sampling import DecodingOptions, draw_ids
 from vistok.nn.flex import LiveKeys
+from vistok.nn.mlp import SwiGLU
+from vistok.nn.split import MOST_ROWS, JoinedMLP, SplitLinear, number_of_parts, split_layers
 from vistok.types import Condition, TokenSpec
 
 GENERATORS = next_token_generators()
@@ -226,9 +228,15 @@ def test_sampling_one_candidate_is_greedy_and_stops_early(setup):
 
 @pytest.mark.parametrize("options", [{"top_k": 9, "guidance_interval": (3, 9)}, {"top_p": 0.9}, {"temperature": 0.0}])
 @pytest.mark.parametrize("name", ["llama", "llama-captions", "vit_vqgan_gpt"])
-@pytest.mark.parametrize("seen_keys", [dense_mask, LiveKeys.up_to])  # as on a CPU, as on a GPU
-def test_compiled_steps_give_the_same_samples(name, options, seen_keys, monkeypatch):
-    monkeypatch.setattr("vistok.generators.compiled.seen_keys_for", lambda device, head_dim: seen_keys)
+@pytest.mark.parametrize("place", ["here", "as on a GPU"])
+def test_compiled_steps_give_the_same_samples(name, options, place, monkeypatch):
+    if place == "as on a GPU":
+        monkeypatch.setattr("vistok.generators.compiled.seen_keys_for", lambda device, head_dim: LiveKeys.up_to)
+        monkeypatch.setattr("vistok.nn.split.FEWEST_INPUTS", 4)
+        monkeypatch.setattr(
+            "vistok.generators.compiled.blocks_for",
+            lambda model, rows, device: [split_layers(block, rows, processors=4) for block in model.blocks],
+        )
     model, condition = SETUPS[name]()
     options = DecodingOptions(guidance_scale=1.5, **options)
     draws = model.sampling_draws(Keys.range(0, 3), options)
@@ -245,6 +253,7 @@ def test_compiled_steps_give_the_same_samples(name, options, seen_keys, monkeypa
 
 @pytest.mark.parametrize(("last", "blocks"), [(0, 1), (63, 1), (64, 2), (149, 3)])
 @pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_keys_behind_the_last_are_not_read(last, blocks, padded):
     q, k, v = (Keys.range(0, 2).normal(name, 3, 150, 16) for name in "qkv")
     q, last = q[:, :, :1], torch.tensor([last])
@@ -253,6 +262,23 @@ def test_keys_behind_the_last_are_not_read(last, blocks, padded):
     assert keys.count.item() == blocks
     expected = scaled_dot_product_attention(q, k, v, attn_mask=dense_mask(last, 150, visible))
     torch.testing.assert_close(keys.attend(q, k, v), expected, **TOLERANCE)
+
+
+def test_layers_are_split_until_every_multiprocessor_has_something_to_do():
+    # Of LlamaGen's GPT-XL on a GPU with 132: queries to values, attention's output, feed-forward up and down, logits
+    sizes = [(1280, 3840), (1280, 1280), (1280, 2 * 3584), (3584, 1280), (1280, 16384)]
+    assert [number_of_parts(*size, processors=132) for size in sizes] == [2, 5, 1, 7, 1]
+    assert number_of_parts(100, 64, processors=132) == 1
+
+
+@torch.no_grad()
+def test_split_layers_compute_the_same_with_the_same_parameters():
+    block, x = torch.nn.Sequential(torch.nn.Linear(128, 24), SwiGLU(24, 128)), torch.randn(2, 1, 128)
+    split = split_layers(block, rows=2, processors=132)
+    assert [type(layer) for layer in (split[0], split[1], split[1].down)] == [SplitLinear, JoinedMLP, SplitLinear]
+    assert split[0].weight is block[0].weight
+    torch.testing.assert_close(split(x), block(x), **TOLERANCE)
+    assert split_layers(block, MOST_ROWS + 1, processors=132) is block
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")

@@ -7,7 +7,7 @@ On a CPU weights are made constants, so that inductor can lay them out for matri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import FunctionType
@@ -21,6 +21,7 @@ from vistok.generators.sampling import DecodingOptions, draw_ids, guide
 from vistok.nn.attention import Mask
 from vistok.nn.flex import FEWEST_CHANNELS, LiveKeys
 from vistok.nn.rotary import Rows
+from vistok.nn.split import split_layers
 
 CompiledFunction = Callable[..., Any]
 
@@ -84,6 +85,7 @@ class CompiledStep:
         scales: Tensor | None,
         visible: Tensor | None,
         layers: Layers,
+        blocks: Sequence[nn.Module],
     ) -> None:
         """Feed the token before ``position`` and write the one there into ``tokens``.
 
@@ -95,19 +97,20 @@ class CompiledStep:
             scales: (L,) guidance scales, or None without guidance.
             visible: bool (R or 1, 1, 1, T + L), what the last position of all sees; None is everything.
             layers: caches that write at ``fed``.
+            blocks: those that compute in place of the model's.
         """
         keys = seen_keys_for(tokens.device, model.blocks[0].attn.head_dim)
         x, mask = self._before(model, position, fed, tokens, visible, keys, guided=scales is not None)
-        with _constant_weights() if self._constants else nullcontext(), self._blocks_of(model):
+        with _constant_weights() if self._constants else nullcontext(), self._computing(model, blocks):
             hidden = model.transform(x, fed, mask, layers)
             logits = self._after(model, hidden, position, scales)
         drawn = draw_ids(logits, None if uniforms is None else uniforms[:, position].squeeze(1), options)
         tokens[:, position] = drawn[:, None]
 
     @contextmanager
-    def _blocks_of(self, model: NextTokenModel) -> Iterator[None]:
-        for block, compiled in zip(model.blocks, self._blocks, strict=True):
-            block.forward = partial(compiled, block)
+    def _computing(self, model: NextTokenModel, blocks: Sequence[nn.Module]) -> Iterator[None]:
+        for block, own, compiled in zip(model.blocks, blocks, self._blocks, strict=True):
+            block.forward = partial(compiled, own)
         try:
             yield
         finally:
@@ -152,6 +155,14 @@ def dense_mask(last: Tensor, length: int, visible: Tensor | None) -> Tensor:
     """Bool (R or 1, 1, 1, length), True for what is visible up to ``last``."""
     mask = torch.arange(length, device=last.device)[None, None, None] <= last
     return mask if visible is None else mask & visible
+
+
+def blocks_for(model: NextTokenModel, rows: int, device: torch.device) -> list[nn.Module]:
+    """The blocks in the form that is fastest on the device."""
+    if device.type != "cuda":
+        return list(model.blocks)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return [split_layers(block, rows, processors) for block in model.blocks]
 
 
 def embed_last(
@@ -203,7 +214,8 @@ class SessionSteps:
         self._position, self._fed = (torch.zeros(1, dtype=torch.int64, device=tokens.device) for _ in range(2))
         layers = [layer.at(self._fed) for layer in cache.layers]
         step.prepare(model)
-        inputs = (self._position, self._fed, tokens, uniforms, scales, visible, layers)
+        blocks = blocks_for(model, len(tokens) if scales is None else 2 * len(tokens), tokens.device)
+        inputs = (self._position, self._fed, tokens, uniforms, scales, visible, layers, blocks)
         self._run = partial(step, model, options, *inputs)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warm = False
