@@ -4,8 +4,8 @@
     python benchmarks/int8.py --run RUN    # RUN: a run of stage generator, such as quickstart/generator
 
 Steps are those of ``sampling.py``: GPT-B, random weights, a batch of 4 with guidance, in turn with the same model in
-floating point, with packed weights as ``sample`` has them and without. The loss is that of the run's averaged weights
-on the first cached tokens of its own training data.
+floating point, with products as ``sample`` computes them and as streams do. The loss is that of the run's averaged
+weights on the first cached tokens of its own training data.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ def main() -> None:
         quantize_(int8.model, Int8WeightOnlyConfig())
         took = {"int8": step_time(int8), "stream": step_time(plain)}
         with linears_for(plain.model, len(plain.session.rows)):
-            took["packed"] = step_time(plain)
+            took["sampling"] = step_time(plain)
         figures |= {f"ms_per_step_{name}_{kind}": value for kind, value in took.items()}
-        ratios |= {f"int8_over_{name}_{kind}": took["int8"] / took[kind] for kind in ("stream", "packed")}
-        say(f"{name}: {took['stream']:.1f} ms per step, packed {took['packed']:.1f} ms, int8 {took['int8']:.1f} ms")
+        ratios |= {f"int8_over_{name}_{kind}": took["int8"] / took[kind] for kind in ("stream", "sampling")}
+        say(f"{name}: {took['stream']:.1f} ms per step, sampling {took['sampling']:.1f} ms, int8 {took['int8']:.1f} ms")
     if arguments.run:
         before, after = losses(Path(arguments.run), lambda model: quantize_(model, Int8WeightOnlyConfig()))
         figures |= {"loss_fp32": before, "loss_int8": after}

@@ -5,8 +5,9 @@
 The model has 111 M random weights and samples a batch of 4 with guidance, 8 rows. The floor of a step is measured in
 the same run, in turn with it, so that a busy machine slows both alike: the bare matrix products of the same weights
 with 8 rows, in PyTorch's layout, plus bare scaled dot-product attention over the live part of the same cache. Sampling
-packs the weights first (which takes as long as a few steps, and is not in these times), so it can go below that floor;
-streams do not, and are the figures with "stream". Those with "compiled" (``--compile``) are of compiled steps.
+computes its products in better ways (``few_rows.py`` compares them), so it can go below that floor; packing weights for
+them takes as long as a few steps, and is not in these times. Streams, the figures with "stream", compute them as the
+floor does. Those with "compiled" (``--compile``) are of compiled steps.
 
 A step grows linearly with the cache. So the mean over a sequence is the mean over a few evenly spaced stretches of it,
 and only those are measured: the cache is filled with random keys and values, and rewound. A stretch is some steps one
