@@ -2,6 +2,7 @@
 
 An eager step of a large transformer is several hundred small kernels, and on a GPU the host cannot launch them as fast
 as they run. Compiled blocks are fewer kernels; captured in a CUDA graph, the whole step costs one launch per token.
+Attention skips what is not live of the cache there, and products of a few rows are spread over the whole GPU.
 On a CPU weights are made constants, so that inductor can lay them out for matrix kernels that it chooses by trial.
 """
 
