@@ -7,7 +7,7 @@ the same run, in turn with it, so that a busy machine slows both alike: the bare
 with 8 rows, in PyTorch's layout, plus bare scaled dot-product attention over the live part of the same cache. Sampling
 computes its products in better ways (``few_rows.py`` compares them), so it can go below that floor; packing weights for
 them takes as long as a few steps, and is not in these times. Streams, the figures with "stream", compute them as the
-floor does. Those with "compiled" (``--compile``) are of compiled steps.
+floor does.
 
 A step grows linearly with the cache. So the mean over a sequence is the mean over a few evenly spaced stretches of it,
 and only those are measured: the cache is filled with random keys and values, and rewound. A stretch is some steps one
@@ -49,14 +49,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class Setting:
     """One model with a full cache, of which each measurement lives on a first part."""
 
-    def __init__(self, length: int, dtype: torch.dtype, options: DecodingOptions, *, compiled: bool = False):
+    def __init__(self, length: int, dtype: torch.dtype, options: DecodingOptions):
         side = math.isqrt(length)
         torch.manual_seed(0)
         self.model = Llama(TokenSpec(length, CODES, dim=8, grid=(side, side)), **Llama.sizes["B"])
         nn.init.normal_(self.model.output.weight, std=0.02)  # training starts at zero
         self.model.eval().to(dtype)
-        if compiled:
-            self.model.compile_decoding()
         self.condition = Condition.from_labels(torch.arange(BATCH))
         draws = self.model.sampling_draws(Keys.range(0, BATCH), options)
         self.session = self.model.start(self.condition, options, draws=draws)
@@ -158,11 +156,6 @@ def main() -> None:
                 stack.enter_context(linears_for(setting.model, len(setting.session.rows)))
             if length == 256:
                 settings |= {f"{name}_stream": Setting(length, dtype, options) for name, dtype in DTYPES.items()}
-                if arguments.compile:
-                    say("compiling")
-                    for name, dtype in DTYPES.items():
-                        settings[f"{name}_compiled"] = compiled = Setting(length, dtype, options, compiled=True)
-                        compiled.step(where[-1])
             before = peak_memory_mb()
             took = measure(settings, where, arguments.repeats)
             figures[f"memory_growth_mb{suffix}"] = peak_memory_mb() - before
@@ -183,8 +176,6 @@ def main() -> None:
         if length == 256:
             ratios["fp32_over_bf16"] = took["fp32"] / took["bf16"]
             figures["fp32_over_bf16_stream"] = took["fp32_stream"] / took["bf16_stream"]
-            if arguments.compile:
-                ratios["fp32_over_bf16_compiled"] = took["fp32_compiled"] / took["bf16_compiled"]
     figures["peak_memory_mb"] = peak_memory_mb()
     continuous_ratios, continuous_figures = compare_all(repeats=1)
     finish("sampling", ratios | continuous_ratios, figures | continuous_figures)
@@ -195,7 +186,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each stretch")
     parser.add_argument("--positions", type=int, default=4, help="stretches measured, of each length")
-    parser.add_argument("--compile", action="store_true", help="measure compiled steps, too; that takes minutes")
     parser.add_argument("--top-k", type=int, default=0, help="truncation of the distribution; 0 is off")
     return parser.parse_args()
 

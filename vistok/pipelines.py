@@ -124,7 +124,7 @@ class Pipeline:
 
     def compile(self) -> Self:
         """Sample with compiled steps from now on, on a CUDA device as one graph launch per token; returns the pipeline
-        itself. The first images of a batch size take longer, on a CPU up to minutes.
+        itself. The first images of a batch size take longer, and on a CPU the others do, too.
 
         Raises:
             ValueError: a generator without compiled decoding.

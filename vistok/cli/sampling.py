@@ -32,7 +32,7 @@ def sample(
     guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is off.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
     compiled: Annotated[
-        bool, typer.Option("--compile", help="Compile the steps first: worth it for many images.")
+        bool, typer.Option("--compile", help="Compile the steps first: worth it for many images on a GPU.")
     ] = False,
     dtype: Dtype = None,
     device: Device = None,

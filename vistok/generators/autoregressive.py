@@ -78,7 +78,7 @@ class AutoregressiveGenerator(Generator):
 
         The first images take longer, once for each batch size and each set of options. ``backend`` is torch.compile's.
         """
-        self.compiled_step = CompiledStep(backend)
+        self.compiled_step = CompiledStep(type(self.blocks[0]), backend)
 
     def cache_bytes(self, batch: int, *, guided: bool) -> int:
         """Bytes of cache that sampling ``batch`` images will take; guidance doubles them."""

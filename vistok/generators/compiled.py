@@ -2,17 +2,16 @@
 
 An eager step of a large transformer is several hundred small kernels, and on a GPU the host cannot launch them as fast
 as they run. Compiled blocks are fewer kernels; captured in a CUDA graph, the whole step costs one launch per token.
-Attention skips what is not live of the cache there, and products of a few rows are spread over the whole GPU.
-On a CPU weights are made constants, so that inductor can lay them out for matrix kernels that it chooses by trial.
+Attention skips what is not live of the cache there, and products of a few rows are spread over the whole GPU. On a CPU
+there is nothing to gain: eager steps attend to the live part only, and multiply faster (``vistok.nn.few_rows``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
-from types import FunctionType
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +23,12 @@ from vistok.nn.flex import FEWEST_CHANNELS, LiveKeys
 from vistok.nn.rotary import Rows
 from vistok.nn.split import split_layers
 
-CompiledFunction = Callable[..., Any]
-
 
 class NextTokenModel(Protocol):
     """What a step needs of an ``AutoregressiveGenerator``; its blocks are of one class."""
 
     condition_length: int
     blocks: nn.ModuleList
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
 
     def embed_tokens(self, ids: Tensor, where: Rows) -> Tensor: ...
 
@@ -44,36 +39,21 @@ class NextTokenModel(Protocol):
 
 class CompiledStep:
     """One sampling step of a model, in three parts compiled for its sizes: what comes before the blocks, one block, and
-    the logits. All blocks share the second, so compilation takes as long for a deep model as for a shallow one; only
-    where weights are constants each block is compiled by itself. Ids are drawn uncompiled, since some versions of
-    inductor fail on running sums over large codebooks.
+    the logits. All blocks share the second, so compilation takes as long for a deep model as for a shallow one. Ids are
+    drawn uncompiled, since some versions of inductor fail on running sums over large codebooks.
 
     Args:
+        block_type: class of the model's blocks.
         backend: torch.compile's.
     """
 
-    def __init__(self, backend: str):
+    def __init__(self, block_type: type[nn.Module], backend: str):
         limits = torch._dynamo.config  # of graphs per function in one process: a sweep over options takes more than 8
         limits.recompile_limit = max(limits.recompile_limit, 64)
-        self._backend = backend
-        self._before, self._after = self._compiled(embed_last), self._compiled(next_logits)
-        self._blocks: list[CompiledFunction] = []
-        self._constants: list[tuple[int, int]] = []
-
-    def _compiled(self, function: FunctionType) -> CompiledFunction:
-        return torch.compile(function, backend=self._backend, fullgraph=True, dynamic=False)
-
-    def prepare(self, model: NextTokenModel) -> None:
-        """Get ready for the blocks of ``model``, and forget what was compiled for weights that have changed since."""
-        constants = [_state(w) for w in model.parameters() if self._backend == "inductor" and w.is_cpu]
-        if self._blocks and constants == self._constants:
-            return
-        self._constants, forward = constants, type(model.blocks[0]).forward
-        if constants:  # graphs of other weights must not be found again
-            self._after = self._compiled(_copy(next_logits))
-            self._blocks = [self._compiled(_copy(forward)) for _ in model.blocks]
-        else:
-            self._blocks = [self._compiled(forward)] * len(model.blocks)
+        functions = embed_last, block_type.forward, next_logits
+        self._before, self._block, self._after = (
+            torch.compile(function, backend=backend, fullgraph=True, dynamic=False) for function in functions
+        )
 
     def __call__(
         self,
@@ -102,7 +82,7 @@ class CompiledStep:
         """
         keys = seen_keys_for(tokens.device, model.blocks[0].attn.head_dim)
         x, mask = self._before(model, position, fed, tokens, visible, keys, guided=scales is not None)
-        with _constant_weights() if self._constants else nullcontext(), self._computing(model, blocks):
+        with self._computing(model, blocks):
             hidden = model.transform(x, fed, mask, layers)
             logits = self._after(model, hidden, position, scales)
         drawn = draw_ids(logits, None if uniforms is None else uniforms[:, position].squeeze(1), options)
@@ -110,37 +90,13 @@ class CompiledStep:
 
     @contextmanager
     def _computing(self, model: NextTokenModel, blocks: Sequence[nn.Module]) -> Iterator[None]:
-        for block, own, compiled in zip(model.blocks, blocks, self._blocks, strict=True):
-            block.forward = partial(compiled, own)
+        for block, own in zip(model.blocks, blocks, strict=True):
+            block.forward = partial(self._block, own)
         try:
             yield
         finally:
             for block in model.blocks:
                 del block.forward
-
-
-@contextmanager
-def _constant_weights() -> Iterator[None]:
-    """What is compiled inside has weights as constants, and matrix kernels chosen by trial, without a report of it."""
-    from torch._inductor import config, select_algorithm
-
-    reports, select_algorithm.PRINT_AUTOTUNE = select_algorithm.PRINT_AUTOTUNE, False
-    try:
-        with config.patch(freezing=True, max_autotune=True, max_autotune_gemm_backends="CPP,ATEN"):
-            yield
-    finally:
-        select_algorithm.PRINT_AUTOTUNE = reports
-
-
-def _state(weight: Tensor) -> tuple[int, int]:
-    """Something that changes with the weight; tensors made in inference mode count no changes in place."""
-    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
-
-
-def _copy(function: FunctionType) -> FunctionType:
-    """The same function with a code of its own, by which torch.compile remembers what it has compiled."""
-    code = function.__code__.replace()
-    return FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
 
 
 SeenKeys = Callable[[Tensor, int, Tensor | None], Mask]
@@ -214,7 +170,6 @@ class SessionSteps:
         self._offset = model.condition_length - 1
         self._position, self._fed = (torch.zeros(1, dtype=torch.int64, device=tokens.device) for _ in range(2))
         layers = [layer.at(self._fed) for layer in cache.layers]
-        step.prepare(model)
         blocks = blocks_for(model, len(tokens) if scales is None else 2 * len(tokens), tokens.device)
         inputs = (self._position, self._fed, tokens, uniforms, scales, visible, layers, blocks)
         self._run = partial(step, model, options, *inputs)
