@@ -16,10 +16,11 @@ from vistok.data import DataConfig, TokenCacheError
 from vistok.data.opening import open_source
 from vistok.data.tokens import TokenCache
 from vistok.draws import Keys
+from vistok.hub import CheckpointError
 from vistok.tokenizers.vit_vqgan import ViTConfig, ViTVQGAN
 from vistok.train import train
 from vistok.train.monitor import read_metrics
-from vistok.train.stages import example_images, psnr
+from vistok.train.stages import TokenizerStage, example_images, psnr
 from vistok.train.tokenize import tokenize
 from vistok.types import Condition
 
@@ -81,6 +82,33 @@ def test_the_best_by_validation_stays_and_can_be_loaded(tmp_path):
     state = torch.load(folder / "checkpoints" / f"step-{best:07d}" / "state.pt", weights_only=True)
     loaded = vistok.load(folder / "best" / "tokenizer").state_dict()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in state["model"].items())
+
+
+def test_a_best_model_that_was_not_exported_is_when_the_run_resumes(tmp_path, monkeypatch):
+    def full_disk(self, folder, model, export=TokenizerStage.export):
+        if folder.name == "best":
+            raise OSError(28, "No space left on device")
+        export(self, folder, model)
+
+    config = tokenizer_config(tmp_path / "run", validation=HELD_OUT, optimizer={"lr": 0.0})  # the first stays the best
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenizerStage, "export", full_disk)
+        with pytest.raises(CheckpointError, match=r"No space left.*step-0000003.*--resume"):
+            train(config)
+    train(config, resume=True)
+    assert json.loads((tmp_path / "run" / "checkpoints" / "best.json").read_text())["step"] == 3
+    assert vistok.load(tmp_path / "run" / "best" / "tokenizer")
+
+
+def test_best_is_a_run_of_a_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(tokenizer_config("run", validation=HELD_OUT))
+    for command in (
+        ["tokenize", "run/best", "--out", "tokens", "data.limit=20"],
+        ["eval", "run/best", "data.limit=20"],
+    ):
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 0, done.exception
 
 
 def test_resume_measures_what_it_would_have(tmp_path):

@@ -16,6 +16,8 @@ from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json
 
 PIPELINE, TOKENIZER, GENERATOR = "pipeline.json", "tokenizer", "generator"
+BEST_MODEL = "best"
+"""What a run folder holds as well if it validates: the same of its best step."""
 
 Part = TypeVar("Part")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vistok.config import ConfigError, check, load_config, override
 from vistok.data.config import DataConfig
-from vistok.folders import GENERATOR, TOKENIZER
+from vistok.folders import BEST_MODEL, GENERATOR, TOKENIZER
 from vistok.hub import CONFIG, read_config
 from vistok.registry import entry
 
@@ -28,7 +28,7 @@ def data_of_run(
     """The images that a tokenizer run was trained on, as ``data.…=…`` overrides change it.
 
     Args:
-        path: the run folder. Without a config.yaml there, size and channels come from ``image_shape``.
+        path: the run folder, or its best/. Without a config.yaml there, size and channels come from ``image_shape``.
         overrides: ``data.key=value`` texts.
         image_shape: of the tokenizer, (C, H, W).
         split: replaces the run's, unless an override sets it.
@@ -39,7 +39,8 @@ def data_of_run(
     foreign = [text for text in overrides if not text.startswith("data.")]
     if foreign:
         raise ConfigError(f"override {foreign[0]!r}: only data.… applies here, for example data.root=photos/")
-    file = Path(path) / RUN_CONFIG
+    folder = Path(path).absolute()
+    file = (folder.parent if folder.name == BEST_MODEL else folder) / RUN_CONFIG
     section = load_config(file).get("data") if file.is_file() else None
     section = section or {"channels": image_shape[0], "image_size": image_shape[1]}
     if split is not None:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from vistok.config import ConfigError, nearest
 from vistok.files import atomic_folder, read_json, write_json
+from vistok.folders import BEST_MODEL
 from vistok.hub import WEIGHTS, CheckpointError, Model, load_strictly, read_weights
 
 STATE = "state.pt"
@@ -139,7 +140,7 @@ def _is_full_disk(error: Exception) -> bool:
 def remove_leftovers(folder: Path) -> None:
     """Remove the half-written files and folders that a killed process left in a run folder."""
     for pattern in (".*.partial", ".*.old"):
-        places = (folder, folder / "best", folder / "checkpoints", folder / "images")
+        places = (folder, folder / BEST_MODEL, folder / "checkpoints", folder / "images")
         for path in [path for place in places for path in place.glob(pattern)]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 

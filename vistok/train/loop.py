@@ -22,6 +22,7 @@ from vistok.data.loader import Failures, listed
 from vistok.data.pictures import save_png
 from vistok.data.workers import LoaderWorkerError
 from vistok.files import write_json
+from vistok.folders import BEST_MODEL
 from vistok.train.checkpoints import Checkpoints, remove_leftovers, start_from
 from vistok.train.config import RunConfig
 from vistok.train.environment import environment, open_accelerator, start_trackers
@@ -137,7 +138,7 @@ class Trainer:
             quiet=not self.accelerator.is_main_process,
         )
         batches = forever(self.stage.loader)
-        if self.step == config.max_steps:  # resumed after its last step
+        if self.step:  # resumed; what saved this checkpoint may have ended before it could export
             self.export()
         with console, self._dead_workers(), StopRequest(self.step) as stop:
             begin, units = time.monotonic(), 0
@@ -283,7 +284,7 @@ class Trainer:
                 with self.checkpoints.disk_errors("the trained model"):
                     self.stage.export(self.folder, model)
                     if self.stage.held_out is not None and self.checkpoints.is_best(self.step):
-                        self.stage.export(self.folder / "best", model)
+                        self.stage.export(self.folder / BEST_MODEL, model)
 
     def save(self, *, validated: bool) -> None:
         """Write a checkpoint and what users load; also to ``best/`` where validation says that it is the best."""
