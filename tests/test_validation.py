@@ -131,6 +131,9 @@ def test_resume_measures_what_it_would_have(tmp_path):
     ("validation", "message"),
     [
         ({"data": {"split": "train"}}, r"names the images that the run trains on"),
+        ({"data": {"limit": 50, "batch_size": 5}}, r"names the images that the run trains on"),
+        ({"data": {"split": "test", "image_size": 8}}, r"validation\.data\.image_size is 8, .* 16; leave the key out"),
+        ({"data": {"split": "test", "channels": 3}}, r"validation\.data\.channels is 3, .* 1; leave the key out"),
         ({"data": {"splitt": "test"}}, r"validation\.data.*splitt"),
         ({"tokens": "cache/"}, r"validation has tokens, but this stage reads 'data'; .* validation\.data\.split=test"),
         ({}, r"validation has nothing"),
@@ -140,6 +143,16 @@ def test_validation_that_a_tokenizer_cannot_have(tmp_path, validation, message):
     with pytest.raises(ConfigError, match=message):
         train(tokenizer_config(tmp_path / "run", validation=validation))
     assert not (tmp_path / "run").exists()
+
+
+def test_tokens_of_the_images_that_the_run_trains_on(tmp_path, tokens):
+    from vistok.folders import load_tokenizer
+
+    other_views = tmp_path / "other_views"
+    tokenize(load_tokenizer(tokens), DataConfig(16, source="digits", channels=1, limit=200), other_views)
+    for folder in (tokens, other_views):
+        with pytest.raises(ConfigError, match=r"validation\.tokens: .* the images that the run trains on"):
+            train(generator_config(tmp_path / "run", tokens, validation={"tokens": str(folder)}))
 
 
 def test_tokens_of_another_tokenizer_or_of_other_classes(tmp_path, tokens):

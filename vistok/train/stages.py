@@ -302,12 +302,16 @@ def _held_out_images(config: RunConfig) -> Loader[ImageBatch] | None:
         return None
     changed = asdict(config.data) | config.validation.data
     data = DataConfig(**check(DataConfig, changed, "validation.data"))
-    if data == config.data:
+    for key in ("image_size", "channels"):
+        asked, own = getattr(data, key), getattr(config.data, key)
+        if asked != own:
+            raise ConfigError(f"validation.data.{key} is {asked}, but the run's images have {own}; leave the key out")
+    if all(getattr(data, key) == getattr(config.data, key) for key in ("source", "root", "name", "split")):
         raise ConfigError("validation.data names the images that the run trains on; name others: split=test, or a root")
     return evaluation_loader(open_source(data), data)
 
 
-def _held_out_tokens(config: RunConfig, trained: TokenCache | TokenMixture) -> Loader[TokenBatch] | None:
+def _held_out_tokens(config: RunConfig, trained: TokenMixture) -> Loader[TokenBatch] | None:
     if config.validation is None:
         return None
     cache = TokenCache(config.validation.tokens)
@@ -318,7 +322,18 @@ def _held_out_tokens(config: RunConfig, trained: TokenCache | TokenMixture) -> L
             f"validation.tokens: {cache.folder} has other classes than {trained.folder} "
             f"({', '.join(differing[:3]) or 'in another order'}), so its labels mean something else"
         )
+    if any(_of_the_same_images(cache, other) for other in trained.caches):
+        raise ConfigError(
+            f"validation.tokens: {cache.folder} holds the images that the run trains on; make a cache of others: "
+            "vistok tokenize … data.split=test"
+        )
     return token_evaluation_loader(cache, config.training.batch_size, seed=config.seed)
+
+
+def _of_the_same_images(one: TokenCache, other: TokenCache) -> bool:
+    """As far as can be seen: imported caches do not say which images they are of."""
+    known = one.source_fingerprint == other.source_fingerprint != ""
+    return one.folder.samefile(other.folder) or (known and torch.equal(one.labels, other.labels))
 
 
 def forever(loader: Loader) -> Iterator[Any]:
