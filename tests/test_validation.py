@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from vistok.config import ConfigError, save_config
 from vistok.data import DataConfig, TokenCacheError
 from vistok.data.opening import open_source
 from vistok.data.tokens import TokenCache
+from vistok.data.workers import LoaderWorkerError
 from vistok.draws import Keys
 from vistok.hub import CheckpointError
 from vistok.tokenizers.vit_vqgan import ViTConfig, ViTVQGAN
@@ -178,6 +182,42 @@ def test_an_unknown_held_out_metric_is_refused_at_the_first_checkpoint(tmp_path)
     training = {"best_metric": "val_psnrr"}
     with pytest.raises(ConfigError, match="did you mean 'val_psnr'"):
         train(tokenizer_config(tmp_path / "run", validation=HELD_OUT, training=training))
+
+
+def test_a_held_out_metric_without_held_out_samples_says_what_is_missing(tmp_path):
+    with pytest.raises(ConfigError, match=r"best_metric is 'val_psnr', .* validation\.data\.split=test"):
+        train(tokenizer_config(tmp_path / "run", training={"best_metric": "val_psnr"}))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_checkpoint_whose_held_out_loss_is_not_finite_is_not_the_best(tmp_path, monkeypatch, caplog, bad):
+    measure = TokenizerStage.validate
+
+    def validate(self, model, step):
+        found = measure(self, model, step)
+        return found | dict.fromkeys(("val_loss", "val_psnr"), bad) if step < 6 else found
+
+    monkeypatch.setattr(TokenizerStage, "validate", validate)
+    folder = train(tokenizer_config(tmp_path / "run", validation=HELD_OUT))
+    assert json.loads((folder / "checkpoints" / "best.json").read_text())["step"] == 6
+    assert f"val_psnr is {bad} after step 3" in caplog.text
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="signals as on Linux")
+def test_a_killed_process_that_reads_held_out_images_is_named(tmp_path, monkeypatch):
+    measure = TokenizerStage.validate
+
+    def validate(self, model, step):
+        if step == 6:
+            [worker] = self.held_out._loader._iterator._workers
+            os.kill(worker.pid, signal.SIGKILL)
+        return measure(self, model, step)
+
+    monkeypatch.setattr(TokenizerStage, "validate", validate)
+    validation = {"data": HELD_OUT["data"] | {"num_workers": 1}}
+    with pytest.raises(LoaderWorkerError, match=r"was killed by SIGKILL.*step-0000003.*--resume"):
+        train(tokenizer_config(tmp_path / "run", validation=validation))
 
 
 def test_a_dry_run_counts_held_out_samples(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import logging
+import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -17,6 +19,8 @@ from vistok.config import ConfigError, nearest
 from vistok.files import atomic_folder, read_json, write_json
 from vistok.folders import BEST_MODEL
 from vistok.hub import WEIGHTS, CheckpointError, Model, load_strictly, read_weights
+
+log = logging.getLogger(__name__)
 
 STATE = "state.pt"
 BEST = "best.json"
@@ -102,6 +106,9 @@ class Checkpoints:
 
     def _judge(self, step: int, row: Mapping[str, float]) -> None:
         best, metric, start = self.best(), self._metric(row), self._adversary_start
+        if not math.isfinite(row[metric]):
+            log.warning("%s is %s after step %d, so this is not the best checkpoint", metric, row[metric], step)
+            return
         sign = 1 if metric.removeprefix("val_") in HIGHER_IS_BETTER else -1
         comparable = best is not None and best["metric"] == metric and (best["step"] > start) == (step > start)
         if not comparable or sign * row[metric] > sign * best["value"]:

@@ -202,6 +202,11 @@ class RunConfig:
                 raise ConfigError(f"stage {config.stage} takes no {other!r}: it reads {needed!r}")
         if config.validation is not None:
             config.validation.check(needed)
+        elif (config.training.best_metric or "").startswith("val_"):
+            raise ConfigError(
+                f"training.best_metric is {config.training.best_metric!r}, but there are no held-out samples to measure "
+                f"it on; name some, for example {VALIDATION_EXAMPLES[needed]}"
+            )
         return config
 
     def model_entry(self) -> registry.Entry:

@@ -174,7 +174,7 @@ class Trainer:
         try:
             yield
         except (OSError, EOFError, RuntimeError) as error:
-            if cause := self.stage.loader.dead_worker():
+            if cause := self.stage.dead_worker():
                 message = f"{cause}; {self.checkpoints.last_good()}. Go on with --resume"
                 raise LoaderWorkerError(message) from error
             raise

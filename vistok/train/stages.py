@@ -85,6 +85,11 @@ class Stage(ABC):
     def _held_out_terms(self, model: Model, batch: Any, step: int) -> dict[str, Tensor]:
         """Means over one batch, "loss" among them."""
 
+    def dead_worker(self) -> str | None:
+        """After an error: which process that reads data died of what, or None."""
+        loaders = [loader for loader in (self.loader, self.held_out) if loader is not None]
+        return next(filter(None, (loader.dead_worker() for loader in loaders)), None)
+
     @abstractmethod
     def window_metrics(self) -> dict[str, Tensor]:
         """Metrics that only make sense over a whole logging window."""
