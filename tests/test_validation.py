@@ -19,7 +19,6 @@ from vistok.data import DataConfig, TokenCacheError
 from vistok.data.opening import open_source
 from vistok.data.tokens import TokenCache
 from vistok.data.workers import LoaderWorkerError
-from vistok.draws import Keys
 from vistok.hub import CheckpointError
 from vistok.tokenizers.vit_vqgan import ViTConfig, ViTVQGAN
 from vistok.train import train
@@ -70,9 +69,26 @@ def test_a_generator_is_measured_on_the_first_view_of_other_tokens(tmp_path, tok
     model = vistok.pipeline(tmp_path / "run").generator
     ids, labels = TokenCache(held_out_tokens).batch(range(50), [0] * 50)
     with torch.no_grad():
-        loss = model(ids, Condition.from_labels(labels), draws=model.training_draws(Keys.range(0, 50))).loss
+        loss = model(ids, Condition.from_labels(labels), draws=None).loss  # no class is dropped
+    assert model.condition_dropout > 0
     assert rows[1]["val_loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert "val_accuracy" in rows[1]
+
+
+def test_held_out_batches_share_no_draws(tmp_path, tokens, held_out_tokens, monkeypatch):
+    """MAR draws one share of masked tokens per batch: one for all would measure a single task."""
+    from vistok.generators.llama import Llama
+
+    draw, drawn = Llama.training_draws, []
+
+    def recorded(self, keys):
+        drawn.append(keys.step)
+        return draw(self, keys)
+
+    monkeypatch.setattr(Llama, "training_draws", recorded)
+    validation = {"tokens": str(held_out_tokens)}
+    train(generator_config(tmp_path / "run", tokens, validation=validation, training={"max_steps": 2, "save_every": 1}))
+    assert drawn == [0, *range(4), 1, *range(4)]
 
 
 def test_the_best_by_validation_stays_and_can_be_loaded(tmp_path):

@@ -124,7 +124,7 @@ class AutoregressiveGenerator(Generator):
         self, tokens: Tensor, condition: Condition, *, draws: Draws | None = None, weights: Tensor | None = None
     ) -> GeneratorOutput:
         """Cross entropy in nats per token, (weighted) mean over samples; metric: "accuracy", share of ids right."""
-        if draws is not None:
+        if draws and "drop" in draws:
             condition = condition.drop(draws["drop"] < self.condition_dropout)
         logits = self.logits(tokens, condition)
         per_sample = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none").mean(1)

@@ -48,7 +48,7 @@ class Generator(Model):
         """The training pass over tokens (B, L[, D]), teacher-forced where the model is autoregressive.
 
         Args:
-            draws: from ``training_draws``; None trains without label dropout.
+            draws: from ``training_draws``; without "drop" among them, or None, no condition is dropped.
             weights: (B,) weight of each sample in the loss, for example 0 for samples without a caption.
         """
 

@@ -204,8 +204,8 @@ class RunConfig:
             config.validation.check(needed)
         elif (config.training.best_metric or "").startswith("val_"):
             raise ConfigError(
-                f"training.best_metric is {config.training.best_metric!r}, but there are no held-out samples to measure "
-                f"it on; name some, for example {VALIDATION_EXAMPLES[needed]}"
+                f"training.best_metric is {config.training.best_metric!r}, but there are no held-out samples to "
+                f"measure it on; name some, for example {VALIDATION_EXAMPLES[needed]}"
             )
         return config
 

@@ -21,7 +21,7 @@ from vistok.data.pictures import comparison, grid
 from vistok.data.sources import ImageSource
 from vistok.data.tokens import TokenBatch, TokenCache, TokenMixture, token_evaluation_loader, token_loader
 from vistok.data.transforms import ImageTransform
-from vistok.draws import Keys, draws_on
+from vistok.draws import Draws, Keys, draws_on
 from vistok.folders import GENERATOR, TOKENIZER, load_tokenizer, write_settings
 from vistok.generators.base import Generator
 from vistok.hub import Model
@@ -74,16 +74,16 @@ class Stage(ABC):
         """Means over the held-out samples, as "val_loss", ...; the draws are those of every time before."""
         device, totals, count = next(model.parameters()).device, {}, 0
         self.held_out.epoch = 0  # of a token cache with several views, the same ones
-        for batch in self.held_out:
+        for number, batch in enumerate(self.held_out):
             batch = on_device(batch, device)
-            for name, value in self._held_out_terms(model, batch, step).items():
+            for name, value in self._held_out_terms(model, batch, step, draws_of=number).items():
                 totals[name] = totals.get(name, 0) + value.float() * len(batch.indices)
             count += len(batch.indices)
         return {f"val_{name}": (total / count).item() for name, total in totals.items()}
 
     @abstractmethod
-    def _held_out_terms(self, model: Model, batch: Any, step: int) -> dict[str, Tensor]:
-        """Means over one batch, "loss" among them."""
+    def _held_out_terms(self, model: Model, batch: Any, step: int, *, draws_of: int) -> dict[str, Tensor]:
+        """Means over one batch, "loss" among them; with the draws of the training step ``draws_of``."""
 
     def dead_worker(self) -> str | None:
         """After an error: which process that reads data died of what, or None."""
@@ -155,8 +155,8 @@ class TokenizerStage(Stage):
         draws = self.model.training_draws(Keys.of(self.seed, batch.indices, draws_of))
         return model(batch.pixels, step=step, draws=draws_on(draws, batch.pixels.device))
 
-    def _held_out_terms(self, model: Tokenizer, batch: ImageBatch, step: int) -> dict[str, Tensor]:
-        output = self._output(model, batch, step, draws_of=0)
+    def _held_out_terms(self, model: Tokenizer, batch: ImageBatch, step: int, *, draws_of: int) -> dict[str, Tensor]:
+        output = self._output(model, batch, step, draws_of=draws_of)
         terms = self.objective(output, batch.pixels)
         return {"loss": self.objective.total(terms)} | terms | _psnr_of(output, batch.pixels)
 
@@ -218,20 +218,24 @@ class GeneratorStage(Stage):
         self.held_out = _held_out_tokens(config, cache)
 
     def losses(self, model: nn.Module, batch: TokenBatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        output = self._output(model, batch, draws_of=step)
+        output = self._output(model, batch, self._draws(batch, step))
         return output.loss, {"loss": output.loss.detach()} | output.metrics
 
-    def _output(self, model: nn.Module, batch: TokenBatch, *, draws_of: int) -> GeneratorOutput:
+    def _draws(self, batch: TokenBatch, step: int) -> Draws:
+        return self.model.training_draws(Keys.of(self.seed, batch.indices, step))
+
+    def _output(self, model: nn.Module, batch: TokenBatch, draws: Draws) -> GeneratorOutput:
         device = batch.tokens.device
-        draws = self.model.training_draws(Keys.of(self.seed, batch.indices, draws_of))
         return model(
             batch.tokens,
             Condition.from_labels(batch.labels) if self.classes else Condition.none(len(batch.tokens), device),
             draws=draws_on(draws, device),
         )
 
-    def _held_out_terms(self, model: Generator, batch: TokenBatch, step: int) -> dict[str, Tensor]:
-        output = self._output(model, batch, draws_of=0)
+    def _held_out_terms(self, model: Generator, batch: TokenBatch, step: int, *, draws_of: int) -> dict[str, Tensor]:
+        draws = self._draws(batch, draws_of)
+        draws.pop("drop", None)  # classes stay
+        output = self._output(model, batch, draws)
         return {"loss": output.loss} | output.metrics
 
     def window_metrics(self) -> dict[str, Tensor]:
