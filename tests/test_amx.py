@@ -97,6 +97,33 @@ def test_gradients_flow_and_wrong_shapes_raise_as_in_pytorch():
         amx.linear(random(2, 64).float(), weight, None)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "bias",
+    [random(64)[::2], random(1).expand(32), random(33)[1:]],
+    ids=["every second", "one for all", "unaligned"],
+)
+def test_biases_may_lie_in_memory_as_they_like(kernel, bias):
+    x, weight = random(4, 64), random(32, 64)
+    assert_rounded(amx.linear(x, weight, bias), expected(x, weight, bias))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [random(32).float(), random(3)], ids=["float32", "too short"])
+def test_biases_that_do_not_fit_raise_as_in_pytorch(bias):
+    with pytest.raises(RuntimeError):
+        amx.linear(random(4, 64), random(32, 64), bias)
+
+
+def test_layers_may_be_given_weights_that_do_not_suit(kernel):
+    model, x = nn.Sequential(nn.Linear(64, 64)).to(BF16), random(8, 64)
+    with torch.inference_mode(), linears_for(model, 8):
+        model[0].weight = nn.Parameter(random(64, 64).t())
+        assert_rounded(model(x), expected(x, model[0].weight, model[0].bias))
+        model.float()
+        torch.testing.assert_close(model(x.float()), expected(x, model[0].weight, model[0].bias))
+
+
 def test_threads_do_not_share_their_rearranged_inputs(kernel):
     weight, inputs = random(512, 256), [random(8, 256, seed=seed) for seed in range(200)]
 

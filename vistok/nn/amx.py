@@ -35,21 +35,27 @@ INSTRUCTIONS = ["-mamx-tile", "-mamx-bf16", "-mavx512f", "-mavx512vl", "-mavx512
 
 def suits(weight: Tensor) -> bool:
     """Whether ``linear`` takes this weight (V, D), and the machine has what it needs. May compile the kernel."""
-    fits = weight.is_cpu and weight.dtype == torch.bfloat16 and weight.is_contiguous()
+    fits = _is_bfloat16(weight) and weight.is_contiguous()
     return fits and weight.shape[0] % 16 == 0 and weight.shape[1] % 32 == 0 and _kernel() is not None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear`` for inputs (..., D) and a weight that ``suits``. What the kernel cannot do, or not faster, PyTorch
-    does: gradients, other types, more than 32 rows."""
+    """``F.linear`` for inputs (..., D), a weight (V, D) and a bias (V,). What the kernel cannot do, or not faster,
+    PyTorch does: gradients, more than 32 rows, weights that do not suit, what does not fit together."""
     rows, (outputs, columns) = x.numel() // max(x.shape[-1], 1), weight.shape
-    direct = 0 < rows <= MOST_ROWS and x.shape[-1] == columns and x.dtype == weight.dtype
-    if not direct or torch.is_grad_enabled():
+    fit = _is_bfloat16(x) and x.shape[-1] == columns
+    fit = fit and (bias is None or (_is_bfloat16(bias) and bias.shape == (outputs,)))
+    if torch.is_grad_enabled() or not (fit and 0 < rows <= MOST_ROWS and suits(weight)):
         return F.linear(x, weight, bias)
     x, y = x.contiguous(), x.new_empty(*x.shape[:-1], outputs)
+    bias = None if bias is None else bias.contiguous()
     pointers = (x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr())
     _kernel()(*pointers, rows, columns, outputs)
     return y
+
+
+def _is_bfloat16(tensor: Tensor) -> bool:
+    return tensor.is_cpu and tensor.dtype == torch.bfloat16
 
 
 @functools.cache
