@@ -21,7 +21,7 @@ from vistok.data.tokens import TokenCache
 from vistok.data.workers import LoaderWorkerError
 from vistok.hub import CheckpointError
 from vistok.tokenizers.vit_vqgan import ViTConfig, ViTVQGAN
-from vistok.train import train
+from vistok.train import TrainingInterrupted, train
 from vistok.train.monitor import read_metrics
 from vistok.train.stages import TokenizerStage, example_images, psnr
 from vistok.train.tokenize import tokenize
@@ -131,6 +131,25 @@ def test_best_is_a_run_of_a_tokenizer(tmp_path, monkeypatch):
         assert done.exit_code == 0, done.exception
 
 
+def test_a_request_to_stop_ends_validation_and_saves(tmp_path, monkeypatch):
+    terms, measured = TokenizerStage._held_out_terms, []
+
+    def slow(self, model, batch, step, **options):
+        measured.append(step)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return terms(self, model, batch, step, **options)
+
+    config = tokenizer_config(tmp_path / "run", validation=HELD_OUT, data={"batch_size": 8})
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenizerStage, "_held_out_terms", slow)
+        with pytest.raises(TrainingInterrupted, match="SIGTERM after step 4"):
+            train(config)
+    assert measured == [3], "the other batches are not waited for"
+    assert not (tmp_path / "run" / "checkpoints" / "best.json").exists()
+    rows = rows_of(train(config, resume=True))
+    assert [step for step, row in rows.items() if "val_loss" in row] == [6]
+
+
 def test_resume_measures_what_it_would_have(tmp_path):
     config = tokenizer_config(tmp_path / "whole", validation=HELD_OUT)
     whole = rows_of(train(config))
@@ -210,8 +229,8 @@ def test_a_held_out_metric_without_held_out_samples_says_what_is_missing(tmp_pat
 def test_a_checkpoint_whose_held_out_loss_is_not_finite_is_not_the_best(tmp_path, monkeypatch, caplog, bad):
     measure = TokenizerStage.validate
 
-    def validate(self, model, step):
-        found = measure(self, model, step)
+    def validate(self, model, step, stopping):
+        found = measure(self, model, step, stopping)
         return found | dict.fromkeys(("val_loss", "val_psnr"), bad) if step < 6 else found
 
     monkeypatch.setattr(TokenizerStage, "validate", validate)
@@ -224,11 +243,11 @@ def test_a_checkpoint_whose_held_out_loss_is_not_finite_is_not_the_best(tmp_path
 def test_a_killed_process_that_reads_held_out_images_is_named(tmp_path, monkeypatch):
     measure = TokenizerStage.validate
 
-    def validate(self, model, step):
+    def validate(self, model, step, stopping):
         if step == 6:
             [worker] = self.held_out._loader._iterator._workers
             os.kill(worker.pid, signal.SIGKILL)
-        return measure(self, model, step)
+        return measure(self, model, step, stopping)
 
     monkeypatch.setattr(TokenizerStage, "validate", validate)
     validation = {"data": HELD_OUT["data"] | {"num_workers": 1}}

@@ -150,15 +150,19 @@ class Trainer:
                 stopped = stop.agreed(self.step, self.accelerator) and not last
                 saving = _due(self.step, config.save_every) or last
                 validating = self.stage.held_out is not None and saving and not stopped  # whose time may be short
+                held_out = {}
                 if _due(self.step, config.log_every) or last or validating:
-                    self._log(units, time.monotonic() - begin, validating=validating)
+                    self._check_finite()
+                    elapsed = time.monotonic() - begin
+                    held_out = self._validate(stop) if validating else {}
+                    self._log(units, elapsed, held_out)
                     console.report(self.step, self.row)
                     begin, units = time.monotonic(), 0
                 pause = time.monotonic()
                 if (_due(self.step, config.image_every) or last) and not stopped:
                     self._picture()
                 if saving or stopped:
-                    self.save(validated=validating)
+                    self.save(validated=bool(held_out))
                 if stopped:
                     raise TrainingInterrupted(
                         f"stopped by {stop.signal.name} after step {self.step}; go on with --resume, from "
@@ -220,14 +224,12 @@ class Trainer:
         self.meter.add(terms)
         self.trail.add(self.step + 1, name, loss)
 
-    def _log(self, units: int, elapsed: float, *, validating: bool) -> None:
-        self._check_finite()
+    def _log(self, units: int, elapsed: float, held_out: dict[str, float]) -> None:
         self.meter.add(self.stage.window_metrics())
         means = self.meter.means(partial(self.accelerator.reduce, reduction="mean"))
         self.seconds += elapsed
-        if validating:
-            means |= self._validate()
-        if validating or self.stage.held_out is None:  # rows that a checkpoint can be judged by
+        means |= held_out
+        if held_out or self.stage.held_out is None:  # rows that a checkpoint can be judged by
             self.checkpoints.check_metric(means)
         row = {"step": self.step, **means, "lr": self.models.lr}
         row |= {self.stage.unit: round(units / elapsed, 2), "seconds": round(self.seconds, 2)}
@@ -257,8 +259,8 @@ class Trainer:
             "Lower optimizer.lr, set training.max_grad_norm, or train in float32"
         )
 
-    def _validate(self) -> dict[str, float]:
-        """Held-out losses, on all processes; the first one measures them."""
+    def _validate(self, stop: StopRequest) -> dict[str, float]:
+        """Held-out losses, on all processes; the first one measures them. None if it is asked to stop meanwhile."""
         from accelerate.utils import broadcast_object_list
 
         found: list[dict[str, float]] = [{}]
@@ -267,7 +269,7 @@ class Trainer:
                 home = next(model.parameters()).device  # the whole copy of a sharded model lives on the CPU
                 model.to(self.accelerator.device)
                 with self.accelerator.autocast():
-                    found = [self.stage.validate(model, self.step)]
+                    found = [self.stage.validate(model, self.step, lambda: stop.signal is not None)]
                 model.to(home)
         return broadcast_object_list(found)[0]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -70,11 +70,14 @@ class Stage(ABC):
         return {}
 
     @torch.no_grad()
-    def validate(self, model: Model, step: int) -> dict[str, float]:
-        """Means over the held-out samples, as "val_loss", ...; the draws are those of every time before."""
+    def validate(self, model: Model, step: int, stopping: Callable[[], bool]) -> dict[str, float]:
+        """Means over the held-out samples, as "val_loss", ...; the draws are those of every time before. Nothing if
+        the run is ``stopping`` before all are measured."""
         device, totals, count = next(model.parameters()).device, {}, 0
         self.held_out.epoch = 0  # of a token cache with several views, the same ones
         for number, batch in enumerate(self.held_out):
+            if stopping():
+                return {}
             batch = on_device(batch, device)
             for name, value in self._held_out_terms(model, batch, step, draws_of=number).items():
                 totals[name] = totals.get(name, 0) + value.float() * len(batch.indices)
