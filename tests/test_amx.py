@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,6 +135,25 @@ def test_threads_do_not_share_their_rearranged_inputs(kernel):
     with ThreadPoolExecutor(4) as pool:
         for x, y in zip(inputs, pool.map(product, inputs), strict=True):
             assert_rounded(y, expected(x, weight, None))
+
+
+def test_the_kernel_takes_as_many_threads_as_pytorch_was_told(kernel):
+    """Also when it is called from a thread of Python's, which OpenMP gives its own numbers."""
+    weight, x, threads = random(512, 256), random(8, 256), torch.get_num_threads()
+    tasks = Path("/proc/self/task")
+
+    def started() -> int:
+        before = set(tasks.iterdir())
+        with torch.no_grad():
+            amx.linear(x, weight, None)
+        return len(set(tasks.iterdir()) - before)
+
+    try:
+        torch.set_num_threads(1)
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(started).result() == 0
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_layers_use_the_kernel_and_see_weights_change(kernel):

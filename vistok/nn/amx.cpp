@@ -88,14 +88,15 @@ int vistok_amx_start() {
     return static_cast<int>(syscall(SYS_arch_prctl, REQUEST, TILE_DATA));
 }
 
-// rows <= 32, in a multiple of 32, out one of 16; bias may be null.
+// rows <= 32, in a multiple of 32, out one of 16; bias may be null. Threads are the caller's choice: OpenMP's own number
+// of them is another one in each thread that calls, and in each of several OpenMP libraries.
 void vistok_amx_linear(const bfloat16* x, const bfloat16* weight, const bfloat16* bias, bfloat16* y, int64_t rows,
-                       int64_t in, int64_t out) {
+                       int64_t in, int64_t out, int64_t most_threads) {
     const int64_t groups = (rows + SIDE - 1) / SIDE, blocks = out / SIDE;
     thread_local std::vector<Pair> kept;
     if (kept.size() < static_cast<size_t>(groups * SIDE * (in / 2))) kept.resize(groups * SIDE * (in / 2));
     Pair* pairs = kept.data();
-#pragma omp parallel
+#pragma omp parallel num_threads(static_cast<int>(most_threads))
     {
         pair_up(x, pairs, rows, in);
         const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();

@@ -50,7 +50,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     x, y = x.contiguous(), x.new_empty(*x.shape[:-1], outputs)
     bias = None if bias is None else bias.contiguous()
     pointers = (x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr())
-    _kernel()(*pointers, rows, columns, outputs)
+    _kernel()(*pointers, rows, columns, outputs, torch.get_num_threads())
     return y
 
 
@@ -72,7 +72,7 @@ def _kernel() -> ctypes._CFuncPtr | None:
     if library.vistok_amx_start():
         return None
     function = library.vistok_amx_linear
-    function.argtypes, function.restype = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 3, None
+    function.argtypes, function.restype = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 4, None
     return function
 
 
