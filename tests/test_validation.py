@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_data import fill_folder
 from tiny_runs import TINY, generator_config, killed_at, tokenizer_config, write_tokens
 from typer.testing import CliRunner
 
@@ -253,6 +254,17 @@ def test_a_killed_process_that_reads_held_out_images_is_named(tmp_path, monkeypa
     validation = {"data": HELD_OUT["data"] | {"num_workers": 1}}
     with pytest.raises(LoaderWorkerError, match=r"was killed by SIGKILL.*step-0000003.*--resume"):
         train(tokenizer_config(tmp_path / "run", validation=validation))
+
+
+def test_unreadable_held_out_images_are_named_when_met_and_at_the_end(tmp_path, caplog):
+    fill_folder(tmp_path / "photos", {"ant": 101})
+    (tmp_path / "photos" / "ant" / "007.png").write_bytes(b"no image")
+    held_out = {"data": {"source": "folder", "root": str(tmp_path / "photos")}}
+    rows = rows_of(train(tokenizer_config(tmp_path / "run", validation=held_out)))
+    assert rows[6]["val_loss"] > 0
+    assert caplog.text.count("left out, cannot be read") == 1
+    assert "1 samples could not be read and were left out of validation" in caplog.text
+    assert "007.png" in caplog.text.rpartition("left out of validation")[2]
 
 
 def test_a_dry_run_counts_held_out_samples(tmp_path):

@@ -327,11 +327,12 @@ class Trainer:
         return dict(ChainMap(*gather_object([self.stage.loader.failures])))
 
     def _name_unreadable(self) -> None:
-        """Say once more, at the end, which samples no step has seen."""
-        failures = self._unreadable()
-        if failures and self.accelerator.is_main_process:
-            shown = listed(failures)
-            log.warning("%d samples could not be read and were left out of training:\n%s", len(failures), shown)
+        """Say once more, at the end, which samples no step or no validation has seen."""
+        held_out = self.stage.held_out.failures if self.stage.held_out is not None else {}
+        for failures, use in ((self._unreadable(), "training"), (held_out, "validation")):
+            if failures and self.accelerator.is_main_process:
+                shown = listed(failures)
+                log.warning("%d samples could not be read and were left out of %s:\n%s", len(failures), use, shown)
 
 
 def _due(step: int, every: int) -> bool:
