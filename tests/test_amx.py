@@ -167,16 +167,46 @@ def test_layers_use_the_kernel_and_see_weights_change(kernel):
         assert ("forward" in vars(model[1])) == (BF16 in _packable_dtypes())  # 20 outputs are not the kernel's
 
 
-def test_without_a_compiler_layers_are_packed_and_the_log_says_why(monkeypatch, tmp_path, caplog, kernel):
+@pytest.fixture
+def anew(monkeypatch, tmp_path, kernel):
+    """An empty cache folder, and a process that has not looked for the kernel yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    layer, x = nn.Linear(64, 32).to(BF16), random(8, 64)
-    monkeypatch.setenv("CXX", "no-such-compiler")
     amx._kernel.cache_clear()
-    try:
-        with caplog.at_level(logging.WARNING), torch.inference_mode(), linears_for(layer, 8):
-            assert_rounded(layer(x), expected(x, layer.weight, layer.bias))
-        assert "no-such-compiler" in caplog.text
-        assert len(caplog.records) == 1
-        assert not list(tmp_path.rglob("*.so"))
-    finally:
-        amx._kernel.cache_clear()
+    yield tmp_path
+    amx._kernel.cache_clear()
+
+
+def assert_packed_with_warning(caplog, text: str) -> None:
+    layer, x = nn.Linear(64, 32).to(BF16), random(8, 64)
+    with caplog.at_level(logging.WARNING), torch.inference_mode(), linears_for(layer, 8):
+        assert_rounded(layer(x), expected(x, layer.weight, layer.bias))
+    assert text in caplog.text
+    assert len(caplog.records) == 1
+
+
+def test_without_a_compiler_layers_are_packed_and_the_log_says_why(anew, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert_packed_with_warning(caplog, "no-such-compiler")
+    assert not [path for path in anew.rglob("*") if path.is_file()]
+
+
+def test_of_what_a_compiler_says_the_log_shows_the_error(anew, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "g++ -nostdinc")
+    assert_packed_with_warning(caplog, "immintrin.h")
+
+
+def test_without_a_home_layers_are_packed(anew, monkeypatch, caplog):
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", home)
+    assert_packed_with_warning(caplog, "XDG_CACHE_HOME")
+
+
+def test_a_damaged_library_is_compiled_anew(anew, caplog):
+    layer = nn.Linear(64, 32).to(BF16)
+    amx._library_path().parent.mkdir()
+    amx._library_path().write_bytes(b"")
+    assert amx.suits(layer.weight)
+    assert not caplog.records

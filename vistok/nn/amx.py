@@ -16,12 +16,14 @@ import logging
 import os
 import shlex
 import subprocess
-import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from vistok.files import atomic_file
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +66,15 @@ def _kernel() -> ctypes._CFuncPtr | None:
     if not {"amx_bf16", "avx512_bf16"} <= _processor_flags():
         return None
     try:
-        library = ctypes.CDLL(str(_compiled()))
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
-        logger.warning("bfloat16 sampling will be slower: the kernel for AMX could not be compiled (%s)", reason)
+        library = _library()
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # RuntimeError: there is no home
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        reason = next((line for line in lines if "error" in line), lines[-1])
+        logger.warning(
+            "bfloat16 sampling will be slower: the kernel for AMX could not be compiled by $CXX (or g++) "
+            "into $XDG_CACHE_HOME (or ~/.cache): %s",
+            reason,
+        )
         return None
     if library.vistok_amx_start():
         return None
@@ -84,16 +91,21 @@ def _processor_flags() -> set[str]:
     return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
-def _compiled() -> Path:
-    """The shared library, compiled with ``$CXX`` or g++ if this version of it is not there yet."""
-    command = [*shlex.split(os.environ.get("CXX", "g++")), *FLAGS, *INSTRUCTIONS, str(SOURCE)]
-    version = hashlib.sha256(SOURCE.read_bytes() + shlex.join(command).encode()).hexdigest()[:16]
+def _library() -> ctypes.CDLL:
+    """The shared library, compiled if this version of it is not there yet."""
+    path = _library_path()
+    with suppress(OSError):  # not there, or damaged, or of another system that shares the folder
+        return ctypes.CDLL(str(path))
+    with atomic_file(path) as unfinished:  # whole or not at all, also when several processes compile it
+        subprocess.run([*_compiler(), "-o", str(unfinished)], check=True, capture_output=True, text=True)
+    return ctypes.CDLL(str(path))
+
+
+def _library_path() -> Path:
+    version = hashlib.sha256(SOURCE.read_bytes() + shlex.join(_compiler()).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vistok"
-    path = folder / f"amx-{version}.so"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as aside:
-            unfinished = Path(aside) / path.name
-            subprocess.run([*command, "-o", str(unfinished)], check=True, capture_output=True, text=True)
-            unfinished.replace(path)  # whole or not at all, also when several processes compile it
-    return path
+    return folder / f"amx-{version}.so"
+
+
+def _compiler() -> list[str]:
+    return [*shlex.split(os.environ.get("CXX") or "g++"), *FLAGS, *INSTRUCTIONS, str(SOURCE)]
