@@ -185,6 +185,13 @@ def test_validation_that_a_tokenizer_cannot_have(tmp_path, validation, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_what_is_wrong_with_held_out_images_is_not_blamed_on_the_others(tmp_path):
+    for data, message in (({"source": "folder"}, "needs data.root"), ({"limit": 0}, "limit must be at least 1")):
+        with pytest.raises(ValueError, match=message) as caught:
+            train(tokenizer_config(tmp_path / "run", validation={"data": data}))
+        assert caught.value.__notes__ == ["This is about the held-out images, whose keys are below validation.data."]
+
+
 def test_tokens_of_the_images_that_the_run_trains_on(tmp_path, tokens):
     from vistok.folders import load_tokenizer
 

@@ -313,14 +313,20 @@ def _held_out_images(config: RunConfig) -> Loader[ImageBatch] | None:
     if config.validation is None:
         return None
     changed = asdict(config.data) | config.validation.data
-    data = DataConfig(**check(DataConfig, changed, "validation.data"))
+    values = check(DataConfig, changed, "validation.data")
+    try:
+        data = DataConfig(**values)
+        source = open_source(data)
+    except (ValueError, OSError) as error:
+        error.add_note("This is about the held-out images, whose keys are below validation.data.")
+        raise
     for key in ("image_size", "channels"):
         asked, own = getattr(data, key), getattr(config.data, key)
         if asked != own:
             raise ConfigError(f"validation.data.{key} is {asked}, but the run's images have {own}; leave the key out")
     if all(getattr(data, key) == getattr(config.data, key) for key in ("source", "root", "name", "split")):
         raise ConfigError("validation.data names the images that the run trains on; name others: split=test, or a root")
-    return evaluation_loader(open_source(data), data)
+    return evaluation_loader(source, data)
 
 
 def _held_out_tokens(config: RunConfig, trained: TokenMixture) -> Loader[TokenBatch] | None:
