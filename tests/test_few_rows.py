@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_models import labels, next_token_generators, tiny, token_ids
 from torch import nn
+from torch.nn import functional as F
 
 from vistok.draws import Keys
 from vistok.generators.sampling import DecodingOptions
@@ -46,6 +47,62 @@ def test_a_gated_feed_forward_is_two_products_and_computes_the_same():
         torch.testing.assert_close(mlp(x), expected, rtol=1e-5, atol=1e-5)
     with linears_for(mlp.train(), 8):  # dropout is left alone
         assert mlp not in packed(mlp)
+
+
+def add_hook(mlp: SwiGLU) -> None:
+    mlp.gate.register_forward_hook(lambda layer, inputs, output: 2 * output)
+
+
+def add_pre_hook(mlp: SwiGLU) -> None:
+    mlp.up.register_forward_pre_hook(lambda layer, inputs: 2 * inputs[0])
+
+
+def replace_forward(mlp: SwiGLU) -> None:
+    mlp.up.forward = lambda x: 2 * F.linear(x, mlp.up.weight)
+
+
+def wrap(mlp: SwiGLU) -> None:
+    class Adapted(nn.Module):
+        def __init__(self, layer: nn.Linear):
+            super().__init__()
+            self.layer = layer
+
+        weight, bias = property(lambda self: self.layer.weight), None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * self.layer(x)
+
+    mlp.up = Adapted(mlp.up)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [add_hook, add_pre_hook, replace_forward, wrap])
+def test_layers_that_do_more_than_multiply_are_not_joined(change):
+    torch.manual_seed(0)
+    mlp, x = SwiGLU(32, 96).eval(), torch.randn(8, 1, 32)
+    change(mlp)
+    expected = mlp(x)
+    with linears_for(mlp, 8):
+        torch.testing.assert_close(mlp(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_under_autocast_layers_are_left_alone():
+    model, condition = tiny("llama"), labels(0, 4, 2, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        ids = model.sample(condition, DecodingOptions(temperature=0))
+        streamed = [chunk.tokens for chunk in model.stream(condition, DecodingOptions(temperature=0))]
+    assert torch.equal(torch.cat(streamed, 1), ids)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_compiled_parts_are_left_alone(dtype):
+    inside, whole, free = nn.Linear(64, 64), nn.Sequential(nn.Linear(64, 64)), nn.Linear(64, 64)
+    whole.compile(backend="eager")
+    model = nn.Sequential(whole, torch.compile(inside, backend="eager"), free).to(dtype)
+    model.compile(backend="eager")  # as training does, which samples with the model's parts
+    before = packed(model)
+    with linears_for(model, 8):
+        assert set(packed(model)) - set(before) == ({free} if dtype in _packable_dtypes() else set())
 
 
 def test_the_model_is_left_as_it_was():

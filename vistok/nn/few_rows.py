@@ -26,13 +26,14 @@ def linears_for(model: nn.Module, rows: int) -> Iterator[None]:
     without gradients.
 
     Packed copies take as much memory as the weights, and what happens to the weights inside the block is not seen.
-    Layers on other devices, quantised ones, and those for which nothing is faster stay as they are.
+    Layers on other devices, quantised ones, those within compiled modules, all of them under autocast, which chooses
+    their types itself, and those for which nothing is faster stay as they are.
     """
-    products = _products(model, rows) if rows else {}
-    for module, product in products.items():
-        # On the instance, so that hooks of the module still run; a copy of its own needs no second set of modules.
-        module.forward = product
+    products = _products(model, rows) if rows and not torch.is_autocast_enabled("cpu") else {}
     try:
+        for module, product in products.items():
+            # On the instance, so that hooks of the module still run; a copy of its own needs no second set of modules.
+            module.forward = product
         yield
     finally:
         for module in products:
@@ -46,12 +47,12 @@ Product = Callable[[Tensor], Tensor]
 def _products(model: nn.Module, rows: int) -> dict[nn.Module, Product]:
     """What replaces the forward pass of which module, without those that are replaced already: blocks may be nested."""
     products: dict[nn.Module, Product] = {}
-    joined: set[nn.Module] = set()
+    left_alone = _parts_of_compiled(model)
     for module in model.modules():  # parents before children
-        gated = isinstance(module, GatedMLP) and not module.training and _is_packable(module.gate, rows)
+        gated = isinstance(module, GatedMLP) and not module.training and _are_joinable([module.gate, module.up], rows)
         if gated:
-            joined |= {module.gate, module.up}
-        if module in joined or "forward" in vars(module):
+            left_alone |= {module.gate, module.up}
+        if module in left_alone or "forward" in vars(module):
             continue
         if gated:
             products[module] = _gated_product(module, rows)
@@ -60,6 +61,14 @@ def _products(model: nn.Module, rows: int) -> dict[nn.Module, Product]:
         elif _is_packable(module, rows):
             products[module] = _packed_product([module], rows)
     return products
+
+
+def _parts_of_compiled(model: nn.Module) -> set[nn.Module]:
+    """The modules within those that the caller compiled, by either way of ``torch.compile``: graphs choose their own
+    products, and cannot take ours. ``model`` itself does not count: sampling calls its parts."""
+    inner = (module for module in model.modules() if module is not model)
+    compiled = (module for module in inner if module._compiled_call_impl or "_orig_mod" in module._modules)
+    return {part for module in compiled for part in module.modules()}
 
 
 def _direct_product(linear: nn.Linear) -> Product:
@@ -97,6 +106,12 @@ def _is_packable(module: nn.Module, rows: int) -> bool:
     """Whether oneDNN packs the layer, which our own kernel does not serve."""
     packable = _is_plain(module) and rows >= FEWEST_PACKED and module.weight.dtype in _packable_dtypes()
     return packable and not _is_direct(module, rows)
+
+
+def _are_joinable(layers: Sequence[nn.Module], rows: int) -> bool:
+    """Whether oneDNN packs each, and none does more than multiply."""
+    altered = any(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer) for layer in layers)
+    return not altered and all(_is_packable(layer, rows) for layer in layers)
 
 
 def _is_plain(module: nn.Module) -> bool:
