@@ -17,6 +17,7 @@ import vistok
 from vistok.cli import app
 from vistok.config import ConfigError, save_config
 from vistok.data import DataConfig, TokenCacheError
+from vistok.data.loader import TooManyUnreadableError
 from vistok.data.opening import open_source
 from vistok.data.tokens import TokenCache
 from vistok.data.workers import LoaderWorkerError
@@ -272,6 +273,19 @@ def test_unreadable_held_out_images_are_named_when_met_and_at_the_end(tmp_path, 
     assert caplog.text.count("left out, cannot be read") == 1
     assert "1 samples could not be read and were left out of validation" in caplog.text
     assert "007.png" in caplog.text.rpartition("left out of validation")[2]
+
+
+def test_too_many_unreadable_held_out_images_end_a_run_that_is_saved(tmp_path):
+    fill_folder(tmp_path / "photos", {"ant": 20})
+    (tmp_path / "photos" / "ant" / "007.png").write_bytes(b"no image")
+    held_out = {"data": {"source": "folder", "root": str(tmp_path / "photos")}}
+    config = tokenizer_config(tmp_path / "run", validation=held_out)
+    with pytest.raises(TooManyUnreadableError, match=r"(?s)1 of 20 images .*007\.png") as caught:
+        train(config)
+    assert "held-out images; what was trained is saved" in caught.value.__notes__[0]
+    assert "step-0000003" in caught.value.__notes__[0]
+    (tmp_path / "photos" / "ant" / "007.png").unlink()
+    assert rows_of(train(config, resume=True))[6]["val_loss"] > 0
 
 
 def test_a_dry_run_counts_held_out_samples(tmp_path):

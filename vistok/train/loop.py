@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from vistok.config import save_config
-from vistok.data.loader import Failures, listed
+from vistok.data.loader import Failures, TooManyUnreadableError, listed
 from vistok.data.pictures import save_png
 from vistok.data.workers import LoaderWorkerError
 from vistok.files import write_json
@@ -260,18 +260,31 @@ class Trainer:
         )
 
     def _validate(self, stop: StopRequest) -> dict[str, float]:
-        """Held-out losses, on all processes; the first one measures them. None if it is asked to stop meanwhile."""
+        """Held-out losses, on all processes; the first one measures them. None if it is asked to stop meanwhile.
+
+        Raises:
+            TooManyUnreadableError: on all processes, after saving what was trained.
+        """
         from accelerate.utils import broadcast_object_list
 
-        found: list[dict[str, float]] = [{}]
+        found: list[dict[str, float] | TooManyUnreadableError] = [{}]
         with self.models.best() as model:
             if self.accelerator.is_main_process:
                 home = next(model.parameters()).device  # the whole copy of a sharded model lives on the CPU
                 model.to(self.accelerator.device)
-                with self.accelerator.autocast():
-                    found = [self.stage.validate(model, self.step, lambda: stop.signal is not None)]
+                try:
+                    with self.accelerator.autocast():
+                        found = [self.stage.validate(model, self.step, lambda: stop.signal is not None)]
+                except TooManyUnreadableError as error:
+                    found = [error]
                 model.to(home)
-        return broadcast_object_list(found)[0]
+        losses = broadcast_object_list(found)[0]
+        if isinstance(losses, TooManyUnreadableError):
+            self.save(validated=False)
+            path = self.checkpoints.path(self.step)
+            losses.add_note(f"These are held-out images; what was trained is saved: go on with --resume, from {path}")
+            raise losses
+        return losses
 
     def _picture(self) -> None:
         with self.models.best() as model:
