@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -248,6 +249,21 @@ def test_compiled_steps_give_the_same_samples(name, options, place, monkeypatch)
         session.append(expected[:, 3:6])
         drain(session)
     assert torch.equal(session.tokens, expected)
+
+
+def test_threads_sample_with_compiled_steps_of_one_model():
+    model, condition = tiny("llama"), labels(0, 4, 2)
+    model.compile_decoding("eager")
+    expected = model.sample(condition, GREEDY)
+
+    def sample(_: int) -> tuple[torch.Tensor, int]:
+        return model.sample(condition, GREEDY), torch._dynamo.config.recompile_limit
+
+    with ThreadPoolExecutor(4) as pool:
+        for ids, limit in pool.map(sample, range(16)):
+            assert torch.equal(ids, expected)
+            assert limit >= 64  # each thread has its own
+    assert not [module for module in model.modules() if "forward" in vars(module)]
 
 
 @pytest.mark.parametrize(("last", "blocks"), [(0, 1), (63, 1), (64, 2), (149, 3)])

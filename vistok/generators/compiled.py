@@ -8,8 +8,8 @@ there is nothing to gain: eager steps attend to the live part only, and multiply
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -48,8 +48,6 @@ class CompiledStep:
     """
 
     def __init__(self, block_type: type[nn.Module], backend: str):
-        limits = torch._dynamo.config  # of graphs per function in one process: a sweep over options takes more than 8
-        limits.recompile_limit = max(limits.recompile_limit, 64)
         functions = embed_last, block_type.forward, next_logits
         self._before, self._block, self._after = (
             torch.compile(function, backend=backend, fullgraph=True, dynamic=False) for function in functions
@@ -66,7 +64,7 @@ class CompiledStep:
         scales: Tensor | None,
         visible: Tensor | None,
         layers: Layers,
-        blocks: Sequence[nn.Module],
+        computing: NextTokenModel,
     ) -> None:
         """Feed the token before ``position`` and write the one there into ``tokens``.
 
@@ -78,25 +76,24 @@ class CompiledStep:
             scales: (L,) guidance scales, or None without guidance.
             visible: bool (R or 1, 1, 1, T + L), what the last position of all sees; None is everything.
             layers: caches that write at ``fed``.
-            blocks: those that compute in place of the model's.
+            computing: the model ``with_blocks`` that are compiled.
         """
         keys = seen_keys_for(tokens.device, model.blocks[0].attn.head_dim)
         x, mask = self._before(model, position, fed, tokens, visible, keys, guided=scales is not None)
-        with self._computing(model, blocks):
-            hidden = model.transform(x, fed, mask, layers)
-            logits = self._after(model, hidden, position, scales)
+        hidden = computing.transform(x, fed, mask, layers)
+        logits = self._after(model, hidden, position, scales)
         drawn = draw_ids(logits, None if uniforms is None else uniforms[:, position].squeeze(1), options)
         tokens[:, position] = drawn[:, None]
 
-    @contextmanager
-    def _computing(self, model: NextTokenModel, blocks: Sequence[nn.Module]) -> Iterator[None]:
-        for block, own in zip(model.blocks, blocks, strict=True):
-            block.forward = partial(self._block, own)
-        try:
-            yield
-        finally:
-            for block in model.blocks:
-                del block.forward
+    def with_blocks(self, model: NextTokenModel, blocks: Sequence[nn.Module]) -> NextTokenModel:
+        """The model, but with these blocks, compiled. All else is shared; the model itself stays as it is, since other
+        threads may sample from it."""
+        compiled = [copy.copy(block) for block in blocks]
+        for shell, block in zip(compiled, blocks, strict=True):
+            shell.forward = partial(self._block, block)
+        like = copy.copy(model)
+        like._modules = model._modules | {"blocks": nn.ModuleList(compiled)}
+        return like
 
 
 SeenKeys = Callable[[Tensor, int, Tensor | None], Mask]
@@ -167,11 +164,14 @@ class SessionSteps:
         visible: Tensor | None,
         cache: KVCache,
     ):
+        limits = torch._dynamo.config  # of graphs per function; each thread has its own
+        limits.recompile_limit = max(limits.recompile_limit, 64)  # a sweep over options takes more than 8
         self._offset = model.condition_length - 1
         self._position, self._fed = (torch.zeros(1, dtype=torch.int64, device=tokens.device) for _ in range(2))
         layers = [layer.at(self._fed) for layer in cache.layers]
         blocks = blocks_for(model, len(tokens) if scales is None else 2 * len(tokens), tokens.device)
-        inputs = (self._position, self._fed, tokens, uniforms, scales, visible, layers, blocks)
+        computing = step.with_blocks(model, blocks)
+        inputs = (self._position, self._fed, tokens, uniforms, scales, visible, layers, computing)
         self._run = partial(step, model, options, *inputs)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warm = False
