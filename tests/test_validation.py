@@ -222,9 +222,16 @@ def test_tokens_of_another_tokenizer_or_of_other_classes(tmp_path, tokens):
         train(generator_config(tmp_path / "run", tokens, validation={"tokens": str(tmp_path / "renamed")}))
 
 
-def test_an_unknown_held_out_metric_is_refused_at_the_first_checkpoint(tmp_path):
+def test_an_unknown_held_out_metric_is_refused_before_the_first_checkpoint(tmp_path):
     training = {"best_metric": "val_psnrr"}
-    with pytest.raises(ConfigError, match="did you mean 'val_psnr'"):
+    with pytest.raises(ConfigError, match="no 'val_psnrr'; did you mean 'val_psnr'"):
+        train(tokenizer_config(tmp_path / "run", validation=HELD_OUT, training=training))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists(), "the first row of the log shows it"
+
+
+def test_a_metric_that_is_not_measured_on_held_out_samples_is_refused_at_the_first_checkpoint(tmp_path):
+    training = {"best_metric": "val_grad_norm"}
+    with pytest.raises(ConfigError, match=r"no 'val_grad_norm'.*val_psnr"):
         train(tokenizer_config(tmp_path / "run", validation=HELD_OUT, training=training))
 
 

@@ -68,12 +68,19 @@ class Checkpoints:
         best = self.best()
         return best is not None and best["step"] == step
 
-    def check_metric(self, row: Mapping[str, float]) -> None:
-        """Raise ConfigError unless the log rows have ``best_metric``."""
+    def check_metric(self, row: Mapping[str, float], *, prefix: str = "") -> None:
+        """Raise ConfigError unless the log rows have ``best_metric``.
+
+        Args:
+            row: any of them.
+            prefix: what begins the names of metrics that this row lacks, but others have: "val_".
+        """
         metric = self._metric(row)
-        if metric not in row:
-            near = nearest(metric, tuple(row))
-            hint = f"; did you mean {near!r}?" if near else ""
+        prefix = prefix if metric.startswith(prefix) else ""
+        name = metric.removeprefix(prefix)
+        if name not in row:
+            near = nearest(name, tuple(row))
+            hint = f"; did you mean {prefix + near!r}?" if near else ""
             raise ConfigError(f"training.best_metric: this run logs no {metric!r}{hint} It logs {', '.join(row)}.")
 
     def _metric(self, row: Mapping[str, float]) -> str:

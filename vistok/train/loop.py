@@ -229,8 +229,8 @@ class Trainer:
         means = self.meter.means(partial(self.accelerator.reduce, reduction="mean"))
         self.seconds += elapsed
         means |= held_out
-        if held_out or self.stage.held_out is None:  # rows that a checkpoint can be judged by
-            self.checkpoints.check_metric(means)
+        awaited = "val_" if self.stage.held_out is not None and not held_out else ""
+        self.checkpoints.check_metric(means, prefix=awaited)
         row = {"step": self.step, **means, "lr": self.models.lr}
         row |= {self.stage.unit: round(units / elapsed, 2), "seconds": round(self.seconds, 2)}
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=self.step)
