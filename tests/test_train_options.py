@@ -19,9 +19,11 @@ from vistok.cli import main
 from vistok.config import ConfigError, save_config
 from vistok.nn.conv import ResBlock
 from vistok.train import train
+from vistok.train.adversary import Adversary
 from vistok.train.monitor import Console
 from vistok.train.parallel import checkpoint_activations
 from vistok.train.preview import preview
+from vistok.train.profile import profile
 
 
 @pytest.fixture(autouse=True)
@@ -142,6 +144,13 @@ def test_profile_writes_a_trace_and_a_summary(tmp_path, capsys):
     events = json.loads((tmp_path / "run.trace.json").read_text())["traceEvents"]
     assert sum(event.get("name") == "step" and event.get("cat") == "user_annotation" for event in events) == 5
     assert not (tmp_path / "run").exists()
+
+
+def test_profiled_steps_are_those_with_an_adversary(tmp_path, monkeypatch):
+    steps, forward = [], Adversary.forward
+    monkeypatch.setattr(Adversary, "forward", lambda self, *given: (steps.append(given[-1]), forward(self, *given))[1])
+    profile(tokenizer_config(tmp_path / "run", losses={"gan": GAN | {"start_step": 1000}}))
+    assert steps == list(range(1000, 1007))
 
 
 def test_modes_exclude_each_other(tmp_path):

@@ -52,6 +52,8 @@ def profile(config: Mapping[str, Any]) -> Profile:
         folder = Path(scratch)
         accelerator, stage = prepare(run, folder)
         trainer = Trainer(run, stage, accelerator, folder)
+        if stage.adversary is not None:  # steps of before it takes part would look cheap
+            trainer.step = stage.adversary.config.start_step
         batches = forever(stage.loader)
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
         units = 0
