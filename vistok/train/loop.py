@@ -138,9 +138,9 @@ class Trainer:
             quiet=not self.accelerator.is_main_process,
         )
         batches = forever(self.stage.loader)
-        if self.step:  # resumed; what saved this checkpoint may have ended before it could export
-            self.export()
         with console, self._dead_workers(), StopRequest(self.step) as stop:
+            if self.step:  # resumed; what saved this checkpoint may have ended before it could export
+                self.export()
             begin, units = time.monotonic(), 0
             while self.step < config.max_steps:
                 units += self.optimise(batches)
