@@ -77,7 +77,7 @@ def test_a_generator_is_measured_on_the_first_view_of_other_tokens(tmp_path, tok
     assert "val_accuracy" in rows[1]
 
 
-def test_held_out_batches_share_no_draws(tmp_path, tokens, held_out_tokens, monkeypatch):
+def test_held_out_batches_of_a_generator_share_no_draws(tmp_path, tokens, held_out_tokens, monkeypatch):
     """MAR draws one share of masked tokens per batch: one for all would measure a single task."""
     from vistok.generators.llama import Llama
 
@@ -136,10 +136,10 @@ def test_best_is_a_run_of_a_tokenizer(tmp_path, monkeypatch):
 def test_a_request_to_stop_ends_validation_and_saves(tmp_path, monkeypatch):
     terms, measured = TokenizerStage._held_out_terms, []
 
-    def slow(self, model, batch, step, **options):
+    def slow(self, model, batch, step, number):
         measured.append(step)
         os.kill(os.getpid(), signal.SIGTERM)
-        return terms(self, model, batch, step, **options)
+        return terms(self, model, batch, step, number)
 
     config = tokenizer_config(tmp_path / "run", validation=HELD_OUT, data={"batch_size": 8})
     with monkeypatch.context() as patch:

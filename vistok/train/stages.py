@@ -79,14 +79,14 @@ class Stage(ABC):
             if stopping():
                 return {}
             batch = on_device(batch, device)
-            for name, value in self._held_out_terms(model, batch, step, draws_of=number).items():
+            for name, value in self._held_out_terms(model, batch, step, number).items():
                 totals[name] = totals.get(name, 0) + value.float() * len(batch.indices)
             count += len(batch.indices)
         return {f"val_{name}": (total / count).item() for name, total in totals.items()}
 
     @abstractmethod
-    def _held_out_terms(self, model: Model, batch: Any, step: int, *, draws_of: int) -> dict[str, Tensor]:
-        """Means over one batch, "loss" among them; with the draws of the training step ``draws_of``."""
+    def _held_out_terms(self, model: Model, batch: Any, step: int, number: int) -> dict[str, Tensor]:
+        """Means over one batch, "loss" among them; it is batch ``number`` of the held-out ones."""
 
     def dead_worker(self) -> str | None:
         """After an error: which process that reads data died of what, or None."""
@@ -158,8 +158,8 @@ class TokenizerStage(Stage):
         draws = self.model.training_draws(Keys.of(self.seed, batch.indices, draws_of))
         return model(batch.pixels, step=step, draws=draws_on(draws, batch.pixels.device))
 
-    def _held_out_terms(self, model: Tokenizer, batch: ImageBatch, step: int, *, draws_of: int) -> dict[str, Tensor]:
-        output = self._output(model, batch, step, draws_of=draws_of)
+    def _held_out_terms(self, model: Tokenizer, batch: ImageBatch, step: int, number: int) -> dict[str, Tensor]:
+        output = self._output(model, batch, step, draws_of=0)  # each image has draws of its own, in whichever batch
         terms = self.objective(output, batch.pixels)
         return {"loss": self.objective.total(terms)} | terms | _psnr_of(output, batch.pixels)
 
@@ -235,8 +235,8 @@ class GeneratorStage(Stage):
             draws=draws_on(draws, device),
         )
 
-    def _held_out_terms(self, model: Generator, batch: TokenBatch, step: int, *, draws_of: int) -> dict[str, Tensor]:
-        draws = self._draws(batch, draws_of)
+    def _held_out_terms(self, model: Generator, batch: TokenBatch, step: int, number: int) -> dict[str, Tensor]:
+        draws = self._draws(batch, number)  # of which some may be one for the whole batch: MAR's share of masks
         draws.pop("drop", None)  # classes stay
         output = self._output(model, batch, draws)
         return {"loss": output.loss} | output.metrics
