@@ -122,6 +122,19 @@ def test_a_best_model_that_was_not_exported_is_when_the_run_resumes(tmp_path, mo
     assert vistok.load(tmp_path / "run" / "best" / "tokenizer")
 
 
+def test_a_checkpoint_that_was_not_judged_is_when_the_run_resumes(tmp_path, monkeypatch):
+    def full_disk(*arguments):
+        raise OSError(28, "No space left on device")
+
+    config = tokenizer_config(tmp_path / "run", validation=HELD_OUT, optimizer={"lr": 0.0})  # the first stays the best
+    with monkeypatch.context() as patch:
+        patch.setattr("vistok.train.checkpoints.write_json", full_disk)
+        with pytest.raises(CheckpointError, match="No space left"):
+            train(config)
+    train(config, resume=True)
+    assert json.loads((tmp_path / "run" / "checkpoints" / "best.json").read_text())["step"] == 3
+
+
 def test_best_is_a_run_of_a_tokenizer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train(tokenizer_config("run", validation=HELD_OUT))

@@ -98,9 +98,8 @@ class Checkpoints:
         path = self.path(step)
         try:
             with atomic_folder(path, replace=True) as temporary:
-                torch.save({"step": step, **state}, temporary / STATE)
-            if row is not None:
-                self._judge(step, row)
+                torch.save({"step": step, "judged_by": row, **state}, temporary / STATE)
+            self._judge(step, row)
         except (OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not _is_of_torch_writer(error):
                 raise
@@ -111,8 +110,14 @@ class Checkpoints:
             shutil.rmtree(self.path(old))
         return path
 
-    def _judge(self, step: int, row: Mapping[str, float]) -> None:
-        best, metric, start = self.best(), self._metric(row), self._adversary_start
+    def judge_again(self, state: Mapping[str, Any]) -> None:
+        """Judge a loaded checkpoint, which the process that wrote it may not have lived to."""
+        self._judge(state["step"], state.get("judged_by"))
+
+    def _judge(self, step: int, row: Mapping[str, float] | None) -> None:
+        if row is None or (metric := self._metric(row)) not in row:
+            return
+        best, start = self.best(), self._adversary_start
         if not math.isfinite(row[metric]):
             log.warning("%s is %s after step %d, so this is not the best checkpoint", metric, row[metric], step)
             return

@@ -121,6 +121,8 @@ class Trainer:
         state = self.checkpoints.load()
         if state is not None:
             self._load(state)
+            if self.accelerator.is_main_process:
+                self.checkpoints.judge_again(state)
         elif self.accelerator.is_main_process:
             log.warning("%s has no checkpoint yet: training begins at step 0", self.folder)
 
