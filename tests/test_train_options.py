@@ -153,6 +153,27 @@ def test_profiled_steps_are_those_with_an_adversary(tmp_path, monkeypatch):
     assert steps == list(range(1000, 1007))
 
 
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"training": {"gradient_accumulation_steps": 0}}, "training: gradient_accumulation_steps must be at least 1"),
+        ({"training": {"batch_size": 0}}, "training: batch_size must be at least 1, got 0"),
+        ({"training": {"max_grad_norm": -1.0}}, r"training: max_grad_norm must be at least 0, got -1\.0"),
+        ({"training": {"save_every": -1}}, "training: save_every must be at least 0, got -1"),
+        ({"lr_scheduler": {"decay_share": 0.0}}, r"lr_scheduler: decay_share must lie in \(0, 1\], got 0"),
+        ({"lr_scheduler": {"warmup_steps": -1}}, "lr_scheduler: warmup_steps must be at least 0, got -1"),
+        ({"optimizer": {"lr": -1e-4}}, "optimizer: lr must be at least 0, got -0.0001"),
+        ({"optimizer": {"betas": [0.9, 1.0]}}, r"optimizer: betas must lie in \[0, 1\)"),
+        ({"losses": {"gan": GAN | {"r1_every": 0}}}, r"r1_every must be at least 1, got 0"),
+        ({"losses": {"gan": GAN | {"start_step": -1}}}, r"start_step must be at least 0, got -1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(tmp_path, section, message):
+    with pytest.raises(ValueError, match=message):
+        train(tokenizer_config(tmp_path / "run", **section))
+    assert not (tmp_path / "run").exists()
+
+
 def test_modes_exclude_each_other(tmp_path):
     save_config(tokenizer_config(tmp_path / "run"), tmp_path / "run.yaml")
     main_exits(["train", str(tmp_path / "run.yaml"), "--profile", "--dry-run"], 2)

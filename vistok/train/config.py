@@ -11,6 +11,13 @@ from vistok.config import ConfigError, check
 from vistok.data.config import DataConfig
 
 
+def _check_least(section: Any, **least: float) -> None:
+    """Raise ValueError unless each of these keys of a section has at least this value."""
+    for key, bound in least.items():
+        if getattr(section, key) < bound:
+            raise ValueError(f"{key} must be at least {bound}, got {getattr(section, key)}")
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW or Adam.
@@ -27,6 +34,11 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     eps: float = 1e-8
 
+    def __post_init__(self) -> None:
+        _check_least(self, lr=0, weight_decay=0, eps=0)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
+
 
 @dataclass(frozen=True)
 class SchedulerConfig:
@@ -42,6 +54,11 @@ class SchedulerConfig:
     warmup_steps: int = 0
     final_factor: float = 0.0
     decay_share: float = 0.2
+
+    def __post_init__(self) -> None:
+        _check_least(self, warmup_steps=0, final_factor=0)
+        if not 0 < self.decay_share <= 1:
+            raise ValueError(f"decay_share must lie in (0, 1], got {self.decay_share}")
 
 
 @dataclass(frozen=True)
@@ -86,10 +103,8 @@ class TrainingConfig:
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
-        if self.max_steps < 1:
-            raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
-        if self.keep_checkpoints < 1:
-            raise ValueError(f"keep_checkpoints must be at least 1, got {self.keep_checkpoints}")
+        _check_least(self, max_steps=1, batch_size=1, gradient_accumulation_steps=1, keep_checkpoints=1)
+        _check_least(self, max_grad_norm=0, log_every=0, image_every=0, save_every=0)
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
 
@@ -119,6 +134,9 @@ class GanConfig:
     r1_every: int = 16
     lecam_weight: float = 0.0
     lr: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_least(self, weight=0, start_step=0, r1_weight=0, r1_every=1, lecam_weight=0)
 
 
 @dataclass(frozen=True)
