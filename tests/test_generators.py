@@ -296,6 +296,14 @@ def test_split_layers_compute_the_same_with_the_same_parameters():
     assert split_layers(block, MOST_ROWS + 1, processors=132) is block
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("hooked", ["0", "1", "1.gate", "1.down"])
+def test_split_layers_keep_hooks(hooked):
+    block, x = torch.nn.Sequential(torch.nn.Linear(128, 24), SwiGLU(24, 128)), torch.randn(2, 1, 128)
+    block.get_submodule(hooked).register_forward_hook(lambda layer, inputs, output: 2 * output)
+    torch.testing.assert_close(split_layers(block, rows=2, processors=132)(x), block(x), **TOLERANCE)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_compiled_steps_see_weights_change():
     model, condition = tiny("llama", layers=2), labels(0, 1)

@@ -34,7 +34,7 @@ def split_layers(module: nn.Module, rows: int, processors: int) -> nn.Module:
     """
     if rows > MOST_ROWS:
         return module
-    if isinstance(module, GatedMLP) and _is_plain(module.gate) and _is_plain(module.up) and module.gate.bias is None:
+    if _is_joinable(module):
         return JoinedMLP(module, split_layers(module.down, rows, processors))
     if _is_plain(module):
         parts = number_of_parts(module.in_features, module.out_features, processors)
@@ -82,6 +82,16 @@ class JoinedMLP(nn.Module):
         return self.down(self.activation(gate) * up)
 
 
+def _is_joinable(module: nn.Module) -> bool:
+    gated = isinstance(module, GatedMLP) and not _is_altered(module)
+    return gated and _is_plain(module.gate) and _is_plain(module.up) and module.gate.bias is None
+
+
 def _is_plain(module: nn.Module) -> bool:
     # A subclass of Parameter is quantised, or sharded over processes.
-    return type(module) is nn.Linear and type(module.weight) is nn.Parameter
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and not _is_altered(module)
+
+
+def _is_altered(module: nn.Module) -> bool:
+    """Whether more happens, or something else, than its class says."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
