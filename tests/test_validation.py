@@ -22,6 +22,7 @@ from vistok.data.opening import open_source
 from vistok.data.tokens import TokenCache
 from vistok.data.workers import LoaderWorkerError
 from vistok.hub import CheckpointError
+from vistok.runs import data_of_run
 from vistok.tokenizers.vit_vqgan import ViTConfig, ViTVQGAN
 from vistok.train import TrainingInterrupted, train
 from vistok.train.monitor import read_metrics
@@ -137,6 +138,8 @@ def test_a_checkpoint_that_was_not_judged_is_when_the_run_resumes(tmp_path, monk
 
 def test_best_is_a_run_of_a_tokenizer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    train(tokenizer_config("best"))  # a run that is called so is another thing
+    assert data_of_run("best", [], image_shape=(3, 8, 8)).source == "digits"
     train(tokenizer_config("run", validation=HELD_OUT))
     for command in (
         ["tokenize", "run/best", "--out", "tokens", "data.limit=20"],

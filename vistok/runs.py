@@ -40,7 +40,9 @@ def data_of_run(
     if foreign:
         raise ConfigError(f"override {foreign[0]!r}: only data.… applies here, for example data.root=photos/")
     folder = Path(path).absolute()
-    file = (folder.parent if folder.name == BEST_MODEL else folder) / RUN_CONFIG
+    file = folder / RUN_CONFIG
+    if folder.name == BEST_MODEL and not file.is_file():
+        file = folder.parent / RUN_CONFIG
     section = load_config(file).get("data") if file.is_file() else None
     section = section or {"channels": image_shape[0], "image_size": image_shape[1]}
     if split is not None:
