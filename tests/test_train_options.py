@@ -20,7 +20,7 @@ from vistok.config import ConfigError, save_config
 from vistok.nn.conv import ResBlock
 from vistok.train import train
 from vistok.train.adversary import Adversary
-from vistok.train.monitor import Console
+from vistok.train.monitor import Console, MetricsFile, read_metrics
 from vistok.train.parallel import checkpoint_activations
 from vistok.train.preview import preview
 from vistok.train.profile import profile
@@ -151,6 +151,15 @@ def test_profiled_steps_are_those_with_an_adversary(tmp_path, monkeypatch):
     monkeypatch.setattr(Adversary, "forward", lambda self, *given: (steps.append(given[-1]), forward(self, *given))[1])
     profile(tokenizer_config(tmp_path / "run", losses={"gan": GAN | {"start_step": 1000}}))
     assert steps == list(range(1000, 1007))
+
+
+def test_metrics_are_json_whatever_the_numbers(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    file.write({"step": 1, "loss": 0.5, "grad_norm": float("inf"), "val_loss": float("nan"), "seconds": 1.0})
+    json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)  # of NaN and Infinity
+    again = MetricsFile(tmp_path / "metrics.jsonl", 1)
+    assert again.seconds() == 1.0
+    assert read_metrics(again.path) == [{"step": 1, "loss": 0.5, "grad_norm": None, "val_loss": None, "seconds": 1.0}]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -117,7 +118,8 @@ class CodebookWatch:
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object per line, in the order of steps, without repeats after a resume."""
+    """metrics.jsonl: one JSON object per line, in the order of steps, without repeats after a resume. A number that is
+    not finite, such as fp16's first gradient norms, is null: JSON has no other word for it."""
 
     def __init__(self, path: Path, resumed_step: int):
         self.path = path
@@ -127,8 +129,9 @@ class MetricsFile:
                 temporary.write_text("".join(line + "\n" for line in kept))
 
     def write(self, row: dict[str, float]) -> None:
+        numbers = {name: value if math.isfinite(value) else None for name, value in row.items()}
         with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(numbers, allow_nan=False) + "\n")
 
     def seconds(self) -> float:
         """Training time that the rows account for."""
@@ -136,7 +139,7 @@ class MetricsFile:
         return rows[-1]["seconds"] if rows else 0.0
 
 
-def read_metrics(path: str | Path) -> list[dict[str, float]]:
+def read_metrics(path: str | Path) -> list[dict[str, float | None]]:
     """The rows of a metrics.jsonl; a last line that was cut off when the process died is left out."""
     *whole, _ = Path(path).read_text().split("\n")
     return [json.loads(line) for line in whole]
