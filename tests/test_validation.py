@@ -136,6 +136,14 @@ def test_a_checkpoint_that_was_not_judged_is_when_the_run_resumes(tmp_path, monk
     assert json.loads((tmp_path / "run" / "checkpoints" / "best.json").read_text())["step"] == 3
 
 
+def test_a_checkpoint_from_before_validation_is_not_exported_as_the_best(tmp_path):
+    train(tokenizer_config(tmp_path / "run"))
+    train(tokenizer_config(tmp_path / "run", validation=HELD_OUT), resume=True)  # after its last step
+    assert not (tmp_path / "run" / "best").exists()
+    folder = train(tokenizer_config(tmp_path / "run", validation=HELD_OUT, training={"max_steps": 7}), resume=True)
+    assert vistok.load(folder / "best" / "tokenizer")
+
+
 def test_best_is_a_run_of_a_tokenizer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train(tokenizer_config("best"))  # a run that is called so is another thing

@@ -300,7 +300,7 @@ class Trainer:
             if self.accelerator.is_main_process:
                 with self.checkpoints.disk_errors("the trained model"):
                     self.stage.export(self.folder, model)
-                    if self.stage.held_out is not None and self.checkpoints.is_best(self.step):
+                    if "val_loss" in (self.row or {}) and self.checkpoints.is_best(self.step):
                         self.stage.export(self.folder / BEST_MODEL, model)
 
     def save(self, *, validated: bool) -> None:
