@@ -127,7 +127,7 @@ def attend(
     scale: float | None = None,
 ) -> Tensor:
     """Scaled dot-product attention of (B, H, n, h) queries over (B, H, m, h) keys -> (B, n, H * h)."""
-    if isinstance(mask, FlexMask | LiveKeys):
+    if isinstance(mask, (FlexMask, LiveKeys)):  # a union of types breaks graphs of PyTorch 2.9
         return rearrange(mask.attend(q, k, v, scale), "b h n d -> b n (h d)")
     # One query sees every key of the cache: no mask, which keeps SDPA on its fast path.
     causal = causal and q.shape[2] > 1

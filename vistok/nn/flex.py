@@ -59,10 +59,10 @@ class LiveKeys(NamedTuple):
         from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
         last = self.last.squeeze(0)
-        visible = None if self.visible is None else self.visible.expand(len(q), 1, 1, k.shape[2])
+        visible = None if self.visible is None else self.visible.expand(len(q), 1, 1, k.shape[2])[:, 0, 0]
 
         def seen(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return key <= last if visible is None else (key <= last) & visible[row, 0, 0, key]
+            return key <= last if visible is None else (key <= last) & visible[row, key]
 
         mask = BlockMask.from_kv_blocks(
             self.count,
