@@ -206,7 +206,7 @@ def test_without_a_home_layers_are_packed(anew, monkeypatch, caplog):
 
 def test_a_damaged_library_is_compiled_anew(anew, caplog):
     layer = nn.Linear(64, 32).to(BF16)
-    amx._library_path().parent.mkdir()
+    amx._library_path().parent.mkdir(parents=True)
     amx._library_path().write_bytes(b"")
     assert amx.suits(layer.weight)
     assert not caplog.records

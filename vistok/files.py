@@ -1,4 +1,5 @@
-"""Writing that leaves either the whole new thing or what was there before, and nothing half-made beside it."""
+"""Writing that leaves either the whole new thing or what was there before, and nothing half-made beside it; and where
+things are cached."""
 
 from __future__ import annotations
 
@@ -103,3 +104,13 @@ def sha256(path: str | Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_folder(name: str) -> Path:
+    """Where what can be made or fetched again is kept: ``~/.cache/vistok/NAME``, or below ``$XDG_CACHE_HOME``. It need
+    not exist yet.
+
+    Raises:
+        RuntimeError: there is no home.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vistok" / name

@@ -23,7 +23,7 @@ from vistok.config import ConfigError
 from vistok.data.files import IMAGE_EXTENSIONS
 from vistok.data.sources import DECODING_ERRORS, UNCONDITIONAL, ImageSource, UnreadableImageError, convert, hash_lines
 from vistok.data.tar import regular_files
-from vistok.files import atomic_file, read_json
+from vistok.files import atomic_file, cache_folder, read_json
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class ShardSource(ImageSource):
         if "{split}" not in pattern and split not in (None, "train"):
             raise ValueError(f"data.root={pattern} names no split; write {{split}} where {split!r} belongs, or both")
         urls = shard_paths(pattern.replace("{split}", split or ""))
-        cache = cache or default_cache()
+        cache = cache or cache_folder("shards")
         self._paths = fetch(urls, cache) if is_remote(pattern) else [Path(url) for url in urls]
         self._samples = [s for number, path in enumerate(self._paths) for s in samples_of(path, number, cache)]
         self._channels = channels
@@ -148,10 +148,6 @@ def expand_braces(pattern: str) -> Iterator[str]:
 
 def is_remote(path: str) -> bool:
     return "://" in path or path.startswith("pipe:")
-
-
-def default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "vistok" / "shards"
 
 
 def fetch(urls: Sequence[str], cache: Path) -> list[Path]:

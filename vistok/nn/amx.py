@@ -2,7 +2,7 @@
 
 A step of cached sampling is such products, and takes as long as the weights need to arrive from memory. PyTorch's
 kernels wait for them: on two cores of a busy machine they read half as fast as this one, which asks ahead
-(``benchmarks/sampling.py``). Weights stay where they are and as they are.
+(``benchmarks/few_rows.py``). Weights stay where they are and as they are.
 
 The kernel is compiled on its first use, which takes a second or two, and kept in the user's cache folder.
 """
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vistok.files import atomic_file
+from vistok.files import atomic_file, cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -103,8 +103,7 @@ def _library() -> ctypes.CDLL:
 
 def _library_path() -> Path:
     version = hashlib.sha256(SOURCE.read_bytes() + shlex.join(_compiler()).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vistok"
-    return folder / f"amx-{version}.so"
+    return cache_folder("kernels") / f"amx-{version}.so"
 
 
 def _compiler() -> list[str]:
