@@ -24,7 +24,7 @@ def sample(
     ] = None,
     num: Annotated[int, typer.Option("--num", "--num-images", help="How many images.")] = 64,
     seed: Annotated[int, typer.Option(help="Image i of a seed is always the same.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Images generated at a time; does not change them.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Images generated at a time; changes them by rounding at most.")] = 64,
     npz: Annotated[bool, typer.Option("--npz", help="Also write samples.npz for ADM-style evaluators.")] = False,
     temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw among the k likeliest tokens only; 0 is off.")] = None,
