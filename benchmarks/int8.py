@@ -23,7 +23,7 @@ from sampling import DTYPES, Setting, positions, stretch
 from vistok.config import load_config
 from vistok.data.tokens import TokenCache
 from vistok.generators.sampling import DecodingOptions
-from vistok.nn.few_rows import linears_for
+from vistok.nn.few_rows import layers_for
 from vistok.pipelines import pipeline
 from vistok.types import Condition
 
@@ -40,7 +40,7 @@ def main() -> None:
         plain, int8 = (Setting(256, dtype, DecodingOptions(guidance_scale=2.0)) for _ in range(2))
         quantize_(int8.model, Int8WeightOnlyConfig())
         took = {"int8": step_time(int8), "stream": step_time(plain)}
-        with linears_for(plain.model, len(plain.session.rows)):
+        with layers_for(plain.model, len(plain.session.rows)):
             took["sampling"] = step_time(plain)
         figures |= {f"ms_per_step_{name}_{kind}": value for kind, value in took.items()}
         ratios |= {f"int8_over_{name}_{kind}": took["int8"] / took[kind] for kind in ("stream", "sampling")}

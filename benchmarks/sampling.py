@@ -38,7 +38,7 @@ from torch.nn import functional as F
 from vistok.draws import Keys
 from vistok.generators.llama import Llama
 from vistok.generators.sampling import DecodingOptions
-from vistok.nn.few_rows import linears_for
+from vistok.nn.few_rows import layers_for
 from vistok.types import Condition, TokenSpec
 
 BATCH, CODES = 4, 16384
@@ -153,7 +153,7 @@ def main() -> None:
         where = positions(length, arguments.positions)
         with ExitStack() as stack:
             for setting in settings.values():
-                stack.enter_context(linears_for(setting.model, len(setting.session.rows)))
+                stack.enter_context(layers_for(setting.model, len(setting.session.rows)))
             if length == 256:
                 settings |= {f"{name}_stream": Setting(length, dtype, options) for name, dtype in DTYPES.items()}
             before = peak_memory_mb()

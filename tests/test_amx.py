@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vistok.nn import amx
-from vistok.nn.few_rows import _packable_dtypes, linears_for
+from vistok.nn.few_rows import _packable_dtypes, layers_for
+from vistok.nn.norms import RMSNorm
 
 BF16 = torch.bfloat16
 
 
 @pytest.fixture(scope="module")
 def kernel():
-    if amx._kernel() is None:
+    if amx._kernels() is None:
         pytest.skip("this machine has no AMX, or no C++ compiler")
 
 
@@ -118,11 +119,28 @@ def test_biases_that_do_not_fit_raise_as_in_pytorch(bias):
 
 def test_layers_may_be_given_weights_that_do_not_suit(kernel):
     model, x = nn.Sequential(nn.Linear(64, 64)).to(BF16), random(8, 64)
-    with torch.inference_mode(), linears_for(model, 8):
+    with torch.inference_mode(), layers_for(model, 8):
         model[0].weight = nn.Parameter(random(64, 64).t())
         assert_rounded(model(x), expected(x, model[0].weight, model[0].bias))
         model.float()
         torch.testing.assert_close(model(x.float()), expected(x, model[0].weight, model[0].bias))
+
+
+@given(rows=st.integers(1, amx.MOST_ROWS), tiles=st.integers(1, 40), scale=st.sampled_from([1e-3, 1.0, 1e3]))
+@settings(max_examples=40, deadline=None)
+def test_norms_are_those_of_pytorch(kernel, rows, tiles, scale):
+    norm, x = RMSNorm(32 * tiles).to(BF16), scale * random(rows, 1, 32 * tiles)
+    with torch.no_grad():
+        norm.weight.copy_(random(32 * tiles, seed=1))
+        expected = norm(x)
+        with layers_for(norm, rows):
+            assert "forward" in vars(norm)
+            torch.testing.assert_close(norm(x), expected, rtol=2**-7, atol=0)  # rounded twice
+            assert torch.equal(norm(x[:, 0]), norm(x)[:, 0])
+        assert torch.equal(
+            amx.rms_norm(x.float(), norm.weight, norm.eps),
+            F.rms_norm(x.float(), norm.weight.shape, eps=norm.eps) * norm.weight,
+        )
 
 
 def test_threads_do_not_share_their_rearranged_inputs(kernel):
@@ -158,7 +176,7 @@ def test_the_kernel_takes_as_many_threads_as_pytorch_was_told(kernel):
 
 def test_layers_use_the_kernel_and_see_weights_change(kernel):
     model, x = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 20)).to(BF16), random(8, 64)
-    with torch.inference_mode(), linears_for(model, 8):
+    with torch.inference_mode(), layers_for(model, 8):
         before = model[0](x)
         with torch.no_grad():
             model[0].weight.mul_(2)
@@ -171,14 +189,14 @@ def test_layers_use_the_kernel_and_see_weights_change(kernel):
 def anew(monkeypatch, tmp_path, kernel):
     """An empty cache folder, and a process that has not looked for the kernel yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    amx._kernel.cache_clear()
+    amx._kernels.cache_clear()
     yield tmp_path
-    amx._kernel.cache_clear()
+    amx._kernels.cache_clear()
 
 
 def assert_packed_with_warning(caplog, text: str) -> None:
     layer, x = nn.Linear(64, 32).to(BF16), random(8, 64)
-    with caplog.at_level(logging.WARNING), torch.inference_mode(), linears_for(layer, 8):
+    with caplog.at_level(logging.WARNING), torch.inference_mode(), layers_for(layer, 8):
         assert_rounded(layer(x), expected(x, layer.weight, layer.bias))
     assert text in caplog.text
     assert len(caplog.records) == 1

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from vistok.draws import Keys
 from vistok.generators.sampling import DecodingOptions
-from vistok.nn.few_rows import _packable_dtypes, linears_for
+from vistok.nn.few_rows import _packable_dtypes, layers_for
 from vistok.nn.mlp import SwiGLU
 from vistok.types import Condition
 
@@ -33,7 +33,7 @@ def test_products_are_those_of_plain_layers(dtype, bias, shape):
     layer = nn.Sequential(nn.Linear(48, 80, bias=bias)).to(dtype)
     x = torch.randn(shape, dtype=dtype)
     expected = layer(x)
-    with torch.inference_mode(), linears_for(layer, 8):
+    with torch.inference_mode(), layers_for(layer, 8):
         assert packed(layer)
         torch.testing.assert_close(layer(x), expected, rtol=DTYPES[dtype], atol=DTYPES[dtype])
 
@@ -42,10 +42,10 @@ def test_a_gated_feed_forward_is_two_products_and_computes_the_same():
     torch.manual_seed(0)
     mlp, x = SwiGLU(32, 96, dropout=0.5), torch.randn(8, 1, 32)
     expected = mlp.eval()(x)
-    with torch.inference_mode(), linears_for(mlp, 8):
+    with torch.inference_mode(), layers_for(mlp, 8):
         assert packed(mlp) == ([mlp, mlp.down] if _packable_dtypes() else [])
         torch.testing.assert_close(mlp(x), expected, rtol=1e-5, atol=1e-5)
-    with linears_for(mlp.train(), 8):  # dropout is left alone
+    with layers_for(mlp.train(), 8):  # dropout is left alone
         assert mlp not in packed(mlp)
 
 
@@ -82,7 +82,7 @@ def test_layers_that_do_more_than_multiply_are_not_joined(change):
     mlp, x = SwiGLU(32, 96).eval(), torch.randn(8, 1, 32)
     change(mlp)
     expected = mlp(x)
-    with linears_for(mlp, 8):
+    with layers_for(mlp, 8):
         torch.testing.assert_close(mlp(x), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -101,19 +101,19 @@ def test_compiled_parts_are_left_alone(dtype):
     model = nn.Sequential(whole, torch.compile(inside, backend="eager"), free).to(dtype)
     model.compile(backend="eager")  # as training does, which samples with the model's parts
     before = packed(model)
-    with linears_for(model, 8):
+    with layers_for(model, 8):
         assert set(packed(model)) - set(before) == ({free} if dtype in _packable_dtypes() else set())
 
 
 def test_the_model_is_left_as_it_was():
     model = tiny("llama")
     ids, condition = token_ids(model), labels(0, 1, 2)
-    with linears_for(model, 8):
+    with layers_for(model, 8):
         count = len(packed(model))
-        with linears_for(model, 8):  # a sample within a sample
+        with layers_for(model, 8):  # a sample within a sample
             assert len(packed(model)) == count
         assert len(packed(model)) == count
-    with pytest.raises(ValueError, match="needs class labels"), linears_for(model, 8):
+    with pytest.raises(ValueError, match="needs class labels"), layers_for(model, 8):
         model.sample(Condition(torch.zeros(8, dtype=torch.bool)), DecodingOptions(temperature=0))
     assert not packed(model)
     before = model(ids, condition).loss
@@ -133,9 +133,9 @@ def test_few_rows_and_quantised_layers_stay_plain():
 
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     model[1].weight = Quantised(torch.randn(16, 16))
-    with linears_for(model, 1):
+    with layers_for(model, 1):
         assert not packed(model)
-    with linears_for(model, 8):
+    with layers_for(model, 8):
         assert packed(model) == ([model[0]] if _packable_dtypes() else [])
 
 

@@ -18,7 +18,7 @@ from vistok.generators.base import Generator
 from vistok.generators.cache import KVCache, Layers
 from vistok.generators.compiled import CompiledStep, SessionSteps
 from vistok.generators.sampling import DecodingOptions, draw_ids, guide
-from vistok.nn.few_rows import linears_for
+from vistok.nn.few_rows import layers_for
 from vistok.nn.rotary import Rows
 from vistok.types import Condition, GeneratorOutput, TokenChunk, TokenSpec
 
@@ -158,7 +158,7 @@ class AutoregressiveGenerator(Generator):
         without: its caller may change the model meanwhile."""
         guided = options is not None and options.guided
         rows = 0 if self.compiled_step else len(condition) * (1 + guided)  # compilers choose products themselves
-        with linears_for(self, rows):
+        with layers_for(self, rows):
             return super().sample(condition, options, draws=draws)
 
 

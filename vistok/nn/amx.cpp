@@ -1,13 +1,16 @@
-// y = x W^T + b of a few rows x (rows, in) and a large W (out, in), all bfloat16, summed in float32, on AMX tiles.
+// What a step of sampling in bfloat16 takes longest for, of a few rows x; sums are float32. See amx.py.
 //
-// Such a product is as fast as W arrives from memory. The tiles read W as it lies there, 16 rows by 32 columns at a
-// time, and ask for what they will need 48 KiB later; x, which is small, is what gets rearranged. See amx.py.
+// y = x W^T + b of x (rows, in) and a large W (out, in), on AMX tiles. Such a product is as fast as W arrives from memory. The tiles read W as it lies there, 16 rows by 32 columns at a
+// time, and ask for what they will need 48 KiB later; x, which is small, is what gets rearranged.
+//
+// The root mean square norm, which in PyTorch is nine operations.
 
 #include <immintrin.h>
 #include <omp.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -20,6 +23,16 @@ using Pair = uint32_t;  // two bfloat16 along "in", which a tile multiplies and 
 constexpr int SIDE = 16;         // rows of a tile, and its columns of 4 bytes
 constexpr int DEPTH = 2 * SIDE;  // columns of a tile in bfloat16
 constexpr int AHEAD = 48 << 10;  // bytes
+
+__m512 load(const bfloat16* from) {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+void store(bfloat16* to, __m512 values) {
+    const __m256bh rounded = _mm512_cvtneps_pbh(values);
+    std::memcpy(to, &rounded, sizeof rounded);
+}
 
 // Tile 0 is of W, 1 and 2 of x, one for each group of 16 rows; 3 and 4 are their sums.
 struct alignas(64) TileConfig {
@@ -64,16 +77,10 @@ void multiply(const Pair* pairs, const bfloat16* weight, const bfloat16* bias, b
         }
         _tile_stored(3, sums[0], 64);
         if (TWO_GROUPS) _tile_stored(4, sums[1], 64);
-        __m512 offset = _mm512_setzero_ps();
-        if (bias) {
-            const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bias + n));
-            offset = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-        }
+        const __m512 offset = bias ? load(bias + n) : _mm512_setzero_ps();
         for (int64_t row = 0; row < rows; ++row) {
             const float* sum_of_row = &sums[row / SIDE][0][row % SIDE];
-            const __m512 sum = _mm512_add_ps(_mm512_i32gather_ps(outputs, sum_of_row, 4), offset);
-            const __m256bh rounded = _mm512_cvtneps_pbh(sum);
-            std::memcpy(y + row * out + n, &rounded, sizeof rounded);
+            store(y + row * out + n, _mm512_add_ps(_mm512_i32gather_ps(outputs, sum_of_row, 4), offset));
         }
     }
 }
@@ -105,6 +112,22 @@ void vistok_amx_linear(const bfloat16* x, const bfloat16* weight, const bfloat16
         const auto work = groups == 1 ? multiply<false> : multiply<true>;
         work(pairs, weight, bias, y, rows, in, out, first, last);
         _tile_release();
+    }
+}
+
+// y = x / rms(x) * weight of x (rows, width); width a multiple of 16. Rounded before the weight comes, too.
+void vistok_rms_norm(const bfloat16* x, const bfloat16* weight, bfloat16* y, int64_t rows, int64_t width, float eps) {
+    for (int64_t row = 0; row < rows; ++row, x += width, y += width) {
+        __m512 squares = _mm512_setzero_ps();
+        for (int64_t i = 0; i < width; i += SIDE) {
+            const __m512 values = load(x + i);
+            squares = _mm512_fmadd_ps(values, values, squares);
+        }
+        const __m512 scale = _mm512_set1_ps(1 / std::sqrt(_mm512_reduce_add_ps(squares) / width + eps));
+        for (int64_t i = 0; i < width; i += SIDE) {
+            store(y + i, _mm512_mul_ps(load(x + i), scale));
+            store(y + i, _mm512_mul_ps(load(y + i), load(weight + i)));
+        }
     }
 }
 

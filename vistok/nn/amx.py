@@ -1,10 +1,12 @@
-"""Products of a few rows with large bfloat16 weights, on processors with AMX: a kernel of our own, in ``amx.cpp``.
+"""Products of a few rows with large bfloat16 weights, and norms of them, on processors with AMX: kernels of our own, in
+``amx.cpp``.
 
 A step of cached sampling is such products, and takes as long as the weights need to arrive from memory. PyTorch's
 kernels wait for them: on two cores of a busy machine they read half as fast as this one, which asks ahead
-(``benchmarks/few_rows.py``). Weights stay where they are and as they are.
+(``benchmarks/few_rows.py``). Weights stay where they are and as they are. The norm between products is nine small
+operations in PyTorch, and finds the processor's caches full of weights in each.
 
-The kernel is compiled on its first use, which takes a second or two, and kept in the user's cache folder.
+The kernels are compiled on their first use, which takes a second or two, and kept in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -36,9 +38,11 @@ INSTRUCTIONS = ["-mamx-tile", "-mamx-bf16", "-mavx512f", "-mavx512vl", "-mavx512
 
 
 def suits(weight: Tensor) -> bool:
-    """Whether ``linear`` takes this weight (V, D), and the machine has what it needs. May compile the kernel."""
-    fits = _is_bfloat16(weight) and weight.is_contiguous()
-    return fits and weight.shape[0] % 16 == 0 and weight.shape[1] % 32 == 0 and _kernel() is not None
+    """Whether the machine has what it needs, and ``linear`` takes this weight (V, D), or ``rms_norm`` this one (D,).
+    May compile the kernels."""
+    *outputs, columns = weight.shape
+    sizes = columns % 32 == 0 and all(count % 16 == 0 for count in outputs)
+    return sizes and _is_bfloat16(weight) and weight.is_contiguous() and _kernels() is not None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -52,7 +56,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     x, y = x.contiguous(), x.new_empty(*x.shape[:-1], outputs)
     bias = None if bias is None else bias.contiguous()
     pointers = (x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr())
-    _kernel()(*pointers, rows, columns, outputs, torch.get_num_threads())
+    _kernels().vistok_amx_linear(*pointers, rows, columns, outputs, torch.get_num_threads())
+    return y
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``F.rms_norm(x, (D,), eps=eps) * weight`` for inputs (..., D) and a weight (D,). What the kernel cannot do,
+    PyTorch does."""
+    rows = x.numel() // max(x.shape[-1], 1)
+    fit = _is_bfloat16(x) and x.shape[-1:] == weight.shape
+    if torch.is_grad_enabled() or not (fit and 0 < rows <= MOST_ROWS and suits(weight)):
+        return F.rms_norm(x, weight.shape, eps=eps) * weight
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    _kernels().vistok_rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), rows, x.shape[-1], eps)
     return y
 
 
@@ -61,8 +78,8 @@ def _is_bfloat16(tensor: Tensor) -> bool:
 
 
 @functools.cache
-def _kernel() -> ctypes._CFuncPtr | None:
-    """The compiled function, or None where there is no such processor, or no compiler."""
+def _kernels() -> ctypes.CDLL | None:
+    """The compiled functions, or None where there is no such processor, or no compiler."""
     if not {"amx_bf16", "avx512_bf16"} <= _processor_flags():
         return None
     try:
@@ -71,16 +88,18 @@ def _kernel() -> ctypes._CFuncPtr | None:
         lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         reason = next((line for line in lines if "error" in line), lines[-1])
         logger.warning(
-            "bfloat16 sampling will be slower: the kernel for AMX could not be compiled by $CXX (or g++) "
+            "bfloat16 sampling will be slower: the kernels for AMX could not be compiled by $CXX (or g++) "
             "into $XDG_CACHE_HOME (or ~/.cache): %s",
             reason,
         )
         return None
     if library.vistok_amx_start():
         return None
-    function = library.vistok_amx_linear
-    function.argtypes, function.restype = [ctypes.c_void_p] * 4 + [ctypes.c_int64] * 4, None
-    return function
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    library.vistok_amx_linear.argtypes = [pointer] * 4 + [size] * 4
+    library.vistok_rms_norm.argtypes = [pointer] * 3 + [size] * 2 + [ctypes.c_float]
+    library.vistok_amx_linear.restype = library.vistok_rms_norm.restype = None
+    return library
 
 
 def _processor_flags() -> set[str]:

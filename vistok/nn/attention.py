@@ -84,7 +84,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4)  # (B, H, N, h) each
         q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
+            q, k = rotate(torch.stack([q, k]), rotation)  # in half as many operations, which count for a single token
         if cache is not None:
             k, v = cache.append(k, v)
         dropout = self.attention_dropout if self.training else 0.0

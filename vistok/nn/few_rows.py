@@ -1,4 +1,4 @@
-"""Linear layers for a few rows at a time on a CPU, as in the steps of cached sampling.
+"""Linear layers and norms for a few rows at a time on a CPU, as in the steps of cached sampling.
 
 Such a product takes as long as reading the weight does, and PyTorch's own way of computing it takes longer: its kernels
 rearrange the weight, anew in each step. oneDNN can do that once and keep a packed copy; for bfloat16, where the
@@ -15,15 +15,16 @@ from torch import Tensor, nn
 
 from vistok.nn import amx
 from vistok.nn.mlp import GatedMLP
+from vistok.nn.norms import RMSNorm
 
 FEWEST_PACKED = 4
 """With fewer rows oneDNN's products are as fast in PyTorch's layout."""
 
 
 @contextmanager
-def linears_for(model: nn.Module, rows: int) -> Iterator[None]:
-    """Within the block the linear layers of ``model``, on a CPU, compute in the way that is fastest for ``rows`` rows;
-    without gradients.
+def layers_for(model: nn.Module, rows: int) -> Iterator[None]:
+    """Within the block linear layers and norms of ``model``, on a CPU, compute in the way that is fastest for ``rows``
+    rows; without gradients.
 
     Packed copies take as much memory as the weights, and what happens to the weights inside the block is not seen.
     Layers on other devices, quantised ones, those within compiled modules, all of them under autocast, which chooses
@@ -58,6 +59,8 @@ def _products(model: nn.Module, rows: int) -> dict[nn.Module, Product]:
             products[module] = _gated_product(module, rows)
         elif _is_direct(module, rows):
             products[module] = _direct_product(module)
+        elif type(module) is RMSNorm and rows <= amx.MOST_ROWS and amx.suits(module.weight):
+            products[module] = _direct_norm(module)
         elif _is_packable(module, rows):
             products[module] = _packed_product([module], rows)
     return products
@@ -73,6 +76,10 @@ def _parts_of_compiled(model: nn.Module) -> set[nn.Module]:
 
 def _direct_product(linear: nn.Linear) -> Product:
     return lambda x: amx.linear(x, linear.weight, linear.bias)
+
+
+def _direct_norm(norm: RMSNorm) -> Product:
+    return lambda x: amx.rms_norm(x, norm.weight, norm.eps)
 
 
 def _packed_product(linears: Sequence[nn.Linear], rows: int) -> Product:
