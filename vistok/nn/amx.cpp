@@ -1,9 +1,10 @@
-// What a step of sampling in bfloat16 takes longest for, of a few rows x; sums are float32. See amx.py.
+// Where a step of sampling in bfloat16 spends its time, for a few rows x; sums are float32. See amx.py.
 //
-// y = x W^T + b of x (rows, in) and a large W (out, in), on AMX tiles. Such a product is as fast as W arrives from memory. The tiles read W as it lies there, 16 rows by 32 columns at a
-// time, and ask for what they will need 48 KiB later; x, which is small, is what gets rearranged.
+// y = x W^T + b of x (rows, in) and a large W (out, in), on AMX tiles. Such a product is as fast as W arrives from
+// memory. The tiles read W as it lies there, 16 rows by 32 columns at a time, and ask for what they will need 48 KiB
+// later; x, which is small, is what gets rearranged.
 //
-// The root mean square norm, which in PyTorch is nine operations.
+// The root mean square norm of x, which in PyTorch is nine operations.
 
 #include <immintrin.h>
 #include <omp.h>
