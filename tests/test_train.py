@@ -66,6 +66,23 @@ def test_resume_continues_the_same_curve(tmp_path, losses):
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+def test_only_the_first_process_writes_into_the_run_folder(tmp_path, monkeypatch):
+    config = tokenizer_config(tmp_path / "run", validation={"data": {"split": "test", "limit": 20}})
+    with monkeypatch.context() as patch:
+        patch.setattr("vistok.train.loop.Trainer.optimise", killed_at(4))
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+
+    def files() -> dict:
+        paths = [path for path in (tmp_path / "run").rglob("*") if "tensorboard" not in path.parts]
+        return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
+
+    before = files()
+    monkeypatch.setattr("accelerate.Accelerator.is_main_process", False)  # as another one, beside the first
+    train(config, resume=True)
+    assert files() == before
+
+
 def test_accumulation_equals_one_large_batch(tmp_path):
     data = {"affine": None}
     once = tokenizer_config(tmp_path / "once", data=data)

@@ -129,8 +129,10 @@ class Trainer:
     def run(self) -> None:
         """Train to ``max_steps``; checkpoint and export at the end in any case."""
         config = self.config
-        self.metrics = MetricsFile(self.folder / "metrics.jsonl", self.step)
-        self.seconds = self.metrics.seconds()
+        self.seconds = 0.0  # of training, as far as the first process counts
+        if self.accelerator.is_main_process:  # which removes what others leave half-written
+            self.metrics = MetricsFile(self.folder / "metrics.jsonl", self.step)
+            self.seconds = self.metrics.seconds()
         console = Console(
             self.folder.name,
             config.max_steps,
