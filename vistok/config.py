@@ -297,3 +297,10 @@ def _plain(value: Any, path: str) -> Any:
     raise ConfigError(
         f"{_mismatch(path, value)}: only mappings, lists, numbers, strings, booleans and null can be saved"
     )
+
+
+def check_least(section: Any, **least: float) -> None:
+    """Raise ValueError unless each of these keys of a config section has at least this value."""
+    for key, bound in least.items():
+        if getattr(section, key) < bound:
+            raise ValueError(f"{key} must be at least {bound}, got {getattr(section, key)}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from vistok.config import check_least
+
 
 @dataclass(frozen=True)
 class Affine:
@@ -78,9 +80,7 @@ class DataConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for key, least in (("image_size", 1), ("batch_size", 1), ("num_workers", 0), ("seed", 0)):
-            if getattr(self, key) < least:
-                raise ValueError(f"{key} must be at least {least}, got {getattr(self, key)}")
+        check_least(self, image_size=1, batch_size=1, num_workers=0, seed=0)
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1, or null for all images, got {self.limit}")
         if self.channels not in (1, 3):

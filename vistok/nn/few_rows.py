@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vistok.nn import amx
 from vistok.nn.mlp import GatedMLP
 from vistok.nn.norms import RMSNorm
+from vistok.nn.plain import is_altered, is_plain_linear
 
 FEWEST_PACKED = 4
 """With fewer rows oneDNN's products are as fast in PyTorch's layout."""
@@ -117,13 +118,11 @@ def _is_packable(module: nn.Module, rows: int) -> bool:
 
 def _are_joinable(layers: Sequence[nn.Module], rows: int) -> bool:
     """Whether oneDNN packs each, and none does more than multiply."""
-    altered = any(layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer) for layer in layers)
-    return not altered and all(_is_packable(layer, rows) for layer in layers)
+    return not any(map(is_altered, layers)) and all(_is_packable(layer, rows) for layer in layers)
 
 
 def _is_plain(module: nn.Module) -> bool:
-    # A subclass of Parameter is quantised, or sharded over processes.
-    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and module.weight.is_cpu
+    return is_plain_linear(module) and module.weight.is_cpu
 
 
 def _packable_dtypes() -> tuple[torch.dtype, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vistok.nn.mlp import GatedMLP
+from vistok.nn.plain import is_altered, is_plain_linear
 
 MOST_ROWS = 32
 """With more there is more to do than reading weights."""
@@ -83,15 +84,9 @@ class JoinedMLP(nn.Module):
 
 
 def _is_joinable(module: nn.Module) -> bool:
-    gated = isinstance(module, GatedMLP) and not _is_altered(module)
+    gated = isinstance(module, GatedMLP) and not is_altered(module)
     return gated and _is_plain(module.gate) and _is_plain(module.up) and module.gate.bias is None
 
 
 def _is_plain(module: nn.Module) -> bool:
-    # A subclass of Parameter is quantised, or sharded over processes.
-    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and not _is_altered(module)
-
-
-def _is_altered(module: nn.Module) -> bool:
-    """Whether more happens, or something else, than its class says."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    return is_plain_linear(module) and not is_altered(module)

@@ -7,15 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vistok import registry
-from vistok.config import ConfigError, check
+from vistok.config import ConfigError, check, check_least
 from vistok.data.config import DataConfig
-
-
-def _check_least(section: Any, **least: float) -> None:
-    """Raise ValueError unless each of these keys of a section has at least this value."""
-    for key, bound in least.items():
-        if getattr(section, key) < bound:
-            raise ValueError(f"{key} must be at least {bound}, got {getattr(section, key)}")
 
 
 @dataclass(frozen=True)
@@ -35,7 +28,7 @@ class OptimizerConfig:
     eps: float = 1e-8
 
     def __post_init__(self) -> None:
-        _check_least(self, lr=0, weight_decay=0, eps=0)
+        check_least(self, lr=0, weight_decay=0, eps=0)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
 
@@ -56,7 +49,7 @@ class SchedulerConfig:
     decay_share: float = 0.2
 
     def __post_init__(self) -> None:
-        _check_least(self, warmup_steps=0, final_factor=0)
+        check_least(self, warmup_steps=0, final_factor=0)
         if not 0 < self.decay_share <= 1:
             raise ValueError(f"decay_share must lie in (0, 1], got {self.decay_share}")
 
@@ -103,8 +96,8 @@ class TrainingConfig:
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
 
     def __post_init__(self) -> None:
-        _check_least(self, max_steps=1, batch_size=1, gradient_accumulation_steps=1, keep_checkpoints=1)
-        _check_least(self, max_grad_norm=0, log_every=0, image_every=0, save_every=0)
+        check_least(self, max_steps=1, batch_size=1, gradient_accumulation_steps=1, keep_checkpoints=1)
+        check_least(self, max_grad_norm=0, log_every=0, image_every=0, save_every=0)
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
 
@@ -136,7 +129,7 @@ class GanConfig:
     lr: float | None = None
 
     def __post_init__(self) -> None:
-        _check_least(self, weight=0, start_step=0, r1_weight=0, r1_every=1, lecam_weight=0)
+        check_least(self, weight=0, start_step=0, r1_weight=0, r1_every=1, lecam_weight=0)
 
 
 @dataclass(frozen=True)

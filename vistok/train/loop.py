@@ -264,7 +264,7 @@ class Trainer:
         )
 
     def _validate(self, stop: StopRequest) -> dict[str, float]:
-        """Held-out losses, on all processes; the first one measures them. None if it is asked to stop meanwhile.
+        """Held-out losses, on all processes; the first one measures them. Empty if it is asked to stop meanwhile.
 
         Raises:
             TooManyUnreadableError: on all processes, after saving what was trained.
