@@ -80,7 +80,7 @@ def score_tokenizer(run: Path, data: Path, instrument, count: int) -> tuple[dict
     """Ratios and figures of a trained tokenizer beside what is comparable with it."""
     from prefixes import prefix_figures
 
-    from vistok.folders import load_tokenizer
+    from vistok.pipelines.folders import load_tokenizer
 
     tokenizer = load_tokenizer(run).eval()
     spec, ratios = tokenizer.spec, {}
@@ -166,7 +166,7 @@ def test_psnr(tokenizer, data: Path, count: int) -> float:
 
 def tokenize_training_images(run: Path, data: Path, out: Path) -> Path:
     from vistok.data import DataConfig
-    from vistok.folders import load_tokenizer
+    from vistok.pipelines.folders import load_tokenizer
     from vistok.train.tokenize import tokenize
 
     tokenize(load_tokenizer(run), DataConfig(32, root=str(data), batch_size=250), out, augmentation="flip")

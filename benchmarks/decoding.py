@@ -19,11 +19,11 @@ from common import finish, say
 from torch import nn
 from training import synchronise
 
-from vistok.devices import DTYPES
 from vistok.draws import Keys
+from vistok.generators.engine.sampling import DecodingOptions
 from vistok.generators.llama import Llama
-from vistok.generators.sampling import DecodingOptions
 from vistok.types import Condition, TokenSpec
+from vistok.utils.devices import DTYPES
 
 CODES = 16384
 

@@ -20,10 +20,10 @@ from common import finish, say, use_threads
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.devices import DTYPES
+from vistok.generators.engine import amx
 from vistok.generators.llama import Llama
-from vistok.nn import amx
 from vistok.types import TokenSpec
+from vistok.utils.devices import DTYPES
 
 
 def main() -> None:

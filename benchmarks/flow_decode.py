@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from vistok.flow import LinearPath, euler, last
 from vistok.nn.attention import attend
 from vistok.nn.modulation import modulate
-from vistok.tokenizers.flextok_networks import FlowDecoder, TrunkConfig, denoise
+from vistok.tokenizers.flextok.networks import FlowDecoder, TrunkConfig, denoise
 
 SIZES = {"tiny": (192, 4), "small": (384, 8), "d12": (768, 12), "d18": (1152, 18), "d28": (1792, 28)}
 GRID, TOKENS, CODE_DIM, CHANNELS = 16, 256, 6, 16

@@ -22,8 +22,8 @@ from sampling import DTYPES, Setting, positions, stretch
 
 from vistok.config import load_config
 from vistok.data.tokens import TokenCache
-from vistok.generators.sampling import DecodingOptions
-from vistok.nn.few_rows import layers_for
+from vistok.generators.engine.few_rows import layers_for
+from vistok.generators.engine.sampling import DecodingOptions
 from vistok.pipelines import pipeline
 from vistok.types import Condition
 

@@ -80,8 +80,8 @@ def tokenizer_run(arguments: argparse.Namespace, out: Path) -> Path:
 
 def tokenize(run: Path, out: Path) -> Path:
     """The token cache of the digits in a few augmented views."""
-    from vistok.folders import load_tokenizer
-    from vistok.runs import data_of_run
+    from vistok.pipelines.folders import load_tokenizer
+    from vistok.pipelines.runs import data_of_run
     from vistok.train.tokenize import tokenize
 
     tokenizer = load_tokenizer(run)

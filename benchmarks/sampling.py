@@ -36,9 +36,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from vistok.draws import Keys
+from vistok.generators.engine.few_rows import layers_for
+from vistok.generators.engine.sampling import DecodingOptions
 from vistok.generators.llama import Llama
-from vistok.generators.sampling import DecodingOptions
-from vistok.nn.few_rows import layers_for
 from vistok.types import Condition, TokenSpec
 
 BATCH, CODES = 4, 16384

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from vistok.draws import Draws, Keys
 from vistok.flow import guided, last
-from vistok.generators.continuous import ContinuousGenerator
-from vistok.generators.layouts import LayoutConfig
-from vistok.generators.mar import MAR, take
-from vistok.generators.mar_sampling import MAROptions, masks_left
-from vistok.generators.xar import XAR
-from vistok.generators.xar_sampling import XAROptions
+from vistok.generators.engine.continuous import ContinuousGenerator
+from vistok.generators.mar.model import MAR, take
+from vistok.generators.mar.sampling import MAROptions, masks_left
+from vistok.generators.xar.layouts import LayoutConfig
+from vistok.generators.xar.model import XAR
+from vistok.generators.xar.sampling import XAROptions
 from vistok.types import Condition, TokenSpec
 
 BATCH = 4

@@ -23,12 +23,12 @@ from common import finish, say, use_threads
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vistok.devices import DTYPES
 from vistok.draws import Keys
 from vistok.generators.llama import Llama
 from vistok.tokenizers.llamagen_vq import LlamaGenVQ
 from vistok.tokenizers.vit_vqgan import ViTVQGAN
 from vistok.types import Condition, TokenSpec
+from vistok.utils.devices import DTYPES
 
 
 class Workload(NamedTuple):

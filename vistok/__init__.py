@@ -10,8 +10,8 @@ from importlib import import_module
 from vistok._version import __version__
 
 _PUBLIC = {
-    "load": "vistok.hub",
-    "from_official": "vistok.hub",
+    "load": "vistok.checkpoints",
+    "from_official": "vistok.checkpoints",
     "pipeline": "vistok.pipelines",
     "Pipeline": "vistok.pipelines",
     "TokenSpec": "vistok.types",

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from vistok.files import atomic_file
+from vistok.utils.files import atomic_file
 
 
 class ConfigError(ValueError):

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from vistok.draws import Keys
-from vistok.generators.autoregressive import AutoregressiveGenerator
-from vistok.generators.sampling import DecodingOptions
+from vistok.generators.engine.autoregressive import AutoregressiveGenerator
+from vistok.generators.engine.sampling import DecodingOptions
 from vistok.types import Condition
 
 from .harness import GoldenFailure, Step

@@ -25,9 +25,9 @@ def convert(
     ] = None,
 ) -> None:
     """Turn an official checkpoint into a vistok model, which vistok.load reads."""
-    from vistok.files import read_json
-    from vistok.hub import convert as read_official
-    from vistok.hub import official_name
+    from vistok.checkpoints import convert as read_official
+    from vistok.checkpoints import official_name
+    from vistok.utils.files import read_json
 
     if out.exists():
         raise FileExistsError(f"{out} exists already; choose another folder or remove it first")
@@ -40,7 +40,7 @@ def convert(
 
 def models() -> None:
     """List every model: sizes, parameters, official checkpoints, papers."""
-    from vistok.catalogue import catalogue
+    from vistok.checkpoints.catalogue import catalogue
 
     systems = Table("system", "in configs", "kind", "parameters", "arXiv", box=SIMPLE)
     released = Table("system", "official checkpoint", box=SIMPLE)

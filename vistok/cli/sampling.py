@@ -46,8 +46,8 @@ def sample(
     """
     from vistok.config import override
     from vistok.pipelines import pipeline
-    from vistok.processes import Processes
-    from vistok.samples import write_samples
+    from vistok.pipelines.samples import write_samples
+    from vistok.utils.processes import Processes
 
     named = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
     sampling = override({key: value for key, value in named.items() if value is not None}, options or ())
@@ -85,9 +85,9 @@ def reconstruct(
     device: Device = None,
 ) -> None:
     """Encode and decode images, and look at what is lost."""
-    from vistok.devices import choose_device
-    from vistok.folders import load_tokenizer
-    from vistok.samples import reconstruct_files, reconstruct_prefixes
+    from vistok.pipelines.folders import load_tokenizer
+    from vistok.pipelines.samples import reconstruct_files, reconstruct_prefixes
+    from vistok.utils.devices import choose_device
 
     tokenizer = load_tokenizer(run).to(choose_device(device))
     if tokens is not None:

@@ -65,15 +65,15 @@ def evaluate(
     A tokenizer is scored on the test split of its training data; --reference or data.root=… names other images. Several
     processes share the work: torchrun --nproc-per-node 8 -m vistok eval …
     """
-    from vistok.files import write_json
-    from vistok.processes import Processes
-    from vistok.runs import holds_tokenizer_only
+    from vistok.pipelines.runs import holds_tokenizer_only
+    from vistok.utils.files import write_json
+    from vistok.utils.processes import Processes
 
     processes = Processes.join()
     if split is not None and make_reference is None:
         raise typer.BadParameter("it goes with --make-reference", param_hint="--split")
     if holds_tokenizer_only(what):
-        from vistok.evaluations import score_tokenizer
+        from vistok.pipelines.evaluations import score_tokenizer
 
         for option, value in (("--metrics", metrics), ("--crop", crop), ("--make-reference", make_reference)):
             if value is not None:
@@ -93,7 +93,7 @@ def evaluate(
     elif overrides:
         raise typer.BadParameter(f"only the run of a tokenizer takes {overrides[0]}")
     elif make_reference is not None:
-        from vistok.evaluations import make_reference_file
+        from vistok.pipelines.evaluations import make_reference_file
 
         told = make_reference_file(
             what,
@@ -114,7 +114,7 @@ def evaluate(
         if reference is None:
             raise typer.BadParameter("images need one to be compared with", param_hint="--reference")
         from vistok.eval import evaluate as score
-        from vistok.evaluations import open_lpips
+        from vistok.pipelines.evaluations import open_lpips
 
         result = score(
             what,
@@ -180,7 +180,7 @@ def benchmark(
     from vistok.config import override
     from vistok.eval.benchmark import benchmark as measure
     from vistok.pipelines import pipeline
-    from vistok.processes import Processes
+    from vistok.utils.processes import Processes
 
     processes = Processes.join()
     device = device or str(processes.device())

@@ -143,11 +143,11 @@ def tokenize(
 
     On several GPUs, or in several processes: torchrun --nproc_per_node=8 -m vistok tokenize …
     """
-    from vistok.devices import choose_device
-    from vistok.folders import load_tokenizer
-    from vistok.processes import Processes
-    from vistok.runs import data_of_run
+    from vistok.pipelines.folders import load_tokenizer
+    from vistok.pipelines.runs import data_of_run
     from vistok.train.tokenize import tokenize as write_cache
+    from vistok.utils.devices import choose_device
+    from vistok.utils.processes import Processes
 
     processes = Processes.join()
     tokenizer = load_tokenizer(run).to(choose_device(device) if device else processes.device())
@@ -174,7 +174,7 @@ def import_tokens(
     mar: a folder with CLASS/NAME.npz, moments and moments_flip.
     jsonl: a file of RAR or TiTok, {"class_id": 3, "tokens": [5, 1, …]} a line.
     """
-    from vistok.folders import load_tokenizer
+    from vistok.pipelines.folders import load_tokenizer
     from vistok.train.import_tokens import import_tokens as write_cache
 
     names = tuple(classes.read_text().splitlines()) if classes is not None else None

@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from vistok.data.transforms import center_crop_adm, to_pixels
-from vistok.files import atomic_file
+from vistok.utils.files import atomic_file
 
 GAP = 2  # white pixels between the images of a grid
 

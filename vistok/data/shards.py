@@ -23,7 +23,7 @@ from vistok.config import ConfigError
 from vistok.data.files import IMAGE_EXTENSIONS
 from vistok.data.sources import DECODING_ERRORS, UNCONDITIONAL, ImageSource, UnreadableImageError, convert, hash_lines
 from vistok.data.tar import regular_files
-from vistok.files import atomic_file, cache_folder, read_json
+from vistok.utils.files import atomic_file, cache_folder, read_json
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from vistok.data.loader import Failures
 from vistok.data.tokens import FORMAT, Content, sample_shape, shard_name, token_dtype
-from vistok.files import atomic_file, atomic_folder, read_json, write_json
 from vistok.types import to_json
+from vistok.utils.files import atomic_file, atomic_folder, read_json, write_json
 
 
 class TokenShards:

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vistok.data.pictures import to_uint8
-from vistok.devices import dtype_of
 from vistok.eval.classes import class_table
 from vistok.eval.comparison import Source, score_sides
 from vistok.eval.features import FeaturePass
@@ -27,12 +26,13 @@ from vistok.eval.references import Reference, open_reference
 from vistok.eval.report import write_report
 from vistok.eval.scoring import Side, choose_metrics, extract_side
 from vistok.eval.store import FeatureStore
-from vistok.files import read_json
 from vistok.generators.base import Generator
-from vistok.processes import Processes
-from vistok.progress import track
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json
+from vistok.utils.devices import dtype_of
+from vistok.utils.files import read_json
+from vistok.utils.processes import Processes
+from vistok.utils.progress import track
 
 NO_REFERENCE = Reference("no reference")
 

@@ -18,7 +18,7 @@ from vistok.eval.protocols import Protocol, choose_protocol, load_network
 from vistok.eval.record import describe_side, library_versions, save_result
 from vistok.eval.references import Reference, open_reference
 from vistok.eval.scoring import Scores, Side, choose_metrics, compute_scores, describe_metrics, extract_side
-from vistok.processes import Processes
+from vistok.utils.processes import Processes
 
 Source = str | Path | Sequence[str | Path] | Tensor | ImageSet | Reference
 

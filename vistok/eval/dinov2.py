@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vistok.checkpoints import CheckpointError, read_weights
 from vistok.eval.networks import full_precision
 from vistok.eval.resize import resize
-from vistok.files import sha256
-from vistok.hub import CheckpointError, read_weights
+from vistok.utils.files import sha256
 
 DINOV2 = "dinov2-vit-l-14"
 HUB_ID = "timm/vit_large_patch14_dinov2.lvd142m"

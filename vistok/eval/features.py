@@ -14,8 +14,8 @@ from vistok.eval.batches import NETWORK_BATCH, Regrouper, filled
 from vistok.eval.images import ImageSet
 from vistok.eval.metrics import Moments
 from vistok.eval.networks import FeatureNetwork
-from vistok.processes import Processes
-from vistok.progress import track
+from vistok.utils.processes import Processes
+from vistok.utils.progress import track
 
 
 @dataclass

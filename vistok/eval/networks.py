@@ -16,9 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from vistok.checkpoints import CheckpointError, read_weights
 from vistok.eval.resize import Rule, resize
-from vistok.files import sha256
-from vistok.hub import CheckpointError, read_weights
+from vistok.utils.files import sha256
 
 INCEPTION = "inception-v3-compat"
 # torch-fidelity and pytorch-fid release the same conversion; file names carry the first digits of its SHA-256.

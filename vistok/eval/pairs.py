@@ -19,7 +19,7 @@ from vistok.eval.reconstruction import SSIM_VARIANTS, decibels, mean_squared_err
 from vistok.eval.record import describe_images, describe_side, library_versions, save_result
 from vistok.eval.references import Reference
 from vistok.eval.scoring import Side, compute_scores
-from vistok.processes import Processes
+from vistok.utils.processes import Processes
 
 Source = str | Path | Sequence[str | Path] | Tensor | ImageSet
 

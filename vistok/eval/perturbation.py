@@ -24,9 +24,9 @@ from vistok.eval.networks import CallableNetwork, FeatureNetwork, full_precision
 from vistok.eval.protocols import CUSTOM, PROTOCOLS
 from vistok.eval.record import describe_images, library_versions, save_result
 from vistok.eval.tokenizers import DataImages, to_rgb
-from vistok.processes import Processes
-from vistok.progress import track
 from vistok.tokenizers.base import Tokenizer
+from vistok.utils.processes import Processes
+from vistok.utils.progress import track
 
 UNCERTAIN = (
     "no official code for pFID exists and the published grid is unconfirmed: compare these numbers only with others of "

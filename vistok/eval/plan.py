@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from vistok.draws import Keys
 from vistok.eval.batches import NETWORK_BATCH
-from vistok.files import read_json, write_json
+from vistok.utils.files import read_json, write_json
 
 Labels = Literal["balanced", "random", "none"]
 PLAN_FILE = "plan.json"

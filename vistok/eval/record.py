@@ -11,7 +11,7 @@ from typing import Any
 from vistok._version import __version__
 from vistok.eval.images import ImageSet
 from vistok.eval.scoring import Side
-from vistok.files import write_json
+from vistok.utils.files import write_json
 
 RESULT_FILE = "result.json"
 

@@ -22,8 +22,8 @@ from vistok.eval.features import extract_features
 from vistok.eval.images import ImageSet, NpzImages, open_images
 from vistok.eval.metrics import Gaussian
 from vistok.eval.networks import FeatureNetwork
-from vistok.files import atomic_file
-from vistok.processes import Processes
+from vistok.utils.files import atomic_file
+from vistok.utils.processes import Processes
 
 MOMENT_KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 ROWS_KEY = "pool"

@@ -11,8 +11,8 @@ from typing import Any
 from PIL import Image
 
 from vistok.data.pictures import grid
-from vistok.report import Block, Commands, Paragraph, Picture, Section
-from vistok.report import write_report as write_page
+from vistok.utils.report import Block, Commands, Paragraph, Picture, Section
+from vistok.utils.report import write_report as write_page
 
 REPORT_FILE = "report.html"
 LOWER_IS_BETTER = ("fid", "clean_fid", "fd_dinov2", "frechet_distance", "sfid", "kid", "kernel_distance", "clean_kid")

@@ -14,7 +14,7 @@ from vistok.eval.features import Extraction, extract_features
 from vistok.eval.networks import FeatureNetwork, full_precision
 from vistok.eval.protocols import METRICS, Protocol
 from vistok.eval.references import Reference
-from vistok.processes import Processes
+from vistok.utils.processes import Processes
 
 SHUFFLE_SEED = KID_SEED = 2020
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000

@@ -17,7 +17,7 @@ from vistok.data.pictures import npz_writer
 from vistok.eval.features import Extraction
 from vistok.eval.metrics import Moments
 from vistok.eval.plan import BenchmarkError
-from vistok.files import atomic_file
+from vistok.utils.files import atomic_file
 
 PREVIEWS = 64  # images kept for the report's grid
 SAMPLES = "samples.npz"

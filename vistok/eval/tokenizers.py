@@ -20,9 +20,9 @@ from vistok.eval.images import ImageError
 from vistok.eval.networks import FeatureNetwork
 from vistok.eval.pairs import evaluate_reconstruction
 from vistok.eval.record import save_result
-from vistok.processes import Processes
-from vistok.progress import track
 from vistok.tokenizers.base import Tokenizer
+from vistok.utils.processes import Processes
+from vistok.utils.progress import track
 
 
 class DataImages:

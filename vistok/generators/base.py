@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from vistok.checkpoints import Model
 from vistok.draws import Draws, Keys
-from vistok.hub import Model
 from vistok.types import Condition, GeneratorOutput, TokenChunk, TokenSpec
 
 

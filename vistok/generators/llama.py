@@ -14,9 +14,9 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from vistok.generators.autoregressive import AutoregressiveGenerator
-from vistok.generators.cache import Layer, Layers
-from vistok.hub import CheckpointError, OfficialCheckpoint, load_strictly, rename
+from vistok.checkpoints import CheckpointError, OfficialCheckpoint, load_strictly, rename
+from vistok.generators.engine.autoregressive import AutoregressiveGenerator
+from vistok.generators.engine.cache import Layer, Layers
 from vistok.nn.attention import Attention
 from vistok.nn.mlp import SwiGLU, llama_hidden_dim
 from vistok.nn.norms import RMSNorm

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.generators.autoregressive import AutoregressiveGenerator
-from vistok.generators.cache import Layer, Layers
-from vistok.hub import load_strictly, rename
+from vistok.checkpoints import load_strictly, rename
+from vistok.generators.engine.autoregressive import AutoregressiveGenerator
+from vistok.generators.engine.cache import Layer, Layers
 from vistok.nn.attention import Attention
 from vistok.nn.mlp import MLP
 from vistok.nn.rotary import Rows

@@ -114,8 +114,8 @@ def _side(count: int) -> int:
 def _load(config: EncoderConfig) -> nn.Module:
     import timm
 
+    from vistok.checkpoints import CheckpointError
     from vistok.config import nearest
-    from vistok.hub import CheckpointError
 
     architecture, _, _ = config.name.partition(".")
     if not timm.is_model(architecture):

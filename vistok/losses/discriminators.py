@@ -47,7 +47,7 @@ class StyleGANDiscriminator(nn.Module):
         Raises:
             CheckpointError: the keys or shapes do not fit.
         """
-        from vistok.hub import load_strictly
+        from vistok.checkpoints import load_strictly
 
         model = cls(config.get("size", 256), channel_multiplier=config.get("channel_multiplier", 2))
         load_strictly(model, state_dict)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vistok.processes import mean_over_group
+from vistok.utils.processes import mean_over_group
 
 
 class EntropyLoss(nn.Module):

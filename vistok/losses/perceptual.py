@@ -46,7 +46,7 @@ class LPIPS(nn.Module):
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
         self.requires_grad_(False)
         if weights is not None:
-            from vistok.hub import load_strictly
+            from vistok.checkpoints import load_strictly
 
             load_strictly(self, {"shift": self.shift, "scale": self.scale} | dict(weights), source="LPIPS weights")
 
@@ -74,7 +74,7 @@ class LPIPS(nn.Module):
         Raises:
             CheckpointError: a file is absent, damaged or of another model, or a download failed.
         """
-        from vistok.hub import read_weights, unwrap
+        from vistok.checkpoints import read_weights, unwrap
 
         weights = _our_names(unwrap(read_weights(path)) if path else _download_vgg16())
         if lin_weights:
@@ -138,7 +138,7 @@ def _normalise(features: Tensor) -> Tensor:
 
 
 def _our_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    from vistok.hub import rename
+    from vistok.checkpoints import rename
 
     kept = {key: tensor for key, tensor in state_dict.items() if not key.startswith("classifier.")}
     return rename(kept, _RENAMES)
@@ -157,7 +157,7 @@ def _download_heads() -> dict[str, Tensor]:
 
 
 def _download(url: str, what: str, option: str) -> dict[str, Tensor]:
-    from vistok.hub import CheckpointError
+    from vistok.checkpoints import CheckpointError
 
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, check_hash=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed, nn
 
-from vistok.processes import group_size
+from vistok.utils.processes import group_size
 
 
 class CodeRestart(nn.Module):

@@ -16,17 +16,17 @@ import torch
 
 from vistok.config import load_config
 from vistok.data.tokens import TokenCache
-from vistok.files import write_json
-from vistok.folders import load_tokenizer
 from vistok.pipelines import Pipeline, pipeline
+from vistok.pipelines.folders import load_tokenizer
+from vistok.pipelines.runs import data_of_run
 from vistok.quickstart.console import Stages, print_summary
 from vistok.quickstart.scores import CLASSES, COPIES, Digits, equal_counts, fit_classifier, load_digits, score
 from vistok.quickstart.story import draw, score_lines, write_story
 from vistok.quickstart.systems import Stage, config_file, find_system
-from vistok.runs import data_of_run
 from vistok.train import train
 from vistok.train.environment import environment
 from vistok.train.tokenize import tokenize
+from vistok.utils.files import write_json
 
 __all__ = ["Recipe", "quickstart"]
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vistok.report import Score
+from vistok.utils.report import Score
 
 
 class Stages:

@@ -14,7 +14,10 @@ from PIL import Image
 from vistok.data.pictures import comparison, grid, save_png, to_pil
 from vistok.quickstart.scores import CLASSES, Digits, Scores, decode, encode, nearest, reconstruct
 from vistok.quickstart.systems import System
-from vistok.report import (
+from vistok.tokenizers.base import Tokenizer
+from vistok.train.monitor import read_metrics
+from vistok.types import TokenSpec
+from vistok.utils.report import (
     Commands,
     Facts,
     Panel,
@@ -26,9 +29,6 @@ from vistok.report import (
     draw_curves,
     write_report,
 )
-from vistok.tokenizers.base import Tokenizer
-from vistok.train.monitor import read_metrics
-from vistok.types import TokenSpec
 
 COLUMNS = 10
 

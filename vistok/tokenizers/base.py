@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from vistok.checkpoints import Model
 from vistok.draws import Draws, Keys
-from vistok.hub import Model
 from vistok.types import TokenizerOutput, TokenSpec
 
 

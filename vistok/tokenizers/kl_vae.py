@@ -17,8 +17,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from vistok.checkpoints import CheckpointError, OfficialCheckpoint, load_strictly, read_weights, rename, snapshot
 from vistok.draws import Draws, Keys
-from vistok.hub import CheckpointError, OfficialCheckpoint, load_strictly, read_weights, rename, snapshot
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import TokenizerOutput, TokenSpec
 

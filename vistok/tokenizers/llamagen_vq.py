@@ -12,8 +12,8 @@ from typing import Any, Self
 from einops import rearrange
 from torch import Tensor, nn
 
+from vistok.checkpoints import OfficialCheckpoint, load_strictly, rename
 from vistok.draws import Draws
-from vistok.hub import OfficialCheckpoint, load_strictly, rename
 from vistok.nn.conv import ConvDecoder, ConvEncoder
 from vistok.quantizers import VectorQuantizer
 from vistok.tokenizers.base import Tokenizer

@@ -15,8 +15,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from vistok.checkpoints import OfficialCheckpoint, load_strictly, rename
 from vistok.draws import Draws
-from vistok.hub import OfficialCheckpoint, load_strictly, rename
 from vistok.losses.pixel import LogitLaplace
 from vistok.nn.attention import Attention
 from vistok.nn.mlp import MLP

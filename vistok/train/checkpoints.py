@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from vistok.checkpoints import WEIGHTS, CheckpointError, Model, load_strictly, read_weights
 from vistok.config import ConfigError, nearest
-from vistok.files import atomic_folder, read_json, write_json
-from vistok.folders import BEST_MODEL
-from vistok.hub import WEIGHTS, CheckpointError, Model, load_strictly, read_weights
+from vistok.pipelines.folders import BEST_MODEL
+from vistok.utils.files import atomic_folder, read_json, write_json
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vistok import registry
+from vistok.checkpoints import registry
 from vistok.config import ConfigError, check, check_least
 from vistok.data.config import DataConfig
 

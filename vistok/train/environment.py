@@ -17,8 +17,8 @@ import torch
 
 from vistok._version import __version__
 from vistok.config import ConfigError
-from vistok.files import atomic_file
 from vistok.train.config import RunConfig
+from vistok.utils.files import atomic_file
 
 
 def open_accelerator(run: RunConfig, folder: Path):

@@ -14,9 +14,9 @@ from torch import Tensor
 from vistok.data.peers import PeerCacheError, PeerSample, check_alike, open_peer_cache
 from vistok.data.token_writer import TokenWriter
 from vistok.data.tokens import TokenCache
-from vistok.folders import TOKENIZER
-from vistok.progress import track
+from vistok.pipelines.folders import TOKENIZER
 from vistok.tokenizers.base import Tokenizer
+from vistok.utils.progress import track
 
 BATCH = 256
 

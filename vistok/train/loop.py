@@ -21,8 +21,7 @@ from vistok.config import save_config
 from vistok.data.loader import Failures, TooManyUnreadableError, listed
 from vistok.data.pictures import save_png
 from vistok.data.workers import LoaderWorkerError
-from vistok.files import write_json
-from vistok.folders import BEST_MODEL
+from vistok.pipelines.folders import BEST_MODEL
 from vistok.train.checkpoints import Checkpoints, remove_leftovers, start_from
 from vistok.train.config import RunConfig
 from vistok.train.environment import environment, open_accelerator, start_trackers
@@ -32,6 +31,7 @@ from vistok.train.optim import lr_factor
 from vistok.train.stages import STAGES, Stage, forever, on_device
 from vistok.train.stopping import StopRequest, TrainingInterrupted
 from vistok.train.trail import Trail, earliest
+from vistok.utils.files import write_json
 
 log = logging.getLogger(__name__)
 

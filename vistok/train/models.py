@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vistok.hub import Model
+from vistok.checkpoints import Model
 from vistok.quantizers import VectorQuantizer
 from vistok.train.config import RunConfig
 from vistok.train.optim import AveragedModel, build_optimizer, load_named_state, named_state

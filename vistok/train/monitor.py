@@ -13,7 +13,7 @@ import psutil
 import torch
 from torch import Tensor, distributed
 
-from vistok.files import atomic_file
+from vistok.utils.files import atomic_file
 
 
 class Meter:

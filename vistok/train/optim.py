@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vistok.hub import CheckpointError
+from vistok.checkpoints import CheckpointError
 from vistok.train.config import OptimizerConfig, SchedulerConfig
 from vistok.train.parallel import local, spread, whole
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
 
+from vistok.checkpoints import load_strictly
 from vistok.config import ConfigError
-from vistok.hub import load_strictly
 from vistok.train.config import RunConfig
 
 AUTOCAST_LAYERS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vistok.files import atomic_file
 from vistok.train.config import RunConfig
 from vistok.train.loop import Trainer, prepare
 from vistok.train.stages import forever
+from vistok.utils.files import atomic_file
 
 PHASES = ("data wait", "forward", "backward", "optimizer")
 WARMUP, STEPS = 2, 5

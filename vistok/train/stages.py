@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from vistok.checkpoints import Model
 from vistok.config import ConfigError, check
 from vistok.data.config import DataConfig
 from vistok.data.loader import ImageBatch, ImageBatches, Loader, check_failures, evaluation_loader, training_loader
@@ -22,11 +23,10 @@ from vistok.data.sources import ImageSource
 from vistok.data.tokens import TokenBatch, TokenCache, TokenMixture, token_evaluation_loader, token_loader
 from vistok.data.transforms import ImageTransform
 from vistok.draws import Draws, Keys, draws_on
-from vistok.folders import GENERATOR, TOKENIZER, load_tokenizer, write_settings
 from vistok.generators.base import Generator
-from vistok.hub import Model
 from vistok.losses import adaptive_weight
 from vistok.pipelines import Pipeline
+from vistok.pipelines.folders import GENERATOR, TOKENIZER, load_tokenizer, write_settings
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.adversary import Adversary
 from vistok.train.config import RunConfig

@@ -33,12 +33,12 @@ from vistok.data.sources import ImageSource
 from vistok.data.token_writer import TokenShards
 from vistok.data.tokens import TokenCache
 from vistok.data.transforms import ImageTransform, ten_crop
-from vistok.folders import TOKENIZER
-from vistok.processes import Processes
-from vistok.progress import track
+from vistok.pipelines.folders import TOKENIZER
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import TokenSpec, to_json
-from vistok.unfinished import discard, how_to_go_on, open_unfinished, publish, unfinished
+from vistok.utils.processes import Processes
+from vistok.utils.progress import track
+from vistok.utils.unfinished import discard, how_to_go_on, open_unfinished, publish, unfinished
 
 log = logging.getLogger(__name__)
 

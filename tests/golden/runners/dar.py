@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vistok.flow import shift_time
 from vistok.losses import alignment_distance
-from vistok.tokenizers.dar import DAR
+from vistok.tokenizers.dar.model import DAR
 from vistok.types import TokenizerOutput
 
 from ..decoding import refuse

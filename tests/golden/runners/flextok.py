@@ -10,8 +10,8 @@ from torch import Tensor
 import vistok
 from vistok.flow import APG, LinearPath, Scale, TimeSampling, last
 from vistok.quantizers import FSQ
-from vistok.tokenizers.flextok import FlexTok
-from vistok.tokenizers.flextok_networks import FlowDecoder, denoise
+from vistok.tokenizers.flextok.model import FlexTok
+from vistok.tokenizers.flextok.networks import FlowDecoder, denoise
 
 from ..decoding import refuse
 from ..harness import Case, GoldenFailure, Step, runner

@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor
 
 import vistok
-from vistok.generators.sampling import filter_logits
+from vistok.generators.engine.sampling import filter_logits
 from vistok.losses import L1, L2, EntropyLoss
 from vistok.tokenizers.llamagen_vq import LlamaGenVQ
 from vistok.types import Condition

@@ -8,8 +8,8 @@ from torch import Tensor
 
 import vistok
 from vistok.flow.diffusion import GaussianDiffusion, even_timesteps, strided_timesteps
-from vistok.generators.mar import MAR
-from vistok.generators.mar_sampling import MAROptions, masks_left
+from vistok.generators.mar.model import MAR
+from vistok.generators.mar.sampling import MAROptions, masks_left
 from vistok.types import Condition
 
 from ..harness import Case, GoldenFailure, Step, runner

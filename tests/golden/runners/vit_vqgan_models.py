@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vistok.hub import rename
+from vistok.checkpoints import rename
 from vistok.tokenizers.vit_vqgan import OFFICIAL_NAMES, RESIDUAL_CODEBOOK, ViTVQGAN
 from vistok.types import Condition, TokenizerOutput
 

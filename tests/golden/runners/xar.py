@@ -8,8 +8,8 @@ from torch import Tensor
 
 import vistok
 from vistok.draws import Draws
-from vistok.generators.xar import XAR
-from vistok.generators.xar_sampling import XAROptions
+from vistok.generators.xar.model import XAR
+from vistok.generators.xar.sampling import XAROptions
 from vistok.types import Condition
 
 from ..harness import Case, GoldenFailure, Step, runner

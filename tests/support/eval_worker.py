@@ -1,0 +1,61 @@
+"""One of several processes that evaluate together; started by tests with the folder of the images."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from support.eval_data import batch_statistics
+from support.tiny_models import tiny
+
+from vistok.data.config import DataConfig
+from vistok.eval import evaluate, evaluate_reconstruction
+from vistok.eval.benchmark import benchmark
+from vistok.eval.networks import CallableNetwork
+from vistok.eval.perturbation import Grid, evaluate_perturbation
+from vistok.pipelines import Pipeline
+from vistok.utils.files import write_json
+from vistok.utils.processes import Processes
+
+
+def measure(folder: Path, out: Path, processes: Processes = Processes(), batch_size: int = 4) -> dict[str, Any]:  # noqa: B008
+    """Scores and fingerprints of an evaluation, of reconstructions, of a tokenizer's pFID and of a benchmark."""
+    torch.set_num_threads(1)
+    colours = {"features": batch_statistics, "network": "colours"}
+    compared = evaluate(folder / "generated", folder / "real", batch_size=batch_size, processes=processes, **colours)
+    paired = evaluate_reconstruction(
+        folder / "real",
+        folder / "restored",
+        network=CallableNetwork(batch_statistics, "colours"),
+        batch_size=batch_size,
+        processes=processes,
+    )
+    generated = benchmark(
+        Pipeline(tiny("vit_vqgan"), tiny("vit_vqgan_gpt")),
+        out,
+        num_images=24,
+        protocol="torch-fidelity",
+        reference=folder / "real",
+        batch_size=batch_size + 1,
+        processes=processes,
+        **colours,
+    )
+    perturbed = evaluate_perturbation(
+        tiny("vit_vqgan"),
+        DataConfig(image_size=16, root=str(folder / "real"), split=None, batch_size=batch_size),
+        CallableNetwork(batch_statistics, "colours"),
+        grid=Grid((0.5,), (8,)),
+        processes=processes,
+    )
+    results = {"compared": compared, "paired": paired, "perturbed": perturbed, "generated": generated["runs"][0]}
+    return {
+        name: {"scores": result["scores"], "fingerprint": result["images"].get("fingerprint")}
+        for name, result in results.items()
+    }
+
+
+if __name__ == "__main__":
+    root, group = Path(sys.argv[1]), Processes.join()
+    write_json(root / f"rank-{group.index}.json", measure(root, root / "together", group))

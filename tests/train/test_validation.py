@@ -1,0 +1,326 @@
+"""Held-out samples: measured at every checkpoint, with the weights that are saved, the same way each time."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from support.images import fill_folder
+from support.tiny_runs import TINY, generator_config, killed_at, tokenizer_config, write_tokens
+from typer.testing import CliRunner
+
+import vistok
+from vistok.checkpoints import CheckpointError
+from vistok.cli import app
+from vistok.config import ConfigError, save_config
+from vistok.data import DataConfig, TokenCacheError
+from vistok.data.loader import TooManyUnreadableError
+from vistok.data.opening import open_source
+from vistok.data.tokens import TokenCache
+from vistok.data.workers import LoaderWorkerError
+from vistok.pipelines.runs import data_of_run
+from vistok.tokenizers.vit_vqgan import ViTConfig, ViTVQGAN
+from vistok.train import TrainingInterrupted, train
+from vistok.train.monitor import read_metrics
+from vistok.train.stages import TokenizerStage, example_images, psnr
+from vistok.train.tokenize import tokenize
+from vistok.types import Condition
+
+HELD_OUT = {"data": {"split": "test", "limit": 50}}
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    return write_tokens(tmp_path_factory.mktemp("tokens") / "cache")
+
+
+@pytest.fixture(scope="module")
+def held_out_tokens(tokens, tmp_path_factory):
+    """Of other digits, by the same tokenizer, in two views."""
+    from vistok.pipelines.folders import load_tokenizer
+
+    data = DataConfig(16, source="digits", channels=1, split="test", limit=50)
+    folder = tmp_path_factory.mktemp("held_out") / "cache"
+    tokenize(load_tokenizer(tokens), data, folder, augmentation="flip")
+    return folder
+
+
+def rows_of(folder) -> dict[int, dict[str, float]]:
+    return {row["step"]: row for row in read_metrics(folder / "metrics.jsonl")}
+
+
+def test_a_tokenizer_is_measured_with_its_averaged_weights_where_checkpoints_are_saved(tmp_path):
+    config = tokenizer_config(tmp_path / "run", validation=HELD_OUT, training={"log_every": 4})
+    rows = rows_of(train(config))
+    assert [step for step, row in rows.items() if "val_loss" in row] == [3, 6] == [step for step in rows if step != 4]
+    assert {"val_l2", "val_codebook", "val_psnr"} <= rows[6].keys()
+    images = open_source(DataConfig(16, source="digits", channels=1, split="test", limit=50))
+    pixels = example_images(images, DataConfig(16, source="digits", channels=1), 50)
+    exported = vistok.load(tmp_path / "run" / "tokenizer")
+    assert rows[6]["val_psnr"] == pytest.approx(psnr(exported.reconstruct(pixels), pixels).item(), abs=1e-3)
+
+
+def test_a_generator_is_measured_on_the_first_view_of_other_tokens(tmp_path, tokens, held_out_tokens):
+    still = {"optimizer": {"lr": 0.0}, "training": {"ema_decay": 0.0, "save_every": 1}}
+    config = generator_config(tmp_path / "run", tokens, validation={"tokens": str(held_out_tokens)}, **still)
+    rows = rows_of(train(config))
+    assert len({row["val_loss"] for row in rows.values()}) == 1
+    model = vistok.pipeline(tmp_path / "run").generator
+    ids, labels = TokenCache(held_out_tokens).batch(range(50), [0] * 50)
+    with torch.no_grad():
+        loss = model(ids, Condition.from_labels(labels), draws=None).loss  # no class is dropped
+    assert model.condition_dropout > 0
+    assert rows[1]["val_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert "val_accuracy" in rows[1]
+
+
+def test_held_out_batches_of_a_generator_share_no_draws(tmp_path, tokens, held_out_tokens, monkeypatch):
+    """MAR draws one share of masked tokens per batch: one for all would measure a single task."""
+    from vistok.generators.llama import Llama
+
+    draw, drawn = Llama.training_draws, []
+
+    def recorded(self, keys):
+        drawn.append(keys.step)
+        return draw(self, keys)
+
+    monkeypatch.setattr(Llama, "training_draws", recorded)
+    validation = {"tokens": str(held_out_tokens)}
+    train(generator_config(tmp_path / "run", tokens, validation=validation, training={"max_steps": 2, "save_every": 1}))
+    assert drawn == [0, *range(4), 1, *range(4)]
+
+
+def test_the_best_by_validation_stays_and_can_be_loaded(tmp_path):
+    changes = {"optimizer": {"lr": 0.02}, "training": {"save_every": 1, "keep_checkpoints": 1, "ema_decay": 0.0}}
+    folder = train(tokenizer_config(tmp_path / "run", validation=HELD_OUT, **changes))
+    by_step = {step: row["val_psnr"] for step, row in rows_of(folder).items()}
+    best = max(by_step, key=by_step.get)
+    assert best < 6, "the rate is meant to be too high"
+    record = json.loads((folder / "checkpoints" / "best.json").read_text())
+    assert record == {"step": best, "metric": "val_psnr", "value": by_step[best]}
+    state = torch.load(folder / "checkpoints" / f"step-{best:07d}" / "state.pt", weights_only=True)
+    loaded = vistok.load(folder / "best" / "tokenizer").state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in state["model"].items())
+
+
+def test_a_best_model_that_was_not_exported_is_when_the_run_resumes(tmp_path, monkeypatch):
+    def full_disk(self, folder, model, export=TokenizerStage.export):
+        if folder.name == "best":
+            raise OSError(28, "No space left on device")
+        export(self, folder, model)
+
+    config = tokenizer_config(tmp_path / "run", validation=HELD_OUT, optimizer={"lr": 0.0})  # the first stays the best
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenizerStage, "export", full_disk)
+        with pytest.raises(CheckpointError, match=r"No space left.*step-0000003.*--resume"):
+            train(config)
+    train(config, resume=True)
+    assert json.loads((tmp_path / "run" / "checkpoints" / "best.json").read_text())["step"] == 3
+    assert vistok.load(tmp_path / "run" / "best" / "tokenizer")
+
+
+def test_a_checkpoint_that_was_not_judged_is_when_the_run_resumes(tmp_path, monkeypatch):
+    def full_disk(*arguments):
+        raise OSError(28, "No space left on device")
+
+    config = tokenizer_config(tmp_path / "run", validation=HELD_OUT, optimizer={"lr": 0.0})  # the first stays the best
+    with monkeypatch.context() as patch:
+        patch.setattr("vistok.train.checkpoints.write_json", full_disk)
+        with pytest.raises(CheckpointError, match="No space left"):
+            train(config)
+    train(config, resume=True)
+    assert json.loads((tmp_path / "run" / "checkpoints" / "best.json").read_text())["step"] == 3
+
+
+def test_a_checkpoint_from_before_validation_is_not_exported_as_the_best(tmp_path):
+    train(tokenizer_config(tmp_path / "run"))
+    train(tokenizer_config(tmp_path / "run", validation=HELD_OUT), resume=True)  # after its last step
+    assert not (tmp_path / "run" / "best").exists()
+    folder = train(tokenizer_config(tmp_path / "run", validation=HELD_OUT, training={"max_steps": 7}), resume=True)
+    assert vistok.load(folder / "best" / "tokenizer")
+
+
+def test_best_is_a_run_of_a_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(tokenizer_config("best"))  # a run that is called so is another thing
+    assert data_of_run("best", [], image_shape=(3, 8, 8)).source == "digits"
+    train(tokenizer_config("run", validation=HELD_OUT))
+    for command in (
+        ["tokenize", "run/best", "--out", "tokens", "data.limit=20"],
+        ["eval", "run/best", "data.limit=20"],
+    ):
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 0, done.exception
+
+
+def test_a_request_to_stop_ends_validation_and_saves(tmp_path, monkeypatch):
+    terms, measured = TokenizerStage._held_out_terms, []
+
+    def slow(self, model, batch, step, number):
+        measured.append(step)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return terms(self, model, batch, step, number)
+
+    config = tokenizer_config(tmp_path / "run", validation=HELD_OUT, data={"batch_size": 8})
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenizerStage, "_held_out_terms", slow)
+        with pytest.raises(TrainingInterrupted, match="SIGTERM after step 4"):
+            train(config)
+    assert measured == [3], "the other batches are not waited for"
+    assert not (tmp_path / "run" / "checkpoints" / "best.json").exists()
+    rows = rows_of(train(config, resume=True))
+    assert [step for step, row in rows.items() if "val_loss" in row] == [6]
+
+
+def test_resume_measures_what_it_would_have(tmp_path):
+    config = tokenizer_config(tmp_path / "whole", validation=HELD_OUT)
+    whole = rows_of(train(config))
+    config = tokenizer_config(tmp_path / "part", validation=HELD_OUT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vistok.train.loop.Trainer.optimise", killed_at(4))
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    resumed = rows_of(train(config, resume=True))
+    changing = {"seconds", "images_per_second"}
+    for step, row in whole.items():
+        assert {k: v for k, v in row.items() if k not in changing} == {
+            k: v for k, v in resumed[step].items() if k not in changing
+        }
+
+
+@pytest.mark.parametrize(
+    ("validation", "message"),
+    [
+        ({"data": {"split": "train"}}, r"names the images that the run trains on"),
+        ({"data": {"limit": 50, "batch_size": 5}}, r"names the images that the run trains on"),
+        ({"data": {"split": "test", "image_size": 8}}, r"validation\.data\.image_size is 8, .* 16; leave the key out"),
+        ({"data": {"split": "test", "channels": 3}}, r"validation\.data\.channels is 3, .* 1; leave the key out"),
+        ({"data": {"splitt": "test"}}, r"validation\.data.*splitt"),
+        ({"tokens": "cache/"}, r"validation has tokens, but this stage reads 'data'; .* validation\.data\.split=test"),
+        ({}, r"validation has nothing"),
+    ],
+)
+def test_validation_that_a_tokenizer_cannot_have(tmp_path, validation, message):
+    with pytest.raises(ConfigError, match=message):
+        train(tokenizer_config(tmp_path / "run", validation=validation))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_wrong_with_held_out_images_is_not_blamed_on_the_others(tmp_path):
+    for data, message in (({"source": "folder"}, "needs data.root"), ({"limit": 0}, "limit must be at least 1")):
+        with pytest.raises(ValueError, match=message) as caught:
+            train(tokenizer_config(tmp_path / "run", validation={"data": data}))
+        assert caught.value.__notes__ == ["This is about the held-out images, whose keys are below validation.data."]
+
+
+def test_tokens_of_the_images_that_the_run_trains_on(tmp_path, tokens):
+    from vistok.pipelines.folders import load_tokenizer
+
+    other_views = tmp_path / "other_views"
+    tokenize(load_tokenizer(tokens), DataConfig(16, source="digits", channels=1, limit=200), other_views)
+    for folder in (tokens, other_views):
+        with pytest.raises(ConfigError, match=r"validation\.tokens: .* the images that the run trains on"):
+            train(generator_config(tmp_path / "run", tokens, validation={"tokens": str(folder)}))
+
+
+def test_tokens_of_another_tokenizer_or_of_other_classes(tmp_path, tokens):
+    data = DataConfig(16, source="digits", channels=1, split="test", limit=50)
+    torch.manual_seed(1)
+    foreign = ViTVQGAN(16, 8, ViTConfig(**TINY), ViTConfig(**TINY), 32, 4, in_channels=1)
+    tokenize(foreign, data, tmp_path / "foreign")
+    with pytest.raises(TokenCacheError, match="made by another tokenizer"):
+        train(generator_config(tmp_path / "run", tokens, validation={"tokens": str(tmp_path / "foreign")}))
+
+    index = tokens / "index.json"
+    classes = {**json.loads(index.read_text()), "classes": [str(10 - i) for i in range(10)]}
+    (tmp_path / "renamed").mkdir()
+    for path in tokens.iterdir():
+        if path != index:
+            (tmp_path / "renamed" / path.name).symlink_to(path)
+    (tmp_path / "renamed" / "index.json").write_text(json.dumps(classes))
+    with pytest.raises(ConfigError, match=r"other classes .*\(0, 10\), so its labels"):
+        train(generator_config(tmp_path / "run", tokens, validation={"tokens": str(tmp_path / "renamed")}))
+
+
+def test_an_unknown_held_out_metric_is_refused_before_the_first_checkpoint(tmp_path):
+    training = {"best_metric": "val_psnrr"}
+    with pytest.raises(ConfigError, match="no 'val_psnrr'; did you mean 'val_psnr'"):
+        train(tokenizer_config(tmp_path / "run", validation=HELD_OUT, training=training))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists(), "the first row of the log shows it"
+
+
+def test_a_metric_that_is_not_measured_on_held_out_samples_is_refused_at_the_first_checkpoint(tmp_path):
+    training = {"best_metric": "val_grad_norm"}
+    with pytest.raises(ConfigError, match=r"no 'val_grad_norm'.*val_psnr"):
+        train(tokenizer_config(tmp_path / "run", validation=HELD_OUT, training=training))
+
+
+def test_a_held_out_metric_without_held_out_samples_says_what_is_missing(tmp_path):
+    with pytest.raises(ConfigError, match=r"best_metric is 'val_psnr', .* validation\.data\.split=test"):
+        train(tokenizer_config(tmp_path / "run", training={"best_metric": "val_psnr"}))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_checkpoint_whose_held_out_loss_is_not_finite_is_not_the_best(tmp_path, monkeypatch, caplog, bad):
+    measure = TokenizerStage.validate
+
+    def validate(self, model, step, stopping):
+        found = measure(self, model, step, stopping)
+        return found | dict.fromkeys(("val_loss", "val_psnr"), bad) if step < 6 else found
+
+    monkeypatch.setattr(TokenizerStage, "validate", validate)
+    folder = train(tokenizer_config(tmp_path / "run", validation=HELD_OUT))
+    assert json.loads((folder / "checkpoints" / "best.json").read_text())["step"] == 6
+    assert f"val_psnr is {bad} after step 3" in caplog.text
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="signals as on Linux")
+def test_a_killed_process_that_reads_held_out_images_is_named(tmp_path, monkeypatch):
+    measure = TokenizerStage.validate
+
+    def validate(self, model, step, stopping):
+        if step == 6:
+            [worker] = self.held_out._loader._iterator._workers
+            os.kill(worker.pid, signal.SIGKILL)
+        return measure(self, model, step, stopping)
+
+    monkeypatch.setattr(TokenizerStage, "validate", validate)
+    validation = {"data": HELD_OUT["data"] | {"num_workers": 1}}
+    with pytest.raises(LoaderWorkerError, match=r"was killed by SIGKILL.*step-0000003.*--resume"):
+        train(tokenizer_config(tmp_path / "run", validation=validation))
+
+
+def test_unreadable_held_out_images_are_named_when_met_and_at_the_end(tmp_path, caplog):
+    fill_folder(tmp_path / "photos", {"ant": 101})
+    (tmp_path / "photos" / "ant" / "007.png").write_bytes(b"no image")
+    held_out = {"data": {"source": "folder", "root": str(tmp_path / "photos")}}
+    rows = rows_of(train(tokenizer_config(tmp_path / "run", validation=held_out)))
+    assert rows[6]["val_loss"] > 0
+    assert caplog.text.count("left out, cannot be read") == 1
+    assert "1 samples could not be read and were left out of validation" in caplog.text
+    assert "007.png" in caplog.text.rpartition("left out of validation")[2]
+
+
+def test_too_many_unreadable_held_out_images_end_a_run_that_is_saved(tmp_path):
+    fill_folder(tmp_path / "photos", {"ant": 20})
+    (tmp_path / "photos" / "ant" / "007.png").write_bytes(b"no image")
+    held_out = {"data": {"source": "folder", "root": str(tmp_path / "photos")}}
+    config = tokenizer_config(tmp_path / "run", validation=held_out)
+    with pytest.raises(TooManyUnreadableError, match=r"(?s)1 of 20 images .*007\.png") as caught:
+        train(config)
+    assert "held-out images; what was trained is saved" in caught.value.__notes__[0]
+    assert "step-0000003" in caught.value.__notes__[0]
+    (tmp_path / "photos" / "ant" / "007.png").unlink()
+    assert rows_of(train(config, resume=True))[6]["val_loss"] > 0
+
+
+def test_a_dry_run_counts_held_out_samples(tmp_path):
+    save_config(tokenizer_config(tmp_path / "run", validation=HELD_OUT), tmp_path / "run.yaml")
+    shown = CliRunner().invoke(app, ["train", str(tmp_path / "run.yaml"), "--dry-run"])
+    assert "held-out samples" in shown.output
+    assert " 50" in shown.output.split("held-out samples")[1].splitlines()[0]

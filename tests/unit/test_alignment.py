@@ -1,0 +1,212 @@
+"""Alignment with a frozen encoder, and the flow tokenizers' training with and without it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+import vistok
+from vistok.checkpoints import CheckpointError
+from vistok.config import ConfigError
+from vistok.losses import Alignment, EncoderConfig, alignment_distance
+from vistok.losses.alignment import FrozenEncoder
+from vistok.train import train
+from vistok.train.monitor import read_metrics
+
+ENCODER = "vit_tiny_patch16_224"  # its weights are random here
+DIM = 192
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> str:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("timm") / "encoder.safetensors"
+    save_file(timm.create_model(ENCODER, depth=12).state_dict(), path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def encoder(weights) -> FrozenEncoder:
+    return FrozenEncoder(EncoderConfig(ENCODER, weights, image_size=32))
+
+
+def test_patch_tokens_are_those_of_the_file(encoder, weights):
+    reference = timm.create_model(ENCODER, num_classes=0).eval()
+    reference.load_state_dict(timm.models.load_state_dict(weights), strict=False)
+    images = torch.rand(2, 3, 224, 224) * 2 - 1
+    full = FrozenEncoder(EncoderConfig(ENCODER, weights, image_size=224))
+    assert full.dim == DIM
+    # This model's statistics are 0.5: normalised pixels are the pixels in [-1, 1].
+    torch.testing.assert_close(full(images), reference.forward_features(images)[:, 1:], rtol=1e-3, atol=1e-4)
+    assert encoder(images).shape == (2, 4, DIM)  # 32 px in patches of 16, without the class token
+
+
+def test_dinov2_reads_a_file_of_another_image_size(tmp_path):
+    name = "vit_small_patch14_dinov2.lvd142m"
+    save_file(timm.create_model(name, num_classes=0).state_dict(), tmp_path / "dinov2.safetensors")  # for 518 px
+    encoder = FrozenEncoder(EncoderConfig(name, str(tmp_path / "dinov2.safetensors"), image_size=28))
+    assert encoder(torch.zeros(1, 3, 16, 16)).shape == (1, 4, 384)
+
+
+def test_encoder_is_frozen_and_grey_images_are_spread(encoder):
+    encoder.train()
+    assert not encoder.model.training
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    grey = torch.rand(2, 1, 20, 20) * 2 - 1
+    torch.testing.assert_close(encoder(grey), encoder(grey.expand(-1, 3, -1, -1)))
+
+
+def test_distance_is_zero_for_parallel_and_two_for_opposite_features():
+    target = torch.randn(2, 4, 8)
+    torch.testing.assert_close(alignment_distance(3 * target, target), torch.zeros(2))
+    torch.testing.assert_close(alignment_distance(-target, target), torch.full((2,), 2.0))
+
+
+def test_other_rasters_are_resized():
+    target = torch.randn(1, 1, 8).expand(2, 9, 8)
+    torch.testing.assert_close(alignment_distance(target[:, :4], target), torch.zeros(2))
+    with pytest.raises(ValueError, match="6 patches are no square raster"):
+        alignment_distance(torch.randn(2, 6, 8), target)
+    with pytest.raises(ValueError, match="7 channels, those of the frozen encoder 8"):
+        alignment_distance(torch.randn(2, 9, 7), target)
+
+
+def test_gradients_reach_the_features_alone(weights):
+    alignment = Alignment(EncoderConfig(ENCODER, weights, image_size=32))
+    features, images = torch.randn(2, 4, DIM, requires_grad=True), torch.rand(2, 3, 32, 32, requires_grad=True)
+    alignment(features, images).sum().backward()
+    assert features.grad.abs().sum() > 0
+    assert images.grad is None
+
+
+def test_unknown_encoder_gets_a_hint():
+    with pytest.raises(ValueError, match="no model 'vit_tiny_patch16_244'; did you mean 'vit_tiny_patch16_224"):
+        FrozenEncoder(EncoderConfig("vit_tiny_patch16_244"))
+
+
+def test_absent_and_damaged_weights_are_named(tmp_path, weights):
+    with pytest.raises(CheckpointError, match="there is no weights file nowhere"):
+        FrozenEncoder(EncoderConfig(ENCODER, "nowhere.safetensors"))
+    (tmp_path / "cut.safetensors").write_bytes(Path(weights).read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"could not be read from .*cut\.safetensors.*repa_encoder\.weights"):
+        FrozenEncoder(EncoderConfig(ENCODER, str(tmp_path / "cut.safetensors")))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training from configs
+
+TRUNK = {"dim": 32, "depth": 2, "head_dim": 16}
+FLEXTOK = {
+    "name": "flextok",
+    "patch_size": 4,
+    "encoder": TRUNK,
+    "decoder": TRUNK,
+    "num_tokens": 4,
+    "levels": [4, 4, 2],
+    "time_sampling": {"name": "logit_normal", "stratified": True},
+    "nested_dropout": "uniform",
+    "quantizer_dropout": 0.1,
+    "token_corruption": 0.1,
+    "num_steps": 2,
+    "guidance_scale": 2.0,
+}
+DAR = {
+    "name": "dar",
+    "encoder_patch_size": 8,
+    "encoder_dim": 64,
+    "encoder_layers": 1,
+    "decoder_dim": 64,
+    "decoder_layers": 1,
+    "codebook_size": 32,
+    "codebook_embed_dim": 4,
+    "num_tokens": 4,
+    "num_groups": 2,
+    "group_size": 2,
+    "velocity": {"dim": 64, "depth": 2, "patch_size": 8},
+    "num_steps": 2,
+}
+LOSSES = {"flextok": {"flow": 1.0}, "dar": {"flow": 1.0, "codebook": 1.0, "commitment": 0.25, "l2": 0.1}}
+
+
+def config(folder, model: dict, **losses) -> dict:
+    return copy.deepcopy(
+        {
+            "stage": "tokenizer",
+            "output_dir": str(folder),
+            "model": model,
+            "losses": LOSSES[model["name"]] | losses,
+            "data": {"source": "digits", "image_size": 16, "channels": 1, "batch_size": 8},
+            "training": {"max_steps": 2, "log_every": 1, "image_every": 2, "save_every": 2, "ema_decay": 0.9},
+        }
+    )
+
+
+@pytest.mark.parametrize("model", [FLEXTOK, DAR], ids=["flextok", "dar"])
+def test_two_steps_train_and_leave_a_tokenizer(model, tmp_path):
+    folder = train(config(tmp_path / "run", model))
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert len(rows) == 2
+    assert set(LOSSES[model["name"]]) | {"codebook_usage"} <= rows[0].keys()
+    assert (folder / "images" / "step-0000002.png").is_file()
+    tokenizer = vistok.load(folder / "tokenizer")
+    images = torch.zeros(2, 1, 16, 16)
+    assert torch.equal(tokenizer.reconstruct(images), vistok.load(folder / "tokenizer").reconstruct(images))
+
+
+@pytest.mark.parametrize("model", [FLEXTOK, DAR], ids=["flextok", "dar"])
+def test_alignment_is_trained_where_the_config_asks_for_it(model, tmp_path, weights):
+    encoder = {"name": ENCODER, "weights": weights, "image_size": 32}
+    aligned = model | {"alignment": {"dim": DIM, "layer": 1, "hidden_dim": 16}}
+    folder = train(config(tmp_path / "run", aligned, repa=0.5, repa_encoder=encoder))
+    row = read_metrics(folder / "metrics.jsonl")[0]
+    assert 0 < row["repa"] < 2
+    others = sum(LOSSES[model["name"]][name] * row[name] for name in LOSSES[model["name"]])
+    assert row["loss"] == pytest.approx(others + 0.5 * row["repa"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model", "losses", "message"),
+    [
+        (FLEXTOK, {"repa": 1.0}, r"losses\.repa: FlexTok provides no such term"),
+        (FLEXTOK, {"l2": 1.0}, r"losses\.l2: FlexTok provides no such term"),
+        (FLEXTOK, {"gan": {"weight": 1.0}}, "not trained through its pixels"),
+        (FLEXTOK, {"lpips_weighting": "tim"}, "expected one of uniform, time"),
+        (FLEXTOK | {"alignment": {"dim": 7}}, {"repa": 1.0}, r"model\.alignment\.dim is 7, but .* has 192 channels"),
+        (FLEXTOK | {"alignment": {"dims": 7}}, {}, r"model\.alignment\.dims.*dim"),
+        (FLEXTOK | {"nested_dropout": "pow3"}, {}, r"model\.nested_dropout.*pow2"),
+        (FLEXTOK | {"time_sampling": {"name": "mode", "mode_scale": 3.0}}, {}, "mode_scale must lie"),
+    ],
+)
+def test_bad_configs_are_refused_before_work(model, losses, message, tmp_path, weights):
+    losses = losses | (
+        {"repa_encoder": {"name": ENCODER, "weights": weights, "image_size": 32}} if "repa" in losses else {}
+    )
+    with pytest.raises(ConfigError, match=message):
+        train(config(tmp_path / "run", model, **losses))
+    assert not (tmp_path / "run").exists()
+
+
+def test_time_weighting_of_lpips_counts_late_images_more(monkeypatch):
+    from support.tiny_models import pixels, tiny
+
+    from vistok.draws import Keys
+    from vistok.losses import LPIPS
+    from vistok.train.objectives import TokenizerObjective
+
+    torch.manual_seed(0)
+    monkeypatch.setattr(LPIPS, "from_pretrained", classmethod(lambda cls, path: LPIPS()))
+    model = tiny("dar")
+    output = model(pixels(model), draws=model.training_draws(Keys.range(0, 3)))
+    plain = TokenizerObjective(model, {"lpips": 1.0})
+    weighted = TokenizerObjective(model, {"lpips": 1.0, "lpips_weighting": "time"})
+    weighted.lpips = plain.lpips
+    distances = plain.lpips(output.reconstruction, pixels(model))
+    torch.testing.assert_close(plain(output, pixels(model))["lpips"], distances.mean())
+    torch.testing.assert_close(
+        weighted(output, pixels(model))["lpips"], (2 * output.features["time"] * distances).mean()
+    )

@@ -1,0 +1,218 @@
+"""Official checkpoints: every released file's key list fits the full-size model, and files are read safely."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from golden.harness import Case
+from safetensors.torch import save_file
+from torch import Tensor
+
+import vistok
+from vistok.checkpoints import CheckpointError, convert, known_config, registry
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+KEY_LISTS = sorted((GOLDEN / "keys").glob("*.json.gz"))
+KNOWN_IDS = {checkpoint.id for entry in registry.ENTRIES for checkpoint in entry.load().checkpoints}
+
+
+def read_key_list(path: Path) -> dict:
+    listed = json.loads(gzip.decompress(path.read_bytes()))
+    # ViT-VQGAN's lists write "repository: file (remark)"; some name the repository alone.
+    released = listed["checkpoint"].split(" (")[0].replace(": ", "/")
+    listed["id"] = next((known for known in KNOWN_IDS if f"{known}/".startswith(f"{released}/")), released)
+    listed["model"] = listed.get("model", f"{listed['system']}/tokenizer").split(" (")[0]
+    return listed
+
+
+def on_meta(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
+    return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+
+
+def build(listed: dict, state: dict[str, Tensor]):
+    """The model of a key list, without memory for its weights."""
+    entry = registry.official_entry(listed["model"])
+    clean = getattr(entry.load(), "clean_official", dict)
+    with torch.device("meta"):
+        return vistok.from_official(listed["model"], listed["config"], clean(state))
+
+
+@pytest.fixture(scope="module", params=KEY_LISTS, ids=lambda path: path.name.removesuffix(".json.gz"))
+def listed(request) -> dict:
+    return read_key_list(request.param)
+
+
+def test_key_list_fits_the_full_size_model(listed):
+    model = build(listed, on_meta(listed["state"]))
+    assert sum(parameter.numel() for parameter in model.parameters()) == listed["parameters"]
+
+
+def test_surplus_of_the_file_is_dropped_and_unknown_keys_are_named(listed):
+    surplus = {"freqs_cis": [257, 32, 2]} if listed["model"] == "llamagen/gpt" else {}
+    surplus |= listed.get("surplus_in_file", {})
+    if listed["system"] == "vit_vqgan":
+        surplus |= {"loss.discriminator.final_linear.1.bias": [1], "loss.perceptual_loss.lin0.model.1.weight": [1, 64]}
+    build(listed, on_meta(listed["state"] | surplus))
+    with pytest.raises(CheckpointError, match=r"1 surplus: encoder\.teacher\.weight"):
+        build(listed, on_meta(listed["state"] | {"encoder.teacher.weight": [3]}))
+
+
+def test_missing_and_misshapen_keys_are_named(listed):
+    key, shape = next(item for item in listed["state"].items() if item[0] not in listed["buffers"])
+    rest = {name: size for name, size in listed["state"].items() if name != key}
+    with pytest.raises(CheckpointError, match="1 missing"):
+        build(listed, on_meta(rest))
+    with pytest.raises(CheckpointError, match="1 of another shape"):
+        build(listed, on_meta(rest | {key: [size + 1 for size in shape]}))
+
+
+def test_checkpoint_table_knows_the_file_and_its_arguments(listed):
+    assert listed["id"] in KNOWN_IDS
+    entry = registry.official_entry(listed["model"])
+    config = known_config(entry, listed["id"])
+    state = on_meta(listed["state"])
+    assert build(listed | {"config": config}, state).config == build(listed, state).config
+
+
+def test_every_released_checkpoint_has_a_key_list():
+    assert {read_key_list(path)["id"] for path in KEY_LISTS} == KNOWN_IDS
+
+
+def test_tokenizer_and_generator_of_one_release_agree_on_the_tokens():
+    def spec(name: str):
+        listed = read_key_list(GOLDEN / "keys" / f"{name}.json.gz")
+        return build(listed, on_meta(listed["state"])).spec
+
+    assert spec("llamagen_vq_ds16_c2i") == spec("llamagen_c2i_B_256")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading files
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    return Case(GOLDEN / "cases" / "llamagen_gpt_c2i")
+
+
+def write_torch(content) -> callable:
+    def write(folder: Path, state: dict[str, Tensor]) -> Path:
+        torch.save(content(state), folder / "weights.pt")
+        return folder / "weights.pt"
+
+    return write
+
+
+def write_safetensors(folder: Path, state: dict[str, Tensor]) -> Path:
+    save_file(state, folder / "weights.safetensors")
+    return folder / "weights.safetensors"
+
+
+def as_fsdp(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors with attributes pickle through another rebuild function; the largest released files are of this kind."""
+    state = {key: tensor.clone() for key, tensor in state.items()}
+    for tensor in state.values():
+        tensor.shard = 0
+    return state
+
+
+FILES = {
+    "bare": write_torch(lambda state: state),
+    "data parallel": write_torch(lambda state: {"model": state, "steps": 10, "args": argparse.Namespace(lr=1e-4)}),
+    "deepspeed": write_torch(lambda state: {"module": {f"module.{key}": t for key, t in state.items()}}),
+    "compiled": write_torch(lambda state: {"model": {f"_orig_mod.{key}": t for key, t in state.items()}}),
+    "lightning": write_torch(lambda state: {"state_dict": state, "epoch": 3, "lr_schedulers": []}),
+    "fsdp": write_torch(as_fsdp),
+    "rotary table": write_torch(lambda state: state | {"freqs_cis": torch.zeros(17, 8, 2)}),
+    "used cache": write_torch(lambda state: state | {"layers.0.attention.kv_cache.k_cache": torch.zeros(2, 4, 24, 16)}),
+    "safetensors": write_safetensors,
+}
+
+
+@pytest.mark.parametrize("write", FILES.values(), ids=FILES)
+def test_convert_reads_every_kind_of_file(write, tmp_path, case):
+    model = convert("llamagen/gpt", write(tmp_path, case.state), case.config)
+    assert model.fingerprint() == case.build_model().fingerprint()
+
+
+@pytest.mark.parametrize("with_counter", [True, False])
+def test_usage_counter_of_the_tokenizer_may_be_absent(with_counter):
+    case = Case(GOLDEN / "cases" / "llamagen_vq16")
+    state = {key: t for key, t in case.state.items() if with_counter or key != "quantize.codebook_used"}
+    assert vistok.from_official(case.model, case.config, state).fingerprint() == case.build_model().fingerprint()
+
+
+def test_stage_2_checkpoint_gives_its_transformer(tmp_path):
+    case = Case(GOLDEN / "cases" / "vit_vqgan_gpt")
+    state = {f"transformer.{key}": tensor for key, tensor in case.state.items()}
+    torch.save({"state_dict": state | {"stage1_model.pre_quant.bias": torch.zeros(32)}}, tmp_path / "last.ckpt")
+    converted = convert("vit_vqgan/gpt", tmp_path / "last.ckpt", case.config)
+    assert converted.fingerprint() == case.build_model().fingerprint()
+
+
+def test_truncated_safetensors_is_refused(tmp_path, case):
+    file = write_safetensors(tmp_path, case.state)
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match="damaged or incomplete"):
+        convert("llamagen/gpt", file, case.config)
+
+
+def test_truncated_torch_file_is_refused(tmp_path, case):
+    file = FILES["bare"](tmp_path, case.state)
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match="cannot be read safely"):
+        convert("llamagen/gpt", file, case.config)
+
+
+class Foreign:
+    """An object whose unpickling would run code."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("touched"),)
+
+
+def test_foreign_object_is_not_unpickled(tmp_path, case, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": case.state, "args": Foreign()}, tmp_path / "weights.pt")
+    with pytest.raises(CheckpointError, match="other objects beside the weights"):
+        convert("llamagen/gpt", tmp_path / "weights.pt", case.config)
+    assert not Path("touched").exists()
+
+
+def test_file_without_weights_lists_what_it_holds(tmp_path, case):
+    torch.save({"optimizer": {}, "epoch": 3}, tmp_path / "weights.pt")
+    with pytest.raises(CheckpointError, match=r"\['epoch', 'optimizer'\]"):
+        convert("llamagen/gpt", tmp_path / "weights.pt", case.config)
+
+
+def test_unknown_file_name_needs_arguments(tmp_path, case):
+    file = FILES["bare"](tmp_path, case.state)
+    with pytest.raises(CheckpointError, match=r"'weights\.pt' is not the name of a released"):
+        convert("llamagen/gpt", file)
+
+
+def test_absent_file(case):
+    with pytest.raises(CheckpointError, match=r"no weights file nowhere\.pt"):
+        convert("llamagen/gpt", "nowhere.pt", case.config)
+
+
+def test_unknown_system_gets_a_hint(case):
+    with pytest.raises(registry.UnknownModelError, match="did you mean 'llamagen/gpt'"):
+        vistok.from_official("lamagen/gpt", case.config, case.state)
+
+
+@pytest.mark.parametrize(("name", "value"), [("n_kv_head", 2), ("ffn_dim_multiplier", 1.3), ("drop_path_rate", 0.1)])
+def test_options_of_no_released_llama_are_refused(case, name, value):
+    with pytest.raises(CheckpointError, match=name):
+        vistok.from_official(case.model, case.config | {name: value}, case.state)
+
+
+def test_a_wrong_file_of_the_right_kind_is_refused(case):
+    other = Case(GOLDEN / "cases" / "llamagen_gpt_t2i")
+    with pytest.raises(CheckpointError, match="class_embedding"):
+        vistok.from_official(case.model, case.config, other.state)

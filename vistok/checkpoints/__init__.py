@@ -1,0 +1,26 @@
+"""Models in files: the base class, saving and loading, official weights, and the table of all models."""
+
+from vistok.checkpoints.hub import snapshot
+from vistok.checkpoints.model import CONFIG, WEIGHTS, Model, load, read_config
+from vistok.checkpoints.official import OfficialCheckpoint, convert, from_official, known_config, official_name
+from vistok.checkpoints.weights import CheckpointError, fuse, load_strictly, read_weights, rename, unwrap
+
+__all__ = [
+    "CONFIG",
+    "WEIGHTS",
+    "CheckpointError",
+    "Model",
+    "OfficialCheckpoint",
+    "convert",
+    "from_official",
+    "fuse",
+    "known_config",
+    "load",
+    "load_strictly",
+    "official_name",
+    "read_config",
+    "read_weights",
+    "rename",
+    "snapshot",
+    "unwrap",
+]

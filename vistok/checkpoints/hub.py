@@ -1,0 +1,51 @@
+"""Fetching files from the Hugging Face hub, with errors that say what to do without it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vistok.checkpoints.weights import CheckpointError
+
+
+def download(repo: str, filename: str, options: Mapping[str, Any]) -> Path:
+    """Fetch one file of a hub repository; the local path.
+
+    Raises:
+        CheckpointError: a file that is not on the hub, an unreachable hub, or no such repository.
+    """
+    from huggingface_hub import hf_hub_download
+
+    if "/" not in repo:
+        raise CheckpointError(
+            f"{filename} is not on the hub: fetch it as its authors describe, then `vistok convert` the local file"
+        )
+    return _reach(f"{repo}/{filename}", lambda: hf_hub_download(repo, filename, **options))
+
+
+def snapshot(repo: str, files: Sequence[str], **hub_options: Any) -> Path:
+    """Fetch some files of a hub repository; the local folder.
+
+    Raises:
+        CheckpointError: no hub id, an unreachable hub, or no such repository.
+    """
+    from huggingface_hub import snapshot_download
+
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise CheckpointError(f"there is no folder {repo!r}, and it is not a hub id of the form owner/name")
+    return _reach(repo, lambda: snapshot_download(repo, allow_patterns=list(files), **hub_options))
+
+
+def _reach(what: str, fetch: Callable[[], str]) -> Path:
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(fetch())
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"there is no local folder {what!r} and it could not be fetched from the hub: {reason}. "
+            "Check the name and the connection, or download the files elsewhere and give their local path"
+        ) from error

@@ -1,0 +1,164 @@
+"""The base of all models, and models as folders.
+
+A saved model is a folder with ``config.json`` (the registry name and the constructor's arguments) and
+``model.safetensors``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vistok._version import __version__
+from vistok.checkpoints import registry
+from vistok.checkpoints.hub import download, snapshot
+from vistok.checkpoints.official import OfficialCheckpoint, convert
+from vistok.checkpoints.weights import CheckpointError, load_strictly, read_weights
+from vistok.types import to_json
+from vistok.utils.files import atomic_folder, write_json
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+class Model(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="vistok",
+    tags=["vistok", "autoregressive-image-generation"],
+):
+    """Base of all tokenizers and generators: an ``nn.Module`` whose constructor arguments are its config.
+
+    A subclass sets ``registry_name``; ``checkpoints`` lists the official weights that it reads.
+    """
+
+    registry_name: ClassVar[str]
+    sizes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    checkpoints: ClassVar[tuple[OfficialCheckpoint, ...]] = ()
+    pickled_stand_ins: ClassVar[tuple[tuple[type, str], ...]] = ()
+    """Inert classes that take the place of those that released files pickle beside their weights, with the pickled
+    names."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        self = super().__new__(cls, *args, **kwargs)
+        if "registry_name" in cls.__dict__:
+            try:
+                bound = inspect.signature(cls.__init__).bind(self, *args, **kwargs)
+            except TypeError:  # copying and unpickling make a bare object; a wrong call fails in __init__
+                return self
+            bound.apply_defaults()
+            self._arguments = {name: value for name, value in bound.arguments.items() if name != "self"}
+        return self
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments, defaults included, JSON-ready."""
+        return to_json(self._arguments)
+
+    @classmethod
+    def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
+        """Build the model that the reference's own arguments describe, and load the reference's weights."""
+        raise CheckpointError(f"{cls.registry_name} has no official weights")
+
+    @staticmethod
+    def embedded_config(file: Path, content: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """The reference's arguments that a released file holds, or that lie beside it; None if there are none."""
+        return None
+
+    @staticmethod
+    def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The released state dict without entries that are no part of the model."""
+        return dict(state)
+
+    def save_pretrained(self, save_directory: str | Path, **hub_options: Any) -> None:
+        """Write the model folder ``save_directory`` as a whole, or not at all; a folder that exists is replaced.
+
+        ``hub_options`` are those that ``push_to_hub`` of huggingface_hub passes on (a config, card details).
+        """
+        with atomic_folder(save_directory, replace=True) as folder:
+            self._save_pretrained(folder)
+            if hub_options.get("model_card_kwargs") is not None:
+                self.generate_model_card(**hub_options["model_card_kwargs"]).save(folder / "README.md")
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        header = {"model": self.registry_name, "vistok_version": __version__}
+        write_json(save_directory / CONFIG, header | {"arguments": self.config})
+        state = {key: tensor.detach().cpu().contiguous() for key, tensor in self.state_dict().items()}
+        save_file(state, save_directory / WEIGHTS, metadata={"format": "pt"})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub_options: Any) -> Self:
+        """Load a folder or a hub id that ``save_pretrained`` / ``push_to_hub`` made; see ``load``.
+
+        Raises:
+            CheckpointError: as ``load``; also if the folder holds another class of model.
+        """
+        model = load(pretrained_model_name_or_path, **hub_options)
+        if not isinstance(model, cls):
+            raise CheckpointError(
+                f"{pretrained_model_name_or_path} holds a {type(model).__name__} ({model.registry_name}), not a "
+                f"{cls.__name__}; load it with {type(model).__name__}.from_pretrained or vistok.load"
+            )
+        return model
+
+    def fingerprint(self) -> str:
+        """A hash of the config and all weights: equal exactly for models that compute the same."""
+        digest = hashlib.sha256(json.dumps([self.registry_name, self.config], sort_keys=True).encode())
+        for key, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+
+def load(source: str | Path, **hub_options: Any) -> Model:
+    """Load any vistok model from a folder, a hub id of ours, or an official checkpoint's id ("repo/owner/file").
+
+    Args:
+        source: a folder made by ``save_pretrained``; a hub id; or an id that ``vistok models`` lists.
+        hub_options: passed to huggingface_hub's downloads (``revision``, ``token``, ``cache_dir``, ...).
+
+    Raises:
+        CheckpointError: nothing there, unreachable hub, damaged weights, or keys that do not fit the config.
+    """
+    for item in registry.ENTRIES if not Path(source).exists() else ():
+        for checkpoint in item.load().checkpoints:
+            if str(source) == checkpoint.id:
+                file = download(checkpoint.repo, checkpoint.filename, hub_options)
+                return convert(item.official, file, default=checkpoint.config)
+    folder = Path(source)
+    if not folder.exists():
+        folder = snapshot(str(source), [CONFIG, WEIGHTS], **hub_options)
+    saved = read_config(folder)
+    model_class = registry.entry(saved["model"]).load()
+    model = model_class(**saved["arguments"])
+    load_strictly(model, read_weights(folder / WEIGHTS), source=str(folder))
+    return model.eval()
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """Read ``config.json`` of a saved model.
+
+    Raises:
+        CheckpointError: it is absent or not one of ours.
+    """
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"{folder} is no saved model: it has no {CONFIG}")
+    try:
+        saved = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if not isinstance(saved, dict) or not {"model", "arguments"} <= saved.keys():
+        raise CheckpointError(
+            f"{path} was not written by vistok (no 'model' and 'arguments'); "
+            "official checkpoints come in through `vistok convert`"
+        )
+    return saved

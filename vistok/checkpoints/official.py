@@ -1,0 +1,119 @@
+"""The one door through which official weights come in: a released file, or a reference's config and state dict."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from vistok.checkpoints import registry
+from vistok.checkpoints.weights import CheckpointError, listing, read_weights, unwrap
+
+if TYPE_CHECKING:
+    from vistok.checkpoints.model import Model
+
+log = logging.getLogger(__name__)
+
+
+class OfficialCheckpoint:
+    """One released file: hub repository, file name, and the reference's arguments that build it.
+
+    ``repo`` is "owner/name" on the hub; for a file that is not there, the folder that its authors put it in, or "".
+    """
+
+    def __init__(self, repo: str, filename: str, config: Mapping[str, Any]):
+        self.repo, self.filename, self.config = repo, filename, config
+
+    @property
+    def id(self) -> str:
+        return f"{self.repo}/{self.filename}".lstrip("/")
+
+
+def from_official(name: str, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Model:
+    """Build a vistok model from a reference implementation's own arguments and state dict.
+
+    Args:
+        name: "system/part", for example "llamagen/gpt"; ``vistok models`` lists them.
+        config: the reference's constructor arguments.
+        state_dict: the reference's weights, under their original names.
+
+    Raises:
+        CheckpointError: keys are missing or left over, or a shape differs; the message lists them.
+        UnknownModelError: no system has that name.
+    """
+    item = registry.official_entry(name)
+    return item.load().from_official({**config, **item.variants.get(name, {})}, state_dict).eval()
+
+
+def convert(
+    name: str,
+    file: str | Path,
+    config: Mapping[str, Any] | None = None,
+    *,
+    default: Mapping[str, Any] | None = None,
+) -> Model:
+    """Read a released file of system ``name`` ("system/part") and build the vistok model.
+
+    Args:
+        config: the reference's arguments. None takes those that the file holds beside its weights, then ``default``,
+            then those of the official checkpoint of the file's name.
+
+    Raises:
+        CheckpointError: an unreadable file, unknown arguments, or weights that do not fit.
+    """
+    item = registry.official_entry(name)
+    model_class: type[Model] = item.load()
+    content = read_weights(file, stand_ins=model_class.pickled_stand_ins)
+    if config is None:
+        config = model_class.embedded_config(Path(file), content) or default or known_config(item, file)
+    state = unwrap(content)
+    kept = model_class.clean_official(state)
+    # Cleaning may rename, but the tensors it keeps are the same objects.
+    dropped = {key for key, tensor in state.items() if all(tensor is not other for other in kept.values())}
+    if dropped:
+        log.info("%s: %d entries are no part of the model and were dropped: %s", file, len(dropped), listing(dropped))
+    return from_official(name, config, kept)
+
+
+def official_name(system: str, filename: str) -> str:
+    """The "system/part" that a released file of ``system`` holds; ``system`` may name the part itself.
+
+    Raises:
+        UnknownModelError: no such system.
+        CheckpointError: the file's name does not tell which part it is.
+    """
+    names = {name: item for item in registry.ENTRIES for name in item.official_names}
+    parts = {name: item for name, item in names.items() if name.partition("/")[0] == system}
+    if not parts:
+        registry.official_entry(system)
+        return system
+    released = {
+        name for name, item in parts.items() if any(filename == known.filename for known in item.load().checkpoints)
+    }
+    found = released or set(parts)
+    if len(found) > 1:
+        raise CheckpointError(f"the name {filename!r} does not tell what the file is; say {' or '.join(parts)}")
+    return found.pop()
+
+
+def known_config(item: registry.Entry, file: str | Path) -> Mapping[str, Any]:
+    """The reference's arguments for a released file, found by its name, and by its folders where releases share one."""
+    path = Path(file)
+    found = [checkpoint for checkpoint in item.load().checkpoints if checkpoint.filename == path.name]
+    closer = [checkpoint for checkpoint in found if f"/{path.as_posix()}".endswith(f"/{checkpoint.id}")]
+    found = closer or found
+    if not found:
+        known = ", ".join(sorted({checkpoint.filename for checkpoint in item.load().checkpoints}))
+        raise CheckpointError(
+            f"{path.name!r} is not the name of a released {item.official} checkpoint ({known}); "
+            "rename the file to the one it is, or give the reference's arguments as JSON with --config"
+        )
+    if any(checkpoint.config != found[0].config for checkpoint in found):
+        raise CheckpointError(
+            f"{path.name!r} may be any of {', '.join(checkpoint.id for checkpoint in found)}; "
+            "put it into a folder of that name, or give the reference's arguments as JSON with --config"
+        )
+    return found[0].config

@@ -1,0 +1,126 @@
+"""Weights: reading files safely, renaming and joining keys, loading them strictly.
+
+Files are read as safetensors, or by torch with ``weights_only=True``; nothing is ever unpickled blindly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be loaded: absent, damaged, or of another model."""
+
+
+def read_weights(path: str | Path, *, stand_ins: Sequence[tuple[type, str]] = ()) -> dict[str, Any]:
+    """Read a safetensors file, or a torch file with ``weights_only=True``.
+
+    Args:
+        stand_ins: inert classes, each with the name of a pickled class that it takes the place of.
+
+    Raises:
+        CheckpointError: the file is absent, damaged, or would need unpickling of arbitrary objects.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no weights file {path}")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} is damaged or incomplete ({path.stat().st_size:,} bytes): {error}; fetch or save it again"
+            ) from error
+    try:
+        # Training files keep their command line beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace, *stand_ins]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises several types, none of them its own
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{path} cannot be read safely as weights: {reason}. Files that pickle other objects beside the "
+            "weights are not loaded; save the state dict alone, best as safetensors"
+        ) from error
+
+
+WRAPPERS = ("ema", "model_ema", "model", "module", "state_dict")
+
+
+def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Find the state dict in a training checkpoint, and strip the prefix of a compiled model."""
+    if not any(isinstance(value, Tensor) for value in checkpoint.values()):
+        inner = next((checkpoint[key] for key in WRAPPERS if isinstance(checkpoint.get(key), Mapping)), None)
+        if inner is None:
+            raise CheckpointError(f"no weights found; the file has {sorted(checkpoint)}, expected one of {WRAPPERS}")
+        checkpoint = inner
+    return {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in checkpoint.items()}
+
+
+def rename(state: Mapping[str, Tensor], rules: Iterable[tuple[str, str]]) -> dict[str, Tensor]:
+    """Rename keys: the first rule (pattern, replacement) that matches a whole key applies; others keep their name."""
+    compiled = [(re.compile(pattern), replacement) for pattern, replacement in rules]
+
+    def new_name(key: str) -> str:
+        for pattern, replacement in compiled:
+            if match := pattern.fullmatch(key):
+                return match.expand(replacement)
+        return key
+
+    return {new_name(key): tensor for key, tensor in state.items()}
+
+
+def fuse(state: Mapping[str, Tensor], parts: Sequence[str], whole: str) -> dict[str, Tensor]:
+    """Concatenate, along their first axis, tensors whose keys differ in one part only.
+
+    ``fuse(state, ("wq", "wk", "wv"), "qkv")`` joins "a.wq.weight", "a.wk.weight" and "a.wv.weight" to "a.qkv.weight".
+    Where one of them is absent or of another shape all stay as they are, for ``load_strictly`` to name.
+    """
+    fused = dict(state)
+    first = re.compile(rf"(?<![^.]){re.escape(parts[0])}(?![^.])")
+    for key in state:
+        keys = [first.sub(part, key) for part in parts]
+        if not first.search(key) or any(other not in state for other in keys):
+            continue
+        if len({state[other].shape[1:] for other in keys}) == 1:
+            fused[first.sub(whole, key)] = torch.cat([fused.pop(other) for other in keys])
+    return fused
+
+
+def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, source: str = "the state dict") -> None:
+    """Load ``state`` into ``model``: every key must be there, none may be left over, every shape must fit.
+
+    Works for a model on the meta device too (its parameters become the given tensors).
+
+    Raises:
+        CheckpointError: lists missing keys, surplus keys and differing shapes. The model is left as it was.
+    """
+    own = model.state_dict()
+    missing, surplus = own.keys() - state.keys(), state.keys() - own.keys()
+    wrong = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in own.keys() & state.keys()
+        if own[key].shape != state[key].shape
+    ]
+    problems = [
+        f"{len(names)} {what}: {listing(names)}"
+        for what, names in (("missing", missing), ("surplus", surplus), ("of another shape", wrong))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"{source} does not fit {type(model).__name__}; {'; '.join(problems)}")
+    model.load_state_dict(state, assign=any(tensor.is_meta for tensor in own.values()))
+
+
+def listing(names: Iterable[str], limit: int = 12) -> str:
+    names = sorted(names)
+    more = f", … and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,1 @@
+"""What generators share: caches, guidance, drawing, decoding sessions, compiled steps."""

@@ -1,0 +1,201 @@
+"""Single-token decoding steps as compiled graphs of fixed shapes.
+
+An eager step of a large transformer is several hundred small kernels, and on a GPU the host cannot launch them as fast
+as they run. Compiled blocks are fewer kernels; captured in a CUDA graph, the whole step costs one launch per token.
+Attention skips what is not live of the cache there, and products of a few rows are spread over the whole GPU. On a CPU
+there is nothing to gain: eager steps attend to the live part only, and multiply faster (``engine.few_rows``).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vistok.generators.engine.cache import KVCache, Layers
+from vistok.generators.engine.sampling import DecodingOptions, draw_ids, guide
+from vistok.generators.engine.split import split_layers
+from vistok.nn.attention import Mask
+from vistok.nn.flex import FEWEST_CHANNELS, LiveKeys
+from vistok.nn.rotary import Rows
+
+
+class NextTokenModel(Protocol):
+    """What a step needs of an ``AutoregressiveGenerator``; its blocks are of one class."""
+
+    condition_length: int
+    blocks: nn.ModuleList
+
+    def embed_tokens(self, ids: Tensor, where: Rows) -> Tensor: ...
+
+    def transform(self, x: Tensor, where: Rows, mask: Mask | None, layers: Layers | None) -> Tensor: ...
+
+    def head(self, hidden: Tensor) -> Tensor: ...
+
+
+class CompiledStep:
+    """One sampling step of a model, in three parts compiled for its sizes: what comes before the blocks, one block, and
+    the logits. All blocks share the second, so compilation takes as long for a deep model as for a shallow one. Ids are
+    drawn uncompiled, since some versions of inductor fail on running sums over large codebooks.
+
+    Args:
+        block_type: class of the model's blocks.
+        backend: torch.compile's.
+    """
+
+    def __init__(self, block_type: type[nn.Module], backend: str):
+        functions = embed_last, block_type.forward, next_logits
+        self._before, self._block, self._after = (
+            torch.compile(function, backend=backend, fullgraph=True, dynamic=False) for function in functions
+        )
+
+    def __call__(
+        self,
+        model: NextTokenModel,
+        options: DecodingOptions,
+        position: Tensor,
+        fed: Tensor,
+        tokens: Tensor,
+        uniforms: Tensor | None,
+        scales: Tensor | None,
+        visible: Tensor | None,
+        layers: Layers,
+        computing: NextTokenModel,
+    ) -> None:
+        """Feed the token before ``position`` and write the one there into ``tokens``.
+
+        Args:
+            position: (1,) int64 image position, at least 1.
+            fed: (1,) int64, the sequence position of the token before.
+            tokens: (B, L) ids.
+            uniforms: (B, L), or None for greedy decoding.
+            scales: (L,) guidance scales, or None without guidance.
+            visible: bool (R or 1, 1, 1, T + L), what the last position of all sees; None is everything.
+            layers: caches that write at ``fed``.
+            computing: the model ``with_blocks`` that are compiled.
+        """
+        keys = seen_keys_for(tokens.device, model.blocks[0].attn.head_dim)
+        x, mask = self._before(model, position, fed, tokens, visible, keys, guided=scales is not None)
+        hidden = computing.transform(x, fed, mask, layers)
+        logits = self._after(model, hidden, position, scales)
+        drawn = draw_ids(logits, None if uniforms is None else uniforms[:, position].squeeze(1), options)
+        tokens[:, position] = drawn[:, None]
+
+    def with_blocks(self, model: NextTokenModel, blocks: Sequence[nn.Module]) -> NextTokenModel:
+        """The model, but with these blocks, compiled. All else is shared; the model itself stays as it is, since other
+        threads may sample from it."""
+        compiled = [copy.copy(block) for block in blocks]
+        for shell, block in zip(compiled, blocks, strict=True):
+            shell.forward = partial(self._block, block)
+        like = copy.copy(model)
+        like._modules = model._modules | {"blocks": nn.ModuleList(compiled)}
+        return like
+
+
+SeenKeys = Callable[[Tensor, int, Tensor | None], Mask]
+"""What a query at position (1,) sees of a cache of some length, of which bool (R or 1, 1, 1, length) is visible."""
+
+
+def seen_keys_for(device: torch.device, head_dim: int) -> SeenKeys:
+    """The form of mask that suits the device."""
+    return LiveKeys.up_to if device.type == "cuda" and head_dim >= FEWEST_CHANNELS else dense_mask
+
+
+def dense_mask(last: Tensor, length: int, visible: Tensor | None) -> Tensor:
+    """Bool (R or 1, 1, 1, length), True for what is visible up to ``last``."""
+    mask = torch.arange(length, device=last.device)[None, None, None] <= last
+    return mask if visible is None else mask & visible
+
+
+def blocks_for(model: NextTokenModel, rows: int, device: torch.device) -> list[nn.Module]:
+    """The blocks in the form that is fastest on the device."""
+    if device.type != "cuda":
+        return list(model.blocks)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return [split_layers(block, rows, processors) for block in model.blocks]
+
+
+def embed_last(
+    model: NextTokenModel,
+    position: Tensor,
+    fed: Tensor,
+    tokens: Tensor,
+    visible: Tensor | None,
+    keys: SeenKeys,
+    guided: bool,
+) -> tuple[Tensor, Mask]:
+    """The embedded token before ``position``, (R, 1, D), and what it sees of the whole cache."""
+    ids = tokens[:, position - 1]
+    if guided:
+        ids = torch.cat([ids, ids])
+    mask = keys(fed, model.condition_length + tokens.shape[1], visible)
+    return model.embed_tokens(ids, position - 1), mask
+
+
+def next_logits(model: NextTokenModel, hidden: Tensor, position: Tensor, scales: Tensor | None) -> Tensor:
+    """Guided logits (B, V) for ``position`` from hidden states (R, 1, D)."""
+    logits = model.head(hidden[:, -1])
+    return logits if scales is None else guide(logits, scales[position])
+
+
+class SessionSteps:
+    """The steps of one sampling session, on a CUDA device captured in a graph at the second of them.
+
+    Args:
+        step: of the model's class and sizes.
+        cache: of the session, after its condition was fed.
+
+    The others are as of ``CompiledStep``.
+    """
+
+    def __init__(
+        self,
+        step: CompiledStep,
+        model: NextTokenModel,
+        options: DecodingOptions,
+        *,
+        tokens: Tensor,
+        uniforms: Tensor | None,
+        scales: Tensor | None,
+        visible: Tensor | None,
+        cache: KVCache,
+    ):
+        limits = torch._dynamo.config  # of graphs per function; each thread has its own
+        limits.recompile_limit = max(limits.recompile_limit, 64)  # a sweep over options takes more than 8
+        self._offset = model.condition_length - 1
+        self._position, self._fed = (torch.zeros(1, dtype=torch.int64, device=tokens.device) for _ in range(2))
+        layers = [layer.at(self._fed) for layer in cache.layers]
+        blocks = blocks_for(model, len(tokens) if scales is None else 2 * len(tokens), tokens.device)
+        computing = step.with_blocks(model, blocks)
+        inputs = (self._position, self._fed, tokens, uniforms, scales, visible, layers, computing)
+        self._run = partial(step, model, options, *inputs)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._warm = False
+        self._next: int | None = None  # the position that the graph will do if nobody says otherwise
+
+    def __call__(self, position: int) -> None:
+        """Feed the token before ``position``, the only one that the cache lacks, and draw the one there."""
+        if position != self._next:
+            self._position.fill_(position)
+            self._fed.fill_(position + self._offset)
+        if not (self._warm and self._position.is_cuda):
+            self._run()  # what happens once, compilation for one, cannot be captured
+            self._warm = True
+            return
+        if self._graph is None:
+            self._graph = self._capture()
+        self._graph.replay()
+        self._next = position + 1
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """The step as a graph that moves on by one position."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._run()
+            self._position.add_(1)
+            self._fed.add_(1)
+        return graph

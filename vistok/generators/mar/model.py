@@ -1,0 +1,387 @@
+"""MAR: masked autoregressive generation in random order, with a small diffusion model for every token.
+
+Paper: Autoregressive Image Generation without Vector Quantization (arXiv 2406.11838). Official weights and conventions:
+github.com/LTH14/mar (MIT).
+
+An encoder sees the tokens there are, a decoder fills in the places of the others, and each of its outputs conditions a
+head that denoises one continuous token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Self
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vistok.checkpoints import OfficialCheckpoint, load_strictly, rename
+from vistok.draws import Draws, Keys
+from vistok.flow.diffusion import GaussianDiffusion
+from vistok.generators.engine.autoregressive import weighted_mean
+from vistok.generators.engine.continuous import ContinuousGenerator
+from vistok.generators.mar.sampling import MAROptions, MARSession
+from vistok.nn.attention import Attention
+from vistok.nn.diffusion_head import DiffusionHead
+from vistok.nn.mlp import MLP
+from vistok.types import Condition, GeneratorOutput, TokenSpec, as_dataclass
+
+SIZES = {
+    "base": {"dim": 768, "encoder_layers": 12, "decoder_layers": 12, "heads": 12, "head_layers": 6, "head_dim": 1024},
+    "large": {"dim": 1024, "encoder_layers": 16, "decoder_layers": 16, "heads": 16, "head_layers": 8, "head_dim": 1280},
+    "huge": {"dim": 1280, "encoder_layers": 20, "decoder_layers": 20, "heads": 16, "head_layers": 12, "head_dim": 1536},
+}
+NUM_TIMESTEPS = 1000
+
+
+def _official(size: str) -> dict[str, Any]:
+    dim, encoder_layers, decoder_layers, heads, head_layers, head_dim = SIZES[size].values()
+    return {
+        "encoder_embed_dim": dim,
+        "encoder_depth": encoder_layers,
+        "encoder_num_heads": heads,
+        "decoder_embed_dim": dim,
+        "decoder_depth": decoder_layers,
+        "decoder_num_heads": heads,
+        "diffloss_d": head_layers,
+        "diffloss_w": head_dim,
+        "attn_dropout": 0.1,
+        "proj_dropout": 0.1,
+    }
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float, *, eps: float, attention_dropout: float, dropout: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps)
+        self.attn = Attention(dim, heads, attention_dropout=attention_dropout, dropout=dropout)
+        self.norm2 = nn.LayerNorm(dim, eps)
+        self.mlp = MLP(dim, int(dim * mlp_ratio), F.gelu, dropout=dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class MAR(ContinuousGenerator):
+    """Encoder, decoder and diffusion head.
+
+    Args:
+        spec: the tokens to model: continuous latents.
+        num_classes: number of classes; 0 for unconditional generation.
+        dim, encoder_layers, heads: of the encoder.
+        decoder_layers, decoder_dim, decoder_heads: of the decoder; None takes the encoder's.
+        head_layers, head_dim: residual blocks and width of the diffusion head.
+        patch_size: patch_size x patch_size latents are one token of the model.
+        mlp_ratio: hidden width of the feed-forward, in units of dim.
+        buffer_size: how many copies of the class embedding stand before the tokens.
+        mask_rate_min: least share of the tokens that is masked in training; the most likely share is all.
+        diffusion_batch_mul: noise levels per token and training step.
+        condition_dropout: share of training samples whose class is dropped, for guidance.
+        attention_dropout, dropout: of the attention weights, and of the outputs of attention and feed-forward.
+        norm_eps: eps of the transformers' layer norms.
+
+    Raises:
+        ValueError: discrete tokens, or a patch that does not divide their grid.
+    """
+
+    registry_name = "mar"
+    options_type = MAROptions
+    sizes = SIZES
+    checkpoints = tuple(OfficialCheckpoint(f"mar_{size}", "checkpoint-last.pth", _official(size)) for size in SIZES)
+
+    def __init__(
+        self,
+        spec: TokenSpec,
+        num_classes: int = 1000,
+        dim: int = 768,
+        encoder_layers: int = 12,
+        decoder_layers: int = 12,
+        heads: int = 12,
+        decoder_dim: int | None = None,
+        decoder_heads: int | None = None,
+        head_layers: int = 6,
+        head_dim: int = 1024,
+        patch_size: int = 1,
+        mlp_ratio: float = 4.0,
+        buffer_size: int = 64,
+        mask_rate_min: float = 0.7,
+        diffusion_batch_mul: int = 4,
+        condition_dropout: float = 0.1,
+        attention_dropout: float = 0.1,
+        dropout: float = 0.1,
+        norm_eps: float = 1e-6,
+    ):
+        super().__init__()
+        self.spec = self.check_spec(as_dataclass(TokenSpec, spec), type(self).__name__)
+        if not 0 <= mask_rate_min < 1:
+            raise ValueError(f"mask_rate_min must lie in [0, 1), got {mask_rate_min}")
+        self.num_classes, self.condition_dropout = num_classes or None, condition_dropout
+        self.mask_rate_min, self.batch_mul, self.buffer_size = mask_rate_min, diffusion_batch_mul, buffer_size
+        self.register_buffer("members", patch_members(self.spec, patch_size), persistent=False)
+        self.length, self.token_dim = len(self.members), self.spec.dim * patch_size**2
+        self.diffusion = GaussianDiffusion.cosine(NUM_TIMESTEPS)
+        decoder_dim = decoder_dim or dim
+        make = partial(Block, mlp_ratio=mlp_ratio, eps=norm_eps, attention_dropout=attention_dropout, dropout=dropout)
+
+        self.class_embedding = nn.Embedding(num_classes, dim) if num_classes else None
+        self.null_class = nn.Parameter(torch.empty(1, dim))
+        self.input = nn.Linear(self.token_dim, dim)
+        self.input_norm = nn.LayerNorm(dim, 1e-6)
+        self.encoder_positions = nn.Parameter(torch.empty(1, buffer_size + self.length, dim))
+        self.encoder_blocks = nn.Sequential(*(make(dim, heads) for _ in range(encoder_layers)))
+        self.encoder_norm = nn.LayerNorm(dim, norm_eps)
+        self.bridge = nn.Linear(dim, decoder_dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_dim))
+        self.decoder_positions = nn.Parameter(torch.empty(1, buffer_size + self.length, decoder_dim))
+        self.decoder_blocks = nn.Sequential(*(make(decoder_dim, decoder_heads or heads) for _ in range(decoder_layers)))
+        self.decoder_norm = nn.LayerNorm(decoder_dim, norm_eps)
+        self.head_positions = nn.Parameter(torch.empty(1, self.length, decoder_dim))
+        self.head = DiffusionHead(self.token_dim, decoder_dim, head_dim, head_layers)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        tables = (self.encoder_positions, self.decoder_positions, self.head_positions)
+        for table in (*tables, self.null_class, self.mask_token):
+            nn.init.normal_(table, std=0.02)
+        self.head.initialise()
+
+    def group(self, tokens: Tensor) -> Tensor:
+        """Latents (B, L, D) to the model's tokens (B, L / p^2, D p^2), channels outermost."""
+        return tokens[:, self.members].transpose(2, 3).flatten(2)
+
+    def ungroup(self, tokens: Tensor) -> Tensor:
+        """The model's tokens (B, n, D p^2) to the latents (B, n p^2, D) that they consist of, in turn."""
+        return rearrange(tokens, "b n (d k) -> b (n k) d", d=self.spec.dim)
+
+    def embed_classes(self, condition: Condition) -> Tensor:
+        """(R, D) class embeddings, the null embedding in dropped rows."""
+        null = self.null_class.expand(len(condition), -1)
+        if self.class_embedding is None or condition.labels is None:
+            return null
+        known = self.class_embedding(condition.labels.clamp_min(0))
+        return torch.where(condition.dropped[:, None], null, known)
+
+    def encode(self, tokens: Tensor, visible: Tensor, classes: Tensor) -> Tensor:
+        """Encode what is known.
+
+        Args:
+            tokens: (R, L, d), grouped.
+            visible: (R, V) positions of the known tokens.
+            classes: (R, D).
+
+        Returns:
+            (R, buffer_size + V, D): the class tokens, then the known ones.
+        """
+        x = torch.cat([classes[:, None].expand(-1, self.buffer_size, -1), self.input(take(tokens, visible))], 1)
+        positions = self.encoder_positions[0, self._slots(visible)]
+        return self.encoder_norm(self.encoder_blocks(self.input_norm(x + positions)))
+
+    def decode(self, encoded: Tensor, visible: Tensor) -> Tensor:
+        """What conditions the head at every position, (R, L, D'), from the encoder's output."""
+        x = self.bridge(encoded)
+        slots = self._slots(visible)[..., None].expand_as(x)
+        filled = self.mask_token.to(x).expand(len(x), self.buffer_size + self.length, -1)
+        x = self.decoder_blocks(filled.scatter(1, slots, x) + self.decoder_positions)
+        return self.decoder_norm(x)[:, self.buffer_size :] + self.head_positions
+
+    def _slots(self, visible: Tensor) -> Tensor:
+        """(R, buffer_size + V): where class tokens and known tokens stand in the whole sequence."""
+        buffer = torch.arange(self.buffer_size, device=visible.device).expand(len(visible), -1)
+        return torch.cat([buffer, visible + self.buffer_size], 1)
+
+    def forward(
+        self, tokens: Tensor, condition: Condition, *, draws: Draws | None = None, weights: Tensor | None = None
+    ) -> GeneratorOutput:
+        """Diffusion loss over masked tokens; metrics "mse" of the noise and "vb", the variational bound in bits.
+
+        The prediction is the head's output (B, m, n, 2d), of the m noise levels of the n masked tokens.
+
+        Raises:
+            ValueError: no draws, or latents of another tokenizer.
+        """
+        if draws is None:
+            raise ValueError("masks and noise are random: pass training_draws(keys)")
+        self.spec.check_latents(tokens)
+        if "drop" in draws:
+            condition = condition.drop(draws["drop"] < self.condition_dropout)
+        tokens, masked, visible = self.group(tokens), draws["masked"], draws["visible"]
+        z = self.decode(self.encode(tokens, visible, self.embed_classes(condition)), visible)
+
+        levels = draws["time"].shape[1]
+        rows = [draws["time"].gather(2, masked[:, None].expand(-1, levels, -1))]  # (B, m, n)
+        rows += [torch.stack([take(level, masked) for level in draws["noise"].unbind(1)], 1)]  # (B, m, n, d)
+        rows += [take(values, masked)[:, None].expand(-1, levels, -1, -1) for values in (tokens, z)]
+        t, noise, data, z = (values.flatten(0, 2) for values in rows)
+        output = self.head(self.diffusion.add_noise(data, noise, t), t, self.head.condition(z))
+        mse, bound = self.diffusion.loss_terms(output, data, noise, t)
+        per_sample = (mse + bound).view(len(tokens), -1).mean(1)
+        loss = per_sample.mean() if weights is None else weighted_mean(per_sample, weights)
+        prediction = output.view(len(tokens), levels, masked.shape[1], -1)
+        return GeneratorOutput(loss, prediction, {"mse": mse.detach().mean(), "vb": bound.detach().mean()})
+
+    def num_masked(self, mask_rate: float) -> int:
+        """How many of the tokens a mask rate hides."""
+        return math.ceil(self.length * mask_rate)
+
+    def training_draws(self, keys: Keys) -> Draws:
+        """ "drop" (B,) uniform; "masked" (B, n) and "visible" (B, L - n), the positions that are predicted and seen;
+        "time" (B, m, L), "noise" (B, m, L, d)."""
+        # One rate per batch, so that all rows show the encoder as many tokens: keyed by the step alone.
+        uniform = Keys(keys.seed, (0,), keys.step).uniform("mask_rate")
+        count = self.num_masked(float(truncated_normal(uniform.double(), self.mask_rate_min)))
+        order = keys.permutation("order", self.length)
+        noise = keys.normal("noise", self.batch_mul, self.length, self.token_dim)
+        return {
+            "drop": keys.uniform("drop"),
+            "masked": order[:, :count],
+            "visible": order[:, count:].sort(1).values,
+            "time": (keys.uniform("time", self.batch_mul, self.length).double() * NUM_TIMESTEPS).long(),
+            "noise": noise,
+        }
+
+    def sampling_draws(self, keys: Keys, options: MAROptions | None = None) -> Draws:
+        """ "order" (B, L); "noise" (B, 1 + num_steps, L, d): where tokens start, and what the steps add."""
+        options = options or MAROptions()
+        noise = keys.normal("noise", 1 + options.num_steps, self.length, self.token_dim)
+        return {"order": keys.permutation("order", self.length), "noise": noise}
+
+    def start(
+        self, condition: Condition, options: MAROptions | None = None, *, draws: Draws | None = None
+    ) -> MARSession:
+        """Begin a session; its ``append`` also takes known tokens at any positions, for inpainting and editing."""
+        options = options or MAROptions()
+        self.check_condition(condition)
+        if draws is None:
+            raise ValueError("sampling starts from noise: pass sampling_draws(Keys.range(seed, B), options)")
+        return MARSession(self, condition, options, draws)
+
+    def edit(
+        self,
+        tokens: Tensor,
+        regenerate: Tensor,
+        condition: Condition,
+        options: MAROptions | None = None,
+        *,
+        draws: Draws | None = None,
+    ) -> Tensor:
+        """Generate some positions anew and keep the others: inpainting, or editing if the class is another one.
+
+        Args:
+            tokens: (B, L, D) latents of the images.
+            regenerate: (L,) or (B, L) bool, True where tokens are generated; a patch of the model is generated whole.
+            condition: the class of what is generated.
+
+        Returns:
+            (B, L, D) latents.
+
+        Raises:
+            ValueError: latents of another tokenizer, or another shape of ``regenerate``.
+        """
+        self.spec.check_latents(tokens)
+        if regenerate.shape not in (tokens.shape[:2], tokens.shape[1:2]) or tokens.shape[1] != self.spec.length:
+            raise ValueError(
+                f"tokens must be (B, {self.spec.length}, D) and regenerate ({self.spec.length},) or (B, "
+                f"{self.spec.length}), got {tuple(tokens.shape)} and {tuple(regenerate.shape)}"
+            )
+        tokens, regenerate, condition = (given.to(self.members.device) for given in (tokens, regenerate, condition))
+        regenerate = regenerate.expand(len(tokens), -1)[:, self.members].any(-1)  # (B, n), of the model's tokens
+        counts, edited = regenerate.sum(1), torch.empty_like(tokens)
+        for count in counts.unique():  # all rows of a session draw as many tokens
+            rows = (counts == count).nonzero()[:, 0]
+            kept = (~regenerate[rows]).nonzero()[:, 1].view(len(rows), -1)
+            positions = self.members[kept].flatten(1)
+            chosen = None if draws is None else {name: value[rows.to(value.device)] for name, value in draws.items()}
+            session = self.start(condition[rows], options, draws=chosen)
+            session.append(take(tokens[rows], positions), positions)
+            for _ in session.generate():
+                pass
+            edited[rows] = session.tokens.to(tokens)
+        return edited
+
+    @classmethod
+    def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
+        side = config.get("img_size", 256) // config.get("vae_stride", 16)
+        model = cls(
+            TokenSpec(side * side, None, config.get("vae_embed_dim", 16), grid=(side, side)),
+            num_classes=config.get("class_num", 1000),
+            dim=config["encoder_embed_dim"],
+            encoder_layers=config["encoder_depth"],
+            decoder_layers=config["decoder_depth"],
+            heads=config["encoder_num_heads"],
+            decoder_dim=config["decoder_embed_dim"],
+            decoder_heads=config["decoder_num_heads"],
+            head_layers=config["diffloss_d"],
+            head_dim=config["diffloss_w"],
+            patch_size=config.get("patch_size", 1),
+            mlp_ratio=config.get("mlp_ratio", 4.0),
+            buffer_size=config.get("buffer_size", 64),
+            mask_rate_min=config.get("mask_ratio_min", 0.7),
+            diffusion_batch_mul=config.get("diffusion_batch_mul", 4),
+            condition_dropout=config.get("label_drop_prob", 0.1),
+            attention_dropout=config.get("attn_dropout", 0.1),
+            dropout=config.get("proj_dropout", 0.1),
+            norm_eps=config.get("norm_eps", 1e-6),
+        )
+        load_strictly(model, rename(state_dict, OFFICIAL_NAMES), source="the official state dict")
+        return model
+
+
+OFFICIAL_NAMES = [
+    (r"class_emb\.weight", r"class_embedding.weight"),
+    (r"fake_latent", r"null_class"),
+    (r"(encoder|decoder)_pos_embed_learned", r"\1_positions"),
+    (r"diffusion_pos_embed_learned", r"head_positions"),
+    (r"z_proj\.(\w+)", r"input.\1"),
+    (r"z_proj_ln\.(\w+)", r"input_norm.\1"),
+    (r"decoder_embed\.(\w+)", r"bridge.\1"),
+    (r"(\w+_blocks\.\d+)\.attn\.proj\.(\w+)", r"\1.attn.out.\2"),
+    (r"(\w+_blocks\.\d+)\.mlp\.fc1\.(\w+)", r"\1.mlp.up.\2"),
+    (r"(\w+_blocks\.\d+)\.mlp\.fc2\.(\w+)", r"\1.mlp.down.\2"),
+    (r"diffloss\.net\.time_embed\.mlp\.(\d)\.(\w+)", r"head.time_embedding.mlp.\1.\2"),
+    (r"diffloss\.net\.cond_embed\.(\w+)", r"head.condition.\1"),
+    (r"diffloss\.net\.input_proj\.(\w+)", r"head.input.\1"),
+    (r"diffloss\.net\.res_blocks\.(\d+)\.in_ln\.(\w+)", r"head.blocks.\1.norm.\2"),
+    (r"diffloss\.net\.res_blocks\.(\d+)\.mlp\.0\.(\w+)", r"head.blocks.\1.mlp.up.\2"),
+    (r"diffloss\.net\.res_blocks\.(\d+)\.mlp\.2\.(\w+)", r"head.blocks.\1.mlp.down.\2"),
+    (r"diffloss\.net\.res_blocks\.(\d+)\.adaLN_modulation\.1\.(\w+)", r"head.blocks.\1.modulation.1.\2"),
+    (r"diffloss\.net\.final_layer\.linear\.(\w+)", r"head.output.\1"),
+    (r"diffloss\.net\.final_layer\.adaLN_modulation\.1\.(\w+)", r"head.modulation.1.\1"),
+]
+
+
+def take(values: Tensor, positions: Tensor) -> Tensor:
+    """Values (B, L, d) at positions (B, n): (B, n, d)."""
+    return values.gather(1, positions[..., None].expand(-1, -1, values.shape[2]))
+
+
+def patch_members(spec: TokenSpec, patch_size: int) -> Tensor:
+    """The raster indices (L / p^2, p^2) of the latents of every patch, patches and latents in raster order.
+
+    Raises:
+        ValueError: the patch does not divide the grid, or there is none.
+    """
+    raster = torch.arange(spec.length)
+    if patch_size == 1:
+        return raster[:, None]
+    if spec.grid is None or len(spec.grid) != 2 or any(side % patch_size for side in spec.grid):
+        raise ValueError(f"patch_size {patch_size} does not divide the token grid {spec.grid}")
+    return rearrange(raster, "(h p w q) -> (h w) (p q)", h=spec.grid[0] // patch_size, p=patch_size, q=patch_size)
+
+
+def truncated_normal(uniforms: Tensor, low: float) -> Tensor:
+    """Mask rates of uniform numbers: normal around 1 with deviation 0.25, between ``low`` and 1."""
+    below = torch.special.ndtr(torch.tensor((low - 1) / 0.25, dtype=torch.float64))
+    return (1 + 0.25 * torch.special.ndtri(below + uniforms * (0.5 - below))).clamp(low, 1)

@@ -1,0 +1,352 @@
+"""xAR: next-X prediction. One transformer generates an image entity by entity, each by flow matching.
+
+Paper: Beyond Next-Token: Next-X Prediction for Autoregressive Visual Generation (arXiv 2502.20388). The released
+weights (github.com/OliverRensu/xAR) predict cells of 8x8 tokens; here any ``LayoutConfig`` goes.
+
+Time runs from data at 0 to noise at 1. Every entity of a training sequence carries noise at a level of its own, and
+sees the noisy entities before it (noisy context learning): the context of training is as imperfect as that of sampling.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vistok.checkpoints import CheckpointError, OfficialCheckpoint, load_strictly, rename
+from vistok.draws import Draws, Keys
+from vistok.flow import TimeSampling
+from vistok.generators.engine.autoregressive import weighted_mean
+from vistok.generators.engine.cache import KVCache, LayerCache
+from vistok.generators.engine.continuous import ContinuousGenerator
+from vistok.generators.xar.layouts import EntityLayout, LayoutConfig
+from vistok.generators.xar.sampling import PATH, XAROptions, XARSession
+from vistok.nn.attention import Attention
+from vistok.nn.flex import FEWEST_CHANNELS, FlexMask, block_causal
+from vistok.nn.mlp import GatedMLP
+from vistok.nn.modulation import modulate
+from vistok.nn.norms import RMSNorm
+from vistok.nn.rotary import FixedRotation, Rotation, rotation_table
+from vistok.nn.timesteps import TimestepEmbedding
+from vistok.types import Condition, GeneratorOutput, TokenSpec, as_dataclass
+
+SIZES = {
+    "B": {"dim": 768, "encoder_layers": 8, "decoder_layers": 8, "heads": 12},
+    "L": {"dim": 1024, "encoder_layers": 16, "decoder_layers": 16, "heads": 16},
+    "H": {"dim": 1280, "encoder_layers": 20, "decoder_layers": 20, "heads": 16},
+}
+NORM_EPS = 1e-6
+CELLS = LayoutConfig("cell", 8)
+TRAINING_TIMES = TimeSampling("logit_normal")
+
+
+def _official(size: str) -> dict[str, Any]:
+    dim, encoder_layers, decoder_layers, heads = SIZES[size].values()
+    return {
+        "encoder_embed_dim": dim,
+        "encoder_depth": encoder_layers,
+        "encoder_num_heads": heads,
+        "decoder_embed_dim": dim,
+        "decoder_depth": decoder_layers,
+        "decoder_num_heads": heads,
+        "attn_dropout": 0.1,
+        "proj_dropout": 0.1,
+    }
+
+
+class Block(nn.Module):
+    """Transformer block modulated by a condition per entity: (B, n, D) -> (B, n, D)."""
+
+    def __init__(self, dim: int, heads: int, hidden_dim: int, attention_dropout: float, dropout: float):
+        super().__init__()
+        self.attn = Attention(dim, heads, attention_dropout=attention_dropout, dropout=dropout)
+        self.mlp = GatedMLP(dim, hidden_dim, F.gelu, hidden_dropout=dropout, dropout=dropout)
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+
+    def forward(
+        self,
+        x: Tensor,
+        condition: Tensor,
+        spread: Tensor | None,
+        rotation: Rotation,
+        mask: Tensor | FlexMask | None,
+        cache: LayerCache | None,
+    ) -> Tensor:
+        """``condition`` is (B, e, D); ``spread`` (n,) says whose each position is, None where all share evenly."""
+        parts = self.modulation(condition)  # (B, e, 6 D)
+        parts = parts if spread is None else parts[:, spread]
+        gate1, gate2, scale1, scale2, shift1, shift2 = parts.unsqueeze(2).chunk(6, -1)
+        x = x.unflatten(1, (parts.shape[1], -1))  # (B, e, n / e, D)
+        y = self.attn(modulate(_norm(x), shift1, scale1).flatten(1, 2), rotation=rotation, mask=mask, cache=cache)
+        x = x + gate1 * y.view_as(x)
+        x = x + gate2 * self.mlp(modulate(_norm(x), shift2, scale2))
+        return x.flatten(1, 2)
+
+
+def _norm(x: Tensor) -> Tensor:
+    """RMS norm without weight, in float32."""
+    return F.rms_norm(x.float(), x.shape[-1:], eps=NORM_EPS).type_as(x)
+
+
+class XAR(ContinuousGenerator):
+    """The transformer of xAR.
+
+    Args:
+        spec: the tokens to model: continuous latents.
+        num_classes: number of classes; 0 for unconditional generation.
+        dim, heads: width and heads; the width of a head must be divisible by 4.
+        encoder_layers, decoder_layers: blocks before and after the second table of positions.
+        mlp_ratio: hidden width of the feed-forward, in units of two thirds of dim.
+        layout: the entity that is predicted next, and its size.
+        condition_dropout: share of training samples whose class is dropped, for guidance.
+        attention_dropout, dropout: of the attention weights, and of the outputs of attention and feed-forward.
+        rope_base: base of the rotary frequencies.
+
+    Raises:
+        ValueError: discrete tokens, or a layout that does not fit their grid.
+    """
+
+    registry_name = "xar"
+    options_type = XAROptions
+    sizes = SIZES
+    checkpoints = tuple(
+        OfficialCheckpoint("OliverRen/xAR", f"xAR-{size}.pth", _official(size)) for size in ("B", "L", "H")
+    )
+
+    def __init__(
+        self,
+        spec: TokenSpec,
+        num_classes: int = 1000,
+        dim: int = 768,
+        encoder_layers: int = 8,
+        decoder_layers: int = 8,
+        heads: int = 12,
+        mlp_ratio: float = 4.0,
+        layout: LayoutConfig = CELLS,
+        condition_dropout: float = 0.1,
+        attention_dropout: float = 0.1,
+        dropout: float = 0.1,
+        rope_base: float = 10000.0,
+    ):
+        super().__init__()
+        self.spec = self.check_spec(as_dataclass(TokenSpec, spec), type(self).__name__)
+        self.layout = as_dataclass(LayoutConfig, layout).build(self.spec)
+        self.num_classes, self.condition_dropout = num_classes or None, condition_dropout
+        self.attention_dropout = attention_dropout
+        self.class_embedding = nn.Embedding(num_classes + 1, dim)  # the last is the null class
+        self.time_embedding = TimestepEmbedding(dim, 256)
+        self.input = nn.Linear(self.spec.dim, dim)
+        self.input_norm = RMSNorm(dim, NORM_EPS)
+        self.encoder_positions = nn.Parameter(torch.empty(1, self.layout.length, dim))
+        self.decoder_positions = nn.Parameter(torch.empty(1, self.layout.length, dim))
+
+        def blocks(count: int) -> nn.ModuleList:
+            hidden_dim = int(dim * mlp_ratio * 2 / 3)
+            return nn.ModuleList(Block(dim, heads, hidden_dim, attention_dropout, dropout) for _ in range(count))
+
+        self.encoder_blocks, self.decoder_blocks = blocks(encoder_layers), blocks(decoder_layers)
+        self.encoder_norm, self.decoder_norm = RMSNorm(dim, NORM_EPS), RMSNorm(dim, NORM_EPS)
+        self.bridge = nn.Linear(dim, dim)
+        self.output = nn.Linear(dim, self.spec.dim)
+        table = rotation_table(self.layout.coordinates, dim // heads, base=rope_base)
+        self.rotation = FixedRotation(table)
+        self.apply(_initialise)
+        for positions in (self.encoder_positions, self.decoder_positions):
+            nn.init.normal_(positions, std=0.02)
+
+    def velocity(self, noisy: Tensor, times: Tensor, condition: Condition) -> Tensor:
+        """The velocities (R, n, D) of noisy entities, each seeing itself and those before it.
+
+        Args:
+            noisy: (R, n, D), the first entities of the sequence, in the layout's order.
+            times: (R, e) in [0, 1], the noise level of each of them.
+        """
+        entities = range(times.shape[1])
+        if noisy.shape[1] != self.layout.bounds[len(entities)]:
+            expected = self.layout.bounds[len(entities)]
+            raise ValueError(f"{len(entities)} entities have {expected} positions, got {noisy.shape[1]}")
+        return self.transform(noisy, times, self.class_embedding(self.class_rows(condition)), entities)
+
+    def transform(
+        self, noisy: Tensor, times: Tensor, classes: Tensor, entities: range, cache: KVCache | None = None
+    ) -> Tensor:
+        """The velocities (R, n, D) of consecutive entities.
+
+        Args:
+            noisy: (R, n, D) latents, in the layout's order.
+            times: (R, e), of each of the entities.
+            classes: (R, D') class embeddings.
+            cache: keys and values of all entities before; those of ``noisy`` are appended.
+        """
+        bounds = self.layout.bounds
+        start, stop = bounds[entities.start], bounds[entities.stop]
+        sizes = self.layout.sizes[entities.start : entities.stop]
+        even = len(set(sizes)) == 1
+        spread = None if even else _entity_of(self.layout, start, stop, noisy.device) - entities.start
+        condition = classes[:, None] + self.embed_times(times)
+        shared = (condition, spread, self.rotation(slice(start, stop)), self._mask(entities, noisy.device))
+        memories = iter(cache.layers if cache else [None] * (len(self.encoder_blocks) + len(self.decoder_blocks)))
+
+        x = self.input_norm(self.input(noisy) + self.encoder_positions[:, start:stop])
+        for block in self.encoder_blocks:
+            x = block(x, *shared, next(memories))
+        x = self.bridge(self.encoder_norm(x)) + self.decoder_positions[:, start:stop]
+        for block in self.decoder_blocks:
+            x = block(x, *shared, next(memories))
+        return self.output(self.decoder_norm(x))
+
+    def embed_times(self, times: Tensor) -> Tensor:
+        """Times (R, e) in [0, 1] to (R, e, D); a thousand of them can be told apart."""
+        # Truncated in float32, as the released models were trained.
+        index = (times.float() * 1000).long()
+        return self.time_embedding(index.flatten()).unflatten(0, times.shape)
+
+    def _mask(self, entities: range, device: torch.device) -> Tensor | FlexMask | None:
+        """The block-causal mask of these entities over all up to them; one entity alone sees everything there is."""
+        if len(entities) == 1:
+            return None
+        dropout = self.training and self.attention_dropout
+        wide = self.encoder_blocks[0].attn.head_dim >= FEWEST_CHANNELS
+        if device.type == "cuda" and wide and entities.start == 0 and not dropout:
+            return _flex_mask(self.layout, len(entities), device)
+        bounds = self.layout.bounds
+        return _dense_mask(self.layout, bounds[entities.start], bounds[entities.stop], device)
+
+    def forward(
+        self, tokens: Tensor, condition: Condition, *, draws: Draws | None = None, weights: Tensor | None = None
+    ) -> GeneratorOutput:
+        """Mean squared error of the velocities noise - data, the entities noisy each at its own level.
+
+        Raises:
+            ValueError: no draws, or latents of another tokenizer.
+        """
+        if draws is None:
+            raise ValueError("flow matching trains on noise: pass training_draws(keys)")
+        self.spec.check_latents(tokens)
+        if "drop" in draws:
+            condition = condition.drop(draws["drop"] < self.condition_dropout)
+        sequence, noise, times = self.layout.to_sequence(tokens), draws["noise"], draws["time"]
+        prediction = self.velocity(self.noisy(sequence, noise, times), times, condition)
+        per_sample = (prediction - PATH.velocity(sequence, noise)).square().flatten(1).mean(1)
+        loss = per_sample.mean() if weights is None else weighted_mean(per_sample, weights)
+        return GeneratorOutput(loss, prediction)
+
+    def noisy(self, sequence: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """A sequence (B, N, D) with noise at the level times (B, E) of each entity."""
+        levels = times[:, _entity_of(self.layout, 0, self.layout.length, times.device)]  # (B, N)
+        return PATH.interpolate(sequence.flatten(0, 1), noise.flatten(0, 1), levels.flatten()).view_as(sequence)
+
+    def training_draws(self, keys: Keys) -> Draws:
+        """ "drop" (B,) uniform, "time" (B, E) in [0, 1], "noise" (B, N, D) normal."""
+        return {
+            "drop": keys.uniform("drop"),
+            "time": TRAINING_TIMES.from_normals(keys.normal("time", self.layout.num_entities)),
+            "noise": keys.normal("noise", self.layout.length, self.spec.dim),
+        }
+
+    def sampling_draws(self, keys: Keys, options: XAROptions | None = None) -> Draws:
+        """ "noise" (B, N, D), where entities start; "steps" (B, num_steps - 1, N, D) for the stochastic solver;
+        "context" (B, N, D) for noisy contexts."""
+        options = options or XAROptions()
+        shape = (self.layout.length, self.spec.dim)
+        draws = {"noise": keys.normal("noise", *shape)}
+        if options.solver == "euler_maruyama":
+            draws["steps"] = keys.normal("steps", options.num_steps - 1, *shape)
+        if options.context_noise:
+            draws["context"] = keys.normal("context", *shape)
+        return draws
+
+    def start(
+        self, condition: Condition, options: XAROptions | None = None, *, draws: Draws | None = None
+    ) -> XARSession:
+        options = options or XAROptions()
+        self.check_condition(condition)
+        if draws is None:
+            raise ValueError("sampling starts from noise: pass sampling_draws(Keys.range(seed, B), options)")
+        return XARSession(self, condition, options, draws)
+
+    def new_cache(self, rows: int) -> KVCache:
+        """An empty cache of the whole sequence."""
+        attention, weight = self.encoder_blocks[0].attn, self.output.weight
+        layers = len(self.encoder_blocks) + len(self.decoder_blocks)
+        sizes = (layers, rows, attention.heads, self.layout.length, attention.head_dim)
+        return KVCache(*sizes, dtype=weight.dtype, device=weight.device)
+
+    @classmethod
+    def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
+        side = config.get("img_size", 256) // config.get("vae_stride", 16) // config.get("patch_size", 1)
+        cell = _cell_side(side, config.get("clusters", 4))
+        for name in ("embed_dim", "num_heads"):
+            if config[f"encoder_{name}"] != config[f"decoder_{name}"]:
+                raise CheckpointError(f"encoder_{name} and decoder_{name} must be equal, as in every released model")
+        model = cls(
+            TokenSpec(side * side, None, config.get("vae_embed_dim", 16), grid=(side, side)),
+            # The reference always builds 1000 classes and the null class, whatever its arguments say.
+            num_classes=state_dict["class_emb.weight"].shape[0] - 1 if "class_emb.weight" in state_dict else 1000,
+            dim=config["encoder_embed_dim"],
+            encoder_layers=config["encoder_depth"],
+            decoder_layers=config["decoder_depth"],
+            heads=config["encoder_num_heads"],
+            mlp_ratio=config.get("mlp_ratio", 4.0),
+            layout=LayoutConfig("cell", cell),
+            condition_dropout=config.get("label_drop_prob", 0.1),
+            attention_dropout=config.get("attn_dropout", 0.1),
+            dropout=config.get("proj_dropout", 0.1),
+        )
+        # Mask and rotary tables are stored, but follow from the layout.
+        state = {key: t for key, t in state_dict.items() if key != "mask" and ".attn.rope.freqs" not in key}
+        load_strictly(model, rename(state, OFFICIAL_NAMES), source="the official state dict")
+        return model
+
+
+OFFICIAL_NAMES = [
+    (r"class_emb\.weight", r"class_embedding.weight"),
+    (r"time_embed\.mlp\.(\d)\.(\w+)", r"time_embedding.mlp.\1.\2"),
+    (r"z_proj\.(\w+)", r"input.\1"),
+    (r"z_proj_ln\.weight", r"input_norm.weight"),
+    (r"(encoder|decoder)_pos_embed_learned", r"\1_positions"),
+    (r"decoder_embed\.(\w+)", r"bridge.\1"),
+    (r"pred\.(\w+)", r"output.\1"),
+    (r"(\w+_blocks\.\d+)\.attn\.proj\.(\w+)", r"\1.attn.out.\2"),
+    (r"(\w+_blocks\.\d+)\.mlp\.fc1_g\.(\w+)", r"\1.mlp.gate.\2"),
+    (r"(\w+_blocks\.\d+)\.mlp\.fc1_x\.(\w+)", r"\1.mlp.up.\2"),
+    (r"(\w+_blocks\.\d+)\.mlp\.fc2\.(\w+)", r"\1.mlp.down.\2"),
+    (r"(\w+_blocks\.\d+)\.ada_lin\.1\.(\w+)", r"\1.modulation.1.\2"),
+]
+
+
+def _cell_side(side: int, clusters: int) -> int:
+    """Side of a cell if ``clusters`` of them tile a square of ``side`` tokens."""
+    rows = math.isqrt(clusters)
+    if rows * rows != clusters or side % rows:
+        raise CheckpointError(f"clusters {clusters} is not the number of square cells of a {side}x{side} token grid")
+    return side // rows
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+
+
+@lru_cache(maxsize=8)
+def _flex_mask(layout: EntityLayout, entities: int, device: torch.device) -> FlexMask:
+    return block_causal(layout.entity_of[: layout.bounds[entities]].to(device))
+
+
+# Kept, because a copy to the device waits for what it is computing.
+@lru_cache(maxsize=32)
+def _entity_of(layout: EntityLayout, start: int, stop: int, device: torch.device) -> Tensor:
+    return layout.entity_of[start:stop].to(device)
+
+
+@lru_cache(maxsize=32)
+def _dense_mask(layout: EntityLayout, start: int, stop: int, device: torch.device) -> Tensor:
+    return layout.mask(start, stop).to(device)

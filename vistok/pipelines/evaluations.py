@@ -1,0 +1,90 @@
+"""What `vistok eval` does with a tokenizer's run, and with a data set that is to become a reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vistok.eval import make_reference
+from vistok.eval.perturbation import evaluate_perturbation
+from vistok.eval.protocols import choose_protocol, load_network
+from vistok.eval.references import Provenance, open_reference
+from vistok.eval.tokenizers import evaluate_tokenizer
+from vistok.losses import LPIPS
+from vistok.pipelines.folders import load_tokenizer
+from vistok.pipelines.runs import data_of_run
+from vistok.utils.devices import choose_device
+from vistok.utils.processes import Processes
+
+PAIRS, PERTURBATION = "reconstruction", "perturbation"
+
+
+def score_tokenizer(
+    run: str,
+    overrides: Sequence[str],
+    *,
+    reference: str | None,
+    protocol: str | None,
+    weights: Path | None,
+    lpips_weights: Path | None,
+    batch_size: int,
+    device: str | None,
+    processes: Processes,
+) -> dict[str, Any]:
+    """Score a tokenizer on the test split of its data, or on others.
+
+    Args:
+        overrides: ``data.key=value`` texts.
+        reference: folder or .zip of other images.
+        protocol: None for PSNR and SSIM, with rFID if ``weights`` are given; "reconstruction" with rFID in any case;
+            "perturbation" for pFID.
+
+    Raises:
+        ValueError: another protocol, or statistics in place of images.
+    """
+    if protocol not in (None, PAIRS, PERTURBATION):
+        raise ValueError(f"a tokenizer is scored by the protocol {PAIRS} or {PERTURBATION}, not by {protocol!r}")
+    if reference is not None:
+        overrides = [f"data.root={_check_images(reference)}", *overrides]
+    where = processes.device() if device is None else choose_device(device)
+    tokenizer = load_tokenizer(run).to(where)
+    overrides = [f"data.batch_size={batch_size}", *overrides]
+    data = data_of_run(run, overrides, image_shape=tokenizer.image_shape, split="test")
+    network = None
+    if protocol is not None or weights is not None:
+        network = load_network(choose_protocol(PAIRS, None, None), weights=weights, device=where)
+    if protocol == PERTURBATION:
+        return evaluate_perturbation(tokenizer, data, network, processes=processes)
+    return evaluate_tokenizer(tokenizer, data, network=network, lpips=open_lpips(lpips_weights), processes=processes)
+
+
+def make_reference_file(
+    images: str,
+    path: Path,
+    *,
+    protocol: str,
+    weights: Path | None,
+    split: str | None,
+    crop: int | None,
+    batch_size: int,
+    device: str | None,
+    processes: Processes,
+) -> Provenance:
+    """Make a reference for a protocol; returns what the file tells of itself."""
+    where = processes.device() if device is None else choose_device(device)
+    network = load_network(choose_protocol(protocol, None, None), weights=weights, device=where)
+    made = make_reference(images, path, network, split=split, crop=crop, batch_size=batch_size, processes=processes)
+    return made.provenance
+
+
+def open_lpips(weights: Path | None) -> LPIPS | None:
+    return LPIPS.from_pretrained(weights) if weights is not None else None
+
+
+def _check_images(reference: str) -> str:
+    """Refuse statistics where images are needed: with the reason, where they are of training images."""
+    if Path(reference).suffix != ".npz":
+        return reference
+    open_reference(reference).check_held_out()
+    raise ValueError(f"a tokenizer is scored on image files, not on {reference}; name their folder or .zip")

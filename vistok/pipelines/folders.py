@@ -1,0 +1,89 @@
+"""The folder of a pipeline: ``tokenizer/``, ``generator/``, and ``pipeline.json`` with class names and default options.
+
+The run folder of a trained generator is one; that of a tokenizer is its first part.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from vistok.checkpoints import CONFIG, WEIGHTS, CheckpointError, load, snapshot
+from vistok.tokenizers.base import Tokenizer
+from vistok.types import to_json
+from vistok.utils.files import write_json
+
+PIPELINE, TOKENIZER, GENERATOR = "pipeline.json", "tokenizer", "generator"
+BEST_MODEL = "best"
+"""What a run folder holds as well if it validates: the same of its best step."""
+
+Part = TypeVar("Part")
+
+
+def write_settings(folder: str | Path, *, class_names: Sequence[str], sampling: Mapping[str, Any]) -> None:
+    """Write ``pipeline.json`` into a folder that has (or gets) ``tokenizer/`` and ``generator/``."""
+    write_json(Path(folder) / PIPELINE, {"class_names": list(class_names), "sampling": to_json(dict(sampling))})
+
+
+def pipeline_folder(path: str | Path) -> Path:
+    """The local folder of a pipeline, fetched from the hub if need be.
+
+    Raises:
+        CheckpointError: nothing there, or no whole pipeline.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        files = [PIPELINE, *(f"{part}/{file}" for part in (TOKENIZER, GENERATOR) for file in (CONFIG, WEIGHTS))]
+        return snapshot(str(path), files)
+    missing = [name for name in (PIPELINE, TOKENIZER, GENERATOR) if not (folder / name).exists()]
+    if not missing:
+        return folder
+    hint = ""
+    if (folder / CONFIG).is_file():
+        hint = " (it is a single model, which vistok.load reads)"
+    elif GENERATOR in missing and TOKENIZER not in missing:
+        hint = " (it has a tokenizer only: train a generator on its tokens, or look at it with `vistok reconstruct`)"
+    raise CheckpointError(f"{folder} is no pipeline: it has no {', no '.join(missing)}{hint}")
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What ``write_settings`` wrote, as arguments of a pipeline.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = folder / PIPELINE
+    try:
+        settings = json.loads(path.read_text())
+        return {"class_names": tuple(settings["class_names"]), "sampling": dict(settings["sampling"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f'{path} is damaged ({error!r}); expected {{"class_names": [...], "sampling": {{...}}}}'
+        ) from error
+
+
+def load_part(folder: Path, part: str, kind: type[Part]) -> Part:
+    """The model in ``folder / part``.
+
+    Raises:
+        CheckpointError: damaged weights, or another kind of model.
+    """
+    model = load(folder / part)
+    if not isinstance(model, kind):
+        raise CheckpointError(f"{folder / part} holds a {type(model).__name__}, which is no {part}")
+    return model
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a model folder, of a run or pipeline (its ``tokenizer/``), of a token cache, or of a hub id.
+
+    Raises:
+        CheckpointError: nothing there, damaged weights, or another kind of model.
+    """
+    inner = Path(path) / TOKENIZER
+    model = load(inner if inner.is_dir() else path)
+    if not isinstance(model, Tokenizer):
+        raise CheckpointError(f"{path} holds a generator ({model.registry_name}), but a tokenizer is needed")
+    return model

@@ -1,0 +1,51 @@
+"""What a path on the command line stands for, and what a training run tells about its data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from vistok.checkpoints import CONFIG, read_config
+from vistok.checkpoints.registry import entry
+from vistok.config import ConfigError, check, load_config, override
+from vistok.data.config import DataConfig
+from vistok.pipelines.folders import BEST_MODEL, GENERATOR, TOKENIZER
+
+RUN_CONFIG = "config.yaml"
+
+
+def holds_tokenizer_only(path: str | Path) -> bool:
+    """Whether ``path`` is a saved tokenizer or the run of one, rather than a pipeline or a set of images."""
+    folder = Path(path)
+    if (folder / CONFIG).is_file():
+        return entry(read_config(folder)["model"]).kind == "tokenizer"
+    return (folder / TOKENIZER).is_dir() and not (folder / GENERATOR).exists()
+
+
+def data_of_run(
+    path: str | Path, overrides: Sequence[str], *, image_shape: tuple[int, ...], split: str | None = None
+) -> DataConfig:
+    """The images that a tokenizer run was trained on, as ``data.…=…`` overrides change it.
+
+    Args:
+        path: the run folder, or its best/. Without a config.yaml there, size and channels come from ``image_shape``.
+        overrides: ``data.key=value`` texts.
+        image_shape: of the tokenizer, (C, H, W).
+        split: replaces the run's, unless an override sets it.
+
+    Raises:
+        ConfigError: an override of something else than data, or a config that does not check.
+    """
+    foreign = [text for text in overrides if not text.startswith("data.")]
+    if foreign:
+        raise ConfigError(f"override {foreign[0]!r}: only data.… applies here, for example data.root=photos/")
+    folder = Path(path).absolute()
+    file = folder / RUN_CONFIG
+    if folder.name == BEST_MODEL and not file.is_file():
+        file = folder.parent / RUN_CONFIG
+    section = load_config(file).get("data") if file.is_file() else None
+    section = section or {"channels": image_shape[0], "image_size": image_shape[1]}
+    if split is not None:
+        section = {**section, "split": split}
+    values = override({"data": section}, overrides)["data"]
+    return DataConfig(**check(DataConfig, values, "data"))

@@ -1,0 +1,189 @@
+"""Folders of samples and pictures of reconstructions, as the command line writes them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vistok._version import __version__
+from vistok.data.pictures import comparison, from_pil, grid, npz_writer, open_picture, save_png, to_pil, to_uint8
+from vistok.draws import Keys
+from vistok.eval.reconstruction import psnr
+from vistok.pipelines import Pipeline
+from vistok.pipelines.classes import ClassLabel
+from vistok.tokenizers.base import Tokenizer
+from vistok.types import to_json
+from vistok.utils.devices import dtype_of
+from vistok.utils.files import write_json
+from vistok.utils.processes import Processes
+from vistok.utils.progress import track
+from vistok.utils.unfinished import discard, how_to_go_on, open_unfinished, publish, unfinished
+
+GRID, NPZ, RECORD = "grid.png", "samples.npz", "samples.json"
+GRID_IMAGES = 64
+ALONE = Processes()
+
+
+def write_samples(
+    pipe: Pipeline,
+    out: str | Path,
+    num_images: int,
+    *,
+    classes: Sequence[ClassLabel] | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    npz: bool = False,
+    sampling: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    processes: Processes = ALONE,
+) -> dict[str, Any]:
+    """Generate ``num_images`` images into the folder ``out``, which appears when all are there.
+
+    It gets 000000.png, 000001.png, …; grid.png with the first 64; samples.json with all that made them; and with
+    ``npz`` samples.npz, which ADM-style evaluators read. Image i is of class ``classes[i % len(classes)]``; it is the
+    same whatever the batch size and the number of processes. Until then the images lie in ``OUT.unfinished/``, where a
+    killed run can go on.
+
+    Args:
+        classes: by id or by name; None takes all classes in turn, if there are any.
+        sampling: options that differ from the pipeline's.
+        resume: keep the images that an unfinished run has written.
+        processes: those that share the work; each calls this with the same arguments.
+
+    Returns:
+        what samples.json holds.
+
+    Raises:
+        FileExistsError: ``out`` exists and is not an empty folder; or an unfinished one, and ``resume`` is False.
+        ResumeError: nothing to resume, or images of other settings.
+        ValueError, ConfigError: as the pipeline does.
+    """
+    out = Path(out)
+    if num_images < 1:
+        raise ValueError(f"the number of images must be at least 1, got {num_images}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    sampling = dict(sampling or {})
+    labels = _labels(pipe, classes, num_images)
+    settings = {
+        "num_images": num_images,
+        "seed": seed,
+        "labels": labels,
+        "options": to_json(dataclasses.asdict(pipe.options(**sampling))),
+        "tokenizer": pipe.tokenizer.fingerprint(),
+        "generator": pipe.generator.fingerprint(),
+    }
+    where = {"device": str(pipe.device), "dtype": dtype_of(pipe.generator)}
+    record = settings | where | {"vistok_version": __version__}
+    if processes.is_first:
+        open_unfinished(out, settings, resume=resume)
+    processes.wait()
+    files = [unfinished(out) / f"{index:06d}.png" for index in range(num_images)]
+    try:
+        for start, stop in track(*_batches(files, batch_size, processes)):
+            what = {"num_images": stop - start} if labels is None else {"class_labels": labels[start:stop]}
+            images = pipe(**what, seed=seed, index_start=start, batch_size=batch_size, **sampling).images
+            for image, file in zip(images, files[start:stop], strict=True):
+                save_png(image, file)
+        processes.wait()
+        if processes.is_first:
+            _finish(files, record, columns=_columns(classes), npz=npz)
+    except BaseException as error:
+        if processes.count == 1 and not any(file.exists() for file in files):
+            discard(out)
+        else:
+            error.add_note(how_to_go_on(out))
+        raise
+    if processes.is_first:
+        publish(out)
+    processes.wait()
+    return record
+
+
+def _batches(files: Sequence[Path], batch_size: int, processes: Processes) -> tuple[list[tuple[int, int]], str, int]:
+    """This process's ranges of images that are not all there, for ``track``.
+
+    Which process makes an image depends on its number alone, not on what is there: processes look at different times.
+    """
+    ranges = []
+    for start in range(processes.index * batch_size, len(files), processes.count * batch_size):
+        stop = min(start + batch_size, len(files))
+        missing = [index for index in range(start, stop) if not files[index].exists()]
+        if missing:
+            ranges.append((missing[0], stop))
+    return ranges, f"{len(files):,} samples", len(ranges)
+
+
+def _finish(files: Sequence[Path], record: Mapping[str, Any], *, columns: int | None, npz: bool) -> None:
+    """Put the overview, the array and the record beside all images."""
+    folder = files[0].parent
+    if npz:
+        with npz_writer(folder / NPZ, len(files)) as writer:
+            for file in files:
+                writer.write([open_picture(file)])
+    save_png(grid([open_picture(file) for file in files[:GRID_IMAGES]], columns), folder / GRID)
+    write_json(folder / RECORD, record)
+
+
+def reconstruct_files(tokenizer: Tokenizer, files: Sequence[str | Path], out: str | Path) -> list[float]:
+    """Write a PNG of image files (ADM's centre crop) over their reconstructions; return the PSNR of each in dB.
+
+    Raises:
+        FileNotFoundError, ValueError: a file that is absent or no image.
+    """
+    channels, *size = tokenizer.image_shape
+    pixels = from_pil([open_picture(file) for file in files], tuple(size), channels)
+    parameter = next(tokenizer.parameters())
+    rows = [tokenizer.reconstruct(row[None].to(parameter.device, parameter.dtype)).float().cpu() for row in pixels]
+    reconstructions = torch.cat(rows)
+    save_png(comparison(pixels, reconstructions), out)
+    return psnr(to_uint8(pixels) / 255, to_uint8(reconstructions) / 255).tolist()
+
+
+@torch.no_grad()
+def reconstruct_prefixes(
+    tokenizer: Tokenizer, files: Sequence[str | Path], lengths: Sequence[int], out: str | Path
+) -> list[list[float]]:
+    """Write a PNG with a row per image file: the image, then what its first tokens decode to, for each length.
+
+    Returns:
+        the PSNR in dB of each image at each length.
+
+    Raises:
+        FileNotFoundError, ValueError: a file that is absent or no image, a tokenizer whose prefixes do not decode, or
+            a length that does not.
+    """
+    if tokenizer.spec.prefix_step is None:
+        raise ValueError(f"{type(tokenizer).__name__} decodes all of its {tokenizer.spec.length} tokens at once only")
+    channels, *size = tokenizer.image_shape
+    pixels = from_pil([open_picture(file) for file in files], tuple(size), channels)
+    parameter = next(tokenizer.parameters())
+    draws = tokenizer.decoding_draws(Keys.range(0, 1))
+    draws = {name: value.expand(len(lengths), *value.shape[1:]) for name, value in draws.items()}
+    shown, decibels = [], []
+    for original in pixels:
+        ids = tokenizer.encode(original[None].to(parameter.device, parameter.dtype)).expand(len(lengths), -1)
+        decoded = tokenizer.decode(ids, lengths=torch.tensor(lengths), draws=draws).float().cpu()
+        shown += to_pil(torch.cat([original[None], decoded]))
+        truth = original.expand_as(decoded)
+        decibels.append(psnr(to_uint8(truth) / 255, to_uint8(decoded) / 255).tolist())
+    save_png(grid(shown, 1 + len(lengths)), out)
+    return decibels
+
+
+def _labels(pipe: Pipeline, classes: Sequence[ClassLabel] | None, num_images: int) -> list[int] | None:
+    if classes is None:
+        count = pipe.generator.num_classes
+        ids = list(range(count)) if count else None
+    else:
+        ids = pipe.class_ids(classes)
+    return None if ids is None else [ids[index % len(ids)] for index in range(num_images)]
+
+
+def _columns(classes: Sequence[ClassLabel] | None) -> int | None:
+    """One column per class, where there are few; None leaves it to the grid."""
+    return len(classes) if classes is not None and 1 < len(classes) <= 16 else None

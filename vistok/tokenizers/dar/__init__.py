@@ -1,0 +1,5 @@
+"""D-AR: diffusion steps as groups of tokens."""
+
+from vistok.tokenizers.dar.model import DAR
+
+__all__ = ["DAR"]

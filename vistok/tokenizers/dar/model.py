@@ -1,0 +1,391 @@
+"""D-AR's tokenizer: groups of ordered ids, each of which drives one step of a flow model in pixel space.
+
+Paper: D-AR: Diffusion via Autoregressive Models (Gao & Shou, arXiv 2505.23660, ICLR 2026). Official weights and
+conventions: github.com/showlab/D-AR. Generating the ids in order is running the diffusion; after every group the
+straight line to the data end of the path is a preview.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, Self
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from vistok.checkpoints import OfficialCheckpoint, load_strictly
+from vistok.draws import Draws, Keys
+from vistok.flow import SOLVERS, LinearPath, shift_time
+from vistok.nn.masks import prefix_causal_mask
+from vistok.quantizers import VectorQuantizer
+from vistok.tokenizers.base import Tokenizer, prefix_lengths
+from vistok.tokenizers.dar import official
+from vistok.tokenizers.dar.networks import (
+    AlignmentConfig,
+    Block,
+    GridPositions,
+    GridRotation,
+    VelocityConfig,
+    VelocityNetwork,
+    plain_norm,
+)
+from vistok.types import TokenizerOutput, TokenSpec, as_dataclass
+
+PATH = LinearPath(noise_at=0)
+VELOCITY = VelocityConfig()
+Solver = Literal["adams_bashforth2", "euler"]
+
+
+class DAR(Tokenizer):
+    """Images to ordered ids, of which any number of whole first groups decodes.
+
+    Args:
+        image_size: side of the images, or (height, width); other multiples of the patches work too.
+        in_channels: 3, or 1 for grey images.
+        encoder_patch_size: side of the encoder's patches.
+        encoder_dim, encoder_layers: width and blocks of the query encoder; widths are multiples of 64.
+        decoder_dim, decoder_layers: of the causal layers between the codes and the velocity network.
+        codebook_size, codebook_embed_dim: number and channels of the l2-normalised codes.
+        codebook_restart_after: see ``VectorQuantizer``.
+        entropy_temperature: offers the "entropy" loss term, with this softmax temperature; None does not.
+        num_tokens: ids N of an image.
+        num_groups, group_size: the G groups of Q ids; group i conditions times around i / G.
+        query_rank: inner width of the learned queries' table; None learns them at full width.
+        max_tokens: rows of the tables of queries and of token embeddings; the first N are used.
+        gate_init: of the gates in the encoder's and the causal layers' blocks. At 0, the paper's, tokens are blind to
+            the image at first; short runs start at 1.
+        position_std: deviation of the initial positions of tokens. The paper's leaves the causal layers little to tell
+            one token from another by; short runs start at 0.5.
+        absolute_positions: add learned positions to the patches of encoder and velocity network. Released models do
+            without: a patch attends to the tokens of a group from where it is. But one token looks the same from
+            everywhere, so groups of one need this; and the encoder learns sooner what lies where.
+        velocity: the velocity network.
+        data_std: pixels are multiplied by it, so that data and noise are alike in scale.
+        time_shift: sampling and training times t become t / (t + time_shift (1 - t)).
+        num_steps, solver: what ``decode`` does unless it is told otherwise.
+        alignment: head for the "repa" loss; None has none.
+
+    Raises:
+        ValueError: sizes that do not divide.
+    """
+
+    registry_name = "dar"
+    sizes = {"v1": {}}
+    checkpoints = (OfficialCheckpoint("showlab/D-AR", "D-AR-tokenizer_v1.pt", official.V1),)
+
+    def __init__(
+        self,
+        image_size: int | tuple[int, int] = 256,
+        in_channels: int = 3,
+        encoder_patch_size: int = 16,
+        encoder_dim: int = 768,
+        encoder_layers: int = 8,
+        decoder_dim: int = 768,
+        decoder_layers: int = 8,
+        codebook_size: int = 16384,
+        codebook_embed_dim: int = 8,
+        codebook_restart_after: int = 0,
+        entropy_temperature: float | None = None,
+        num_tokens: int = 256,
+        num_groups: int = 8,
+        group_size: int = 32,
+        query_rank: int | None = 8,
+        max_tokens: int = 1024,
+        gate_init: float = 0.0,
+        position_std: float = 0.02,
+        absolute_positions: bool = False,
+        velocity: VelocityConfig = VELOCITY,
+        data_std: float = 0.6,
+        time_shift: float = 2.0,
+        num_steps: int = 8,
+        solver: Solver = "adams_bashforth2",
+        alignment: AlignmentConfig | None = None,
+    ):
+        super().__init__()
+        velocity = as_dataclass(VelocityConfig, velocity)
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self._image_shape = (in_channels, height, width)
+        if num_tokens % group_size or num_tokens > max_tokens:
+            raise ValueError(f"num_tokens {num_tokens} must be a multiple of group_size {group_size}, <= {max_tokens}")
+        self._spec = TokenSpec(num_tokens, codebook_size, codebook_embed_dim, prefix_step=group_size)
+        self.encoder_patch, self.velocity_patch = encoder_patch_size, velocity.patch_size
+        self.spec_for((height, width))  # refuses sides that do not divide
+        self.num_groups, self.group_size = num_groups, group_size
+        self.data_std, self.time_shift = data_std, time_shift
+        self.num_steps, self.solver = num_steps, solver
+
+        self.to_patches = nn.Conv2d(in_channels, encoder_dim, encoder_patch_size, encoder_patch_size)
+        self.queries = nn.Embedding(max_tokens, query_rank or encoder_dim)
+        self.query_proj = nn.Linear(query_rank, encoder_dim) if query_rank else nn.Identity()
+        nn.init.trunc_normal_(self.queries.weight, std=1.0 if query_rank else 0.02)
+        self.encoder_rotation = GridRotation(self._grid((height, width), encoder_patch_size), num_tokens)
+        self.encoder_positions = (
+            GridPositions(self._grid((height, width), encoder_patch_size), encoder_dim) if absolute_positions else None
+        )
+        self.encoder_norm, self.decoder_norm = plain_norm(encoder_dim), plain_norm(decoder_dim)
+        self.encoder = nn.ModuleList(Block(encoder_dim, gate_init) for _ in range(encoder_layers))
+        self.pre_quant = nn.Linear(encoder_dim, codebook_embed_dim, bias=False)
+        self.quantizer = VectorQuantizer(
+            codebook_size,
+            codebook_embed_dim,
+            gradient="normalised",
+            init="uniform",
+            entropy_temperature=entropy_temperature,
+            restart_after=codebook_restart_after,
+        )
+        self.post_quant = nn.Linear(codebook_embed_dim, decoder_dim, bias=False)
+        self.token_positions = nn.Embedding(max_tokens, decoder_dim)
+        nn.init.trunc_normal_(self.token_positions.weight, std=position_std)
+        self.decoder = nn.ModuleList(Block(decoder_dim, gate_init) for _ in range(decoder_layers))
+        self.velocity = VelocityNetwork(
+            velocity,
+            in_channels,
+            decoder_dim,
+            self._grid((height, width), velocity.patch_size),
+            alignment and as_dataclass(AlignmentConfig, alignment),
+            absolute_positions=absolute_positions,
+        )
+
+    @staticmethod
+    def _grid(size: tuple[int, int], patch: int) -> tuple[int, int]:
+        return size[0] // patch, size[1] // patch
+
+    @property
+    def spec(self) -> TokenSpec:
+        return self._spec
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self._image_shape
+
+    @property
+    def loss_terms(self) -> tuple[str, ...]:
+        return (*self.quantizer.loss_terms, "flow")
+
+    @property
+    def alignment_dim(self) -> int | None:
+        return None if self.velocity.alignment is None else self.velocity.alignment.dim
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        return self.velocity.patches_out.weight
+
+    def spec_for(self, size: tuple[int, int]) -> TokenSpec:
+        unit = math.lcm(self.encoder_patch, self.velocity_patch)
+        if size[0] < 1 or size[1] < 1 or size[0] % unit or size[1] % unit:
+            raise ValueError(
+                f"image sides must be multiples of {unit}, got {size[0]}x{size[1]}; resize or crop the images"
+            )
+        return self._spec
+
+    def latents(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, C, H, W) in [-1, 1] to queries (B, N, d), before quantization.
+
+        Patches see patches; query i sees all patches and queries up to itself.
+        """
+        self.check_pixels(pixels)
+        grid = self._grid(pixels.shape[2:], self.encoder_patch)
+        patches = self.encoder_norm(rearrange(self.to_patches(pixels), "b d h w -> b (h w) d"))
+        if self.encoder_positions is not None:
+            patches = patches + self.encoder_positions(grid)
+        queries = self.query_proj(self.queries.weight[: self._spec.length])
+        x = torch.cat([patches, queries.expand(len(pixels), -1, -1)], 1)
+        mask = prefix_causal_mask(patches.shape[1], x.shape[1], x.device)
+        rotation = self.encoder_rotation(grid)
+        for block in self.encoder:
+            x = block(x, mask=mask, rotation=rotation)
+        return self.pre_quant(self.encoder_norm(x[:, patches.shape[1] :]))
+
+    def encode(self, pixels: Tensor, *, draws: Draws | None = None) -> Tensor:
+        return self.quantizer.encode(self.latents(pixels))
+
+    def condition(self, codes: Tensor) -> Tensor:
+        """Embed the first k codes (B, k, d) for the velocity network, (B, k, Dc); a token depends on no later one."""
+        x = self.post_quant(codes) + self.token_positions.weight[: codes.shape[1]]
+        for block in self.decoder:
+            x = block(x, causal=True)
+        return self.decoder_norm(x)
+
+    def group_start(self, t: Tensor) -> Tensor:
+        """The first token of the group that conditions time t in [0, 1], before its shift: the nearest of i / G."""
+        length = self._spec.length
+        start = (torch.floor(t * self.num_groups + 0.5) / self.num_groups * length).long()
+        return start.clamp_max(length - self.group_size)
+
+    def schedule(self, num_steps: int) -> tuple[list[float], list[int]]:
+        """The shifted times of a trajectory, num_steps + 1 of them, and how many tokens each step needs."""
+        times = PATH.times(num_steps)
+        starts = self.group_start(torch.tensor(times[:-1], dtype=torch.float64)).tolist()
+        return [shift_time(t, self.time_shift) for t in times], [start + self.group_size for start in starts]
+
+    @torch.no_grad()
+    def decode(
+        self,
+        tokens: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        num_steps: int | None = None,
+        solver: Solver | None = None,
+        draws: Draws | None = None,
+    ) -> Tensor:
+        """The first ids (B, k) of images, k a multiple of the group size, to pixels.
+
+        A prefix takes the steps whose groups it has, and goes from there straight to the data.
+
+        Args:
+            lengths: (B,) how many of its k ids each image uses; None takes all.
+            num_steps: steps of a whole image; None takes as many as the model was built with, one per group.
+            solver: "adams_bashforth2" or "euler"; None takes that of the model.
+            draws: from ``decoding_draws``; None takes those of seed 0. "noise" is (B, C, H, W), and its size is that
+                of the images.
+
+        Raises:
+            ValueError: a wrong number of ids or steps, or ids out of range.
+        """
+        (image,) = deque(
+            self.decode_stream(tokens, lengths=lengths, num_steps=num_steps, solver=solver, draws=draws), maxlen=1
+        )
+        return image
+
+    @torch.no_grad()
+    def decode_stream(
+        self,
+        tokens: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        num_steps: int | None = None,
+        solver: Solver | None = None,
+        draws: Draws | None = None,
+    ) -> Iterator[Tensor]:
+        """As ``decode``, but yields the preview after every step; the last one is what it gives."""
+        lengths = prefix_lengths(self._spec, tokens, lengths)[:, None, None, None]
+        trajectory = Trajectory(self, len(tokens), num_steps=num_steps, solver=solver, draws=draws)
+        image = None
+        for needed, preview in trajectory.advance(tokens[:, : int(lengths.max())]):
+            # A step beyond an image's own tokens leaves that image as it is.
+            image = preview if image is None else torch.where(needed <= lengths, preview, image)
+            yield image
+
+    def prefix_decoder(self, draws: Draws | None = None) -> Callable[[Tensor], Tensor]:
+        """As of every tokenizer; here each call goes on where the last one stopped, so that the previews of a whole
+        image cost as many evaluations of the network as the image."""
+        trajectory: Trajectory | None = None
+        image: Tensor | None = None
+
+        @torch.no_grad()
+        def decode(tokens: Tensor) -> Tensor:
+            nonlocal trajectory, image
+            prefix_lengths(self._spec, tokens, None)
+            if trajectory is None:
+                trajectory = Trajectory(self, len(tokens), draws=draws)
+            for _, preview in trajectory.advance(tokens):
+                image = preview
+            return image
+
+        return decode
+
+    def decoding_draws(self, keys: Keys) -> Draws:
+        return {"noise": keys.normal("decoding noise", *self._image_shape)}
+
+    def training_draws(self, keys: Keys) -> Draws:
+        return {"time": keys.uniform("time"), "noise": keys.normal("noise", *self._image_shape)}
+
+    def forward(
+        self, pixels: Tensor, *, target: Tensor | None = None, step: int | None = None, draws: Draws | None = None
+    ) -> TokenizerOutput:
+        """One random time per image: the term "flow" (B,) is the squared error of the velocity there, relative to the
+        variance of the data; the reconstruction is the straight line from there to the data.
+
+        The terms "codebook" and "commitment" are means over the tokens up to the group of each image's time, the last
+        that has been used.
+
+        Raises:
+            ValueError: no draws: a flow model cannot be trained without noise.
+        """
+        if draws is None:
+            raise ValueError("D-AR trains on random times and noise: pass draws=model.training_draws(keys)")
+        latents = self.latents(pixels)
+        quantized = self.quantizer(latents)
+        start = self.group_start(draws["time"])
+        positions = torch.arange(self.group_size, device=pixels.device) + start[:, None]  # (B, Q)
+        condition = self.condition(quantized.quantized)
+        tokens = condition.gather(1, positions[..., None].expand(-1, -1, condition.shape[2]))
+        t = shift_time(draws["time"], self.time_shift)
+        data, noise = self.data_std * (pixels if target is None else target), draws["noise"]
+        noisy = PATH.interpolate(data, noise, t)
+        predicted = self.velocity(noisy, t, tokens, align=self.alignment_dim is not None)
+        error = (predicted.velocity - PATH.velocity(data, noise)).square().flatten(1).mean(1)
+        used = torch.arange(self._spec.length, device=pixels.device) < start[:, None] + self.group_size
+        losses = {name: _masked_mean(value, used) for name, value in quantized.losses.items()}
+        features = {"latents": latents, "quantized": quantized.quantized, "time": t}
+        if predicted.aligned is not None:
+            features["alignment"] = predicted.aligned
+        return TokenizerOutput(
+            PATH.data_estimate(noisy, predicted.velocity, t) / self.data_std,
+            quantized.ids,
+            losses | {"flow": error / self.data_std**2},
+            features,
+        )
+
+    @classmethod
+    def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
+        model = cls(**official.model_arguments(config, state_dict))
+        load_strictly(model, official.our_names(config, state_dict), source="the official state dict")
+        return model
+
+    pickled_stand_ins = official.STAND_INS
+    embedded_config = staticmethod(official.embedded_config)
+
+
+class Trajectory:
+    """Images on their way from noise to data, taking each step when the tokens that it needs are there.
+
+    Args:
+        model: the tokenizer.
+        batch_size: number of images.
+        num_steps, solver, draws: as of ``DAR.decode``.
+    """
+
+    def __init__(
+        self,
+        model: DAR,
+        batch_size: int,
+        *,
+        num_steps: int | None = None,
+        solver: Solver | None = None,
+        draws: Draws | None = None,
+    ):
+        self.model, self.taken = model, 0
+        times, self.needed = model.schedule(model.num_steps if num_steps is None else num_steps)
+        # Two times of one schedule differ, so a step is known by the time at which it begins.
+        self._stops = dict(zip(times, self.needed))
+        noise = (draws or model.decoding_draws(Keys.range(0, batch_size)))["noise"]
+        noise = noise.to(model.last_layer.device, torch.float32)
+        self._states = SOLVERS[solver or model.solver](self._velocity, noise, times)
+        self._condition: Tensor | None = None
+
+    def advance(self, tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Take all steps that the ids (B, k) allow; they begin with those of earlier calls.
+
+        Yields:
+            after each step, how many ids it needs, and pixels (B, C, H, W): the straight line from there to the data.
+        """
+        self._condition = self.model.condition(self.model.quantizer.ids_to_latents(tokens))
+        while self.taken < len(self.needed) and self.needed[self.taken] <= tokens.shape[1]:
+            state = next(self._states)
+            self.taken += 1
+            image = PATH.data_estimate(state.x, state.velocity, state.t) / self.model.data_std
+            yield self.needed[self.taken - 1], image
+
+    def _velocity(self, x: Tensor, t: float) -> Tensor:
+        stop = self._stops[t]
+        tokens = self._condition[:, stop - self.model.group_size : stop]
+        return self.model.velocity(x.to(tokens.dtype), torch.full((1,), t, device=x.device), tokens).velocity.float()
+
+
+def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of per-token values (B, N) where the mask is True; a value without tokens stays."""
+    return values if values.ndim == 0 else (values * mask).sum() / mask.sum()

@@ -1,0 +1,161 @@
+"""D-AR's official arguments and weight names, translated; see ``dar.DAR.from_official``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vistok.checkpoints import CheckpointError, fuse, rename
+
+V1 = {
+    "encoder_patch_size": 16,
+    "num_encoder_layers": 8,
+    "num_decoder_layers": 8,
+    "query_low_rank": True,
+    "encoder_dim": 768,
+    "decoder_dim": 768,
+    "vq_dim": 8,
+    "vq_codebook_size": 16384,
+    "num_denoising_steps": 8,
+    "num_query_groups": 8,
+    "num_all_queries": 256,
+    "queries_per_step": 32,
+    "vq_enable": True,
+    "diff_decoder": {
+        "in_dim": 3,
+        "out_dim": 3,
+        "dim": 768,
+        "cond_dim": 768,
+        "patch_size": 8,
+        "depth": 12,
+        "data_std": 0.6,
+        "time_shift": 2,
+    },
+}
+
+
+class ConfigStandIn(Mapping):
+    """Takes the place of the config object that the trainer pickles: a mapping around the dictionary ``_data``."""
+
+    def __init__(self, data: Mapping[str, Any] | None = None):
+        self._data = dict(data or {})
+
+    def __getitem__(self, key: str) -> Any:
+        return self._data[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._data)
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+
+STAND_INS = ((ConfigStandIn, "config_util.Config"),)
+
+
+def embedded_config(file: Path, content: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The arguments that a training file holds beside its weights."""
+    config = content.get("config")
+    return config.get("model") if isinstance(config, Mapping) else None
+
+
+def model_arguments(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments of ``DAR`` for the reference's own.
+
+    Raises:
+        CheckpointError: a model without a quantizer.
+    """
+    flow = config["diff_decoder"]
+    if not config.get("vq_enable", True):
+        raise CheckpointError("vq_enable false is no tokenizer: it has no ids; every released model has true")
+    return {
+        "image_size": config.get("sampling_resolution", 256),
+        "encoder_patch_size": config["encoder_patch_size"],
+        "encoder_dim": config["encoder_dim"],
+        "encoder_layers": config["num_encoder_layers"],
+        "decoder_dim": config["decoder_dim"],
+        "decoder_layers": config["num_decoder_layers"],
+        "codebook_size": config["vq_codebook_size"],
+        "codebook_embed_dim": config["vq_dim"],
+        "num_tokens": config["num_all_queries"],
+        "num_groups": config["num_query_groups"],
+        "group_size": config["queries_per_step"],
+        "query_rank": QUERY_RANK if config.get("query_low_rank", True) else None,
+        "velocity": {
+            "dim": flow["dim"],
+            "depth": flow["depth"],
+            "patch_size": flow["patch_size"],
+            "share_time_embedding": flow.get("share_time_encoding", False),
+            "modulated_output": flow.get("mlp_head", False),
+        },
+        "data_std": float(flow["data_std"]),
+        "time_shift": float(flow["time_shift"]),
+        "num_steps": config["num_denoising_steps"],
+        "alignment": {"layer": _aligned_layer(flow)} if _is_aligned(flow, state) else None,
+    }
+
+
+def our_names(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the reference under our names."""
+    flow = config["diff_decoder"]
+    state = {key: tensor for key, tensor in state.items() if key != USAGE_COUNTER}
+    if not _is_aligned(flow, state):
+        state = {key: tensor for key, tensor in state.items() if ".net.repa_out." not in key}
+    if flow.get("mlp_head", False):
+        state = {key: tensor for key, tensor in state.items() if ".net.conv_out." not in key}
+    state = fuse(state, ("attention.q", "attention.k", "attention.v"), "attention.qkv")
+    state = rename(fuse(state, ("cross_attn.k", "cross_attn.v"), "cross_attn.kv"), OFFICIAL_NAMES)
+    return {key: _as_linear(key, tensor) for key, tensor in state.items()}
+
+
+def _aligned_layer(flow: Mapping[str, Any]) -> int:
+    return flow.get("repa_layer", 8)
+
+
+def _is_aligned(flow: Mapping[str, Any], state: Mapping[str, Tensor]) -> bool:
+    """A head behind a block that is not there was never run."""
+    return _aligned_layer(flow) < flow["depth"] and "diff_decoder.net.repa_out.0.weight" in state
+
+
+def _as_linear(key: str, tensor: Tensor) -> Tensor:
+    """The reference writes linear layers as 1x1 convolutions in places."""
+    pointwise = key.startswith(("pre_quant", "post_quant", "velocity.patches_")) and tensor.ndim == 4
+    return tensor.flatten(1) if pointwise and tensor.shape[2:] == (1, 1) else tensor
+
+
+QUERY_RANK = 8
+USAGE_COUNTER = "quantize.codebook_used"  # which codes the last training batches chose; no part of the model
+_NET = r"diff_decoder\.net\."
+_BLOCK = _NET + r"blocks\.(\d+)\."
+OFFICIAL_NAMES = [
+    (r"patchify\.(\w+)", r"to_patches.\1"),
+    (r"query_embedding\.weight", r"queries.weight"),
+    (r"query_linear\.(\w+)", r"query_proj.\1"),
+    (r"quant_in_conv\.weight", r"pre_quant.weight"),
+    (r"quant_out_conv\.weight", r"post_quant.weight"),
+    (r"quantize\.embedding\.weight", r"quantizer.embedding.weight"),
+    (r"decoder_embedding\.weight", r"token_positions.weight"),
+    (r"(\w+)_layers\.(\d+)\.attention\.proj\.(\w+)", r"\1.\2.attn.out.\3"),
+    (r"(\w+)_layers\.(\d+)\.attention\.(\w+)\.(\w+)", r"\1.\2.attn.\3.\4"),
+    (r"(\w+)_layers\.(\d+)\.mlp\.fc1\.(\w+)", r"\1.\2.mlp.up.\3"),
+    (r"(\w+)_layers\.(\d+)\.mlp\.fc2\.(\w+)", r"\1.\2.mlp.down.\3"),
+    (r"(\w+)_layers\.(\d+)\.(.+)", r"\1.\2.\3"),
+    (_BLOCK + r"attention\.proj\.(\w+)", r"velocity.blocks.\1.attn.out.\2"),
+    (_BLOCK + r"attention\.(\w+)\.(\w+)", r"velocity.blocks.\1.attn.\2.\3"),
+    (_BLOCK + r"cross_attn\.proj\.(\w+)", r"velocity.blocks.\1.cross_attn.out.\2"),
+    (_BLOCK + r"cross_attn\.(\w+)\.(\w+)", r"velocity.blocks.\1.cross_attn.\2.\3"),
+    (_BLOCK + r"mlp\.fc1\.(\w+)", r"velocity.blocks.\1.mlp.up.\2"),
+    (_BLOCK + r"mlp\.fc2\.(\w+)", r"velocity.blocks.\1.mlp.down.\2"),
+    (_BLOCK + r"adaLN_modulation\.1\.(\w+)", r"velocity.blocks.\1.modulation.\2"),
+    (_BLOCK + r"time_embed\.mlp\.(\d)\.(\w+)", r"velocity.blocks.\1.time_embedding.mlp.\2.\3"),
+    (_BLOCK + r"cond_embed\.(\d)\.(\w+)", r"velocity.blocks.\1.cond_embed.\2.\3"),
+    (_NET + r"time_embed\.mlp\.(\d)\.(\w+)", r"velocity.time_embedding.mlp.\1.\2"),
+    (_NET + r"cond_mlp\.(\w+)", r"velocity.cond_proj.\1"),
+    (_NET + r"conv_in\.(\w+)", r"velocity.patches_in.\1"),
+    (_NET + r"(?:conv_out|linear_out\.linear)\.(\w+)", r"velocity.patches_out.\1"),
+    (_NET + r"linear_out\.adaLN_modulation\.1\.(\w+)", r"velocity.modulation.\1"),
+    (_NET + r"repa_out\.(\d)\.(\w+)", r"velocity.alignment_head.\1.\2"),
+]

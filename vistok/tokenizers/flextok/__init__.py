@@ -1,0 +1,5 @@
+"""FlexTok: ordered one-dimensional tokens of any number, and a flow decoder."""
+
+from vistok.tokenizers.flextok.model import FlexTok
+
+__all__ = ["FlexTok"]

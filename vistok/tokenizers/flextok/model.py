@@ -1,0 +1,364 @@
+"""FlexTok: ordered register tokens, of which any prefix decodes, through a rectified-flow decoder.
+
+Paper: FlexTok: Resampling Images into 1D Token Sequences of Flexible Length (Bachmann et al., arXiv 2502.13967, ICML
+2025). Official weights and conventions: github.com/apple/ml-flextok. The reference packs a batch into one sequence with
+a block mask; attention here is batched, which gives the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, Self
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from vistok.checkpoints import WEIGHTS, CheckpointError, OfficialCheckpoint, load_strictly
+from vistok.config import check
+from vistok.draws import Draws, Keys
+from vistok.flow import APG, FlowState, Scale, TimeSampling, last
+from vistok.quantizers import FSQ
+from vistok.tokenizers.base import Tokenizer, prefix_lengths
+from vistok.tokenizers.flextok import official
+from vistok.tokenizers.flextok.networks import (
+    PATH,
+    AlignmentConfig,
+    Encoder,
+    FlowDecoder,
+    Guidance,
+    TrunkConfig,
+    denoise,
+)
+from vistok.tokenizers.kl_vae import KLVAE
+from vistok.types import TokenizerOutput, TokenSpec, as_dataclass
+
+D12 = TrunkConfig(dim=768, depth=12)
+TIMES = TimeSampling("mode", mode_scale=0.25)
+LEVELS = (8, 8, 8, 5, 5, 5)
+CORRUPTED_SHARE = 0.2  # of the samples of a batch, where token corruption is on
+NestedDropout = Literal["uniform", "pow2", "uniform_pow2", "none"]
+VAE_C16 = {"block_out_channels": (128, 256, 512, 512), "latent_channels": 16, "encoder_attention": ()}
+
+
+class FlexTok(Tokenizer):
+    """Images to ordered ids, of which any number of first ones decodes, coarse to fine.
+
+    A frozen autoencoder gives latent maps; without one, maps are the pixels themselves. Decoding samples: the same ids
+    with other ``draws`` give another image, the more so the fewer ids.
+
+    Args:
+        image_size: side of the images, or (height, width); smaller ones encode and decode too.
+        in_channels: 3, or 1 for grey images.
+        vae: arguments of the frozen ``KLVAE``, among them ``latent_scale``, which brings its latents to about unit
+            deviation; None, without ``vae_weights``, works on pixels.
+        vae_weights: folder or hub id of a diffusers AutoencoderKL, to train on; ``vae`` overrides what it says of
+            itself. Not needed where a whole model is loaded, and not remembered: models are saved with all weights.
+        patch_size: side of a patch of the maps, or (height, width).
+        encoder, decoder: the two transformers.
+        num_tokens: registers N.
+        levels: of the quantizer, see ``FSQ``; their product is the codebook size.
+        code_std: deviation of the initial weights of the layer that codes are rounded from. With 0, as released, all
+            images begin with the same codes, and it takes long until they differ; 0.02 suits short runs.
+        adaln_streams: 2 modulates the decoder's patches and registers separately, 1 together.
+        nested_dropout: how many tokens a training sample keeps: "uniform" in 1..N; "pow2", one of 1, 2, 4, ..., N;
+            "uniform_pow2", uniform rounded up to one of them; "none", all.
+        null_dropout: share of training samples decoded without any token, for guidance.
+        quantizer_dropout: share of training samples whose codes are bounded but not rounded.
+        token_corruption: in a fifth of the training samples, up to this share of tokens is replaced by random ones.
+        time_sampling: distribution of training times.
+        max_timestep, time_frequencies: of the decoder's time embedding, see ``FlowDecoder``.
+        posterior: whether training encodes a "sample" of the autoencoder's posterior or its "mode".
+        alignment: head for the "repa" loss; None has none.
+        num_steps, guidance_scale, guidance: what ``decode`` does unless it is told otherwise.
+
+    Raises:
+        ValueError: sizes that do not divide.
+        CheckpointError: no autoencoder where ``vae_weights`` points.
+    """
+
+    registry_name = "flextok"
+    reconstructs = False
+    sizes = {
+        "d12_d12": {"encoder": {"dim": 768, "depth": 12}, "decoder": {"dim": 768, "depth": 12}, "vae": VAE_C16},
+        "d18_d18": {"encoder": {"dim": 1152, "depth": 18}, "decoder": {"dim": 1152, "depth": 18}, "vae": VAE_C16},
+        "d18_d28": {"encoder": {"dim": 1152, "depth": 18}, "decoder": {"dim": 1792, "depth": 28}, "vae": VAE_C16},
+    }
+    checkpoints = tuple(
+        OfficialCheckpoint(f"EPFL-VILAB/flextok_{size}_{data}", WEIGHTS, official.released(*depths))
+        for size, depths, data in (
+            ("d12_d12", (12, 12), "in1k"),
+            ("d18_d18", (18, 18), "in1k"),
+            ("d18_d28", (18, 28), "in1k"),
+            ("d18_d28", (18, 28), "dfn"),
+        )
+    )
+
+    def __init__(
+        self,
+        image_size: int | tuple[int, int] = 256,
+        in_channels: int = 3,
+        vae: dict[str, Any] | None = None,
+        vae_weights: str | None = None,
+        patch_size: int | tuple[int, int] = 2,
+        encoder: TrunkConfig = D12,
+        decoder: TrunkConfig = D12,
+        num_tokens: int = 256,
+        levels: tuple[int, ...] = LEVELS,
+        code_std: float = 0.0,
+        adaln_streams: Literal[1, 2] = 2,
+        nested_dropout: NestedDropout = "pow2",
+        null_dropout: float = 0.2,
+        quantizer_dropout: float = 0.0,
+        token_corruption: float = 0.0,
+        time_sampling: TimeSampling = TIMES,
+        max_timestep: float = 1000.0,
+        time_frequencies: int = 256,
+        posterior: Literal["sample", "mode"] = "sample",
+        alignment: AlignmentConfig | None = None,
+        num_steps: int = 25,
+        guidance_scale: float = 7.5,
+        guidance: Guidance = "apg",
+    ):
+        super().__init__()
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self._image_shape = (in_channels, height, width)
+        self.vae = None if vae is None and vae_weights is None else self._build_vae(vae or {}, vae_weights)
+        channels = in_channels if self.vae is None else self.vae.spec.dim
+        patch = (patch_size, patch_size) if isinstance(patch_size, int) else (patch_size[0], patch_size[1])
+        stride = 1 if self.vae is None else self.vae.stride
+        self._unit = (stride * patch[0], stride * patch[1])
+        self._map_shape = (channels, height // stride, width // stride)
+        self.quantizer = FSQ(levels)
+        self._spec = TokenSpec(num_tokens, self.quantizer.codebook_size, self.quantizer.dim, prefix_step=1)
+        self.spec_for((height, width))  # refuses sides that do not divide
+        grid = (height // self._unit[0], width // self._unit[1])
+        sizes = (channels, patch, grid, num_tokens, self.quantizer.dim)
+        self.encoder = Encoder(as_dataclass(TrunkConfig, encoder), *sizes, code_std=code_std)
+        self.decoder = FlowDecoder(
+            as_dataclass(TrunkConfig, decoder),
+            *sizes,
+            streams=adaln_streams,
+            max_timestep=max_timestep,
+            frequency_dim=time_frequencies,
+            alignment=alignment and as_dataclass(AlignmentConfig, alignment),
+        )
+        self.nested_dropout, self.null_dropout = nested_dropout, null_dropout
+        self.quantizer_dropout, self.token_corruption = quantizer_dropout, token_corruption
+        self.time_sampling = as_dataclass(TimeSampling, time_sampling)
+        self.posterior = posterior
+        self.num_steps, self.guidance_scale, self.guidance = num_steps, guidance_scale, guidance
+
+    def _build_vae(self, vae: dict[str, Any], weights: str | None) -> KLVAE:
+        channels, *size = self._image_shape
+        trained = None if weights is None else KLVAE.from_diffusers(weights, image_size=tuple(size))
+        if trained is not None:
+            described = trained.config.items()
+            vae = {key: value for key, value in described if key not in ("image_size", "in_channels")} | vae
+            self._arguments |= {"vae": vae, "vae_weights": None}
+        model = KLVAE(image_size=tuple(size), in_channels=channels, **check(KLVAE, vae, "vae"))
+        if trained is not None:
+            load_strictly(model, trained.state_dict(), source=str(weights))
+        self._vae_loaded = trained is not None
+        self.register_load_state_dict_post_hook(_note_loaded)
+        return model.requires_grad_(False)
+
+    @property
+    def spec(self) -> TokenSpec:
+        return self._spec
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self._image_shape
+
+    @property
+    def loss_terms(self) -> tuple[str, ...]:
+        return ("flow",)
+
+    @property
+    def alignment_dim(self) -> int | None:
+        head = self.decoder.alignment_head
+        return None if head is None else head.out.out_features
+
+    def spec_for(self, size: tuple[int, int]) -> TokenSpec:
+        (height, width), most = size, self._image_shape[1:]
+        divide = height % self._unit[0] == 0 and width % self._unit[1] == 0
+        if not (divide and 0 < height <= most[0] and 0 < width <= most[1]):
+            raise ValueError(
+                f"image sides must be multiples of {self._unit[0]}x{self._unit[1]}, at most {most[0]}x{most[1]}; got "
+                f"{height}x{width}; resize or crop the images"
+            )
+        return self._spec
+
+    def to_maps(self, pixels: Tensor, *, draws: Draws | None = None) -> Tensor:
+        """Pixels (B, C, H, W) to the maps (B, C', h, w) that are tokenized: the mode of the autoencoder's posterior,
+        or a sample of it where ``draws`` has "posterior"; always in the autoencoder's own precision."""
+        self.check_pixels(pixels)
+        if self.vae is None:
+            return pixels
+        self._check_vae()
+        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
+            latents = self.vae.encode(pixels, draws=draws if draws and "posterior" in draws else None)
+        return rearrange(latents, "b (h w) c -> b c h w", h=pixels.shape[2] // self.vae.stride)
+
+    def to_pixels(self, maps: Tensor) -> Tensor:
+        """The inverse of ``to_maps``."""
+        if self.vae is None:
+            return maps
+        self._check_vae()
+        weight = next(self.vae.parameters())
+        with torch.autocast(maps.device.type, enabled=False):
+            latents = rearrange(maps, "b c h w -> b (h w) c").to(weight.dtype)
+            return self.vae.decode(latents, grid=tuple(maps.shape[2:]))
+
+    def _check_vae(self) -> None:
+        if not self._vae_loaded:
+            raise CheckpointError(
+                "the autoencoder of this FlexTok has no weights: give a diffusers AutoencoderKL (folder or hub id) as "
+                "model.vae_weights=…, or load a whole model (init_from=…, vistok.load)"
+            )
+
+    def encode(self, pixels: Tensor, *, draws: Draws | None = None) -> Tensor:
+        return self.quantizer.encode(self.encoder(self.to_maps(pixels, draws=draws)))
+
+    @torch.no_grad()
+    def decode(
+        self,
+        tokens: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        num_steps: int | None = None,
+        guidance_scale: Scale | None = None,
+        guidance: Guidance | APG | None = None,
+        draws: Draws | None = None,
+    ) -> Tensor:
+        """The first ids (B, k) of images to pixels, 1 <= k <= N.
+
+        Args:
+            lengths: (B,) how many of its k ids each image uses; None takes all.
+            num_steps: Euler steps from noise to data.
+            guidance_scale: a number, or a function of the time of a step, which falls from 1 to 0; 1 is off.
+            guidance: "cfg" (plain), "apg" (adaptive projected), or an ``APG`` with other settings.
+            draws: from ``decoding_draws``; None takes those of seed 0. "noise" is (B, C', h, w), and a smaller map
+                gives a smaller image. Of the other options, None takes what the model was built with.
+
+        Raises:
+            ValueError: a wrong number of ids or steps, or ids out of range.
+        """
+        return self.to_pixels(last(self._trajectory(tokens, lengths, num_steps, guidance_scale, guidance, draws)).x)
+
+    @torch.no_grad()
+    def decode_stream(
+        self,
+        tokens: Tensor,
+        *,
+        lengths: Tensor | None = None,
+        num_steps: int | None = None,
+        guidance_scale: Scale | None = None,
+        guidance: Guidance | APG | None = None,
+        draws: Draws | None = None,
+    ) -> Iterator[Tensor]:
+        """As ``decode``, but yields the estimate of the image after every step; the last one is what it gives."""
+        for state in self._trajectory(tokens, lengths, num_steps, guidance_scale, guidance, draws):
+            yield self.to_pixels(PATH.data_estimate(state.x, state.velocity, state.t))
+
+    def _trajectory(
+        self,
+        tokens: Tensor,
+        lengths: Tensor | None,
+        num_steps: int | None,
+        guidance_scale: Scale | None,
+        guidance: Guidance | APG | None,
+        draws: Draws | None,
+    ) -> Iterator[FlowState]:
+        lengths = prefix_lengths(self._spec, tokens, lengths)
+        draws = draws or self.decoding_draws(Keys.range(0, len(tokens)))
+        ids = nn.functional.pad(tokens, (0, self._spec.length - tokens.shape[1]))
+        return denoise(
+            self.decoder,
+            self.quantizer.ids_to_latents(ids),
+            lengths,
+            draws["noise"].to(tokens.device),
+            num_steps=self.num_steps if num_steps is None else num_steps,
+            guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale,
+            guidance=self.guidance if guidance is None else guidance,
+        )
+
+    def decoding_draws(self, keys: Keys) -> Draws:
+        return {"noise": keys.normal("decoding noise", *self._map_shape)}
+
+    def training_draws(self, keys: Keys) -> Draws:
+        draws = {"noise": keys.normal("noise", *self._map_shape)}
+        draws |= {name: keys.uniform(name) for name in ("time", "keep", "null")}
+        if self.vae is not None and self.posterior == "sample":
+            draws["posterior"] = keys.normal("posterior", self.vae.spec.length, self.vae.spec.dim)
+        if self.quantizer_dropout:
+            draws["unrounded"] = keys.uniform("unrounded")
+        if self.token_corruption:
+            draws["corrupt"] = keys.uniform("corrupt", 2)
+            draws |= {name: keys.uniform(name, self._spec.length) for name in ("corrupt tokens", "corrupt ids")}
+        return draws
+
+    def forward(
+        self, pixels: Tensor, *, target: Tensor | None = None, step: int | None = None, draws: Draws | None = None
+    ) -> TokenizerOutput:
+        """The loss term "flow", (B,): the mean squared error of the velocity at one random time per image.
+
+        Raises:
+            ValueError: no draws: a flow model cannot be trained without noise.
+        """
+        if draws is None:
+            raise ValueError("FlexTok trains on random times and noise: pass draws=model.training_draws(keys)")
+        maps = self.to_maps(pixels, draws=draws)
+        clean = maps if target is None else self.to_maps(target, draws=draws)
+        registers = self.encoder(maps)
+        quantized = self.quantizer(registers)
+        kept = kept_tokens(draws["keep"], self._spec.length, self.nested_dropout)
+        null = draws["null"] < self.null_dropout
+        condition = self.decoder.condition(self._perturb(quantized.quantized, registers, draws), kept, null)
+        t = self.time_sampling(draws["time"])
+        predicted = self.decoder(PATH.interpolate(clean, draws["noise"], t), t, condition)
+        flow = (predicted.velocity - PATH.velocity(clean, draws["noise"])).square().flatten(1).mean(1)
+        features = {"latents": registers, "quantized": quantized.quantized, "time": t}
+        if predicted.patches is not None:
+            features["alignment"] = self.decoder.alignment_head(predicted.patches)
+        return TokenizerOutput(None, quantized.ids, {"flow": flow}, features)
+
+    def _perturb(self, codes: Tensor, registers: Tensor, draws: Draws) -> Tensor:
+        """Codes (B, N, d) with quantizer dropout and token corruption, where these are on."""
+        if self.quantizer_dropout:
+            unrounded = (draws["unrounded"] < self.quantizer_dropout)[:, None, None]
+            codes = torch.where(unrounded, self.quantizer.continuous(registers), codes)
+        if self.token_corruption:
+            chosen, share = draws["corrupt"].unbind(1)
+            share = torch.where(chosen < CORRUPTED_SHARE, share * self.token_corruption, 0)
+            ids = (draws["corrupt ids"] * self._spec.codebook_size).long()
+            wrong = draws["corrupt tokens"] < share[:, None]
+            codes = torch.where(wrong[..., None], self.quantizer.ids_to_latents(ids), codes)
+        return codes
+
+    @classmethod
+    def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
+        """Build from the reference's nested config (see ``official``); ``vae.block_out_channels`` may be given
+        where the autoencoder has other widths than the released ones."""
+        model = cls(**official.model_arguments(config))
+        load_strictly(model, official.our_names(config, state_dict), source="the official state dict")
+        return model
+
+    embedded_config = staticmethod(official.embedded_config)
+
+
+def kept_tokens(uniforms: Tensor, num_tokens: int, mode: NestedDropout) -> Tensor:
+    """How many tokens nested dropout keeps, (B,) integers in 1..N, from uniform numbers (B,) in [0, 1)."""
+    if mode == "none":
+        return torch.full_like(uniforms, num_tokens, dtype=torch.int64)
+    exponents = torch.arange((num_tokens - 1).bit_length() + 1, device=uniforms.device)
+    powers = (2**exponents).clamp_max(num_tokens)
+    if mode == "pow2":
+        return powers[(uniforms * len(powers)).long()]
+    count = 1 + (uniforms * num_tokens).long()
+    return count if mode == "uniform" else powers[torch.searchsorted(powers, count)]
+
+
+def _note_loaded(model: FlexTok, incompatible_keys: Any) -> None:
+    model._vae_loaded = True
