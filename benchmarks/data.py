@@ -114,7 +114,7 @@ def images_per_second(source: dict[str, Any], arguments: argparse.Namespace) -> 
 
 def tokens_per_second(folder: Path, arguments: argparse.Namespace, count: int = 20000) -> float:
     """Images per second of a cache whose samples are read at random."""
-    spec = {"length": LENGTH, "codebook_size": CODEBOOK, "dim": 8, "depth": 1, "grid": (16, 16)}
+    spec = {"length": LENGTH, "codebook_size": CODEBOOK, "dim": 8, "num_layers": 1, "grid": (16, 16)}
     with TokenWriter(folder, spec, "benchmark", views=VIEWS, classes=("one",)) as writer:
         for _ in range(0, count, 1000):
             tokens = torch.randint(CODEBOOK, (1000, VIEWS, LENGTH))

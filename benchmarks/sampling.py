@@ -61,12 +61,12 @@ class Setting:
         self.ids = torch.randint(CODES, (BATCH, length))
         self.session.append(self.ids)
         rows, attention = len(self.session.rows), self.model.blocks[0].attn
-        shape = (rows, attention.heads, length, attention.head_dim)
+        shape = (rows, attention.num_heads, length, attention.head_dim)
         self.memory = [
             layer.append(*(torch.randn(shape, dtype=dtype) for _ in range(2))) for layer in self.session.cache.layers
         ]  # keys and values (R, H, T + length, h) of each layer
         self.inputs = {width: torch.randn(rows, width, dtype=dtype) for width in self._widths()}
-        self.query = torch.randn(rows, attention.heads, 1, attention.head_dim, dtype=dtype)
+        self.query = torch.randn(rows, attention.num_heads, 1, attention.head_dim, dtype=dtype)
 
     def _widths(self) -> set[int]:
         return {linear.in_features for linear in self.model.modules() if isinstance(linear, nn.Linear)}

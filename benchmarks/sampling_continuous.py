@@ -35,7 +35,7 @@ from vistok.types import Condition, TokenSpec
 
 BATCH = 4
 SPEC = TokenSpec(256, None, dim=16, grid=(16, 16))
-SIZE = {"dim": 384, "encoder_layers": 4, "decoder_layers": 4, "heads": 6}
+SIZE = {"dim": 384, "num_encoder_layers": 4, "num_decoder_layers": 4, "num_heads": 6}
 XAR_OPTIONS = XAROptions(num_steps=5, guidance_scale=2.7)
 MAR_OPTIONS = MAROptions(num_iter=8, num_steps=25, step_spacing="stride", guidance_scale=2.9)
 
@@ -47,7 +47,7 @@ def build_xar() -> XAR:
 
 def build_mar() -> MAR:
     torch.manual_seed(0)
-    model = MAR(SPEC, head_layers=3, head_dim=384, **SIZE).eval()
+    model = MAR(SPEC, num_head_layers=3, head_dim=384, **SIZE).eval()
     for module in (*(block.modulation[1] for block in model.head.blocks), model.head.modulation[1], model.head.output):
         nn.init.normal_(module.weight, std=0.02)  # training starts at zero
     return model

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import logging
 import os
 import types
 import typing
@@ -17,6 +18,24 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 from vistok.utils.files import atomic_file
+
+RENAMED = {
+    "heads": "num_heads",
+    "layers": "num_layers",
+    "depth": "num_layers",
+    "encoder_layers": "num_encoder_layers",
+    "decoder_layers": "num_decoder_layers",
+    "decoder_heads": "num_decoder_heads",
+    "head_layers": "num_head_layers",
+    "attention_dropout": "attn_drop",
+    "residual_dropout": "proj_drop",
+    "dropout": "proj_drop",
+    "token_dropout": "token_drop",
+    "ffn_dropout": "ffn_drop",
+}
+"""Names of arguments up to version 0.1, and today's: configs and saved models of that version are still read."""
+
+log = logging.getLogger(__name__)
 
 
 class ConfigError(ValueError):
@@ -107,6 +126,7 @@ def check(target: Callable[..., Any], values: Mapping[str, Any], path: str) -> d
     if not isinstance(values, Mapping):
         name = path or "config"
         raise ConfigError(f"{_mismatch(name, values)}: expected a section with the keys {', '.join(parameters)}")
+    values = with_todays_names(target, values, path)
     checked, problems = {}, []
     for key, value in values.items():
         if key not in parameters:
@@ -167,6 +187,26 @@ def _parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
             reason = "is variadic" if variadic else "has no annotation"
             raise TypeError(f"{target.__qualname__} cannot be checked: parameter {parameter.name!r} {reason}")
         result[parameter.name] = parameter.replace(annotation=hints[parameter.name])
+    return result
+
+
+def with_todays_names(target: Callable[..., Any], values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """``values`` with old names of keys replaced where ``target`` knows the new name only, in nested sections too.
+
+    Each is logged, as a warning where ``path`` names the section of a config that its author can change.
+    """
+    parameters, result = _parameters(target), {}
+    for key, value in values.items():
+        name = RENAMED.get(key, key)
+        if key not in parameters and name in parameters and name not in values:
+            log.log(
+                logging.WARNING if path else logging.INFO, "%s is called %s now", _join(path, key), _join(path, name)
+            )
+            key = name
+        section = _section_type(parameters[key].annotation) if key in parameters else None
+        if section is not None and isinstance(value, Mapping):
+            value = with_todays_names(section, value, _join(path, key) if path else "")
+        result[key] = value
     return result
 
 

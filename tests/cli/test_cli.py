@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.tiny_models import official_vit_config
 
 import vistok
 from vistok.cli import main
@@ -20,7 +21,7 @@ from vistok.generators.vit_vqgan_gpt import ViTVQGANGPT
 from vistok.pipelines import Pipeline
 from vistok.tokenizers.vit_vqgan import ViTVQGAN
 
-TINY_VIT = {"dim": 32, "depth": 1, "heads": 1, "mlp_dim": 32}
+TINY_VIT = {"dim": 32, "num_layers": 1, "num_heads": 1, "mlp_dim": 32}
 
 
 def tiny_tokenizer(**arguments) -> ViTVQGAN:
@@ -32,7 +33,7 @@ def tiny_tokenizer(**arguments) -> ViTVQGAN:
 def tiny_pipeline(**arguments) -> Pipeline:
     tokenizer = tiny_tokenizer()
     torch.manual_seed(1)
-    settings = {"num_classes": 3, "dim": 32, "layers": 1, "heads": 2, "condition_dropout": 0.1, **arguments}
+    settings = {"num_classes": 3, "dim": 32, "num_layers": 1, "num_heads": 2, "condition_dropout": 0.1, **arguments}
     generator = ViTVQGANGPT(tokenizer.spec, **settings)
     names = ("cat", "dog", "emu") if settings["num_classes"] else ()
     return Pipeline(tokenizer, generator, class_names=names, sampling={"top_k": 40})
@@ -380,7 +381,7 @@ def official(tmp_path: Path):
     torch.save({"state_dict": state, "epoch": 3}, file)
     arguments = tmp_path / "arguments.json"
     quantizer = {"embed_dim": 4, "n_embed": 64}
-    sides = {"encoder": TINY_VIT, "decoder": TINY_VIT}
+    sides = dict.fromkeys(("encoder", "decoder"), official_vit_config(TINY_VIT))
     arguments.write_text(json.dumps({"image_size": 16, "patch_size": 8, "quantizer": quantizer, **sides}))
     return file, arguments
 

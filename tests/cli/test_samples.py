@@ -39,7 +39,7 @@ def whole(tmp_path: Path) -> Path:
 
 def interrupted(monkeypatch, out: Path, after: int, **options) -> None:
     """Begin to write samples, and be killed after some images."""
-    from vistok import samples
+    from vistok.pipelines import samples
 
     written = []
 

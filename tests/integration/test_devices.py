@@ -323,7 +323,7 @@ def test_sampling_does_not_wait_between_its_steps(name, arguments, device):
 @pytest.mark.skipif(not GPU, reason="the stand-in knows no graphs; test_generators.py compiles steps without a GPU")
 @pytest.mark.parametrize(
     ("name", "arguments"),
-    [("llama", {"dim": 128, "heads": 8}), ("llama", CAPTIONS | {"heads": 1}), ("vit_vqgan_gpt", {})],
+    [("llama", {"dim": 128, "num_heads": 8}), ("llama", CAPTIONS | {"num_heads": 1}), ("vit_vqgan_gpt", {})],
 )
 def test_compiled_steps_sample_alike(name, arguments, device):
     here = tiny(name, spec=TokenSpec(100, 32, dim=4, grid=(10, 10)), **arguments)
@@ -436,7 +436,7 @@ def test_losses_of_codes_and_pixels_are_alike(device):
 
 def test_a_game_is_played_alike(device):
     torch.manual_seed(0)
-    here = Adversary(GanConfig(**GAN | {"discriminator": {"width": 4, "layers": 1, "norm": "group"}}), (3, 16, 16))
+    here = Adversary(GanConfig(**GAN | {"discriminator": {"width": 4, "num_layers": 1, "norm": "group"}}), (3, 16, 16))
     there, (real, fake) = moved(here, device), Keys.range(0, 4).uniform("images", 3, 16, 16).chunk(2)
     check_same(there.fool(fake.to(device)), here.fool(fake))
     terms, others = here(real, fake, 0), there(real.to(device), fake.to(device), 0)

@@ -21,7 +21,7 @@ from vistok.tokenizers.llamagen_vq import LlamaGenVQ
 from vistok.tokenizers.vit_vqgan import ViTVQGAN
 from vistok.types import Condition, TokenSpec
 
-TINY_VIT = {"dim": 32, "depth": 1, "heads": 1, "mlp_dim": 32}
+TINY_VIT = {"dim": 32, "num_layers": 1, "num_heads": 1, "mlp_dim": 32}
 NAMES = ("cat", "Dog", "tench, Tinca tinca", "crane", "crane")
 
 
@@ -34,7 +34,7 @@ def tiny_tokenizer(**arguments) -> ViTVQGAN:
 def tiny_generator(spec: TokenSpec, **arguments) -> ViTVQGANGPT:
     torch.manual_seed(1)
     model = ViTVQGANGPT(
-        spec, **{"num_classes": 5, "dim": 32, "layers": 1, "heads": 2, "condition_dropout": 0.1, **arguments}
+        spec, **{"num_classes": 5, "dim": 32, "num_layers": 1, "num_heads": 2, "condition_dropout": 0.1, **arguments}
     )
     # Untrained logits are nearly flat; these depend visibly on class and neighbours.
     for parameter in model.parameters():

@@ -52,7 +52,7 @@ from vistok.utils.report import (
 
 SHORT = Recipe(
     tokenizer=("training.max_steps=4", "training.log_every=2"),
-    generator=("training.max_steps=4", "training.log_every=2", "model.layers=1"),
+    generator=("training.max_steps=4", "training.log_every=2", "model.num_layers=1"),
     views=2,
     classifier_steps=40,
     samples_per_class=3,

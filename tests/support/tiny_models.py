@@ -18,7 +18,7 @@ from vistok.tokenizers.base import Tokenizer
 from vistok.types import Condition, TokenSpec
 
 RASTER = TokenSpec(16, 32, dim=4, grid=(4, 4))
-VIT = {"dim": 32, "depth": 1, "heads": 1, "mlp_dim": 32}
+VIT = {"dim": 32, "num_layers": 1, "num_heads": 1, "mlp_dim": 32}
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "vit_vqgan": {
@@ -51,8 +51,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "flextok": {
         "image_size": 16,
         "patch_size": 4,
-        "encoder": {"dim": 32, "depth": 1, "head_dim": 16},
-        "decoder": {"dim": 32, "depth": 1, "head_dim": 16},
+        "encoder": {"dim": 32, "num_layers": 1, "head_dim": 16},
+        "decoder": {"dim": 32, "num_layers": 1, "head_dim": 16},
         "num_tokens": 8,
         "levels": (4, 4, 2),
         "time_frequencies": 16,
@@ -62,41 +62,53 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         "image_size": 16,
         "encoder_patch_size": 8,
         "encoder_dim": 64,
-        "encoder_layers": 1,
+        "num_encoder_layers": 1,
         "decoder_dim": 64,
-        "decoder_layers": 1,
+        "num_decoder_layers": 1,
         "codebook_size": 32,
         "codebook_embed_dim": 4,
         "num_tokens": 8,
         "num_groups": 4,
         "group_size": 2,
         "max_tokens": 8,
-        "velocity": {"dim": 64, "depth": 1, "patch_size": 8},
+        "velocity": {"dim": 64, "num_layers": 1, "patch_size": 8},
         "num_steps": 4,
     },
-    "vit_vqgan_gpt": {"spec": RASTER, "num_classes": 5, "dim": 16, "layers": 2, "heads": 2, "condition_dropout": 0.1},
+    "vit_vqgan_gpt": {
+        "spec": RASTER,
+        "num_classes": 5,
+        "dim": 16,
+        "num_layers": 2,
+        "num_heads": 2,
+        "condition_dropout": 0.1,
+    },
     "mar": {
         "spec": TokenSpec(16, None, dim=4, grid=(4, 4)),
         "num_classes": 5,
         "dim": 16,
-        "encoder_layers": 1,
-        "decoder_layers": 1,
-        "heads": 2,
-        "head_layers": 1,
+        "num_encoder_layers": 1,
+        "num_decoder_layers": 1,
+        "num_heads": 2,
+        "num_head_layers": 1,
         "head_dim": 16,
         "buffer_size": 2,
     },
-    "llama": {"spec": RASTER, "num_classes": 5, "dim": 16, "layers": 2, "heads": 2, "multiple_of": 16},
+    "llama": {"spec": RASTER, "num_classes": 5, "dim": 16, "num_layers": 2, "num_heads": 2, "multiple_of": 16},
     "xar": {
         "spec": TokenSpec(16, None, dim=4, grid=(4, 4)),
         "num_classes": 5,
         "dim": 16,
-        "encoder_layers": 1,
-        "decoder_layers": 1,
-        "heads": 2,
+        "num_encoder_layers": 1,
+        "num_decoder_layers": 1,
+        "num_heads": 2,
         "layout": {"entity": "cell", "size": 2},
     },
 }
+
+
+def official_vit_config(size: dict[str, int]) -> dict[str, int]:
+    """The reference's names for the size of a ViT-VQGAN transformer."""
+    return {"dim": size["dim"], "depth": size["num_layers"], "heads": size["num_heads"], "mlp_dim": size["mlp_dim"]}
 
 
 def names(kind: str) -> list[str]:

@@ -9,12 +9,12 @@ from vistok.tokenizers.vit_vqgan import ViTConfig, ViTVQGAN
 from vistok.train.monitor import read_metrics
 from vistok.train.tokenize import tokenize
 
-TINY = {"dim": 16, "depth": 1, "heads": 1, "mlp_dim": 16}
+TINY = {"dim": 16, "num_layers": 1, "num_heads": 1, "mlp_dim": 16}
 
 GAN = {
     "weight": 0.1,
     "balance": "adaptive",
-    "discriminator": {"name": "patchgan", "width": 4, "layers": 1},
+    "discriminator": {"name": "patchgan", "width": 4, "num_layers": 1},
     "start_step": 1,
     "r1_weight": 1.0,
     "r1_every": 2,
@@ -50,7 +50,7 @@ def generator_config(folder, tokens, **changes) -> dict:
         "stage": "generator",
         "output_dir": str(folder),
         "tokens": str(tokens),
-        "model": {"name": "llama", "dim": 16, "layers": 1, "heads": 2, "multiple_of": 8},
+        "model": {"name": "llama", "dim": 16, "num_layers": 1, "num_heads": 2, "multiple_of": 8},
         "training": {"max_steps": 6, "batch_size": 16, "ema_decay": 0.9, "log_every": 1, "save_every": 3},
         "sampling": {"guidance_scale": 2.0},
     }

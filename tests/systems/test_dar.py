@@ -199,7 +199,7 @@ def test_the_reconstruction_is_exact_where_the_velocity_is(model):
     "velocity", [{"share_time_embedding": True}, {"share_time_embedding": True, "modulated_output": True}]
 )
 def test_options_of_the_velocity_network(velocity):
-    model = tiny("dar", velocity={"dim": 64, "depth": 2, "patch_size": 8} | velocity)
+    model = tiny("dar", velocity={"dim": 64, "num_layers": 2, "patch_size": 8} | velocity)
     forward(model, [0.1, 0.5, 0.9]).losses["flow"].sum().backward()
     assert model.velocity.time_embedding.mlp[0].weight.grad.abs().sum() > 0
 

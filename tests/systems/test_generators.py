@@ -306,7 +306,7 @@ def test_split_layers_keep_hooks(hooked):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_compiled_steps_see_weights_change():
-    model, condition = tiny("llama", layers=2), labels(0, 1)
+    model, condition = tiny("llama", num_layers=2), labels(0, 1)
     draws = model.sampling_draws(Keys.range(0, 2))
     model.compile_decoding()
     step = model.compiled_step
@@ -382,7 +382,7 @@ def test_steps_keep_no_memory(setup, options):
 
 
 def test_cache_counts_and_overflows():
-    cache = KVCache(layers=2, rows=1, heads=1, length=4, head_dim=2)
+    cache = KVCache(num_layers=2, rows=1, num_heads=1, length=4, head_dim=2)
     part = torch.arange(6.0).view(1, 1, 3, 2)
     for layer in cache.layers:
         key, value = layer.append(part, -part)
@@ -441,7 +441,7 @@ def test_sample_weights(name):
 
 
 def test_dropout_acts_in_training_only():
-    model = tiny("llama", token_dropout=0.5)
+    model = tiny("llama", token_drop=0.5)
     ids, condition = token_ids(model), labels(0, 1, 2)
     assert torch.equal(model(ids, condition).loss, model(ids, condition).loss)
     model.train()

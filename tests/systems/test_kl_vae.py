@@ -234,7 +234,7 @@ def vae_run(tmp_path_factory):
             "gan": {
                 "weight": 0.5,
                 "balance": "adaptive",
-                "discriminator": {"name": "patchgan", "width": 4, "layers": 1},
+                "discriminator": {"name": "patchgan", "width": 4, "num_layers": 1},
                 "start_step": 1,
             },
         },
@@ -287,8 +287,8 @@ def test_moments_are_cached_with_the_mirror_image_and_sampled_at_load(vae_run, c
 
 
 GENERATORS = {
-    "xar": {"encoder_layers": 1, "decoder_layers": 1, "layout": {"entity": "cell", "size": 2}},
-    "mar": {"encoder_layers": 1, "decoder_layers": 1, "head_layers": 1, "head_dim": 16, "buffer_size": 2},
+    "xar": {"num_encoder_layers": 1, "num_decoder_layers": 1, "layout": {"entity": "cell", "size": 2}},
+    "mar": {"num_encoder_layers": 1, "num_decoder_layers": 1, "num_head_layers": 1, "head_dim": 16, "buffer_size": 2},
 }
 SAMPLING = {"xar": {"num_steps": 3, "guidance_scale": 2.0}, "mar": {"num_iter": 2, "num_steps": 4}}
 
@@ -298,7 +298,7 @@ def generator_config(name: str, cache: TokenCache, folder, **training) -> dict:
         "stage": "generator",
         "output_dir": str(folder),
         "tokens": str(cache.folder),
-        "model": {"name": name, "dim": 16, "heads": 2, **GENERATORS[name]},
+        "model": {"name": name, "dim": 16, "num_heads": 2, **GENERATORS[name]},
         "training": {"max_steps": 2, "batch_size": 8, **TRAINING, **training},
         "sampling": SAMPLING[name],
     }

@@ -81,8 +81,8 @@ def test_rotation_of_a_sequence_starts_at_the_condition():
     [
         ({"spec": TokenSpec(10, 32, dim=4)}, "needs tokens on an image raster.*positions='rope1d'"),
         ({"spec": TokenSpec(16, 32, dim=4, grid=(4, 2, 2))}, "needs tokens on an image raster"),
-        ({"heads": 8}, "head_dim 2 must be divisible by 4"),
-        ({"heads": 3}, "dim 16 is not divisible by heads 3"),
+        ({"num_heads": 8}, "head_dim 2 must be divisible by 4"),
+        ({"num_heads": 3}, "dim 16 is not divisible by num_heads 3"),
         ({"positions": "rope"}, "'rope2d', 'rope1d' or 'learned', got 'rope'"),
     ],
 )
@@ -119,7 +119,7 @@ def test_sizes_have_the_published_parameters(size, millions):
 
 
 def test_logits_start_uniform():
-    model = Llama(RASTER, num_classes=5, dim=16, layers=1, heads=2)
+    model = Llama(RASTER, num_classes=5, dim=16, num_layers=1, num_heads=2)
     loss = model(token_ids(model), labels(0, 1, 2)).loss
     assert loss.item() == pytest.approx(torch.tensor(32.0).log().item())
 

@@ -37,7 +37,14 @@ def _one_thread():
 
 def tiny(spec: TokenSpec = SPEC, **arguments) -> MAR:
     torch.manual_seed(0)
-    sizes = {"dim": 16, "encoder_layers": 1, "decoder_layers": 1, "heads": 2, "head_layers": 1, "head_dim": 16}
+    sizes = {
+        "dim": 16,
+        "num_encoder_layers": 1,
+        "num_decoder_layers": 1,
+        "num_heads": 2,
+        "num_head_layers": 1,
+        "head_dim": 16,
+    }
     model = MAR(spec, **{"num_classes": 5, "buffer_size": 2, **sizes, **arguments}).eval()
     # The head starts at zero: give it something to say, its variances within the learned range.
     for module in (model.head.blocks[0].modulation[1], model.head.modulation[1], model.head.output):
@@ -245,7 +252,16 @@ def test_every_parameter_learns():
 
 
 def test_the_head_starts_at_zero():
-    model = MAR(SPEC, num_classes=5, dim=16, encoder_layers=1, decoder_layers=1, heads=2, head_layers=2, head_dim=16)
+    model = MAR(
+        SPEC,
+        num_classes=5,
+        dim=16,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+        num_heads=2,
+        num_head_layers=2,
+        head_dim=16,
+    )
     output = model.eval()(latents(), LABELS, draws=model.training_draws(Keys.range(0, 3)))
     assert not output.prediction.any()
 

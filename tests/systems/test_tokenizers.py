@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.tiny_models import VIT, names, pixels, tiny
+from support.tiny_models import VIT, names, official_vit_config, pixels, tiny
 
 from vistok.checkpoints import rename
 from vistok.nn.attention import Attention
@@ -135,7 +135,7 @@ def test_positions_encode_the_column_then_the_row():
     [
         ({"image_size": 18}, "18x18 is not a multiple of patch_size"),
         ({"residual_depth": 0}, "at least 1, got 0"),
-        ({"encoder": {"dim": 30, "depth": 1, "heads": 1, "mlp_dim": 8}}, "divisible by 4, got 30"),
+        ({"encoder": {"dim": 30, "num_layers": 1, "num_heads": 1, "mlp_dim": 8}}, "divisible by 4, got 30"),
     ],
 )
 def test_vit_that_cannot_be_built_is_refused(arguments, message):
@@ -163,11 +163,12 @@ def official_vit(model: ViTVQGAN) -> dict[str, torch.Tensor]:
 
 def official_config(size: dict, **quantizer) -> dict:
     quantizer = {"embed_dim": 4, "n_embed": 32} | quantizer
-    return {"image_size": 16, "patch_size": 4, "encoder": size, "decoder": size, "quantizer": quantizer}
+    vit = official_vit_config(size)
+    return {"image_size": 16, "patch_size": 4, "encoder": vit, "decoder": vit, "quantizer": quantizer}
 
 
 def test_one_head_as_wide_as_the_model_has_no_output_projection():
-    size = {"dim": 64, "depth": 2, "heads": 1, "mlp_dim": 16}
+    size = {"dim": 64, "num_layers": 2, "num_heads": 1, "mlp_dim": 16}
     model = tiny("vit_vqgan", encoder=size, decoder=size)
     state = official_vit(model)
     assert not [key for key in state if "to_out" in key]

@@ -46,7 +46,7 @@ def _one_thread():
 
 def tiny(layout: LayoutConfig = LAYOUTS["cell"], spec: TokenSpec = SPEC, **arguments) -> XAR:
     torch.manual_seed(0)
-    sizes = {"num_classes": 5, "dim": 16, "encoder_layers": 1, "decoder_layers": 1, "heads": 2}
+    sizes = {"num_classes": 5, "dim": 16, "num_encoder_layers": 1, "num_decoder_layers": 1, "num_heads": 2}
     return XAR(spec, layout=layout, **{**sizes, **arguments}).eval()
 
 

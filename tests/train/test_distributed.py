@@ -58,7 +58,7 @@ def remedies(folder: Path, batch_size: int, **training) -> dict:
 
 def config(folder: Path, **training) -> dict:
     # No batch statistics; the adaptive weight is a ratio of local gradients, so it is left out.
-    gan = GAN | {"balance": "fixed", "discriminator": {"name": "patchgan", "width": 4, "layers": 1, "norm": "none"}}
+    gan = GAN | {"balance": "fixed", "discriminator": {"name": "patchgan", "width": 4, "num_layers": 1, "norm": "none"}}
     return tokenizer_config(
         folder,
         losses={"gan": gan},

@@ -38,7 +38,7 @@ from vistok.train.tokenize import tokenize
 from vistok.utils.processes import Processes
 from vistok.utils.unfinished import ResumeError
 
-TINY_VIT = {"dim": 32, "depth": 1, "heads": 1, "mlp_dim": 32}
+TINY_VIT = {"dim": 32, "num_layers": 1, "num_heads": 1, "mlp_dim": 32}
 
 
 def tiny_tokenizer(**arguments) -> ViTVQGAN:

@@ -100,7 +100,7 @@ def test_absent_and_damaged_weights_are_named(tmp_path, weights):
 # ---------------------------------------------------------------------------------------------------------------------
 # Training from configs
 
-TRUNK = {"dim": 32, "depth": 2, "head_dim": 16}
+TRUNK = {"dim": 32, "num_layers": 2, "head_dim": 16}
 FLEXTOK = {
     "name": "flextok",
     "patch_size": 4,
@@ -119,15 +119,15 @@ DAR = {
     "name": "dar",
     "encoder_patch_size": 8,
     "encoder_dim": 64,
-    "encoder_layers": 1,
+    "num_encoder_layers": 1,
     "decoder_dim": 64,
-    "decoder_layers": 1,
+    "num_decoder_layers": 1,
     "codebook_size": 32,
     "codebook_embed_dim": 4,
     "num_tokens": 4,
     "num_groups": 2,
     "group_size": 2,
-    "velocity": {"dim": 64, "depth": 2, "patch_size": 8},
+    "velocity": {"dim": 64, "num_layers": 2, "patch_size": 8},
     "num_steps": 2,
 }
 LOSSES = {"flextok": {"flow": 1.0}, "dar": {"flow": 1.0, "codebook": 1.0, "commitment": 0.25, "l2": 0.1}}

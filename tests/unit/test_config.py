@@ -229,3 +229,30 @@ def test_save_writes_what_yaml_can_hold_and_nothing_otherwise(tmp_path: Path):
         save_config({"model": {"parts": [1, 2j]}}, path)
     assert path.read_text() == before
     assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names of earlier versions
+
+
+@dataclasses.dataclass(frozen=True)
+class Trunk:
+    num_layers: int = 1
+    num_heads: int = 1
+
+
+def build_trunk(trunk: Trunk = Trunk(), layers: int = 0, attn_drop: float = 0.0) -> None: ...
+
+
+def test_old_names_are_read_where_only_the_new_one_is_known(caplog):
+    given = {"trunk": {"depth": 2, "heads": 3}, "layers": 4, "attention_dropout": 0.5}
+    assert check(build_trunk, given, "model") == {"trunk": Trunk(2, 3), "layers": 4, "attn_drop": 0.5}
+    told = [record.getMessage() for record in caplog.records]
+    assert "model.attention_dropout is called model.attn_drop now" in told
+    assert "model.trunk.depth is called model.trunk.num_layers now" in told
+    assert not any("model.layers" in message for message in told)
+
+
+def test_an_old_and_a_new_name_together_are_refused():
+    with pytest.raises(ConfigError, match=r"model\.attention_dropout: unknown key"):
+        check(build_trunk, {"attention_dropout": 0.5, "attn_drop": 0.5}, "model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -229,6 +230,27 @@ def edit_config(folder, **changes) -> None:
     (folder / checkpoints.CONFIG).write_text(json.dumps(config | changes))
 
 
+def test_a_model_saved_under_old_names_loads_and_keeps_its_fingerprint(saved):
+    config = json.loads((saved / checkpoints.CONFIG).read_text())
+    arguments = config["arguments"]
+    arguments |= {"layers": arguments.pop("num_layers"), "heads": arguments.pop("num_heads")}
+    edit_config(saved, arguments=arguments)
+    model = vistok.load(saved)
+    assert (model.config["num_layers"], model.config["num_heads"]) == (arguments["layers"], arguments["heads"])
+    # Token caches of that version hold the hash over the names of that version.
+    digest = hashlib.sha256(json.dumps(["llama", arguments], sort_keys=True).encode())
+    for key, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.numpy().tobytes())
+    assert model.fingerprint() == digest.hexdigest()
+
+
+def test_arguments_that_do_not_fit_are_refused_with_the_file(saved):
+    edit_config(saved, arguments={"spec": None, "num_layers": "many"})
+    with pytest.raises(checkpoints.CheckpointError, match=r"(?s)config\.json does not describe a llama: .*num_layers"):
+        vistok.load(saved)
+
+
 def test_unknown_registry_name_gets_a_hint(saved):
     edit_config(saved, model="lama")
     with pytest.raises(registry.UnknownModelError, match="did you mean 'llama'"):
@@ -268,7 +290,7 @@ def test_absent_weights_are_refused(saved):
 
 
 def test_weights_that_do_not_fit_the_config_are_listed(saved):
-    edit_config(saved, arguments=to_json(ARGUMENTS["llama"] | {"layers": 3, "num_classes": 7}))
+    edit_config(saved, arguments=to_json(ARGUMENTS["llama"] | {"num_layers": 3, "num_classes": 7}))
     with pytest.raises(CheckpointError, match=r"missing: blocks\.2.*another shape: class_embedding\.weight \(6, 16\)"):
         vistok.load(saved)
 

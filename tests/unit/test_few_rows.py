@@ -40,7 +40,7 @@ def test_products_are_those_of_plain_layers(dtype, bias, shape):
 
 def test_a_gated_feed_forward_is_two_products_and_computes_the_same():
     torch.manual_seed(0)
-    mlp, x = SwiGLU(32, 96, dropout=0.5), torch.randn(8, 1, 32)
+    mlp, x = SwiGLU(32, 96, drop=0.5), torch.randn(8, 1, 32)
     expected = mlp.eval()(x)
     with torch.inference_mode(), layers_for(mlp, 8):
         assert packed(mlp) == ([mlp, mlp.down] if _packable_dtypes() else [])

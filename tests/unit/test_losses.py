@@ -288,17 +288,17 @@ def test_patchgan_has_the_parameters_of_the_reference():
     assert "main.2.bias" not in shapes  # the batch norm behind it has one
     assert "main.2.bias" in dict(PatchGAN(norm="none").named_parameters())
     assert abs(model.main[8].weight.std() - 0.02) < 1e-3
-    assert len([m for m in PatchGAN(layers=2).main if isinstance(m, nn.Conv2d)]) == 4
+    assert len([m for m in PatchGAN(num_layers=2).main if isinstance(m, nn.Conv2d)]) == 4
 
 
 def test_patchgan_refuses_what_it_cannot_judge():
     with pytest.raises(ValueError, match="'layer'; allowed: 'batch', 'group', 'none'"):
         PatchGAN(norm="layer")
     with pytest.raises(ValueError, match="layers must be at least 1"):
-        PatchGAN(layers=0)
+        PatchGAN(num_layers=0)
     with pytest.raises(ValueError, match="at least 24 px"):
         PatchGAN()(torch.zeros(1, 3, 16, 16))
-    assert PatchGAN(layers=2, width=8)(torch.zeros(2, 3, 12, 12)).shape == (2, 1, 1, 1)
+    assert PatchGAN(num_layers=2, width=8)(torch.zeros(2, 3, 12, 12)).shape == (2, 1, 1, 1)
 
 
 # LPIPS

@@ -23,6 +23,7 @@ from vistok.checkpoints import registry
 from vistok.checkpoints.hub import download, snapshot
 from vistok.checkpoints.official import OfficialCheckpoint, convert
 from vistok.checkpoints.weights import CheckpointError, load_strictly, read_weights
+from vistok.config import check, with_todays_names
 from vistok.types import to_json
 from vistok.utils.files import atomic_folder, write_json
 
@@ -46,6 +47,8 @@ class Model(
     pickled_stand_ins: ClassVar[tuple[tuple[type, str], ...]] = ()
     """Inert classes that take the place of those that released files pickle beside their weights, with the pickled
     names."""
+
+    _saved_arguments: Mapping[str, Any] | None = None  # of a loaded model, as its config.json has them
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         self = super().__new__(cls, *args, **kwargs)
@@ -110,8 +113,12 @@ class Model(
         return model
 
     def fingerprint(self) -> str:
-        """A hash of the config and all weights: equal exactly for models that compute the same."""
-        digest = hashlib.sha256(json.dumps([self.registry_name, self.config], sort_keys=True).encode())
+        """A hash of the config and all weights: equal exactly for models that compute the same.
+
+        Of a loaded model it hashes the arguments as they were saved, so that what an earlier version recorded holds.
+        """
+        arguments = self.config if self._saved_arguments is None else self._saved_arguments
+        digest = hashlib.sha256(json.dumps([self.registry_name, arguments], sort_keys=True).encode())
         for key, tensor in sorted(self.state_dict().items()):
             digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
@@ -138,7 +145,13 @@ def load(source: str | Path, **hub_options: Any) -> Model:
         folder = snapshot(str(source), [CONFIG, WEIGHTS], **hub_options)
     saved = read_config(folder)
     model_class = registry.entry(saved["model"]).load()
-    model = model_class(**saved["arguments"])
+    try:
+        arguments = with_todays_names(model_class, saved["arguments"])
+        check(model_class, arguments, "")
+        model = model_class(**arguments)
+    except ValueError as error:  # a ConfigError, or the constructor's own
+        raise CheckpointError(f"{folder / CONFIG} does not describe a {saved['model']}: {error}") from error
+    model._saved_arguments = saved["arguments"]
     load_strictly(model, read_weights(folder / WEIGHTS), source=str(folder))
     return model.eval()
 

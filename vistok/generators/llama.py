@@ -24,21 +24,21 @@ from vistok.nn.rotary import FixedRotation, Rotation, Rows, grid_positions, rota
 from vistok.types import Condition, TokenSpec, as_dataclass
 
 SIZES = {
-    "B": {"dim": 768, "layers": 12, "heads": 12},
-    "L": {"dim": 1024, "layers": 24, "heads": 16},
-    "XL": {"dim": 1280, "layers": 36, "heads": 20},
-    "XXL": {"dim": 1536, "layers": 48, "heads": 24},
-    "XXXL": {"dim": 2560, "layers": 48, "heads": 40},
-    "1B": {"dim": 2048, "layers": 22, "heads": 32},
-    "3B": {"dim": 3200, "layers": 24, "heads": 32},
-    "7B": {"dim": 4096, "layers": 32, "heads": 32},
+    "B": {"dim": 768, "num_layers": 12, "num_heads": 12},
+    "L": {"dim": 1024, "num_layers": 24, "num_heads": 16},
+    "XL": {"dim": 1280, "num_layers": 36, "num_heads": 20},
+    "XXL": {"dim": 1536, "num_layers": 48, "num_heads": 24},
+    "XXXL": {"dim": 2560, "num_layers": 48, "num_heads": 40},
+    "1B": {"dim": 2048, "num_layers": 22, "num_heads": 32},
+    "3B": {"dim": 3200, "num_layers": 24, "num_heads": 32},
+    "7B": {"dim": 4096, "num_layers": 32, "num_heads": 32},
 }
 Positions = Literal["rope2d", "rope1d", "learned"]
 
 
 def _official(size: str, block_size: int) -> dict[str, Any]:
-    dim, layers, heads = SIZES[size].values()
-    return {"dim": dim, "n_layer": layers, "n_head": heads, "block_size": block_size, "vocab_size": 16384}
+    dim, num_layers, num_heads = SIZES[size].values()
+    return {"dim": dim, "n_layer": num_layers, "n_head": num_heads, "block_size": block_size, "vocab_size": 16384}
 
 
 def _dar(size: str) -> dict[str, Any]:
@@ -55,21 +55,19 @@ class Block(nn.Module):
     def __init__(
         self,
         dim: int,
-        heads: int,
+        num_heads: int,
         hidden_dim: int,
         *,
         eps: float,
-        attention_dropout: float,
-        residual_dropout: float,
-        ffn_dropout: float,
+        attn_drop: float,
+        proj_drop: float,
+        ffn_drop: float,
     ):
         super().__init__()
         self.norm1 = RMSNorm(dim, eps)
-        self.attn = Attention(
-            dim, heads, qkv_bias=False, out_bias=False, attention_dropout=attention_dropout, dropout=residual_dropout
-        )
+        self.attn = Attention(dim, num_heads, qkv_bias=False, out_bias=False, attn_drop=attn_drop, proj_drop=proj_drop)
         self.norm2 = RMSNorm(dim, eps)
-        self.ffn = SwiGLU(dim, hidden_dim, dropout=ffn_dropout)
+        self.ffn = SwiGLU(dim, hidden_dim, drop=ffn_drop)
 
     def forward(self, x: Tensor, rotation: Rotation | None, mask: Tensor | None, cache: Layer | None) -> Tensor:
         x = x + self.attn(self.norm1(x), mask=mask, causal=mask is None, rotation=rotation, cache=cache)
@@ -82,13 +80,13 @@ class Llama(AutoregressiveGenerator):
     Args:
         spec: the tokens to model (one id per position).
         num_classes: number of classes; 0 for unconditional generation. Not used with captions.
-        dim, layers, heads: width, blocks, heads; heads divide dim.
+        dim, num_layers, num_heads: width, blocks, heads; heads divide dim.
         multiple_of: the feed-forward width, 8/3 of dim, is rounded up to a multiple of this.
         caption_dim: channels of caption features (T5), or None for the class-conditional model.
         caption_length: positions of a caption. Features are padded on the left, with a mask.
         condition_dropout: share of training samples whose condition is dropped, for guidance. With 0 a
             class-conditional model has no null class, and refuses guidance.
-        token_dropout, attention_dropout, residual_dropout, ffn_dropout: dropout of the embedded sequence, the
+        token_drop, attn_drop, proj_drop, ffn_drop: dropout of the embedded sequence, the
             attention weights, the attention output and the feed-forward output, in training.
         positions: "rope2d" rotates image tokens by row and column and switches the condition's queries and keys off,
             as in LlamaGen (see ``position_table``); "rope1d" rotates the whole sequence, the condition first
@@ -121,16 +119,16 @@ class Llama(AutoregressiveGenerator):
         spec: TokenSpec,
         num_classes: int = 1000,
         dim: int = 768,
-        layers: int = 12,
-        heads: int = 12,
+        num_layers: int = 12,
+        num_heads: int = 12,
         multiple_of: int = 256,
         caption_dim: int | None = None,
         caption_length: int = 120,
         condition_dropout: float = 0.1,
-        token_dropout: float = 0.1,
-        attention_dropout: float = 0.0,
-        residual_dropout: float = 0.1,
-        ffn_dropout: float = 0.1,
+        token_drop: float = 0.1,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.1,
+        ffn_drop: float = 0.1,
         positions: Positions = "rope2d",
         rope_base: float = 10000.0,
         norm_eps: float = 1e-5,
@@ -150,19 +148,19 @@ class Llama(AutoregressiveGenerator):
         else:
             self.class_embedding = nn.Embedding(num_classes + self.has_null, dim)
         self.token_embedding = nn.Embedding(self.spec.codebook_size, dim)
-        self.dropout = nn.Dropout(token_dropout)
+        self.dropout = nn.Dropout(token_drop)
         hidden_dim = llama_hidden_dim(dim, multiple_of)
         self.blocks = nn.ModuleList(
             Block(
                 dim,
-                heads,
+                num_heads,
                 hidden_dim,
                 eps=norm_eps,
-                attention_dropout=attention_dropout,
-                residual_dropout=residual_dropout,
-                ffn_dropout=ffn_dropout,
+                attn_drop=attn_drop,
+                proj_drop=proj_drop,
+                ffn_drop=ffn_drop,
             )
-            for _ in range(layers)
+            for _ in range(num_layers)
         )
         self.norm = RMSNorm(dim, norm_eps)
         self.output = nn.Linear(dim, self.spec.codebook_size, bias=False)
@@ -170,7 +168,7 @@ class Llama(AutoregressiveGenerator):
             self.rotation = None
             self.positions = nn.Parameter(torch.randn(self.condition_length + self.spec.length, dim) * 0.02)
         else:
-            table = position_table(self.spec, self.condition_length, dim // heads, positions, rope_base)
+            table = position_table(self.spec, self.condition_length, dim // num_heads, positions, rope_base)
             self.rotation, self.positions = FixedRotation(table), None
         self.apply(_initialise)
         nn.init.zeros_(self.output.weight)
@@ -256,16 +254,16 @@ class Llama(AutoregressiveGenerator):
             spec,
             num_classes=config.get("num_classes", 1000),
             dim=config["dim"],
-            layers=config["n_layer"],
-            heads=config["n_head"],
+            num_layers=config["n_layer"],
+            num_heads=config["n_head"],
             multiple_of=config.get("multiple_of", 256),
             caption_dim=config.get("caption_dim", 2048) if captions else None,
             caption_length=config.get("cls_token_num", 120) if captions else 120,
             condition_dropout=config.get("class_dropout_prob", 0.1),
-            token_dropout=config.get("token_dropout_p", 0.1),
-            attention_dropout=config.get("attn_dropout_p", 0.0),
-            residual_dropout=config.get("resid_dropout_p", 0.1),
-            ffn_dropout=config.get("ffn_dropout_p", 0.1),
+            token_drop=config.get("token_dropout_p", 0.1),
+            attn_drop=config.get("attn_dropout_p", 0.0),
+            proj_drop=config.get("resid_dropout_p", 0.1),
+            ffn_drop=config.get("ffn_dropout_p", 0.1),
             positions=positions,
             rope_base=config.get("rope_base", 10000),
             norm_eps=config.get("norm_eps", 1e-5),

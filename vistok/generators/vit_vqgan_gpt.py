@@ -31,11 +31,11 @@ def squared_relu(x: Tensor) -> Tensor:
 class Block(nn.Module):
     """Pre-norm block whose attention reads a learned mix of each position and the one before it (as in RWKV)."""
 
-    def __init__(self, dim: int, heads: int, dropout: float):
+    def __init__(self, dim: int, num_heads: int, dropout: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.mix = nn.Parameter(torch.linspace(0, 1, dim).view(1, 1, dim))
-        self.attn = Attention(dim, heads, attention_dropout=dropout, dropout=dropout)
+        self.attn = Attention(dim, num_heads, attn_drop=dropout, proj_drop=dropout)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = MLP(dim, 4 * dim, squared_relu)
         self.dropout = nn.Dropout(dropout)
@@ -54,7 +54,7 @@ class ViTVQGANGPT(AutoregressiveGenerator):
     Args:
         spec: the tokens to model (one id per position).
         num_classes: vocabulary of the condition; 0 for unconditional generation.
-        dim, layers, heads: width, blocks, heads; heads divide dim.
+        dim, num_layers, num_heads: width, blocks, heads; heads divide dim.
         dropout: on attention, its output and the feed-forward, in training (paper: 0.1).
         condition_dropout: share of training samples whose class is replaced by a null class, for guidance. The paper
             and the reference have none: with 0 there is no null class, and guidance is refused.
@@ -63,8 +63,8 @@ class ViTVQGANGPT(AutoregressiveGenerator):
 
     registry_name = "vit_vqgan_gpt"
     sizes = {
-        "base": {"dim": 1536, "layers": 24, "heads": 16},
-        "large": {"dim": 2048, "layers": 36, "heads": 16},
+        "base": {"dim": 1536, "num_layers": 24, "num_heads": 16},
+        "large": {"dim": 2048, "num_layers": 36, "num_heads": 16},
     }
 
     def __init__(
@@ -72,8 +72,8 @@ class ViTVQGANGPT(AutoregressiveGenerator):
         spec: TokenSpec,
         num_classes: int = 1000,
         dim: int = 1536,
-        layers: int = 24,
-        heads: int = 16,
+        num_layers: int = 24,
+        num_heads: int = 16,
         dropout: float = 0.0,
         condition_dropout: float = 0.0,
         condition_length: int = 1,
@@ -87,7 +87,7 @@ class ViTVQGANGPT(AutoregressiveGenerator):
         self.condition_positions = nn.Parameter(torch.zeros(1, condition_length, dim))
         self.token_embedding = nn.Embedding(self.spec.codebook_size, dim)
         self.token_positions = nn.Parameter(torch.zeros(1, self.spec.length, dim))
-        self.blocks, self.shift_dim = nn.ModuleList(Block(dim, heads, dropout) for _ in range(layers)), dim
+        self.blocks, self.shift_dim = nn.ModuleList(Block(dim, num_heads, dropout) for _ in range(num_layers)), dim
         self.norm = nn.LayerNorm(dim)
         self.output = nn.Linear(dim, self.spec.codebook_size, bias=False)
         self.apply(_initialise)
@@ -159,8 +159,8 @@ class ViTVQGANGPT(AutoregressiveGenerator):
             TokenSpec(length, config["vocab_img_size"], dim=config["embed_dim"]),
             num_classes=config["vocab_cond_size"],
             dim=config["embed_dim"],
-            layers=config["n_layers"],
-            heads=config["n_heads"],
+            num_layers=config["n_layers"],
+            num_heads=config["n_heads"],
             condition_length=config["cond_num_tokens"],
         )
         load_strictly(model, rename(_fuse_attention(state_dict), OFFICIAL_NAMES), source="the official state dict")

@@ -73,32 +73,32 @@ class StyleGANDiscriminator(nn.Module):
 class PatchGAN(nn.Module):
     """pix2pix's patch discriminator (Isola et al. 2017), as VQGAN, LlamaGen and GigaTok use it.
 
-    ``layers`` strided 4x4 convolutions and two unstrided ones; with three layers a logit sees 70 x 70 pixels.
+    ``num_layers`` strided 4x4 convolutions and two unstrided ones; with three layers a logit sees 70 x 70 pixels.
     Convolutions start from normal(0, 0.02). Parameters are named as in taming-transformers.
 
     Args:
         in_channels: of the images.
         width: channels of the first layer; doubled per layer, at most 8 times as many.
-        layers: number of strided convolutions, each halving the side.
+        num_layers: number of strided convolutions, each halving the side.
         norm: "batch", "group" (32 groups where the width allows) or "none".
 
     Raises:
-        ValueError: unknown ``norm``, or ``layers`` below 1.
+        ValueError: unknown ``norm``, or ``num_layers`` below 1.
     """
 
-    def __init__(self, in_channels: int = 3, width: int = 64, layers: int = 3, norm: str = "batch"):
+    def __init__(self, in_channels: int = 3, width: int = 64, num_layers: int = 3, norm: str = "batch"):
         super().__init__()
         if norm not in _NORMS:
             raise ValueError(f"norm is {norm!r}; allowed: {', '.join(map(repr, _NORMS))}")
-        if layers < 1:
-            raise ValueError(f"layers must be at least 1, got {layers}")
+        if num_layers < 1:
+            raise ValueError(f"num_layers must be at least 1, got {num_layers}")
         self.in_channels = in_channels
-        self.min_size = 3 * 2**layers  # the two unstrided convolutions take a side of 3 to 1
+        self.min_size = 3 * 2**num_layers  # the two unstrided convolutions take a side of 3 to 1
         modules: list[nn.Module] = [nn.Conv2d(in_channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         channels = width
-        for level in range(1, layers + 1):
+        for level in range(1, num_layers + 1):
             out_channels = width * min(2**level, 8)
-            stride = 2 if level < layers else 1
+            stride = 2 if level < num_layers else 1
             # A norm brings its own bias.
             conv = nn.Conv2d(channels, out_channels, 4, stride=stride, padding=1, bias=norm == "none")
             modules += [conv, _NORMS[norm](out_channels), nn.LeakyReLU(0.2)]
@@ -108,7 +108,7 @@ class PatchGAN(nn.Module):
         self.apply(_init_patchgan)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits (B, 1, h, w), h about H / 2^layers - 2, from images (B, in_channels, H, W).
+        """Return logits (B, 1, h, w), h about H / 2^num_layers - 2, from images (B, in_channels, H, W).
 
         Raises:
             ValueError: another number of channels, or images too small for one logit.

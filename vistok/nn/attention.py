@@ -29,19 +29,19 @@ class Attention(nn.Module):
 
     Args:
         dim: width D.
-        heads: number of heads H.
-        head_dim: channels h of a head; ``dim // heads`` if None.
+        num_heads: number of heads H.
+        head_dim: channels h of a head; ``dim // num_heads`` if None.
         qkv_bias, out_bias: whether the projections have biases.
         qk_norm: builds the norm of queries and of keys, each over ``head_dim``; None is no norm.
         scale: factor of the logits; ``head_dim ** -0.5`` if None.
-        project: False leaves the output projection out (then ``heads * head_dim`` must equal ``dim``).
-        dropout: dropout of the attention weights and of the output, in training.
+        project: False leaves the output projection out (then ``num_heads * head_dim`` must equal ``dim``).
+        attn_drop, proj_drop: dropout of the attention weights and of the output, in training.
     """
 
     def __init__(
         self,
         dim: int,
-        heads: int,
+        num_heads: int,
         *,
         head_dim: int | None = None,
         qkv_bias: bool = True,
@@ -49,20 +49,20 @@ class Attention(nn.Module):
         qk_norm: Callable[[int], nn.Module] | None = None,
         scale: float | None = None,
         project: bool = True,
-        attention_dropout: float = 0.0,
-        dropout: float = 0.0,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
     ):
         super().__init__()
-        if head_dim is None and dim % heads:
-            raise ValueError(f"dim {dim} is not divisible by heads {heads}")
-        self.heads, self.head_dim, self.scale = heads, head_dim or dim // heads, scale
-        inner = self.heads * self.head_dim
+        if head_dim is None and dim % num_heads:
+            raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
+        self.num_heads, self.head_dim, self.scale = num_heads, head_dim or dim // num_heads, scale
+        inner = self.num_heads * self.head_dim
         if not project and inner != dim:
-            raise ValueError(f"without an output projection heads * head_dim = {inner} must equal dim {dim}")
+            raise ValueError(f"without an output projection num_heads * head_dim = {inner} must equal dim {dim}")
         self.qkv = nn.Linear(dim, 3 * inner, bias=qkv_bias)
         self.q_norm, self.k_norm = (qk_norm(self.head_dim) if qk_norm else nn.Identity() for _ in range(2))
         self.out = nn.Linear(inner, dim, bias=out_bias) if project else nn.Identity()
-        self.attention_dropout, self.dropout = attention_dropout, nn.Dropout(dropout)
+        self.attn_drop, self.proj_drop = attn_drop, nn.Dropout(proj_drop)
 
     def forward(
         self,
@@ -81,14 +81,16 @@ class Attention(nn.Module):
             rotation: rotary tables of these N positions, applied to queries and keys.
         """
         # In plain views, which cost a third of einops' where x is a single token.
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4)  # (B, H, N, h) each
+        q, k, v = (
+            self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        )  # (B, H, N, h) each
         q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(torch.stack([q, k]), rotation)  # in half as many operations, which count for a single token
         if cache is not None:
             k, v = cache.append(k, v)
-        dropout = self.attention_dropout if self.training else 0.0
-        return self.dropout(self.out(attend(q, k, v, mask, causal, dropout, self.scale)))
+        dropout = self.attn_drop if self.training else 0.0
+        return self.proj_drop(self.out(attend(q, k, v, mask, causal, dropout, self.scale)))
 
 
 class CrossAttention(nn.Module):
@@ -96,22 +98,22 @@ class CrossAttention(nn.Module):
 
     Args:
         dim: width D of both.
-        heads: number of heads.
+        num_heads: number of heads.
         qk_norm: as of ``Attention``.
     """
 
-    def __init__(self, dim: int, heads: int, *, qk_norm: Callable[[int], nn.Module] | None = None):
+    def __init__(self, dim: int, num_heads: int, *, qk_norm: Callable[[int], nn.Module] | None = None):
         super().__init__()
-        if dim % heads:
-            raise ValueError(f"dim {dim} is not divisible by heads {heads}")
-        self.heads = heads
+        if dim % num_heads:
+            raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
+        self.num_heads = num_heads
         self.q, self.kv, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
-        self.q_norm, self.k_norm = (qk_norm(dim // heads) if qk_norm else nn.Identity() for _ in range(2))
+        self.q_norm, self.k_norm = (qk_norm(dim // num_heads) if qk_norm else nn.Identity() for _ in range(2))
 
     def forward(self, x: Tensor, context: Tensor, *, rotation: Rotation | None = None) -> Tensor:
         """Attend from x to all of the context; ``rotation`` is applied to the queries alone."""
-        q = self.q_norm(rearrange(self.q(x), "b n (h d) -> b h n d", h=self.heads))
-        k, v = rearrange(self.kv(context), "b m (two h d) -> two b h m d", two=2, h=self.heads)
+        q = self.q_norm(rearrange(self.q(x), "b n (h d) -> b h n d", h=self.num_heads))
+        k, v = rearrange(self.kv(context), "b m (two h d) -> two b h m d", two=2, h=self.num_heads)
         if rotation is not None:
             q = rotate(q, rotation)
         return self.out(attend(q, self.k_norm(k), v, None, False))

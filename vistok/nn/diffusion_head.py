@@ -31,15 +31,15 @@ class DiffusionHead(nn.Module):
         token_dim: channels d of a token.
         condition_dim: channels of the vectors that it is conditioned on.
         dim: width W.
-        layers: residual blocks.
+        num_layers: residual blocks.
     """
 
-    def __init__(self, token_dim: int, condition_dim: int, dim: int, layers: int):
+    def __init__(self, token_dim: int, condition_dim: int, dim: int, num_layers: int):
         super().__init__()
         self.time_embedding = TimestepEmbedding(dim, 256)
         self.condition = nn.Linear(condition_dim, dim)
         self.input = nn.Linear(token_dim, dim)
-        self.blocks = nn.ModuleList(Block(dim) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(dim) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim, 1e-6, elementwise_affine=False)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
         self.output = nn.Linear(dim, 2 * token_dim)

@@ -16,7 +16,7 @@ class MLP(nn.Module):
         hidden_dim: width of the hidden layer.
         activation: an elementwise function.
         bias: whether the linears have biases.
-        dropout: of the hidden layer and of the output, in training.
+        drop: of the hidden layer and of the output, in training.
     """
 
     def __init__(
@@ -26,15 +26,15 @@ class MLP(nn.Module):
         activation: Callable[[Tensor], Tensor],
         *,
         bias: bool = True,
-        dropout: float = 0.0,
+        drop: float = 0.0,
     ):
         super().__init__()
         self.up = nn.Linear(dim, hidden_dim, bias=bias)
         self.down = nn.Linear(hidden_dim, dim, bias=bias)
-        self.activation, self.dropout = activation, nn.Dropout(dropout)
+        self.activation, self.drop = activation, nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.down(self.dropout(self.activation(self.up(x)))))
+        return self.drop(self.down(self.drop(self.activation(self.up(x)))))
 
 
 class GatedMLP(nn.Module):
@@ -45,7 +45,7 @@ class GatedMLP(nn.Module):
         hidden_dim: width of the hidden layer.
         activation: an elementwise function.
         bias: whether the linears have biases.
-        hidden_dropout, dropout: of the hidden layer and of the output, in training.
+        hidden_drop, drop: of the hidden layer and of the output, in training.
     """
 
     def __init__(
@@ -55,25 +55,25 @@ class GatedMLP(nn.Module):
         activation: Callable[[Tensor], Tensor],
         *,
         bias: bool = True,
-        hidden_dropout: float = 0.0,
-        dropout: float = 0.0,
+        hidden_drop: float = 0.0,
+        drop: float = 0.0,
     ):
         super().__init__()
         self.gate = nn.Linear(dim, hidden_dim, bias=bias)
         self.up = nn.Linear(dim, hidden_dim, bias=bias)
         self.down = nn.Linear(hidden_dim, dim, bias=bias)
         self.activation = activation
-        self.hidden_dropout, self.dropout = nn.Dropout(hidden_dropout), nn.Dropout(dropout)
+        self.hidden_drop, self.drop = nn.Dropout(hidden_drop), nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.down(self.hidden_dropout(self.activation(self.gate(x)) * self.up(x))))
+        return self.drop(self.down(self.hidden_drop(self.activation(self.gate(x)) * self.up(x))))
 
 
 class SwiGLU(GatedMLP):
     """Llama's gated feed-forward: SiLU, no biases."""
 
-    def __init__(self, dim: int, hidden_dim: int, *, dropout: float = 0.0):
-        super().__init__(dim, hidden_dim, F.silu, bias=False, dropout=dropout)
+    def __init__(self, dim: int, hidden_dim: int, *, drop: float = 0.0):
+        super().__init__(dim, hidden_dim, F.silu, bias=False, drop=drop)
 
 
 def llama_hidden_dim(dim: int, multiple_of: int = 256) -> int:

@@ -33,22 +33,28 @@ class ViTConfig:
     """Width, number of blocks, heads (64 wide each) and feed-forward width of one transformer."""
 
     dim: int
-    depth: int
-    heads: int
+    num_layers: int
+    num_heads: int
     mlp_dim: int
 
 
-SMALL = {"dim": 512, "depth": 8, "heads": 8, "mlp_dim": 2048}
-BASE = {"dim": 768, "depth": 12, "heads": 12, "mlp_dim": 3072}
-LARGE = {"dim": 1280, "depth": 32, "heads": 16, "mlp_dim": 5120}
+SMALL = {"dim": 512, "num_layers": 8, "num_heads": 8, "mlp_dim": 2048}
+BASE = {"dim": 768, "num_layers": 12, "num_heads": 12, "mlp_dim": 3072}
+LARGE = {"dim": 1280, "num_layers": 32, "num_heads": 16, "mlp_dim": 5120}
 
 
 def _official(size: dict[str, int]) -> dict[str, Any]:
+    section = {
+        "dim": size["dim"],
+        "depth": size["num_layers"],
+        "heads": size["num_heads"],
+        "mlp_dim": size["mlp_dim"],
+    }
     return {
         "image_size": 256,
         "patch_size": 8,
-        "encoder": size,
-        "decoder": size,
+        "encoder": section,
+        "decoder": section,
         "quantizer": {"embed_dim": 32, "n_embed": 8192},
     }
 
@@ -59,9 +65,9 @@ class Block(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
         # The reference leaves the output projection out when it would map one 64-wide head onto itself.
-        project = not (config.heads == 1 and config.dim == HEAD_DIM)
+        project = not (config.num_heads == 1 and config.dim == HEAD_DIM)
         self.norm1 = nn.LayerNorm(config.dim)
-        self.attn = Attention(config.dim, config.heads, head_dim=HEAD_DIM, qkv_bias=False, project=project)
+        self.attn = Attention(config.dim, config.num_heads, head_dim=HEAD_DIM, qkv_bias=False, project=project)
         self.norm2 = nn.LayerNorm(config.dim)
         self.mlp = MLP(config.dim, config.mlp_dim, torch.tanh)
 
@@ -76,7 +82,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ViTConfig, grid: tuple[int, int]):
         super().__init__()
         self.positions = nn.Parameter(sincos_2d(grid, config.dim)[None], requires_grad=False)
-        self.blocks = nn.Sequential(*(Block(config) for _ in range(config.depth)))
+        self.blocks = nn.Sequential(*(Block(config) for _ in range(config.num_layers)))
         self.norm = nn.LayerNorm(config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -237,8 +243,8 @@ class ViTVQGAN(Tokenizer):
         model = cls(
             image_size=config["image_size"],
             patch_size=config["patch_size"],
-            encoder=ViTConfig(**config["encoder"]),
-            decoder=ViTConfig(**config["decoder"]),
+            encoder=_vit_config(config["encoder"]),
+            decoder=_vit_config(config["decoder"]),
             codebook_size=quantizer["n_embed"],
             codebook_embed_dim=quantizer["embed_dim"],
             codebook_l2_norm=quantizer.get("use_norm", True),
@@ -252,6 +258,10 @@ class ViTVQGAN(Tokenizer):
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Drop the training losses (LPIPS, discriminator) that a released file carries beside the model."""
         return {key: tensor for key, tensor in state.items() if not key.startswith("loss.")}
+
+
+def _vit_config(section: Mapping[str, Any]) -> ViTConfig:
+    return ViTConfig(section["dim"], section["depth"], section["heads"], section["mlp_dim"])
 
 
 RESIDUAL_CODEBOOK = (r"quantizer\.embedding\.weight", r"quantizer.quantizer.embedding.weight")

@@ -65,7 +65,7 @@ class AutoregressiveGenerator(Generator):
         return KVCache(
             len(self.blocks),
             rows,
-            attention.heads,
+            attention.num_heads,
             length,
             attention.head_dim,
             shift_dim=self.shift_dim,

@@ -66,15 +66,15 @@ class KVCache:
     """Keys and values of all layers, allocated once per sampling session.
 
     Args:
-        layers, rows, heads, length, head_dim: the sizes; ``rows`` counts guidance rows too.
+        num_layers, rows, num_heads, length, head_dim: the sizes; ``rows`` counts guidance rows too.
         shift_dim: width of the token shift's memory, 0 for models without one.
     """
 
     def __init__(
         self,
-        layers: int,
+        num_layers: int,
         rows: int,
-        heads: int,
+        num_heads: int,
         length: int,
         head_dim: int,
         *,
@@ -83,7 +83,7 @@ class KVCache:
         device: torch.device | str = "cpu",
     ):
         like = {"dtype": dtype, "device": device}
-        kept = (rows, heads, length, head_dim)
+        kept = (rows, num_heads, length, head_dim)
         # Each a tensor of its own: compilers copy the whole of a tensor of which a part is written.
         self.layers = [
             LayerCache(
@@ -91,9 +91,9 @@ class KVCache:
                 torch.empty(kept, **like),
                 torch.zeros(rows, 1, shift_dim, **like) if shift_dim else None,
             )
-            for _ in range(layers)
+            for _ in range(num_layers)
         ]
-        self.nbytes = layers * rows * (2 * heads * length * head_dim + shift_dim) * dtype.itemsize
+        self.nbytes = num_layers * rows * (2 * num_heads * length * head_dim + shift_dim) * dtype.itemsize
 
     @property
     def length(self) -> int:

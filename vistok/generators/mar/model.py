@@ -31,23 +31,44 @@ from vistok.nn.mlp import MLP
 from vistok.types import Condition, GeneratorOutput, TokenSpec, as_dataclass
 
 SIZES = {
-    "base": {"dim": 768, "encoder_layers": 12, "decoder_layers": 12, "heads": 12, "head_layers": 6, "head_dim": 1024},
-    "large": {"dim": 1024, "encoder_layers": 16, "decoder_layers": 16, "heads": 16, "head_layers": 8, "head_dim": 1280},
-    "huge": {"dim": 1280, "encoder_layers": 20, "decoder_layers": 20, "heads": 16, "head_layers": 12, "head_dim": 1536},
+    "base": {
+        "dim": 768,
+        "num_encoder_layers": 12,
+        "num_decoder_layers": 12,
+        "num_heads": 12,
+        "num_head_layers": 6,
+        "head_dim": 1024,
+    },
+    "large": {
+        "dim": 1024,
+        "num_encoder_layers": 16,
+        "num_decoder_layers": 16,
+        "num_heads": 16,
+        "num_head_layers": 8,
+        "head_dim": 1280,
+    },
+    "huge": {
+        "dim": 1280,
+        "num_encoder_layers": 20,
+        "num_decoder_layers": 20,
+        "num_heads": 16,
+        "num_head_layers": 12,
+        "head_dim": 1536,
+    },
 }
 NUM_TIMESTEPS = 1000
 
 
 def _official(size: str) -> dict[str, Any]:
-    dim, encoder_layers, decoder_layers, heads, head_layers, head_dim = SIZES[size].values()
+    dim, num_encoder_layers, num_decoder_layers, num_heads, num_head_layers, head_dim = SIZES[size].values()
     return {
         "encoder_embed_dim": dim,
-        "encoder_depth": encoder_layers,
-        "encoder_num_heads": heads,
+        "encoder_depth": num_encoder_layers,
+        "encoder_num_heads": num_heads,
         "decoder_embed_dim": dim,
-        "decoder_depth": decoder_layers,
-        "decoder_num_heads": heads,
-        "diffloss_d": head_layers,
+        "decoder_depth": num_decoder_layers,
+        "decoder_num_heads": num_heads,
+        "diffloss_d": num_head_layers,
         "diffloss_w": head_dim,
         "attn_dropout": 0.1,
         "proj_dropout": 0.1,
@@ -57,12 +78,12 @@ def _official(size: str) -> dict[str, Any]:
 class Block(nn.Module):
     """Pre-norm transformer block: (B, N, D) -> (B, N, D)."""
 
-    def __init__(self, dim: int, heads: int, mlp_ratio: float, *, eps: float, attention_dropout: float, dropout: float):
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, *, eps: float, attn_drop: float, proj_drop: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps)
-        self.attn = Attention(dim, heads, attention_dropout=attention_dropout, dropout=dropout)
+        self.attn = Attention(dim, num_heads, attn_drop=attn_drop, proj_drop=proj_drop)
         self.norm2 = nn.LayerNorm(dim, eps)
-        self.mlp = MLP(dim, int(dim * mlp_ratio), F.gelu, dropout=dropout)
+        self.mlp = MLP(dim, int(dim * mlp_ratio), F.gelu, drop=proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
@@ -75,16 +96,16 @@ class MAR(ContinuousGenerator):
     Args:
         spec: the tokens to model: continuous latents.
         num_classes: number of classes; 0 for unconditional generation.
-        dim, encoder_layers, heads: of the encoder.
-        decoder_layers, decoder_dim, decoder_heads: of the decoder; None takes the encoder's.
-        head_layers, head_dim: residual blocks and width of the diffusion head.
+        dim, num_encoder_layers, num_heads: of the encoder.
+        num_decoder_layers, decoder_dim, num_decoder_heads: of the decoder; None takes the encoder's.
+        num_head_layers, head_dim: residual blocks and width of the diffusion head.
         patch_size: patch_size x patch_size latents are one token of the model.
         mlp_ratio: hidden width of the feed-forward, in units of dim.
         buffer_size: how many copies of the class embedding stand before the tokens.
         mask_rate_min: least share of the tokens that is masked in training; the most likely share is all.
         diffusion_batch_mul: noise levels per token and training step.
         condition_dropout: share of training samples whose class is dropped, for guidance.
-        attention_dropout, dropout: of the attention weights, and of the outputs of attention and feed-forward.
+        attn_drop, proj_drop: of the attention weights, and of the outputs of attention and feed-forward.
         norm_eps: eps of the transformers' layer norms.
 
     Raises:
@@ -101,12 +122,12 @@ class MAR(ContinuousGenerator):
         spec: TokenSpec,
         num_classes: int = 1000,
         dim: int = 768,
-        encoder_layers: int = 12,
-        decoder_layers: int = 12,
-        heads: int = 12,
+        num_encoder_layers: int = 12,
+        num_decoder_layers: int = 12,
+        num_heads: int = 12,
         decoder_dim: int | None = None,
-        decoder_heads: int | None = None,
-        head_layers: int = 6,
+        num_decoder_heads: int | None = None,
+        num_head_layers: int = 6,
         head_dim: int = 1024,
         patch_size: int = 1,
         mlp_ratio: float = 4.0,
@@ -114,8 +135,8 @@ class MAR(ContinuousGenerator):
         mask_rate_min: float = 0.7,
         diffusion_batch_mul: int = 4,
         condition_dropout: float = 0.1,
-        attention_dropout: float = 0.1,
-        dropout: float = 0.1,
+        attn_drop: float = 0.1,
+        proj_drop: float = 0.1,
         norm_eps: float = 1e-6,
     ):
         super().__init__()
@@ -128,22 +149,24 @@ class MAR(ContinuousGenerator):
         self.length, self.token_dim = len(self.members), self.spec.dim * patch_size**2
         self.diffusion = GaussianDiffusion.cosine(NUM_TIMESTEPS)
         decoder_dim = decoder_dim or dim
-        make = partial(Block, mlp_ratio=mlp_ratio, eps=norm_eps, attention_dropout=attention_dropout, dropout=dropout)
+        make = partial(Block, mlp_ratio=mlp_ratio, eps=norm_eps, attn_drop=attn_drop, proj_drop=proj_drop)
 
         self.class_embedding = nn.Embedding(num_classes, dim) if num_classes else None
         self.null_class = nn.Parameter(torch.empty(1, dim))
         self.input = nn.Linear(self.token_dim, dim)
         self.input_norm = nn.LayerNorm(dim, 1e-6)
         self.encoder_positions = nn.Parameter(torch.empty(1, buffer_size + self.length, dim))
-        self.encoder_blocks = nn.Sequential(*(make(dim, heads) for _ in range(encoder_layers)))
+        self.encoder_blocks = nn.Sequential(*(make(dim, num_heads) for _ in range(num_encoder_layers)))
         self.encoder_norm = nn.LayerNorm(dim, norm_eps)
         self.bridge = nn.Linear(dim, decoder_dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_dim))
         self.decoder_positions = nn.Parameter(torch.empty(1, buffer_size + self.length, decoder_dim))
-        self.decoder_blocks = nn.Sequential(*(make(decoder_dim, decoder_heads or heads) for _ in range(decoder_layers)))
+        self.decoder_blocks = nn.Sequential(
+            *(make(decoder_dim, num_decoder_heads or num_heads) for _ in range(num_decoder_layers))
+        )
         self.decoder_norm = nn.LayerNorm(decoder_dim, norm_eps)
         self.head_positions = nn.Parameter(torch.empty(1, self.length, decoder_dim))
-        self.head = DiffusionHead(self.token_dim, decoder_dim, head_dim, head_layers)
+        self.head = DiffusionHead(self.token_dim, decoder_dim, head_dim, num_head_layers)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -318,12 +341,12 @@ class MAR(ContinuousGenerator):
             TokenSpec(side * side, None, config.get("vae_embed_dim", 16), grid=(side, side)),
             num_classes=config.get("class_num", 1000),
             dim=config["encoder_embed_dim"],
-            encoder_layers=config["encoder_depth"],
-            decoder_layers=config["decoder_depth"],
-            heads=config["encoder_num_heads"],
+            num_encoder_layers=config["encoder_depth"],
+            num_decoder_layers=config["decoder_depth"],
+            num_heads=config["encoder_num_heads"],
             decoder_dim=config["decoder_embed_dim"],
-            decoder_heads=config["decoder_num_heads"],
-            head_layers=config["diffloss_d"],
+            num_decoder_heads=config["decoder_num_heads"],
+            num_head_layers=config["diffloss_d"],
             head_dim=config["diffloss_w"],
             patch_size=config.get("patch_size", 1),
             mlp_ratio=config.get("mlp_ratio", 4.0),
@@ -331,8 +354,8 @@ class MAR(ContinuousGenerator):
             mask_rate_min=config.get("mask_ratio_min", 0.7),
             diffusion_batch_mul=config.get("diffusion_batch_mul", 4),
             condition_dropout=config.get("label_drop_prob", 0.1),
-            attention_dropout=config.get("attn_dropout", 0.1),
-            dropout=config.get("proj_dropout", 0.1),
+            attn_drop=config.get("attn_dropout", 0.1),
+            proj_drop=config.get("proj_dropout", 0.1),
             norm_eps=config.get("norm_eps", 1e-6),
         )
         load_strictly(model, rename(state_dict, OFFICIAL_NAMES), source="the official state dict")

@@ -36,9 +36,9 @@ from vistok.nn.timesteps import TimestepEmbedding
 from vistok.types import Condition, GeneratorOutput, TokenSpec, as_dataclass
 
 SIZES = {
-    "B": {"dim": 768, "encoder_layers": 8, "decoder_layers": 8, "heads": 12},
-    "L": {"dim": 1024, "encoder_layers": 16, "decoder_layers": 16, "heads": 16},
-    "H": {"dim": 1280, "encoder_layers": 20, "decoder_layers": 20, "heads": 16},
+    "B": {"dim": 768, "num_encoder_layers": 8, "num_decoder_layers": 8, "num_heads": 12},
+    "L": {"dim": 1024, "num_encoder_layers": 16, "num_decoder_layers": 16, "num_heads": 16},
+    "H": {"dim": 1280, "num_encoder_layers": 20, "num_decoder_layers": 20, "num_heads": 16},
 }
 NORM_EPS = 1e-6
 CELLS = LayoutConfig("cell", 8)
@@ -46,14 +46,14 @@ TRAINING_TIMES = TimeSampling("logit_normal")
 
 
 def _official(size: str) -> dict[str, Any]:
-    dim, encoder_layers, decoder_layers, heads = SIZES[size].values()
+    dim, num_encoder_layers, num_decoder_layers, num_heads = SIZES[size].values()
     return {
         "encoder_embed_dim": dim,
-        "encoder_depth": encoder_layers,
-        "encoder_num_heads": heads,
+        "encoder_depth": num_encoder_layers,
+        "encoder_num_heads": num_heads,
         "decoder_embed_dim": dim,
-        "decoder_depth": decoder_layers,
-        "decoder_num_heads": heads,
+        "decoder_depth": num_decoder_layers,
+        "decoder_num_heads": num_heads,
         "attn_dropout": 0.1,
         "proj_dropout": 0.1,
     }
@@ -62,10 +62,10 @@ def _official(size: str) -> dict[str, Any]:
 class Block(nn.Module):
     """Transformer block modulated by a condition per entity: (B, n, D) -> (B, n, D)."""
 
-    def __init__(self, dim: int, heads: int, hidden_dim: int, attention_dropout: float, dropout: float):
+    def __init__(self, dim: int, num_heads: int, hidden_dim: int, attn_drop: float, proj_drop: float):
         super().__init__()
-        self.attn = Attention(dim, heads, attention_dropout=attention_dropout, dropout=dropout)
-        self.mlp = GatedMLP(dim, hidden_dim, F.gelu, hidden_dropout=dropout, dropout=dropout)
+        self.attn = Attention(dim, num_heads, attn_drop=attn_drop, proj_drop=proj_drop)
+        self.mlp = GatedMLP(dim, hidden_dim, F.gelu, hidden_drop=proj_drop, drop=proj_drop)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(
@@ -99,12 +99,12 @@ class XAR(ContinuousGenerator):
     Args:
         spec: the tokens to model: continuous latents.
         num_classes: number of classes; 0 for unconditional generation.
-        dim, heads: width and heads; the width of a head must be divisible by 4.
-        encoder_layers, decoder_layers: blocks before and after the second table of positions.
+        dim, num_heads: width and heads; the width of a head must be divisible by 4.
+        num_encoder_layers, num_decoder_layers: blocks before and after the second table of positions.
         mlp_ratio: hidden width of the feed-forward, in units of two thirds of dim.
         layout: the entity that is predicted next, and its size.
         condition_dropout: share of training samples whose class is dropped, for guidance.
-        attention_dropout, dropout: of the attention weights, and of the outputs of attention and feed-forward.
+        attn_drop, proj_drop: of the attention weights, and of the outputs of attention and feed-forward.
         rope_base: base of the rotary frequencies.
 
     Raises:
@@ -123,21 +123,21 @@ class XAR(ContinuousGenerator):
         spec: TokenSpec,
         num_classes: int = 1000,
         dim: int = 768,
-        encoder_layers: int = 8,
-        decoder_layers: int = 8,
-        heads: int = 12,
+        num_encoder_layers: int = 8,
+        num_decoder_layers: int = 8,
+        num_heads: int = 12,
         mlp_ratio: float = 4.0,
         layout: LayoutConfig = CELLS,
         condition_dropout: float = 0.1,
-        attention_dropout: float = 0.1,
-        dropout: float = 0.1,
+        attn_drop: float = 0.1,
+        proj_drop: float = 0.1,
         rope_base: float = 10000.0,
     ):
         super().__init__()
         self.spec = self.check_spec(as_dataclass(TokenSpec, spec), type(self).__name__)
         self.layout = as_dataclass(LayoutConfig, layout).build(self.spec)
         self.num_classes, self.condition_dropout = num_classes or None, condition_dropout
-        self.attention_dropout = attention_dropout
+        self.attn_drop = attn_drop
         self.class_embedding = nn.Embedding(num_classes + 1, dim)  # the last is the null class
         self.time_embedding = TimestepEmbedding(dim, 256)
         self.input = nn.Linear(self.spec.dim, dim)
@@ -147,13 +147,13 @@ class XAR(ContinuousGenerator):
 
         def blocks(count: int) -> nn.ModuleList:
             hidden_dim = int(dim * mlp_ratio * 2 / 3)
-            return nn.ModuleList(Block(dim, heads, hidden_dim, attention_dropout, dropout) for _ in range(count))
+            return nn.ModuleList(Block(dim, num_heads, hidden_dim, attn_drop, proj_drop) for _ in range(count))
 
-        self.encoder_blocks, self.decoder_blocks = blocks(encoder_layers), blocks(decoder_layers)
+        self.encoder_blocks, self.decoder_blocks = blocks(num_encoder_layers), blocks(num_decoder_layers)
         self.encoder_norm, self.decoder_norm = RMSNorm(dim, NORM_EPS), RMSNorm(dim, NORM_EPS)
         self.bridge = nn.Linear(dim, dim)
         self.output = nn.Linear(dim, self.spec.dim)
-        table = rotation_table(self.layout.coordinates, dim // heads, base=rope_base)
+        table = rotation_table(self.layout.coordinates, dim // num_heads, base=rope_base)
         self.rotation = FixedRotation(table)
         self.apply(_initialise)
         for positions in (self.encoder_positions, self.decoder_positions):
@@ -210,7 +210,7 @@ class XAR(ContinuousGenerator):
         """The block-causal mask of these entities over all up to them; one entity alone sees everything there is."""
         if len(entities) == 1:
             return None
-        dropout = self.training and self.attention_dropout
+        dropout = self.training and self.attn_drop
         wide = self.encoder_blocks[0].attn.head_dim >= FEWEST_CHANNELS
         if device.type == "cuda" and wide and entities.start == 0 and not dropout:
             return _flex_mask(self.layout, len(entities), device)
@@ -274,7 +274,7 @@ class XAR(ContinuousGenerator):
         """An empty cache of the whole sequence."""
         attention, weight = self.encoder_blocks[0].attn, self.output.weight
         layers = len(self.encoder_blocks) + len(self.decoder_blocks)
-        sizes = (layers, rows, attention.heads, self.layout.length, attention.head_dim)
+        sizes = (layers, rows, attention.num_heads, self.layout.length, attention.head_dim)
         return KVCache(*sizes, dtype=weight.dtype, device=weight.device)
 
     @classmethod
@@ -289,14 +289,14 @@ class XAR(ContinuousGenerator):
             # The reference always builds 1000 classes and the null class, whatever its arguments say.
             num_classes=state_dict["class_emb.weight"].shape[0] - 1 if "class_emb.weight" in state_dict else 1000,
             dim=config["encoder_embed_dim"],
-            encoder_layers=config["encoder_depth"],
-            decoder_layers=config["decoder_depth"],
-            heads=config["encoder_num_heads"],
+            num_encoder_layers=config["encoder_depth"],
+            num_decoder_layers=config["decoder_depth"],
+            num_heads=config["encoder_num_heads"],
             mlp_ratio=config.get("mlp_ratio", 4.0),
             layout=LayoutConfig("cell", cell),
             condition_dropout=config.get("label_drop_prob", 0.1),
-            attention_dropout=config.get("attn_dropout", 0.1),
-            dropout=config.get("proj_dropout", 0.1),
+            attn_drop=config.get("attn_dropout", 0.1),
+            proj_drop=config.get("proj_dropout", 0.1),
         )
         # Mask and rotary tables are stored, but follow from the layout.
         state = {key: t for key, t in state_dict.items() if key != "mask" and ".attn.rope.freqs" not in key}

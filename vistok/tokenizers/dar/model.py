@@ -46,8 +46,8 @@ class DAR(Tokenizer):
         image_size: side of the images, or (height, width); other multiples of the patches work too.
         in_channels: 3, or 1 for grey images.
         encoder_patch_size: side of the encoder's patches.
-        encoder_dim, encoder_layers: width and blocks of the query encoder; widths are multiples of 64.
-        decoder_dim, decoder_layers: of the causal layers between the codes and the velocity network.
+        encoder_dim, num_encoder_layers: width and blocks of the query encoder; widths are multiples of 64.
+        decoder_dim, num_decoder_layers: of the causal layers between the codes and the velocity network.
         codebook_size, codebook_embed_dim: number and channels of the l2-normalised codes.
         codebook_restart_after: see ``VectorQuantizer``.
         entropy_temperature: offers the "entropy" loss term, with this softmax temperature; None does not.
@@ -82,9 +82,9 @@ class DAR(Tokenizer):
         in_channels: int = 3,
         encoder_patch_size: int = 16,
         encoder_dim: int = 768,
-        encoder_layers: int = 8,
+        num_encoder_layers: int = 8,
         decoder_dim: int = 768,
-        decoder_layers: int = 8,
+        num_decoder_layers: int = 8,
         codebook_size: int = 16384,
         codebook_embed_dim: int = 8,
         codebook_restart_after: int = 0,
@@ -126,7 +126,7 @@ class DAR(Tokenizer):
             GridPositions(self._grid((height, width), encoder_patch_size), encoder_dim) if absolute_positions else None
         )
         self.encoder_norm, self.decoder_norm = plain_norm(encoder_dim), plain_norm(decoder_dim)
-        self.encoder = nn.ModuleList(Block(encoder_dim, gate_init) for _ in range(encoder_layers))
+        self.encoder = nn.ModuleList(Block(encoder_dim, gate_init) for _ in range(num_encoder_layers))
         self.pre_quant = nn.Linear(encoder_dim, codebook_embed_dim, bias=False)
         self.quantizer = VectorQuantizer(
             codebook_size,
@@ -139,7 +139,7 @@ class DAR(Tokenizer):
         self.post_quant = nn.Linear(codebook_embed_dim, decoder_dim, bias=False)
         self.token_positions = nn.Embedding(max_tokens, decoder_dim)
         nn.init.trunc_normal_(self.token_positions.weight, std=position_std)
-        self.decoder = nn.ModuleList(Block(decoder_dim, gate_init) for _ in range(decoder_layers))
+        self.decoder = nn.ModuleList(Block(decoder_dim, gate_init) for _ in range(num_decoder_layers))
         self.velocity = VelocityNetwork(
             velocity,
             in_channels,

@@ -89,14 +89,14 @@ class VelocityConfig:
     """The velocity network.
 
     Attributes:
-        dim, depth: width and number of blocks.
+        dim, num_layers: width and number of blocks.
         patch_size: side of a pixel patch.
         share_time_embedding: one time embedding for all blocks, instead of one each.
         modulated_output: adaptive norm before the output too; needs a shared time embedding.
     """
 
     dim: int = 768
-    depth: int = 12
+    num_layers: int = 12
     patch_size: int = 8
     share_time_embedding: bool = False
     modulated_output: bool = False
@@ -188,7 +188,7 @@ class VelocityNetwork(nn.Module):
         self.positions = GridPositions(grid, dim) if absolute_positions else None
         self.rotation = GridRotation(grid)
         self.time_embedding = time_embedding(dim) if config.share_time_embedding else None
-        self.blocks = nn.ModuleList(VelocityBlock(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(VelocityBlock(config) for _ in range(config.num_layers))
         self.modulation = nn.Linear(dim, 2 * dim) if config.modulated_output else None
         self.patches_out = nn.Linear(dim, in_channels * self.patch**2)
         for module in (self.patches_out, self.modulation):
@@ -197,8 +197,8 @@ class VelocityNetwork(nn.Module):
                 nn.init.zeros_(module.bias)
         self.alignment = alignment
         if alignment is not None:
-            if not 0 <= alignment.layer < config.depth:
-                raise ValueError(f"alignment.layer must lie in 0..{config.depth - 1}, got {alignment.layer}")
+            if not 0 <= alignment.layer < config.num_layers:
+                raise ValueError(f"alignment.layer must lie in 0..{config.num_layers - 1}, got {alignment.layer}")
             hidden = alignment.hidden_dim
             self.alignment_head = nn.Sequential(
                 nn.Linear(dim, hidden),

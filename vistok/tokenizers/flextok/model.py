@@ -33,7 +33,7 @@ from vistok.tokenizers.flextok.networks import (
 from vistok.tokenizers.kl_vae import KLVAE
 from vistok.types import TokenizerOutput, TokenSpec, as_dataclass
 
-D12 = TrunkConfig(dim=768, depth=12)
+D12 = TrunkConfig(dim=768, num_layers=12)
 TIMES = TimeSampling("mode", mode_scale=0.25)
 LEVELS = (8, 8, 8, 5, 5, 5)
 CORRUPTED_SHARE = 0.2  # of the samples of a batch, where token corruption is on
@@ -80,9 +80,21 @@ class FlexTok(Tokenizer):
     registry_name = "flextok"
     reconstructs = False
     sizes = {
-        "d12_d12": {"encoder": {"dim": 768, "depth": 12}, "decoder": {"dim": 768, "depth": 12}, "vae": VAE_C16},
-        "d18_d18": {"encoder": {"dim": 1152, "depth": 18}, "decoder": {"dim": 1152, "depth": 18}, "vae": VAE_C16},
-        "d18_d28": {"encoder": {"dim": 1152, "depth": 18}, "decoder": {"dim": 1792, "depth": 28}, "vae": VAE_C16},
+        "d12_d12": {
+            "encoder": {"dim": 768, "num_layers": 12},
+            "decoder": {"dim": 768, "num_layers": 12},
+            "vae": VAE_C16,
+        },
+        "d18_d18": {
+            "encoder": {"dim": 1152, "num_layers": 18},
+            "decoder": {"dim": 1152, "num_layers": 18},
+            "vae": VAE_C16,
+        },
+        "d18_d28": {
+            "encoder": {"dim": 1152, "num_layers": 18},
+            "decoder": {"dim": 1792, "num_layers": 28},
+            "vae": VAE_C16,
+        },
     }
     checkpoints = tuple(
         OfficialCheckpoint(f"EPFL-VILAB/flextok_{size}_{data}", WEIGHTS, official.released(*depths))

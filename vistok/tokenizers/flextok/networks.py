@@ -38,7 +38,7 @@ class TrunkConfig:
     """
 
     dim: int = 768
-    depth: int = 12
+    num_layers: int = 12
     head_dim: int = 64
     mlp_ratio: float = 4.0
 
@@ -59,12 +59,12 @@ class AlignmentConfig:
     Attributes:
         dim: channels of the frozen encoder: 1024 for DINOv2-L.
         layer: the decoder block after which patch features are read, counted from 0.
-        layers, hidden_dim: linear layers of the head, and their width; None is 4 times the decoder's.
+        num_layers, hidden_dim: linear layers of the head, and their width; None is 4 times the decoder's.
     """
 
     dim: int = 1024
     layer: int = 1
-    layers: int = 3
+    num_layers: int = 3
     hidden_dim: int | None = None
 
 
@@ -163,7 +163,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.patches = PatchEmbedding(channels, patch, grid, config.dim)
         self.registers = nn.Parameter(torch.empty(num_tokens, config.dim))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = layer_norm(config.dim)
         self.to_codes = nn.Linear(config.dim, code_dim)
         _initialise(self, zero=[], normal=[self.registers])
@@ -220,7 +220,7 @@ class FlowDecoder(nn.Module):
         self.dropped_token, self.null_token = nn.Parameter(torch.empty(dim)), nn.Parameter(torch.empty(dim))
         self.patches = PatchEmbedding(channels, patch, grid, dim)
         self.time_embedding = TimestepEmbedding(dim, frequency_dim, scale=1000 / max_timestep, base=256)
-        self.blocks = nn.ModuleList(ModulatedBlock(config, streams) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(ModulatedBlock(config, streams) for _ in range(config.num_layers))
         self.norm = layer_norm(dim)
         self.modulation = nn.Linear(dim, 2 * dim)
         self.to_patches = nn.Linear(dim, channels * patch[0] * patch[1])
@@ -231,8 +231,8 @@ class FlowDecoder(nn.Module):
         )
         self.alignment_layer = None if alignment is None else alignment.layer
         self.alignment_head = None if alignment is None else AlignmentHead(dim, alignment)
-        if alignment is not None and not 0 <= alignment.layer < config.depth:
-            raise ValueError(f"alignment.layer must lie in 0..{config.depth - 1}, got {alignment.layer}")
+        if alignment is not None and not 0 <= alignment.layer < config.num_layers:
+            raise ValueError(f"alignment.layer must lie in 0..{config.num_layers - 1}, got {alignment.layer}")
 
     def condition(self, codes: Tensor, lengths: Tensor, null: Tensor) -> Tensor:
         """Embed codes (B, N, d) as registers (B, N, D).
@@ -286,7 +286,7 @@ class AlignmentHead(nn.Module):
 
     def __init__(self, dim: int, config: AlignmentConfig):
         super().__init__()
-        widths = [dim, *[config.hidden_dim or 4 * dim] * (config.layers - 1)]
+        widths = [dim, *[config.hidden_dim or 4 * dim] * (config.num_layers - 1)]
         layers = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.SiLU())]
         self.mlp = nn.Sequential(layer_norm(dim), *layers)
         self.out = nn.Linear(widths[-1], config.dim)

@@ -220,7 +220,7 @@ def _class_paths(node: Any) -> Iterator[str]:
 def _trunk(section: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "dim": section["dim"],
-        "depth": section["depth"],
+        "num_layers": section["depth"],
         "head_dim": section.get("head_dim", 64),
         "mlp_ratio": float(section.get("mlp_ratio", 4.0)),
     }
@@ -254,7 +254,7 @@ def _alignment(modules: Mapping[str, Any], trunk: Mapping[str, Any]) -> dict[str
     if not heads or not tapped:
         return None
     head = modules[heads[0]]
-    return {"dim": head["dim_out"], "layer": tapped[0], "layers": head.get("num_layers", 3)}
+    return {"dim": head["dim_out"], "layer": tapped[0], "num_layers": head.get("num_layers", 3)}
 
 
 def _alignment_names(name: str) -> list[tuple[str, str]]:
