@@ -11,6 +11,7 @@ import difflib
 import inspect
 import logging
 import os
+import re
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 from vistok.utils.files import atomic_file
+from vistok.utils.omega import calls_resolver, check_size, escape, escaped
 
 RENAMED = {
     "heads": "num_heads",
@@ -45,12 +47,74 @@ class ConfigError(ValueError):
         return "\n".join(self.args)
 
 
-def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
+class ShellCommand:
+    """A command whose output is read: what ``pipe:COMMAND`` on the command line stands for, if it is allowed.
+
+    A type of its own, which no file can hold: a text that begins with ``pipe:`` runs nothing.
+    """
+
+    PREFIX = "pipe:"
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __str__(self) -> str:
+        return self.PREFIX + self.command
+
+    def __repr__(self) -> str:
+        return f"ShellCommand({self.command!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ShellCommand) and other.command == self.command
+
+    def __hash__(self) -> int:
+        return hash(self.command)
+
+
+@dataclasses.dataclass(frozen=True)
+class Allowed:
+    """What the values on a command line may do beyond being values. A file may never do it.
+
+    Attributes:
+        commands: ``pipe:COMMAND`` runs a command where data are read.
+        environment: ``${oc.env:NAME}`` is the value of an environment variable.
+    """
+
+    commands: bool = False
+    environment: bool = False
+
+
+NOTHING = Allowed()
+
+
+@dataclasses.dataclass(frozen=True)
+class KeysOf:
+    """Annotates a mapping with some of the keys of ``target``: ``Annotated[dict[str, Any], KeysOf(DataConfig)]``."""
+
+    target: type
+
+
+def load_config(
+    path: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    *,
+    target: Callable[..., Any] | None = None,
+    allowed: Allowed = NOTHING,
+) -> dict[str, Any]:
     """Read a YAML file, apply ``key.sub=value`` overrides, resolve ``${a.b}`` references.
 
-    Override values are YAML too (``a=[1,2]``, ``b=null``, ``lr=1e-4``). Returns plain dicts, lists and scalars.
-    Raises :class:`ConfigError` for a missing or malformed file, a malformed override, a reference to nothing, or a
-    value left as ``???``.
+    Returns plain dicts, lists and scalars. The file may refer to its own keys alone: a resolver such as
+    ``${oc.env:HOME}`` is refused.
+
+    Args:
+        overrides: values are YAML (``a=[1,2]``, ``b=null``, ``lr=1e-4``), but where ``target`` takes a text, the text
+            after ``=`` is the value as it stands, except ``null`` where there may be none.
+        target: what the config is checked against later.
+        allowed: what overrides may do.
+
+    Raises:
+        ConfigError: a missing or malformed file, a malformed override, a reference to nothing, a resolver, or a value
+            left as ``???``.
     """
     import yaml
     from omegaconf import OmegaConf
@@ -60,36 +124,159 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     if not path.is_file():
         raise ConfigError(_missing_file(path))
     try:
+        check_size(yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader))
         config = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError, OmegaConfBaseException) as error:
+    except RecursionError as error:
+        raise ConfigError(f"{path}: not a readable YAML mapping: it is nested too deeply") from error
+    except (yaml.YAMLError, ValueError, TypeError, OSError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path}: not a readable YAML mapping: {_one_line(error)}") from error
     if not OmegaConf.is_dict(config):
         raise ConfigError(f"{path}: expected `key: value` lines at the top, found a list")
-    return override(config, overrides, source=str(path))
+    return _apply(config, overrides, source=str(path), target=target, allowed=allowed)
 
 
-def override(values: Mapping[str, Any], overrides: Sequence[str], *, source: str = "config") -> dict[str, Any]:
-    """Apply ``key.sub=value`` overrides to a config and resolve its references, as :func:`load_config` does.
+def override(
+    values: Mapping[str, Any],
+    overrides: Sequence[str],
+    *,
+    source: str = "config",
+    target: Callable[..., Any] | None = None,
+    allowed: Allowed = NOTHING,
+) -> dict[str, Any]:
+    """Apply ``key.sub=value`` overrides to plain values; arguments and errors are those of :func:`load_config`.
 
-    ``source`` names the config in messages.
+    ``source`` names the values in messages.
     """
-    import yaml
+    from omegaconf import OmegaConf
+
+    return _apply(OmegaConf.create(escaped(values)), overrides, source=source, target=target, allowed=allowed)
+
+
+def _apply(
+    config: Any, overrides: Sequence[str], *, source: str, target: Callable[..., Any] | None, allowed: Allowed
+) -> dict[str, Any]:
+    """The overridden, resolved config as plain values."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     malformed = [_malformed_override(text) for text in overrides if not _is_override(text)]
     if malformed:
         raise ConfigError(*malformed)
-    config = OmegaConf.create(values)
+    commands: dict[str, ShellCommand] = {}
     for text in overrides:
+        key, _, value = text.partition("=")
+        parts = key.split(".")
+        commands.pop(key, None)
+        if value.startswith(ShellCommand.PREFIX):
+            if not allowed.commands:
+                raise ConfigError(f"override {text!r}: this runs a command; if you mean it, add --allow-commands")
+            commands[key] = ShellCommand(value.removeprefix(ShellCommand.PREFIX))
+            value = None
+        else:
+            value = _override_value(text, _annotation_at(target, parts), allowed)
+        for part in reversed(parts):
+            value = {part: value}
         try:
-            config = OmegaConf.merge(config, OmegaConf.from_dotlist([text]))
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise ConfigError(f"override {text!r}: the value is not valid YAML: {_one_line(error)}") from error
+            config = OmegaConf.merge(config, value)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"override {text!r}: {_one_line(error)}") from error
+    _refuse_resolvers(OmegaConf.to_container(config, resolve=False), "", source)
     try:
-        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except RecursionError as error:
+        raise ConfigError(f"{source}: a reference leads back to itself") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {error.full_key}: {str(error).splitlines()[0]}") from error
+    for key, command in commands.items():
+        *sections, last = key.split(".")
+        section = values
+        for part in sections:
+            section = section[part]
+        section[last] = command
+    return values
+
+
+def _override_value(text: str, annotation: Any, allowed: Allowed) -> Any:
+    """The value of an override, in the terms of OmegaConf: references are still texts."""
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    value = text.partition("=")[2]
+    if "${oc.env:" in value:
+        value = _with_environment(text, value, allowed)
+    choices = _alternatives(annotation)
+    if type(None) in choices and value in ("", "null"):
+        return None
+    texts = [choice for choice in choices if typing.get_origin(choice) in (tuple, list, Sequence)]
+    if any(typing.get_args(choice)[:1] == (str,) for choice in texts):
+        try:
+            items = yaml.load(value, Loader=yaml.BaseLoader)  # which leaves every scalar as it is written
+        except yaml.YAMLError:
+            items = None
+        if isinstance(items, list) and all(isinstance(item, str) for item in items):
+            return items
+    if str in choices:
+        return value
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)["value"]
+    except (yaml.YAMLError, ValueError, RecursionError, OmegaConfBaseException) as error:
+        raise ConfigError(f"override {text!r}: the value is not valid YAML: {_one_line(error)}") from error
+
+
+_ENVIRONMENT = re.compile(r"\$\{oc\.env:([A-Za-z_]\w*)(?:,([^{}]*))?\}")
+
+
+def _with_environment(text: str, value: str, allowed: Allowed) -> str:
+    """``value`` of the override ``text`` with ``${oc.env:NAME}`` and ``${oc.env:NAME,default}`` filled in."""
+    if not allowed.environment:
+        raise ConfigError(f"override {text!r}: this reads the environment; if you mean it, add --allow-environment")
+
+    def of_variable(match: re.Match[str]) -> str:
+        found = os.environ.get(match[1], match[2])
+        if found is None:
+            raise ConfigError(f"override {text!r}: there is no environment variable {match[1]}")
+        return escape(found)
+
+    return _ENVIRONMENT.sub(of_variable, value)
+
+
+def _annotation_at(target: Callable[..., Any] | None, parts: Sequence[str]) -> Any:
+    """The annotation of the key that ``parts`` lead to in the signature of ``target``; None if it does not tell."""
+    annotation = target
+    for part in parts:
+        section = annotation if annotation is target else _keys_of(annotation) or _section_type(annotation)
+        parameters = _parameters(section) if section is not None else {}
+        if part not in parameters:
+            return None
+        annotation = parameters[part].annotation
+    return annotation
+
+
+def _keys_of(annotation: Any) -> type | None:
+    return next((note.target for note in getattr(annotation, "__metadata__", ()) if isinstance(note, KeysOf)), None)
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    """The members of a union, or the one annotation."""
+    if typing.get_origin(annotation) in (Union, types.UnionType):
+        return [choice for part in typing.get_args(annotation) for choice in _alternatives(part)]
+    return [annotation]
+
+
+def _refuse_resolvers(value: Any, path: str, source: str) -> None:
+    """Raise ConfigError if a text calls one of OmegaConf's resolvers, which read the environment or run functions."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _refuse_resolvers(item, _join(path, key), source)
+    elif isinstance(value, list):
+        for position, item in enumerate(value):
+            _refuse_resolvers(item, f"{path}[{position}]", source)
+    elif isinstance(value, str) and "${" in value and calls_resolver(value):
+        raise ConfigError(
+            f"{source}: {path}: got {value!r}: a config refers to its own keys alone, as in ${{model.dim}}; the "
+            "environment is for the command line: KEY='${oc.env:NAME}' with --allow-environment"
+        )
 
 
 def save_config(values: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -99,7 +286,7 @@ def save_config(values: Mapping[str, Any], path: str | os.PathLike[str]) -> None
     """
     from omegaconf import OmegaConf
 
-    text = OmegaConf.to_yaml(OmegaConf.create(_plain(values, "")))
+    text = OmegaConf.to_yaml(OmegaConf.create(escaped(_plain(values, ""))))
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -163,7 +350,7 @@ def describe(annotation: Any) -> str:
     if origin is Literal:
         return " | ".join("null" if choice is None else repr(choice) for choice in arguments)
     if origin in (Union, types.UnionType):
-        return " | ".join(map(describe, arguments))
+        return " | ".join(describe(choice) for choice in arguments if choice is not ShellCommand)
     if dataclasses.is_dataclass(annotation):
         return f"a section {{{', '.join(_parameters(annotation))}}}"
     if origin is not None and arguments:
@@ -332,6 +519,8 @@ def _plain(value: Any, path: str) -> Any:
         return [_plain(item, f"{path}[{position}]") for position, item in enumerate(value)]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if isinstance(value, ShellCommand):  # as a text, which runs nothing when it is read again
+        return str(value)
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise ConfigError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from support.images import assert_same_batches, picture
 from vistok.config import ConfigError
 from vistok.data import DataConfig, ResampledOrder, open_source, training_loader
 from vistok.data.loader import TooManyUnreadableError
-from vistok.data.shards import ShardSource, expand_braces, fetch
+from vistok.data.shards import ShardSource, expand_braces
 
 
 def encoded(number: int) -> bytes:
@@ -176,41 +175,8 @@ def test_braces():
     assert list(expand_braces("a-{08..10}.tar")) == ["a-08.tar", "a-09.tar", "a-10.tar"]
     assert list(expand_braces("{0..1}-{0..1}")) == ["0-0", "0-1", "1-0", "1-1"]
     assert list(expand_braces("a.tar")) == ["a.tar"]
-
-
-def test_remote_shards_are_fetched_once(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    pytest.importorskip("webdataset")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    url = f"pipe:cat {shards}/train-{{0000..0002}}.tar"
-    remote, local = open_source(config(url)), open_source(config(shards / "*.tar"))
-    assert remote.fingerprint() == local.fingerprint()
-    for shard in shards.iterdir():
-        shard.unlink()
-    assert np.array_equal(np.asarray(open_source(config(url))[5][0]), np.asarray(picture(5)))
-
-
-def test_a_shard_that_cannot_be_fetched_leaves_nothing(tmp_path: Path):
-    pytest.importorskip("webdataset")
-    with pytest.raises(OSError, match=r"gone\.tar"):
-        fetch([f"pipe:cat {tmp_path}/gone.tar"], tmp_path / "cache")
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock"]
-
-
-def test_processes_do_not_fetch_the_same_shards(shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    pytest.importorskip("webdataset")
-    urls = [f"pipe:echo >>{tmp_path}/fetched; sleep 0.1; cat {shard}" for shard in sorted(shards.iterdir())]
-    with caplog.at_level("INFO"), ThreadPoolExecutor() as pool:
-        one, other = pool.map(lambda _: fetch(urls, tmp_path / "cache"), range(2))
-    assert one == other
-    assert [path.read_bytes() for path in one] == [path.read_bytes() for path in sorted(shards.iterdir())]
-    assert len((tmp_path / "fetched").read_text()) == 3
-    assert "fetching shard 3 of 3: pipe:" in caplog.text
-
-
-def test_remote_shards_need_webdataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(__import__("sys").modules, "webdataset.gopen", None)
-    with pytest.raises(ConfigError, match=r"pip install 'vistok\[webdataset\]'"):
-        fetch(["https://example.org/0.tar"], tmp_path)
+    with pytest.raises(ValueError, match="more than 100,000 shards"):
+        ShardSource("a-{0..999999999}.tar")
 
 
 def test_resampling_draws_with_replacement_and_alike_on_any_number_of_ranks():

@@ -25,7 +25,7 @@ from vistok.checkpoints.official import OfficialCheckpoint, convert
 from vistok.checkpoints.weights import CheckpointError, load_strictly, read_weights
 from vistok.config import check, with_todays_names
 from vistok.types import to_json
-from vistok.utils.files import atomic_folder, write_json
+from vistok.utils.files import atomic_folder, restore, write_json
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -141,6 +141,8 @@ def load(source: str | Path, **hub_options: Any) -> Model:
                 file = download(checkpoint.repo, checkpoint.filename, hub_options)
                 return convert(item.official, file, default=checkpoint.config)
     folder = Path(source)
+    if not folder.exists() and folder.parent.is_dir():
+        restore(folder.parent)
     if not folder.exists():
         folder = snapshot(str(source), [CONFIG, WEIGHTS], **hub_options)
     saved = read_config(folder)

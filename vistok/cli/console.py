@@ -13,6 +13,13 @@ output, errors = Console(soft_wrap=True, highlight=False), Console(stderr=True, 
 Dtype = Annotated[
     str | None, typer.Option(help="Precision of weights and computation: fp32, bf16 or fp16; as saved by default.")
 ]
+Commands = Annotated[
+    bool, typer.Option("--allow-commands", help="Let data.root='pipe:COMMAND' of this command line run a command.")
+]
+Environment = Annotated[
+    bool,
+    typer.Option("--allow-environment", help="Let KEY='${oc.env:NAME}' of this command line read the environment."),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, …; a GPU if there is one by default.")]
 
 

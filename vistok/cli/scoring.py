@@ -12,7 +12,7 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
-from vistok.cli.console import Device, Dtype, errors, output, print_table
+from vistok.cli.console import Commands, Device, Dtype, Environment, errors, output, print_table
 
 
 def evaluate(
@@ -58,6 +58,8 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images read at a time; does not change a score.")] = 64,
     out: Annotated[Path | None, typer.Option(help="JSON file for scores and everything they depend on.")] = None,
+    allow_commands: Commands = False,
+    allow_environment: Environment = False,
     device: Device = None,
 ) -> None:
     """Score images against a reference (FID, IS, KID, …), or the reconstructions of a tokenizer (PSNR, SSIM, LPIPS).
@@ -65,6 +67,7 @@ def evaluate(
     A tokenizer is scored on the test split of its training data; --reference or data.root=… names other images. Several
     processes share the work: torchrun --nproc-per-node 8 -m vistok eval …
     """
+    from vistok.config import Allowed
     from vistok.pipelines.runs import holds_tokenizer_only
     from vistok.utils.files import write_json
     from vistok.utils.processes import Processes
@@ -89,6 +92,7 @@ def evaluate(
             batch_size=batch_size,
             device=device,
             processes=processes,
+            allowed=Allowed(commands=allow_commands, environment=allow_environment),
         )
     elif overrides:
         raise typer.BadParameter(f"only the run of a tokenizer takes {overrides[0]}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +11,7 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
-from vistok.cli.console import Device, errors, output, print_table
+from vistok.cli.console import Commands, Device, Environment, errors, output, print_table
 
 
 def quickstart(
@@ -45,6 +44,8 @@ def train(
     profile: Annotated[
         bool, typer.Option("--profile", help="Only time a few steps, and write a torch profiler trace.")
     ] = False,
+    allow_commands: Commands = False,
+    allow_environment: Environment = False,
 ) -> None:
     """Train a tokenizer on images, or a generator on the tokens of one.
 
@@ -55,9 +56,11 @@ def train(
     """
     if resume + dry_run + profile > 1:
         raise typer.BadParameter("--resume, --dry-run and --profile exclude each other")
-    from vistok.config import load_config
+    from vistok.config import Allowed, load_config
+    from vistok.train.config import RunConfig
 
-    values = load_config(config, overrides or ())
+    allowed = Allowed(commands=allow_commands, environment=allow_environment)
+    values = load_config(config, overrides or (), target=RunConfig, allowed=allowed)
     if dry_run:
         _dry_run(values)
     elif profile:
@@ -69,28 +72,25 @@ def train(
 def _train(config: dict[str, Any], resume: bool) -> None:
     from vistok.train import TrainingInterrupted
     from vistok.train import train as run
+    from vistok.utils.processes import is_first_process
 
     try:
         folder = run(config, resume=resume)
     except TrainingInterrupted as stop:
-        if _is_first_process():
+        if is_first_process():
             errors.print(escape(str(stop)))
         # A scheduler's SIGTERM was served; after Ctrl-C a shell must not go on to its next command.
         raise typer.Exit(0 if stop.signal == signal.SIGTERM else 130) from stop
-    if _is_first_process():
+    if is_first_process():
         output.print(f"The run is in {escape(str(folder))}")
-
-
-def _is_first_process() -> bool:
-    """Of those that a launcher started, which all do the work, but speak with one voice."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _dry_run(config: dict[str, Any]) -> None:
     from vistok.train.preview import preview
+    from vistok.utils.processes import is_first_process
 
     found = preview(config)
-    if not _is_first_process():
+    if not is_first_process():
         return
     table = Table("dry run", "", box=SIMPLE, show_header=False)
     for name, count in found.parameters.items():
@@ -109,9 +109,10 @@ def _dry_run(config: dict[str, Any]) -> None:
 
 def _profile(config: dict[str, Any]) -> None:
     from vistok.train.profile import profile
+    from vistok.utils.processes import is_first_process
 
     found = profile(config)
-    if not _is_first_process():
+    if not is_first_process():
         return
     table = Table("per step", "ms", "share", box=SIMPLE)
     for phase, seconds in found.seconds.items():
@@ -137,12 +138,15 @@ def tokenize(
         ),
     ] = "none",
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
+    allow_commands: Commands = False,
+    allow_environment: Environment = False,
     device: Device = None,
 ) -> None:
     """Turn images into a cache of tokens, which generators train on.
 
     On several GPUs, or in several processes: torchrun --nproc_per_node=8 -m vistok tokenize …
     """
+    from vistok.config import Allowed
     from vistok.pipelines.folders import load_tokenizer
     from vistok.pipelines.runs import data_of_run
     from vistok.train.tokenize import tokenize as write_cache
@@ -151,7 +155,8 @@ def tokenize(
 
     processes = Processes.join()
     tokenizer = load_tokenizer(run).to(choose_device(device) if device else processes.device())
-    data = data_of_run(run, overrides or (), image_shape=tokenizer.image_shape)
+    allowed = Allowed(commands=allow_commands, environment=allow_environment)
+    data = data_of_run(run, overrides or (), image_shape=tokenizer.image_shape, allowed=allowed)
     cache = write_cache(tokenizer, data, out, augmentation=augmentation, resume=resume, processes=processes)
     if not processes.is_first:
         return

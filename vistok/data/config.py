@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vistok.config import check_least
+from vistok.config import ShellCommand, check_least
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class DataConfig:
             see :class:`vistok.data.shards.ShardSource`), ``huggingface`` (``datasets``, by ``name`` on the hub or saved
             in ``root``), ``torchvision`` (a dataset of torchvision by ``name``) or ``digits`` (scikit-learn's embedded
             8x8 digits).
-        root: the folder or .zip file; the pattern of the shards; where torchvision keeps its datasets.
+        root: the folder or .zip file; the pattern of the shards; where torchvision keeps its datasets. A command that
+            writes shards is a ``ShellCommand``, never a text.
         name: the dataset's name: torchvision's, for example ``CIFAR10``, or its id on the hub.
         image_column, label_column: which columns of a data set of the hub hold the images and the class ids; by default
             its only image column and its only class label column.
@@ -62,7 +63,7 @@ class DataConfig:
 
     image_size: int
     source: Literal["folder", "webdataset", "huggingface", "torchvision", "digits"] = "folder"
-    root: str | None = None
+    root: str | ShellCommand | None = None
     name: str | None = None
     image_column: str | None = None
     label_column: str | None = None
@@ -80,6 +81,13 @@ class DataConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.root, str) and self.root.lower().startswith(ShellCommand.PREFIX):
+            raise ValueError(
+                f"root is {self.root!r}, which would run a command; only the command line may ask for that: "
+                "data.root='pipe:…' with --allow-commands"
+            )
+        if isinstance(self.root, ShellCommand) and self.source != "webdataset":
+            raise ValueError(f"root is a command, {self.root}, which only source: webdataset reads")
         check_least(self, image_size=1, batch_size=1, num_workers=0, seed=0)
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1, or null for all images, got {self.limit}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -44,6 +45,8 @@ class HuggingFaceSource(ImageSource):
             import datasets
         except ImportError as error:
             raise ConfigError("data.source=huggingface needs datasets; pip install 'vistok[datasets]'") from error
+        if not name and not Path(str(root)).is_dir():  # never an address: fsspec's can be anything
+            raise FileNotFoundError(f"data.root={root} is no folder that save_to_disk wrote")
         self._label = name or str(root)
         loaded = datasets.load_dataset(name, split=split) if name else datasets.load_from_disk(str(root))
         self._dataset = _pick_split(loaded, split, self._label)

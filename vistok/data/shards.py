@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import glob
 import io
+import itertools
 import json
 import logging
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
 
-from vistok.config import ConfigError
+from vistok.config import ShellCommand
 from vistok.data.files import IMAGE_EXTENSIONS
+from vistok.data.remote import Shard, check_address, fetch, is_remote
 from vistok.data.sources import DECODING_ERRORS, UNCONDITIONAL, ImageSource, UnreadableImageError, convert, hash_lines
 from vistok.data.tar import regular_files
 from vistok.utils.files import atomic_file, cache_folder, read_json
@@ -29,6 +31,7 @@ log = logging.getLogger(__name__)
 
 CLASS_NAMES = "classnames.txt"
 INDEX_VERSION = 2
+MOST_SHARDS = 100_000
 
 
 class Sample(NamedTuple):
@@ -56,24 +59,24 @@ class ShardSource(ImageSource):
 
     Args:
         pattern: a path or URL; ``{0000..0252}`` counts, a path may have wildcards, and ``{split}`` is the split.
-            URLs (``https://``, ``s3://``, ``pipe:``, ...: what webdataset opens) are fetched into ``cache``.
+            URLs (``https://``, ``s3://``, ...; see :mod:`vistok.data.remote`) are fetched into ``cache``.
         cache: where fetched shards and the indices of all shards are kept.
 
     Raises:
         FileNotFoundError: no such shard.
         ValueError: a shard that is damaged or no tar file, a label that is no integer, labels for some images only, or
             a split that ``pattern`` does not name.
-        ConfigError: a URL, and webdataset is not installed.
+        ConfigError: a URL, and what reads it is not installed.
     """
 
     def __init__(
-        self, pattern: str, *, split: str | None = "train", channels: int = 3, cache: Path | None = None
+        self, pattern: Shard, *, split: str | None = "train", channels: int = 3, cache: Path | None = None
     ) -> None:
-        if "{split}" not in pattern and split not in (None, "train"):
+        if "{split}" not in str(pattern) and split not in (None, "train"):
             raise ValueError(f"data.root={pattern} names no split; write {{split}} where {split!r} belongs, or both")
-        urls = shard_paths(pattern.replace("{split}", split or ""))
+        urls = shard_paths(_with_text(pattern, lambda text: text.replace("{split}", split or "")))
         cache = cache or cache_folder("shards")
-        self._paths = fetch(urls, cache) if is_remote(pattern) else [Path(url) for url in urls]
+        self._paths = fetch(urls, cache) if is_remote(pattern) else [Path(str(url)) for url in urls]
         self._samples = [s for number, path in enumerate(self._paths) for s in samples_of(path, number, cache)]
         self._channels = channels
         if not self._samples:
@@ -82,7 +85,7 @@ class ShardSource(ImageSource):
             )
         self.classes = self._name_classes(pattern)
 
-    def _name_classes(self, pattern: str) -> tuple[str, ...]:
+    def _name_classes(self, pattern: Shard) -> tuple[str, ...]:
         unlabelled = [sample for sample in self._samples if sample.label == UNCONDITIONAL]
         if len(unlabelled) == len(self._samples):
             log.info('the images of %s have no labels, in .cls files or as "label" in .json files', pattern)
@@ -120,24 +123,37 @@ class ShardSource(ImageSource):
         return hash_lines(f"{sample.name} {sample.size}" for sample in self._samples)
 
 
-def shard_paths(pattern: str) -> list[str]:
+def shard_paths(pattern: Shard) -> list[Shard]:
     """The shards that a pattern stands for, in order.
 
     Raises:
         FileNotFoundError: a local path or wildcard with nothing there.
+        ValueError: more than ``MOST_SHARDS``, or an address that is not fetched.
     """
-    paths = []
-    for path in expand_braces(pattern):
-        found = [path] if is_remote(path) else sorted(glob.glob(os.path.expanduser(path)))
+    paths: list[Shard] = []
+    text = pattern.command if isinstance(pattern, ShellCommand) else pattern
+    expanded = list(itertools.islice(expand_braces(text), MOST_SHARDS + 1))
+    if len(expanded) > MOST_SHARDS:
+        raise ValueError(f"data.root={pattern} stands for more than {MOST_SHARDS:,} shards; is a number mistyped?")
+    for part in expanded:
+        path = _with_text(pattern, lambda _, part=part: part)
+        if is_remote(path):
+            check_address(path)
+        found = [path] if is_remote(path) else sorted(glob.glob(os.path.expanduser(part)))
         if not found:
             raise FileNotFoundError(f"no such shard: {path} (of data.root={pattern})")
         paths += found
     return paths
 
 
+def _with_text(pattern: Shard, change: Callable[[str], str]) -> Shard:
+    """The pattern, or the command, with its text changed."""
+    return ShellCommand(change(pattern.command)) if isinstance(pattern, ShellCommand) else change(pattern)
+
+
 def expand_braces(pattern: str) -> Iterator[str]:
     """``a-{00..02}.tar`` to a-00.tar, a-01.tar, a-02.tar; several pairs of braces multiply."""
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    match = re.search(r"\{(\d{1,9})\.\.(\d{1,9})\}", pattern)
     if match is None:
         yield pattern
         return
@@ -146,62 +162,12 @@ def expand_braces(pattern: str) -> Iterator[str]:
         yield from expand_braces(f"{pattern[: match.start()]}{number:0{len(first)}d}{pattern[match.end() :]}")
 
 
-def is_remote(path: str) -> bool:
-    return "://" in path or path.startswith("pipe:")
-
-
-def fetch(urls: Sequence[str], cache: Path) -> list[Path]:
-    """The local copies of remote shards.
-
-    Those that are not there are fetched by one process, while others that want the same ones wait.
-
-    Raises:
-        ConfigError: webdataset is not installed.
-        OSError: a shard cannot be had.
-    """
-    from filelock import FileLock
-
-    copies = {url: _copy_of(url, cache) for url in urls}
-    if all(path.exists() for path in copies.values()):
-        return list(copies.values())
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / f"{_key(*urls)}.lock"):
-        missing = {url: path for url, path in copies.items() if not path.exists()}
-        for number, (url, path) in enumerate(missing.items(), 1):
-            log.info("fetching shard %d of %d: %s", number, len(missing), url)
-            _download(url, path)
-    return list(copies.values())
-
-
-def _copy_of(url: str, cache: Path) -> Path:
-    return cache / _key(url)[:16] / re.sub(r"[^\w.-]", "_", url.rsplit("/", 1)[-1])
-
-
-def _key(*texts: str) -> str:
-    """What stands for some texts in the name of a file."""
-    return hash_lines(texts)[:32]
-
-
-def _download(url: str, path: Path) -> None:
-    try:
-        from webdataset.gopen import gopen
-    except ImportError as error:
-        raise ConfigError(
-            f"data.root={url}: remote shards need webdataset; pip install 'vistok[webdataset]'"
-        ) from error
-    with atomic_file(path) as temporary, temporary.open("wb") as file, gopen(url, "rb") as stream:
-        while block := stream.read(1 << 20):
-            file.write(block)
-        if file.tell() == 0:
-            raise FileNotFoundError(f"nothing could be read from {url}")
-
-
 def samples_of(path: Path, number: int, cache: Path) -> list[Sample]:
     """As ``index_shard``; what it finds is kept in ``cache``, because a large set takes minutes to walk through."""
     status = path.stat()
     # A shard that has changed is indexed anew, and all are if the rules of indexing have.
     key = f"{INDEX_VERSION} {path.resolve()} {status.st_size} {status.st_mtime_ns}"
-    file = cache / "index" / f"{_key(key)}.json"
+    file = cache / "index" / f"{hash_lines([key])[:32]}.json"
     try:
         return [Sample(number, *row) for row in read_json(file)]
     except (OSError, ValueError, TypeError):

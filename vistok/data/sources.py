@@ -24,6 +24,8 @@ from vistok.data.files import IMAGE_EXTENSIONS, SPLITS, FileTree, open_tree
 log = logging.getLogger(__name__)
 
 UNCONDITIONAL = -1
+UNSAFE = ("LSUN", "LSUNClass")
+"""Datasets of torchvision that unpickle what lies in their folder, without a checksum."""
 
 _LAYOUTS = (
     "accepted layouts: <class>/*, the same under train/, val/ or test/, or images side by side without classes; "
@@ -261,6 +263,10 @@ def _open_torchvision(name: str, root: Path, split: str | None, download: bool):
         guess = nearest(name, known)
         raise ValueError(
             f"torchvision has no dataset {name!r}; " + (f"did you mean {guess!r}?" if guess else f"it has {known}")
+        )
+    if name in UNSAFE:
+        raise ValueError(
+            f"torchvision's {name} unpickles a file in data.root, which could run anything; it is not read"
         )
     dataset = exported[name]
     accepted = inspect.signature(dataset).parameters

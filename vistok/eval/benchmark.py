@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -31,6 +32,7 @@ from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json
 from vistok.utils.devices import dtype_of
 from vistok.utils.files import read_json
+from vistok.utils.locks import locked
 from vistok.utils.processes import Processes
 from vistok.utils.progress import track
 
@@ -100,6 +102,7 @@ def benchmark(
 
     Raises:
         BenchmarkError: ``out`` belongs to another benchmark or is damaged.
+        FolderInUseError: another process writes ``out``.
         ValueError, ConfigError, CheckpointError, ImageError, InvalidReferenceError: as the pipeline and ``evaluate``.
     """
     rules = choose_protocol(protocol, features, network)
@@ -117,37 +120,39 @@ def benchmark(
     scales = _scales(pipe, guidance_scales, sampling or {})
 
     out = Path(out)
-    if processes.is_first:
-        plan.claim(out)
-    processes.wait()
-    started = time.perf_counter()
-    sampler = _Sampler(pipe, plan, dict(sampling or {}))
-    stores = [
-        (scale, FeatureStore(out / name, plan.shards, plan.scored_size, keep_images=save_npz)) for scale, name in scales
-    ]
-    made = [_generate(sampler, scale, store, net, tuple(example), batch_size, processes) for scale, store in stores]
-    seconds = time.perf_counter() - started
-    generated = sum(processes.gather(sum(made)))  # also waits for the others
-    if processes.is_first:
-        real_side = _extract_reference(real, net, metrics, batch_size)
-        runs = []
-        for scale, store in stores:
-            run = {"guidance_scale": scale} | _score(rules, net, metrics, store, sampler, real_side, device)
-            run["warnings"] = skipped + plan.warnings + run["warnings"]
-            runs.append(run)
-        result = {
-            "benchmark": plan.to_json(),
-            "protocol": rules.name,
-            "runs": runs,
-            "generated": generated,
-            "seconds": round(seconds, 2),
-            "processes": processes.count,
-            "command": command,
-        }
-        save_result(result, out)
-        write_report(result, [store.previews() for _, store in stores], out)
-    processes.wait()
-    return read_json(out / RESULT_FILE)
+    with locked(out) if processes.is_first else nullcontext():
+        if processes.is_first:
+            plan.claim(out)
+        processes.wait()
+        started = time.perf_counter()
+        sampler = _Sampler(pipe, plan, dict(sampling or {}))
+        stores = [
+            (scale, FeatureStore(out / name, plan.shards, plan.scored_size, keep_images=save_npz))
+            for scale, name in scales
+        ]
+        made = [_generate(sampler, scale, store, net, tuple(example), batch_size, processes) for scale, store in stores]
+        seconds = time.perf_counter() - started
+        generated = sum(processes.gather(sum(made)))  # also waits for the others
+        if processes.is_first:
+            real_side = _extract_reference(real, net, metrics, batch_size)
+            runs = []
+            for scale, store in stores:
+                run = {"guidance_scale": scale} | _score(rules, net, metrics, store, sampler, real_side, device)
+                run["warnings"] = skipped + plan.warnings + run["warnings"]
+                runs.append(run)
+            result = {
+                "benchmark": plan.to_json(),
+                "protocol": rules.name,
+                "runs": runs,
+                "generated": generated,
+                "seconds": round(seconds, 2),
+                "processes": processes.count,
+                "command": command,
+            }
+            save_result(result, out)
+            write_report(result, [store.previews() for _, store in stores], out)
+        processes.wait()
+        return read_json(out / RESULT_FILE)
 
 
 @dataclass(frozen=True)

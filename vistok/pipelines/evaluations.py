@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vistok.config import NOTHING, Allowed
 from vistok.eval import make_reference
 from vistok.eval.perturbation import evaluate_perturbation
 from vistok.eval.protocols import choose_protocol, load_network
@@ -31,12 +32,14 @@ def score_tokenizer(
     batch_size: int,
     device: str | None,
     processes: Processes,
+    allowed: Allowed = NOTHING,
 ) -> dict[str, Any]:
     """Score a tokenizer on the test split of its data, or on others.
 
     Args:
         overrides: ``data.key=value`` texts.
         reference: folder or .zip of other images.
+        allowed: what the overrides may do.
         protocol: None for PSNR and SSIM, with rFID if ``weights`` are given; "reconstruction" with rFID in any case;
             "perturbation" for pFID.
 
@@ -50,7 +53,7 @@ def score_tokenizer(
     where = processes.device() if device is None else choose_device(device)
     tokenizer = load_tokenizer(run).to(where)
     overrides = [f"data.batch_size={batch_size}", *overrides]
-    data = data_of_run(run, overrides, image_shape=tokenizer.image_shape, split="test")
+    data = data_of_run(run, overrides, image_shape=tokenizer.image_shape, split="test", allowed=allowed)
     network = None
     if protocol is not None or weights is not None:
         network = load_network(choose_protocol(PAIRS, None, None), weights=weights, device=where)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from vistok.checkpoints import CONFIG, WEIGHTS, CheckpointError, load, snapshot
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json
-from vistok.utils.files import write_json
+from vistok.utils.files import restore, write_json
 
 PIPELINE, TOKENIZER, GENERATOR = "pipeline.json", "tokenizer", "generator"
 BEST_MODEL = "best"
@@ -37,6 +37,8 @@ def pipeline_folder(path: str | Path) -> Path:
     if not folder.exists():
         files = [PIPELINE, *(f"{part}/{file}" for part in (TOKENIZER, GENERATOR) for file in (CONFIG, WEIGHTS))]
         return snapshot(str(path), files)
+    if folder.is_dir():
+        restore(folder)
     missing = [name for name in (PIPELINE, TOKENIZER, GENERATOR) if not (folder / name).exists()]
     if not missing:
         return folder
@@ -83,6 +85,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         CheckpointError: nothing there, damaged weights, or another kind of model.
     """
     inner = Path(path) / TOKENIZER
+    if Path(path).is_dir():
+        restore(Path(path))
     model = load(inner if inner.is_dir() else path)
     if not isinstance(model, Tokenizer):
         raise CheckpointError(f"{path} holds a generator ({model.registry_name}), but a tokenizer is needed")

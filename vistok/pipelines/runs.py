@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from vistok.checkpoints import CONFIG, read_config
 from vistok.checkpoints.registry import entry
-from vistok.config import ConfigError, check, load_config, override
+from vistok.config import NOTHING, Allowed, ConfigError, check, load_config, override
 from vistok.data.config import DataConfig
 from vistok.pipelines.folders import BEST_MODEL, GENERATOR, TOKENIZER
 
 RUN_CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True)
+class _Sections:
+    """What ``data.…=…`` overrides apply to."""
+
+    data: DataConfig
 
 
 def holds_tokenizer_only(path: str | Path) -> bool:
@@ -23,7 +31,12 @@ def holds_tokenizer_only(path: str | Path) -> bool:
 
 
 def data_of_run(
-    path: str | Path, overrides: Sequence[str], *, image_shape: tuple[int, ...], split: str | None = None
+    path: str | Path,
+    overrides: Sequence[str],
+    *,
+    image_shape: tuple[int, ...],
+    split: str | None = None,
+    allowed: Allowed = NOTHING,
 ) -> DataConfig:
     """The images that a tokenizer run was trained on, as ``data.…=…`` overrides change it.
 
@@ -32,6 +45,7 @@ def data_of_run(
         overrides: ``data.key=value`` texts.
         image_shape: of the tokenizer, (C, H, W).
         split: replaces the run's, unless an override sets it.
+        allowed: what the overrides may do; the run's own config may do nothing.
 
     Raises:
         ConfigError: an override of something else than data, or a config that does not check.
@@ -47,5 +61,5 @@ def data_of_run(
     section = section or {"channels": image_shape[0], "image_size": image_shape[1]}
     if split is not None:
         section = {**section, "split": split}
-    values = override({"data": section}, overrides)["data"]
+    values = override({"data": section}, overrides, source=str(file), target=_Sections, allowed=allowed)["data"]
     return DataConfig(**check(DataConfig, values, "data"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json
 from vistok.utils.devices import dtype_of
 from vistok.utils.files import write_json
+from vistok.utils.locks import locked
 from vistok.utils.processes import Processes
 from vistok.utils.progress import track
 from vistok.utils.unfinished import discard, how_to_go_on, open_unfinished, publish, unfinished
@@ -60,6 +62,7 @@ def write_samples(
     Raises:
         FileExistsError: ``out`` exists and is not an empty folder; or an unfinished one, and ``resume`` is False.
         ResumeError: nothing to resume, or images of other settings.
+        FolderInUseError: another process writes ``out``.
         ValueError, ConfigError: as the pipeline does.
     """
     out = Path(out)
@@ -79,28 +82,29 @@ def write_samples(
     }
     where = {"device": str(pipe.device), "dtype": dtype_of(pipe.generator)}
     record = settings | where | {"vistok_version": __version__}
-    if processes.is_first:
-        open_unfinished(out, settings, resume=resume)
-    processes.wait()
-    files = [unfinished(out) / f"{index:06d}.png" for index in range(num_images)]
-    try:
-        for start, stop in track(*_batches(files, batch_size, processes)):
-            what = {"num_images": stop - start} if labels is None else {"class_labels": labels[start:stop]}
-            images = pipe(**what, seed=seed, index_start=start, batch_size=batch_size, **sampling).images
-            for image, file in zip(images, files[start:stop], strict=True):
-                save_png(image, file)
-        processes.wait()
+    with locked(out) if processes.is_first else nullcontext():
         if processes.is_first:
-            _finish(files, record, columns=_columns(classes), npz=npz)
-    except BaseException as error:
-        if processes.count == 1 and not any(file.exists() for file in files):
-            discard(out)
-        else:
-            error.add_note(how_to_go_on(out))
-        raise
-    if processes.is_first:
-        publish(out)
-    processes.wait()
+            open_unfinished(out, settings, resume=resume)
+        processes.wait()
+        files = [unfinished(out) / f"{index:06d}.png" for index in range(num_images)]
+        try:
+            for start, stop in track(*_batches(files, batch_size, processes)):
+                what = {"num_images": stop - start} if labels is None else {"class_labels": labels[start:stop]}
+                images = pipe(**what, seed=seed, index_start=start, batch_size=batch_size, **sampling).images
+                for image, file in zip(images, files[start:stop], strict=True):
+                    save_png(image, file)
+            processes.wait()
+            if processes.is_first:
+                _finish(files, record, columns=_columns(classes), npz=npz)
+        except BaseException as error:
+            if processes.count == 1 and not any(file.exists() for file in files):
+                discard(out)
+            else:
+                error.add_note(how_to_go_on(out))
+            raise
+        if processes.is_first:
+            publish(out)
+        processes.wait()
     return record
 
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from vistok.checkpoints import WEIGHTS, CheckpointError, Model, load_strictly, read_weights
 from vistok.config import ConfigError, nearest
 from vistok.pipelines.folders import BEST_MODEL
-from vistok.utils.files import atomic_folder, read_json, write_json
+from vistok.utils.files import atomic_folder, read_json, remove_leftovers, restore, write_json
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, oldest first."""
+        restore(self.folder)
         names = (re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.glob("step-*"))
         return sorted(int(match[1]) for match in names if match)
 
@@ -104,11 +105,15 @@ class Checkpoints:
             if isinstance(error, RuntimeError) and not _is_of_torch_writer(error):
                 raise
             raise self._not_written(f"the checkpoint of step {step}", error) from error
+        self.prune()
+        return path
+
+    def prune(self) -> None:
+        """Remove the checkpoints that need not stay."""
         best = self.best()
         kept = {*self.steps()[-self.keep :], best["step"] if best else -1}
         for old in set(self.steps()) - kept:
             shutil.rmtree(self.path(old))
-        return path
 
     def judge_again(self, state: Mapping[str, Any]) -> None:
         """Judge a loaded checkpoint, which the process that wrote it may not have lived to."""
@@ -156,12 +161,10 @@ def _is_full_disk(error: Exception) -> bool:
     return _is_of_torch_writer(error) or isinstance(error, SafetensorError)
 
 
-def remove_leftovers(folder: Path) -> None:
+def clean(folder: Path) -> None:
     """Remove the half-written files and folders that a killed process left in a run folder."""
-    for pattern in (".*.partial", ".*.old"):
-        places = (folder, folder / BEST_MODEL, folder / "checkpoints", folder / "images")
-        for path in [path for place in places for path in place.glob(pattern)]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for place in (folder, folder / BEST_MODEL, folder / "checkpoints", folder / "images"):
+        remove_leftovers(place)
 
 
 def start_from(model: Model, source: Path, stage: str) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from vistok.checkpoints import registry
-from vistok.config import ConfigError, check, check_least
+from vistok.config import ConfigError, KeysOf, check, check_least
 from vistok.data.config import DataConfig
 
 
@@ -146,7 +146,7 @@ class ValidationConfig:
         tokens: a cache of held-out images by the same tokenizer (generators).
     """
 
-    data: dict[str, Any] = field(default_factory=dict)
+    data: Annotated[dict[str, Any], KeysOf(DataConfig)] = field(default_factory=dict)
     tokens: str | None = None
 
     def check(self, needed: Literal["data", "tokens"]) -> None:

@@ -22,7 +22,7 @@ from vistok.data.loader import Failures, TooManyUnreadableError, listed
 from vistok.data.pictures import save_png
 from vistok.data.workers import LoaderWorkerError
 from vistok.pipelines.folders import BEST_MODEL
-from vistok.train.checkpoints import Checkpoints, remove_leftovers, start_from
+from vistok.train.checkpoints import Checkpoints, clean, start_from
 from vistok.train.config import RunConfig
 from vistok.train.environment import environment, open_accelerator, start_trackers
 from vistok.train.models import Models
@@ -32,6 +32,8 @@ from vistok.train.stages import STAGES, Stage, forever, on_device
 from vistok.train.stopping import StopRequest, TrainingInterrupted
 from vistok.train.trail import Trail, earliest
 from vistok.utils.files import write_json
+from vistok.utils.locks import locked
+from vistok.utils.processes import is_first_process
 
 log = logging.getLogger(__name__)
 
@@ -57,10 +59,17 @@ def train(config: Mapping[str, Any], *, resume: bool = False) -> Path:
         TrainingDivergedError: the loss became NaN or infinite.
         TrainingInterrupted: SIGTERM or Ctrl-C; a checkpoint was saved.
         LoaderWorkerError: a process that reads data died.
+        FolderInUseError: another process trains into the run folder.
     """
     run = RunConfig.parse(config)
     run.model_entry()
     folder = Path(run.output_dir)
+    with locked(folder) if is_first_process() else nullcontext():
+        _train(config, run, folder, resume)
+    return folder
+
+
+def _train(config: Mapping[str, Any], run: RunConfig, folder: Path, resume: bool) -> None:
     if folder.exists() and any(folder.iterdir()) and not resume:
         raise FileExistsError(
             f"run folder {folder} exists already; go on with --resume, or choose another with output_dir=…"
@@ -72,14 +81,13 @@ def train(config: Mapping[str, Any], *, resume: bool = False) -> Path:
             trainer.resume()
         if accelerator.is_main_process:  # only now: a config that the checkpoint does not fit must not replace its own
             folder.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(folder)
+            clean(folder)
             save_config(config, folder / "config.yaml")
             write_json(folder / "environment.json", environment())
         start_trackers(accelerator, folder, run.training.trackers)
         trainer.run()
     finally:
         accelerator.end_training()
-    return folder
 
 
 def prepare(run: RunConfig, folder: Path) -> tuple[Any, Stage]:
@@ -123,6 +131,7 @@ class Trainer:
             self._load(state)
             if self.accelerator.is_main_process:
                 self.checkpoints.judge_again(state)
+                self.checkpoints.prune()  # which the process before may not have lived to
         elif self.accelerator.is_main_process:
             log.warning("%s has no checkpoint yet: training begins at step 0", self.folder)
 

@@ -7,6 +7,7 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from vistok.data.transforms import ImageTransform, ten_crop
 from vistok.pipelines.folders import TOKENIZER
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import TokenSpec, to_json
+from vistok.utils.locks import locked
 from vistok.utils.processes import Processes
 from vistok.utils.progress import track
 from vistok.utils.unfinished import discard, how_to_go_on, open_unfinished, publish, unfinished
@@ -80,8 +82,17 @@ def tokenize(
         ValueError: an image size or channels that the tokenizer cannot read, or an unknown augmentation.
         ResumeError: nothing to resume, or shards of other images or of another tokenizer.
         TooManyUnreadableError: more than 1 % of the images cannot be read.
+        FolderInUseError: another process writes ``out``.
     """
     out = Path(out)
+    with locked(out) if processes.is_first else nullcontext():
+        _tokenize(tokenizer, data, out, augmentation, resume, processes)
+    return TokenCache(out)
+
+
+def _tokenize(
+    tokenizer: Tokenizer, data: DataConfig, out: Path, augmentation: str, resume: bool, processes: Processes
+) -> None:
     if out.exists():  # before any work; even an empty folder
         raise FileExistsError(f"{out} exists already; choose another folder for the tokens or remove it first")
     spec = check_size(tokenizer, data)
@@ -125,7 +136,6 @@ def tokenize(
         tokenizer.save_pretrained(unfinished(out) / TOKENIZER)
         publish(out)
     processes.wait()
-    return TokenCache(out)
 
 
 def _write_shards(

@@ -7,41 +7,102 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+PARTIAL, RETIRED, INNER = ".partial", ".old", "old"
+
 
 @contextmanager
 def atomic_folder(target: str | Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside ``target`` that becomes ``target`` if the block succeeds, and vanishes if not.
 
+    Whenever the process is killed, ``target`` is the old folder or the new one; on a file system that cannot swap two
+    folders it may be gone, until :func:`restore` puts the old one back.
+
     Raises:
         FileExistsError: ``target`` exists and ``replace`` is False (checked before any work starts).
     """
     target = Path(target)
+    restore(target.parent)
     if target.exists() and not replace:
         raise FileExistsError(f"{target} exists already; choose another folder or remove it first")
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=PARTIAL, dir=target.parent))
     try:
         yield temporary
         os.chmod(temporary, 0o755)  # mkdtemp makes private folders
         for path in [*temporary.rglob("*"), temporary]:
             _flush(path)
         if target.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-            os.replace(target, retired / "old")
-            os.replace(temporary, target)
-            shutil.rmtree(retired, ignore_errors=True)
+            _swap(temporary, target)
         else:
             os.replace(temporary, target)
         _flush(target.parent)
     except BaseException:
+        restore(target.parent)
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def restore(parent: Path) -> None:
+    """Put back the folders of ``parent`` that a process has set aside, and was killed before it put new ones there."""
+    for retired in parent.glob(f".*{RETIRED}"):
+        target = parent / retired.name[1 : -len(RETIRED)].rpartition(".")[0]
+        if (retired / INNER).exists() and not target.exists():
+            os.replace(retired / INNER, target)
+
+
+def _swap(new: Path, target: Path) -> None:
+    """Put ``new`` in the place of ``target``, which goes."""
+    if _exchange(new, target):
+        _remove(new)
+        return
+    while True:
+        retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=RETIRED, dir=target.parent))
+        os.replace(target, retired / INNER)
+        try:
+            os.replace(new, target)
+        except OSError:
+            if not target.exists():
+                raise
+            continue  # a reader has put the old one back meanwhile
+        shutil.rmtree(retired, ignore_errors=True)
+        return
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two paths in a single step; False where system or file system cannot."""
+    if sys.platform != "linux":
+        return False
+    import ctypes
+
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError):  # an old C library
+        return False
+    return rename(here, os.fsencode(one), here, os.fsencode(other), swap) == 0
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the half-written files and folders that a killed process left in ``folder``; put back what it had set
+    aside. Only for who holds the folder's lock: another's half-written files look the same."""
+    restore(folder)
+    for pattern in (f".*{PARTIAL}", f".*{RETIRED}"):
+        for path in list(folder.glob(pattern)):
+            _remove(path)
 
 
 @contextmanager
@@ -53,7 +114,7 @@ def atomic_file(target: str | Path, *, durable: bool = True) -> Iterator[Path]:
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=PARTIAL, dir=target.parent)
     os.close(handle)
     temporary = Path(name)
     try:

@@ -64,6 +64,11 @@ class Processes:
             torch.distributed.barrier()
 
 
+def is_first_process() -> bool:
+    """Whether this is the first of the processes that a launcher started, or the only one; before they have joined."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def group_size() -> int:
     """How many processes torch's process group has; 1 where there is none."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vistok.utils.files import atomic_folder, read_json, write_json
+from vistok.utils.files import atomic_folder, read_json, remove_leftovers, write_json
 
 SETTINGS = "unfinished.json"
 
@@ -35,13 +35,13 @@ def open_unfinished(target: Path, settings: Mapping[str, Any], *, resume: bool) 
         FileExistsError: ``target`` is there and not an empty folder; or an unfinished one is, and ``resume`` is False.
         ResumeError: nothing to resume, or something else.
     """
+    (target / SETTINGS).unlink(missing_ok=True)  # left by a process that was killed when all was there
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists already and is not empty; choose another folder or remove it first")
     folder = unfinished(target)
     if resume:
         _check_settings(folder, settings)
-        for left in folder.glob(".*.partial"):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        remove_leftovers(folder)
     elif folder.exists():
         raise FileExistsError(f"{folder} is of a run that did not finish; go on with --resume, or remove it first")
     else:

@@ -1,0 +1,69 @@
+"""Two commands that would write one folder: the second is refused, and the first is not disturbed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from support.tiny_runs import tokenizer_config, write_tokens
+
+from vistok.data import DataConfig
+from vistok.pipelines.folders import load_tokenizer
+from vistok.train import train
+from vistok.train.tokenize import tokenize
+from vistok.utils.locks import FolderInUseError, locked
+
+HOLDER = """
+import sys, time
+from vistok.utils.locks import locked
+with locked(sys.argv[1]):
+    print(1, flush=True)
+    time.sleep(99)
+"""
+
+
+@pytest.fixture
+def in_use(tmp_path: Path):
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    yield tmp_path / "out"
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_training_into_a_folder_in_use(in_use: Path, resume: bool):
+    half_written = in_use / ".x.partial"
+    half_written.parent.mkdir()
+    half_written.touch()
+    with pytest.raises(FolderInUseError, match=r"out is in use: process \d+ on "):
+        train(tokenizer_config(in_use), resume=resume)
+    assert [path.name for path in in_use.iterdir()] == [".x.partial"]
+
+
+def test_tokenizing_into_a_folder_in_use(in_use: Path, tmp_path: Path):
+    tokenizer = load_tokenizer(write_tokens(tmp_path / "tokens"))
+    for resume in (False, True):
+        with pytest.raises(FolderInUseError, match="is in use"):
+            tokenize(tokenizer, DataConfig(16, source="digits", channels=1, limit=20), in_use, resume=resume)
+
+
+def test_a_second_training_on_the_command_line(tmp_path: Path):
+    config = tokenizer_config(tmp_path / "run", training={"max_steps": 100_000, "save_every": 0, "image_every": 0})
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "vistok", "train", str(tmp_path / "x.yaml")]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert first.stdout.readline().startswith("step 1/")
+    for extra in ([], ["--resume"]):
+        second = subprocess.run([*command, *extra], capture_output=True, text=True)
+        assert second.returncode == 2
+        assert f"process {first.pid} on " in second.stderr
+        assert "Traceback" not in second.stderr
+    assert first.poll() is None
+    first.kill()
+    first.communicate()
+    with locked(tmp_path / "run"):  # which the dead one holds no longer
+        pass

@@ -1,0 +1,189 @@
+"""Folders and files that are replaced whole, whenever a process is killed; and one writer for a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vistok.utils import files
+from vistok.utils.files import atomic_folder, remove_leftovers, restore
+from vistok.utils.locks import FolderInUseError, locked
+
+KILLED = """
+import os, shutil, sys
+from pathlib import Path
+from vistok.utils import files
+
+countdown, exchange, target = int(sys.argv[1]), sys.argv[2] == "exchange", Path(sys.argv[3])
+
+def deadly(function):
+    def killed_before(*arguments, **options):
+        global countdown
+        countdown -= 1
+        if countdown == 0:
+            os._exit(9)
+        return function(*arguments, **options)
+    return killed_before
+
+os.replace, os.chmod, shutil.rmtree = deadly(os.replace), deadly(os.chmod), deadly(shutil.rmtree)
+os.unlink, os.fsync, os.mkdir = deadly(os.unlink), deadly(os.fsync), deadly(os.mkdir)
+files._exchange = deadly(files._exchange) if exchange else lambda *_: False
+with files.atomic_folder(target, replace=True) as folder:
+    for name in ("a", "b"):
+        (folder / name).write_text("new")
+"""
+
+
+def state(folder: Path) -> list[str]:
+    return [(folder / name).read_text() for name in ("a", "b")]
+
+
+@pytest.mark.parametrize("how", ["exchange", "two renames"])
+def test_whatever_the_moment_of_a_kill_old_or_new_is_there(tmp_path: Path, how: str):
+    codes, seen = [], []
+    for countdown in range(1, 60):
+        folder = tmp_path / f"run-{countdown}" / "tokenizer"
+        folder.mkdir(parents=True)
+        for name in ("a", "b"):
+            (folder / name).write_text("old")
+        codes.append(
+            subprocess.run([sys.executable, "-c", KILLED, str(countdown), how, str(folder)], check=False).returncode
+        )
+        if how == "exchange":
+            assert folder.exists(), "there is no moment without the folder"
+        restore(folder.parent)
+        seen.append(state(folder))
+        assert seen[-1] in (["old", "old"], ["new", "new"])
+        with atomic_folder(folder, replace=True) as again:  # and the next call works
+            for name in ("a", "b"):
+                (again / name).write_text("newer")
+        assert state(folder) == ["newer", "newer"]
+        remove_leftovers(folder.parent)
+        assert [path.name for path in folder.parent.iterdir()] == ["tokenizer"]
+        if codes[-1] == 0:
+            break
+    assert codes[-1] == 0, "the last one must not be killed"
+    assert set(codes[:-1]) == {9}
+    assert len(codes) > 5
+    assert ["old", "old"] in seen
+    assert seen[-1] == ["new", "new"]
+
+
+def test_a_loader_puts_back_what_a_killed_process_set_aside(tmp_path: Path):
+    from vistok.checkpoints import load
+    from vistok.tokenizers.vit_vqgan import ViTConfig, ViTVQGAN
+
+    tiny = ViTConfig(dim=16, depth=1, heads=1, mlp_dim=16)
+    ViTVQGAN(16, 8, tiny, tiny, 32, 4).save_pretrained(tmp_path / "run" / "tokenizer")
+    retired = tmp_path / "run" / ".tokenizer.abc123.old"
+    retired.mkdir()
+    (tmp_path / "run" / "tokenizer").rename(retired / "old")
+    assert load(tmp_path / "run" / "tokenizer").registry_name == "vit_vqgan"
+
+
+def test_a_failed_replacement_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "a").write_text("old")
+    replace = os.replace
+
+    def full(source, target):
+        if str(source).endswith(".partial"):
+            raise OSError("no space")
+        replace(source, target)
+
+    monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="no space"), atomic_folder(tmp_path / "x", replace=True) as folder:
+        (folder / "a").write_text("new")
+    assert (tmp_path / "x" / "a").read_text() == "old"
+
+
+HOLDER = """
+import os, sys, time
+from vistok.utils.locks import locked
+with locked(sys.argv[1]):
+    if "fork" in sys.argv and os.fork() == 0:
+        time.sleep(60)
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def holder(folder: Path, *how: str) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder), *how], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def end(process: subprocess.Popen) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def test_a_living_owner_is_named(tmp_path: Path):
+    process = holder(tmp_path / "run")
+    try:
+        for name in (tmp_path / "run", tmp_path / "x" / ".." / "run"):
+            with (
+                pytest.raises(
+                    FolderInUseError, match=rf"process {process.pid} on {socket.gethostname()} is writing it"
+                ),
+                locked(name),
+            ):
+                pass
+        assert process.poll() is None
+    finally:
+        end(process)
+
+
+@pytest.mark.parametrize("how", [(), ("fork",)])
+def test_a_dead_owner_holds_nothing(tmp_path: Path, how: tuple[str, ...]):
+    """Even if a process that it has started, such as one that reads data, lives on with its files."""
+    process = holder(tmp_path / "run", *how)
+    process.kill()
+    process.wait()
+    begin = time.monotonic()
+    with locked(tmp_path / "run"):
+        assert json.loads((tmp_path / ".run.owner").read_text())["pid"] == os.getpid()
+    assert time.monotonic() - begin < 5
+    assert list(tmp_path.iterdir()) == []
+    if how:
+        end(process)
+
+
+def test_of_another_host_nothing_is_assumed(tmp_path: Path):
+    process = holder(tmp_path / "run", "fork")
+    try:
+        owner = tmp_path / ".run.owner"
+        owner.write_text(owner.read_text().replace(socket.gethostname(), "elsewhere"))
+        process.kill()
+        with pytest.raises(FolderInUseError, match="on elsewhere is writing it"), locked(tmp_path / "run"):
+            pass
+    finally:
+        end(process)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": "x"}'])
+def test_a_damaged_owner_file_is_no_obstacle(tmp_path: Path, content: str):
+    (tmp_path / ".run.owner").write_text(content)
+    (tmp_path / ".run.lock").write_text("")
+    with locked(tmp_path / "run"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_lock_is_free_after_an_error(tmp_path: Path):
+    with pytest.raises(KeyError), locked(tmp_path / "run"):
+        raise KeyError
+    with locked(tmp_path / "run"):
+        pass

@@ -1,0 +1,121 @@
+"""One writer for a folder: who fills it holds its lock, and says who it is to those who come later."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+log = logging.getLogger(__name__)
+
+TRIES = 10
+"""A lock file that is removed by the process before, or stolen from a dead one, is made anew."""
+
+
+class FolderInUseError(ValueError):
+    """Another process is writing the folder."""
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Hold the lock of a folder, which need not exist yet.
+
+    The system frees the lock of a process that dies, however it does. The lock is ``.NAME.lock`` beside the folder,
+    or inside where nothing can be written beside it; ``.NAME.owner`` tells who holds it.
+
+    Raises:
+        FolderInUseError: a living process holds it.
+    """
+    from filelock import FileLock
+
+    folder = Path(folder).resolve()
+    path = _lock_file(folder)
+    lock = _acquire(FileLock, path, folder)
+    owner = path.with_suffix(".owner")
+    try:
+        if lock is not None:
+            owner.write_text(json.dumps(_this_process()))
+        yield
+    finally:
+        if lock is not None:
+            owner.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)  # before it is free: whoever has opened it by then looks again
+            lock.release()
+
+
+def _lock_file(folder: Path) -> Path:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = os.access(folder.parent, os.W_OK) or not folder.is_dir()
+    return (folder.parent if beside else folder) / f".{folder.name}.lock"
+
+
+def _acquire(kind: type, path: Path, folder: Path) -> Any:
+    """The lock, held; None where the file system has no locks."""
+    from filelock import Timeout
+
+    for _ in range(TRIES):
+        lock = kind(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            owner = _owner(path)
+            if owner is None or not _is_dead(owner):
+                raise FolderInUseError(_in_use(folder, owner)) from None
+            path.unlink(missing_ok=True)  # what holds it was left behind by the dead: processes that read its data
+            continue
+        except NotImplementedError:
+            log.warning("the file system of %s has no locks: take care that no other process writes it", folder)
+            return None
+        if _still_stands(kind, path):
+            return lock
+        lock.release()
+    raise FolderInUseError(_in_use(folder, _owner(path)))
+
+
+def _still_stands(kind: type, path: Path) -> bool:
+    """Whether the lock that was just taken is the one at ``path``, and not one that its owner has removed meanwhile."""
+    from filelock import Timeout
+
+    other = kind(path)
+    try:
+        other.acquire(timeout=0)
+    except Timeout:
+        return True
+    other.release()
+    return False
+
+
+def _this_process() -> dict[str, Any]:
+    return {"pid": os.getpid(), "host": socket.gethostname(), "started": psutil.Process().create_time()}
+
+
+def _owner(path: Path) -> dict[str, Any] | None:
+    try:
+        owner = json.loads(path.with_suffix(".owner").read_text())
+        return {"pid": int(owner["pid"]), "host": str(owner["host"]), "started": float(owner["started"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # it is being written just now, or damaged
+
+
+def _is_dead(owner: dict[str, Any]) -> bool:
+    """Whether the owner is known to be dead; of another host's nothing is known."""
+    if owner["host"] != socket.gethostname():
+        return False
+    try:
+        return abs(psutil.Process(owner["pid"]).create_time() - owner["started"]) > 1
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.AccessDenied:
+        return False
+
+
+def _in_use(folder: Path, owner: dict[str, Any] | None) -> str:
+    who = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
+    return f"{folder} is in use: {who} is writing it. Wait for its end, or choose another folder"
