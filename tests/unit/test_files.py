@@ -81,7 +81,7 @@ def test_a_loader_puts_back_what_a_killed_process_set_aside(tmp_path: Path):
     from vistok.checkpoints import load
     from vistok.tokenizers.vit_vqgan import ViTConfig, ViTVQGAN
 
-    tiny = ViTConfig(dim=16, depth=1, heads=1, mlp_dim=16)
+    tiny = ViTConfig(dim=16, num_layers=1, num_heads=1, mlp_dim=16)
     ViTVQGAN(16, 8, tiny, tiny, 32, 4).save_pretrained(tmp_path / "run" / "tokenizer")
     retired = tmp_path / "run" / ".tokenizer.abc123.old"
     retired.mkdir()

@@ -18,7 +18,7 @@ from vistok.pipelines.runs import data_of_run
 from vistok.tokenizers.vit_vqgan import ViTConfig, ViTVQGAN
 from vistok.train.config import RunConfig
 
-TINY = ViTConfig(dim=16, depth=1, heads=1, mlp_dim=16)
+TINY = ViTConfig(dim=16, num_layers=1, num_heads=1, mlp_dim=16)
 RESOLVERS = [
     "${oc.env:HOME}",
     "x${oc.env:HOME,default}y",
@@ -78,7 +78,7 @@ def test_a_foreign_training_config_runs_nothing(tmp_path: Path, capsys, section:
     monkeypatch.chdir(tmp_path)
     data = {"image_size": 16, "source": "digits", "channels": 1}
     attack = {"source": "webdataset", "root": "pipe:touch owned; false"}
-    vit = {"dim": 16, "depth": 1, "heads": 1, "mlp_dim": 16}
+    vit = {"dim": 16, "num_layers": 1, "num_heads": 1, "mlp_dim": 16}
     config = {
         "stage": "tokenizer",
         "output_dir": "out",
