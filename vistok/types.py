@@ -8,11 +8,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from vistok.conditions import Condition, ConditionSpec, FeatureSpec, IdSpec
+
+__all__ = [
+    "Condition",
+    "ConditionSpec",
+    "FeatureSpec",
+    "GeneratorOutput",
+    "IdSpec",
+    "QuantizerOutput",
+    "TokenChunk",
+    "TokenSpec",
+    "TokenizerOutput",
+    "as_dataclass",
+    "to_json",
+]
 
 
 @dataclass(frozen=True)
@@ -90,88 +106,6 @@ class TokenSpec:
                 f"latents must be (B, n, {self.dim}), got {tuple(latents.shape)}; were they made by another tokenizer?"
             )
         return latents
-
-
-@dataclass(frozen=True)
-class Condition:
-    """What a generator is conditioned on, for a batch: class labels, condition token ids, or features with a mask.
-
-    ``dropped`` marks the rows that are unconditional: there the model uses its null embedding. Classifier-free
-    guidance stacks a condition on its ``null()`` rows; label dropout in training sets ``dropped`` at random.
-
-    Attributes:
-        dropped: (B,) bool.
-        labels: (B,) int64 class ids, or None.
-        ids: (B, T) int64 condition tokens (text, a segmentation map's tokens), or None.
-        features: (B, T, D) float, for example text-encoder states, or None.
-        mask: (B, T) bool, True where a feature is valid, or None (all valid).
-    """
-
-    dropped: Tensor
-    labels: Tensor | None = None
-    ids: Tensor | None = None
-    features: Tensor | None = None
-    mask: Tensor | None = None
-
-    @classmethod
-    def none(cls, batch_size: int, device: torch.device | str = "cpu") -> Condition:
-        """The condition of unconditional generation."""
-        return cls(torch.ones(batch_size, dtype=torch.bool, device=device))
-
-    @classmethod
-    def from_labels(cls, labels: Tensor | list[int]) -> Condition:
-        """Class labels (B,); a negative label is unconditional."""
-        labels = torch.as_tensor(labels)
-        if labels.ndim != 1 or labels.is_floating_point():
-            raise ValueError(f"labels must be (B,) integers, got shape {tuple(labels.shape)} of {labels.dtype}")
-        return cls(labels < 0, labels=labels.long())
-
-    @classmethod
-    def from_ids(cls, ids: Tensor) -> Condition:
-        """Condition tokens (B, T)."""
-        if ids.ndim != 2 or ids.is_floating_point():
-            raise ValueError(f"condition ids must be (B, T) integers, got shape {tuple(ids.shape)} of {ids.dtype}")
-        return cls(torch.zeros(len(ids), dtype=torch.bool, device=ids.device), ids=ids.long())
-
-    @classmethod
-    def from_features(cls, features: Tensor, mask: Tensor | None = None) -> Condition:
-        """Feature sequences (B, T, D), with an optional (B, T) mask of the valid positions."""
-        if features.ndim != 3:
-            raise ValueError(f"features must be (B, T, D), got shape {tuple(features.shape)}")
-        if mask is not None and mask.shape != features.shape[:2]:
-            raise ValueError(f"mask must be {tuple(features.shape[:2])}, got shape {tuple(mask.shape)}")
-        dropped = torch.zeros(len(features), dtype=torch.bool, device=features.device)
-        return cls(dropped, features=features, mask=None if mask is None else mask.bool())
-
-    def __len__(self) -> int:
-        return len(self.dropped)
-
-    def _map(self, function) -> Condition:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Condition(**{name: None if v is None else function(v) for name, v in values.items()})
-
-    def to(self, device: torch.device | str) -> Condition:
-        return self._map(lambda tensor: tensor.to(device))
-
-    def __getitem__(self, rows: slice | Tensor) -> Condition:
-        return self._map(lambda tensor: tensor[rows])
-
-    def drop(self, rows: Tensor) -> Condition:
-        """The same condition, with the rows of the (B,) bool mask made unconditional as well."""
-        return replace(self, dropped=self.dropped | rows)
-
-    def null(self) -> Condition:
-        """The unconditional rows of this condition. The mask stays: both halves see one prompt length."""
-        return replace(self, dropped=torch.ones_like(self.dropped))
-
-    def with_null(self) -> Condition:
-        """This condition followed by its null rows, (2B,): the batch of classifier-free guidance."""
-        return self._map_pair(self.null())
-
-    def _map_pair(self, other: Condition) -> Condition:
-        names = [f.name for f in fields(self)]
-        pairs = {name: (getattr(self, name), getattr(other, name)) for name in names}
-        return Condition(**{name: None if a is None else torch.cat([a, b]) for name, (a, b) in pairs.items()})
 
 
 @dataclass

@@ -469,9 +469,8 @@ def test_tokens_that_it_cannot_model_are_refused(name, spec, message):
 @pytest.mark.parametrize(
     ("arguments", "condition", "message"),
     [
-        ({}, labels(5), "class label 5 is out of range: the generator knows classes 0..4"),
-        ({}, Condition.from_features(torch.zeros(1, 1, 16)), "not features"),
-        ({}, Condition(torch.zeros(1, dtype=torch.bool)), "needs class labels"),
+        ({}, labels(5), "class label 5 is out of range: this generator knows classes 0..4"),
+        ({}, Condition.from_features(torch.zeros(1, 1, 16)), "not text features"),
         ({"num_classes": 0}, labels(0), "takes no class labels"),
         ({"condition_dropout": 0.0}, labels(0, -1), "without a null class"),
         ({"condition_dropout": 0.0}, Condition.none(1), "without a null class"),
@@ -493,7 +492,7 @@ def test_guidance_needs_a_null_class(name):
 @pytest.mark.parametrize(
     ("condition", "message"),
     [
-        (labels(0), "takes 3 condition tokens and a class label is one"),
+        (labels(0), r"takes condition ids \(B, 3\) below 5, not class labels"),
         (Condition.from_ids(torch.zeros(1, 2, dtype=torch.long)), r"must be \(B, 3\)"),
         (Condition.from_ids(torch.tensor([[0, 5, 0]])), "condition id 5 is out of range"),
         (Condition.from_ids(torch.tensor([[0, -1, 0]])), "condition id -1 is out of range"),

@@ -16,10 +16,9 @@ from vistok.types import Condition, TokenSpec
 @pytest.mark.parametrize(
     ("condition", "message"),
     [
-        (labels(0), "takes no class labels"),
+        (labels(0), "not class labels"),
         (Condition.from_ids(torch.zeros(1, 5, dtype=torch.long)), "not condition ids"),
         (Condition.from_features(torch.zeros(1, 4, 6)), r"must be \(B, 5, 6\), padded on the left, got \(1, 4, 6\)"),
-        (Condition(torch.zeros(1, dtype=torch.bool)), "needs caption features"),
     ],
 )
 def test_captions_are_checked(condition, message):

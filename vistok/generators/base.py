@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vistok.checkpoints import Model
 from vistok.draws import Draws, Keys
-from vistok.types import Condition, GeneratorOutput, TokenChunk, TokenSpec
+from vistok.types import Condition, ConditionSpec, GeneratorOutput, TokenChunk, TokenSpec
 
 
 class Session(Protocol):
@@ -40,6 +40,14 @@ class Generator(Model):
 
     num_classes: int | None = None
     """Number of classes that it can be conditioned on; None if it takes no labels."""
+
+    has_null: bool = True
+    """Whether rows without a condition can be generated, and so guidance be used."""
+
+    @property
+    def condition_spec(self) -> ConditionSpec:
+        """What it can be conditioned on: class labels, unless the generator says otherwise."""
+        return ConditionSpec(num_classes=self.num_classes or 0)
 
     @abstractmethod
     def forward(
@@ -110,4 +118,10 @@ class Generator(Model):
         raise ValueError(f"{type(self).__name__} has no compiled decoding; generators of one token after another have")
 
     def check_condition(self, condition: Condition) -> None:
-        """Raise ValueError if the model cannot be conditioned on ``condition``."""
+        """Raise ValueError for a condition that is not of the spec, or for unconditional rows without a null class."""
+        self.condition_spec.check(condition)
+        if not self.has_null and bool(condition.dropped.any()):
+            raise ValueError(
+                "this generator was built without a null class (condition_dropout 0): it cannot generate "
+                f"unconditionally or with guidance, and every sample needs {self.condition_spec.describe()}"
+            )

@@ -21,7 +21,7 @@ from vistok.nn.attention import Attention
 from vistok.nn.mlp import SwiGLU, llama_hidden_dim
 from vistok.nn.norms import RMSNorm
 from vistok.nn.rotary import FixedRotation, Rotation, Rows, grid_positions, rotation_table
-from vistok.types import Condition, TokenSpec, as_dataclass
+from vistok.types import Condition, ConditionSpec, FeatureSpec, TokenSpec, as_dataclass
 
 SIZES = {
     "B": {"dim": 768, "num_layers": 12, "num_heads": 12},
@@ -173,34 +173,13 @@ class Llama(AutoregressiveGenerator):
         self.apply(_initialise)
         nn.init.zeros_(self.output.weight)
 
-    def check_condition(self, condition: Condition) -> None:
-        """Raise ValueError for another kind of condition, a class out of range, features of another size, or dropped
-        rows where there is no null class."""
-        super().check_condition(condition)
-        if condition.ids is not None:
-            raise ValueError("this generator takes class labels or caption features, not condition ids")
-        if self.takes_captions:
-            self._check_features(condition)
-        elif condition.features is not None:
-            raise ValueError("this generator takes class labels, not features; build it with caption_dim for captions")
-        elif condition.labels is None and not bool(condition.dropped.all()):
-            raise ValueError("this generator needs class labels for the samples that are not dropped")
-        if not self.has_null and bool(condition.dropped.any()):
-            raise ValueError(
-                "this generator was built without a null class (condition_dropout 0): it cannot generate "
-                "unconditionally or with guidance, and every sample needs a class label"
-            )
-
-    def _check_features(self, condition: Condition) -> None:
-        expected = tuple(self.null_caption.shape)
-        if condition.features is None:
-            if not bool(condition.dropped.all()):
-                raise ValueError(f"this generator needs caption features (B, {expected[0]}, {expected[1]})")
-        elif tuple(condition.features.shape[1:]) != expected:
-            raise ValueError(
-                f"caption features must be (B, {expected[0]}, {expected[1]}), padded on the left, got "
-                f"{tuple(condition.features.shape)}"
-            )
+    @property
+    def condition_spec(self) -> ConditionSpec:
+        """Class labels, or caption features."""
+        if not self.takes_captions:
+            return super().condition_spec
+        length, dim = self.null_caption.shape
+        return ConditionSpec(features=FeatureSpec(dim, length))
 
     def embed_condition(self, condition: Condition) -> Tensor:
         return self._embed_caption(condition) if self.takes_captions else self._embed_class(condition)

@@ -20,7 +20,7 @@ from vistok.generators.engine.cache import Layer, Layers
 from vistok.nn.attention import Attention
 from vistok.nn.mlp import MLP
 from vistok.nn.rotary import Rows
-from vistok.types import Condition, TokenSpec, as_dataclass
+from vistok.types import Condition, ConditionSpec, IdSpec, TokenSpec, as_dataclass
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -105,36 +105,13 @@ class ViTVQGANGPT(AutoregressiveGenerator):
         )
         return null if given is None else torch.where(condition.dropped[:, None], null, given)
 
-    def check_condition(self, condition: Condition) -> None:
-        super().check_condition(condition)
-        if condition.features is not None:
-            raise ValueError("this generator takes class labels or condition ids, not features")
-        if condition.ids is not None:
-            self._check_condition_ids(condition.ids)
-        elif condition.labels is not None and self.condition_length != 1:
-            raise ValueError(
-                f"this generator takes {self.condition_length} condition tokens and a class label is one; give "
-                f"condition ids (B, {self.condition_length})"
-            )
-        unlabelled = condition.labels is None and condition.ids is None
-        if unlabelled and not bool(condition.dropped.all()):
-            raise ValueError("this generator needs class labels for the samples that are not dropped")
-        if not self.has_null and (unlabelled or bool(condition.dropped.any())):
-            raise ValueError(
-                "this generator was built without a null class (condition_dropout 0): every sample needs a class label"
-            )
-
-    def _check_condition_ids(self, ids: Tensor) -> None:
+    @property
+    def condition_spec(self) -> ConditionSpec:
+        """A class label, or condition ids; a label is one token and does not stand for several."""
         if self.num_classes is None:
-            raise ValueError("this generator takes no condition; generate unconditionally")
-        if ids.shape[1] != self.condition_length:
-            raise ValueError(f"condition ids must be (B, {self.condition_length}), got shape {tuple(ids.shape)}")
-        low, high = (int(bound) for bound in torch.aminmax(ids)) if ids.numel() else (0, 0)
-        if low < 0 or high >= self.num_classes:
-            raise ValueError(
-                f"condition id {low if low < 0 else high} is out of range: the generator knows ids "
-                f"0..{self.num_classes - 1}"
-            )
+            return ConditionSpec()
+        labels = self.num_classes if self.condition_length == 1 else 0
+        return ConditionSpec(num_classes=labels, ids=IdSpec(self.num_classes, self.condition_length))
 
     def embed_tokens(self, ids: Tensor, where: Rows) -> Tensor:
         return self.token_embedding(ids) + self.token_positions[:, where]

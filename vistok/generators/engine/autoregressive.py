@@ -101,17 +101,6 @@ class AutoregressiveGenerator(Generator):
             raise ValueError(f"{model} predicts one id per position; this tokenizer has {spec.depth} (residual codes)")
         return spec
 
-    def check_condition(self, condition: Condition) -> None:
-        if condition.labels is None:
-            return
-        if self.num_classes is None:
-            raise ValueError("this generator takes no class labels; generate unconditionally")
-        if len(condition) and int(condition.labels.max()) >= self.num_classes:
-            raise ValueError(
-                f"class label {int(condition.labels.max())} is out of range: the generator knows classes "
-                f"0..{self.num_classes - 1}"
-            )
-
     def logits(self, ids: Tensor, condition: Condition) -> Tensor:
         """Teacher-forced logits (B, L, V): position i, seeing the condition and ids[:, :i], predicts ids[:, i]."""
         ids = ids[:, :-1]

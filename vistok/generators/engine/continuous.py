@@ -57,21 +57,6 @@ class ContinuousGenerator(Generator):
             )
         return spec
 
-    def check_condition(self, condition: Condition) -> None:
-        """Raise ValueError for anything but class labels, a class out of range, or missing labels."""
-        if condition.ids is not None or condition.features is not None:
-            raise ValueError(f"{type(self).__name__} takes class labels, not condition ids or features")
-        if condition.labels is None:
-            if not bool(condition.dropped.all()):
-                raise ValueError("this generator needs class labels for the samples that are not dropped")
-        elif not self.num_classes:
-            raise ValueError("this generator takes no class labels; generate unconditionally")
-        elif len(condition) and int(condition.labels.max()) >= self.num_classes:
-            raise ValueError(
-                f"class label {int(condition.labels.max())} is out of range: the generator knows classes "
-                f"0..{self.num_classes - 1}"
-            )
-
     def class_rows(self, condition: Condition) -> Tensor:
         """(R,) int64: the class of every row, ``num_classes`` for dropped ones."""
         null = torch.full_like(condition.dropped, self.num_classes or 0, dtype=torch.int64)
