@@ -42,6 +42,7 @@ ENTRIES = (
     Entry("kl_vae", "tokenizer", "vistok.tokenizers.kl_vae:KLVAE", "kl_vae/tokenizer", "2112.10752"),
     Entry("flextok", "tokenizer", "vistok.tokenizers.flextok:FlexTok", "flextok/tokenizer", "2502.13967"),
     Entry("dar", "tokenizer", "vistok.tokenizers.dar:DAR", "dar/tokenizer", "2505.23660"),
+    Entry("gigatok", "tokenizer", "vistok.tokenizers.gigatok:GigaTok", "gigatok/tokenizer", "2504.08736"),
     Entry(
         "vit_vqgan_gpt",
         "generator",
