@@ -143,7 +143,11 @@ class Level(nn.Module):
 
 def _middle(channels: int, norm_groups: int, dropout: float, attend: bool) -> nn.Sequential:
     first, last = (ResBlock(channels, channels, norm_groups=norm_groups, dropout=dropout) for _ in range(2))
-    return nn.Sequential(first, AttnBlock(channels, norm_groups=norm_groups), last) if attend else nn.Sequential(first, last)
+    return (
+        nn.Sequential(first, AttnBlock(channels, norm_groups=norm_groups), last)
+        if attend
+        else nn.Sequential(first, last)
+    )
 
 
 class ConvEncoder(nn.Module):
@@ -249,7 +253,9 @@ class ConvDecoder(nn.Module):
             for i, width in enumerate(widths)
         )
         self.styles = (
-            nn.ModuleList(AdaptiveGroupNorm(width, in_channels, norm_groups) for width in inputs) if adaptive_norm else None
+            nn.ModuleList(AdaptiveGroupNorm(width, in_channels, norm_groups) for width in inputs)
+            if adaptive_norm
+            else None
         )
         self.norm_out = group_norm(widths[-1], norm_groups)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)

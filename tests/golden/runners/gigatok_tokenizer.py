@@ -140,7 +140,9 @@ def quantizer_loss(case: Case, step: Step) -> dict[str, Tensor]:
     model, settings = _tokenizer(case, step), _settings(case, step)
     terms = _code_losses(model, model(step.tensor("image", 0)), settings, step.tensor("sem_feat", 1))
     terms["proj_loss"] = settings["proj_weight"] * terms["proj_loss"]
-    return step.answers(*(terms[name] for name in ("vq_loss", "commit_loss", "entropy_loss", "fea_rec_loss", "proj_loss")))
+    return step.answers(
+        *(terms[name] for name in ("vq_loss", "commit_loss", "entropy_loss", "fea_rec_loss", "proj_loss"))
+    )
 
 
 def _perceptual(case: Case, step: Step):

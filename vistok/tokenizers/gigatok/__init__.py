@@ -256,5 +256,7 @@ class GigaTok(Tokenizer):
 
 def _grid(size: tuple[int, int], stride: int) -> tuple[int, int]:
     if min(size) < 1 or size[0] % stride or size[1] % stride:
-        raise ValueError(f"image sides must be multiples of {stride}, got {size[0]}x{size[1]}; choose another image_size")
+        raise ValueError(
+            f"image sides must be multiples of {stride}, got {size[0]}x{size[1]}; choose another image_size"
+        )
     return size[0] // stride, size[1] // stride

@@ -229,9 +229,7 @@ class QueryEncoder(_Encoder):
     def features(self, spatial: Tensor) -> Tensor:
         """A map (B, C, h, w) to the normalised output of the last layer, (B, N, D)."""
         memory = self.embed_map(spatial)
-        x, _ = self.transformer(
-            self.query_proj(self._pooled(memory)), self.token_positions, memory, self.positions
-        )
+        x, _ = self.transformer(self.query_proj(self._pooled(memory)), self.token_positions, memory, self.positions)
         return self.norm_out(x)
 
     def _pooled(self, memory: Tensor) -> Tensor:

@@ -95,7 +95,9 @@ def model_arguments(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> d
     layout = kinds[kind]
     for name, allowed in _MUST_BE.items():
         if given.pop(name, allowed[0]) not in allowed:
-            raise CheckpointError(f"{name} {config['init_args'][name]!r} is not supported; released models have {allowed[0]!r}")
+            raise CheckpointError(
+                f"{name} {config['init_args'][name]!r} is not supported; released models have {allowed[0]!r}"
+            )
     for name in NO_EFFECT:
         given.pop(name, None)
     encoder_size, decoder_size = _sizes(given, structure)
@@ -148,9 +150,7 @@ def _layer_kind(name: str | None, layout: str, state: Mapping[str, Tensor]) -> s
         crosses = any(".multihead_attn." in key for key in state)
         return "cross_attention" if crosses or layout == "1d" else "self_attention"
     if name not in LAYER_KINDS:
-        raise CheckpointError(
-            f"transformer_layer_type {name!r} is not supported; there are {', '.join(LAYER_KINDS)}"
-        )
+        raise CheckpointError(f"transformer_layer_type {name!r} is not supported; there are {', '.join(LAYER_KINDS)}")
     return LAYER_KINDS[name]
 
 
