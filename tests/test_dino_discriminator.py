@@ -46,14 +46,15 @@ def test_one_logit_per_patch_and_depth_whose_gradient_reaches_the_images(model):
 def test_only_the_heads_are_ever_trained_and_switched(model):
     model.train().requires_grad_(True)
     trained = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trained == {"heads"} and not model.backbone.training
+    assert trained == {"heads"}
+    assert not model.backbone.training
     model.requires_grad_(False)
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_keys_have_no_bias(model):
     for block in model.backbone.blocks:
-        query, key, value = block.attn.qkv.bias.chunk(3)
+        _query, key, _value = block.attn.qkv.bias.chunk(3)
         assert not key.any()
 
 
@@ -118,7 +119,8 @@ def test_shifts_reach_an_eighth_and_uncover_zeros():
     images, uniforms = pixels(1, 16), torch.full((7, 1), 0.5)
     uniforms[0] = 0.999
     shifted = DiffAugment(("translation",))(images, uniforms)
-    assert torch.equal(shifted[:, :, :-2], images[:, :, 2:]) and not shifted[:, :, -2:].any()
+    assert torch.equal(shifted[:, :, :-2], images[:, :, 2:])
+    assert not shifted[:, :, -2:].any()
 
 
 def test_colours():

@@ -53,7 +53,7 @@ class AlignmentConfig:
 
 
 class Decoded(NamedTuple):
-    """A feature map (B, C, h, w), and the aligned features (B, h * w, teacher's channels) of a decoder that has them."""
+    """A feature map (B, C, h, w), and the aligned features (B, h * w, teacher's channels) of a head for them."""
 
     spatial: Tensor
     aligned: Tensor | None
