@@ -165,7 +165,7 @@ def _discriminator(case: Case, step: Step) -> PatchGAN:
         layers = sum(tensor.ndim == 4 for tensor in state.values()) - 2
         model = PatchGAN(
             width=loss.get("disc_dim", 64),
-            layers=layers,
+            num_layers=layers,
             norm=loss.get("norm", "batch"),
             kernel_size=loss.get("kw", 4),
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vistok.hub import CheckpointError, OfficialCheckpoint, rename
+from vistok.checkpoints import CheckpointError, OfficialCheckpoint, rename
 
 SIZES = {  # width, layers, heads
     "tiny": (256, 4, 4),

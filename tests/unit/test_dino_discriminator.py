@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vistok.hub import CheckpointError
+from vistok.checkpoints import CheckpointError
 from vistok.losses import DiffAugment, DINODiscriminator
 from vistok.losses.dino_discriminator import GroupBatchNorm
 
