@@ -84,9 +84,9 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         "encoder_channel_mult": (1, 1, 2),
         "decoder_channel_mult": (1, 1, 2),
         "res_blocks": 1,
-        "z_channels": 8,
+        "z_channels": 32,
         "codebook_size": 32,
-        "codebook_embed_dim": 4,
+        "codebook_embed_dim": 8,
         "norm_groups": 4,
     },
     "vit_vqgan_gpt": {

@@ -14,8 +14,8 @@ from typing import Any, Literal, Self, get_args
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.draws import Draws
 from vistok.checkpoints import load_strictly
+from vistok.draws import Draws
 from vistok.nn.conv import ConvDecoder, ConvEncoder, UpsampleKind
 from vistok.quantizers import VectorQuantizer
 from vistok.quantizers.vq import Gradient
