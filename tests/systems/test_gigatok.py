@@ -12,7 +12,6 @@ from golden.harness import Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tiny_models import pixels, tiny
-from torch import Tensor
 from torch.nn import functional as F
 
 import vistok
@@ -240,17 +239,3 @@ def test_keys_tell_the_layers_that_the_arguments_leave_open():
         vistok.from_official(
             case.model, changed(config, "transformer_layer_type", "TransformerDecoderLayer"), case.state
         )
-
-
-def test_rotation_keeps_angles_between_latents_and_gradients():
-    """Fifty et al., section 4: the gradient's angle to the code is its angle to the latent once it is passed on."""
-    quantizer = tiny("gigatok").quantizer
-    latents: Tensor = torch.randn(1, 6, 8).requires_grad_()
-    normalised = F.normalize(latents, dim=-1).detach().requires_grad_()
-    quantized = quantizer(normalised).quantized
-    arriving = torch.randn(1, 6, 8)
-    (passed,) = torch.autograd.grad((quantized * arriving).sum(), normalised)
-    codes = quantizer.ids_to_latents(quantizer.encode(normalised))
-    # Only what lies across the latent passes the normalisation; the rest would change its length.
-    across = arriving - (arriving * codes).sum(-1, keepdim=True) * codes
-    torch.testing.assert_close(passed.norm(dim=-1), across.norm(dim=-1), atol=1e-3, rtol=1e-3)
