@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from golden.harness import Case
 from support.tiny_models import CAPTIONS, RASTER, captions, labels, tiny, token_ids
 
+import vistok
+from vistok.checkpoints import CheckpointError
 from vistok.draws import Keys
 from vistok.generators.engine.sampling import DecodingOptions
-from vistok.generators.llama import Llama, position_table
+from vistok.generators.llama import Llama, official, position_table
+from vistok.nn.positions import sincos_1d
 from vistok.nn.rotary import rotation_table
 from vistok.types import Condition, TokenSpec
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.mark.parametrize(
@@ -83,7 +91,7 @@ def test_rotation_of_a_sequence_starts_at_the_condition():
         ({"spec": TokenSpec(16, 32, dim=4, grid=(4, 2, 2))}, "needs tokens on an image raster"),
         ({"num_heads": 8}, "head_dim 2 must be divisible by 4"),
         ({"num_heads": 3}, "dim 16 is not divisible by num_heads 3"),
-        ({"positions": "rope"}, "'rope2d', 'rope1d' or 'learned', got 'rope'"),
+        ({"positions": "rope"}, "'rope2d', 'rope1d', 'learned' or 'sincos', got 'rope'"),
     ],
 )
 def test_llama_that_cannot_be_built_is_refused(arguments, message):
@@ -132,3 +140,158 @@ def test_plain_sequences_are_sampled_as_they_are_trained(positions):
     # Positions matter: the same ids in another order are no permutation of the same logits.
     same = torch.full((1, 10), 3)
     assert len(model.logits(same, labels(1))[0].unique(dim=0)) == 10
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fewer heads of keys and values, norms of queries and keys, added positions, features
+
+
+@torch.no_grad()
+def test_fewer_heads_of_keys_and_values_are_shared_by_their_neighbours():
+    few, many = tiny("llama", num_heads=4, num_kv_heads=2), tiny("llama", num_heads=4)
+    state = few.state_dict()
+    for index in range(len(few.blocks)):
+        name = f"blocks.{index}.attn.qkv.weight"
+        q, k, v = state[name].split((16, 8, 8))
+        # Heads of 4 channels; each of the two becomes two in a row.
+        state[name] = torch.cat(
+            [q, *(part.unflatten(0, (2, 4)).repeat_interleave(2, 0).flatten(0, 1) for part in (k, v))]
+        )
+    many.load_state_dict(state)
+    ids = token_ids(few)
+    torch.testing.assert_close(few.logits(ids, labels(0, 1, 2)), many.logits(ids, labels(0, 1, 2)))
+    assert few.cache_bytes(1, guided=False) == many.cache_bytes(1, guided=False) // 2
+
+
+VARIANTS = {
+    "shared heads": {"num_heads": 4, "num_kv_heads": 2},
+    "shared heads, one axis": {"num_heads": 4, "num_kv_heads": 1, "positions": "rope1d"},
+    "norms": {"qk_norm": True},
+    "learned": {"positions": "learned"},
+    "as few as are fed": {"positions": "learned", "num_positions": 16},
+    "sines": {"positions": "sincos"},
+    "positions kept": {"positions": "learned", "drop_positions": False},
+}
+
+
+@pytest.mark.parametrize("arguments", VARIANTS.values(), ids=VARIANTS)
+@torch.no_grad()
+def test_cached_sampling_agrees_with_teacher_forcing(arguments):
+    model = tiny("llama", **arguments)
+    condition = labels(0, 3)
+    ids = model.sample(condition, DecodingOptions(temperature=0))
+    assert torch.equal(model.logits(ids, condition).argmax(-1), ids)
+
+
+def test_positions_are_dropped_with_the_tokens_or_kept():
+    ids = token_ids(tiny("llama"))
+    for drop, dropped in ((True, True), (False, False)):
+        model = tiny("llama", positions="learned", token_drop=0.999999, drop_positions=drop).train()
+        x = model.dropout(model.embed_tokens(ids, slice(0, 16)))
+        assert not x.any()
+        hidden = model.hidden_states(ids, labels(0, 1, 2), 1)
+        alike = torch.allclose(hidden[0, 1:], hidden[0, :1].expand(15, -1))
+        assert alike is dropped
+
+
+def test_fixed_positions_are_sines_and_not_saved():
+    model = tiny("llama", positions="sincos")
+    assert "positions" not in model.state_dict()
+    torch.testing.assert_close(model.positions[:, :8], sincos_1d(torch.arange(17), 16).float()[:, :8])
+
+
+def test_learned_positions_start_with_the_deviation_that_was_asked_for():
+    spec = TokenSpec(4095, 8, dim=4)
+    model = Llama(spec, dim=16, num_layers=1, num_heads=2, positions="learned", position_std=0.25)
+    assert model.positions.shape == (4096, 16)
+    assert model.positions.std().item() == pytest.approx(0.25, rel=0.05)
+
+
+@torch.no_grad()
+def test_hidden_states_of_the_last_block_give_the_logits():
+    model, condition = tiny("llama"), labels(0, 1, 2)
+    ids = token_ids(model)
+    hidden = model.hidden_states(ids, condition, len(model.blocks))
+    torch.testing.assert_close(model.head(hidden), model.logits(ids, condition))
+    assert not torch.allclose(model.hidden_states(ids, condition, 1), hidden)
+    with pytest.raises(ValueError, match=r"blocks 1\.\.2, got 3"):
+        model.hidden_states(ids, condition, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_kv_heads": 3}, "num_kv_heads 3 must divide num_heads 2"),
+        ({"positions": "learned", "num_positions": 15}, r"num_positions is 15, but .* feeds 16"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiny("llama", **arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments of the references
+
+CASES = {name: Case(GOLDEN / "cases" / name) for name in ("llamagen_gpt_c2i", "llamagen_gpt_t2i", "gigatok_ar1d")}
+# Another value than the case's for each argument of the references; "args" of GigaTok's are these too.
+CHANGED = {
+    "dim": 32,
+    "n_layer": 1,
+    "n_head": 2,
+    "n_kv_head": 1,
+    "multiple_of": 512,
+    "ffn_dim_multiplier": 1.3,
+    "rope_base": 100,
+    "norm_eps": 1e-3,
+    "token_dropout_p": 0.3,
+    "attn_dropout_p": 0.3,
+    "resid_dropout_p": 0.3,
+    "ffn_dropout_p": 0.3,
+    "drop_path_rate": 0.3,
+    "rope": True,
+    "use_qk_norm": True,
+    "use_adaLN": True,
+    "use_simple_adaLN": True,
+    "num_classes": 7,
+    "caption_dim": 8,
+    "class_dropout_prob": 0.3,
+    "model_type": "t2v",
+    "vocab_size": 32,
+    "cls_token_num": 2,
+    "block_size": 9,
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_argument_of_the_references_counts_is_refused_or_is_known_to_have_no_effect(name):
+    case = CASES[name]
+    nested = "args" in case.config
+    given = case.config["args"] if nested else case.config
+    model = vistok.from_official(case.model, case.config, case.state)
+    # The class-conditional models have no captions, and the other way round.
+    moot = {"num_classes"} if name == "llamagen_gpt_t2i" else {"caption_dim"}
+    for key in (given.keys() | CHANGED.keys()) - official.NO_EFFECT.keys() - moot:
+        changed = given | {key: CHANGED[key]}
+        try:
+            other = vistok.from_official(case.model, case.config | {"args": changed} if nested else changed, case.state)
+        except CheckpointError:
+            continue
+        assert other.config != model.config, f"{key} changes nothing"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_unknown_arguments_are_named(name):
+    case = CASES[name]
+    with pytest.raises(CheckpointError, match="registers"):
+        vistok.from_official(case.model, case.config | {"registers": 4}, case.state)
+
+
+def test_the_kinds_of_gigatoks_models_have_their_own_positions():
+    case = CASES["gigatok_ar1d"]
+    assert vistok.from_official(case.model, case.config, case.state).config["positions"] == "learned"
+    state = {key: tensor for key, tensor in case.state.items() if key != "positional_embedding"}
+    model = vistok.from_official(case.model, case.config | {"model": "gpt_2d"}, state)
+    assert model.config["positions"] == "rope2d"
+    with pytest.raises(CheckpointError, match="'gpt_3d'"):
+        vistok.from_official(case.model, case.config | {"model": "gpt_3d"}, case.state)

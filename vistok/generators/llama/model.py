@@ -1,8 +1,8 @@
 """Llama over image tokens: RMS norm, SwiGLU, rotary positions; conditioned on a class or on caption features.
 
 Paper: Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation (arXiv 2406.06525), section 3.2.
-Official weights and conventions: github.com/FoundationVision/LlamaGen (MIT). D-AR (arXiv 2505.23660) generates with the
-same model, with one-dimensional positions; its weights come from github.com/showlab/D-AR.
+Official weights and conventions: github.com/FoundationVision/LlamaGen (MIT). D-AR (arXiv 2505.23660) and GigaTok (arXiv
+2504.08736) generate with the same model, with other positions.
 """
 
 from __future__ import annotations
@@ -14,39 +14,18 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from vistok.checkpoints import CheckpointError, OfficialCheckpoint, load_strictly, rename
+from vistok.checkpoints import load_strictly, rename
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
 from vistok.generators.engine.cache import Layer, Layers
+from vistok.generators.llama import official
 from vistok.nn.attention import Attention
 from vistok.nn.mlp import SwiGLU, llama_hidden_dim
 from vistok.nn.norms import RMSNorm
+from vistok.nn.positions import sincos_1d
 from vistok.nn.rotary import FixedRotation, Rotation, Rows, grid_positions, rotation_table
 from vistok.types import Condition, TokenSpec, as_dataclass
 
-SIZES = {
-    "B": {"dim": 768, "num_layers": 12, "num_heads": 12},
-    "L": {"dim": 1024, "num_layers": 24, "num_heads": 16},
-    "XL": {"dim": 1280, "num_layers": 36, "num_heads": 20},
-    "XXL": {"dim": 1536, "num_layers": 48, "num_heads": 24},
-    "XXXL": {"dim": 2560, "num_layers": 48, "num_heads": 40},
-    "1B": {"dim": 2048, "num_layers": 22, "num_heads": 32},
-    "3B": {"dim": 3200, "num_layers": 24, "num_heads": 32},
-    "7B": {"dim": 4096, "num_layers": 32, "num_heads": 32},
-}
-Positions = Literal["rope2d", "rope1d", "learned"]
-
-
-def _official(size: str, block_size: int) -> dict[str, Any]:
-    dim, num_layers, num_heads = SIZES[size].values()
-    return {"dim": dim, "n_layer": num_layers, "n_head": num_heads, "block_size": block_size, "vocab_size": 16384}
-
-
-def _dar(size: str) -> dict[str, Any]:
-    return _official(size, 256) | {"positions": "rope1d"}
-
-
-def _official_t2i(block_size: int) -> dict[str, Any]:
-    return _official("XL", block_size) | {"model_type": "t2i", "cls_token_num": 120, "caption_dim": 2048}
+Positions = Literal["rope2d", "rope1d", "learned", "sincos"]
 
 
 class Block(nn.Module):
@@ -58,6 +37,8 @@ class Block(nn.Module):
         num_heads: int,
         hidden_dim: int,
         *,
+        num_kv_heads: int,
+        qk_norm: bool,
         eps: float,
         attn_drop: float,
         proj_drop: float,
@@ -65,7 +46,16 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.norm1 = RMSNorm(dim, eps)
-        self.attn = Attention(dim, num_heads, qkv_bias=False, out_bias=False, attn_drop=attn_drop, proj_drop=proj_drop)
+        self.attn = Attention(
+            dim,
+            num_heads,
+            num_kv_heads=num_kv_heads,
+            qkv_bias=False,
+            out_bias=False,
+            qk_norm=nn.LayerNorm if qk_norm else None,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
+        )
         self.norm2 = RMSNorm(dim, eps)
         self.ffn = SwiGLU(dim, hidden_dim, drop=ffn_drop)
 
@@ -81,6 +71,7 @@ class Llama(AutoregressiveGenerator):
         spec: the tokens to model (one id per position).
         num_classes: number of classes; 0 for unconditional generation. Not used with captions.
         dim, num_layers, num_heads: width, blocks, heads; heads divide dim.
+        num_kv_heads: heads of keys and values, which divides num_heads; as many if None.
         multiple_of: the feed-forward width, 8/3 of dim, is rounded up to a multiple of this.
         caption_dim: channels of caption features (T5), or None for the class-conditional model.
         caption_length: positions of a caption. Features are padded on the left, with a mask.
@@ -90,29 +81,24 @@ class Llama(AutoregressiveGenerator):
             attention weights, the attention output and the feed-forward output, in training.
         positions: "rope2d" rotates image tokens by row and column and switches the condition's queries and keys off,
             as in LlamaGen (see ``position_table``); "rope1d" rotates the whole sequence, the condition first
-            (D-AR); "learned" adds a vector per position (the generators of FlexTok's paper).
+            (D-AR); "learned" adds a learned vector per position, the condition's included (GigaTok, the generators of
+            FlexTok's paper); "sincos" adds fixed sines and cosines.
+        num_positions: rows of the table that "learned" and "sincos" add; None for those of the condition and of all
+            tokens. The last token is never fed, so one less will do.
+        position_std: deviation of "learned" positions at first.
+        drop_positions: whether ``token_drop`` covers added positions too, or only what they are added to.
         rope_base: base of the rotary frequencies.
         norm_eps: eps of the RMS norms.
+        qk_norm: layer norms of queries and of keys, over the channels of each head, before they are rotated.
 
     Raises:
-        ValueError: a spec without ids, with several ids per position, or, with "rope2d", without a raster.
+        ValueError: a spec without ids, with several ids per position, or, with "rope2d", without a raster; heads that
+            do not divide; positions of an unknown kind, or fewer of them than are fed.
     """
 
     registry_name = "llama"
-    sizes = SIZES
-    checkpoints = (
-        OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_B_256.pt", _official("B", 256)),
-        OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_B_384.pt", _official("B", 576)),
-        OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_L_256.pt", _official("L", 256)),
-        OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_L_384.pt", _official("L", 576)),
-        OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_XL_384.pt", _official("XL", 576)),
-        OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_XXL_384.pt", _official("XXL", 576)),
-        OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_3B_384.pt", _official("3B", 576)),
-        OfficialCheckpoint("peizesun/llamagen_t2i", "t2i_XL_stage1_256.pt", _official_t2i(256)),
-        OfficialCheckpoint("peizesun/llamagen_t2i", "t2i_XL_stage2_512.pt", _official_t2i(1024)),
-        OfficialCheckpoint("showlab/D-AR", "D-AR-L-360K.pt", _dar("L")),
-        OfficialCheckpoint("showlab/D-AR", "D-AR-XL-360K.pt", _dar("XL")),
-    )
+    sizes = official.SIZES
+    checkpoints = official.CHECKPOINTS
 
     def __init__(
         self,
@@ -132,6 +118,11 @@ class Llama(AutoregressiveGenerator):
         positions: Positions = "rope2d",
         rope_base: float = 10000.0,
         norm_eps: float = 1e-5,
+        num_kv_heads: int | None = None,
+        num_positions: int | None = None,
+        position_std: float = 0.02,
+        drop_positions: bool = True,
+        qk_norm: bool = False,
     ):
         super().__init__()
         self.spec = self.check_spec(as_dataclass(TokenSpec, spec), type(self).__name__)
@@ -155,6 +146,8 @@ class Llama(AutoregressiveGenerator):
                 dim,
                 num_heads,
                 hidden_dim,
+                num_kv_heads=num_heads if num_kv_heads is None else num_kv_heads,
+                qk_norm=qk_norm,
                 eps=norm_eps,
                 attn_drop=attn_drop,
                 proj_drop=proj_drop,
@@ -164,14 +157,28 @@ class Llama(AutoregressiveGenerator):
         )
         self.norm = RMSNorm(dim, norm_eps)
         self.output = nn.Linear(dim, self.spec.codebook_size, bias=False)
-        if positions == "learned":
-            self.rotation = None
-            self.positions = nn.Parameter(torch.randn(self.condition_length + self.spec.length, dim) * 0.02)
+        self.rotation, self.positions, self.drop_positions = None, None, drop_positions
+        if positions in ("learned", "sincos"):
+            self._add_positions(positions, num_positions, dim, position_std)
         else:
             table = position_table(self.spec, self.condition_length, dim // num_heads, positions, rope_base)
-            self.rotation, self.positions = FixedRotation(table), None
+            self.rotation = FixedRotation(table)
         self.apply(_initialise)
         nn.init.zeros_(self.output.weight)
+
+    def _add_positions(self, kind: Positions, count: int | None, dim: int, std: float) -> None:
+        whole = self.condition_length + self.spec.length
+        count = whole if count is None else count
+        if count < whole - 1:
+            raise ValueError(
+                f"num_positions is {count}, but a sequence of {self.condition_length} condition and {self.spec.length} "
+                f"image tokens feeds {whole - 1}"
+            )
+        if kind == "learned":
+            self.positions = nn.Parameter(torch.randn(count, dim) * std)
+        else:
+            del self.positions
+            self.register_buffer("positions", sincos_1d(torch.arange(count), dim).float(), persistent=False)
 
     def check_condition(self, condition: Condition) -> None:
         """Raise ValueError for another kind of condition, a class out of range, features of another size, or dropped
@@ -236,63 +243,45 @@ class Llama(AutoregressiveGenerator):
         return (offset > 0) & visible[:, None, None] | (offset == 0)  # (R, 1, stop - start, stop)
 
     def transform(self, x: Tensor, where: Rows, mask: Tensor | None, layers: Layers | None) -> Tensor:
-        x = self.dropout(x if self.positions is None else x + self.positions[where])
+        return self._run(self.blocks, x, where, mask, layers)
+
+    def _run(self, blocks: nn.ModuleList, x: Tensor, where: Rows, mask: Tensor | None, layers: Layers | None) -> Tensor:
+        if self.positions is None:
+            x = self.dropout(x)
+        elif self.drop_positions:
+            x = self.dropout(x + self.positions[where])
+        else:
+            x = self.dropout(x) + self.positions[where]
         rotation = None if self.rotation is None else self.rotation(where)
-        for block, memory in zip(self.blocks, layers or [None] * len(self.blocks)):
+        for block, memory in zip(blocks, layers or [None] * len(blocks)):
             x = block(x, rotation, mask, memory)
         return x
 
+    def hidden_states(self, ids: Tensor, condition: Condition, layer: int) -> Tensor:
+        """What block number ``layer``, counted from 1, gives under teacher forcing: features of an image to probe.
+
+        Args:
+            ids: (B, L) tokens, of which the last is not fed.
+
+        Returns:
+            (B, T + L - 1, dim), of the T condition tokens and of L - 1 image tokens.
+
+        Raises:
+            ValueError: there is no such block.
+        """
+        if not 1 <= layer <= len(self.blocks):
+            raise ValueError(f"layer must be one of the blocks 1..{len(self.blocks)}, got {layer}")
+        x = torch.cat([self.embed_condition(condition), self.embed_tokens(ids[:, :-1], slice(0, ids.shape[1] - 1))], 1)
+        where = slice(0, x.shape[1])
+        return self._run(self.blocks[:layer], x, where, self.attention_mask(condition, 0, x.shape[1]), None)
+
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
-        _refuse_unbuilt_options(config)
-        length, captions = config.get("block_size", 256), config.get("model_type", "c2i") == "t2i"
-        positions, side = config.get("positions", "rope2d"), math.isqrt(length)
-        # The released tokenizers have codes of 8 channels; the transformer itself does not depend on them.
-        grid = (side, side) if positions == "rope2d" else None
-        spec = TokenSpec(length, config.get("vocab_size", 16384), dim=8, grid=grid)
-        model = cls(
-            spec,
-            num_classes=config.get("num_classes", 1000),
-            dim=config["dim"],
-            num_layers=config["n_layer"],
-            num_heads=config["n_head"],
-            multiple_of=config.get("multiple_of", 256),
-            caption_dim=config.get("caption_dim", 2048) if captions else None,
-            caption_length=config.get("cls_token_num", 120) if captions else 120,
-            condition_dropout=config.get("class_dropout_prob", 0.1),
-            token_drop=config.get("token_dropout_p", 0.1),
-            attn_drop=config.get("attn_dropout_p", 0.0),
-            proj_drop=config.get("resid_dropout_p", 0.1),
-            ffn_drop=config.get("ffn_dropout_p", 0.1),
-            positions=positions,
-            rope_base=config.get("rope_base", 10000),
-            norm_eps=config.get("norm_eps", 1e-5),
-        )
-        load_strictly(model, rename(state_dict, OFFICIAL_NAMES), source="the official state dict")
+        model = cls(**official.model_arguments(config))
+        load_strictly(model, rename(state_dict, official.OFFICIAL_NAMES), source="the official state dict")
         return model
 
-    @staticmethod
-    def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Drop the rotary table and the sampling cache that some released files hold; both are recomputed."""
-        return {
-            key: tensor for key, tensor in state.items() if key != "freqs_cis" and ".attention.kv_cache." not in key
-        }
-
-
-OFFICIAL_NAMES = [
-    (r"cls_embedding\.embedding_table\.weight", r"class_embedding.weight"),
-    (r"cls_embedding\.cap_proj\.fc1\.weight", r"caption_projection.0.weight"),
-    (r"cls_embedding\.cap_proj\.fc2\.weight", r"caption_projection.2.weight"),
-    (r"cls_embedding\.uncond_embedding", r"null_caption"),
-    (r"tok_embeddings\.weight", r"token_embedding.weight"),
-    (r"layers\.(\d+)\.attention_norm\.weight", r"blocks.\1.norm1.weight"),
-    (r"layers\.(\d+)\.attention\.wqkv\.weight", r"blocks.\1.attn.qkv.weight"),
-    (r"layers\.(\d+)\.attention\.wo\.weight", r"blocks.\1.attn.out.weight"),
-    (r"layers\.(\d+)\.ffn_norm\.weight", r"blocks.\1.norm2.weight"),
-    (r"layers\.(\d+)\.feed_forward\.w1\.weight", r"blocks.\1.ffn.gate.weight"),
-    (r"layers\.(\d+)\.feed_forward\.w3\.weight", r"blocks.\1.ffn.up.weight"),
-    (r"layers\.(\d+)\.feed_forward\.w2\.weight", r"blocks.\1.ffn.down.weight"),
-]
+    clean_official = staticmethod(official.clean_official)
 
 
 def position_table(
@@ -309,7 +298,7 @@ def position_table(
     if positions == "rope1d":
         return rotation_table(torch.arange(condition_length + spec.length)[:, None], head_dim, base=base)
     if positions != "rope2d":
-        raise ValueError(f"positions must be 'rope2d', 'rope1d' or 'learned', got {positions!r}")
+        raise ValueError(f"positions must be 'rope2d', 'rope1d', 'learned' or 'sincos', got {positions!r}")
     side = math.isqrt(spec.length)
     grid = spec.grid or ((side, side) if side * side == spec.length else ())
     if len(grid) != 2:
@@ -319,14 +308,6 @@ def position_table(
         )
     table = rotation_table(grid_positions(grid), head_dim, base=base)
     return Rotation(*(torch.cat([part.new_zeros(condition_length, part.shape[1]), part]) for part in table))
-
-
-def _refuse_unbuilt_options(config: Mapping[str, Any]) -> None:
-    """Raise CheckpointError for options of the reference that no released model uses."""
-    unbuilt = {"n_kv_head": (None, config.get("n_head")), "ffn_dim_multiplier": (None,), "drop_path_rate": (0.0,)}
-    for name, allowed in unbuilt.items():
-        if config.get(name, allowed[0]) not in allowed:
-            raise CheckpointError(f"{name} {config[name]!r} is not supported; every released model has {allowed[0]!r}")
 
 
 def _initialise(module: nn.Module) -> None:
