@@ -20,7 +20,7 @@ from vistok.nn.conv import DepthToSpace
 from vistok.nn.norms import AdaptiveGroupNorm
 from vistok.tokenizers.gigatok import GigaTok
 from vistok.tokenizers.gigatok.networks import pool_levels
-from vistok.tokenizers.gigatok.official import NO_EFFECT
+from vistok.tokenizers.gigatok.official import WITHOUT_EFFECT
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PLAIN_2D = {"layout": "2d", "layer_kind": "self_attention"}
@@ -160,7 +160,7 @@ def test_adaptive_norm_reads_unbiased_deviation_and_mean():
 # ---------------------------------------------------------------------------------------------------------------------
 # The reference's arguments
 
-CASES = {name: Case(GOLDEN / "cases" / f"gigatok_{name}") for name in ("tok1d", "tok2d")}
+TOKENIZERS = {name: Case(GOLDEN / "cases" / f"gigatok_{name}") for name in ("tok1d", "tok2d")}
 # A value other than the case's, for each of the reference's arguments.
 CHANGED: dict[str, Any] = {
     "codebook_l2_norm": False,
@@ -204,13 +204,13 @@ def changed(config: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     return config
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", TOKENIZERS)
 def test_every_argument_of_the_reference_counts_is_refused_or_is_known_to_have_no_effect(name):
-    case = CASES[name]
+    case = TOKENIZERS[name]
     config = case.config
     model = vistok.from_official(case.model, config, case.state)
     keys = config["init_args"].keys() | config["structure"].keys() | CHANGED.keys()
-    for key in sorted(keys - NO_EFFECT.keys()):
+    for key in sorted(keys - {path.partition(".")[2] for path in WITHOUT_EFFECT}):
         value = CHANGED[key](config["init_args"]) if callable(CHANGED[key]) else CHANGED[key]
         try:
             other = vistok.from_official(case.model, changed(config, key, value), case.state)
@@ -220,7 +220,7 @@ def test_every_argument_of_the_reference_counts_is_refused_or_is_known_to_have_n
 
 
 def test_unknown_arguments_are_named():
-    case = CASES["tok1d"]
+    case = TOKENIZERS["tok1d"]
     for config, message in (
         (changed(case.config, "spatial_mask", 1), r"init_args\.spatial_mask"),
         (case.config | {"teacher": "dino"}, "teacher"),
@@ -231,7 +231,7 @@ def test_unknown_arguments_are_named():
 
 
 def test_keys_tell_the_layers_that_the_arguments_leave_open():
-    case = CASES["tok2d"]
+    case = TOKENIZERS["tok2d"]
     config = copy.deepcopy(case.config)
     del config["init_args"]["transformer_layer_type"]
     assert vistok.from_official(case.model, config, case.state).config["layer_kind"] == "self_attention"
@@ -239,3 +239,54 @@ def test_keys_tell_the_layers_that_the_arguments_leave_open():
         vistok.from_official(
             case.model, changed(config, "transformer_layer_type", "TransformerDecoderLayer"), case.state
         )
+
+
+GENERATORS = {name: Case(GOLDEN / "cases" / f"gigatok_{name}") for name in ("ar1d", "ar2d")}
+CHANGED_GENERATOR = {
+    "dim": 32,
+    "n_layer": 1,
+    "n_head": 2,
+    "n_kv_head": 1,
+    "multiple_of": 512,
+    "ffn_dim_multiplier": 1.3,
+    "rope_base": 100,
+    "norm_eps": 1e-3,
+    "token_dropout_p": 0.3,
+    "attn_dropout_p": 0.3,
+    "resid_dropout_p": 0.3,
+    "ffn_dropout_p": 0.3,
+    "drop_path_rate": 0.3,
+    "rope": True,
+    "use_qk_norm": True,
+    "use_adaLN": True,
+    "use_simple_adaLN": True,
+    "num_classes": 7,
+    "class_dropout_prob": 0.3,
+    "model_type": "t2i",
+    "vocab_size": 32,
+    "cls_token_num": 2,
+    "block_size": 9,
+}
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_every_argument_of_the_reference_generator_counts_or_is_refused(name):
+    case = GENERATORS[name]
+    model = vistok.from_official(case.model, case.config, case.state)
+    assert case.config["args"].keys() <= CHANGED_GENERATOR.keys()
+    for key, value in CHANGED_GENERATOR.items():
+        try:
+            args = case.config["args"] | {key: value}
+            other = vistok.from_official(case.model, case.config | {"args": args}, case.state)
+        except CheckpointError:
+            continue
+        assert other.config != model.config, f"{key} changes nothing"
+    for config, message in ((case.config | {"model": "gpt_3d"}, "'gpt_3d'"), (case.config | {"lora": 4}, "lora")):
+        with pytest.raises(CheckpointError, match=message):
+            vistok.from_official(case.model, config, case.state)
+
+
+def test_generators_of_sequences_and_of_rasters_differ_in_positions():
+    made = [vistok.from_official(case.model, case.config, case.state).config for case in GENERATORS.values()]
+    assert [config["positions"] for config in made] == ["learned", "rope2d"]
+    assert made[0]["position_std"] == pytest.approx(64**-0.5)

@@ -59,7 +59,7 @@ ENTRIES = (
         "vistok.generators.llama:Llama",
         "llamagen/gpt",
         "2406.06525",
-        variants={"dar/gpt": {"positions": "rope1d"}, "gigatok/gpt": {}},
+        variants={"dar/gpt": {"positions": "rope1d"}, "gigatok/gpt": {"reference": "gigatok"}},
         tokenizer="llamagen_vq",
     ),
 )

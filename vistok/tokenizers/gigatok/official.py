@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from vistok.checkpoints import CheckpointError, OfficialCheckpoint, rename
+from vistok.checkpoints.official_config import OfficialConfig
 
 SIZES = {  # width, layers, heads
     "tiny": (256, 4, 4),
@@ -43,6 +44,7 @@ def _released_2d(encoder: str, decoder: str, **arguments: Any) -> dict[str, Any]
 
 
 MODEL_1D, MODEL_2D = "VQVitModelPlus", "VQVitModel2DPlus"
+LAYOUTS = {MODEL_1D: "1d", MODEL_2D: "2d"}
 LAYER_KINDS = {"TransformerLayer": "self_attention", "TransformerDecoderLayer": "cross_attention"}
 CHECKPOINTS = tuple(
     # On Google Drive, linked from the repository's README, and its issue 8 for the files with 2d.
@@ -62,20 +64,21 @@ CHECKPOINTS = tuple(
     }.items()
 )
 
-NO_EFFECT = {
-    "codebook_show_usage": "counts which codes were used",
-    "commit_loss_beta": "the weight of a loss, which the training config has",
-    "fea_rec_loss_weight": "the weight of a loss, which the training config has",
+WITHOUT_EFFECT = {
+    "init_args.codebook_show_usage": "counts which codes were used",
+    "init_args.commit_loss_beta": "the weight of a loss, which the training config has",
+    "init_args.fea_rec_loss_weight": "the weight of a loss, which the training config has",
+    "loss.*": "losses of the training, and its discriminator",
 }
-"""Arguments of the reference that change no result of the model, each with the reason."""
+"""Arguments of the reference that change nothing of what the model computes, each with the reason."""
 
-_MUST_BE = {
-    "fea_rec_loss_type": ("mse",),
-    "last_level_2d_query_init": (False,),
-    "multi_level_2d_query_init": (False,),
-    "learnable_1d_query_init": (False,),
-    "use_qk_norm": (False,),
-    "causal_type": (None,),
+_UNSUPPORTED = {  # the values that released models have
+    "fea_rec_loss_type": "mse",
+    "last_level_2d_query_init": False,
+    "multi_level_2d_query_init": False,
+    "learnable_1d_query_init": False,
+    "use_qk_norm": False,
+    "causal_type": None,
 }
 
 
@@ -86,55 +89,47 @@ def model_arguments(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> d
     Raises:
         CheckpointError: an argument that is unknown, or whose value is not supported; the message names it.
     """
-    given, structure = dict(config.get("init_args", {})), dict(config.get("structure", {}))
-    _refuse(config.keys() - {"model_cls", "init_args", "structure", "loss"}, "")
-    kinds = {MODEL_1D: "1d", MODEL_2D: "2d"}
-    kind = config.get("model_cls", MODEL_1D)
-    if kind not in kinds:
-        raise CheckpointError(f"model_cls {kind!r} is not supported; there are {', '.join(kinds)}")
-    layout = kinds[kind]
-    for name, allowed in _MUST_BE.items():
-        if given.pop(name, allowed[0]) not in allowed:
-            raise CheckpointError(
-                f"{name} {config['init_args'][name]!r} is not supported; released models have {allowed[0]!r}"
-            )
-    for name in NO_EFFECT:
-        given.pop(name, None)
-    encoder_size, decoder_size = _sizes(given, structure)
+    given = OfficialConfig(config, WITHOUT_EFFECT)
+    kind = given.take("model_cls", MODEL_1D)
+    if kind not in LAYOUTS:
+        raise CheckpointError(f"model_cls {kind!r} is not supported; there are {', '.join(LAYOUTS)}")
+    layout = LAYOUTS[kind]
+    for name, released in _UNSUPPORTED.items():
+        given.require(f"init_args.{name}", released, why="no released model has another")
+    encoder_size, decoder_size = _sizes(given)
     arguments = {
-        "image_size": structure.pop("image_size", 256),
+        "image_size": given.take("structure.image_size", 256),
         "layout": layout,
-        "num_tokens": given.pop("num_latent_tokens", 256),
+        "num_tokens": given.take("init_args.num_latent_tokens", 256),
         "encoder_size": encoder_size,
         "decoder_size": decoder_size,
-        "layer_kind": _layer_kind(given.pop("transformer_layer_type", None), layout, state),
-        "query_init": "pooled" if given.pop("multi_level_query_init", False) else "mean",
-        "channels": structure.pop("ch", 128),
-        "encoder_channel_mult": tuple(given.pop("encoder_ch_mult", (1, 1, 2, 2, 4))),
-        "decoder_channel_mult": tuple(given.pop("decoder_ch_mult", (1, 1, 2, 2, 4))),
-        "res_blocks": structure.pop("num_res_blocks", 2),
-        "z_channels": given.pop("z_channels", 256),
-        "conv_attention": given.pop("use_attn", False),
-        "adaptive_norm": given.pop("adaptive_gn", True),
-        "upsample": "depth_to_space" if given.pop("d2s_up", True) else "nearest",
-        "codebook_size": given.pop("codebook_size", 16384),
-        "codebook_embed_dim": given.pop("codebook_embed_dim", 8),
-        "codebook_l2_norm": given.pop("codebook_l2_norm", True),
-        "quantizer_gradient": "rotation" if given.pop("rot", False) else "normalised",
-        "entropy_temperature": ENTROPY_TEMPERATURE if given.pop("entropy_loss_ratio", 0.0) > 0 else None,
-        "alignment": _alignment(given.pop("distill_depth", None), given.pop("out_inner_dim", 768)),
-        "dropout": given.pop("dropout_p", 0.0),
+        "layer_kind": _layer_kind(given.take("init_args.transformer_layer_type", None), layout, state),
+        "query_init": "pooled" if given.take("init_args.multi_level_query_init", False) else "mean",
+        "channels": given.take("structure.ch", 128),
+        "encoder_channel_mult": tuple(given.take("init_args.encoder_ch_mult", (1, 1, 2, 2, 4))),
+        "decoder_channel_mult": tuple(given.take("init_args.decoder_ch_mult", (1, 1, 2, 2, 4))),
+        "res_blocks": given.take("structure.num_res_blocks", 2),
+        "z_channels": given.take("init_args.z_channels", 256),
+        "conv_attention": given.take("init_args.use_attn", False),
+        "adaptive_norm": given.take("init_args.adaptive_gn", True),
+        "upsample": "depth_to_space" if given.take("init_args.d2s_up", True) else "nearest",
+        "codebook_size": given.take("init_args.codebook_size", 16384),
+        "codebook_embed_dim": given.take("init_args.codebook_embed_dim", 8),
+        "codebook_l2_norm": given.take("init_args.codebook_l2_norm", True),
+        "quantizer_gradient": "rotation" if given.take("init_args.rot", False) else "normalised",
+        "entropy_temperature": ENTROPY_TEMPERATURE if given.take("init_args.entropy_loss_ratio", 0.0) > 0 else None,
+        "alignment": _alignment(given),
+        "dropout": given.take("init_args.dropout_p", 0.0),
     }
-    _refuse(given, "init_args.")
-    _refuse(structure, "structure.")
+    given.finish()
     return arguments
 
 
-def _sizes(given: dict[str, Any], structure: dict[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
+def _sizes(given: OfficialConfig) -> tuple[dict[str, int], dict[str, int]]:
     """The sizes of both transformers; ``model_size`` stands for both."""
-    shared, sizes = given.pop("model_size", None), []
+    shared, sizes = given.take("init_args.model_size", None), []
     for part in ("encoder_size", "decoder_size"):
-        name, table = given.pop(part, None), SIZES | structure.pop(part, {})
+        name, table = given.take(f"init_args.{part}", None), SIZES | given.take(f"structure.{part}", {})
         if shared is not None and name not in (None, shared):
             raise CheckpointError(f"model_size {shared!r} contradicts {part} {name!r}")
         name = shared if name is None else name
@@ -154,14 +149,9 @@ def _layer_kind(name: str | None, layout: str, state: Mapping[str, Tensor]) -> s
     return LAYER_KINDS[name]
 
 
-def _alignment(layer: int | None, dim: int) -> dict[str, int] | None:
+def _alignment(given: OfficialConfig) -> dict[str, int] | None:
+    layer, dim = given.take("init_args.distill_depth", None), given.take("init_args.out_inner_dim", 768)
     return None if layer is None else {"dim": dim, "layer": layer}
-
-
-def _refuse(names: Any, prefix: str) -> None:
-    if names:
-        listed = ", ".join(f"{prefix}{name}" for name in sorted(names))
-        raise CheckpointError(f"unknown arguments of the reference: {listed}; leave out what does not matter")
 
 
 def our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """Llama over image tokens: RMS norm, SwiGLU, rotary positions; conditioned on a class or on caption features.
 
 Paper: Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation (arXiv 2406.06525), section 3.2.
-Official weights and conventions: github.com/FoundationVision/LlamaGen (MIT). D-AR (arXiv 2505.23660) and GigaTok (arXiv
-2504.08736) generate with the same model, with other positions.
+Official weights and conventions: github.com/FoundationVision/LlamaGen (MIT). D-AR (arXiv 2505.23660) generates with the
+same model, with one-dimensional positions; its weights come from github.com/showlab/D-AR.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from vistok.checkpoints import load_strictly, rename
+from vistok.checkpoints import CheckpointError, OfficialCheckpoint, load_strictly, rename
+from vistok.generators import gigatok
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
 from vistok.generators.engine.cache import Layer, Layers
-from vistok.generators.llama import official
 from vistok.nn.attention import Attention
 from vistok.nn.mlp import SwiGLU, llama_hidden_dim
 from vistok.nn.norms import RMSNorm
@@ -25,7 +25,30 @@ from vistok.nn.positions import sincos_1d
 from vistok.nn.rotary import FixedRotation, Rotation, Rows, grid_positions, rotation_table
 from vistok.types import Condition, TokenSpec, as_dataclass
 
+SIZES = {
+    "B": {"dim": 768, "num_layers": 12, "num_heads": 12},
+    "L": {"dim": 1024, "num_layers": 24, "num_heads": 16},
+    "XL": {"dim": 1280, "num_layers": 36, "num_heads": 20},
+    "XXL": {"dim": 1536, "num_layers": 48, "num_heads": 24},
+    "XXXL": {"dim": 2560, "num_layers": 48, "num_heads": 40},
+    "1B": {"dim": 2048, "num_layers": 22, "num_heads": 32},
+    "3B": {"dim": 3200, "num_layers": 24, "num_heads": 32},
+    "7B": {"dim": 4096, "num_layers": 32, "num_heads": 32},
+}
 Positions = Literal["rope2d", "rope1d", "learned", "sincos"]
+
+
+def _official(size: str, block_size: int) -> dict[str, Any]:
+    dim, num_layers, num_heads = SIZES[size].values()
+    return {"dim": dim, "n_layer": num_layers, "n_head": num_heads, "block_size": block_size, "vocab_size": 16384}
+
+
+def _dar(size: str) -> dict[str, Any]:
+    return _official(size, 256) | {"positions": "rope1d"}
+
+
+def _official_t2i(block_size: int) -> dict[str, Any]:
+    return _official("XL", block_size) | {"model_type": "t2i", "cls_token_num": 120, "caption_dim": 2048}
 
 
 class Block(nn.Module):
@@ -37,7 +60,7 @@ class Block(nn.Module):
         num_heads: int,
         hidden_dim: int,
         *,
-        num_kv_heads: int,
+        num_kv_heads: int | None,
         qk_norm: bool,
         eps: float,
         attn_drop: float,
@@ -71,7 +94,6 @@ class Llama(AutoregressiveGenerator):
         spec: the tokens to model (one id per position).
         num_classes: number of classes; 0 for unconditional generation. Not used with captions.
         dim, num_layers, num_heads: width, blocks, heads; heads divide dim.
-        num_kv_heads: heads of keys and values, which divides num_heads; as many if None.
         multiple_of: the feed-forward width, 8/3 of dim, is rounded up to a multiple of this.
         caption_dim: channels of caption features (T5), or None for the class-conditional model.
         caption_length: positions of a caption. Features are padded on the left, with a mask.
@@ -81,24 +103,42 @@ class Llama(AutoregressiveGenerator):
             attention weights, the attention output and the feed-forward output, in training.
         positions: "rope2d" rotates image tokens by row and column and switches the condition's queries and keys off,
             as in LlamaGen (see ``position_table``); "rope1d" rotates the whole sequence, the condition first
-            (D-AR); "learned" adds a learned vector per position, the condition's included (GigaTok, the generators of
-            FlexTok's paper); "sincos" adds fixed sines and cosines.
-        num_positions: rows of the table that "learned" and "sincos" add; None for those of the condition and of all
-            tokens. The last token is never fed, so one less will do.
-        position_std: deviation of "learned" positions at first.
-        drop_positions: whether ``token_drop`` covers added positions too, or only what they are added to.
+            (D-AR); "learned" adds a vector per position (GigaTok, the generators of FlexTok's paper), "sincos" a fixed
+            one.
         rope_base: base of the rotary frequencies.
         norm_eps: eps of the RMS norms.
+        condition_tokens: number of tokens of the same tokenizer that are given before (frame prediction); a learned
+            separator follows them. 0 for a model of classes or captions.
+        num_positions: rows of the table of "learned" or "sincos"; None is one for each position of the sequence. The
+            last token's is never fed, so that one less suffices (LARP).
+        drop_before_positions: whether token dropout comes before these positions are added (LARP), or after.
+        ffn_dim_multiplier: of 8/3 of dim, before that is rounded up.
+        init_std: deviation of the initial weights.
+        num_kv_heads: heads of keys and values, which divides num_heads; None for as many.
         qk_norm: layer norms of queries and of keys, over the channels of each head, before they are rotated.
+        position_std: deviation of "learned" positions at first; None for init_std.
 
     Raises:
-        ValueError: a spec without ids, with several ids per position, or, with "rope2d", without a raster; heads that
-            do not divide; positions of an unknown kind, or fewer of them than are fed.
+        ValueError: a spec without ids, with several ids per position, or, with "rope2d", without a raster; captions and
+            condition tokens together; or too few positions.
     """
 
     registry_name = "llama"
-    sizes = official.SIZES
-    checkpoints = official.CHECKPOINTS
+    sizes = SIZES
+    checkpoints = (
+        OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_B_256.pt", _official("B", 256)),
+        OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_B_384.pt", _official("B", 576)),
+        OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_L_256.pt", _official("L", 256)),
+        OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_L_384.pt", _official("L", 576)),
+        OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_XL_384.pt", _official("XL", 576)),
+        OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_XXL_384.pt", _official("XXL", 576)),
+        OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_3B_384.pt", _official("3B", 576)),
+        OfficialCheckpoint("peizesun/llamagen_t2i", "t2i_XL_stage1_256.pt", _official_t2i(256)),
+        OfficialCheckpoint("peizesun/llamagen_t2i", "t2i_XL_stage2_512.pt", _official_t2i(1024)),
+        OfficialCheckpoint("showlab/D-AR", "D-AR-L-360K.pt", _dar("L")),
+        OfficialCheckpoint("showlab/D-AR", "D-AR-XL-360K.pt", _dar("XL")),
+        *gigatok.CHECKPOINTS,
+    )
 
     def __init__(
         self,
@@ -118,35 +158,43 @@ class Llama(AutoregressiveGenerator):
         positions: Positions = "rope2d",
         rope_base: float = 10000.0,
         norm_eps: float = 1e-5,
-        num_kv_heads: int | None = None,
+        condition_tokens: int = 0,
         num_positions: int | None = None,
-        position_std: float = 0.02,
-        drop_positions: bool = True,
+        drop_before_positions: bool = False,
+        ffn_dim_multiplier: float = 1.0,
+        init_std: float = 0.02,
+        num_kv_heads: int | None = None,
         qk_norm: bool = False,
+        position_std: float | None = None,
     ):
         super().__init__()
         self.spec = self.check_spec(as_dataclass(TokenSpec, spec), type(self).__name__)
         self.condition_dropout, self.takes_captions = condition_dropout, caption_dim is not None
-        self.condition_length = caption_length if self.takes_captions else 1
-        self.num_classes = None if self.takes_captions else num_classes or None
-        self.has_null = self.takes_captions or condition_dropout > 0 or not num_classes
+        if self.takes_captions and condition_tokens:
+            raise ValueError("a model takes captions or condition tokens, not both; leave caption_dim or them out")
+        self.condition_tokens = condition_tokens
+        self.condition_length = caption_length if self.takes_captions else condition_tokens + 1
+        self.num_classes = None if self.takes_captions or condition_tokens else num_classes or None
+        self.has_null = not condition_tokens and (self.takes_captions or condition_dropout > 0 or not num_classes)
         if self.takes_captions:
             self.caption_projection = nn.Sequential(
                 nn.Linear(caption_dim, dim, bias=False), nn.GELU("tanh"), nn.Linear(dim, dim, bias=False)
             )
             # Drawn once and never trained, as in the reference; saved, because its values matter from then on.
             self.register_buffer("null_caption", torch.randn(caption_length, caption_dim) / math.sqrt(caption_dim))
-        else:
+        elif not condition_tokens:
             self.class_embedding = nn.Embedding(num_classes + self.has_null, dim)
-        self.token_embedding = nn.Embedding(self.spec.codebook_size, dim)
+        # The separator is the last row.
+        self.token_embedding = nn.Embedding(self.spec.codebook_size + (condition_tokens > 0), dim)
         self.dropout = nn.Dropout(token_drop)
-        hidden_dim = llama_hidden_dim(dim, multiple_of)
+        self.drop_before_positions = drop_before_positions
+        hidden_dim = llama_hidden_dim(dim, multiple_of, ffn_dim_multiplier)
         self.blocks = nn.ModuleList(
             Block(
                 dim,
                 num_heads,
                 hidden_dim,
-                num_kv_heads=num_heads if num_kv_heads is None else num_kv_heads,
+                num_kv_heads=num_kv_heads,
                 qk_norm=qk_norm,
                 eps=norm_eps,
                 attn_drop=attn_drop,
@@ -157,33 +205,28 @@ class Llama(AutoregressiveGenerator):
         )
         self.norm = RMSNorm(dim, norm_eps)
         self.output = nn.Linear(dim, self.spec.codebook_size, bias=False)
-        self.rotation, self.positions, self.drop_positions = None, None, drop_positions
         if positions in ("learned", "sincos"):
-            self._add_positions(positions, num_positions, dim, position_std)
+            self.rotation = None
+            rows = absolute_rows(num_positions, self.condition_length + self.spec.length)
+            if positions == "learned":
+                self.positions = nn.Parameter(torch.randn(rows, dim) * (position_std or init_std))
+            else:
+                self.register_buffer("positions", sincos_1d(torch.arange(rows), dim).float())
         else:
             table = position_table(self.spec, self.condition_length, dim // num_heads, positions, rope_base)
-            self.rotation = FixedRotation(table)
-        self.apply(_initialise)
+            self.rotation, self.positions = FixedRotation(table), None
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=init_std)
         nn.init.zeros_(self.output.weight)
-
-    def _add_positions(self, kind: Positions, count: int | None, dim: int, std: float) -> None:
-        whole = self.condition_length + self.spec.length
-        count = whole if count is None else count
-        if count < whole - 1:
-            raise ValueError(
-                f"num_positions is {count}, but a sequence of {self.condition_length} condition and {self.spec.length} "
-                f"image tokens feeds {whole - 1}"
-            )
-        if kind == "learned":
-            self.positions = nn.Parameter(torch.randn(count, dim) * std)
-        else:
-            del self.positions
-            self.register_buffer("positions", sincos_1d(torch.arange(count), dim).float(), persistent=False)
 
     def check_condition(self, condition: Condition) -> None:
         """Raise ValueError for another kind of condition, a class out of range, features of another size, or dropped
         rows where there is no null class."""
         super().check_condition(condition)
+        if self.condition_tokens:
+            self._check_ids(condition)
+            return
         if condition.ids is not None:
             raise ValueError("this generator takes class labels or caption features, not condition ids")
         if self.takes_captions:
@@ -198,6 +241,15 @@ class Llama(AutoregressiveGenerator):
                 "unconditionally or with guidance, and every sample needs a class label"
             )
 
+    def _check_ids(self, condition: Condition) -> None:
+        if condition.ids is None or condition.ids.shape[1] != self.condition_tokens:
+            got = "none" if condition.ids is None else f"{condition.ids.shape[1]}"
+            raise ValueError(f"this generator needs {self.condition_tokens} condition ids per sample, got {got}")
+        self.spec.check_ids(condition.ids[:, : self.spec.length])
+        self.spec.check_ids(condition.ids[:, self.spec.length :])
+        if bool(condition.dropped.any()):
+            raise ValueError("this generator always needs its condition ids: it has no null condition and no guidance")
+
     def _check_features(self, condition: Condition) -> None:
         expected = tuple(self.null_caption.shape)
         if condition.features is None:
@@ -210,6 +262,8 @@ class Llama(AutoregressiveGenerator):
             )
 
     def embed_condition(self, condition: Condition) -> Tensor:
+        if self.condition_tokens:
+            return self._embed_ids(condition)
         return self._embed_caption(condition) if self.takes_captions else self._embed_class(condition)
 
     def _embed_class(self, condition: Condition) -> Tensor:
@@ -219,6 +273,11 @@ class Llama(AutoregressiveGenerator):
             null = torch.full_like(condition.dropped, self.num_classes or 0, dtype=torch.int64)
             ids = null if ids is None else torch.where(condition.dropped, null, ids)
         return self.class_embedding(ids)[:, None]
+
+    def _embed_ids(self, condition: Condition) -> Tensor:
+        """(R, T + 1, D) from ids (R, T), the separator behind them."""
+        separator = torch.full_like(condition.ids[:, :1], self.spec.codebook_size)
+        return self.token_embedding(torch.cat([condition.ids, separator], 1))
 
     def _embed_caption(self, condition: Condition) -> Tensor:
         """(R, T, D) from features whose padding is set to zero; null captions are whole."""
@@ -246,12 +305,12 @@ class Llama(AutoregressiveGenerator):
         return self._run(self.blocks, x, where, mask, layers)
 
     def _run(self, blocks: nn.ModuleList, x: Tensor, where: Rows, mask: Tensor | None, layers: Layers | None) -> Tensor:
-        if self.positions is None:
+        if self.drop_before_positions:
             x = self.dropout(x)
-        elif self.drop_positions:
-            x = self.dropout(x + self.positions[where])
-        else:
-            x = self.dropout(x) + self.positions[where]
+        if self.positions is not None:
+            x = x + self.positions[where]
+        if not self.drop_before_positions:
+            x = self.dropout(x)
         rotation = None if self.rotation is None else self.rotation(where)
         for block, memory in zip(blocks, layers or [None] * len(blocks)):
             x = block(x, rotation, mask, memory)
@@ -271,17 +330,64 @@ class Llama(AutoregressiveGenerator):
         """
         if not 1 <= layer <= len(self.blocks):
             raise ValueError(f"layer must be one of the blocks 1..{len(self.blocks)}, got {layer}")
-        x = torch.cat([self.embed_condition(condition), self.embed_tokens(ids[:, :-1], slice(0, ids.shape[1] - 1))], 1)
-        where = slice(0, x.shape[1])
-        return self._run(self.blocks[:layer], x, where, self.attention_mask(condition, 0, x.shape[1]), None)
+        fed = ids[:, :-1]
+        x = torch.cat([self.embed_condition(condition), self.embed_tokens(fed, slice(0, fed.shape[1]))], 1)
+        mask = self.attention_mask(condition, 0, x.shape[1])
+        return self._run(self.blocks[:layer], x, slice(0, x.shape[1]), mask, None)
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
-        model = cls(**official.model_arguments(config))
-        load_strictly(model, rename(state_dict, official.OFFICIAL_NAMES), source="the official state dict")
+        if "reference" in config:
+            return REFERENCES[config["reference"]](cls, config, state_dict)
+        _refuse_unbuilt_options(config)
+        length, captions = config.get("block_size", 256), config.get("model_type", "c2i") == "t2i"
+        positions, side = config.get("positions", "rope2d"), math.isqrt(length)
+        # The released tokenizers have codes of 8 channels; the transformer itself does not depend on them.
+        grid = (side, side) if positions == "rope2d" else None
+        spec = TokenSpec(length, config.get("vocab_size", 16384), dim=8, grid=grid)
+        model = cls(
+            spec,
+            num_classes=config.get("num_classes", 1000),
+            dim=config["dim"],
+            num_layers=config["n_layer"],
+            num_heads=config["n_head"],
+            multiple_of=config.get("multiple_of", 256),
+            caption_dim=config.get("caption_dim", 2048) if captions else None,
+            caption_length=config.get("cls_token_num", 120) if captions else 120,
+            condition_dropout=config.get("class_dropout_prob", 0.1),
+            token_drop=config.get("token_dropout_p", 0.1),
+            attn_drop=config.get("attn_dropout_p", 0.0),
+            proj_drop=config.get("resid_dropout_p", 0.1),
+            ffn_drop=config.get("ffn_dropout_p", 0.1),
+            positions=positions,
+            rope_base=config.get("rope_base", 10000),
+            norm_eps=config.get("norm_eps", 1e-5),
+        )
+        load_strictly(model, rename(state_dict, OFFICIAL_NAMES), source="the official state dict")
         return model
 
-    clean_official = staticmethod(official.clean_official)
+    @staticmethod
+    def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Drop the rotary table and the sampling cache that some released files hold; both are recomputed."""
+        return {
+            key: tensor for key, tensor in state.items() if key != "freqs_cis" and ".attention.kv_cache." not in key
+        }
+
+
+OFFICIAL_NAMES = [
+    (r"cls_embedding\.embedding_table\.weight", r"class_embedding.weight"),
+    (r"cls_embedding\.cap_proj\.fc1\.weight", r"caption_projection.0.weight"),
+    (r"cls_embedding\.cap_proj\.fc2\.weight", r"caption_projection.2.weight"),
+    (r"cls_embedding\.uncond_embedding", r"null_caption"),
+    (r"tok_embeddings\.weight", r"token_embedding.weight"),
+    (r"layers\.(\d+)\.attention_norm\.weight", r"blocks.\1.norm1.weight"),
+    (r"layers\.(\d+)\.attention\.wqkv\.weight", r"blocks.\1.attn.qkv.weight"),
+    (r"layers\.(\d+)\.attention\.wo\.weight", r"blocks.\1.attn.out.weight"),
+    (r"layers\.(\d+)\.ffn_norm\.weight", r"blocks.\1.norm2.weight"),
+    (r"layers\.(\d+)\.feed_forward\.w1\.weight", r"blocks.\1.ffn.gate.weight"),
+    (r"layers\.(\d+)\.feed_forward\.w3\.weight", r"blocks.\1.ffn.up.weight"),
+    (r"layers\.(\d+)\.feed_forward\.w2\.weight", r"blocks.\1.ffn.down.weight"),
+]
 
 
 def position_table(
@@ -310,6 +416,24 @@ def position_table(
     return Rotation(*(torch.cat([part.new_zeros(condition_length, part.shape[1]), part]) for part in table))
 
 
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
+REFERENCES = {"gigatok": gigatok.build}
+"""Other references whose models this is, and whose arguments are not LlamaGen's."""
+
+
+def absolute_rows(num_positions: int | None, length: int) -> int:
+    """Rows of a table of absolute positions, for sequences of ``length``, of which the last is never fed.
+
+    Raises:
+        ValueError: too few of them.
+    """
+    if num_positions is not None and num_positions < length - 1:
+        raise ValueError(f"num_positions is {num_positions}, but the sequence has {length - 1} positions that are fed")
+    return num_positions or length
+
+
+def _refuse_unbuilt_options(config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for options of the reference that no released model uses."""
+    unbuilt = {"n_kv_head": (None, config.get("n_head")), "ffn_dim_multiplier": (None,), "drop_path_rate": (0.0,)}
+    for name, allowed in unbuilt.items():
+        if config.get(name, allowed[0]) not in allowed:
+            raise CheckpointError(f"{name} {config[name]!r} is not supported; every released model has {allowed[0]!r}")
