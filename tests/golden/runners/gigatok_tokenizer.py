@@ -13,6 +13,8 @@ from vistok.losses import L1, L2, DiscriminatorLoss, EntropyLoss, GeneratorLoss,
 from vistok.tokenizers.gigatok import GigaTok
 from vistok.tokenizers.gigatok.networks import pool_levels
 from vistok.tokenizers.gigatok.official import ENTROPY_TEMPERATURE, our_names
+from vistok.train.config import SchedulerConfig
+from vistok.train.optim import lr_factor
 from vistok.types import TokenizerOutput
 
 from ..decoding import refuse
@@ -259,3 +261,28 @@ def discriminator_loss(case: Case, step: Step) -> dict[str, Tensor]:
         else:
             raise GoldenFailure(f"{step.id}: {returns[name]!r} is not computed")
     return answers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Learning rates
+
+
+@runner(MODEL, "schedule")
+def schedule(case: Case, step: Step) -> dict[str, Tensor]:
+    return {name: _rates(step, settings) for name, settings in step.args.items() if name in step.outputs}
+
+
+def _rates(step: Step, settings: dict[str, Any]) -> Tensor:
+    base = settings["base_lr"]
+    match settings["kind"]:
+        case "wsd":
+            tail = {"decay_share": settings.get("fract_decay", 0.2), "decay_shape": "sqrt"}
+            config = SchedulerConfig("wsd", settings["warmup_steps"], **tail, warmup_from=0.01)
+        case "cosine_v2":
+            final = settings.get("end_lr", 0.0) / base
+            config = SchedulerConfig("cosine", settings["warmup_steps"], final_factor=final, warmup_from=0.01)
+        case kind:
+            raise GoldenFailure(f"{step.id}: unknown kind {kind!r}")
+    factor = lr_factor(config, settings["total_steps"] + 1)  # the reference's last step is one more than are taken
+    steps = range(settings["first_step"], settings["last_step"] + 1)
+    return torch.tensor([base * factor(number) * settings.get("times", 1.0) for number in steps])
