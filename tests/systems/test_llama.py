@@ -9,6 +9,7 @@ from support.tiny_models import CAPTIONS, RASTER, captions, labels, tiny, token_
 from vistok.draws import Keys
 from vistok.generators.engine.sampling import DecodingOptions
 from vistok.generators.llama import Llama, position_table
+from vistok.nn.positions import sincos_1d
 from vistok.nn.rotary import rotation_table
 from vistok.types import Condition, TokenSpec
 
@@ -82,7 +83,7 @@ def test_rotation_of_a_sequence_starts_at_the_condition():
         ({"spec": TokenSpec(16, 32, dim=4, grid=(4, 2, 2))}, "needs tokens on an image raster"),
         ({"num_heads": 8}, "head_dim 2 must be divisible by 4"),
         ({"num_heads": 3}, "dim 16 is not divisible by num_heads 3"),
-        ({"positions": "rope"}, "'rope2d', 'rope1d' or 'learned', got 'rope'"),
+        ({"positions": "rope"}, "'rope2d', 'rope1d', 'learned' or 'sincos', got 'rope'"),
     ],
 )
 def test_llama_that_cannot_be_built_is_refused(arguments, message):
@@ -131,3 +132,94 @@ def test_plain_sequences_are_sampled_as_they_are_trained(positions):
     # Positions matter: the same ids in another order are no permutation of the same logits.
     same = torch.full((1, 10), 3)
     assert len(model.logits(same, labels(1))[0].unique(dim=0)) == 10
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fewer heads of keys and values, norms of queries and keys, added positions, features
+
+
+@torch.no_grad()
+def test_fewer_heads_of_keys_and_values_are_shared_by_their_neighbours():
+    few, many = tiny("llama", num_heads=4, num_kv_heads=2), tiny("llama", num_heads=4)
+    state = few.state_dict()
+    for index in range(len(few.blocks)):
+        name = f"blocks.{index}.attn.qkv.weight"
+        q, k, v = state[name].split((16, 8, 8))
+        # Heads of 4 channels; each of the two becomes two in a row.
+        state[name] = torch.cat(
+            [q, *(part.unflatten(0, (2, 4)).repeat_interleave(2, 0).flatten(0, 1) for part in (k, v))]
+        )
+    many.load_state_dict(state)
+    ids = token_ids(few)
+    torch.testing.assert_close(few.logits(ids, labels(0, 1, 2)), many.logits(ids, labels(0, 1, 2)))
+    assert few.cache_bytes(1, guided=False) == many.cache_bytes(1, guided=False) // 2
+
+
+VARIANTS = {
+    "shared heads": {"num_heads": 4, "num_kv_heads": 2},
+    "shared heads, one axis": {"num_heads": 4, "num_kv_heads": 1, "positions": "rope1d"},
+    "norms": {"qk_norm": True},
+    "learned": {"positions": "learned"},
+    "as few as are fed": {"positions": "learned", "num_positions": 16},
+    "sines": {"positions": "sincos"},
+    "positions kept": {"positions": "learned", "drop_before_positions": True},
+}
+
+
+@pytest.mark.parametrize("arguments", VARIANTS.values(), ids=VARIANTS)
+@torch.no_grad()
+def test_cached_sampling_agrees_with_teacher_forcing(arguments):
+    model = tiny("llama", **arguments)
+    condition = labels(0, 3)
+    ids = model.sample(condition, DecodingOptions(temperature=0))
+    assert torch.equal(model.logits(ids, condition).argmax(-1), ids)
+
+
+def test_positions_are_dropped_with_the_tokens_or_kept():
+    ids = token_ids(tiny("llama"))
+    for before in (True, False):
+        model = tiny("llama", positions="learned", token_drop=0.999999, drop_before_positions=before).train()
+        x = model.dropout(model.embed_tokens(ids, slice(0, 16)))
+        assert not x.any()
+        hidden = model.hidden_states(ids, labels(0, 1, 2), 1)
+        alike = torch.allclose(hidden[0, 1:], hidden[0, :1].expand(15, -1))
+        assert alike is not before
+
+
+def test_fixed_positions_are_sines():
+    model = tiny("llama", positions="sincos")
+    assert "positions" not in dict(model.named_parameters())
+    torch.testing.assert_close(model.positions[:, :8], sincos_1d(torch.arange(17), 16).float()[:, :8])
+
+
+def test_learned_positions_start_with_the_deviation_that_was_asked_for():
+    spec = TokenSpec(4095, 8, dim=4)
+    model = Llama(spec, dim=16, num_layers=1, num_heads=2, positions="learned", position_std=0.25)
+    assert model.positions.shape == (4096, 16)
+    assert model.positions.std().item() == pytest.approx(0.25, rel=0.05)
+
+
+@torch.no_grad()
+def test_hidden_states_of_the_last_block_give_the_logits():
+    model, condition = tiny("llama"), labels(0, 1, 2)
+    ids = token_ids(model)
+    hidden = model.hidden_states(ids, condition, len(model.blocks))
+    torch.testing.assert_close(model.head(hidden), model.logits(ids, condition))
+    assert not torch.allclose(model.hidden_states(ids, condition, 1), hidden)
+    with pytest.raises(ValueError, match=r"blocks 1\.\.2, got 3"):
+        model.hidden_states(ids, condition, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_kv_heads": 3}, "num_kv_heads 3 must divide num_heads 2"),
+        (
+            {"positions": "learned", "num_positions": 15},
+            r"num_positions is 15, but the sequence has 16 positions that are fed",
+        ),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiny("llama", **arguments)

@@ -282,3 +282,11 @@ def test_schedules(name):
     assert values[99] == (1 if name == "constant" else 0.1)  # the last step that is taken
     assert lr_factor(SchedulerConfig(name), 1)(0) == 1
     assert all(a >= b for a, b in pairwise(values[10:]))
+
+
+def test_a_rise_may_begin_anywhere_and_a_tail_fall_with_the_square_root():
+    config = SchedulerConfig("wsd", warmup_steps=4, warmup_from=0.2, decay_share=0.5, decay_shape="sqrt")
+    values = [lr_factor(config, 9)(step) for step in range(9)]
+    assert values == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 0.5, 1 - 0.5**0.5, 1 - 0.75**0.5, 0])
+    with pytest.raises(ValueError, match=r"warmup_from .* got 2"):
+        SchedulerConfig(warmup_from=2)

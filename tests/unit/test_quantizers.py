@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vistok.quantizers import ResidualQuantizer, VectorQuantizer
+from vistok.quantizers.vq import rotate_to
 
 
 def latents(seed=0, n=64, dim=4):
@@ -44,6 +45,52 @@ def test_straight_through_gradient(gradient):
     (through * weight).sum().backward()
     assert torch.allclose(z.grad, carrier.grad, atol=1e-6)
     assert quantizer.embedding.weight.grad is None
+
+
+def test_rotated_latents_are_the_codes_and_gradients_turn_with_them():
+    """arXiv 2410.06424, section 4: what arrives at an angle to the code leaves at that angle to the latent."""
+    torch.manual_seed(0)
+    z, codes, arriving = latents(n=16).requires_grad_(), latents(seed=1, n=16), latents(seed=2, n=16)
+    quantized = rotate_to(z, codes)
+    (quantized * arriving).sum().backward()
+    torch.testing.assert_close(quantized.detach(), codes, atol=1e-4, rtol=1e-4)
+    scale = codes.norm(dim=-1) / z.detach().norm(dim=-1)
+    torch.testing.assert_close(z.grad.norm(dim=-1), scale * arriving.norm(dim=-1), atol=1e-4, rtol=1e-4)
+    cosine = torch.nn.functional.cosine_similarity
+    torch.testing.assert_close(
+        cosine(z.grad, z.detach(), dim=-1), cosine(arriving, codes, dim=-1), atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_rotation_gives_codes_no_gradient_and_works_in_evaluation(normalize):
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(16, 4, normalize=normalize, gradient="rotation").eval()
+    residual = ResidualQuantizer(VectorQuantizer(16, 4, normalize=normalize, gradient="rotation"), 3)
+    for module in (quantizer, residual):
+        z = latents().requires_grad_()
+        output = module(z)
+        codes = module.ids_to_latents(output.ids)
+        torch.testing.assert_close(output.quantized, codes, atol=1e-3, rtol=1e-3)
+        straight = z + (codes - z).detach()
+        weight = latents(seed=1)
+        (rotated,) = torch.autograd.grad((output.quantized * weight).sum(), z, retain_graph=True)
+        (plain,) = torch.autograd.grad((straight * weight).sum(), z)
+        assert not torch.allclose(rotated, plain)
+    assert quantizer.embedding.weight.grad is None
+
+
+def test_opposite_latents_turn_without_nan():
+    z = torch.tensor([[1.0, 0.0], [0.0, 2.0]], requires_grad=True)
+    quantized = rotate_to(z, -z.detach())
+    quantized.sum().backward()
+    torch.testing.assert_close(quantized.detach(), -z.detach())
+    assert z.grad.isfinite().all()
+
+
+def test_an_unknown_gradient_is_named():
+    with pytest.raises(ValueError, match="'straight'"):
+        VectorQuantizer(16, 4, gradient="straight")
 
 
 def test_more_residual_levels_come_closer():

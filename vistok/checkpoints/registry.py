@@ -42,6 +42,7 @@ ENTRIES = (
     Entry("kl_vae", "tokenizer", "vistok.tokenizers.kl_vae:KLVAE", "kl_vae/tokenizer", "2112.10752"),
     Entry("flextok", "tokenizer", "vistok.tokenizers.flextok:FlexTok", "flextok/tokenizer", "2502.13967"),
     Entry("dar", "tokenizer", "vistok.tokenizers.dar:DAR", "dar/tokenizer", "2505.23660"),
+    Entry("gigatok", "tokenizer", "vistok.tokenizers.gigatok:GigaTok", "gigatok/tokenizer", "2504.08736"),
     Entry(
         "vit_vqgan_gpt",
         "generator",
@@ -58,7 +59,7 @@ ENTRIES = (
         "vistok.generators.llama:Llama",
         "llamagen/gpt",
         "2406.06525",
-        variants={"dar/gpt": {"positions": "rope1d"}},
+        variants={"dar/gpt": {"positions": "rope1d"}, "gigatok/gpt": {"reference": "gigatok"}},
         tokenizer="llamagen_vq",
     ),
 )

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from vistok.checkpoints import CheckpointError, OfficialCheckpoint, load_strictly, rename
+from vistok.generators import gigatok
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
 from vistok.generators.engine.cache import Layer, Layers
 from vistok.nn.attention import Attention
 from vistok.nn.mlp import SwiGLU, llama_hidden_dim
 from vistok.nn.norms import RMSNorm
+from vistok.nn.positions import sincos_1d
 from vistok.nn.rotary import FixedRotation, Rotation, Rows, grid_positions, rotation_table
-from vistok.types import Condition, ConditionSpec, FeatureSpec, TokenSpec, as_dataclass
+from vistok.types import Condition, ConditionSpec, FeatureSpec, IdSpec, TokenSpec, as_dataclass
 
 SIZES = {
     "B": {"dim": 768, "num_layers": 12, "num_heads": 12},
@@ -33,7 +35,7 @@ SIZES = {
     "3B": {"dim": 3200, "num_layers": 24, "num_heads": 32},
     "7B": {"dim": 4096, "num_layers": 32, "num_heads": 32},
 }
-Positions = Literal["rope2d", "rope1d", "learned"]
+Positions = Literal["rope2d", "rope1d", "learned", "sincos"]
 
 
 def _official(size: str, block_size: int) -> dict[str, Any]:
@@ -58,6 +60,8 @@ class Block(nn.Module):
         num_heads: int,
         hidden_dim: int,
         *,
+        num_kv_heads: int | None,
+        qk_norm: bool,
         eps: float,
         attn_drop: float,
         proj_drop: float,
@@ -65,7 +69,16 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.norm1 = RMSNorm(dim, eps)
-        self.attn = Attention(dim, num_heads, qkv_bias=False, out_bias=False, attn_drop=attn_drop, proj_drop=proj_drop)
+        self.attn = Attention(
+            dim,
+            num_heads,
+            num_kv_heads=num_kv_heads,
+            qkv_bias=False,
+            out_bias=False,
+            qk_norm=nn.LayerNorm if qk_norm else None,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
+        )
         self.norm2 = RMSNorm(dim, eps)
         self.ffn = SwiGLU(dim, hidden_dim, drop=ffn_drop)
 
@@ -90,12 +103,24 @@ class Llama(AutoregressiveGenerator):
             attention weights, the attention output and the feed-forward output, in training.
         positions: "rope2d" rotates image tokens by row and column and switches the condition's queries and keys off,
             as in LlamaGen (see ``position_table``); "rope1d" rotates the whole sequence, the condition first
-            (D-AR); "learned" adds a vector per position (the generators of FlexTok's paper).
+            (D-AR); "learned" adds a vector per position (GigaTok, the generators of FlexTok's paper), "sincos" a fixed
+            one.
         rope_base: base of the rotary frequencies.
         norm_eps: eps of the RMS norms.
+        condition_tokens: number of tokens of the same tokenizer that are given before (frame prediction); a learned
+            separator follows them. 0 for a model of classes or captions.
+        num_positions: rows of the table of "learned" or "sincos"; None is one for each position of the sequence. The
+            last token's is never fed, so that one less suffices (LARP).
+        drop_before_positions: whether token dropout comes before these positions are added (LARP), or after.
+        ffn_dim_multiplier: of 8/3 of dim, before that is rounded up.
+        init_std: deviation of the initial weights.
+        num_kv_heads: heads of keys and values, which divides num_heads; None for as many.
+        qk_norm: layer norms of queries and of keys, over the channels of each head, before they are rotated.
+        position_std: deviation of "learned" positions at first; None for init_std.
 
     Raises:
-        ValueError: a spec without ids, with several ids per position, or, with "rope2d", without a raster.
+        ValueError: a spec without ids, with several ids per position, or, with "rope2d", without a raster; captions and
+            condition tokens together; or too few positions.
     """
 
     registry_name = "llama"
@@ -112,6 +137,7 @@ class Llama(AutoregressiveGenerator):
         OfficialCheckpoint("peizesun/llamagen_t2i", "t2i_XL_stage2_512.pt", _official_t2i(1024)),
         OfficialCheckpoint("showlab/D-AR", "D-AR-L-360K.pt", _dar("L")),
         OfficialCheckpoint("showlab/D-AR", "D-AR-XL-360K.pt", _dar("XL")),
+        *gigatok.CHECKPOINTS,
     )
 
     def __init__(
@@ -132,29 +158,44 @@ class Llama(AutoregressiveGenerator):
         positions: Positions = "rope2d",
         rope_base: float = 10000.0,
         norm_eps: float = 1e-5,
+        condition_tokens: int = 0,
+        num_positions: int | None = None,
+        drop_before_positions: bool = False,
+        ffn_dim_multiplier: float = 1.0,
+        init_std: float = 0.02,
+        num_kv_heads: int | None = None,
+        qk_norm: bool = False,
+        position_std: float | None = None,
     ):
         super().__init__()
         self.spec = self.check_spec(as_dataclass(TokenSpec, spec), type(self).__name__)
         self.condition_dropout, self.takes_captions = condition_dropout, caption_dim is not None
-        self.condition_length = caption_length if self.takes_captions else 1
-        self.num_classes = None if self.takes_captions else num_classes or None
-        self.has_null = self.takes_captions or condition_dropout > 0 or not num_classes
+        if self.takes_captions and condition_tokens:
+            raise ValueError("a model takes captions or condition tokens, not both; leave caption_dim or them out")
+        self.condition_tokens = condition_tokens
+        self.condition_length = caption_length if self.takes_captions else condition_tokens + 1
+        self.num_classes = None if self.takes_captions or condition_tokens else num_classes or None
+        self.has_null = not condition_tokens and (self.takes_captions or condition_dropout > 0 or not num_classes)
         if self.takes_captions:
             self.caption_projection = nn.Sequential(
                 nn.Linear(caption_dim, dim, bias=False), nn.GELU("tanh"), nn.Linear(dim, dim, bias=False)
             )
             # Drawn once and never trained, as in the reference; saved, because its values matter from then on.
             self.register_buffer("null_caption", torch.randn(caption_length, caption_dim) / math.sqrt(caption_dim))
-        else:
+        elif not condition_tokens:
             self.class_embedding = nn.Embedding(num_classes + self.has_null, dim)
-        self.token_embedding = nn.Embedding(self.spec.codebook_size, dim)
+        # The separator is the last row.
+        self.token_embedding = nn.Embedding(self.spec.codebook_size + (condition_tokens > 0), dim)
         self.dropout = nn.Dropout(token_drop)
-        hidden_dim = llama_hidden_dim(dim, multiple_of)
+        self.drop_before_positions = drop_before_positions
+        hidden_dim = llama_hidden_dim(dim, multiple_of, ffn_dim_multiplier)
         self.blocks = nn.ModuleList(
             Block(
                 dim,
                 num_heads,
                 hidden_dim,
+                num_kv_heads=num_kv_heads,
+                qk_norm=qk_norm,
                 eps=norm_eps,
                 attn_drop=attn_drop,
                 proj_drop=proj_drop,
@@ -164,24 +205,34 @@ class Llama(AutoregressiveGenerator):
         )
         self.norm = RMSNorm(dim, norm_eps)
         self.output = nn.Linear(dim, self.spec.codebook_size, bias=False)
-        if positions == "learned":
+        if positions in ("learned", "sincos"):
             self.rotation = None
-            self.positions = nn.Parameter(torch.randn(self.condition_length + self.spec.length, dim) * 0.02)
+            rows = absolute_rows(num_positions, self.condition_length + self.spec.length)
+            if positions == "learned":
+                self.positions = nn.Parameter(torch.randn(rows, dim) * (position_std or init_std))
+            else:
+                self.register_buffer("positions", sincos_1d(torch.arange(rows), dim).float())
         else:
             table = position_table(self.spec, self.condition_length, dim // num_heads, positions, rope_base)
             self.rotation, self.positions = FixedRotation(table), None
-        self.apply(_initialise)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=init_std)
         nn.init.zeros_(self.output.weight)
 
     @property
     def condition_spec(self) -> ConditionSpec:
-        """Class labels, or caption features."""
-        if not self.takes_captions:
-            return super().condition_spec
-        length, dim = self.null_caption.shape
-        return ConditionSpec(features=FeatureSpec(dim, length))
+        """Class labels, caption features, or tokens that are given before."""
+        if self.condition_tokens:
+            return ConditionSpec(given=IdSpec(self.spec.codebook_size, self.condition_tokens))
+        if self.takes_captions:
+            length, dim = self.null_caption.shape
+            return ConditionSpec(features=FeatureSpec(dim, length))
+        return super().condition_spec
 
     def embed_condition(self, condition: Condition) -> Tensor:
+        if self.condition_tokens:
+            return self._embed_given(condition)
         return self._embed_caption(condition) if self.takes_captions else self._embed_class(condition)
 
     def _embed_class(self, condition: Condition) -> Tensor:
@@ -191,6 +242,11 @@ class Llama(AutoregressiveGenerator):
             null = torch.full_like(condition.dropped, self.num_classes or 0, dtype=torch.int64)
             ids = null if ids is None else torch.where(condition.dropped, null, ids)
         return self.class_embedding(ids)[:, None]
+
+    def _embed_given(self, condition: Condition) -> Tensor:
+        """(R, T + 1, D) from given ids (R, T), the separator behind them."""
+        separator = torch.full_like(condition.given[:, :1], self.spec.codebook_size)
+        return self.token_embedding(torch.cat([condition.given, separator], 1))
 
     def _embed_caption(self, condition: Condition) -> Tensor:
         """(R, T, D) from features whose padding is set to zero; null captions are whole."""
@@ -215,14 +271,43 @@ class Llama(AutoregressiveGenerator):
         return (offset > 0) & visible[:, None, None] | (offset == 0)  # (R, 1, stop - start, stop)
 
     def transform(self, x: Tensor, where: Rows, mask: Tensor | None, layers: Layers | None) -> Tensor:
-        x = self.dropout(x if self.positions is None else x + self.positions[where])
+        return self._run(self.blocks, x, where, mask, layers)
+
+    def _run(self, blocks: nn.ModuleList, x: Tensor, where: Rows, mask: Tensor | None, layers: Layers | None) -> Tensor:
+        if self.drop_before_positions:
+            x = self.dropout(x)
+        if self.positions is not None:
+            x = x + self.positions[where]
+        if not self.drop_before_positions:
+            x = self.dropout(x)
         rotation = None if self.rotation is None else self.rotation(where)
-        for block, memory in zip(self.blocks, layers or [None] * len(self.blocks)):
+        for block, memory in zip(blocks, layers or [None] * len(blocks)):
             x = block(x, rotation, mask, memory)
         return x
 
+    def hidden_states(self, ids: Tensor, condition: Condition, layer: int) -> Tensor:
+        """What block number ``layer``, counted from 1, gives under teacher forcing: features of an image to probe.
+
+        Args:
+            ids: (B, L) tokens, of which the last is not fed.
+
+        Returns:
+            (B, T + L - 1, dim), of the T condition tokens and of L - 1 image tokens.
+
+        Raises:
+            ValueError: there is no such block.
+        """
+        if not 1 <= layer <= len(self.blocks):
+            raise ValueError(f"layer must be one of the blocks 1..{len(self.blocks)}, got {layer}")
+        fed = ids[:, :-1]
+        x = torch.cat([self.embed_condition(condition), self.embed_tokens(fed, slice(0, fed.shape[1]))], 1)
+        mask = self.attention_mask(condition, 0, x.shape[1])
+        return self._run(self.blocks[:layer], x, slice(0, x.shape[1]), mask, None)
+
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
+        if "reference" in config:
+            return REFERENCES[config["reference"]](cls, config, state_dict)
         _refuse_unbuilt_options(config)
         length, captions = config.get("block_size", 256), config.get("model_type", "c2i") == "t2i"
         positions, side = config.get("positions", "rope2d"), math.isqrt(length)
@@ -288,7 +373,7 @@ def position_table(
     if positions == "rope1d":
         return rotation_table(torch.arange(condition_length + spec.length)[:, None], head_dim, base=base)
     if positions != "rope2d":
-        raise ValueError(f"positions must be 'rope2d', 'rope1d' or 'learned', got {positions!r}")
+        raise ValueError(f"positions must be 'rope2d', 'rope1d', 'learned' or 'sincos', got {positions!r}")
     side = math.isqrt(spec.length)
     grid = spec.grid or ((side, side) if side * side == spec.length else ())
     if len(grid) != 2:
@@ -300,14 +385,24 @@ def position_table(
     return Rotation(*(torch.cat([part.new_zeros(condition_length, part.shape[1]), part]) for part in table))
 
 
+REFERENCES = {"gigatok": gigatok.build}
+"""Other references whose models this is, and whose arguments are not LlamaGen's."""
+
+
+def absolute_rows(num_positions: int | None, length: int) -> int:
+    """Rows of a table of absolute positions, for sequences of ``length``, of which the last is never fed.
+
+    Raises:
+        ValueError: too few of them.
+    """
+    if num_positions is not None and num_positions < length - 1:
+        raise ValueError(f"num_positions is {num_positions}, but the sequence has {length - 1} positions that are fed")
+    return num_positions or length
+
+
 def _refuse_unbuilt_options(config: Mapping[str, Any]) -> None:
     """Raise CheckpointError for options of the reference that no released model uses."""
     unbuilt = {"n_kv_head": (None, config.get("n_head")), "ffn_dim_multiplier": (None,), "drop_path_rate": (0.0,)}
     for name, allowed in unbuilt.items():
         if config.get(name, allowed[0]) not in allowed:
             raise CheckpointError(f"{name} {config[name]!r} is not supported; every released model has {allowed[0]!r}")
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)

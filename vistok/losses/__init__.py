@@ -1,6 +1,8 @@
 """Losses as reusable modules: pixels, perception, adversaries, code usage. None knows a tokenizer."""
 
 from vistok.losses.alignment import Alignment, EncoderConfig, alignment_distance
+from vistok.losses.augment import DiffAugment
+from vistok.losses.dino_discriminator import DINODiscriminator
 from vistok.losses.discriminators import PatchGAN, StyleGANDiscriminator
 from vistok.losses.entropy import EntropyLoss
 from vistok.losses.gan import GAN_LOSSES, DiscriminatorLoss, GeneratorLoss, LeCam, adaptive_weight, r1_penalty
@@ -13,6 +15,8 @@ __all__ = [
     "L2",
     "LPIPS",
     "Alignment",
+    "DINODiscriminator",
+    "DiffAugment",
     "DiscriminatorLoss",
     "EncoderConfig",
     "EntropyLoss",

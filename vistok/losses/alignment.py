@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -43,7 +44,7 @@ class FrozenEncoder(nn.Module):
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.image_size = config.image_size
-        self.model = _load(config).eval().requires_grad_(False)
+        self.model = load_encoder(config, "losses.repa_encoder.weights").eval().requires_grad_(False)
         statistics = (self.model.pretrained_cfg[key] for key in ("mean", "std"))
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in statistics)
         self.register_buffer("mean", mean, persistent=False)
@@ -111,7 +112,16 @@ def _side(count: int) -> int:
     return side
 
 
-def _load(config: EncoderConfig) -> nn.Module:
+def load_encoder(config: EncoderConfig, option: str, **arguments: Any) -> nn.Module:
+    """The vision transformer that timm builds for ``config`` and further ``arguments``, with its pretrained weights.
+
+    Args:
+        option: the config key that names a local weights file, for messages.
+
+    Raises:
+        ValueError: timm knows no such model, or it is no vision transformer.
+        CheckpointError: the weights file is absent, damaged or of another model, or the download failed.
+    """
     import timm
 
     from vistok.checkpoints import CheckpointError
@@ -131,15 +141,16 @@ def _load(config: EncoderConfig) -> nn.Module:
             img_size=config.image_size,
             # timm resamples the position table of the file to the image size.
             pretrained_cfg_overlay={"file": config.weights} if config.weights else None,
+            **arguments,
         )
     except Exception as error:  # timm lets errors of the hub, of unpickling and of torch through
         source = config.weights or "the download"
         raise CheckpointError(
             f"the weights of {config.name} could not be read from {source}: {str(error).splitlines()[0]}. "
-            "Give a local file by losses.repa_encoder.weights"
+            f"Give a local file by {option}"
         ) from error
     if not hasattr(model, "num_prefix_tokens"):
-        raise ValueError(f"{config.name} is no vision transformer; alignment needs patch tokens")
+        raise ValueError(f"{config.name} is no vision transformer; patch tokens are needed")
     return model
 
 

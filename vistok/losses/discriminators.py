@@ -73,7 +73,7 @@ class StyleGANDiscriminator(nn.Module):
 class PatchGAN(nn.Module):
     """pix2pix's patch discriminator (Isola et al. 2017), as VQGAN, LlamaGen and GigaTok use it.
 
-    ``num_layers`` strided 4x4 convolutions and two unstrided ones; with three layers a logit sees 70 x 70 pixels.
+    ``num_layers`` strided convolutions and two unstrided ones; with three layers of 4x4 a logit sees 70 x 70 pixels.
     Convolutions start from normal(0, 0.02). Parameters are named as in taming-transformers.
 
     Args:
@@ -81,29 +81,34 @@ class PatchGAN(nn.Module):
         width: channels of the first layer; doubled per layer, at most 8 times as many.
         num_layers: number of strided convolutions, each halving the side.
         norm: "batch", "group" (32 groups where the width allows) or "none".
+        kernel_size: side of the convolutions, 3 or 4, padded by 1.
 
     Raises:
-        ValueError: unknown ``norm``, or ``num_layers`` below 1.
+        ValueError: unknown ``norm``, ``num_layers`` below 1, or another ``kernel_size``.
     """
 
-    def __init__(self, in_channels: int = 3, width: int = 64, num_layers: int = 3, norm: str = "batch"):
+    def __init__(
+        self, in_channels: int = 3, width: int = 64, num_layers: int = 3, norm: str = "batch", kernel_size: int = 4
+    ):
         super().__init__()
+        if kernel_size not in (3, 4):
+            raise ValueError(f"kernel_size must be 3 or 4, got {kernel_size}")
         if norm not in _NORMS:
             raise ValueError(f"norm is {norm!r}; allowed: {', '.join(map(repr, _NORMS))}")
         if num_layers < 1:
             raise ValueError(f"num_layers must be at least 1, got {num_layers}")
         self.in_channels = in_channels
         self.min_size = 3 * 2**num_layers  # the two unstrided convolutions take a side of 3 to 1
-        modules: list[nn.Module] = [nn.Conv2d(in_channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        modules: list[nn.Module] = [nn.Conv2d(in_channels, width, kernel_size, stride=2, padding=1), nn.LeakyReLU(0.2)]
         channels = width
         for level in range(1, num_layers + 1):
             out_channels = width * min(2**level, 8)
             stride = 2 if level < num_layers else 1
             # A norm brings its own bias.
-            conv = nn.Conv2d(channels, out_channels, 4, stride=stride, padding=1, bias=norm == "none")
+            conv = nn.Conv2d(channels, out_channels, kernel_size, stride=stride, padding=1, bias=norm == "none")
             modules += [conv, _NORMS[norm](out_channels), nn.LeakyReLU(0.2)]
             channels = out_channels
-        modules.append(nn.Conv2d(channels, 1, 4, stride=1, padding=1))
+        modules.append(nn.Conv2d(channels, 1, kernel_size, stride=1, padding=1))
         self.main = nn.Sequential(*modules)
         self.apply(_init_patchgan)
 

@@ -30,6 +30,8 @@ class Attention(nn.Module):
     Args:
         dim: width D.
         num_heads: number of heads H.
+        num_kv_heads: heads of keys and values, each for as many heads of queries that follow each other
+            (arXiv 2305.13245); must divide H. None for H.
         head_dim: channels h of a head; ``dim // num_heads`` if None.
         qkv_bias, out_bias: whether the projections have biases.
         qk_norm: builds the norm of queries and of keys, each over ``head_dim``; None is no norm.
@@ -43,6 +45,7 @@ class Attention(nn.Module):
         dim: int,
         num_heads: int,
         *,
+        num_kv_heads: int | None = None,
         head_dim: int | None = None,
         qkv_bias: bool = True,
         out_bias: bool = True,
@@ -56,10 +59,13 @@ class Attention(nn.Module):
         if head_dim is None and dim % num_heads:
             raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
         self.num_heads, self.head_dim, self.scale = num_heads, head_dim or dim // num_heads, scale
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if self.num_kv_heads < 1 or num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads {num_kv_heads} must divide num_heads {num_heads}")
         inner = self.num_heads * self.head_dim
         if not project and inner != dim:
             raise ValueError(f"without an output projection num_heads * head_dim = {inner} must equal dim {dim}")
-        self.qkv = nn.Linear(dim, 3 * inner, bias=qkv_bias)
+        self.qkv = nn.Linear(dim, inner + 2 * self.num_kv_heads * self.head_dim, bias=qkv_bias)
         self.q_norm, self.k_norm = (qk_norm(self.head_dim) if qk_norm else nn.Identity() for _ in range(2))
         self.out = nn.Linear(inner, dim, bias=out_bias) if project else nn.Identity()
         self.attn_drop, self.proj_drop = attn_drop, nn.Dropout(proj_drop)
@@ -80,17 +86,28 @@ class Attention(nn.Module):
             causal: each position sees itself and earlier ones; give either this or ``mask``.
             rotation: rotary tables of these N positions, applied to queries and keys.
         """
-        # In plain views, which cost a third of einops' where x is a single token.
-        q, k, v = (
-            self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-        )  # (B, H, N, h) each
+        q, k, v = self._project(x)
         q, k = self.q_norm(q), self.k_norm(k)
-        if rotation is not None:
+        if rotation is not None and self.num_kv_heads == self.num_heads:
             q, k = rotate(torch.stack([q, k]), rotation)  # in half as many operations, which count for a single token
+        elif rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is not None:
             k, v = cache.append(k, v)
+        if self.num_kv_heads != self.num_heads:
+            k, v = (x.repeat_interleave(self.num_heads // self.num_kv_heads, 1) for x in (k, v))
         dropout = self.attn_drop if self.training else 0.0
         return self.proj_drop(self.out(attend(q, k, v, mask, causal, dropout, self.scale)))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, N, h), keys and values (B, num_kv_heads, N, h) of x (B, N, D)."""
+        # In plain views, which cost a third of einops' where x is a single token.
+        if self.num_kv_heads == self.num_heads:
+            q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+            return q, k, v
+        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2).split(heads, 1)
+        return q, k, v
 
 
 class CrossAttention(nn.Module):

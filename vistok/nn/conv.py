@@ -1,16 +1,22 @@
 """The convolutional autoencoder of VQGAN (Esser et al., arXiv 2012.09841), as LlamaGen and latent diffusion use it.
 
 Group norm, SiLU, residual blocks of two 3x3 convolutions, single-head attention over all pixels where the map is
-smallest; every level but the deepest halves the side.
+smallest; every level but the deepest halves the side. GigaTok (arXiv 2504.08736) leaves attention out, upsamples by
+depth to space, and lets the decoder's input set the scale of every level's norm.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from vistok.nn.norms import AdaptiveGroupNorm
+
+UpsampleKind = Literal["nearest", "depth_to_space"]
 
 
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:
@@ -87,6 +93,24 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
+class DepthToSpace(nn.Module):
+    """Double the sides by moving channels onto them, after a convolution: (B, C, h, w) -> (B, C, 2h, 2w).
+
+    Of the 4 C channels of the convolution, number (2 i + j) C + c goes to row i and column j of the 2x2 pixels of
+    channel c (the DCR order of ONNX; ``pixel_shuffle`` has another).
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 4 * channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rearrange(self.conv(x), "b (i j c) h w -> b c (h i) (w j)", i=2, j=2)
+
+
+UPSAMPLES = {"nearest": Upsample, "depth_to_space": DepthToSpace}
+
+
 class Level(nn.Module):
     """The residual blocks at one resolution, each followed by attention if ``attend``, then ``resample``."""
 
@@ -117,11 +141,12 @@ class Level(nn.Module):
         return self.resample(x)
 
 
-def _middle(channels: int, norm_groups: int, dropout: float) -> nn.Sequential:
-    return nn.Sequential(
-        ResBlock(channels, channels, norm_groups=norm_groups, dropout=dropout),
-        AttnBlock(channels, norm_groups=norm_groups),
-        ResBlock(channels, channels, norm_groups=norm_groups, dropout=dropout),
+def _middle(channels: int, norm_groups: int, dropout: float, attend: bool) -> nn.Sequential:
+    first, last = (ResBlock(channels, channels, norm_groups=norm_groups, dropout=dropout) for _ in range(2))
+    return (
+        nn.Sequential(first, AttnBlock(channels, norm_groups=norm_groups), last)
+        if attend
+        else nn.Sequential(first, last)
     )
 
 
@@ -131,10 +156,11 @@ class ConvEncoder(nn.Module):
     Args:
         in_channels, out_channels: of the pixels and of the map.
         channels: base width.
-        channel_mult: the width of each level, finest first, in units of ``channels``; the last level attends.
+        channel_mult: the width of each level, finest first, in units of ``channels``.
         res_blocks: residual blocks per level.
         norm_groups: groups of all group norms; must divide every width.
         dropout: inside the residual blocks, in training.
+        attend: attention over all pixels, in the deepest level and in the middle.
     """
 
     def __init__(
@@ -147,6 +173,7 @@ class ConvEncoder(nn.Module):
         *,
         norm_groups: int = 32,
         dropout: float = 0.0,
+        attend: bool = True,
     ):
         super().__init__()
         widths = [channels * mult for mult in channel_mult]
@@ -158,13 +185,13 @@ class ConvEncoder(nn.Module):
                 width,
                 res_blocks,
                 nn.Identity() if i == deepest else Downsample(width),
-                attend=i == deepest,
+                attend=attend and i == deepest,
                 norm_groups=norm_groups,
                 dropout=dropout,
             )
             for i, width in enumerate(widths)
         )
-        self.middle = _middle(widths[-1], norm_groups, dropout)
+        self.middle = _middle(widths[-1], norm_groups, dropout, attend)
         self.norm_out = group_norm(widths[-1], norm_groups)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
@@ -180,6 +207,15 @@ class ConvDecoder(nn.Module):
 
     ``channel_mult`` is given finest first too; ``levels[0]`` is the deepest. A level has one residual block more than
     the encoder's.
+
+    Args:
+        in_channels, out_channels, channels, channel_mult, res_blocks, norm_groups, dropout, attend: as of ConvEncoder.
+        upsample: "nearest" repeats pixels and convolves; "depth_to_space" convolves and spreads channels.
+        adaptive_norm: each level begins with a norm whose scale and shift are read from the decoder's input
+            (``AdaptiveGroupNorm``).
+
+    Raises:
+        ValueError: an unknown ``upsample``.
     """
 
     def __init__(
@@ -192,29 +228,40 @@ class ConvDecoder(nn.Module):
         *,
         norm_groups: int = 32,
         dropout: float = 0.0,
+        attend: bool = True,
+        upsample: UpsampleKind = "nearest",
+        adaptive_norm: bool = False,
     ):
         super().__init__()
+        if upsample not in UPSAMPLES:
+            raise ValueError(f"upsample must be one of {', '.join(map(repr, UPSAMPLES))}, got {upsample!r}")
         widths = [channels * mult for mult in reversed(channel_mult)]
+        inputs = [widths[0], *widths[:-1]]  # channels that enter each level
         finest = len(widths) - 1
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
-        self.middle = _middle(widths[0], norm_groups, dropout)
+        self.middle = _middle(widths[0], norm_groups, dropout, attend)
         self.levels = nn.ModuleList(
             Level(
-                widths[max(i - 1, 0)],
+                inputs[i],
                 width,
                 res_blocks + 1,
-                nn.Identity() if i == finest else Upsample(width),
-                attend=i == 0,
+                nn.Identity() if i == finest else UPSAMPLES[upsample](width),
+                attend=attend and i == 0,
                 norm_groups=norm_groups,
                 dropout=dropout,
             )
             for i, width in enumerate(widths)
+        )
+        self.styles = (
+            nn.ModuleList(AdaptiveGroupNorm(width, in_channels, norm_groups) for width in inputs)
+            if adaptive_norm
+            else None
         )
         self.norm_out = group_norm(widths[-1], norm_groups)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
         x = self.middle(self.conv_in(latents))
-        for level in self.levels:
-            x = level(x)
+        for i, level in enumerate(self.levels):
+            x = level(x if self.styles is None else self.styles[i](x, latents))
         return self.conv_out(F.silu(self.norm_out(x)))

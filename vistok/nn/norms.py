@@ -17,3 +17,27 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, eps=self.eps) * self.weight  # float32 inside, whatever x is
+
+
+class AdaptiveGroupNorm(nn.Module):
+    """Group norm whose scale and shift are read from a style map: (B, C, h, w) -> (B, C, h, w).
+
+    scale = gamma(sqrt(var + eps)) and shift = beta(mean), mean and unbiased variance being those of the style's
+    channels over its area. The output is norm(x) * scale + shift.
+
+    Args:
+        channels: C.
+        style_channels: channels of the style (B, S, h', w').
+        groups: groups of the norm, which has no weights of its own; they must divide C.
+        eps: of the norm and of the deviation.
+    """
+
+    def __init__(self, channels: int, style_channels: int, groups: int = 32, eps: float = 1e-6):
+        super().__init__()
+        self.groups, self.eps = groups, eps
+        self.gamma, self.beta = (nn.Linear(style_channels, channels) for _ in range(2))
+
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(style, (2, 3), correction=1)  # (B, S)
+        scale, shift = self.gamma((variance + self.eps).sqrt()), self.beta(mean)  # (B, C)
+        return F.group_norm(x, self.groups, eps=self.eps) * scale[..., None, None] + shift[..., None, None]

@@ -1,12 +1,12 @@
 """Vector quantization with a learned codebook, plain and residual.
 
 VQ-VAE: van den Oord et al., arXiv 1711.00937. Factorised, l2-normalised codes: ViT-VQGAN, arXiv 2110.04627, section
-3.2. Residual: Lee et al., arXiv 2203.01941.
+3.2. Residual: Lee et al., arXiv 2203.01941. Gradients by rotation: Fifty et al., arXiv 2410.06424.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from vistok.losses.entropy import EntropyLoss
 from vistok.quantizers.restart import CodeRestart
 from vistok.types import QuantizerOutput
 
-Gradient = Literal["raw", "normalised"]
+Gradient = Literal["raw", "normalised", "rotation"]
 Init = Literal["normal", "uniform"]
 
 
@@ -27,8 +27,9 @@ class VectorQuantizer(nn.Module):
         codebook_size: number of codes K.
         dim: channels D of a code.
         normalize: compare and emit l2-normalised vectors (the cosine codebook of ViT-VQGAN and LlamaGen).
-        gradient: what carries the straight-through gradient: the "raw" latents (ViT-VQGAN) or the "normalised" ones
-            (LlamaGen), through whose normalisation the gradient then flows.
+        gradient: how the gradient passes. Straight through: to the "raw" latents (ViT-VQGAN), or to the "normalised"
+            ones (LlamaGen), through whose normalisation it then flows. "rotation" makes codes from the latents that
+            are compared, by a rotation and a scaling that count as constant (``rotate_to``), in evaluation too.
         init: "normal" N(0, 1), or "uniform" in +-1/K, rows l2-normalised if ``normalize``.
         entropy_temperature: softmax temperature of the "entropy" term; None leaves the term out.
         restart_after: training steps after which an unused code is moved onto a latent (``CodeRestart``); 0 is never.
@@ -47,6 +48,8 @@ class VectorQuantizer(nn.Module):
         restart_after: int = 0,
     ):
         super().__init__()
+        if gradient not in get_args(Gradient):
+            raise ValueError(f"gradient must be one of {', '.join(map(repr, get_args(Gradient)))}, got {gradient!r}")
         self.codebook_size, self.dim = codebook_size, dim
         self.normalize, self.gradient = normalize, gradient
         self.embedding = nn.Embedding(codebook_size, dim)
@@ -102,8 +105,12 @@ class VectorQuantizer(nn.Module):
         }
         if self.entropy is not None:
             losses["entropy"] = self.entropy(distances)
-        carrier = latents if self.gradient == "raw" else normalised
-        return QuantizerOutput(carrier + (codes - carrier).detach(), ids, losses, self.codebook_size)
+        if self.gradient == "rotation":
+            quantized = rotate_to(normalised, codes)
+        else:
+            carrier = latents if self.gradient == "raw" else normalised
+            quantized = carrier + (codes - carrier).detach()
+        return QuantizerOutput(quantized, ids, losses, self.codebook_size)
 
     def restart_dead_codes(self) -> None:
         """Move codes that have gone unused for ``restart_after`` steps onto latents; nothing if that is 0."""
@@ -112,6 +119,22 @@ class VectorQuantizer(nn.Module):
 
     def _norm(self, vectors: Tensor) -> Tensor:
         return F.normalize(vectors, dim=-1) if self.normalize else vectors
+
+
+def rotate_to(latents: Tensor, codes: Tensor) -> Tensor:
+    """The rotation trick: codes (..., D) as a rotation and a scaling of latents (..., D), both constant.
+
+    With u and q the directions of latents and codes, and w that of u + q, a latent z becomes
+    (z - 2 (z.w) w + 2 (z.u) q) |code| / |z|: the code, up to rounding. Its gradient is turned as the latent was, so
+    latents on different sides of a code move apart or together (arXiv 2410.06424, section 4). Codes get no gradient.
+    """
+    eps = 1e-6
+    with torch.no_grad():
+        length, target = (torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (latents, codes))
+        u, q = latents / (length + eps), codes / (target + eps)
+        w, scale = F.normalize(u + q, dim=-1), target / (length + eps)
+    along_w, along_u = ((latents * axis).sum(-1, keepdim=True) for axis in (w, u))
+    return scale * (latents - 2 * along_w * w + 2 * along_u * q)
 
 
 class ResidualQuantizer(nn.Module):
@@ -149,10 +172,16 @@ class ResidualQuantizer(nn.Module):
         """Sums (..., D) of the codes of ids (..., n), n <= depth: fewer levels give a coarser latent."""
         return self.quantizer.ids_to_latents(ids).sum(-2)
 
+    def _pass_gradient(self, latents: Tensor, codes: Tensor) -> Tensor:
+        """Sums of codes are not normalised, and neither is what carries their gradient."""
+        if self.quantizer.gradient == "rotation":
+            return rotate_to(latents, codes)
+        return latents + (codes - latents).detach()
+
     def forward(self, latents: Tensor) -> QuantizerOutput:
         """Quantize latents (B, L, D); ids are (B, L, depth), losses the mean over levels."""
         levels = self._levels(latents)
         ids = torch.stack([level.ids for level in levels], -1)
         losses = {name: torch.stack([level.losses[name] for level in levels]).mean(0) for name in levels[0].losses}
-        quantized = latents + (self.ids_to_latents(ids) - latents).detach()
+        quantized = self._pass_gradient(latents, self.ids_to_latents(ids))
         return QuantizerOutput(quantized, ids, losses, self.codebook_size)

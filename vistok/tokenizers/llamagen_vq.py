@@ -16,6 +16,7 @@ from vistok.checkpoints import OfficialCheckpoint, load_strictly, rename
 from vistok.draws import Draws
 from vistok.nn.conv import ConvDecoder, ConvEncoder
 from vistok.quantizers import VectorQuantizer
+from vistok.quantizers.vq import Gradient
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import TokenizerOutput, TokenSpec
 
@@ -50,6 +51,7 @@ class LlamaGenVQ(Tokenizer):
         codebook_l2_norm: compare and decode l2-normalised codes.
         entropy_temperature: temperature of the "entropy" loss term (0.01 in LlamaGen); None leaves the term out.
         codebook_restart_after: steps after which an unused code is moved onto a latent; 0 is never.
+        quantizer_gradient: how the gradient passes the quantizer ("normalised" in LlamaGen); see ``VectorQuantizer``.
         dropout: inside the residual blocks, in training.
         norm_groups: groups of all group norms (32 in every released model); they must divide every width.
 
@@ -85,6 +87,7 @@ class LlamaGenVQ(Tokenizer):
         codebook_restart_after: int = 0,
         dropout: float = 0.0,
         norm_groups: int = 32,
+        quantizer_gradient: Gradient = "normalised",
     ):
         super().__init__()
         if len(encoder_channel_mult) != len(decoder_channel_mult):
@@ -102,7 +105,7 @@ class LlamaGenVQ(Tokenizer):
             codebook_size,
             codebook_embed_dim,
             normalize=codebook_l2_norm,
-            gradient="normalised",
+            gradient=quantizer_gradient,
             init="uniform",
             entropy_temperature=entropy_temperature,
             restart_after=codebook_restart_after,

@@ -22,6 +22,7 @@ from vistok.nn.attention import Attention
 from vistok.nn.mlp import MLP
 from vistok.nn.positions import sincos_2d
 from vistok.quantizers import ResidualQuantizer, VectorQuantizer
+from vistok.quantizers.vq import Gradient
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import TokenizerOutput, TokenSpec, as_dataclass
 
@@ -102,6 +103,7 @@ class ViTVQGAN(Tokenizer):
         residual_depth: codes per token; more than 1 is the residual variant, with one shared codebook.
         entropy_temperature: offers the "entropy" loss term, with this softmax temperature; None does not.
         codebook_restart_after: steps after which an unused code is moved onto a latent; 0 is never.
+        quantizer_gradient: how the gradient passes the quantizer ("raw" in ViT-VQGAN); see ``VectorQuantizer``.
         in_channels: 3, or 1 for grey images.
         pixel_distribution: "point" predicts pixels; "logit_laplace" predicts mean and scale of a Laplace distribution
             in logit space (the paper's loss, after DALL-E, arXiv 2102.12092, appendix A.3).
@@ -136,6 +138,7 @@ class ViTVQGAN(Tokenizer):
         codebook_restart_after: int = 0,
         in_channels: int = 3,
         pixel_distribution: Literal["point", "logit_laplace"] = "point",
+        quantizer_gradient: Gradient = "raw",
     ):
         super().__init__()
         encoder, decoder = as_dataclass(ViTConfig, encoder), as_dataclass(ViTConfig, decoder)
@@ -163,6 +166,7 @@ class ViTVQGAN(Tokenizer):
             codebook_size,
             codebook_embed_dim,
             normalize=codebook_l2_norm,
+            gradient=quantizer_gradient,
             entropy_temperature=entropy_temperature,
             restart_after=codebook_restart_after,
         )

@@ -35,21 +35,28 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """Factor on the learning rate: linear warmup, then constant, cosine, or warmup-stable-decay (linear tail).
+    """Factor on the learning rate: linear warmup, then constant, cosine, or warmup-stable-decay.
 
     Attributes:
-        warmup_steps: steps of the linear rise from 0.
+        warmup_steps: steps of the linear rise.
+        warmup_from: the factor at step 0 of the rise; None for 1 / (warmup_steps + 1).
         final_factor: the factor at the last step of cosine and wsd.
         decay_share: share of all steps that the tail of wsd takes.
+        decay_shape: of the tail at the share p of it that is done: "linear", as 1 - p; or "sqrt", as 1 - sqrt(p)
+            (arXiv 2405.18392).
     """
 
     name: Literal["constant", "cosine", "wsd"] = "constant"
     warmup_steps: int = 0
     final_factor: float = 0.0
     decay_share: float = 0.2
+    warmup_from: float | None = None
+    decay_shape: Literal["linear", "sqrt"] = "linear"
 
     def __post_init__(self) -> None:
         check_least(self, warmup_steps=0, final_factor=0)
+        if self.warmup_from is not None and not 0 <= self.warmup_from <= 1:
+            raise ValueError(f"warmup_from must lie in [0, 1], a share of the learning rate; got {self.warmup_from}")
         if not 0 < self.decay_share <= 1:
             raise ValueError(f"decay_share must lie in (0, 1], got {self.decay_share}")
 

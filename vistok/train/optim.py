@@ -76,11 +76,17 @@ def lr_factor(config: SchedulerConfig, max_steps: int) -> Callable[[int], float]
             return config.final_factor + (1 - config.final_factor) * 0.5 * (1 + math.cos(math.pi * progress))
         if config.name == "wsd":
             tail = min((1 - step / max(last, 1)) / config.decay_share, 1.0)
+            tail = tail if config.decay_shape == "linear" else 1 - math.sqrt(1 - tail)
             return config.final_factor + (1 - config.final_factor) * tail
         return 1.0
 
-    # Step 0 already learns: a factor of exactly zero would waste it.
-    return lambda step: (step + 1) / (config.warmup_steps + 1) if step < config.warmup_steps else shape(step)
+    def rise(step: int) -> float:
+        if config.warmup_from is None:
+            # Step 0 already learns: a factor of exactly zero would waste it.
+            return (step + 1) / (config.warmup_steps + 1)
+        return config.warmup_from + (1 - config.warmup_from) * step / config.warmup_steps
+
+    return lambda step: rise(step) if step < config.warmup_steps else shape(step)
 
 
 class AveragedModel:

@@ -65,7 +65,7 @@ class AutoregressiveGenerator(Generator):
         return KVCache(
             len(self.blocks),
             rows,
-            attention.num_heads,
+            attention.num_kv_heads,
             length,
             attention.head_dim,
             shift_dim=self.shift_dim,

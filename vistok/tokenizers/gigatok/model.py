@@ -1,0 +1,262 @@
+"""GigaTok: tokenizers of convolutions and transformers that scale to 3 billion parameters.
+
+Paper: GigaTok: Scaling Visual Tokenizers to 3 Billion Parameters for Autoregressive Image Generation (Xiong et al.,
+arXiv 2504.08736, ICCV 2025). Official weights and conventions: github.com/SilentView/GigaTok (MIT). A layer of the
+decoder is aligned with a frozen image encoder in training, which keeps the tokens of large models easy to predict.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, Self, get_args
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vistok.checkpoints import load_strictly
+from vistok.draws import Draws
+from vistok.nn.conv import ConvDecoder, ConvEncoder, UpsampleKind
+from vistok.quantizers import VectorQuantizer
+from vistok.quantizers.vq import Gradient
+from vistok.tokenizers.base import Tokenizer
+from vistok.tokenizers.gigatok import official
+from vistok.tokenizers.gigatok.networks import (
+    AlignmentConfig,
+    GridDecoder,
+    GridEncoder,
+    LayerKind,
+    QueryDecoder,
+    QueryEncoder,
+    QueryInit,
+    TransformerSize,
+    initialise,
+)
+from vistok.types import TokenizerOutput, TokenSpec, as_dataclass
+
+CHANNEL_MULT = (1, 1, 2, 2, 4)
+ALIGNMENT = AlignmentConfig()
+Layout = Literal["1d", "2d"]
+
+
+SMALL, BASE, LARGE, XL, XXL = (
+    TransformerSize(*official.SIZES[name]) for name in ("small", "base", "large", "xl", "xxl")
+)
+
+
+def _size(encoder: TransformerSize, decoder: TransformerSize) -> dict[str, Any]:
+    return {"encoder_size": encoder, "decoder_size": decoder}
+
+
+PLAIN_2D = {"layout": "2d", "layer_kind": "self_attention"}
+
+
+class GigaTok(Tokenizer):
+    """Images to a sequence (layout "1d") or a raster (layout "2d") of ids.
+
+    Convolutions make a feature map of the image; a transformer makes tokens of the map. The decoder goes back the same
+    way, and its feature map is to be the encoder's: the loss term "feature" compares them.
+
+    Args:
+        image_size: side of the images, or (height, width), multiples of the stride 2 ** (levels - 1). Positions are
+            learned for this size alone.
+        in_channels: 3, or 1 for grey images.
+        layout: "1d", tokens that queries read from the map and the map from them; "2d", a token per cell of the map.
+        num_tokens: tokens of layout "1d", a power of two where ``query_init`` is "pooled"; "2d" does not read it.
+        encoder_size, decoder_size: the transformers.
+        layer_kind: "cross_attention", which layout "1d" needs, or "self_attention".
+        query_init: what the encoder's queries start from in layout "1d": "pooled" blocks of the map, ever finer, or
+            its "mean".
+        channels: base width of the convolutional stacks.
+        encoder_channel_mult, decoder_channel_mult: width of each level, finest first, in units of ``channels``.
+        res_blocks: residual blocks per level of the convolutional encoder; the decoder has one more.
+        z_channels: channels of the feature map and of tokens around the codes.
+        conv_attention: attention in the deepest convolutional level.
+        adaptive_norm: see ``ConvDecoder``.
+        upsample: see ``ConvDecoder``.
+        codebook_size, codebook_embed_dim: number and channels of the codes.
+        codebook_l2_norm: compare and decode l2-normalised codes.
+        codebook_restart_after: steps after which an unused code is moved onto a latent; 0 is never.
+        quantizer_gradient: see ``VectorQuantizer``.
+        entropy_temperature: temperature of the "entropy" loss term (0.01 in the paper); None leaves the term out.
+        alignment: the head whose output the loss "repa" compares with a frozen encoder's; None has none.
+        dropout: inside the residual blocks, in training.
+        norm_groups: groups of all group norms; they must divide every width.
+
+    Raises:
+        ValueError: sizes that do not divide, an unknown layout, or "1d" without cross-attention.
+    """
+
+    registry_name = "gigatok"
+    sizes = {
+        "ss": _size(SMALL, SMALL),
+        "sb": _size(SMALL, BASE),
+        "bl": _size(BASE, LARGE),
+        "xlxxl": _size(XL, XXL),
+        "ss_2d": _size(SMALL, SMALL) | PLAIN_2D,
+        "sb_2d": _size(SMALL, BASE) | PLAIN_2D,
+        "bl_2d": _size(BASE, LARGE) | PLAIN_2D,
+    }
+    checkpoints = official.CHECKPOINTS
+
+    def __init__(
+        self,
+        image_size: int | tuple[int, int] = 256,
+        in_channels: int = 3,
+        layout: Layout = "1d",
+        num_tokens: int = 256,
+        encoder_size: TransformerSize = SMALL,
+        decoder_size: TransformerSize = SMALL,
+        layer_kind: LayerKind = "cross_attention",
+        query_init: QueryInit = "pooled",
+        channels: int = 128,
+        encoder_channel_mult: tuple[int, ...] = CHANNEL_MULT,
+        decoder_channel_mult: tuple[int, ...] = CHANNEL_MULT,
+        res_blocks: int = 2,
+        z_channels: int = 256,
+        conv_attention: bool = False,
+        adaptive_norm: bool = True,
+        upsample: UpsampleKind = "depth_to_space",
+        codebook_size: int = 16384,
+        codebook_embed_dim: int = 8,
+        codebook_l2_norm: bool = True,
+        codebook_restart_after: int = 0,
+        quantizer_gradient: Gradient = "rotation",
+        entropy_temperature: float | None = None,
+        alignment: AlignmentConfig | None = ALIGNMENT,
+        dropout: float = 0.0,
+        norm_groups: int = 32,
+    ):
+        super().__init__()
+        if layout not in get_args(Layout):
+            raise ValueError(f"layout must be '1d' or '2d', got {layout!r}")
+        if layout == "1d" and layer_kind != "cross_attention":
+            raise ValueError(
+                f"layout '1d' reads the map by cross-attention, layer_kind {layer_kind!r} cannot; take layout '2d'"
+            )
+        if len(encoder_channel_mult) != len(decoder_channel_mult):
+            raise ValueError(
+                f"the encoder has {len(encoder_channel_mult)} levels and the decoder {len(decoder_channel_mult)}; "
+                "images come back at their own size only if both have as many"
+            )
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self._image_shape = (in_channels, height, width)
+        self.map_grid = _grid((height, width), 2 ** (len(encoder_channel_mult) - 1))
+        num_tokens = num_tokens if layout == "1d" else math.prod(self.map_grid)
+        grid = None if layout == "1d" else self.map_grid
+        self._spec = TokenSpec(num_tokens, codebook_size, codebook_embed_dim, grid=grid)
+        encoder_size, decoder_size = (as_dataclass(TransformerSize, size) for size in (encoder_size, decoder_size))
+        self.alignment = None if alignment is None else as_dataclass(AlignmentConfig, alignment)
+
+        options = {"norm_groups": norm_groups, "dropout": dropout, "attend": conv_attention}
+        self.encoder = ConvEncoder(in_channels, z_channels, channels, encoder_channel_mult, res_blocks, **options)
+        self.decoder = ConvDecoder(
+            z_channels,
+            in_channels,
+            channels,
+            decoder_channel_mult,
+            res_blocks,
+            upsample=upsample,
+            adaptive_norm=adaptive_norm,
+            **options,
+        )
+        self.encoder.apply(initialise), self.decoder.apply(initialise)
+        around = (z_channels, self.map_grid)
+        if layout == "1d":
+            self.token_encoder = QueryEncoder(*around, num_tokens, encoder_size, query_init)
+            self.token_decoder = QueryDecoder(*around, num_tokens, decoder_size, self.alignment)
+        else:
+            self.token_encoder = GridEncoder(*around, encoder_size, layer_kind)
+            self.token_decoder = GridDecoder(*around, decoder_size, layer_kind, self.alignment)
+        self.pre_quant = nn.Linear(z_channels, codebook_embed_dim)
+        self.quantizer = VectorQuantizer(
+            codebook_size,
+            codebook_embed_dim,
+            normalize=codebook_l2_norm,
+            gradient=quantizer_gradient,
+            init="uniform",
+            entropy_temperature=entropy_temperature,
+            restart_after=codebook_restart_after,
+        )
+        self.post_quant = nn.Linear(codebook_embed_dim, z_channels)
+
+    @property
+    def spec(self) -> TokenSpec:
+        return self._spec
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self._image_shape
+
+    @property
+    def loss_terms(self) -> tuple[str, ...]:
+        return (*self.quantizer.loss_terms, "feature")
+
+    @property
+    def alignment_dim(self) -> int | None:
+        return None if self.alignment is None else self.alignment.dim
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        return self.decoder.conv_out.weight
+
+    def encode_map(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, C, H, W) in [-1, 1] to the feature map (B, z_channels, h, w) of the convolutional encoder."""
+        self.check_pixels(pixels)
+        return self.encoder(pixels)
+
+    def latents(self, spatial: Tensor) -> Tensor:
+        """A feature map (B, z_channels, h, w) to latents (B, L, code dim), before quantization."""
+        return self.pre_quant(self.token_encoder(spatial))
+
+    def encode(self, pixels: Tensor, *, draws: Draws | None = None) -> Tensor:
+        return self.quantizer.encode(self.latents(self.encode_map(pixels)))
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Ids (B, L) to pixels (B, C, H, W).
+
+        Raises:
+            ValueError: ids out of range, or not L of them.
+        """
+        self.spec.check_ids(tokens)
+        if tokens.shape[1] != self.spec.length:
+            raise ValueError(f"an image has {self.spec.length} tokens, got {tokens.shape[1]}")
+        codes = self.quantizer.ids_to_latents(tokens)
+        return self.decoder(self.token_decoder.decode_map(self.post_quant(codes)))
+
+    def forward(
+        self, pixels: Tensor, *, target: Tensor | None = None, step: int | None = None, draws: Draws | None = None
+    ) -> TokenizerOutput:
+        """The term "feature" is the mean squared error of the decoder's feature map; the encoder's counts as constant.
+
+        Features: "latents", "quantized" (B, L, code dim); "spatial", "decoded_spatial" (B, z_channels, h, w), the
+        convolutional encoder's map and the one that the tokens gave; "alignment" (B, h * w, D) where there is a head.
+        """
+        spatial = self.encode_map(pixels)
+        latents = self.latents(spatial)
+        quantized = self.quantizer(latents)
+        decoded = self.token_decoder(self.post_quant(quantized.quantized))
+        features = {
+            "latents": latents,
+            "quantized": quantized.quantized,
+            "spatial": spatial,
+            "decoded_spatial": decoded.spatial,
+        }
+        if decoded.aligned is not None:
+            features["alignment"] = decoded.aligned
+        losses = quantized.losses | {"feature": F.mse_loss(decoded.spatial, spatial.detach())}
+        return TokenizerOutput(self.decoder(decoded.spatial), quantized.ids, losses, features)
+
+    @classmethod
+    def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
+        model = cls(**official.model_arguments(config, state_dict))
+        load_strictly(model, official.our_names(state_dict), source="the official state dict")
+        return model
+
+
+def _grid(size: tuple[int, int], stride: int) -> tuple[int, int]:
+    if min(size) < 1 or size[0] % stride or size[1] % stride:
+        raise ValueError(
+            f"image sides must be multiples of {stride}, got {size[0]}x{size[1]}; choose another image_size"
+        )
+    return size[0] // stride, size[1] // stride

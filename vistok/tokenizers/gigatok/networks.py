@@ -1,0 +1,369 @@
+"""The transformers of GigaTok (arXiv 2504.08736) between the convolutional stacks and the codes.
+
+In one dimension a Q-Former turns a feature map into a sequence of tokens and back: queries attend to each other and to
+the map. In two dimensions a plain vision transformer refines the map. Positions are learned, for one raster only.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vistok.nn.attention import attend
+from vistok.nn.mlp import MLP
+
+LayerKind = Literal["self_attention", "cross_attention"]
+QueryInit = Literal["pooled", "mean"]
+
+
+@dataclass(frozen=True)
+class TransformerSize:
+    """Width, number of layers, and heads of one transformer.
+
+    Raises:
+        ValueError: the heads do not divide the width.
+    """
+
+    dim: int
+    num_layers: int
+    num_heads: int
+
+    def __post_init__(self) -> None:
+        if self.dim % self.num_heads:
+            raise ValueError(f"a width of {self.dim} cannot be split into {self.num_heads} heads")
+
+
+@dataclass(frozen=True)
+class AlignmentConfig:
+    """The training-only head that maps the decoder's features to those of a frozen encoder.
+
+    Attributes:
+        dim: channels of the frozen encoder: 768 for DINOv2-B.
+        layer: the decoder layer whose output is read, counted from 1.
+    """
+
+    dim: int = 768
+    layer: int = 3
+
+
+class Decoded(NamedTuple):
+    """A feature map (B, C, h, w), and the aligned features (B, h * w, teacher's channels) of a head for them."""
+
+    spatial: Tensor
+    aligned: Tensor | None
+
+
+class PositionedAttention(nn.Module):
+    """Multi-head attention of queries (B, N, D) to keys and values (B, M, D), which come apart.
+
+    DETR (arXiv 2005.12872) adds positions to queries and keys, not to values.
+    """
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v, self.out = (nn.Linear(dim, dim) for _ in range(4))
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        q, k, v = (
+            rearrange(project(x), "b n (h d) -> b h n d", h=self.num_heads)
+            for project, x in ((self.q, query), (self.k, key), (self.v, value))
+        )
+        return self.out(attend(q, k, v, None, False))
+
+
+class SelfAttentionLayer(nn.Module):
+    """Pre-norm self-attention and MLP: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.self_attn = PositionedAttention(dim, num_heads)
+        self.mlp = MLP(dim, 4 * dim, F.gelu)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(x)
+        x = x + self.self_attn(y, y, y)
+        return x + self.mlp(self.norm2(x))
+
+
+class CrossAttentionLayer(nn.Module):
+    """DETR's pre-norm decoder layer: attention among queries (B, N, D), to a memory (B, M, D), and an MLP.
+
+    The memory is not normalised. Positions are added to queries and keys in every layer.
+    """
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
+        self.self_attn, self.cross_attn = (PositionedAttention(dim, num_heads) for _ in range(2))
+        self.mlp = MLP(dim, 4 * dim, F.gelu)
+
+    def forward(self, x: Tensor, memory: Tensor, positions: Tensor, memory_positions: Tensor) -> Tensor:
+        """Positions are (N, D) of the queries and (M, D) of the memory."""
+        y = self.norm1(x)
+        x = x + self.self_attn(y + positions, y + positions, y)
+        x = x + self.cross_attn(self.norm2(x) + positions, memory + memory_positions, memory)
+        return x + self.mlp(self.norm3(x))
+
+
+def pool_levels(features: Tensor, num_tokens: int) -> Tensor:
+    """Averages of a map over ever finer blocks, (B, C, h, w) -> (B, num_tokens, C).
+
+    Groups of 1, 1, 2, 4, ..., num_tokens / 2 blocks that each cover the map, row by row inside a group. The first two
+    are the mean of all; then columns are halved first, and rows and columns in turn.
+
+    Raises:
+        ValueError: num_tokens is no power of two, or the blocks do not divide the map.
+    """
+    if num_tokens < 1 or num_tokens & (num_tokens - 1):
+        raise ValueError(f"pooled queries come in powers of two, got num_tokens {num_tokens}")
+    h, w = features.shape[2:]
+    groups = []
+    for group in range(num_tokens.bit_length()):
+        level = max(group - 1, 0)
+        rows, columns = 2 ** (level // 2), 2 ** ((level + 1) // 2)
+        if h % rows or w % columns:
+            raise ValueError(
+                f"{num_tokens} pooled queries need a map whose sides {rows} x {columns} blocks divide; it is {h} x {w}"
+            )
+        blocks = rearrange(features, "b c (r y) (k x) -> b (r k) c (y x)", r=rows, k=columns)
+        groups.append(blocks.mean(-1))
+    return torch.cat(groups, 1)
+
+
+class Layers(nn.Module):
+    """The layers of one transformer over (B, N, D).
+
+    Args:
+        size: of the transformer.
+        kind: "self_attention"; or "cross_attention", to a memory or, without one, to each layer's own input.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+
+    def __init__(self, size: TransformerSize, kind: LayerKind):
+        super().__init__()
+        if kind not in LAYERS:
+            raise ValueError(f"layer_kind must be one of {', '.join(map(repr, LAYERS))}, got {kind!r}")
+        self.kind = kind
+        self.layers = nn.ModuleList(LAYERS[kind](size.dim, size.num_heads) for _ in range(size.num_layers))
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        memory: Tensor | None = None,
+        memory_positions: Tensor | None = None,
+        *,
+        tap: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the last layer gives, and what layer number ``tap`` (from 1) does, both (B, N, D)."""
+        tapped = None
+        for number, layer in enumerate(self.layers, 1):
+            if self.kind == "self_attention":
+                x = layer(x)
+            elif memory is None:
+                x = layer(x, x, positions, positions)
+            else:
+                x = layer(x, memory, positions, memory_positions)
+            if number == tap:
+                tapped = x
+        return x, tapped
+
+
+class _Encoder(nn.Module):
+    """What both encoders share: a map (B, C, h, w) is embedded row by row, and features are projected to C channels."""
+
+    def __init__(self, channels: int, grid: tuple[int, int], size: TransformerSize, kind: LayerKind):
+        super().__init__()
+        self.grid = grid
+        self.norm_in, self.embed = nn.LayerNorm(channels), nn.Linear(channels, size.dim)
+        self.positions = learned_positions(math.prod(grid), size.dim)
+        self.transformer = Layers(size, kind)
+        self.norm_out, self.out = nn.LayerNorm(size.dim), nn.Linear(size.dim, channels)
+
+    def embed_map(self, spatial: Tensor) -> Tensor:
+        """(B, C, h, w) to (B, h * w, D), without positions."""
+        return self.embed(self.norm_in(rearrange(spatial, "b c h w -> b (h w) c")))
+
+    def forward(self, spatial: Tensor) -> Tensor:
+        """A map (B, C, h, w) to tokens (B, N, C)."""
+        return self.out(self.features(spatial))
+
+
+class QueryEncoder(_Encoder):
+    """A map (B, C, h, w) to a sequence of N tokens (B, N, C), which queries read from it.
+
+    Args:
+        channels: C.
+        grid: (h, w).
+        num_tokens: N.
+        size: of the transformer.
+        query_init: what queries start from: "pooled" blocks of the map, ever finer, or its "mean".
+
+    Raises:
+        ValueError: an unknown ``query_init``, or blocks that do not divide the map.
+    """
+
+    def __init__(
+        self, channels: int, grid: tuple[int, int], num_tokens: int, size: TransformerSize, query_init: QueryInit
+    ):
+        super().__init__(channels, grid, size, "cross_attention")
+        if query_init == "pooled":
+            pool_levels(torch.empty(1, 1, *grid, device="meta"), num_tokens)  # refuses numbers that do not fit
+        elif query_init != "mean":
+            raise ValueError(f"query_init must be 'pooled' or 'mean', got {query_init!r}")
+        self.num_tokens, self.query_init = num_tokens, query_init
+        self.token_positions = learned_positions(num_tokens, size.dim)
+        self.query_proj = nn.Linear(size.dim, size.dim)
+        self.apply(initialise)
+
+    def features(self, spatial: Tensor) -> Tensor:
+        """A map (B, C, h, w) to the normalised output of the last layer, (B, N, D)."""
+        memory = self.embed_map(spatial)
+        x, _ = self.transformer(self.query_proj(self._pooled(memory)), self.token_positions, memory, self.positions)
+        return self.norm_out(x)
+
+    def _pooled(self, memory: Tensor) -> Tensor:
+        """(B, N, D) of an embedded map (B, h * w, D)."""
+        if self.query_init == "mean":
+            return memory.mean(1, keepdim=True).expand(-1, self.num_tokens, -1)
+        return pool_levels(rearrange(memory, "b (h w) d -> b d h w", h=self.grid[0]), self.num_tokens)
+
+
+class GridEncoder(_Encoder):
+    """A map (B, C, h, w) to a raster of tokens (B, h * w, C)."""
+
+    def __init__(self, channels: int, grid: tuple[int, int], size: TransformerSize, kind: LayerKind):
+        super().__init__(channels, grid, size, kind)
+        self.apply(initialise)
+
+    def features(self, spatial: Tensor) -> Tensor:
+        """A map (B, C, h, w) to the normalised output of the last layer, (B, h * w, D)."""
+        x, _ = self.transformer(self.embed_map(spatial) + self.positions, self.positions)
+        return self.norm_out(x)
+
+
+class _Decoder(nn.Module):
+    """What both decoders share: tokens (B, N, C) are embedded, and features become a map (B, C, h, w).
+
+    Raises:
+        ValueError: there is no such layer to align.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        grid: tuple[int, int],
+        size: TransformerSize,
+        kind: LayerKind,
+        alignment: AlignmentConfig | None,
+    ):
+        super().__init__()
+        if alignment is not None and not 1 <= alignment.layer <= size.num_layers:
+            raise ValueError(
+                f"alignment.layer is {alignment.layer}, but the decoder has the layers 1..{size.num_layers}"
+            )
+        self.grid, self.tap = grid, None if alignment is None else alignment.layer
+        self.norm_in, self.embed = nn.LayerNorm(channels), nn.Linear(channels, size.dim)
+        self.positions = learned_positions(math.prod(grid), size.dim)
+        self.transformer = Layers(size, kind)
+        self.norm_out, self.out = nn.LayerNorm(size.dim), nn.Conv2d(size.dim, channels, 3, padding=1)
+        self.alignment_head = None if alignment is None else alignment_head(size.dim, alignment.dim)
+
+    def forward(self, tokens: Tensor) -> Decoded:
+        """Tokens (B, N, C) to a map, and features to align where there is a head for them."""
+        spatial, tapped = self._run(tokens)
+        return Decoded(spatial, None if tapped is None else self.alignment_head(tapped))
+
+    def decode_map(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, N, C) to a map (B, C, h, w), without the head."""
+        return self._run(tokens)[0]
+
+    def _run(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, tapped = self.features(self.embed(self.norm_in(tokens)))
+        return self.out(rearrange(self.norm_out(x), "b (h w) d -> b d h w", h=self.grid[0])), tapped
+
+
+class QueryDecoder(_Decoder):
+    """A sequence (B, N, C) to a map (B, C, h, w): a query for every cell of the map reads the sequence.
+
+    Args:
+        channels: C.
+        grid: (h, w).
+        num_tokens: N.
+        size: of the transformer.
+        alignment: the head for features to align; None has none.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        grid: tuple[int, int],
+        num_tokens: int,
+        size: TransformerSize,
+        alignment: AlignmentConfig | None,
+    ):
+        super().__init__(channels, grid, size, "cross_attention", alignment)
+        self.token_positions = learned_positions(num_tokens, size.dim)
+        self.apply(initialise)
+
+    def features(self, memory: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Embedded tokens (B, N, D) to the last and the tapped layer's output, (B, h * w, D)."""
+        queries = memory[:, :1].expand(-1, len(self.positions), -1)  # the first token, which stands for the whole image
+        return self.transformer(queries, self.positions, memory, self.token_positions, tap=self.tap)
+
+
+class GridDecoder(_Decoder):
+    """A raster of tokens (B, h * w, C) to a map (B, C, h, w)."""
+
+    def __init__(
+        self,
+        channels: int,
+        grid: tuple[int, int],
+        size: TransformerSize,
+        kind: LayerKind,
+        alignment: AlignmentConfig | None,
+    ):
+        super().__init__(channels, grid, size, kind, alignment)
+        self.apply(initialise)
+
+    def features(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Embedded tokens (B, h * w, D) to the last and the tapped layer's output, of the same shape."""
+        return self.transformer(x + self.positions, self.positions, tap=self.tap)
+
+
+LAYERS = {"self_attention": SelfAttentionLayer, "cross_attention": CrossAttentionLayer}
+
+
+def learned_positions(count: int, dim: int) -> nn.Parameter:
+    """A table (count, dim) of deviation dim ** -0.5."""
+    return nn.Parameter(torch.randn(count, dim) * dim**-0.5)
+
+
+def alignment_head(dim: int, teacher_dim: int) -> nn.Sequential:
+    """Features (..., dim) to those of a frozen encoder, (..., teacher_dim)."""
+    hidden = 4 * dim
+    return nn.Sequential(
+        nn.Linear(dim, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, teacher_dim)
+    )
+
+
+def initialise(module: nn.Module) -> None:
+    """Truncated normal weights of deviation 0.02, zero biases; for ``nn.Module.apply``."""
+    if isinstance(module, PositionedAttention):
+        # As xavier-uniform does with the three projections in one matrix (3 D, D).
+        bound = math.sqrt(6 / (4 * module.q.in_features))
+        for projection in (module.q, module.k, module.v):
+            nn.init.uniform_(projection.weight, -bound, bound)
+    elif isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
