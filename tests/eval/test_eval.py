@@ -314,7 +314,8 @@ def test_a_folder_is_read_in_path_order_with_its_sub_folders(tmp_path):
     pixels = smooth_images(3, seed=0)
     write_folder(tmp_path / "b", pixels[:1])
     write_folder(tmp_path / "a", pixels[1:], extension="jpg")
-    Image.fromarray(pixels[0, :4]).save(tmp_path / "grid.png")  # the overview that sampling writes
+    Image.fromarray(pixels[0, :4]).save(tmp_path / "grid.png")  # the overview that sampling writes, beside its record
+    (tmp_path / "samples.json").write_text("{}")
     (tmp_path / "notes.txt").write_text("not an image")
     images = FolderImages(tmp_path)
     assert images.names == ["a/0000", "a/0001", "b/0000"]
@@ -354,8 +355,9 @@ def test_bad_image_sets_are_refused_with_the_reason(tmp_path):
 
     (tmp_path / "deep").mkdir()
     Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(tmp_path / "deep" / "0.png")
-    with pytest.raises(ImageError, match=r"0\.png has more than 8 bits per channel"):
-        list(open_images(tmp_path / "deep").batches(1))
+    assert int(next(open_images(tmp_path / "deep").batches(1)).unique()) == 40_000 >> 8
+    with pytest.raises(ImageError, match=r"0\.png: it has more than 8 bits per channel"):
+        list(open_images(tmp_path / "deep", reading="raw").batches(1))
     with pytest.raises(ImageError, match="crop must be at least 1 pixel, got 0"):
         open_images(mixed, crop=0)
 

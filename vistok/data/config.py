@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vistok.config import ShellCommand, check_least
+from vistok.data.decoding import Reading
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class DataConfig:
         split: ``train``, ``test``, ``val``, …; None takes a folder as it is.
         download: let torchvision fetch what ``root`` lacks.
         channels: 3 (RGB) or 1 (grey).
+        reading: ``photo``: upright as the EXIF data say, transparent parts on white, 16 bits scaled to 8; ``raw``: as
+            the suites of published protocols read files, which ignore orientation and alpha.
         limit: keep this many images, evenly spread over the source; None keeps all.
         crop: ``center``: ADM's centre crop; ``random``: short side to ``image_size``, random position (ViT-VQGAN);
             ``random_resized``: short side drawn in [size, size / 0.8], random position (ADM, LlamaGen);
@@ -70,6 +73,7 @@ class DataConfig:
     split: str | None = "train"
     download: bool = False
     channels: Literal[1, 3] = 3
+    reading: Reading = "photo"
     limit: int | None = None
     crop: Literal["center", "random", "random_resized", "resize"] = "center"
     flip: bool = False

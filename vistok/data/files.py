@@ -5,34 +5,50 @@ from __future__ import annotations
 import io
 import os
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+from vistok.data.formats import is_image
+
 SPLITS = ("train", "val", "validation", "test")
+SAMPLES = ("samples.json", "grid.png", "samples.npz", "unfinished.json")
+"""What `vistok sample` puts beside samples: the first says that the others are there, and are not samples."""
+HELD_IN_MEMORY = 64 << 20
+"""Bytes of an archive's member that are unpacked at once; a larger one is unpacked while it is read."""
 
 
 class FileTree(ABC):
-    """The files below ``root``, hidden ones excepted."""
+    """The files below ``root``, hidden ones and those that `vistok sample` adds to samples excepted.
+
+    Attributes:
+        skipped: what was not looked into, with the reason: links that lead back.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._paths = [path for path in self._list() if not _is_hidden(path)]
+        self.skipped: list[str] = []
+        paths = [path for path in self._list() if not _is_hidden(path)]
+        samples = {path.removesuffix(SAMPLES[0]) for path in paths if path.rpartition("/")[2] == SAMPLES[0]}
+        own = {folder + name for folder in samples for name in SAMPLES}
+        self._paths = [path for path in paths if path not in own]
 
     def images(self) -> list[str]:
-        return [path for path in self._paths if path.lower().endswith(IMAGE_EXTENSIONS)]
+        """Sorted."""
+        return sorted(path for path in self._paths if is_image(path))
 
     def others(self) -> list[str]:
         """Files that are not images, judged by their extension."""
-        return [path for path in self._paths if not path.lower().endswith(IMAGE_EXTENSIONS)]
+        return sorted(path for path in self._paths if not is_image(path))
 
     @abstractmethod
     def _list(self) -> Sequence[str]: ...
 
     @abstractmethod
-    def open(self, path: str) -> BinaryIO: ...
+    def open(self, path: str) -> BinaryIO:
+        """Open a file, for seeking and reading. Raises OSError, of an archive's member for any damage."""
 
     @abstractmethod
     def size(self, path: str) -> int:
@@ -40,12 +56,23 @@ class FileTree(ABC):
 
 
 class Folder(FileTree):
+    """A folder on disk. Links to folders are followed, unless they lead back to a folder that they lie in."""
+
     def _list(self) -> Sequence[str]:
-        paths = []
-        for folder, _, names in os.walk(self.root, followlinks=True):
-            relative = Path(folder).relative_to(self.root)
-            paths += [(relative / name).as_posix() for name in names]
-        return paths
+        return list(self._walk("", ()))
+
+    def _walk(self, folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+        status = os.stat(self.root / folder)
+        here = (status.st_dev, status.st_ino)
+        if here in above:
+            self.skipped.append(f"{folder.rstrip('/')} (a link that leads back)")
+            return
+        with os.scandir(self.root / folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if entry.is_dir():
+                    yield from self._walk(f"{folder}{entry.name}/", (*above, here))
+                else:
+                    yield folder + entry.name
 
     def open(self, path: str) -> BinaryIO:
         return open(self.root / path, "rb")
@@ -55,10 +82,21 @@ class Folder(FileTree):
 
 
 class Archive(FileTree):
-    """A zip file; a single folder around all images is left out of the paths."""
+    """A zip file; a single folder around all images is left out of the paths.
+
+    Raises:
+        ValueError: its table of contents is damaged.
+    """
 
     def __init__(self, root: Path) -> None:
-        self._zip, self._owner = zipfile.ZipFile(root), os.getpid()
+        try:
+            self._zip, self._owner = zipfile.ZipFile(root), os.getpid()
+        except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
+            raise ValueError(f"{root} is a damaged .zip file ({error}); fetch or make it again") from error
+        # Made on Windows it may have backslashes between folders.
+        self._members = {
+            info.filename.replace("\\", "/"): info for info in self._zip.infolist() if not info.filename.endswith("\\")
+        }
         self._wrapper = ""
         super().__init__(root)
 
@@ -66,18 +104,25 @@ class Archive(FileTree):
         return {**self.__dict__, "_zip": None}
 
     def _list(self) -> Sequence[str]:
-        paths = [info.filename for info in self._zip.infolist() if not info.is_dir()]
+        paths = [path for path, info in self._members.items() if not info.is_dir()]
         self._wrapper = _wrapper([path for path in paths if not _is_hidden(path)])
         return [path.removeprefix(self._wrapper) for path in paths if path.startswith(self._wrapper)]
 
     def open(self, path: str) -> BinaryIO:
+        info = self._members[self._wrapper + path]
         try:
-            return io.BytesIO(self._handle().read(self._wrapper + path))
-        except (zipfile.BadZipFile, zipfile.zlib.error) as error:
-            raise OSError(str(error)) from error
+            if info.file_size > HELD_IN_MEMORY:
+                return self._handle().open(info)
+            return io.BytesIO(self._handle().read(info))
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise OSError(f"the archive's entry is damaged: {error}") from error
+        except NotImplementedError as error:
+            raise OSError(f"it is packed by method {info.compress_type}, which cannot be unpacked here") from error
+        except RuntimeError as error:  # zipfile's word for a password that is missing
+            raise OSError(f"the archive's entry is encrypted: {error}") from error
 
     def size(self, path: str) -> int:
-        return self._handle().getinfo(self._wrapper + path).file_size
+        return self._members[self._wrapper + path].file_size
 
     def _handle(self) -> zipfile.ZipFile:
         # A handle inherited by a forked worker shares its file position with the parent, so each process opens one.
@@ -91,7 +136,7 @@ def open_tree(root: str | Path) -> FileTree:
 
     Raises:
         FileNotFoundError: there is nothing at ``root``.
-        ValueError: ``root`` is a file, but no zip.
+        ValueError: ``root`` is a file, but no zip, or a damaged one.
     """
     root = Path(root).expanduser()
     if root.is_dir():
@@ -104,12 +149,17 @@ def open_tree(root: str | Path) -> FileTree:
     return Archive(root)
 
 
+def printable(text: str) -> str:
+    """A file's name as it can be printed and saved: bytes that are no UTF-8 become ``\\xff``."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def _is_hidden(path: str) -> bool:
     return any(part.startswith((".", "__MACOSX")) for part in path.split("/"))
 
 
 def _wrapper(paths: Sequence[str]) -> str:
     """The one folder around all images, unless it is a split."""
-    tops = {path.partition("/")[0] for path in paths if path.lower().endswith(IMAGE_EXTENSIONS)}
+    tops = {path.partition("/")[0] for path in paths if is_image(path)}
     top = tops.pop() if len(tops) == 1 else ""
-    return f"{top}/" if top and top not in SPLITS and not top.lower().endswith(IMAGE_EXTENSIONS) else ""
+    return f"{top}/" if top and top not in SPLITS and not is_image(top) else ""

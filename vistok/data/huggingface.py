@@ -10,7 +10,9 @@ from typing import Any
 from PIL import Image
 
 from vistok.config import ConfigError
-from vistok.data.sources import DECODING_ERRORS, UNCONDITIONAL, ImageSource, UnreadableImageError, convert, hash_lines
+from vistok.data.decoding import DECODING_ERRORS, Decoder
+from vistok.data.sources import ImageSource, UnreadableImageError, hash_lines
+from vistok.data.tar import UNCONDITIONAL, check_class
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ class HuggingFaceSource(ImageSource):
         root: str | None,
         *,
         split: str | None = "train",
-        channels: int = 3,
+        decoder: Decoder = Decoder(),  # noqa: B008 (immutable)
         image_column: str | None = None,
         label_column: str | None = None,
     ) -> None:
@@ -69,7 +71,7 @@ class HuggingFaceSource(ImageSource):
                 self._label,
                 " or ".join(integers),
             )
-        self._channels = channels
+        self._decoder = decoder
 
     def _pick(self, key: str, wanted: str | None, usual: Sequence[str], possible: Sequence[str]) -> str | None:
         """The wanted column, else the only usual one; None if there is none."""
@@ -92,6 +94,7 @@ class HuggingFaceSource(ImageSource):
         wrong = [number for number in ids if number is None or number < 0]
         if wrong:
             raise ValueError(f"data.label_column={self._class} of {self._label} holds {wrong[0]}, which is no class id")
+        check_class(max(ids))
         return tuple(map(str, range(1 + max(ids))))
 
     def __len__(self) -> int:
@@ -100,7 +103,7 @@ class HuggingFaceSource(ImageSource):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         try:
             row = self._dataset[int(index)]
-            image = convert(row[self._image], self._channels)
+            image = self._decoder.convert(row[self._image])
         except DECODING_ERRORS as error:
             raise UnreadableImageError(self.name(index), str(error)) from error
         return image, row[self._class] if self._class is not None else UNCONDITIONAL

@@ -24,7 +24,8 @@ def pixel_masks(masks: Image.Image | Sequence[Image.Image] | Tensor, count: int,
         ValueError: another number of masks, another size, or a tensor that is not bool.
     """
     if not isinstance(masks, Tensor):
-        masks = from_pil([masks] if isinstance(masks, Image.Image) else masks, size, channels=1)[:, 0] > 0
+        pictures = [masks] if isinstance(masks, Image.Image) else masks
+        masks = from_pil(pictures, size, channels=1, background=0)[:, 0] > 0  # nothing is marked where nothing is
     if masks.dtype != torch.bool:
         raise ValueError(f"a mask tensor must be bool, True where the image is generated anew; got {masks.dtype}")
     masks = masks[None] if masks.ndim == 2 else masks

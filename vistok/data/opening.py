@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from vistok.data.config import DataConfig
+from vistok.data.decoding import Decoder
+from vistok.data.folders import FolderSource
 from vistok.data.huggingface import HuggingFaceSource
 from vistok.data.shards import ShardSource
-from vistok.data.sources import DigitsSource, FolderSource, ImageSource, Selection, TorchvisionSource
+from vistok.data.sources import DigitsSource, ImageSource, Selection, TorchvisionSource
 
 _ROOTS = {
     "folder": "a folder or .zip file of images",
@@ -28,31 +30,30 @@ def open_source(config: DataConfig) -> ImageSource:
 
 
 def _open(config: DataConfig) -> ImageSource:
+    decoder = Decoder(config.channels, config.reading, side=config.image_size)
     if config.source == "digits":
-        return DigitsSource(split=config.split, channels=config.channels)
+        return DigitsSource(split=config.split, decoder=decoder)
     if config.source == "huggingface":
-        return _open_huggingface(config)
+        return _open_huggingface(config, decoder)
     if config.root is None:
         raise ValueError(f"data.source={config.source} needs data.root=…, {_ROOTS[config.source]}")
     if config.source == "folder":
-        return FolderSource(config.root, split=config.split, channels=config.channels)
+        return FolderSource(config.root, split=config.split, decoder=decoder)
     if config.source == "webdataset":
-        return ShardSource(config.root, split=config.split, channels=config.channels)
+        return ShardSource(config.root, split=config.split, decoder=decoder)
     if config.name is None:
         raise ValueError("data.source=torchvision needs data.name=…, for example data.name=CIFAR10")
-    return TorchvisionSource(
-        config.name, config.root, split=config.split, download=config.download, channels=config.channels
-    )
+    return TorchvisionSource(config.name, config.root, split=config.split, download=config.download, decoder=decoder)
 
 
-def _open_huggingface(config: DataConfig) -> ImageSource:
+def _open_huggingface(config: DataConfig, decoder: Decoder) -> ImageSource:
     if (config.name is None) == (config.root is None):
         raise ValueError("data.source=huggingface needs data.name=… (on the hub) or data.root=… (a saved folder)")
     return HuggingFaceSource(
         config.name,
         config.root,
         split=config.split,
-        channels=config.channels,
+        decoder=decoder,
         image_column=config.image_column,
         label_column=config.label_column,
     )

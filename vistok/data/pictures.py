@@ -17,6 +17,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from vistok.data.decoding import DECODING_ERRORS, Decoder
 from vistok.data.transforms import center_crop_adm, to_pixels
 from vistok.utils.files import atomic_file
 
@@ -62,29 +63,30 @@ def to_pil(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array) for array in arrays]
 
 
-def from_pil(images: Sequence[Image.Image], size: tuple[int, int], channels: int) -> Tensor:
-    """Images of any size to pixels (B, channels, H, W): ADM's centre crop, grey or RGB.
+def from_pil(images: Sequence[Image.Image], size: tuple[int, int], channels: int, *, background: int = 255) -> Tensor:
+    """Images of any size to pixels (B, channels, H, W): upright, ADM's centre crop, grey or RGB.
 
     Args:
         size: (height, width), which must be equal.
+        background: grey level that shows through transparent parts.
 
     Raises:
-        ValueError: no images, or a size that is not square.
+        ValueError: no images, a size that is not square, or pixels of which nobody can know which value is white.
     """
     height, width = size
     if height != width:
         raise ValueError(f"images are cropped to squares, but {height}x{width} was asked for; pass pixels instead")
     if not images:
         raise ValueError("there are no images")
-    mode = "L" if channels == 1 else "RGB"
-    converted = [image if image.mode == mode else image.convert(mode) for image in images]
+    decoder = Decoder(channels, side=height, background=background)
+    converted = [decoder.convert(image) for image in images]
     cropped = [image if image.size == (width, height) else center_crop_adm(image, height) for image in converted]
     arrays = np.stack([np.asarray(image).reshape(height, width, channels) for image in cropped])
     return to_pixels(arrays)
 
 
-def open_picture(path: str | Path) -> Image.Image:
-    """Read an image file whole.
+def open_picture(path: str | Path, decoder: Decoder | None = None) -> Image.Image:
+    """Read an image file whole: as ``decoder`` converts it, or as it is.
 
     Raises:
         FileNotFoundError: no such file.
@@ -94,12 +96,15 @@ def open_picture(path: str | Path) -> Image.Image:
     if not path.is_file():
         raise FileNotFoundError(f"there is no image file {path}")
     try:
-        with Image.open(path) as image:
-            image.load()
-            return image
+        with path.open("rb") as file:
+            if decoder is not None:
+                return decoder.read(file)
+            with Image.open(file) as image:
+                image.load()
+                return image
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is not an image that Pillow can read; expected PNG, JPEG, WebP, …") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except DECODING_ERRORS as error:
         raise ValueError(f"{path} is damaged or cannot be decoded: {error}") from error
 
 

@@ -7,7 +7,6 @@ source: exact, and the same for any number of workers. Remote shards are fetched
 from __future__ import annotations
 
 import glob
-import io
 import itertools
 import json
 import logging
@@ -16,42 +15,67 @@ import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
-
-from PIL import Image
+from typing import BinaryIO
 
 from vistok.config import ShellCommand
-from vistok.data.files import IMAGE_EXTENSIONS
+from vistok.data.decoding import Decoder
+from vistok.data.files import printable
+from vistok.data.formats import image_extensions
+from vistok.data.imagefiles import ImageFiles, LeftOut
 from vistok.data.remote import Shard, check_address, fetch, is_remote
-from vistok.data.sources import DECODING_ERRORS, UNCONDITIONAL, ImageSource, UnreadableImageError, convert, hash_lines
-from vistok.data.tar import regular_files
+from vistok.data.sources import FileSource, hash_lines
+from vistok.data.tar import UNCONDITIONAL, Index, Sample, index_shard, open_member
 from vistok.utils.files import atomic_file, cache_folder, read_json
 
 log = logging.getLogger(__name__)
 
 CLASS_NAMES = "classnames.txt"
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 MOST_SHARDS = 100_000
 
 
-class Sample(NamedTuple):
-    """Where an image lies.
+class ShardFiles(ImageFiles):
+    """The images of local shards, in the order of the shards.
 
-    Attributes:
-        shard: number of the shard.
-        offset, size: of the image's bytes in it.
-        name: the sample's name with the image's extension.
-        label: class id, or -1.
+    Args:
+        paths: the shards.
+        cache: where the indices of shards are kept; None keeps none.
+
+    Raises:
+        OSError: a shard that cannot be read.
+        ValueError: a shard that is damaged or no tar file, or a key with two images.
     """
 
-    shard: int
-    offset: int
-    size: int
-    name: str
-    label: int
+    def __init__(self, paths: Sequence[Path], cache: Path | None) -> None:
+        self._paths = paths
+        self.source = printable(str(paths[0]) if len(paths) == 1 else f"{paths[0].parent} ({len(paths)} shards)")
+        indices = [samples_of(path, number, cache) for number, path in enumerate(paths)]
+        self.samples = [sample for index in indices for sample in index.samples]
+        self.left_out = sum((index.left_out for index in indices), LeftOut())
+        self.wrong_label = next((index.wrong_label for index in indices if index.wrong_label), None)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def path(self, index: int) -> str:
+        return self.samples[index].name
+
+    def shard(self, index: int) -> Path:
+        """Where it lies."""
+        return self._paths[self.samples[index].shard]
+
+    def open(self, index: int) -> BinaryIO:
+        sample = self.samples[index]
+        return open_member(self._paths[sample.shard], sample.offset, sample.size)
+
+    def size(self, index: int) -> int:
+        return self.samples[index].size
+
+    def name(self, index: int) -> str:
+        return printable(f"{self.shard(index)}:{self.samples[index].name}")
 
 
-class ShardSource(ImageSource):
+class ShardSource(FileSource):
     """Images of webdataset shards.
 
     The label of an image is the integer in its ``.cls`` file, else "label" of its ``.json``; without either the source
@@ -70,20 +94,31 @@ class ShardSource(ImageSource):
     """
 
     def __init__(
-        self, pattern: Shard, *, split: str | None = "train", channels: int = 3, cache: Path | None = None
+        self,
+        pattern: Shard,
+        *,
+        split: str | None = "train",
+        decoder: Decoder = Decoder(),  # noqa: B008 (immutable)
+        cache: Path | None = None,
     ) -> None:
         if "{split}" not in str(pattern) and split not in (None, "train"):
             raise ValueError(f"data.root={pattern} names no split; write {{split}} where {split!r} belongs, or both")
         urls = shard_paths(_with_text(pattern, lambda text: text.replace("{split}", split or "")))
         cache = cache or cache_folder("shards")
         self._paths = fetch(urls, cache) if is_remote(pattern) else [Path(str(url)) for url in urls]
-        self._samples = [s for number, path in enumerate(self._paths) for s in samples_of(path, number, cache)]
-        self._channels = channels
-        if not self._samples:
+        files = ShardFiles(self._paths, cache)
+        if not len(files):
             raise FileNotFoundError(
-                f"no images in the {len(urls)} shards of {pattern}; of {' '.join(IMAGE_EXTENSIONS)}"
+                f"no images in the {len(urls)} shards of {pattern}; of {' '.join(image_extensions())}"
+                + (f" ({files.left_out})" if files.left_out.count else "")
             )
+        if files.wrong_label:
+            raise ValueError(files.wrong_label)
+        self._samples = files.samples
+        super().__init__(files, [sample.label for sample in files.samples], decoder)
         self.classes = self._name_classes(pattern)
+        if files.left_out.count:
+            log.warning("%s: %s", pattern, files.left_out)
 
     def _name_classes(self, pattern: Shard) -> tuple[str, ...]:
         unlabelled = [sample for sample in self._samples if sample.label == UNCONDITIONAL]
@@ -100,24 +135,6 @@ class ShardSource(ImageSource):
         if len(lines) < count:
             raise ValueError(f"{names} names {len(lines)} classes, but there is a label {count - 1}")
         return lines
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        sample = self._samples[index]
-        try:
-            with self._paths[sample.shard].open("rb") as file:
-                file.seek(sample.offset)
-                content = file.read(sample.size)
-            with Image.open(io.BytesIO(content)) as image:
-                return convert(image, self._channels), sample.label
-        except DECODING_ERRORS as error:
-            raise UnreadableImageError(self.name(index), str(error)) from error
-
-    def name(self, index: int) -> str:
-        sample = self._samples[index]
-        return f"{self._paths[sample.shard]}:{sample.name}"
 
     def fingerprint(self) -> str:
         return hash_lines(f"{sample.name} {sample.size}" for sample in self._samples)
@@ -162,79 +179,36 @@ def expand_braces(pattern: str) -> Iterator[str]:
         yield from expand_braces(f"{pattern[: match.start()]}{number:0{len(first)}d}{pattern[match.end() :]}")
 
 
-def samples_of(path: Path, number: int, cache: Path) -> list[Sample]:
-    """As ``index_shard``; what it finds is kept in ``cache``, because a large set takes minutes to walk through."""
+def samples_of(path: Path, number: int, cache: Path | None) -> Index:
+    """As ``index_shard``; what it finds is kept in ``cache``, because a large set takes minutes to walk through.
+
+    Raises:
+        ValueError: it is cut, damaged or no tar file; or as ``index_shard``.
+    """
     status = path.stat()
     # A shard that has changed is indexed anew, and all are if the rules of indexing have.
-    key = f"{INDEX_VERSION} {path.resolve()} {status.st_size} {status.st_mtime_ns}"
-    file = cache / "index" / f"{hash_lines([key])[:32]}.json"
+    key = f"{INDEX_VERSION} {image_extensions()} {path.resolve()} {status.st_size} {status.st_mtime_ns}"
+    file = cache / "index" / f"{hash_lines([key])[:32]}.json" if cache is not None else None
+    if file is not None:
+        try:
+            kept = read_json(file)
+            count, names = kept["left_out"]
+            samples = [Sample(number, *row) for row in kept["samples"]]
+            return Index(samples, LeftOut(count, tuple(names)), kept["wrong_label"])
+        except (OSError, ValueError, TypeError, KeyError):
+            pass  # it is not kept yet
     try:
-        return [Sample(number, *row) for row in read_json(file)]
-    except (OSError, ValueError, TypeError):
-        samples = list(index_shard(path, number))
-    try:
-        with atomic_file(file) as temporary:
-            temporary.write_text(json.dumps([sample[1:] for sample in samples]))
-    except OSError as error:
-        log.info("the index of %s is not kept: %s", path, error)
-    return samples
-
-
-def index_shard(path: Path, number: int) -> Iterator[Sample]:
-    """The images of a tar file, with their labels, in their order there.
-
-    Raises:
-        ValueError: it is cut, damaged or no tar file, or a label is no class id.
-    """
-    try:
-        members = regular_files(path)
+        index = index_shard(path, number)
     except tarfile.TarError as error:
-        raise ValueError(f"{path} is no whole, uncompressed .tar file ({error}); fetch or make it again") from error
-    labels = _labels(path, members)
-    for member in members:
-        stem, extension = _split(member.name)
-        if extension in IMAGE_EXTENSIONS:
-            yield Sample(number, member.offset_data, member.size, member.name, labels.get(stem, UNCONDITIONAL))
-
-
-def _labels(path: Path, members: Sequence[tarfile.TarInfo]) -> dict[str, int]:
-    """Class ids by sample: that of its .cls file, else that of its .json file, if it has one."""
-    labels: dict[str, int] = {}
-    with path.open("rb") as file:
-        for kind in (".cls", ".json"):
-            for member in members:
-                stem, extension = _split(member.name)
-                if extension != kind or stem in labels:
-                    continue
-                file.seek(member.offset_data)
-                try:
-                    label = _label(file.read(member.size), kind)
-                except ValueError as error:
-                    raise ValueError(f"{path}:{member.name} holds no class id: {error}") from error
-                if label is not None:
-                    labels[stem] = label
-    return labels
-
-
-def _label(content: bytes, kind: str) -> int | None:
-    """The class id that a file holds; None if it is a .json file without "label", or with null there.
-
-    Raises:
-        ValueError: something else than an integer from 0, or -1 for no class.
-    """
-    label = content
-    if kind == ".json":
-        value = json.loads(content)
-        label = value.get("label") if isinstance(value, dict) else None
-    if label is None:
-        return None
-    if not isinstance(label, int | str | bytes) or isinstance(label, bool) or int(label) < UNCONDITIONAL:
-        raise ValueError(f"expected an integer from 0, got {label!r}")
-    return int(label)
-
-
-def _split(name: str) -> tuple[str, str]:
-    """Name and extension; as webdataset has it, the extension begins at the first dot of the file's name."""
-    folder, slash, file = name.rpartition("/")
-    stem, dot, extension = file.partition(".")
-    return folder + slash + stem, (dot + extension).lower()
+        raise ValueError(
+            f"{path} is not a readable .tar shard (compressed ones are not supported): {path.name} is no whole, "
+            f"uncompressed .tar file ({error}); fetch or make it again"
+        ) from error
+    if file is not None:
+        try:
+            with atomic_file(file) as temporary:
+                rows = [sample[1:] for sample in index.samples]
+                temporary.write_text(json.dumps(index._asdict() | {"samples": rows}))
+        except OSError as error:
+            log.info("the index of %s is not kept: %s", path, error)
+    return index

@@ -1,7 +1,7 @@
-"""Where images come from: folders, zip files, torchvision's datasets, scikit-learn's digits; see also
+"""Where images come from: files, torchvision's datasets, scikit-learn's digits; see also :mod:`vistok.data.folders`,
 :mod:`vistok.data.shards` and :mod:`vistok.data.huggingface`.
 
-A source is a map-style dataset of ``(PIL image, label)``: mode L or RGB as ``channels`` says, whatever the size.
+A source is a map-style dataset of ``(PIL image, label)``: mode L or RGB as its decoder says, whatever the size.
 A label is the position of the class in ``classes``, or -1 throughout where ``classes`` is empty (unconditional).
 """
 
@@ -19,20 +19,13 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from vistok.config import nearest
-from vistok.data.files import IMAGE_EXTENSIONS, SPLITS, FileTree, open_tree
+from vistok.data.decoding import DECODING_ERRORS, Decoder
+from vistok.data.imagefiles import ImageFiles
 
 log = logging.getLogger(__name__)
 
-UNCONDITIONAL = -1
 UNSAFE = ("LSUN", "LSUNClass")
 """Datasets of torchvision that unpickle what lies in their folder, without a checksum."""
-
-_LAYOUTS = (
-    "accepted layouts: <class>/*, the same under train/, val/ or test/, or images side by side without classes; "
-    f"extensions: {' '.join(IMAGE_EXTENSIONS)}"
-)
-# What Pillow's decoders are known to raise on damaged files, besides OSError.
-DECODING_ERRORS = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 
 
 class UnreadableImageError(Exception):
@@ -67,45 +60,30 @@ class ImageSource(ABC):
         """A hash that changes when the source holds other images (names and sizes, not contents)."""
 
 
-class FolderSource(ImageSource):
-    """Images in a folder or a .zip file, read in place.
+class FileSource(ImageSource):
+    """Images that lie in files.
 
-    Images lie in ``<class>/`` folders (at any depth below), or all side by side, which makes the source
-    unconditional. Where the folders are called train, val, validation, test (all of them, or at least two), ``split``
-    picks one; a root without such folders is all training images. A zip may hold everything inside one more folder.
-    Hidden files are ignored; other files are counted in a warning.
-
-    Raises:
-        FileNotFoundError: no such root, no such split, or no images.
-        ValueError: images both inside and beside class folders.
+    Args:
+        files: which.
+        labels: of each.
+        decoder: how they become images.
     """
 
-    def __init__(self, root: str | Path, *, split: str | None = "train", channels: int = 3) -> None:
-        self._tree = open_tree(root)
-        self._channels = channels
-        images = self._tree.images()
-        if not images:
-            raise FileNotFoundError(f"no images in {root}; {_LAYOUTS}")
-        self._prefix = "" if split is None else _split_prefix(images, split, self._tree)
-        self._files = sorted(path for path in images if path.startswith(self._prefix))
-        self.classes, self._labels = _label(self._files, self._prefix, self._tree)
-        _warn_of_other_files(self._tree, self._prefix)
+    def __init__(self, files: ImageFiles, labels: Sequence[int], decoder: Decoder) -> None:
+        self.files, self._labels, self._decoder = files, labels, decoder
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         try:
-            with self._tree.open(self._files[index]) as file, Image.open(file) as image:
-                return convert(image, self._channels), self._labels[index]
+            with self.files.open(index) as file:
+                return self._decoder.read(file), self._labels[index]
         except DECODING_ERRORS as error:
-            raise UnreadableImageError(self.name(index), str(error)) from error
+            raise UnreadableImageError(self.name(index), str(error) or repr(error)) from error
 
     def name(self, index: int) -> str:
-        return f"{self._tree.root}/{self._files[index]}"
-
-    def fingerprint(self) -> str:
-        return hash_lines(f"{path.removeprefix(self._prefix)} {self._tree.size(path)}" for path in self._files)
+        return self.files.name(index)
 
 
 class TorchvisionSource(ImageSource):
@@ -119,11 +97,17 @@ class TorchvisionSource(ImageSource):
     """
 
     def __init__(
-        self, name: str, root: str | Path, *, split: str | None = "train", download: bool = False, channels: int = 3
+        self,
+        name: str,
+        root: str | Path,
+        *,
+        split: str | None = "train",
+        download: bool = False,
+        decoder: Decoder = Decoder(),  # noqa: B008 (immutable)
     ) -> None:
         self._dataset = _open_torchvision(name, Path(root).expanduser(), split, download)
         self._label = f"{name}/{split}"
-        self._channels = channels
+        self._decoder = decoder
         self.classes = _torchvision_classes(self._dataset, name)
 
     def __len__(self) -> int:
@@ -132,7 +116,7 @@ class TorchvisionSource(ImageSource):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         try:
             image, label = self._dataset[index]
-            return convert(image, self._channels), int(label)
+            return self._decoder.convert(image), int(label)
         except DECODING_ERRORS as error:
             raise UnreadableImageError(self.name(index), str(error)) from error
 
@@ -152,7 +136,7 @@ class DigitsSource(ImageSource):
 
     SIZE = 32
 
-    def __init__(self, *, split: str | None = "train", channels: int = 1) -> None:
+    def __init__(self, *, split: str | None = "train", decoder: Decoder = Decoder(1)) -> None:  # noqa: B008
         from sklearn.datasets import load_digits
 
         if split not in ("train", "test", None):
@@ -164,14 +148,14 @@ class DigitsSource(ImageSource):
         images = np.rint(data.images[self._positions] * (255 / 16)).astype(np.uint8)  # values are 0..16
         size = (self.SIZE, self.SIZE)
         self._images = [Image.fromarray(image).resize(size, Image.Resampling.BICUBIC) for image in images]
-        self._channels = channels
+        self._decoder = decoder
         self.classes = tuple("0123456789")
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return convert(self._images[index], self._channels), int(self._labels[index])
+        return self._decoder.convert(self._images[index]), int(self._labels[index])
 
     def name(self, index: int) -> str:
         return f"digits/{self._positions[index]}"
@@ -200,58 +184,12 @@ class Selection(ImageSource):
         return hash_lines([self._source.fingerprint(), *map(str, self._indices)])
 
 
-def convert(image: Image.Image, channels: int) -> Image.Image:
-    """Decode to mode L or RGB."""
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("L" if channels == 1 else "RGB")
-
-
 def hash_lines(lines: Iterable[str]) -> str:
     """The SHA-256 of some lines of text."""
     digest = hashlib.sha256()
     for line in lines:
-        digest.update(line.encode() + b"\n")
+        digest.update(line.encode("utf-8", "surrogateescape") + b"\n")
     return digest.hexdigest()
-
-
-def _split_prefix(images: Sequence[str], split: str, tree: FileTree) -> str:
-    """The folder of a split, with its slash; empty if the tree is not divided into splits."""
-    tops = {path.partition("/")[0] for path in images}
-    splits = tops & set(SPLITS)
-    if splits == tops or len(splits) > 1:
-        if split not in tops:
-            raise FileNotFoundError(f"{tree.root} has no images in {split}/; it has {', '.join(sorted(splits))}")
-        return f"{split}/"
-    if split != "train":
-        raise FileNotFoundError(
-            f"{tree.root} is not divided into splits, so it has no {split!r}: put the images into train/ and {split}/, "
-            "or name another folder as root with data.split=null"
-        )
-    return ""
-
-
-def _label(files: Sequence[str], prefix: str, tree: FileTree) -> tuple[tuple[str, ...], list[int]]:
-    """Class names, and the label of every file."""
-    folders = [path.removeprefix(prefix).rpartition("/")[0].partition("/")[0] for path in files]
-    classes = tuple(sorted(set(folders)))
-    if classes == ("",):
-        return (), [UNCONDITIONAL] * len(files)
-    if "" in classes:
-        loose = [path for path, folder in zip(files, folders, strict=True) if not folder]
-        raise ValueError(
-            f"{tree.root}/{prefix} holds {len(loose)} images (such as {loose[0]}) beside the folders "
-            f"{', '.join(classes[1:6])}; {_LAYOUTS}"
-        )
-    labels = {name: label for label, name in enumerate(classes)}
-    return classes, [labels[folder] for folder in folders]
-
-
-def _warn_of_other_files(tree: FileTree, prefix: str) -> None:
-    others = [path for path in tree.others() if path.startswith(prefix)]
-    if others:
-        shown = ", ".join(others[:5]) + (", …" if len(others) > 5 else "")
-        log.warning("%s: %d files are not images and are ignored: %s", tree.root, len(others), shown)
 
 
 def _open_torchvision(name: str, root: Path, split: str | None, download: bool):

@@ -1,9 +1,97 @@
-"""Uncompressed tar files, which hold their files one after another as they are."""
+"""Uncompressed tar files, which hold their files one after another as they are, and the samples in them.
+
+Files of one sample share its key; what follows the key is the extension. As webdataset has it, the extension begins at
+the first dot of the file's name, so that ``a.png``, ``a.seg.png`` and ``a.cls`` are one sample. A key may have dots all
+the same: ``v1.0.png`` is the image of a sample ``v1.0``, unless there is a sample ``v1`` with an image of its own.
+"""
 
 from __future__ import annotations
 
+import io
+import json
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from vistok.data.files import printable
+from vistok.data.formats import extension, is_image
+from vistok.data.imagefiles import LeftOut
+
+UNCONDITIONAL = -1
+LABELS = (".cls", ".json")
+"""Extensions of the files that may hold a sample's class id; the first one that does counts."""
+LONGEST_LABEL = 1 << 20
+MOST_CLASSES = 100_000
+"""More than any data set of images has: a larger id is no class id, and would make a model of so many classes."""
+
+
+class Sample(NamedTuple):
+    """Where an image lies.
+
+    Attributes:
+        shard: number of the shard.
+        offset, size: of the image's bytes in it.
+        name: the sample's key with the image's extension.
+        label: class id, or -1.
+    """
+
+    shard: int
+    offset: int
+    size: int
+    name: str
+    label: int
+
+
+class Index(NamedTuple):
+    """What a shard holds.
+
+    Attributes:
+        samples: its images, in their order there.
+        left_out: the files of samples without an image that could be read.
+        wrong_label: what is wrong with the first label that is no class id; None if there is none.
+    """
+
+    samples: list[Sample]
+    left_out: LeftOut
+    wrong_label: str | None = None
+
+
+class Slice(io.RawIOBase):
+    """A part of a file, as a file."""
+
+    def __init__(self, path: Path, offset: int, size: int) -> None:
+        self._file, self._offset, self._size, self._position = path.open("rb"), offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = max(0, start + offset)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._offset + self._position)
+        content = self._file.read(max(0, min(len(buffer), self._size - self._position)))
+        buffer[: len(content)] = content
+        self._position += len(content)
+        return len(content)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def open_member(path: Path, offset: int, size: int) -> BinaryIO:
+    """The bytes of a tar file's member, read when they are asked for."""
+    return io.BufferedReader(Slice(path, offset, size))
 
 
 def regular_files(path: Path) -> list[tarfile.TarInfo]:
@@ -17,6 +105,118 @@ def regular_files(path: Path) -> list[tarfile.TarInfo]:
         members = [member for member in archive if member.isfile()]
         _check_end(path, archive.offset)
     return members
+
+
+def index_shard(path: Path, number: int) -> Index:
+    """The images of a tar file, with their labels.
+
+    Raises:
+        tarfile.ReadError, OSError: see ``regular_files``.
+        ValueError: a key has two images.
+    """
+    members: dict[str, tarfile.TarInfo] = {}
+    for member in regular_files(path):
+        name = member.name.removeprefix("./")
+        if name in members and is_image(name):
+            raise ValueError(f"{path}: the key {printable(_key(name))!r} has two images of the name {printable(name)}")
+        members[name] = member
+    images = _images(members)
+    _check_keys(path, images)
+    wrong_label = None
+    try:
+        labels = _labels(path, members, set(images.values()))
+    except ValueError as error:  # of no concern to those who only look at the images
+        labels, wrong_label = {}, str(error)
+    samples = [
+        Sample(number, members[name].offset_data, members[name].size, name, labels.get(key, UNCONDITIONAL))
+        for name, key in images.items()
+    ]
+    keys = set(images.values())
+    left_out = [name for name in members if name not in images and not _belongs(name, keys)]
+    return Index(samples, LeftOut.of(f"{path}:{name}" for name in left_out), wrong_label)
+
+
+def _images(members: Mapping[str, Any]) -> dict[str, str]:
+    """The names of images, with their keys."""
+    candidates = [name for name in members if is_image(name)]
+    plain = {name for name in candidates if "." not in _key(name).rpartition("/")[2]}
+    keys = {_key(name) for name in plain}
+    return {name: _key(name) for name in candidates if name in plain or _webdataset_key(name) not in keys}
+
+
+def _key(name: str) -> str:
+    return name[: -len(extension(name))] if extension(name) else name
+
+
+def _webdataset_key(name: str) -> str:
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + file.partition(".")[0]
+
+
+def _belongs(name: str, keys: set[str]) -> bool:
+    """Whether a file is of a sample that has an image."""
+    folder, slash, file = name.rpartition("/")
+    parts = file.split(".")
+    return any(folder + slash + ".".join(parts[:count]) in keys for count in range(1, len(parts)))
+
+
+def _check_keys(path: Path, images: Mapping[str, str]) -> None:
+    names: dict[str, str] = {}
+    for name, key in images.items():
+        other = names.setdefault(key, name)
+        if other != name:
+            raise ValueError(
+                f"{path}: the key {printable(key)!r} has two images, {printable(other)} and {printable(name)}; "
+                "keys must differ"
+            )
+
+
+def _labels(path: Path, members: Mapping[str, tarfile.TarInfo], keys: set[str]) -> dict[str, int]:
+    """Class ids by key: that of its .cls file, else that of its .json file, if it has one."""
+    labels: dict[str, int] = {}
+    with path.open("rb") as file:
+        for kind in LABELS:
+            for name, member in members.items():
+                key = _key(name)
+                if extension(name) != kind or key in labels or key not in keys:
+                    continue
+                file.seek(member.offset_data)
+                try:
+                    label = _label(file.read(min(member.size, LONGEST_LABEL + 1)), kind)
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{path}:{printable(name)} holds no class id: {error}") from error
+                if label is not None:
+                    labels[key] = label
+    return labels
+
+
+def _label(content: bytes, kind: str) -> int | None:
+    """The class id that a file holds; None if it is a .json file without "label", or with null there.
+
+    Raises:
+        ValueError: something else than an integer from 0, or -1 for no class.
+    """
+    if len(content) > LONGEST_LABEL:
+        raise ValueError(f"the file has more than {LONGEST_LABEL:,} bytes")
+    label: Any = content
+    if kind == ".json":
+        value = json.loads(content)
+        label = value.get("label") if isinstance(value, dict) else None
+    if label is None:
+        return None
+    if not isinstance(label, int | str | bytes) or isinstance(label, bool) or int(label) < UNCONDITIONAL:
+        raise ValueError(f"expected an integer from 0, got {label!r}")
+    check_class(int(label))
+    return int(label)
+
+
+def check_class(label: int) -> None:
+    """Raise ValueError for an id that would make more than ``MOST_CLASSES`` classes."""
+    if label >= MOST_CLASSES:
+        raise ValueError(
+            f"{label} would be one of more than {MOST_CLASSES:,} classes (ids count from 0); is it an id of something "
+            "else? Number the classes from 0"
+        )
 
 
 def _check_end(path: Path, end: int) -> None:

@@ -110,7 +110,7 @@ def benchmark(
         raise ValueError("the protocol 'reconstruction' compares images with their originals; generated ones have none")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    real = NO_REFERENCE if reference is None else open_reference(reference)
+    real = NO_REFERENCE if reference is None else open_reference(reference, reading=rules.reading)
     device = torch.device(device or processes.device())
     net = load_network(rules, weights=weights, features=features, network=network, device=device)
     plan = _plan(pipe, num_images, labels, seed, sampling or {}, rules.describe(net), eval_size)
@@ -217,6 +217,7 @@ class _PlannedImages:
     source: ClassVar[str] = "the benchmark"
     names: ClassVar[None] = None
     lossy: ClassVar[int] = 0
+    files_read: ClassVar[None] = None
 
 
 def _scales(pipe: ImagePipeline, scales: Sequence[float] | None, sampling: Mapping[str, Any]) -> list[tuple[Any, str]]:

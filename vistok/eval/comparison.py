@@ -72,7 +72,8 @@ def evaluate(
     rules = choose_protocol(protocol, features, network)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    sample, real = open_reference(images), open_reference(reference, crop=crop)
+    sample = open_reference(images, reading=rules.reading)
+    real = open_reference(reference, crop=crop, reading=rules.reading)
     paired = protocol == "reconstruction"
     if paired:
         real.check_held_out()

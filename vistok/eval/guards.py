@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vistok.eval.dinov2 import DINOV2
+from vistok.eval.images import FilesRead
 from vistok.eval.networks import INCEPTION, PUBLISHED_HASH, FeatureNetwork
 from vistok.eval.protocols import Protocol
 from vistok.eval.references import HELD_OUT, WRONG_REFERENCE
@@ -52,10 +53,26 @@ def _side_warnings(name: str, side: Side) -> Iterator[str]:
             "or process does that (VAR-d16 was seen at FID 4.24 that way)"
         )
     images = side.reference.images
+    if images is not None and images.files_read is not None:
+        yield from file_warnings(name, images.files_read)
     if images is not None and images.lossy:
         yield (
             f"{name}: {images.lossy:,} lossily compressed (JPEG) files; compression and a missing crop move scores "
             "(D-AR's rFID: 2.2 instead of 1.5 against the raw JPEGs of ImageNet); store PNG or .npz"
+        )
+
+
+def file_warnings(name: str, read: FilesRead) -> Iterator[str]:
+    """What was not read as one might think."""
+    if read.left_out.count:
+        yield f"{name}: {read.left_out}"
+    if read.splits is not None:
+        where = f"{read.splits.rstrip('/')} is" if read.splits else "the images are"
+        yield f"{name}: {where} divided into splits, and all of them are read; name the folder of one, such as …/val"
+    if read.reading == "raw" and (read.turned or read.transparent):
+        yield (
+            f"{name}: {read.turned:,} files ask to be turned (EXIF) and {read.transparent:,} are transparent; this "
+            "protocol ignores both, as the suite that it follows does"
         )
 
 

@@ -1,4 +1,5 @@
-"""Sets of images to be scored: folders, .npz batches, tar shards, run folders and tensors, as streams of 8-bit RGB.
+"""Sets of images to be scored: folders, archives, .npz batches, tar shards, run folders and tensors, as streams of
+8-bit RGB. Files are found and decoded by the stack that training reads with (:mod:`vistok.data.imagefiles`).
 
 ``open_images`` checks a set when it is opened (headers only), so that an evaluation of hours does not stop at its last
 image; pixels are decoded batch by batch and never kept.
@@ -9,8 +10,10 @@ from __future__ import annotations
 import io
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, ClassVar, Protocol
 
@@ -18,12 +21,44 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vistok.data.decoding import DECODING_ERRORS, Decoder, Header, Reading
+from vistok.data.files import open_tree, printable
+from vistok.data.folders import divided_at
+from vistok.data.formats import extension, image_extensions, is_image, is_lossy
+from vistok.data.imagefiles import ImageFiles, LeftOut, TreeFiles
 from vistok.data.pictures import to_uint8
-from vistok.eval.decoding import EXTENSIONS, LOSSY_EXTENSIONS, ImageError, common_size, decode, size_of
-from vistok.eval.shards import TarImages, shards_in
+from vistok.data.shards import ShardFiles, shard_paths
+from vistok.data.transforms import center_crop_adm
+from vistok.utils.files import cache_folder
 
 RUN_MARKERS = ("metrics.jsonl", "config.yaml")
-GRID_FILE = "grid.png"  # `vistok sample` puts an overview beside the samples; it is not one of them
+THREADS = 4  # decoding releases the interpreter lock
+
+
+class ImageError(ValueError):
+    """A set of images that cannot be scored: empty, unreadable, of mixed sizes, or of another format."""
+
+
+@dataclass(frozen=True)
+class FilesRead:
+    """What was read, and what was not, of a folder, an archive or shards.
+
+    Attributes:
+        reading: how: "photo" or "raw", see ``vistok.data.decoding.Reading``.
+        formats: files by extension.
+        turned, transparent, deep: files whose EXIF data turn them, that have an alpha channel, or that have more than
+            8 bits per channel.
+        left_out: what lies beside them.
+        splits: the folder whose folders are splits, all of which were read; None if there are none.
+    """
+
+    reading: Reading
+    formats: dict[str, int]
+    turned: int
+    transparent: int
+    deep: int
+    left_out: LeftOut
+    splits: str | None = None
 
 
 class ImageSet(Protocol):
@@ -35,6 +70,7 @@ class ImageSet(Protocol):
         size: (H, W).
         names: one per image (file names without extension), or None where images have none.
         lossy: number of images from lossily compressed files.
+        files_read: what was read of files, or None where the images are none.
     """
 
     source: str
@@ -42,21 +78,28 @@ class ImageSet(Protocol):
     size: tuple[int, int]
     names: list[str] | None
     lossy: int
+    files_read: FilesRead | None
 
     def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
         """Yield uint8 (B, 3, H, W) of images ``start`` to ``stop``, in order; the last batch may be smaller."""
         ...
 
 
-def open_images(source: str | Path | Sequence[str | Path] | Tensor | ImageSet, *, crop: int | None = None) -> ImageSet:
+def open_images(
+    source: str | Path | Sequence[str | Path] | Tensor | ImageSet,
+    *,
+    crop: int | None = None,
+    reading: Reading = "photo",
+) -> ImageSet:
     """Open a set of images.
 
     Args:
-        source: a folder of PNG or JPEG files (sub-folders included, sorted by path), or of webdataset shards; one such
-            ``.tar``, or a list of them; an ADM-style ``.npz`` with ``arr_0``, uint8 (N, H, W, 3); a vistok run folder,
-            whose ``samples`` are taken; a tensor (N, 1 or 3, H, W), uint8 or float in [-1, 1]; or a set that is open
-            already.
-        crop: side to which ADM's centre crop brings every image of a folder or shard, whatever its size.
+        source: a folder or .zip of image files (sub-folders included, sorted by path), or a folder of webdataset
+            shards; one such ``.tar``, a pattern of them (``shards/{00..09}.tar``), or a list; an ADM-style ``.npz``
+            with ``arr_0``, uint8 (N, H, W, 3); a vistok run folder, whose ``samples`` are taken; a tensor (N, 1 or 3,
+            H, W), uint8 or float in [-1, 1]; or a set that is open already.
+        crop: side to which ADM's centre crop brings every image file, whatever its size.
+        reading: how image files are read.
 
     Raises:
         ImageError: nothing there, no images, mixed sizes without ``crop``, unreadable files, an ``.npz`` without
@@ -65,29 +108,51 @@ def open_images(source: str | Path | Sequence[str | Path] | Tensor | ImageSet, *
     if crop is not None and crop < 1:
         raise ImageError(f"crop must be at least 1 pixel, got {crop}")
     if isinstance(source, list | tuple):
-        return TarImages([Path(file) for file in source], crop=crop)
+        return TarImages([Path(file) for file in source], crop=crop, reading=reading)
     if not isinstance(source, (str, Path)):
         return _no_crop(TensorImages(source) if isinstance(source, Tensor) else source, crop)
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_dir() and is_run(path):
-        return open_images(_samples_of_run(path), crop=crop)
+        return open_images(_samples_of_run(path), crop=crop, reading=reading)
     if path.is_dir():
         shards = shards_in(path)
-        return TarImages(shards, crop=crop) if shards else FolderImages(path, crop=crop)
+        if shards:
+            return TarImages(shards, crop=crop, reading=reading)
+        return FolderImages(path, crop=crop, reading=reading)
     if not path.exists():
-        raise ImageError(f"there is no folder or file {path}")
+        return TarImages(_shards_of(path), crop=crop, reading=reading)
     if path.suffix == ".npz":
         return _no_crop(NpzImages(path), crop)
     if path.suffix == ".tar":
-        return TarImages([path], crop=crop)
-    raise ImageError(f"cannot read images from {path}; expected a folder, an .npz or .tar file, or a run folder")
+        return TarImages([path], crop=crop, reading=reading)
+    if path.suffix.lower() == ".zip":
+        return FolderImages(path, crop=crop, reading=reading)
+    raise ImageError(f"cannot read images from {path}; expected a folder, a .zip, .npz or .tar file, or a run folder")
+
+
+def _shards_of(pattern: Path) -> list[Path]:
+    """Of a path that does not exist: the shards, if it is a pattern of some."""
+    if pattern.suffix == ".tar" and any(sign in str(pattern) for sign in "{*?["):
+        try:
+            return [Path(str(path)) for path in shard_paths(str(pattern))]
+        except (OSError, ValueError) as error:
+            raise ImageError(str(error)) from error
+    raise ImageError(f"there is no folder or file {pattern}")
+
+
+def shards_in(folder: Path) -> list[Path]:
+    """The .tar files of a folder that holds them and no images beside them; empty if it is no such folder."""
+    files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    if any(is_image(path.name) for path in files):
+        return []
+    return [path for path in files if path.suffix == ".tar"]
 
 
 def _no_crop(images: ImageSet, crop: int | None) -> ImageSet:
     if crop is not None and images.size != (crop, crop):
         raise ImageError(
             f"{images.source} holds pixels of {images.size[0]}x{images.size[1]}; crop={crop} applies to image files "
-            "only (folders, .tar shards)"
+            "only (folders, archives, shards)"
         )
     return images
 
@@ -106,41 +171,124 @@ def _samples_of_run(folder: Path) -> Path:
     )
 
 
-class FolderImages:
-    """PNG and JPEG files of a folder and its sub-folders, sorted by path; converted to RGB.
+class FileImages:
+    """Image files as a set, in the order of their paths.
 
     Args:
-        crop: side to which ADM's centre crop brings every image; None takes files of one size as they are.
+        files: which.
+        crop: side to which ADM's centre crop brings every image; None takes images of one size as they are.
+        reading: how they are read.
+
+    Raises:
+        ImageError: no images, one that cannot be read, or mixed sizes.
     """
 
-    def __init__(self, folder: str | Path, *, crop: int | None = None):
-        folder = Path(folder)
-        self.source = str(folder)
-        self.files = _image_files(folder)
-        if not self.files:
-            raise ImageError(f"no images in {folder}; expected {', '.join(EXTENSIONS)} files there or in sub-folders")
-        self.names = [file.relative_to(folder).with_suffix("").as_posix() for file in self.files]
-        self.count = len(self.files)
-        self.lossy = sum(file.suffix.lower() in LOSSY_EXTENSIONS for file in self.files)
-        self._crop = crop
-        sizes = ((str(file), size_of(file, str(file))) for file in self.files)
+    def __init__(self, files: ImageFiles, *, crop: int | None, reading: Reading) -> None:
+        self.source, self._files, self._crop = files.source, files, crop
+        self._decoder = Decoder(3, reading, side=crop)
+        if not len(files):
+            beside = f" ({files.left_out})" if files.left_out.count else ""
+            raise ImageError(f"no images in {self.source}; expected {', '.join(image_extensions())} files{beside}")
+        self._order = sorted(range(len(files)), key=files.path)
+        paths = [files.path(index) for index in self._order]
+        self.names = [printable(path[: len(path) - len(extension(path))]) for path in paths]
+        self.count = len(paths)
+        self.lossy = sum(map(is_lossy, paths))
+        with ThreadPoolExecutor(THREADS) as pool:
+            headers = list(pool.map(self._header, self._order))
+        sizes = ((files.name(index), header.size) for index, header in zip(self._order, headers))
         self.size = common_size(sizes) if crop is None else (crop, crop)
+        self.files_read = FilesRead(
+            reading,
+            dict(sorted(Counter(map(extension, paths)).items())),
+            *(sum(getattr(header, kind) for header in headers) for kind in ("turned", "transparent", "deep")),
+            files.left_out,
+            divided_at(paths),
+        )
 
     def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
-        files = self.files[start:stop]
-        with ThreadPoolExecutor(max_workers=4) as pool:  # decoding releases the interpreter lock
-            for first in range(0, len(files), batch_size):
-                batch = files[first : first + batch_size]
-                yield torch.stack(list(pool.map(lambda file: decode(file, str(file), self._crop), batch)))
+        order = self._order[start:stop]
+        with ThreadPoolExecutor(THREADS) as pool:
+            for first in range(0, len(order), batch_size):
+                yield torch.stack(list(pool.map(self._decode, order[first : first + batch_size])))
+
+    def _header(self, index: int) -> Header:
+        try:
+            with self._files.open(index) as file:
+                return self._decoder.header(file)
+        except DECODING_ERRORS as error:
+            raise ImageError(f"cannot read the image {self._files.name(index)}: {error}") from error
+
+    def _decode(self, index: int) -> Tensor:
+        """uint8 (3, H, W)."""
+        try:
+            with self._files.open(index) as file:
+                image = self._decoder.read(file)
+        except DECODING_ERRORS as error:
+            raise ImageError(f"cannot read the image {self._files.name(index)}: {error}") from error
+        if self._crop is not None and image.size != (self._crop, self._crop):
+            image = center_crop_adm(image, self._crop)
+        if image.size != self.size[::-1]:
+            raise ImageError(f"the image {self._files.name(index)} is turned: give crop=SIZE, or turn it first")
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def _image_files(folder: Path) -> list[Path]:
-    files = (
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in EXTENSIONS and path.name != GRID_FILE and not path.name.startswith(".")
-    )
-    return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
+class FolderImages(FileImages):
+    """The image files of a folder or .zip file, sub-folders included."""
+
+    def __init__(self, folder: str | Path, *, crop: int | None = None, reading: Reading = "photo"):
+        try:
+            files = TreeFiles(open_tree(folder))
+        except (OSError, ValueError) as error:
+            raise ImageError(str(error)) from error
+        super().__init__(files, crop=crop, reading=reading)
+
+
+class TarImages(FileImages):
+    """The images of webdataset shards in the order of their names, whatever the order in the shards.
+
+    So shards written by several processes give the order of the folder that they were made of. What is a sample's key
+    and image: see :mod:`vistok.data.tar`; other members of a sample (labels, captions) are passed over.
+
+    Raises:
+        ImageError: also for a shard that cannot be read, and for one that is given twice.
+    """
+
+    def __init__(self, shards: Sequence[Path], *, crop: int | None = None, reading: Reading = "photo"):
+        twice = next((path for path, count in Counter(map(str, shards)).items() if count > 1), None)
+        try:
+            files = ShardFiles(shards, _index_cache())
+        except (OSError, ValueError) as error:
+            raise ImageError(str(error)) from error
+        if twice is not None:
+            key = Path(files.path(0)).with_suffix("")
+            raise ImageError(f"the key {str(key)!r} has two images: the shard {twice} is given twice")
+        super().__init__(files, crop=crop, reading=reading)
+
+
+def _index_cache() -> Path | None:
+    try:
+        return cache_folder("shards")
+    except RuntimeError:  # there is no home
+        return None
+
+
+def common_size(sizes: Iterable[tuple[str, tuple[int, int]]]) -> tuple[int, int]:
+    """The one (H, W) of named images.
+
+    Raises:
+        ImageError: they have more than one.
+    """
+    first: tuple[str, tuple[int, int]] | None = None
+    for name, size in sizes:
+        first = first or (name, size)
+        if size != first[1]:
+            raise ImageError(
+                f"images of mixed sizes: {first[0]} is {first[1][0]}x{first[1][1]} (height x width), {name} is "
+                f"{size[0]}x{size[1]}; bring all to one size first, because a resize changes the score (crop=SIZE, on "
+                "the command line --crop SIZE, is the centre crop of the ImageNet papers)"
+            )
+    return first[1]
 
 
 class NpzImages:
@@ -149,6 +297,7 @@ class NpzImages:
     names: ClassVar[None] = None
     lossy: ClassVar[int] = 0
     key: ClassVar[str] = "arr_0"
+    files_read: ClassVar[None] = None
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -210,6 +359,7 @@ class TensorImages:
     """Images in memory, grey or RGB: uint8, or float in [-1, 1] that becomes 8-bit by 127.5 x + 128, truncated."""
 
     source: ClassVar[str] = "tensor"
+    files_read: ClassVar[None] = None
     names: ClassVar[None] = None
     lossy: ClassVar[int] = 0
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vistok.eval.features import FeaturePass, gathered
-from vistok.eval.guards import by_text, comparability_warnings
+from vistok.eval.guards import by_text, comparability_warnings, file_warnings
 from vistok.eval.images import ImageError, ImageSet, open_images
 from vistok.eval.networks import CallableNetwork, FeatureNetwork
 from vistok.eval.protocols import CUSTOM, PROTOCOLS, Protocol
@@ -168,6 +168,9 @@ def _check_pairs(originals: ImageSet, reconstructions: ImageSet) -> None:
 
 def _pair_warnings(originals: ImageSet, reconstructions: ImageSet, *, equal: int) -> list[str]:
     found = []
+    for name, images in (("images", reconstructions), ("reference", originals)):
+        if images.files_read is not None:
+            found += file_warnings(name, images.files_read)
     if equal:
         found.append(f"{equal} of {originals.count} reconstructions equal their originals; their PSNR is infinite")
     if None not in (originals.names, reconstructions.names) and originals.names != reconstructions.names:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vistok.data.decoding import Reading
 from vistok.eval.dinov2 import DINOV2, DINOv2
 from vistok.eval.metrics import Boundary, Distance
 from vistok.eval.networks import INCEPTION, CallableNetwork, FeatureNetwork, InceptionV3Compat
@@ -34,6 +35,7 @@ class Protocol:
         resize: how images come to the network's input size; None: the network does it.
         splits: of the Inception Score: "chunks" of 5,000 in file order, or "even": 10 of the shuffled rows.
         distance, neighbours, boundary: of precision and recall, which use the protocol's network too.
+        reading: how image files are read: "photo", or "raw" as the suite does that the protocol follows.
         prc_samples: images per side for precision and recall (a fixed random choice); None takes all.
         score_names: other names for scores that must not be taken for those of another protocol.
     """
@@ -47,6 +49,7 @@ class Protocol:
     neighbours: int = 3
     boundary: Boundary = "included"
     prc_samples: int | None = None
+    reading: Reading = "photo"
     score_names: Mapping[str, str] = field(default_factory=dict)
 
     def describe(self, network: FeatureNetwork) -> dict[str, Any]:
@@ -69,7 +72,9 @@ PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
         # The TensorFlow suite of guided-diffusion (ADM), whose numbers nearly every paper reports.
-        Protocol("adm", ("fid", "sfid", "is", "prc"), splits="chunks", distance="squared_euclidean_float16"),
+        Protocol(
+            "adm", ("fid", "sfid", "is", "prc"), splits="chunks", distance="squared_euclidean_float16", reading="raw"
+        ),
         # torch-fidelity's command line with feature_extractor="inception-v3-compat".
         Protocol("torch-fidelity", ("fid", "is", "kid", "prc")),
         # Parmar et al., arXiv 2104.11222: the same network after an antialiased resize.
@@ -77,6 +82,7 @@ PROTOCOLS = {
             "clean-fid",
             ("fid", "kid"),
             resize="pil-bicubic-float",
+            reading="raw",
             score_names={"fid": "clean_fid", "kid": "clean_kid", "kid_std": "clean_kid_std"},
         ),
         # Stein et al., arXiv 2306.04675 (dgm-eval).
@@ -85,6 +91,7 @@ PROTOCOLS = {
             ("fid", "prc"),
             network=DINOV2,
             resize="pil-bicubic-8bit",
+            reading="raw",
             neighbours=5,
             boundary="excluded",
             prc_samples=10_000,

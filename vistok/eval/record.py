@@ -11,6 +11,7 @@ from typing import Any
 from vistok._version import __version__
 from vistok.eval.images import ImageSet
 from vistok.eval.scoring import Side
+from vistok.types import to_json
 from vistok.utils.files import write_json
 
 RESULT_FILE = "result.json"
@@ -28,13 +29,17 @@ def save_result(result: dict[str, Any], folder: str | Path) -> Path:
 
 
 def describe_images(images: ImageSet) -> dict[str, Any]:
-    """Source, count, size (H, W) and number of lossily compressed files."""
-    return {
+    """Source, count, size (H, W), number of lossily compressed files, and what was read of files."""
+    described = {
         "source": images.source,
         "count": images.count,
         "size": list(images.size),
         "lossy": images.lossy,
     }
+    if images.files_read is not None:
+        read = dataclasses.asdict(images.files_read)
+        described["files"] = read | {"left_out": images.files_read.left_out._asdict()}
+    return to_json(described)
 
 
 def describe_side(side: Side) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vistok.data.decoding import Reading
 from vistok.eval.features import extract_features
 from vistok.eval.images import ImageSet, NpzImages, open_images
 from vistok.eval.metrics import Gaussian
@@ -51,6 +52,7 @@ class Provenance:
         network, weights_sha256, resize: what made the features.
         split: "train", "val" or "test".
         crop: side of ADM's centre crop that the images went through, 0 if none.
+        reading: how their files were read.
         image_size: side lengths (H, W) of the images, as text "HxW".
         fingerprint: SHA-256 over the images' pixels.
         moments_sha256: of the moments as they were when the file was made.
@@ -62,6 +64,7 @@ class Provenance:
     resize: str | None = None
     split: str | None = None
     crop: int | None = None
+    reading: str | None = None
     image_size: str | None = None
     fingerprint: str | None = None
     moments_sha256: str | None = None
@@ -143,7 +146,10 @@ class Reference:
 
 
 def open_reference(
-    source: str | Path | Sequence[str | Path] | Tensor | ImageSet | Reference, *, crop: int | None = None
+    source: str | Path | Sequence[str | Path] | Tensor | ImageSet | Reference,
+    *,
+    crop: int | None = None,
+    reading: Reading = "photo",
 ) -> Reference:
     """Open a side: anything that ``open_images`` takes, or an ``.npz`` with moments.
 
@@ -157,7 +163,7 @@ def open_reference(
         reference = _open_npz(Path(source))
         if reference.gaussians or crop is None:
             return reference
-    images = open_images(source, crop=crop)
+    images = open_images(source, crop=crop, reading=reading)
     return Reference(source=images.source, images=images)
 
 
@@ -215,6 +221,7 @@ def make_reference(
     *,
     split: str | None = None,
     crop: int | None = None,
+    reading: Reading = "photo",
     batch_size: int = 64,
     processes: Processes = Processes(),  # noqa: B008 (immutable)
 ) -> Reference:
@@ -226,7 +233,7 @@ def make_reference(
 
     Args:
         split: which images these are: "train", "val" or "test"; a reference of an unnamed split cannot serve an rFID.
-        crop: see ``open_images``.
+        crop, reading: see ``open_images``; a protocol says how it reads.
 
     Raises:
         ValueError: an unknown split.
@@ -234,7 +241,7 @@ def make_reference(
     """
     if split is not None and split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
-    images = open_images(images, crop=crop)
+    images = open_images(images, crop=crop, reading=reading)
     names = tuple(name for name in MOMENT_KEYS if name in network(next(iter(images.batches(1)))))
     extraction = extract_features(
         images, network, keep=("pool",), moments=names, batch_size=batch_size, processes=processes
@@ -253,6 +260,7 @@ def make_reference(
         resize=network.resize,
         split=split,
         crop=crop or 0,
+        reading=images.files_read.reading if images.files_read is not None else None,
         image_size=f"{images.size[0]}x{images.size[1]}",
         fingerprint=extraction.fingerprint,
         moments_sha256=reference.moments_sha256,

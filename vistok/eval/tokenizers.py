@@ -34,6 +34,7 @@ class DataImages:
 
     names: ClassVar[None] = None
     lossy: ClassVar[int] = 0  # originals are what they are
+    files_read: ClassVar[None] = None
 
     def __init__(self, data: DataConfig):
         source = open_source(data)
@@ -65,6 +66,7 @@ class Reconstructions:
 
     names: ClassVar[None] = None
     lossy: ClassVar[int] = 0
+    files_read: ClassVar[None] = None
 
     def __init__(self, tokenizer: Tokenizer, originals: DataImages):
         self._tokenizer, self._originals = tokenizer.eval(), originals

@@ -76,8 +76,10 @@ def make_reference_file(
 ) -> Provenance:
     """Make a reference for a protocol; returns what the file tells of itself."""
     where = processes.device() if device is None else choose_device(device)
-    network = load_network(choose_protocol(protocol, None, None), weights=weights, device=where)
-    made = make_reference(images, path, network, split=split, crop=crop, batch_size=batch_size, processes=processes)
+    rules = choose_protocol(protocol, None, None)
+    network = load_network(rules, weights=weights, device=where)
+    options = {"split": split, "crop": crop, "reading": rules.reading, "batch_size": batch_size}
+    made = make_reference(images, path, network, **options, processes=processes)
     return made.provenance
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from vistok._version import __version__
+from vistok.data.decoding import Decoder
 from vistok.data.pictures import comparison, from_pil, grid, npz_writer, open_picture, save_png, to_pil, to_uint8
 from vistok.draws import Keys
 from vistok.eval.reconstruction import psnr
@@ -140,7 +141,8 @@ def reconstruct_files(tokenizer: Tokenizer, files: Sequence[str | Path], out: st
         FileNotFoundError, ValueError: a file that is absent or no image.
     """
     channels, *size = tokenizer.image_shape
-    pixels = from_pil([open_picture(file) for file in files], tuple(size), channels)
+    decoder = Decoder(channels, side=size[0])
+    pixels = from_pil([open_picture(file, decoder) for file in files], tuple(size), channels)
     parameter = next(tokenizer.parameters())
     rows = [tokenizer.reconstruct(row[None].to(parameter.device, parameter.dtype)).float().cpu() for row in pixels]
     reconstructions = torch.cat(rows)
@@ -164,7 +166,8 @@ def reconstruct_prefixes(
     if tokenizer.spec.prefix_step is None:
         raise ValueError(f"{type(tokenizer).__name__} decodes all of its {tokenizer.spec.length} tokens at once only")
     channels, *size = tokenizer.image_shape
-    pixels = from_pil([open_picture(file) for file in files], tuple(size), channels)
+    decoder = Decoder(channels, side=size[0])
+    pixels = from_pil([open_picture(file, decoder) for file in files], tuple(size), channels)
     parameter = next(tokenizer.parameters())
     draws = tokenizer.decoding_draws(Keys.range(0, 1))
     draws = {name: value.expand(len(lengths), *value.shape[1:]) for name, value in draws.items()}

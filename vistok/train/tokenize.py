@@ -159,7 +159,7 @@ def _write_shards(
 
 def _settings(data: DataConfig, augmentation: str) -> dict[str, Any]:
     """What else the shards depend on."""
-    names = ("image_size", "channels", "crop", "flip", "affine", "seed")
+    names = ("image_size", "channels", "reading", "crop", "flip", "affine", "seed")
     values = dataclasses.asdict(data)
     return {"augmentation": augmentation, "shard_size": SHARD_SIZE, **{name: values[name] for name in names}}
 

@@ -1,0 +1,486 @@
+"""The reading stack: training and evaluation see the same images, and they are what the files show."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import struct
+import tarfile
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps, PngImagePlugin
+
+from vistok.data import DataConfig, decoding, files, open_source, training_loader
+from vistok.data.decoding import Decoder
+from vistok.data.formats import image_extensions
+from vistok.data.loader import TooManyUnreadableError
+from vistok.data.masks import pixel_masks
+from vistok.data.pictures import from_pil, open_picture
+from vistok.data.sources import UnreadableImageError
+from vistok.eval.images import ImageError, open_images
+
+SIZE = (12, 10)
+
+
+def levels(seed: int, channels: int = 3) -> np.ndarray:
+    shape = (SIZE[1], SIZE[0], channels) if channels > 1 else SIZE[::-1]
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def picture(seed: int) -> Image.Image:
+    return Image.fromarray(levels(seed))
+
+
+def turned(seed: int, orientation: int) -> tuple[Image.Image, Image.Exif]:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return picture(seed), exif
+
+
+def write_every_kind(folder: Path) -> Path:
+    """A file of every format and of every kind of pixels."""
+    folder.mkdir(parents=True)
+    for number, name in enumerate(image_extensions()):
+        picture(number).save(folder / f"format{name}")
+    for orientation in range(1, 9):
+        for extension in ("jpg", "png", "tif", "webp"):
+            image, exif = turned(orientation, orientation)
+            image.save(folder / f"turned-{orientation}.{extension}", exif=exif)
+    rgba = np.dstack([levels(1), levels(2, 1)])
+    Image.fromarray(rgba).save(folder / "rgba.png")
+    Image.fromarray(rgba[..., 2:]).save(folder / "la.png")
+    Image.fromarray(rgba).quantize(16).save(folder / "palette.png", transparency=3)
+    Image.fromarray(levels(3, 1)).save(folder / "grey-transparent.png", transparency=int(levels(3, 1)[0, 0]))
+    picture(4).quantize(16).save(folder / "palette.gif", transparency=3)
+    picture(5).convert("CMYK").save(folder / "cmyk.jpg")
+    picture(6).convert("1").save(folder / "bits.png")
+    Image.fromarray(levels(7, 1).astype(np.uint16) * 257).save(folder / "deep.png")
+    Image.fromarray(levels(7, 1).astype(np.uint16) * 257).save(folder / "deep.tif")
+    Image.fromarray(levels(8, 1).astype(np.float32) / 255).save(folder / "float.tif")
+    return folder
+
+
+def archived(folder: Path, target: Path) -> Path:
+    with zipfile.ZipFile(target, "w") as archive:
+        for file in sorted(folder.rglob("*")):
+            archive.write(file, file.relative_to(folder).as_posix())
+    return target
+
+
+def sharded(folder: Path, target: Path) -> Path:
+    """Webdataset would take files of one name but for the extension as one sample."""
+    with tarfile.open(target, "w") as archive:
+        for file in sorted(folder.iterdir(), reverse=True):
+            archive.add(file, f"{file.stem}-{file.suffix[1:]}{file.suffix}")
+    return target
+
+
+def training_images(root: Path, source: str = "folder", **changes) -> dict[str, np.ndarray]:
+    opened = open_source(DataConfig(8, source=source, root=str(root), split=None, **changes))
+    return {opened.name(i): np.asarray(opened[i][0]) for i in range(len(opened))}
+
+
+def squares(root: Path, source: str) -> torch.Tensor:
+    """What training sees of all images, in the order of evaluation."""
+    config = DataConfig(8, source=source, root=str(root), batch_size=1)
+    opened = open_source(config)
+    order = sorted(range(len(opened)), key=opened.files.path)
+    batches = {int(b.indices): b.pixels for b in training_loader(opened, config)}
+    return torch.cat([batches[index] for index in order])
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
+def test_training_and_evaluation_see_the_same_images(tmp_path: Path, kind: str):
+    folder = write_every_kind(tmp_path / "images")
+    root = {
+        "folder": lambda: folder,
+        "zip": lambda: archived(folder, tmp_path / "images.zip"),
+        "tar": lambda: sharded(folder, tmp_path / "images.tar"),
+    }[kind]()
+    images = open_images(root, crop=8)
+    assert images.count == len(list(folder.iterdir()))
+    scored = torch.cat(list(images.batches(7)))
+    trained = squares(root, "webdataset" if kind == "tar" else "folder")
+    assert torch.equal(scored, ((trained + 1) * 127.5).round().to(torch.uint8))
+    read = images.files_read
+    assert (read.reading, read.left_out.count, sum(read.formats.values())) == ("photo", 0, images.count)
+    assert (read.turned, read.transparent, read.deep) == (4 * 7, 5, 3)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("extension", ["png", "jpg", "tif", "webp"])
+def test_photos_are_upright(tmp_path: Path, orientation: int, extension: str):
+    image, exif = turned(0, orientation)
+    options = {"lossless": True} if extension == "webp" else {}
+    image.save(tmp_path / f"a.{extension}", exif=exif, **options)
+    stored = Image.open(tmp_path / f"a.{extension}")
+    upright = np.asarray(ImageOps.exif_transpose(stored))
+    [seen] = training_images(tmp_path).values()
+    assert np.array_equal(seen, upright)
+    assert open_images(tmp_path).size == upright.shape[:2]
+    assert np.array_equal(np.asarray(open_picture(tmp_path / f"a.{extension}", Decoder())), upright)
+    square = from_pil([Image.open(tmp_path / f"a.{extension}")], (10, 10), 3)
+    assert torch.equal(square, from_pil([Image.fromarray(upright)], (10, 10), 3))
+
+
+def test_protocols_read_as_their_peers_do(tmp_path: Path):
+    image, exif = turned(0, 6)
+    image.save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(np.dstack([levels(1), np.zeros(SIZE[::-1], np.uint8)])).save(tmp_path / "hidden.png")
+    expected = {name: np.asarray(Image.open(tmp_path / name).convert("RGB")) for name in ("hidden.png", "turned.png")}
+    images = open_images(tmp_path, reading="raw")
+    for seen, known in zip(torch.cat(list(images.batches(1))), expected.values()):
+        assert np.array_equal(seen.permute(1, 2, 0).numpy(), known)
+    for seen, known in zip(training_images(tmp_path, reading="raw").values(), expected.values()):
+        assert np.array_equal(seen, known)
+    from vistok.eval.protocols import PROTOCOLS
+
+    readings = {name: protocol.reading for name, protocol in PROTOCOLS.items()}
+    assert {name for name, reading in readings.items() if reading == "raw"} == {"adm", "clean-fid", "dinov2"}
+
+
+def test_transparent_parts_are_white(tmp_path: Path):
+    colours, alpha = levels(1), np.zeros(SIZE[::-1], np.uint8)
+    alpha[:, :3] = 255
+    Image.fromarray(np.dstack([colours, alpha])).save(tmp_path / "a.png")
+    [seen] = training_images(tmp_path).values()
+    assert np.array_equal(seen[:, :3], colours[:, :3])
+    assert (seen[:, 3:] == 255).all()
+    half = Decoder().convert(Image.new("RGBA", (1, 1), (55, 55, 55, 128)))
+    assert abs(half.getpixel((0, 0))[0] - 155) <= 1
+    assert Decoder(1).convert(Image.new("LA", (1, 1), (0, 0))).getpixel((0, 0)) == 255
+
+
+def test_masks_mark_nothing_where_nothing_is():
+    mask = Image.new("RGBA", (8, 8), (255, 255, 255, 0))
+    mask.putpixel((3, 2), (255, 255, 255, 255))
+    assert pixel_masks(mask, 1, (8, 8)).nonzero().tolist() == [[0, 2, 3]]
+
+
+@pytest.mark.parametrize("extension", ["png", "tif"])
+def test_sixteen_bits_are_scaled(tmp_path: Path, extension: str):
+    grey = levels(0, 1)
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / f"a.{extension}")
+    for channels in (1, 3):
+        [seen] = training_images(tmp_path, channels=channels).values()
+        assert np.array_equal(seen if channels == 1 else seen[..., 2], grey)
+    pixels = from_pil([Image.open(tmp_path / f"a.{extension}")], (10, 10), 1)
+    assert torch.equal(pixels, from_pil([Image.fromarray(grey)], (10, 10), 1))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (levels(0, 1).astype(np.float32), r"floats of \d+ to \d+; floats are read within \[0, 1\] only"),
+        (np.full((4, 4), np.nan, np.float32), "floats of nan"),
+        (levels(0, 1).astype(np.int32) << 20, "32-bit integers of .* which of them is white is not known"),
+    ],
+)
+def test_pixels_that_could_mean_anything_are_refused_by_name(tmp_path: Path, values: np.ndarray, message: str):
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    with pytest.raises(UnreadableImageError, match=rf"a\.tif: its pixels are {message}"):
+        open_source(DataConfig(8, root=str(tmp_path)))[0]
+    with pytest.raises(ImageError, match=rf"a\.tif: its pixels are {message}"):
+        list(open_images(tmp_path).batches(1))
+    with pytest.raises(ValueError, match=message):
+        open_picture(tmp_path / "a.tif", Decoder())
+
+
+def test_what_is_not_read_is_counted_and_named_on_both_sides(tmp_path: Path, caplog):
+    picture(0).save(tmp_path / "a.png")
+    for name in ("b.jxl", "c.txt", "clip.mp4"):
+        (tmp_path / name).write_bytes(b"x")
+    with caplog.at_level(logging.WARNING):
+        assert len(training_images(tmp_path)) == 1
+    named = "3 files are not images and are ignored: b.jxl, c.txt, clip.mp4"
+    assert named in caplog.text
+    assert str(open_images(tmp_path).files_read.left_out) == named
+    assert open_images(archived(tmp_path, tmp_path.parent / "x.zip")).files_read.left_out.count == 3
+
+
+def test_an_overview_is_no_sample_but_a_picture_called_grid_is(tmp_path: Path):
+    (tmp_path / "samples").mkdir()
+    for folder in (tmp_path, tmp_path / "samples"):
+        for name in ("0.png", "grid.png"):
+            picture(0).save(folder / name)
+    (tmp_path / "samples" / "samples.json").write_text("{}")
+    names = ["0", "grid", "samples/0"]
+    assert open_images(tmp_path).names == names
+    assert len(training_images(tmp_path / "samples")) == 1
+    assert open_images(tmp_path).files_read.left_out.count == 0
+
+
+def test_links_that_lead_back_are_not_followed(tmp_path: Path, caplog):
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        picture(0).save(tmp_path / "photos" / name / "0.png")
+    (tmp_path / "more").mkdir()
+    picture(1).save(tmp_path / "more" / "1.png")
+    (tmp_path / "photos" / "cow").symlink_to(tmp_path / "more")
+    (tmp_path / "photos" / "all").symlink_to(".")
+    (tmp_path / "more" / "back").symlink_to(tmp_path / "photos")
+    (tmp_path / "photos" / "cat" / "gone").symlink_to("nowhere")
+    with caplog.at_level(logging.WARNING):
+        source = open_source(DataConfig(8, root=str(tmp_path / "photos")))
+    assert source.classes == ("cat", "cow", "dog")
+    assert len(source) == open_images(tmp_path / "photos").count == 3
+    assert "all (a link that leads back)" in caplog.text
+    assert open_images(tmp_path / "photos").files_read.left_out.count == 3
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_splits_are_found_below(tmp_path: Path, kind: str, caplog):
+    inner = tmp_path / "ILSVRC" / "Data" / "CLS-LOC"
+    for split, names in (("train", ("n01", "n02")), ("val", ("",)), ("test", ("",))):
+        for name in names:
+            (inner / split / name).mkdir(parents=True, exist_ok=True)
+            picture(0).save(inner / split / name / "0.png")
+    (tmp_path / "ILSVRC" / "Annotations").mkdir()
+    (tmp_path / "ILSVRC" / "Annotations" / "a.xml").write_text("x")
+    root = tmp_path / "ILSVRC" if kind == "folder" else archived(tmp_path / "ILSVRC", tmp_path / "x.zip")
+    train, val = (open_source(DataConfig(8, root=str(root), split=split)) for split in ("train", "val"))
+    assert (train.classes, len(train), val.classes, len(val)) == (("n01", "n02"), 2, (), 1)
+    assert open_images(root).files_read.splits is not None
+    picture(0).save(tmp_path / "ILSVRC" / "Annotations" / "logo.png")
+    root = tmp_path / "ILSVRC" if kind == "folder" else archived(tmp_path / "ILSVRC", tmp_path / "x.zip")
+    with caplog.at_level(logging.WARNING):
+        open_source(DataConfig(8, root=str(root)))
+    assert "Data/CLS-LOC meant, which has test, train, val?" in caplog.text
+
+
+def test_a_root_one_level_too_high_and_images_in_no_split_are_told(tmp_path: Path, caplog):
+    for name in ("cat", "dog"):
+        (tmp_path / "a" / "b" / name).mkdir(parents=True)
+        picture(0).save(tmp_path / "a" / "b" / name / "0.png")
+    with caplog.at_level(logging.WARNING):
+        assert open_source(DataConfig(8, root=str(tmp_path))).classes == ("a",)
+    assert f"its 2 folders are the classes, take {tmp_path}/a/b as root" in caplog.text
+    for name in ("train", "val", "extra"):
+        (tmp_path / "c" / name).mkdir(parents=True)
+        picture(0).save(tmp_path / "c" / name / "0.png")
+    with caplog.at_level(logging.WARNING):
+        assert len(open_source(DataConfig(8, root=str(tmp_path / "c")))) == 1
+    assert "1 images are in none of train, val and are ignored, such as extra/0.png" in caplog.text
+
+
+# Archives
+
+
+def test_archives_made_on_windows(tmp_path: Path):
+    content = io.BytesIO()
+    picture(0).save(content, "PNG")
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name in ("set\\cat\\0.png", "set\\dog\\0.png"):
+            entry = zipfile.ZipInfo("x")
+            entry.filename = name  # which the constructor would turn on Windows alone
+            archive.writestr(entry, content.getvalue())
+    source = open_source(DataConfig(8, root=str(tmp_path / "x.zip")))
+    assert source.classes == ("cat", "dog")
+    assert source[1][1] == 1
+    assert open_images(tmp_path / "x.zip").names == ["cat/0", "dog/0"]
+
+
+def archive_with(path: Path, damage: str, count: int = 120) -> Path:
+    """An archive of PNG files of which the second is damaged."""
+    content = io.BytesIO()
+    picture(0).save(content, "PNG")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(count):
+            archive.writestr(f"{number:03d}.png", content.getvalue())
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        info = archive.infolist()[1]
+    central = data.index(b"PK\x01\x02", data.index(b"PK\x01\x02") + 4)
+    if damage == "bytes":
+        start = info.header_offset + 30 + len(info.filename)
+        data[start + 20 : start + 40] = bytes(20)
+    elif damage == "method":
+        data[info.header_offset + 8] = data[central + 10] = 9  # Deflate64
+    elif damage == "encrypted":
+        data[info.header_offset + 6] |= 1
+        data[central + 8] |= 1
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"), [("bytes", "entry is damaged"), ("method", "method 9"), ("encrypted", "is encrypted")]
+)
+def test_a_single_bad_entry_is_named_and_left_out(tmp_path: Path, damage: str, reason: str, caplog):
+    path = archive_with(tmp_path / "x.zip", damage)
+    config = DataConfig(8, root=str(path), batch_size=10)
+    with caplog.at_level(logging.WARNING):
+        loader = training_loader(open_source(config), config)
+        assert sum(len(batch.indices) for batch in loader) == 119
+    assert f"{path}/001.png" in caplog.text
+    assert reason in caplog.text
+    with pytest.raises(ImageError, match=rf"x\.zip/001\.png: .*{reason}"):
+        list(open_images(path).batches(200))
+    few = DataConfig(8, root=str(archive_with(tmp_path / "y.zip", damage, 20)), batch_size=5)
+    with pytest.raises(TooManyUnreadableError, match=rf"y\.zip/001\.png.*{reason}"):
+        list(training_loader(open_source(few), few))
+
+
+def test_damaged_archives_are_named(tmp_path: Path):
+    path = archive_with(tmp_path / "x.zip", "none", 3)
+    path.write_bytes(path.read_bytes().replace(b"PK\x01\x02", b"XXXX"))
+    for opened in (lambda: open_source(DataConfig(8, root=str(path))), lambda: open_images(path)):
+        with pytest.raises(ValueError, match=r"x\.zip"):
+            opened()
+
+
+def test_a_large_member_is_not_held_in_memory(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(files, "HELD_IN_MEMORY", 100)
+    path = archive_with(tmp_path / "x.zip", "none", 3)
+    assert np.array_equal(training_images(path)[f"{path}/001.png"], levels(0))
+    bad = archive_with(tmp_path / "y.zip", "bytes", 3)
+    with pytest.raises(UnreadableImageError, match=r"y\.zip/001\.png"):
+        open_source(DataConfig(8, root=str(bad)))[1]
+
+
+# Shards
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def png(seed: int) -> bytes:
+    content = io.BytesIO()
+    picture(seed).save(content, "PNG")
+    return content.getvalue()
+
+
+def test_keys_with_dots(tmp_path: Path):
+    members = {"v1.0.png": png(0), "v1.0.cls": b"1", "v1.1.png": png(1), "v1.1.json": b'{"label": 0}'}
+    path = write_tar(tmp_path / "0.tar", members)
+    source = open_source(DataConfig(8, source="webdataset", root=str(path)))
+    assert [source[index][1] for index in range(2)] == [1, 0]
+    assert open_images(path).names == ["v1.0", "v1.1"]
+
+
+def test_further_images_of_a_sample_are_no_samples(tmp_path: Path):
+    path = write_tar(tmp_path / "0.tar", {"a.jpg": png(0), "a.seg.png": png(1), "a.cls": b"0", "a.txt": b"x"})
+    source = open_source(DataConfig(8, source="webdataset", root=str(path)))
+    assert [source.name(index) for index in range(len(source))] == [f"{path}:a.jpg"]
+    assert open_images(path).names == ["a"]
+    assert open_images(path).files_read.left_out.count == 0
+
+
+def test_samples_that_are_not_read_are_named(tmp_path: Path, caplog):
+    path = write_tar(tmp_path / "0.tar", {"a.png": png(0), "b.jxl": b"x", "b.cls": b"3", "c.npy": b"x"})
+    with caplog.at_level(logging.WARNING):
+        source = open_source(DataConfig(8, source="webdataset", root=str(path)))
+    assert len(source) == open_images(path).count == 1
+    named = f"3 files are not images and are ignored: {path}:b.jxl, {path}:b.cls, {path}:c.npy"
+    assert named in caplog.text
+    assert str(open_images(path).files_read.left_out) == named
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.cls", b"999999999999"),
+        ("a.cls", b"30000000"),
+        ("a.cls", b"9" * 5000),
+        ("a.cls", b"1" * (1 << 21)),
+        ("a.json", b'{"label": 1e400}'),
+        ("a.json", b'{"label": 100000}'),
+        ("a.json", b"[" * 100_000),
+    ],
+)
+def test_labels_have_a_bound(tmp_path: Path, name: str, content: bytes):
+    path = write_tar(tmp_path / "0.tar", {"a.png": png(0), name: content})
+    with pytest.raises(ValueError, match=rf"0\.tar:{name} holds no class id: "):
+        open_source(DataConfig(8, source="webdataset", root=str(path)))
+    assert open_images(path).count == 1, "labels do not concern an evaluation"
+
+
+def test_one_key_has_one_image(tmp_path: Path):
+    path = write_tar(tmp_path / "0.tar", {"a.png": png(0), "a.jpg": png(1)})
+    for opened in (
+        lambda: open_source(DataConfig(8, source="webdataset", root=str(path))),
+        lambda: open_images(path),
+    ):
+        with pytest.raises(ValueError, match=r"0\.tar: the key 'a' has two images"):
+            opened()
+
+
+def test_shards_whose_keys_begin_anew(tmp_path: Path):
+    for shard in range(2):
+        write_tar(tmp_path / f"{shard}.tar", {"0.png": png(2 * shard), "1.png": png(2 * shard + 1)})
+    images = open_images(str(tmp_path / "{0..1}.tar"))
+    assert images.count == 4
+    assert len(open_source(DataConfig(8, source="webdataset", root=str(tmp_path / "*.tar")))) == 4
+
+
+# Files
+
+
+def png_with_chunk(kind: bytes, content: bytes) -> bytes:
+    data = png(3)
+    chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return data[:33] + chunk + data[33:]  # after the header
+
+
+def test_a_png_with_a_long_text(tmp_path: Path):
+    text = zlib.compress(b"x" * (3 << 20))
+    for name, content in (
+        ("z.png", png_with_chunk(b"zTXt", b"Comment\0\0" + text)),
+        ("i.png", png_with_chunk(b"iTXt", b"Comment\0\1\0\0\0" + text)),
+        ("c.png", png_with_chunk(b"iCCP", b"Profile\0\0" + text)),
+    ):
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match="MAX_TEXT"):
+        Image.open(tmp_path / "z.png").load()
+    for seen in training_images(tmp_path).values():
+        assert np.array_equal(seen, levels(3))
+    assert open_images(tmp_path).count == 3
+    assert PngImagePlugin.MAX_TEXT_CHUNK == 1 << 20, "no setting of Pillow is changed"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are texts there")
+def test_names_that_are_no_utf8(tmp_path: Path, caplog):
+    name = os.fsdecode(b"caf\xe9")
+    for number in range(2):
+        (tmp_path / f"{name}{number}").mkdir()
+        picture(number).save(tmp_path / f"{name}{number}" / f"{name}.png")
+    (tmp_path / f"{name}0" / f"{name}.txt").write_text("x")
+    with caplog.at_level(logging.WARNING):
+        source = open_source(DataConfig(8, root=str(tmp_path)))
+    assert source.classes == ("caf\\xe90", "caf\\xe91")
+    assert source.name(0).encode().endswith(b"caf\\xe9.png")
+    assert len(source.fingerprint()) == 64
+    assert np.array_equal(np.asarray(source[1][0]), levels(1))
+    assert [name.encode() for name in open_images(tmp_path).names]
+    archive = write_tar(tmp_path / "x.tar", {f"{name}.png": png(0)})
+    assert open_source(DataConfig(8, source="webdataset", root=str(archive))).name(0).encode()
+
+
+def test_a_large_photo_is_decoded_small(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(decoding, "LARGE", 1_000_000)
+    ramp = np.linspace(0, 255, 1600, dtype=np.uint8)
+    Image.fromarray(np.broadcast_to(ramp[None, :, None], (1200, 1600, 3)).copy()).save(tmp_path / "a.jpg", quality=95)
+    small = open_source(DataConfig(64, root=str(tmp_path)))[0][0]
+    assert small.size == (200, 150)
+    assert open_source(DataConfig(64, root=str(tmp_path), reading="raw"))[0][0].size == (1600, 1200)
+    seen = next(open_images(tmp_path, crop=64).batches(1)).float()
+    exact = next(open_images(tmp_path, crop=64, reading="raw").batches(1)).float()
+    assert (seen - exact).abs().max() <= 2
+
+
+def test_damaged_exif_is_no_damaged_image(tmp_path: Path):
+    picture(0).save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + b"\xff" * 30)
+    [seen] = training_images(tmp_path).values()
+    assert seen.shape == (10, 12, 3)

@@ -1,0 +1,211 @@
+"""The one way from an image file to an 8-bit image of mode L or RGB."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import IO, Literal, NamedTuple, TypeVar
+
+import numpy as np
+from PIL import Image
+
+Reading = Literal["photo", "raw"]
+"""How a file is read. ``photo``: upright as its EXIF data say, transparent parts on white, 16 bits scaled to 8.
+``raw``: as ADM's suite and its kin read: Pillow's ``convert("RGB")``, which ignores orientation and drops alpha."""
+
+LARGE = 50_000_000
+"""Pixels above which a JPEG that will be made much smaller is decoded at a fraction of its size (reading ``photo``)."""
+ORIENTATION, TURNED_SIDEWAYS = 0x0112, (5, 6, 7, 8)
+DEEP_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")  # Pillow clips these to 8 bit instead of scaling them
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+
+# What Pillow's decoders, and the archives behind them, are known to raise on damaged files.
+DECODING_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    NotImplementedError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+    Image.DecompressionBombError,
+)
+
+T = TypeVar("T")
+
+
+class Header(NamedTuple):
+    """What is known of an image before its pixels are decoded.
+
+    Attributes:
+        size: (H, W) of what the decoder gives, but for large images that it makes smaller.
+        turned: whether its EXIF data ask for another orientation.
+        transparent: whether it has an alpha channel or a transparent colour.
+        deep: whether it has more than 8 bits per channel.
+    """
+
+    size: tuple[int, int]
+    turned: bool
+    transparent: bool
+    deep: bool
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """How image files become 8-bit images.
+
+    Attributes:
+        channels: 3 (RGB) or 1 (grey).
+        reading: see ``Reading``.
+        side: the short side that the image will be brought to, if that is known.
+        background: grey level that shows through transparent parts.
+    """
+
+    channels: int = 3
+    reading: Reading = "photo"
+    side: int | None = None
+    background: int = 255
+
+    @property
+    def mode(self) -> str:
+        return "L" if self.channels == 1 else "RGB"
+
+    def read(self, file: IO[bytes]) -> Image.Image:
+        """Decode a file, which is left open.
+
+        Raises:
+            one of ``DECODING_ERRORS``.
+        """
+        return _read(file, self.convert)
+
+    def header(self, file: IO[bytes]) -> Header:
+        """Look at a file without decoding more than needed; raises as ``read`` does."""
+        return _read(file, self._header)
+
+    def convert(self, image: Image.Image) -> Image.Image:
+        """Any PIL image to mode L or RGB.
+
+        Raises:
+            ValueError: pixels of which nobody can know which value is white.
+            one of ``DECODING_ERRORS``: from decoding, where it is not decoded yet.
+        """
+        if self.reading == "raw":
+            if image.mode in DEEP_MODES:
+                raise ValueError(
+                    f"it has more than 8 bits per channel (mode {image.mode}), which this protocol's peers clip to "
+                    "white; store 8-bit images"
+                )
+            image.load()
+            return image if image.mode == self.mode else image.convert(self.mode)
+        if self.side is not None and image.format == "JPEG" and image.width * image.height > LARGE:
+            image.draft(None, (2 * self.side, 2 * self.side))
+        image.load()
+        orientation = _orientation(image)
+        transparent = _is_transparent(image)
+        if image.mode in DEEP_MODES:
+            image = _eight_bit(image)
+        if transparent:
+            image = self._on_background(image)
+        if image.mode != self.mode:
+            image = image.convert(self.mode)
+        return image if orientation is None else image.transpose(orientation)
+
+    def _on_background(self, image: Image.Image) -> Image.Image:
+        image = image.convert("RGBA")
+        below = Image.new("RGBA", image.size, (self.background,) * 3 + (255,))
+        return Image.alpha_composite(below, image)
+
+    def _header(self, image: Image.Image) -> Header:
+        turned, sideways = False, False
+        if image.format != "PNG" or "exif" in image.info:  # else Pillow would decode a PNG to look for it
+            turned = _orientation(image) is not None
+        if image.format == "TIFF":
+            image.load()  # Pillow turns these while it decodes, some versions without a change of size before
+        elif turned:
+            sideways = self.reading == "photo" and _tag(image) in TURNED_SIDEWAYS
+        size = (image.width, image.height) if sideways else (image.height, image.width)
+        return Header(size, turned, _is_transparent(image), image.mode in DEEP_MODES)
+
+
+def _read(file: IO[bytes], use: Callable[[Image.Image], T]) -> T:
+    """What ``use`` makes of the image in a file; a PNG whose texts are too long for Pillow is read without them."""
+    start = file.tell()
+    try:
+        with Image.open(file) as image:
+            return use(image)
+    except ValueError as error:
+        if "MAX_TEXT" not in str(error):
+            raise
+    file.seek(start)
+    with Image.open(io.BytesIO(_without_texts(file.read()))) as image:
+        return use(image)
+
+
+def _without_texts(png: bytes) -> bytes:
+    """A PNG file without its texts and its colour profile, which no conversion here looks at."""
+    if not png.startswith(PNG_SIGNATURE):
+        return png
+    kept, position = [PNG_SIGNATURE], len(PNG_SIGNATURE)
+    while position + 8 <= len(png):
+        length, kind = struct.unpack(">I4s", png[position : position + 8])
+        end = position + 12 + length
+        if kind not in PNG_TEXTS:
+            kept.append(png[position:end])
+        position = end
+    return b"".join(kept)
+
+
+def _tag(image: Image.Image) -> int | None:
+    """The EXIF orientation; None if there is none, or if the EXIF data are damaged, which the pixels need not be."""
+    try:
+        return image.getexif().get(ORIENTATION)
+    except (*DECODING_ERRORS, AttributeError, RecursionError):
+        return None
+
+
+def _orientation(image: Image.Image) -> Image.Transpose | None:
+    """What brings the image upright; None if nothing need be done."""
+    return {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }.get(_tag(image))
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """An image of more than 8 bits as mode L.
+
+    Raises:
+        ValueError: it could mean anything: 32-bit integers, or floats outside [0, 1].
+    """
+    values = np.asarray(image)
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # PNG has no more than 16 bits
+        grey = values.astype(np.int64) >> 8  # as Pillow itself reads 16-bit RGB
+        transparent = image.info.get("transparency")
+        result = Image.fromarray(grey.astype(np.uint8))
+        if isinstance(transparent, int):
+            result.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+        return result
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+    if image.mode == "F" and 0 <= low <= high <= 1:
+        return Image.fromarray(np.rint(values * 255).astype(np.uint8))
+    kind = "floats" if image.mode == "F" else "32-bit integers"
+    known = "floats are read within [0, 1] only" if image.mode == "F" else "which of them is white is not known"
+    raise ValueError(f"its pixels are {kind} of {low:g} to {high:g}; {known}: store it with 8 or 16 bits")

@@ -1,0 +1,161 @@
+"""Images in folders and archives: where their splits lie, and which classes they have."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from vistok.data.decoding import Decoder
+from vistok.data.files import SPLITS, FileTree, open_tree, printable
+from vistok.data.formats import image_extensions
+from vistok.data.imagefiles import TreeFiles
+from vistok.data.sources import FileSource, hash_lines
+from vistok.data.tar import UNCONDITIONAL
+
+log = logging.getLogger(__name__)
+
+
+def accepted_layouts() -> str:
+    """For messages."""
+    return (
+        "accepted layouts: <class>/*, the same under train/, val/ or test/, or images side by side without classes; "
+        f"extensions: {' '.join(image_extensions())}"
+    )
+
+
+class FolderSource(FileSource):
+    """Images in a folder or a .zip file, read in place.
+
+    Images lie in ``<class>/`` folders (at any depth below), or all side by side, which makes the source
+    unconditional. Where the folders are called train, val, validation, test (all of them, or at least two), ``split``
+    picks one; a root without such folders is all training images. Splits may lie deeper (``Data/CLS-LOC/train/``) if
+    all images lie there. A zip may hold everything inside one more folder. Hidden files are ignored; other files, and
+    images that are in no split, are counted in a warning.
+
+    Raises:
+        FileNotFoundError: no such root, no such split, or no images.
+        ValueError: images both inside and beside class folders, or a damaged archive.
+    """
+
+    def __init__(self, root: str | Path, *, split: str | None = "train", decoder: Decoder = Decoder()) -> None:  # noqa: B008
+        tree = open_tree(root)
+        images = tree.images()
+        if not images:
+            others = tree.others()
+            beside = f" (but {len(others)} other files, such as {printable(others[0])})" if others else ""
+            raise FileNotFoundError(f"no images in {root}{beside}; {accepted_layouts()}")
+        self._prefix = "" if split is None else _split_prefix(images, split, tree)
+        files = TreeFiles(tree, self._prefix)
+        self.classes, labels = _label(files.paths, self._prefix, tree)
+        super().__init__(files, labels, decoder)
+        if files.left_out.count:
+            log.warning("%s: %s", tree.root, files.left_out)
+
+    def fingerprint(self) -> str:
+        files = self.files
+        return hash_lines(
+            f"{files.path(index).removeprefix(self._prefix)} {files.size(index)}" for index in range(len(files))
+        )
+
+
+def _split_prefix(images: Sequence[str], split: str, tree: FileTree) -> str:
+    """The folder of a split, with its slash; empty if the tree is not divided into splits."""
+    divided = divided_at(images)
+    if divided is None:
+        _warn_of_deeper_splits(images, tree)
+        if split == "train":
+            return ""
+        raise FileNotFoundError(
+            f"{tree.root} is not divided into splits, so it has no {split!r}: put the images into train/ and {split}/, "
+            "or name another folder as root with data.split=null"
+        )
+    found = sorted({name for name in SPLITS if any(path.startswith(f"{divided}{name}/") for path in images)})
+    if split not in found:
+        raise FileNotFoundError(f"{tree.root} has no images in {divided}{split}/; it has {', '.join(found)}")
+    if divided:
+        log.info("%s: its splits lie in %s", tree.root, divided)
+    beside = [path for path in images if not path.startswith(tuple(f"{divided}{name}/" for name in found))]
+    if beside:
+        log.warning(
+            "%s: %d images are in none of %s and are ignored, such as %s",
+            tree.root,
+            len(beside),
+            ", ".join(found),
+            printable(beside[0]),
+        )
+    return f"{divided}{split}/"
+
+
+def divided_at(images: Sequence[str]) -> str | None:
+    """The folder (with its slash; "" is the root) whose folders are splits; None if the images are not divided so.
+
+    At the root they are divided if all folders are splits, or at least two; below, if at least two are and all images
+    lie there.
+    """
+    tops = {path.partition("/")[0] for path in images}
+    splits = tops & set(SPLITS)
+    if splits == tops or len(splits) > 1:
+        return ""
+    common = _common_folder(images)
+    while common:
+        if len({path.removeprefix(common).partition("/")[0] for path in images} & set(SPLITS)) > 1:
+            return common
+        common = common[:-1].rpartition("/")[0] + "/" if "/" in common[:-1] else ""
+    return None
+
+
+def _common_folder(images: Sequence[str]) -> str:
+    """The deepest folder, with its slash, that holds all images; "" is the root."""
+    parts = [path.split("/")[:-1] for path in (min(images), max(images))]
+    common = []
+    for one, other in zip(*parts):
+        if one != other:
+            break
+        common.append(one)
+    return "".join(f"{part}/" for part in common)
+
+
+def _warn_of_deeper_splits(images: Sequence[str], tree: FileTree) -> None:
+    """Name the root that was meant, if splits lie below in a part of the images only."""
+    below: dict[str, set[str]] = {}
+    for path in images:
+        folders = path.split("/")[:-1]
+        depth = next((depth for depth, name in enumerate(folders) if name in SPLITS), None)
+        if depth:
+            below.setdefault("/".join(folders[:depth]), set()).add(folders[depth])
+    for folder, splits in below.items():
+        if len(splits) > 1:
+            names, meant = ", ".join(sorted(splits)), printable(f"{tree.root}/{folder}")
+            log.warning("%s: all of it is read; is %s meant, which has %s?", tree.root, meant, names)
+
+
+def _label(files: Sequence[str], prefix: str, tree: FileTree) -> tuple[tuple[str, ...], list[int]]:
+    """Class names, and the label of every file."""
+    folders = [printable(path.removeprefix(prefix).rpartition("/")[0].partition("/")[0]) for path in files]
+    classes = tuple(sorted(set(folders)))
+    if classes == ("",):
+        return (), [UNCONDITIONAL] * len(files)
+    if "" in classes:
+        loose = [path for path, folder in zip(files, folders, strict=True) if not folder]
+        raise ValueError(
+            f"{tree.root}/{prefix} holds {len(loose)} images (such as {printable(loose[0])}) beside the folders "
+            f"{', '.join(classes[1:6])}; {accepted_layouts()}"
+        )
+    _warn_of_a_single_class(files, prefix, tree)
+    labels = {name: label for label, name in enumerate(classes)}
+    return classes, [labels[folder] for folder in folders]
+
+
+def _warn_of_a_single_class(files: Sequence[str], prefix: str, tree: FileTree) -> None:
+    """Say so if all images are of one class although they lie in several folders further below."""
+    common = _common_folder(files)
+    below = {path.removeprefix(common).partition("/")[0] for path in files if "/" in path.removeprefix(common)}
+    if common != prefix and len(below) > 1:
+        log.warning(
+            "%s: all images lie in %s, so there is one class; if its %d folders are the classes, take %s as root",
+            tree.root,
+            printable(common),
+            len(below),
+            printable(f"{tree.root}/{common}".rstrip("/")),
+        )

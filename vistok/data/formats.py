@@ -1,0 +1,42 @@
+"""The one table of image files: what training, evaluation and pipelines read."""
+
+from __future__ import annotations
+
+from functools import cache
+
+LOSSY = {
+    ".png": False,
+    ".jpg": True,
+    ".jpeg": True,
+    ".webp": True,
+    ".bmp": False,
+    ".gif": False,
+    ".tif": False,
+    ".tiff": False,
+}
+"""Extensions, and whether their compression usually loses something. Of several frames the first one is read."""
+LOSSY_IF_READABLE = {".avif": True, ".heic": True, ".heif": True}
+"""Those that some builds of Pillow, or plug-ins that register themselves, can decode."""
+
+
+@cache
+def image_extensions() -> tuple[str, ...]:
+    """The extensions of files that are read as images."""
+    from PIL import Image
+
+    formats = Image.registered_extensions()
+    return (*LOSSY, *(name for name in LOSSY_IF_READABLE if formats.get(name) in Image.OPEN))
+
+
+def extension(name: str) -> str:
+    """What follows the last dot of a file's name, with the dot, in lower case; "" if there is none."""
+    stem, dot, last = name.rpartition("/")[2].rpartition(".")
+    return f".{last.lower()}" if dot and stem else ""
+
+
+def is_image(name: str) -> bool:
+    return extension(name) in image_extensions()
+
+
+def is_lossy(name: str) -> bool:
+    return (LOSSY | LOSSY_IF_READABLE).get(extension(name), False)

@@ -1,0 +1,98 @@
+"""Image files of a folder, an archive or shards: the stack on which training and evaluation both stand."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import BinaryIO, NamedTuple
+
+from vistok.data.files import FileTree, printable
+
+SHOWN = 5
+"""Names that a message about several files gives."""
+
+
+class LeftOut(NamedTuple):
+    """Files that are not read.
+
+    Attributes:
+        count: how many.
+        names: the first few.
+    """
+
+    count: int = 0
+    names: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> LeftOut:
+        names = list(names)
+        return cls(len(names), tuple(map(printable, names[:SHOWN])))
+
+    def __add__(self, other: LeftOut) -> LeftOut:
+        return LeftOut(self.count + other.count, (self.names + other.names)[:SHOWN])
+
+    def __str__(self) -> str:
+        shown = ", ".join(self.names) + (", …" if self.count > len(self.names) else "")
+        return f"{self.count} files are not images and are ignored: {shown}"
+
+
+class ImageFiles(ABC):
+    """Files that are read as images, by index.
+
+    Attributes:
+        source: where they lie, for messages and reports.
+        left_out: what lies beside them and is not read.
+    """
+
+    source: str
+    left_out: LeftOut = LeftOut()
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def path(self, index: int) -> str:
+        """Its place below the source, with its extension."""
+
+    @abstractmethod
+    def open(self, index: int) -> BinaryIO:
+        """Open it, for seeking and reading. Raises OSError if it cannot be had."""
+
+    @abstractmethod
+    def size(self, index: int) -> int:
+        """Bytes."""
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """What to call it in a message."""
+
+
+class TreeFiles(ImageFiles):
+    """Images of a folder or zip archive.
+
+    Args:
+        tree: the folder or archive.
+        prefix: only what lies below this folder (with its slash).
+    """
+
+    def __init__(self, tree: FileTree, prefix: str = "") -> None:
+        self._tree = tree
+        self.source = printable(str(tree.root))
+        self.paths: Sequence[str] = [path for path in tree.images() if path.startswith(prefix)]
+        others = [path for path in [*tree.others(), *tree.skipped] if path.startswith(prefix)]
+        self.left_out = LeftOut.of(others)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def path(self, index: int) -> str:
+        return self.paths[index]
+
+    def open(self, index: int) -> BinaryIO:
+        return self._tree.open(self.paths[index])
+
+    def size(self, index: int) -> int:
+        return self._tree.size(self.paths[index])
+
+    def name(self, index: int) -> str:
+        return printable(f"{self._tree.root}/{self.paths[index]}")
