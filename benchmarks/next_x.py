@@ -85,7 +85,7 @@ def tokenize(run: Path, out: Path) -> Path:
     from vistok.train.tokenize import tokenize
 
     tokenizer = load_tokenizer(run)
-    data = data_of_run(run, (), image_shape=tokenizer.image_shape)
+    data = data_of_run(run, (), input_shape=tokenizer.input_shape)
     tokenize(tokenizer, data, out, augmentation=f"random:{VIEWS}")
     return out
 

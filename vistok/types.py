@@ -7,9 +7,10 @@ D width, N residual depth, C channels, H W image sides.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -130,22 +131,68 @@ class QuantizerOutput:
         return torch.bincount(self.ids.flatten(), minlength=self.codebook_size)
 
 
-@dataclass
+class AfterBackward(ABC):
+    """A module that changes its own weights once gradients are there, such as a codebook whose dead codes move."""
+
+    @abstractmethod
+    def after_backward(self) -> None:
+        """Called by the training loop on every such module between the backward pass and the optimizer's step."""
+
+
+MAIN = "main"
+"""The name of the reconstruction that users see."""
+
+
+@dataclass(init=False)
 class TokenizerOutput:
     """What a tokenizer's training forward returns.
 
     Attributes:
-        reconstruction: pixels in [-1, 1] (not clamped) like the input, or None where the decoder is only trained
-            through its own loss (flow decoders).
+        reconstructions: by name, pixels in [-1, 1] (not clamped) like the target; "main" is the first. Every pixel
+            loss applies to each. A tensor alone is the main one; None, or an empty mapping, is for decoders that are
+            only trained through their own loss (flow decoders) and for tokenizers that render nothing.
         tokens: (B, L[, depth]) ids or (B, L, D) latents.
         losses: the tokenizer's own unweighted terms (see QuantizerOutput.losses).
         features: named intermediate maps that losses may ask for, for example "latents" (B, L, D).
+        weight_maps: by name of a reconstruction or a feature, how much each place counts in the losses that compare it:
+            (B, 1, H, W) or (B, 1, T, H, W) of pixels, (B, L) of features; what is absent counts evenly.
+
+    Raises:
+        ValueError: reconstructions without a main one in the first place, or a weight map of nothing.
     """
 
-    reconstruction: Tensor | None
+    reconstructions: dict[str, Tensor]
     tokens: Tensor
-    losses: dict[str, Tensor] = field(default_factory=dict)
-    features: dict[str, Tensor] = field(default_factory=dict)
+    losses: dict[str, Tensor]
+    features: dict[str, Tensor]
+    weight_maps: dict[str, Tensor]
+
+    def __init__(
+        self,
+        reconstructions: Tensor | Mapping[str, Tensor] | None,
+        tokens: Tensor,
+        losses: Mapping[str, Tensor] | None = None,
+        features: Mapping[str, Tensor] | None = None,
+        weight_maps: Mapping[str, Tensor] | None = None,
+    ):
+        if isinstance(reconstructions, Tensor):
+            reconstructions = {MAIN: reconstructions}
+        self.reconstructions, self.tokens = dict(reconstructions or {}), tokens
+        self.losses, self.features, self.weight_maps = dict(losses or {}), dict(features or {}), dict(weight_maps or {})
+        named = self.reconstructions
+        if named and next(iter(named)) != MAIN:
+            raise ValueError(f"the first reconstruction must be called {MAIN!r}, got {', '.join(named)}")
+        unknown = self.weight_maps.keys() - named.keys() - self.features.keys()
+        if unknown:
+            raise ValueError(
+                f"weight map of {sorted(unknown)[0]!r}, which is neither a reconstruction ({', '.join(named)}) nor a "
+                f"feature ({', '.join(self.features)})"
+            )
+
+    @property
+    def reconstruction(self) -> Tensor | None:
+        """The main reconstruction, or None."""
+        return self.reconstructions.get(MAIN)
 
 
 @dataclass
@@ -156,6 +203,26 @@ class GeneratorOutput:
     loss: Tensor
     prediction: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Expander(ABC):
+    """What a tokenizer makes of its tokens for the generator that continues them: a semantic feature per latent, or
+    the map of the next scale. In training all at once, in sampling step by step; both agree."""
+
+    @abstractmethod
+    def expand(self, tokens: Tensor) -> Tensor:
+        """Inputs (B, L, E) of whole sequences of tokens (B, L[, D]); no input depends on a later token."""
+
+    @abstractmethod
+    def step(self, tokens: Tensor) -> Tensor:
+        """Inputs (B, n, E) of the next n tokens (B, n[, D]); those of earlier calls are remembered."""
+
+
+class Expands(Protocol):
+    """A tokenizer that takes part in the training and the sampling of a generator."""
+
+    def expander(self) -> Expander:
+        """A new one, which has seen no tokens."""
 
 
 @dataclass(frozen=True)

@@ -244,7 +244,7 @@ def test_a_convolutional_tokenizer_decodes_the_generators_grid():
         16, channels=8, encoder_channel_mult=(1, 1), decoder_channel_mult=(1, 1), res_blocks=1, z_channels=8,
         codebook_size=24, codebook_embed_dim=4, norm_groups=4,
     )  # fmt: skip
-    spec = tokenizer.spec_for((8, 8))
+    spec = tokenizer.spec_for((3, 8, 8))
     pipe = Pipeline(tokenizer, tiny_generator(spec))
     assert pipe([0]).images[0].size == (8, 8)
     *_, last = pipe.stream([0])

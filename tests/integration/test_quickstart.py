@@ -238,11 +238,11 @@ def tiny_kl_vae():
 def test_generator_of_every_system_fits_its_tokenizer(system):
     runs = [RunConfig.parse(load_config(config_file(system, stage))) for stage in ("tokenizer", "generator")]
     with torch.device("meta"):
-        tokenizer = runs[0].build_model({"image_size": 32, "in_channels": runs[0].data.channels})
+        tokenizer = runs[0].build_model(runs[0].model_entry().load().arguments_from(runs[0].data))
         generator = runs[1].build_model({"spec": to_json(tokenizer.spec), "num_classes": 10})
     check_terms(tokenizer, runs[0].losses)
     generator.options_type(**runs[1].sampling)
-    assert tokenizer.image_shape == (1, 32, 32)
+    assert tokenizer.input_shape == (1, 32, 32)
 
 
 def test_unknown_system_is_refused(tmp_path, capsys):

@@ -156,7 +156,7 @@ def randomise(model: nn.Module) -> nn.Module:
 
 def pixels(tokenizer: Tokenizer, batch: int = 3, seed: int = 0) -> torch.Tensor:
     """Random images (B, C, H, W) in [-1, 1] for a tokenizer."""
-    return Keys.range(seed, batch).uniform("pixels", *tokenizer.image_shape) * 2 - 1
+    return Keys.range(seed, batch).uniform("pixels", *tokenizer.input_shape) * 2 - 1
 
 
 def token_ids(generator: Generator, batch: int = 3, seed: int = 0) -> torch.Tensor:

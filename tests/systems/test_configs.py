@@ -30,7 +30,7 @@ def test_config_builds(path):
     run = RunConfig.parse(load_config(path, missing))
     with torch.device("meta"):
         if run.stage == "tokenizer":
-            model = run.build_model({"image_size": run.data.image_size, "in_channels": run.data.channels})
+            model = run.build_model(run.model_entry().load().arguments_from(run.data))
             assert isinstance(model, Tokenizer)
             check_terms(model, run.losses)
             gan_config(model, run.losses)

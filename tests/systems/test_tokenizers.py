@@ -234,7 +234,7 @@ def test_stride_follows_from_the_levels(mult, stride):
 def test_any_multiple_of_the_stride_encodes(h, w):
     model = tiny("llamagen_vq")
     images = torch.rand(1, 3, 4 * h, 4 * w) * 2 - 1
-    assert model.spec_for((4 * h, 4 * w)).grid == (h, w)
+    assert model.spec_for((3, 4 * h, 4 * w)).grid == (h, w)
     output = model(images)
     assert output.tokens.shape == (1, h * w)
     torch.testing.assert_close(model.decode(output.tokens, grid=(h, w)), output.reconstruction)

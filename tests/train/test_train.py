@@ -52,7 +52,7 @@ def test_run_folder(tmp_path):
     assert picture.width > picture.height  # eight originals over eight reconstructions
     tokenizer = vistok.load(folder / "tokenizer")
     assert isinstance(tokenizer, ViTVQGAN)
-    assert tokenizer.image_shape == (1, 16, 16)
+    assert tokenizer.input_shape == (1, 16, 16)
     assert list((folder / "tensorboard").rglob("events*"))
 
 

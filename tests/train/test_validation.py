@@ -147,7 +147,7 @@ def test_a_checkpoint_from_before_validation_is_not_exported_as_the_best(tmp_pat
 def test_best_is_a_run_of_a_tokenizer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train(tokenizer_config("best"))  # a run that is called so is another thing
-    assert data_of_run("best", [], image_shape=(3, 8, 8)).source == "digits"
+    assert data_of_run("best", [], input_shape=(3, 8, 8)).source == "digits"
     train(tokenizer_config("run", validation=HELD_OUT))
     for command in (
         ["tokenize", "run/best", "--out", "tokens", "data.limit=20"],

@@ -129,7 +129,7 @@ def test_the_command_line_may_if_it_says_so(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_run_with_a_command_of_the_command_line(run: Path, tmp_path: Path, capsys):
     write(run)
-    data = data_of_run(run, ["data.root=pipe:ls"], image_shape=(3, 16, 16), allowed=Allowed(commands=True))
+    data = data_of_run(run, ["data.root=pipe:ls"], input_shape=(3, 16, 16), allowed=Allowed(commands=True))
     assert data.root == ShellCommand("ls")
     assert "add --allow-commands" in stopped("eval", str(run), "data.root=pipe:touch owned", capsys=capsys)
     stopped("eval", str(run), "data.root=pipe:touch owned", "data.split=train", "--allow-commands", capsys=capsys)

@@ -114,7 +114,7 @@ def test_restart_revives_the_codebook():
     for _ in range(20):
         for quantizer in (collapsed, revived):
             quantizer(z)
-            quantizer.restart_dead_codes()
+            quantizer.after_backward()
     assert (collapsed(z).usage() > 0).sum() < 10
     assert (revived(z).usage() > 0).sum() > 30
 
@@ -126,7 +126,7 @@ def test_restart_leaves_codes_in_use_alone():
     before = quantizer.embedding.weight.detach().clone()
     for _ in range(5):
         quantizer(latents())
-        quantizer.restart_dead_codes()
+        quantizer.after_backward()
     assert torch.equal(quantizer.embedding.weight[used], before[used])
 
 
@@ -136,13 +136,13 @@ def test_dead_codes_move_onto_latents_once_gradients_are_there():
     before = quantizer.embedding.weight.detach().clone()
     used = quantizer(latents()).ids.unique()
     assert torch.equal(quantizer.embedding.weight, before)  # which the backward pass still needs
-    quantizer.restart_dead_codes()
+    quantizer.after_backward()
     moved = (quantizer.embedding.weight != before).any(-1)
     assert not moved[used].any()
     assert moved.sum() == 64 - len(used)
     assert (quantizer.embedding.weight[moved, None] == latents().flatten(0, 1)).all(-1).any(1).all()
     after = quantizer.embedding.weight.detach().clone()
-    quantizer.restart_dead_codes()
+    quantizer.after_backward()
     assert torch.equal(quantizer.embedding.weight, after)
 
 
@@ -151,7 +151,7 @@ def test_no_restart_in_evaluation():
     quantizer = VectorQuantizer(64, 4, restart_after=1).eval()
     before = quantizer.embedding.weight.detach().clone()
     quantizer(latents())
-    quantizer.restart_dead_codes()
+    quantizer.after_backward()
     assert torch.equal(quantizer.embedding.weight, before)
 
 

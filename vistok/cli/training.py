@@ -156,7 +156,7 @@ def tokenize(
     processes = Processes.join()
     tokenizer = load_tokenizer(run).to(choose_device(device) if device else processes.device())
     allowed = Allowed(commands=allow_commands, environment=allow_environment)
-    data = data_of_run(run, overrides or (), image_shape=tokenizer.image_shape, allowed=allowed)
+    data = data_of_run(run, overrides or (), input_shape=tokenizer.input_shape, allowed=allowed)
     cache = write_cache(tokenizer, data, out, augmentation=augmentation, resume=resume, processes=processes)
     if not processes.is_first:
         return

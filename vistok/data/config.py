@@ -50,6 +50,8 @@ class DataConfig:
         channels: 3 (RGB) or 1 (grey).
         reading: ``photo``: upright as the EXIF data say, transparent parts on white, 16 bits scaled to 8; ``raw``: as
             the suites of published protocols read files, which ignore orientation and alpha.
+        num_frames: frames of a clip; None reads images.
+        frame_stride: how many frames of the video lie between two of the clip, plus one: 1 takes them all.
         limit: keep this many images, evenly spread over the source; None keeps all.
         crop: ``center``: ADM's centre crop; ``random``: short side to ``image_size``, random position (ViT-VQGAN);
             ``random_resized``: short side drawn in [size, size / 0.8], random position (ADM, LlamaGen);
@@ -74,6 +76,8 @@ class DataConfig:
     download: bool = False
     channels: Literal[1, 3] = 3
     reading: Reading = "photo"
+    num_frames: int | None = None
+    frame_stride: int = 1
     limit: int | None = None
     crop: Literal["center", "random", "random_resized", "resize"] = "center"
     flip: bool = False
@@ -97,3 +101,13 @@ class DataConfig:
             raise ValueError(f"limit must be at least 1, or null for all images, got {self.limit}")
         if self.channels not in (1, 3):
             raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {self.channels}")
+        if self.num_frames is not None:
+            check_least(self, num_frames=1, frame_stride=1)
+        elif self.frame_stride != 1:
+            raise ValueError(f"frame_stride is {self.frame_stride}, but there are no clips: num_frames is not set")
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The pixels of a sample: (C, H, W) of an image, (C, T, H, W) of a clip."""
+        frames = () if self.num_frames is None else (self.num_frames,)
+        return (self.channels, *frames, self.image_size, self.image_size)

@@ -30,6 +30,8 @@ def open_source(config: DataConfig) -> ImageSource:
 
 
 def _open(config: DataConfig) -> ImageSource:
+    if config.num_frames is not None:
+        raise ValueError(f"data.source={config.source} holds images; leave data.num_frames out")
     decoder = Decoder(config.channels, config.reading, side=config.image_size)
     if config.source == "digits":
         return DigitsSource(split=config.split, decoder=decoder)

@@ -197,7 +197,7 @@ def _plan(
         generator=pipe.generator.fingerprint(),
         network=network,
         dtype=dtype_of(pipe.generator),
-        image_size=tuple(pipe.tokenizer.image_shape[-2:]),
+        image_size=tuple(pipe.tokenizer.image_shape("the benchmark of a pipeline")[1:]),
         eval_size=eval_size,
     )
 

@@ -116,7 +116,7 @@ def evaluate_tokenizer(
             "these are training images; papers score held-out ones (MAR's VAE: rFID 1.22 on the training set, about "
             "0.55 on the validation set)"
         )
-    spec = tokenizer.spec_for(originals.size)
+    spec = tokenizer.spec_for(data.input_shape)
     result["tokenizer"] = {
         "model": tokenizer.registry_name,
         "fingerprint": tokenizer.fingerprint(),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vistok.checkpoints import Model
 from vistok.draws import Draws, Keys
-from vistok.types import Condition, ConditionSpec, GeneratorOutput, TokenChunk, TokenSpec
+from vistok.types import Condition, ConditionSpec, Expands, GeneratorOutput, TokenChunk, TokenSpec
 
 
 class Session(Protocol):
@@ -38,6 +38,9 @@ class Generator(Model):
 
     spec: TokenSpec
 
+    needs_tokenizer: ClassVar[bool] = False
+    """Whether ``forward`` and ``start`` need the tokenizer, whose ``expander`` makes the inputs of the transformer."""
+
     num_classes: int | None = None
     """Number of classes that it can be conditioned on; None if it takes no labels."""
 
@@ -51,13 +54,20 @@ class Generator(Model):
 
     @abstractmethod
     def forward(
-        self, tokens: Tensor, condition: Condition, *, draws: Draws | None = None, weights: Tensor | None = None
+        self,
+        tokens: Tensor,
+        condition: Condition,
+        *,
+        draws: Draws | None = None,
+        weights: Tensor | None = None,
+        tokenizer: Expands | None = None,
     ) -> GeneratorOutput:
         """The training pass over tokens (B, L[, D]), teacher-forced where the model is autoregressive.
 
         Args:
             draws: from ``training_draws``; without "drop" among them, or None, no condition is dropped.
             weights: (B,) weight of each sample in the loss, for example 0 for samples without a caption.
+            tokenizer: the tokenizer of the tokens, where the model ``needs_tokenizer``.
         """
 
     @abstractmethod
@@ -70,22 +80,44 @@ class Generator(Model):
         the batch of ``keys``."""
 
     @abstractmethod
-    def start(self, condition: Condition, options: Any = None, *, draws: Draws | None = None) -> Session:
+    def start(
+        self,
+        condition: Condition,
+        options: Any = None,
+        *,
+        draws: Draws | None = None,
+        tokenizer: Expands | None = None,
+    ) -> Session:
         """Begin a sampling session for the rows of ``condition``.
 
         Args:
             options: an ``options_type``; None takes its defaults.
             draws: from ``sampling_draws``; needed unless the options make sampling deterministic.
+            tokenizer: as of ``forward``.
         """
 
-    def stream(self, condition: Condition, options: Any = None, *, draws: Draws | None = None) -> Iterator[TokenChunk]:
+    def stream(
+        self,
+        condition: Condition,
+        options: Any = None,
+        *,
+        draws: Draws | None = None,
+        tokenizer: Expands | None = None,
+    ) -> Iterator[TokenChunk]:
         """Generate whole sequences chunk by chunk."""
-        return self.start(condition, options, draws=draws).generate()
+        return self.start(condition, options, draws=draws, tokenizer=tokenizer).generate()
 
     @torch.no_grad()
-    def sample(self, condition: Condition, options: Any = None, *, draws: Draws | None = None) -> Tensor:
+    def sample(
+        self,
+        condition: Condition,
+        options: Any = None,
+        *,
+        draws: Draws | None = None,
+        tokenizer: Expands | None = None,
+    ) -> Tensor:
         """Generate whole sequences: tokens (B, L[, D])."""
-        session = self.start(condition, options, draws=draws)
+        session = self.start(condition, options, draws=draws, tokenizer=tokenizer)
         for _ in session.generate():
             pass
         return session.tokens
@@ -116,6 +148,13 @@ class Generator(Model):
             ValueError: this generator has none.
         """
         raise ValueError(f"{type(self).__name__} has no compiled decoding; generators of one token after another have")
+
+    def check_tokenizer(self, tokenizer: Expands | None) -> None:
+        """Raise ValueError if a tokenizer is absent although the model needs it, or given although it does not."""
+        if self.needs_tokenizer and tokenizer is None:
+            raise ValueError(f"{type(self).__name__} reads what its tokenizer makes of the tokens: pass tokenizer=…")
+        if tokenizer is not None and not self.needs_tokenizer:
+            raise ValueError(f"{type(self).__name__} reads tokens as they are; leave tokenizer= out")
 
     def check_condition(self, condition: Condition) -> None:
         """Raise ValueError for a condition that is not of the spec, or for unconditional rows without a null class."""

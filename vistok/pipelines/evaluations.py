@@ -53,7 +53,7 @@ def score_tokenizer(
     where = processes.device() if device is None else choose_device(device)
     tokenizer = load_tokenizer(run).to(where)
     overrides = [f"data.batch_size={batch_size}", *overrides]
-    data = data_of_run(run, overrides, image_shape=tokenizer.image_shape, split="test", allowed=allowed)
+    data = data_of_run(run, overrides, input_shape=tokenizer.input_shape, split="test", allowed=allowed)
     network = None
     if protocol is not None or weights is not None:
         network = load_network(choose_protocol(PAIRS, None, None), weights=weights, device=where)

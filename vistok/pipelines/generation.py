@@ -333,7 +333,7 @@ class Pipeline:
         """Pixels (B, C, H, W) as they are, or of PIL images."""
         if isinstance(images, Tensor):
             return images
-        channels, *size = self.tokenizer.image_shape
+        channels, *size = self.tokenizer.image_shape("reading PIL images")
         return from_pil([images] if isinstance(images, Image.Image) else images, tuple(size), channels)
 
     def _to_tokenizer(self, values: Tensor) -> Tensor:

@@ -34,16 +34,17 @@ def data_of_run(
     path: str | Path,
     overrides: Sequence[str],
     *,
-    image_shape: tuple[int, ...],
+    input_shape: tuple[int, ...],
     split: str | None = None,
     allowed: Allowed = NOTHING,
 ) -> DataConfig:
     """The images that a tokenizer run was trained on, as ``data.…=…`` overrides change it.
 
     Args:
-        path: the run folder, or its best/. Without a config.yaml there, size and channels come from ``image_shape``.
+        path: the run folder, or its best/. Without a config.yaml there, size, channels and frames come from
+            ``input_shape``.
         overrides: ``data.key=value`` texts.
-        image_shape: of the tokenizer, (C, H, W).
+        input_shape: of the tokenizer, (C, H, W) or (C, T, H, W).
         split: replaces the run's, unless an override sets it.
         allowed: what the overrides may do; the run's own config may do nothing.
 
@@ -58,7 +59,9 @@ def data_of_run(
     if folder.name == BEST_MODEL and not file.is_file():
         file = folder.parent / RUN_CONFIG
     section = load_config(file).get("data") if file.is_file() else None
-    section = section or {"channels": image_shape[0], "image_size": image_shape[1]}
+    if not section:
+        frames = {"num_frames": input_shape[1]} if len(input_shape) == 4 else {}
+        section = {"channels": input_shape[0], "image_size": input_shape[-2]} | frames
     if split is not None:
         section = {**section, "split": split}
     values = override({"data": section}, overrides, source=str(file), target=_Sections, allowed=allowed)["data"]

@@ -140,7 +140,8 @@ def reconstruct_files(tokenizer: Tokenizer, files: Sequence[str | Path], out: st
     Raises:
         FileNotFoundError, ValueError: a file that is absent or no image.
     """
-    channels, *size = tokenizer.image_shape
+    tokenizer.check_renders("reconstructing files")
+    channels, *size = tokenizer.image_shape("reconstructing files")
     decoder = Decoder(channels, side=size[0])
     pixels = from_pil([open_picture(file, decoder) for file in files], tuple(size), channels)
     parameter = next(tokenizer.parameters())
@@ -165,7 +166,8 @@ def reconstruct_prefixes(
     """
     if tokenizer.spec.prefix_step is None:
         raise ValueError(f"{type(tokenizer).__name__} decodes all of its {tokenizer.spec.length} tokens at once only")
-    channels, *size = tokenizer.image_shape
+    tokenizer.check_renders("reconstructing files")
+    channels, *size = tokenizer.image_shape("reconstructing files")
     decoder = Decoder(channels, side=size[0])
     pixels = from_pil([open_picture(file, decoder) for file in files], tuple(size), channels)
     parameter = next(tokenizer.parameters())

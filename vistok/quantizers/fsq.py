@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from vistok.draws import Draws
 from vistok.types import QuantizerOutput
 
 MARGIN = 1.001  # the bounded range is a little wider than the outermost levels, so that they can be reached
@@ -87,8 +88,11 @@ class FSQ(nn.Module):
             ids = candidates.gather(-1, kept)
         return ids
 
-    def forward(self, latents: Tensor) -> QuantizerOutput:
-        """Quantize latents (B, L, D) with a straight-through gradient: rounding counts as the identity."""
+    def forward(self, latents: Tensor, *, draws: Draws | None = None) -> QuantizerOutput:
+        """Quantize latents (B, L, D) with a straight-through gradient: rounding counts as the identity.
+
+        Nothing here is random: ``draws`` are not read.
+        """
         bounded = self.bound(latents)
         rounded = bounded.round()
         quantized = (bounded + (rounded - bounded).detach()) / self.half_width

@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vistok.draws import Draws
 from vistok.losses.entropy import EntropyLoss
 from vistok.quantizers.restart import CodeRestart
-from vistok.types import QuantizerOutput
+from vistok.types import AfterBackward, QuantizerOutput
 
 Gradient = Literal["raw", "normalised", "rotation"]
 Init = Literal["normal", "uniform"]
 
 
-class VectorQuantizer(nn.Module):
+class VectorQuantizer(nn.Module, AfterBackward):
     """Replace each latent vector by the nearest of ``codebook_size`` learned codes.
 
     Args:
@@ -33,7 +34,7 @@ class VectorQuantizer(nn.Module):
         init: "normal" N(0, 1), or "uniform" in +-1/K, rows l2-normalised if ``normalize``.
         entropy_temperature: softmax temperature of the "entropy" term; None leaves the term out.
         restart_after: training steps after which an unused code is moved onto a latent (``CodeRestart``); 0 is never.
-            A training loop calls ``restart_dead_codes`` between the backward pass and the step of its optimizer.
+            A training loop calls ``after_backward`` between the backward pass and the step of its optimizer.
     """
 
     def __init__(
@@ -92,8 +93,8 @@ class VectorQuantizer(nn.Module):
         """Codes (..., D) of ids (...)."""
         return self._norm(self.embedding(ids))
 
-    def forward(self, latents: Tensor) -> QuantizerOutput:
-        """Quantize latents (B, L, D)."""
+    def forward(self, latents: Tensor, *, draws: Draws | None = None) -> QuantizerOutput:
+        """Quantize latents (B, L, D); nothing here is random, so ``draws`` are not read."""
         distances = self.distances(latents)
         ids = distances.argmin(-1)
         if self.training and self.restart is not None:
@@ -112,7 +113,7 @@ class VectorQuantizer(nn.Module):
             quantized = carrier + (codes - carrier).detach()
         return QuantizerOutput(quantized, ids, losses, self.codebook_size)
 
-    def restart_dead_codes(self) -> None:
+    def after_backward(self) -> None:
         """Move codes that have gone unused for ``restart_after`` steps onto latents; nothing if that is 0."""
         if self.restart is not None:
             self.restart.move(self.embedding.weight)
@@ -178,7 +179,7 @@ class ResidualQuantizer(nn.Module):
             return rotate_to(latents, codes)
         return latents + (codes - latents).detach()
 
-    def forward(self, latents: Tensor) -> QuantizerOutput:
+    def forward(self, latents: Tensor, *, draws: Draws | None = None) -> QuantizerOutput:
         """Quantize latents (B, L, D); ids are (B, L, depth), losses the mean over levels."""
         levels = self._levels(latents)
         ids = torch.stack([level.ids for level in levels], -1)

@@ -126,7 +126,7 @@ def _train(out: Path, recipe: Recipe, views: int, stages: Stages) -> tuple[Pipel
 
     stages.begin("tokens", f"of every training digit in {views} slightly different views")
     tokenizer = load_tokenizer(run)
-    data = data_of_run(run, (), image_shape=tokenizer.image_shape)
+    data = data_of_run(run, (), input_shape=tokenizer.input_shape)
     cache = tokenize(tokenizer, data, out / "tokens", augmentation=f"random:{views}")
 
     stages.begin("generator", "learns to predict the tokens of each class")

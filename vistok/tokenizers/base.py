@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from vistok.checkpoints import Model
+from vistok.config import ConfigError
 from vistok.draws import Draws, Keys
-from vistok.types import TokenizerOutput, TokenSpec
+from vistok.types import Condition, ConditionSpec, Expander, TokenizerOutput, TokenSpec
+
+if TYPE_CHECKING:
+    from vistok.data.config import DataConfig
+
+LETTERS = {3: "C, H, W", 4: "C, T, H, W"}
 
 
 class Tokenizer(Model):
@@ -19,9 +25,17 @@ class Tokenizer(Model):
 
     Public pixels are float (B, C, H, W), or (B, C, T, H, W) for video, in [-1, 1]. ``native_range`` is the range in
     which the reference works: pixel, perceptual and GAN losses run there, so that recipes keep their meaning.
+
+    Not every tokenizer renders: one that turns tokens into something other than pixels sets ``renders`` to False.
     """
 
+    data_arguments: ClassVar[Mapping[str, str]] = {"image_size": "image_size", "in_channels": "channels"}
+    """The constructor's arguments that follow from the data, each with the key of the ``data`` section that says it.
+    Tokenizers of video add ``num_frames``."""
+
     native_range: ClassVar[tuple[float, float]] = (-1.0, 1.0)
+    renders: ClassVar[bool] = True
+    """Whether ``decode`` makes pixels."""
     reconstructs: ClassVar[bool] = True
     """Whether ``forward`` gives a reconstruction, so that pixel losses and a GAN can apply."""
     has_posterior: ClassVar[bool] = False
@@ -32,26 +46,57 @@ class Tokenizer(Model):
     def spec(self) -> TokenSpec:
         """The tokens of one image at the size that the tokenizer was built for."""
 
-    @property
-    @abstractmethod
-    def image_shape(self) -> tuple[int, ...]:
-        """The pixels that ``spec`` belongs to, without the batch: (C, H, W) or (C, T, H, W)."""
-
-    def spec_for(self, size: tuple[int, int]) -> TokenSpec:
-        """The tokens of an image of ``size`` (height, width).
+    @classmethod
+    def arguments_from(cls, data: DataConfig) -> dict[str, Any]:
+        """The constructor's arguments that follow from ``data``.
 
         Raises:
-            ValueError: the tokenizer cannot encode that size.
+            ConfigError: clips for a tokenizer of images, or images for one of clips.
         """
-        if tuple(size) != self.image_shape[-2:]:
+        reads_clips = "num_frames" in cls.data_arguments.values()
+        if reads_clips and data.num_frames is None:
+            raise ConfigError(f"{cls.registry_name} reads clips: set data.num_frames, for example data.num_frames=16")
+        if data.num_frames is not None and not reads_clips:
+            raise ConfigError(f"{cls.registry_name} reads images, not clips: leave data.num_frames out")
+        return {argument: getattr(data, key) for argument, key in cls.data_arguments.items()}
+
+    @property
+    @abstractmethod
+    def input_shape(self) -> tuple[int, ...]:
+        """The pixels that ``spec`` belongs to, without the batch: (C, H, W) or (C, T, H, W)."""
+
+    def spec_for(self, shape: Sequence[int]) -> TokenSpec:
+        """The tokens of pixels of ``shape``, without the batch: (C, H, W) or (C, T, H, W).
+
+        Raises:
+            ValueError: the tokenizer cannot encode that shape.
+        """
+        expected, shape = self.input_shape, tuple(shape)
+        if len(shape) != len(expected):
+            raise ValueError(f"pixels must be ({LETTERS[len(expected)]}) like {expected}, got {shape}")
+        if shape[0] != expected[0]:
+            remedy = "repeat the grey channel" if expected[0] == 3 else "convert the images to grey"
+            raise ValueError(f"this tokenizer reads {expected[0]} channels, got {shape[0]}; {remedy}")
+        return self._spec_for_sides(shape[1:])
+
+    def _spec_for_sides(self, sides: tuple[int, ...]) -> TokenSpec:
+        """The tokens of pixels with sides (H, W) or (T, H, W); overridden where other sides than the usual encode."""
+        own = self.input_shape[1:]
+        if sides != own:
+            what = "images" if len(own) == 2 else "clips (frames x height x width)"
+            remedy = "resize them" if sides[-2:] != own[-2:] else f"take {own[0]} frames"
             raise ValueError(
-                f"{type(self).__name__} encodes images of {self.image_shape[-2]}x{self.image_shape[-1]} only, "
-                f"got {size[0]}x{size[1]}; resize them first"
+                f"{type(self).__name__} encodes {what} of {times(own)} only, got {times(sides)}; {remedy} first"
             )
         return self.spec
 
+    @property
+    def condition_spec(self) -> ConditionSpec:
+        """What ``encode``, ``decode`` and ``forward`` can be conditioned on: nothing, unless the tokenizer says so."""
+        return ConditionSpec()
+
     @abstractmethod
-    def encode(self, pixels: Tensor, *, draws: Draws | None = None) -> Tensor:
+    def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
         """Pixels in [-1, 1] to tokens: (B, L[, depth]) int64 ids, or (B, L, D) standardised latents.
 
         Deterministic without ``draws`` (nearest code, posterior mode).
@@ -61,25 +106,44 @@ class Tokenizer(Model):
         """Means and log-variances of the standardised latents, (B, L, 2D); of tokenizers with a posterior."""
         raise ValueError(f"the tokens of {type(self).__name__} have no posterior; use encode")
 
-    @abstractmethod
-    def decode(self, tokens: Tensor) -> Tensor:
+    def decode(self, tokens: Tensor, *, condition: Condition | None = None) -> Tensor:
         """Tokens to pixels, in [-1, 1] up to overshoot (not clamped).
 
         Subclasses add the keyword arguments that their decoder has: ``lengths`` (B,) for prefixes, ``grid`` for other
         image sizes, ``context``, ``draws``, ``num_steps``, ``guidance_scale``.
+
+        Raises:
+            ValueError: this tokenizer renders no pixels.
         """
+        self.check_renders("decode")
+        raise NotImplementedError(f"{type(self).__name__} renders, but defines no decode")
 
     @abstractmethod
     def forward(
-        self, pixels: Tensor, *, target: Tensor | None = None, step: int | None = None, draws: Draws | None = None
+        self,
+        pixels: Tensor,
+        *,
+        condition: Condition | None = None,
+        target: Tensor | None = None,
+        step: int | None = None,
+        draws: Draws | None = None,
     ) -> TokenizerOutput:
         """The training pass: encode, quantize, decode, with losses and features.
 
         Args:
+            condition: what the tokenizer is conditioned on, where ``condition_spec`` has parts.
             target: pixels to reconstruct where they differ from the input (masked or perturbed inputs).
             step: the optimisation step, for parts with a schedule.
             draws: from ``training_draws``, for parts that are random in training.
         """
+
+    def expander(self) -> Expander:
+        """What turns tokens into the inputs of a generator that has this tokenizer in its loop.
+
+        Raises:
+            ValueError: generators read the tokens of this one as they are.
+        """
+        raise ValueError(f"{type(self).__name__} has no expander: generators read its tokens as they are")
 
     def training_draws(self, keys: Keys) -> Draws:
         """The random tensors that ``forward`` consumes in training; most tokenizers need none."""
@@ -92,7 +156,9 @@ class Tokenizer(Model):
         """The random tensors that ``decode`` consumes, as its argument ``draws``; only generative decoders need any."""
         return {}
 
-    def prefix_decoder(self, draws: Draws | None = None) -> Callable[[Tensor], Tensor]:
+    def prefix_decoder(
+        self, draws: Draws | None = None, *, condition: Condition | None = None
+    ) -> Callable[[Tensor], Tensor]:
         """A function that decodes growing prefixes of one batch: ids (B, k) to pixels, k rising from call to call.
 
         For tokenizers whose prefixes decode (``spec.prefix_step``).
@@ -101,7 +167,7 @@ class Tokenizer(Model):
             draws: from ``decoding_draws``.
         """
         options = {"draws": draws} if draws else {}
-        return lambda tokens: self.decode(tokens, **options)
+        return lambda tokens: self.decode(tokens, condition=condition, **options)
 
     @property
     def alignment_dim(self) -> int | None:
@@ -139,20 +205,64 @@ class Tokenizer(Model):
         Raises:
             ValueError: wrong rank, channels, size or dtype.
         """
-        expected = self.image_shape
+        expected = self.input_shape
         if not pixels.is_floating_point():
             raise ValueError(f"pixels must be float in [-1, 1], got {pixels.dtype}; divide uint8 by 127.5, subtract 1")
         if pixels.ndim != len(expected) + 1:
             raise ValueError(f"pixels must be (B, {', '.join(map(str, expected))}), got shape {tuple(pixels.shape)}")
-        if pixels.shape[1] != expected[0]:
-            remedy = "repeat the grey channel" if expected[0] == 3 else "convert the images to grey"
-            raise ValueError(f"this tokenizer reads {expected[0]} channels, got {pixels.shape[1]}; {remedy}")
-        return self.spec_for((pixels.shape[-2], pixels.shape[-1]))
+        return self.spec_for(pixels.shape[1:])
+
+    def image_shape(self, purpose: str) -> tuple[int, int, int]:
+        """``input_shape`` of a tokenizer of images, (C, H, W), for a ``purpose`` that is made for images alone.
+
+        Raises:
+            ValueError: this tokenizer reads clips.
+        """
+        if len(self.input_shape) != 3:
+            raise ValueError(
+                f"{purpose} works on images, but {type(self).__name__} reads clips of {self.input_shape[1]} frames"
+            )
+        channels, height, width = self.input_shape
+        return channels, height, width
+
+    def check_renders(self, purpose: str) -> None:
+        """Raise ValueError if ``purpose`` needs pixels and this tokenizer renders none."""
+        if not self.renders:
+            raise ValueError(f"{type(self).__name__} renders no pixels: {purpose} needs a tokenizer that does")
+
+    def check_condition(self, condition: Condition | None) -> None:
+        """Raise ValueError for a condition that is not of ``condition_spec``."""
+        if condition is None:
+            return
+        if not self.condition_spec.parts:
+            raise ValueError(f"{type(self).__name__} takes no condition; leave it out")
+        self.condition_spec.check(condition, "this tokenizer")
+
+    def own_condition(self, condition: Condition | None) -> Condition | None:
+        """The parts that this tokenizer takes of the ``condition`` that its tokens are generated with, or None."""
+        names = self.condition_spec.parts
+        if condition is None or not names:
+            return None
+        parts = {name: part for name, part in condition.parts.items() if name in names}
+        return Condition(condition.size, parts, condition.device)
 
     @torch.no_grad()
-    def reconstruct(self, pixels: Tensor) -> Tensor:
+    def reconstruct(self, pixels: Tensor, *, condition: Condition | None = None) -> Tensor:
         """Encode and decode; what a user sees, clamped to [-1, 1]."""
-        return self.decode(self.encode(pixels)).clamp(-1, 1)
+        return self.decode(self.encode(pixels, condition=condition), condition=condition).clamp(-1, 1)
+
+
+def image_sides(image_size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of an ``image_size``: the side of a square, or both."""
+    if isinstance(image_size, int):
+        return image_size, image_size
+    height, width = image_size
+    return int(height), int(width)
+
+
+def times(sides: Sequence[int]) -> str:
+    """Sides as people write them: 256x256."""
+    return "x".join(map(str, sides))
 
 
 def prefix_lengths(spec: TokenSpec, tokens: Tensor, lengths: Tensor | None) -> Tensor:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from vistok.checkpoints import CheckpointError, OfficialCheckpoint, load_strictly, read_weights, rename, snapshot
 from vistok.draws import Draws, Keys
-from vistok.tokenizers.base import Tokenizer
-from vistok.types import TokenizerOutput, TokenSpec
+from vistok.tokenizers.base import Tokenizer, image_sides
+from vistok.types import Condition, TokenizerOutput, TokenSpec
 
 KL16_SCALE = 0.2325
 """What MAR and xAR multiply the latents of KL-16 by; their deviation is then about 1."""
@@ -95,10 +95,10 @@ class KLVAE(Tokenizer):
 
         levels = len(block_out_channels)
         self.stride = 2 ** (levels - 1)
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        self._image_shape = (in_channels, height, width)
+        height, width = image_sides(image_size)
+        self._input_shape = (in_channels, height, width)
         self._latent_channels = latent_channels
-        self._spec = self.spec_for((height, width))
+        self._spec = self.spec_for(self._input_shape)
         _check_widths(block_out_channels, norm_groups)
         up_types = _block_types("UpDecoderBlock2D", "AttnUpDecoderBlock2D", decoder_attention, levels)
         self.vae = AutoencoderKL(
@@ -124,8 +124,8 @@ class KLVAE(Tokenizer):
         return self._spec
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self._image_shape
+    def input_shape(self) -> tuple[int, int, int]:
+        return self._input_shape
 
     @property
     def loss_terms(self) -> tuple[str, ...]:
@@ -135,8 +135,8 @@ class KLVAE(Tokenizer):
     def last_layer(self) -> nn.Parameter:
         return self.vae.decoder.conv_out.weight
 
-    def spec_for(self, size: tuple[int, int]) -> TokenSpec:
-        height, width = size
+    def _spec_for_sides(self, sides: tuple[int, ...]) -> TokenSpec:
+        height, width = sides
         if height < 1 or width < 1 or height % self.stride or width % self.stride:
             raise ValueError(
                 f"image sides must be multiples of {self.stride}, got {height}x{width}; resize or crop the images"
@@ -156,8 +156,9 @@ class KLVAE(Tokenizer):
         mean, log_variance = rearrange(hidden, "b d h w -> b (h w) d").chunk(2, -1)
         return mean, log_variance.clamp(-30, 20)
 
-    def encode(self, pixels: Tensor, *, draws: Draws | None = None) -> Tensor:
+    def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
         """Pixels to standardised latents (B, L, D): the posterior's mode, or, with ``draws``, a sample."""
+        self.check_condition(condition)
         return self._standardised(self._choose(*self.moments(pixels), draws))
 
     def encode_moments(self, pixels: Tensor) -> Tensor:
@@ -168,7 +169,9 @@ class KLVAE(Tokenizer):
         """Moments of the autoencoder's own latents, (..., D) each, to those of the standardised ones, (..., 2D)."""
         return torch.cat([self._standardised(mean), log_variance + 2 * self.scale.abs().log()], -1)
 
-    def decode(self, tokens: Tensor, *, grid: tuple[int, int] | None = None) -> Tensor:
+    def decode(
+        self, tokens: Tensor, *, condition: Condition | None = None, grid: tuple[int, int] | None = None
+    ) -> Tensor:
         """Standardised latents (B, h * w, D) to pixels (B, C, h * stride, w * stride).
 
         Args:
@@ -177,6 +180,7 @@ class KLVAE(Tokenizer):
         Raises:
             ValueError: latents of another VAE, or not h * w of them.
         """
+        self.check_condition(condition)
         h, w = grid or self.spec.grid
         self.spec.check_latents(tokens)
         if tokens.shape[1] != h * w:
@@ -193,12 +197,19 @@ class KLVAE(Tokenizer):
         return self.vae.decoder(latents)
 
     def forward(
-        self, pixels: Tensor, *, target: Tensor | None = None, step: int | None = None, draws: Draws | None = None
+        self,
+        pixels: Tensor,
+        *,
+        condition: Condition | None = None,
+        target: Tensor | None = None,
+        step: int | None = None,
+        draws: Draws | None = None,
     ) -> TokenizerOutput:
         """Loss term "kl": KL of the posterior to the unit normal in nats per image, (B,)."""
+        self.check_condition(condition)
         mean, log_variance = self.moments(pixels)
         latents = self._choose(mean, log_variance, draws)
-        reconstruction = self.decode_latents(latents, self.spec_for((pixels.shape[2], pixels.shape[3])).grid)
+        reconstruction = self.decode_latents(latents, self.spec_for(pixels.shape[1:]).grid)
         losses = {"kl": gaussian_kl(mean, log_variance).flatten(1).sum(1)}
         return TokenizerOutput(reconstruction, self._standardised(latents), losses, {"latents": latents})
 

@@ -17,8 +17,8 @@ from vistok.draws import Draws
 from vistok.nn.conv import ConvDecoder, ConvEncoder
 from vistok.quantizers import VectorQuantizer
 from vistok.quantizers.vq import Gradient
-from vistok.tokenizers.base import Tokenizer
-from vistok.types import TokenizerOutput, TokenSpec
+from vistok.tokenizers.base import Tokenizer, image_sides
+from vistok.types import Condition, TokenizerOutput, TokenSpec
 
 VQ16, VQ8 = (1, 1, 2, 2, 4), (1, 2, 2, 4)
 ENTROPY_TEMPERATURE = 0.01
@@ -96,8 +96,8 @@ class LlamaGenVQ(Tokenizer):
                 "images come back at their own size only if both have as many"
             )
         self.stride = 2 ** (len(encoder_channel_mult) - 1)
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        self._image_shape = (in_channels, height, width)
+        height, width = image_sides(image_size)
+        self._input_shape = (in_channels, height, width)
         options = {"norm_groups": norm_groups, "dropout": dropout}
         self.encoder = ConvEncoder(in_channels, z_channels, channels, encoder_channel_mult, res_blocks, **options)
         self.pre_quant = nn.Conv2d(z_channels, codebook_embed_dim, 1)
@@ -112,15 +112,15 @@ class LlamaGenVQ(Tokenizer):
         )
         self.post_quant = nn.Conv2d(codebook_embed_dim, z_channels, 1)
         self.decoder = ConvDecoder(z_channels, in_channels, channels, decoder_channel_mult, res_blocks, **options)
-        self._spec = self.spec_for((height, width))
+        self._spec = self.spec_for(self._input_shape)
 
     @property
     def spec(self) -> TokenSpec:
         return self._spec
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self._image_shape
+    def input_shape(self) -> tuple[int, int, int]:
+        return self._input_shape
 
     @property
     def loss_terms(self) -> tuple[str, ...]:
@@ -130,8 +130,8 @@ class LlamaGenVQ(Tokenizer):
     def last_layer(self) -> nn.Parameter:
         return self.decoder.conv_out.weight
 
-    def spec_for(self, size: tuple[int, int]) -> TokenSpec:
-        height, width = size
+    def _spec_for_sides(self, sides: tuple[int, ...]) -> TokenSpec:
+        height, width = sides
         if height < 1 or width < 1 or height % self.stride or width % self.stride:
             raise ValueError(
                 f"image sides must be multiples of {self.stride}, got {height}x{width}; resize or crop the images"
@@ -144,10 +144,13 @@ class LlamaGenVQ(Tokenizer):
         self.check_pixels(pixels)
         return rearrange(self.pre_quant(self.encoder(pixels)), "b d h w -> b (h w) d")
 
-    def encode(self, pixels: Tensor, *, draws: Draws | None = None) -> Tensor:
+    def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
+        self.check_condition(condition)
         return self.quantizer.encode(self.latents(pixels))
 
-    def decode(self, tokens: Tensor, *, grid: tuple[int, int] | None = None) -> Tensor:
+    def decode(
+        self, tokens: Tensor, *, condition: Condition | None = None, grid: tuple[int, int] | None = None
+    ) -> Tensor:
         """Ids (B, h * w) to pixels (B, C, h * stride, w * stride).
 
         Args:
@@ -156,6 +159,7 @@ class LlamaGenVQ(Tokenizer):
         Raises:
             ValueError: ids out of range, or not h * w of them.
         """
+        self.check_condition(condition)
         h, w = grid or self.spec.grid
         self.spec.check_ids(tokens)
         if tokens.shape[1] != h * w:
@@ -169,11 +173,18 @@ class LlamaGenVQ(Tokenizer):
         return self.decoder(self.post_quant(rearrange(quantized, "b (h w) d -> b d h w", h=grid[0], w=grid[1])))
 
     def forward(
-        self, pixels: Tensor, *, target: Tensor | None = None, step: int | None = None, draws: Draws | None = None
+        self,
+        pixels: Tensor,
+        *,
+        condition: Condition | None = None,
+        target: Tensor | None = None,
+        step: int | None = None,
+        draws: Draws | None = None,
     ) -> TokenizerOutput:
+        self.check_condition(condition)
         latents = self.latents(pixels)
         quantized = self.quantizer(latents)
-        grid = self.spec_for((pixels.shape[2], pixels.shape[3])).grid
+        grid = self.spec_for(pixels.shape[1:]).grid
         features = {"latents": latents, "quantized": quantized.quantized}
         reconstruction = self.decode_latents(quantized.quantized, grid)
         return TokenizerOutput(reconstruction, quantized.ids, quantized.losses, features)

@@ -23,8 +23,8 @@ from vistok.nn.mlp import MLP
 from vistok.nn.positions import sincos_2d
 from vistok.quantizers import ResidualQuantizer, VectorQuantizer
 from vistok.quantizers.vq import Gradient
-from vistok.tokenizers.base import Tokenizer
-from vistok.types import TokenizerOutput, TokenSpec, as_dataclass
+from vistok.tokenizers.base import Tokenizer, image_sides
+from vistok.types import Condition, TokenizerOutput, TokenSpec, as_dataclass
 
 HEAD_DIM = 64
 
@@ -142,14 +142,14 @@ class ViTVQGAN(Tokenizer):
     ):
         super().__init__()
         encoder, decoder = as_dataclass(ViTConfig, encoder), as_dataclass(ViTConfig, decoder)
-        height, width = _pair(image_size)
-        self.patch = _pair(patch_size)
+        height, width = image_sides(image_size)
+        self.patch = image_sides(patch_size)
         self.grid = (height // self.patch[0], width // self.patch[1])
         if (height % self.patch[0], width % self.patch[1]) != (0, 0):
             raise ValueError(f"image_size {height}x{width} is not a multiple of patch_size {self.patch}")
         if residual_depth < 1:
             raise ValueError(f"residual_depth must be at least 1, got {residual_depth}")
-        self._image_shape = (in_channels, height, width)
+        self._input_shape = (in_channels, height, width)
         self.distribution = LogitLaplace() if pixel_distribution == "logit_laplace" else None
         out_channels = in_channels * (2 if self.distribution else 1)
 
@@ -182,8 +182,8 @@ class ViTVQGAN(Tokenizer):
         return TokenSpec(h * w, vector_quantizer.codebook_size, vector_quantizer.dim, depth=self.depth, grid=(h, w))
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self._image_shape
+    def input_shape(self) -> tuple[int, int, int]:
+        return self._input_shape
 
     @property
     def loss_terms(self) -> tuple[str, ...]:
@@ -202,15 +202,17 @@ class ViTVQGAN(Tokenizer):
         )
         return self.pre_quant(self.encoder(patches))
 
-    def encode(self, pixels: Tensor, *, draws: Draws | None = None) -> Tensor:
+    def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
+        self.check_condition(condition)
         return self.quantizer.encode(self.latents(pixels))
 
-    def decode(self, tokens: Tensor) -> Tensor:
+    def decode(self, tokens: Tensor, *, condition: Condition | None = None) -> Tensor:
         """Ids (B, L[, depth]) to pixels (B, C, H, W).
 
         Raises:
             ValueError: ids out of range, or not L of them.
         """
+        self.check_condition(condition)
         self.spec.check_ids(tokens)
         if tokens.shape[1] != self.spec.length:
             raise ValueError(f"this tokenizer decodes {self.spec.length} tokens at once, got {tokens.shape[1]}")
@@ -228,8 +230,15 @@ class ViTVQGAN(Tokenizer):
         )
 
     def forward(
-        self, pixels: Tensor, *, target: Tensor | None = None, step: int | None = None, draws: Draws | None = None
+        self,
+        pixels: Tensor,
+        *,
+        condition: Condition | None = None,
+        target: Tensor | None = None,
+        step: int | None = None,
+        draws: Draws | None = None,
     ) -> TokenizerOutput:
+        self.check_condition(condition)
         latents = self.latents(pixels)
         quantized = self.quantizer(latents)
         output = self.decode_latents(quantized.quantized)
@@ -282,10 +291,6 @@ OFFICIAL_NAMES = [
     (r"(\w+)\.transformer\.layers\.(\d+)\.1\.fn\.net\.2\.(\w+)", r"\1.blocks.\2.mlp.down.\3"),
     (r"(\w+)\.transformer\.norm\.(\w+)", r"\1.norm.\2"),
 ]
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
 def _initialise(module: nn.Module) -> None:

@@ -16,13 +16,13 @@ class Adversary(nn.Module):
 
     Args:
         config: the ``losses.gan`` section.
-        image_shape: (C, H, W) of the images.
+        input_shape: (C, H, W) of the images, or (C, T, H, W).
     """
 
-    def __init__(self, config: GanConfig, image_shape: tuple[int, ...]):
+    def __init__(self, config: GanConfig, input_shape: tuple[int, ...]):
         super().__init__()
         self.config = config
-        self.discriminator = build_discriminator(config, image_shape)
+        self.discriminator = build_discriminator(config, input_shape)
         self.generator_loss = GeneratorLoss(config.loss)
         self.discriminator_loss = DiscriminatorLoss(config.loss)
         self.lecam = LeCam() if config.lecam_weight else None
@@ -50,7 +50,7 @@ class Adversary(nn.Module):
         return terms
 
 
-def build_discriminator(config: GanConfig, image_shape: tuple[int, ...]) -> nn.Module:
+def build_discriminator(config: GanConfig, input_shape: tuple[int, ...]) -> nn.Module:
     arguments = dict(config.discriminator)
     name = arguments.pop("name", "patchgan")
     if name not in DISCRIMINATORS:
@@ -58,7 +58,7 @@ def build_discriminator(config: GanConfig, image_shape: tuple[int, ...]) -> nn.M
         hint = f"; did you mean {near!r}?" if near else ""
         raise ConfigError(f"losses.gan.discriminator.name: unknown {name!r}{hint} Known: {', '.join(DISCRIMINATORS)}.")
     kind = DISCRIMINATORS[name]
-    derived = {"in_channels": image_shape[0]}
+    derived = {"in_channels": input_shape[0]}
     if kind is StyleGANDiscriminator:
-        derived["image_size"] = image_shape[-1]
+        derived["image_size"] = input_shape[-1]
     return kind(**check(kind, derived | arguments, "losses.gan.discriminator"))

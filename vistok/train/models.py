@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from vistok.checkpoints import Model
-from vistok.quantizers import VectorQuantizer
 from vistok.train.config import RunConfig
 from vistok.train.optim import AveragedModel, build_optimizer, load_named_state, named_state
 from vistok.train.parallel import (
@@ -24,6 +23,7 @@ from vistok.train.parallel import (
     whole_state_dict,
 )
 from vistok.train.stages import Stage
+from vistok.types import AfterBackward
 
 
 class Models:
@@ -47,7 +47,7 @@ class Models:
     def _place_model(self, model: Model) -> None:
         training, device = self._run.training, self._accelerator.device
         model.train().to(device)
-        self._quantizers = [module for module in model.modules() if isinstance(module, VectorQuantizer)]
+        self._movers = [module for module in model.modules() if isinstance(module, AfterBackward)]
         self.average = AveragedModel(model, training.ema_decay) if training.ema_decay else None
         # Where a whole model is needed (pictures, export), process 0 gathers the shards into this one.
         self._whole = copy.deepcopy(model).cpu() if self.sharded and self._accelerator.is_main_process else None
@@ -97,7 +97,7 @@ class Models:
 
     def step(self, *, adversary: bool) -> dict[str, Tensor]:
         """Apply the gradients, the ``adversary``'s too if it takes part by now; the gradient norms, if clipped."""
-        self._restart_dead_codes()
+        self._after_backward()
         norms = self._apply(self._optimizer, self.model, "grad_norm")
         if adversary:
             norms |= self._apply(self._adversary_optimizer, self.adversary, "d_grad_norm")
@@ -115,10 +115,10 @@ class Models:
         optimizer.zero_grad(set_to_none=True)
         return norms
 
-    def _restart_dead_codes(self) -> None:
+    def _after_backward(self) -> None:
         with replicating() if self.sharded else nullcontext():
-            for quantizer in self._quantizers:
-                quantizer.restart_dead_codes()
+            for module in self._movers:
+                module.after_backward()
 
     def _bare(self, module: nn.Module) -> nn.Module:
         return self._accelerator.unwrap_model(module)

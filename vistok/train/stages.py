@@ -125,12 +125,10 @@ class TokenizerStage(Stage):
 
     def __init__(self, config: RunConfig, rank: int, world_size: int):
         source = open_source(config.data)
-        self.model: Tokenizer = config.build_model(
-            {"image_size": config.data.image_size, "in_channels": config.data.channels}
-        )
+        self.model: Tokenizer = config.build_model(config.model_entry().load().arguments_from(config.data))
         self.objective = TokenizerObjective(self.model, config.losses)
         self.gan = gan_config(self.model, config.losses)
-        self.adversary = Adversary(self.gan, self.model.image_shape) if self.gan else None
+        self.adversary = Adversary(self.gan, self.model.input_shape) if self.gan else None
         self.loader = training_loader(source, config.data, rank=rank, world_size=world_size)
         self.held_out = _held_out_images(config)
         self.seed = config.seed

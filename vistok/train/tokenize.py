@@ -160,6 +160,7 @@ def _write_shards(
 def _settings(data: DataConfig, augmentation: str) -> dict[str, Any]:
     """What else the shards depend on."""
     names = ("image_size", "channels", "reading", "crop", "flip", "affine", "seed")
+    names += () if data.num_frames is None else ("num_frames", "frame_stride")
     values = dataclasses.asdict(data)
     return {"augmentation": augmentation, "shard_size": SHARD_SIZE, **{name: values[name] for name in names}}
 
@@ -170,16 +171,26 @@ def check_size(tokenizer: Tokenizer, data: DataConfig) -> TokenSpec:
     Raises:
         ValueError: the tokenizer reads images of another size, or other channels.
     """
-    channels, height, width = tokenizer.image_shape
+    channels, *frames, height, width = tokenizer.input_shape
     if data.channels != channels:
         raise ValueError(f"this tokenizer reads {channels} channels; set data.channels={channels}, not {data.channels}")
-    size = data.image_size
-    try:
-        return tokenizer.spec_for((size, size))
-    except ValueError as error:
+    if frames and data.num_frames is None:
+        raise ValueError(f"this tokenizer reads clips; set data.num_frames={frames[0]}")
+    if data.num_frames is not None and not frames:
         raise ValueError(
-            f"data.image_size is {size}, but this tokenizer was built for {height}x{width}: set data.image_size="
-            f"{height} ({error})"
+            f"this tokenizer reads images, not clips of {data.num_frames} frames; leave data.num_frames out"
+        )
+    try:
+        return tokenizer.spec_for(data.input_shape)
+    except ValueError as error:
+        if frames and data.num_frames != frames[0]:
+            raise ValueError(
+                f"data.num_frames is {data.num_frames}, but this tokenizer was built for {frames[0]} frames: set "
+                f"data.num_frames={frames[0]} ({error})"
+            ) from error
+        raise ValueError(
+            f"data.image_size is {data.image_size}, but this tokenizer was built for {height}x{width}: set "
+            f"data.image_size={height} ({error})"
         ) from error
 
 

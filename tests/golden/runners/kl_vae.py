@@ -19,7 +19,7 @@ def _model(case: Case, latent_scale: float = 1.0) -> KLVAE:
 
 
 def _grid(model: KLVAE, image: Tensor) -> tuple[int, int]:
-    return model.spec_for((image.shape[2], image.shape[3])).grid
+    return model.spec_for(image.shape[1:]).grid
 
 
 def _as_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:

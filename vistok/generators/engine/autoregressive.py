@@ -20,7 +20,7 @@ from vistok.generators.engine.compiled import CompiledStep, SessionSteps
 from vistok.generators.engine.few_rows import layers_for
 from vistok.generators.engine.sampling import DecodingOptions, draw_ids, guide
 from vistok.nn.rotary import Rows
-from vistok.types import Condition, GeneratorOutput, TokenChunk, TokenSpec
+from vistok.types import Condition, Expands, GeneratorOutput, TokenChunk, TokenSpec
 
 
 class AutoregressiveGenerator(Generator):
@@ -110,9 +110,16 @@ class AutoregressiveGenerator(Generator):
         return self.head(hidden[:, self.condition_length - 1 :])
 
     def forward(
-        self, tokens: Tensor, condition: Condition, *, draws: Draws | None = None, weights: Tensor | None = None
+        self,
+        tokens: Tensor,
+        condition: Condition,
+        *,
+        draws: Draws | None = None,
+        weights: Tensor | None = None,
+        tokenizer: Expands | None = None,
     ) -> GeneratorOutput:
         """Cross entropy in nats per token, (weighted) mean over samples; metric: "accuracy", share of ids right."""
+        self.check_tokenizer(tokenizer)
         if draws and "drop" in draws:
             condition = condition.drop(draws["drop"] < self.condition_dropout)
         logits = self.logits(tokens, condition)
@@ -128,8 +135,14 @@ class AutoregressiveGenerator(Generator):
         return {"ids": keys.uniform("ids", self.spec.length)}
 
     def start(
-        self, condition: Condition, options: DecodingOptions | None = None, *, draws: Draws | None = None
+        self,
+        condition: Condition,
+        options: DecodingOptions | None = None,
+        *,
+        draws: Draws | None = None,
+        tokenizer: Expands | None = None,
     ) -> AutoregressiveSession:
+        self.check_tokenizer(tokenizer)
         options = options or DecodingOptions()
         self.check_condition(condition)
         if options.guided:
@@ -141,14 +154,19 @@ class AutoregressiveGenerator(Generator):
         return AutoregressiveSession(self, condition, options, draws)
 
     def sample(
-        self, condition: Condition, options: DecodingOptions | None = None, *, draws: Draws | None = None
+        self,
+        condition: Condition,
+        options: DecodingOptions | None = None,
+        *,
+        draws: Draws | None = None,
+        tokenizer: Expands | None = None,
     ) -> Tensor:
         """Generate whole sequences: ids (B, L). On a CPU with products made for few rows, which a stream of chunks does
         without: its caller may change the model meanwhile."""
         guided = options is not None and options.guided
         rows = 0 if self.compiled_step else len(condition) * (1 + guided)  # compilers choose products themselves
         with layers_for(self, rows):
-            return super().sample(condition, options, draws=draws)
+            return super().sample(condition, options, draws=draws, tokenizer=tokenizer)
 
 
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from vistok.generators.mar.sampling import MAROptions, MARSession
 from vistok.nn.attention import Attention
 from vistok.nn.diffusion_head import DiffusionHead
 from vistok.nn.mlp import MLP
-from vistok.types import Condition, GeneratorOutput, TokenSpec, as_dataclass
+from vistok.types import Condition, Expands, GeneratorOutput, TokenSpec, as_dataclass
 
 SIZES = {
     "base": {
@@ -226,7 +226,13 @@ class MAR(ContinuousGenerator):
         return torch.cat([buffer, visible + self.buffer_size], 1)
 
     def forward(
-        self, tokens: Tensor, condition: Condition, *, draws: Draws | None = None, weights: Tensor | None = None
+        self,
+        tokens: Tensor,
+        condition: Condition,
+        *,
+        draws: Draws | None = None,
+        weights: Tensor | None = None,
+        tokenizer: Expands | None = None,
     ) -> GeneratorOutput:
         """Diffusion loss over masked tokens; metrics "mse" of the noise and "vb", the variational bound in bits.
 
@@ -235,6 +241,7 @@ class MAR(ContinuousGenerator):
         Raises:
             ValueError: no draws, or latents of another tokenizer.
         """
+        self.check_tokenizer(tokenizer)
         if draws is None:
             raise ValueError("masks and noise are random: pass training_draws(keys)")
         self.spec.check_latents(tokens)
@@ -282,9 +289,15 @@ class MAR(ContinuousGenerator):
         return {"order": keys.permutation("order", self.length), "noise": noise}
 
     def start(
-        self, condition: Condition, options: MAROptions | None = None, *, draws: Draws | None = None
+        self,
+        condition: Condition,
+        options: MAROptions | None = None,
+        *,
+        draws: Draws | None = None,
+        tokenizer: Expands | None = None,
     ) -> MARSession:
         """Begin a session; its ``append`` also takes known tokens at any positions, for inpainting and editing."""
+        self.check_tokenizer(tokenizer)
         options = options or MAROptions()
         self.check_condition(condition)
         if draws is None:

@@ -33,7 +33,7 @@ from vistok.nn.modulation import modulate
 from vistok.nn.norms import RMSNorm
 from vistok.nn.rotary import FixedRotation, Rotation, rotation_table
 from vistok.nn.timesteps import TimestepEmbedding
-from vistok.types import Condition, GeneratorOutput, TokenSpec, as_dataclass
+from vistok.types import Condition, Expands, GeneratorOutput, TokenSpec, as_dataclass
 
 SIZES = {
     "B": {"dim": 768, "num_encoder_layers": 8, "num_decoder_layers": 8, "num_heads": 12},
@@ -218,13 +218,20 @@ class XAR(ContinuousGenerator):
         return _dense_mask(self.layout, bounds[entities.start], bounds[entities.stop], device)
 
     def forward(
-        self, tokens: Tensor, condition: Condition, *, draws: Draws | None = None, weights: Tensor | None = None
+        self,
+        tokens: Tensor,
+        condition: Condition,
+        *,
+        draws: Draws | None = None,
+        weights: Tensor | None = None,
+        tokenizer: Expands | None = None,
     ) -> GeneratorOutput:
         """Mean squared error of the velocities noise - data, the entities noisy each at its own level.
 
         Raises:
             ValueError: no draws, or latents of another tokenizer.
         """
+        self.check_tokenizer(tokenizer)
         if draws is None:
             raise ValueError("flow matching trains on noise: pass training_draws(keys)")
         self.spec.check_latents(tokens)
@@ -262,8 +269,14 @@ class XAR(ContinuousGenerator):
         return draws
 
     def start(
-        self, condition: Condition, options: XAROptions | None = None, *, draws: Draws | None = None
+        self,
+        condition: Condition,
+        options: XAROptions | None = None,
+        *,
+        draws: Draws | None = None,
+        tokenizer: Expands | None = None,
     ) -> XARSession:
+        self.check_tokenizer(tokenizer)
         options = options or XAROptions()
         self.check_condition(condition)
         if draws is None:

@@ -21,7 +21,7 @@ from vistok.draws import Draws, Keys
 from vistok.flow import SOLVERS, LinearPath, shift_time
 from vistok.nn.masks import prefix_causal_mask
 from vistok.quantizers import VectorQuantizer
-from vistok.tokenizers.base import Tokenizer, prefix_lengths
+from vistok.tokenizers.base import Tokenizer, image_sides, prefix_lengths, times
 from vistok.tokenizers.dar import official
 from vistok.tokenizers.dar.networks import (
     AlignmentConfig,
@@ -32,7 +32,7 @@ from vistok.tokenizers.dar.networks import (
     VelocityNetwork,
     plain_norm,
 )
-from vistok.types import TokenizerOutput, TokenSpec, as_dataclass
+from vistok.types import Condition, TokenizerOutput, TokenSpec, as_dataclass
 
 PATH = LinearPath(noise_at=0)
 VELOCITY = VelocityConfig()
@@ -106,13 +106,13 @@ class DAR(Tokenizer):
     ):
         super().__init__()
         velocity = as_dataclass(VelocityConfig, velocity)
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        self._image_shape = (in_channels, height, width)
+        height, width = image_sides(image_size)
+        self._input_shape = (in_channels, height, width)
         if num_tokens % group_size or num_tokens > max_tokens:
             raise ValueError(f"num_tokens {num_tokens} must be a multiple of group_size {group_size}, <= {max_tokens}")
         self._spec = TokenSpec(num_tokens, codebook_size, codebook_embed_dim, prefix_step=group_size)
         self.encoder_patch, self.velocity_patch = encoder_patch_size, velocity.patch_size
-        self.spec_for((height, width))  # refuses sides that do not divide
+        self.spec_for(self._input_shape)  # refuses sides that do not divide
         self.num_groups, self.group_size = num_groups, group_size
         self.data_std, self.time_shift = data_std, time_shift
         self.num_steps, self.solver = num_steps, solver
@@ -158,8 +158,8 @@ class DAR(Tokenizer):
         return self._spec
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self._image_shape
+    def input_shape(self) -> tuple[int, int, int]:
+        return self._input_shape
 
     @property
     def loss_terms(self) -> tuple[str, ...]:
@@ -173,12 +173,10 @@ class DAR(Tokenizer):
     def last_layer(self) -> nn.Parameter:
         return self.velocity.patches_out.weight
 
-    def spec_for(self, size: tuple[int, int]) -> TokenSpec:
+    def _spec_for_sides(self, sides: tuple[int, ...]) -> TokenSpec:
         unit = math.lcm(self.encoder_patch, self.velocity_patch)
-        if size[0] < 1 or size[1] < 1 or size[0] % unit or size[1] % unit:
-            raise ValueError(
-                f"image sides must be multiples of {unit}, got {size[0]}x{size[1]}; resize or crop the images"
-            )
+        if min(sides) < 1 or any(side % unit for side in sides):
+            raise ValueError(f"image sides must be multiples of {unit}, got {times(sides)}; resize or crop the images")
         return self._spec
 
     def latents(self, pixels: Tensor) -> Tensor:
@@ -199,7 +197,8 @@ class DAR(Tokenizer):
             x = block(x, mask=mask, rotation=rotation)
         return self.pre_quant(self.encoder_norm(x[:, patches.shape[1] :]))
 
-    def encode(self, pixels: Tensor, *, draws: Draws | None = None) -> Tensor:
+    def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
+        self.check_condition(condition)
         return self.quantizer.encode(self.latents(pixels))
 
     def condition(self, codes: Tensor) -> Tensor:
@@ -226,6 +225,7 @@ class DAR(Tokenizer):
         self,
         tokens: Tensor,
         *,
+        condition: Condition | None = None,
         lengths: Tensor | None = None,
         num_steps: int | None = None,
         solver: Solver | None = None,
@@ -246,7 +246,10 @@ class DAR(Tokenizer):
             ValueError: a wrong number of ids or steps, or ids out of range.
         """
         (image,) = deque(
-            self.decode_stream(tokens, lengths=lengths, num_steps=num_steps, solver=solver, draws=draws), maxlen=1
+            self.decode_stream(
+                tokens, condition=condition, lengths=lengths, num_steps=num_steps, solver=solver, draws=draws
+            ),
+            maxlen=1,
         )
         return image
 
@@ -255,12 +258,14 @@ class DAR(Tokenizer):
         self,
         tokens: Tensor,
         *,
+        condition: Condition | None = None,
         lengths: Tensor | None = None,
         num_steps: int | None = None,
         solver: Solver | None = None,
         draws: Draws | None = None,
     ) -> Iterator[Tensor]:
         """As ``decode``, but yields the preview after every step; the last one is what it gives."""
+        self.check_condition(condition)
         lengths = prefix_lengths(self._spec, tokens, lengths)[:, None, None, None]
         trajectory = Trajectory(self, len(tokens), num_steps=num_steps, solver=solver, draws=draws)
         image = None
@@ -269,9 +274,12 @@ class DAR(Tokenizer):
             image = preview if image is None else torch.where(needed <= lengths, preview, image)
             yield image
 
-    def prefix_decoder(self, draws: Draws | None = None) -> Callable[[Tensor], Tensor]:
+    def prefix_decoder(
+        self, draws: Draws | None = None, *, condition: Condition | None = None
+    ) -> Callable[[Tensor], Tensor]:
         """As of every tokenizer; here each call goes on where the last one stopped, so that the previews of a whole
         image cost as many evaluations of the network as the image."""
+        self.check_condition(condition)
         trajectory: Trajectory | None = None
         image: Tensor | None = None
 
@@ -288,13 +296,19 @@ class DAR(Tokenizer):
         return decode
 
     def decoding_draws(self, keys: Keys) -> Draws:
-        return {"noise": keys.normal("decoding noise", *self._image_shape)}
+        return {"noise": keys.normal("decoding noise", *self._input_shape)}
 
     def training_draws(self, keys: Keys) -> Draws:
-        return {"time": keys.uniform("time"), "noise": keys.normal("noise", *self._image_shape)}
+        return {"time": keys.uniform("time"), "noise": keys.normal("noise", *self._input_shape)}
 
     def forward(
-        self, pixels: Tensor, *, target: Tensor | None = None, step: int | None = None, draws: Draws | None = None
+        self,
+        pixels: Tensor,
+        *,
+        condition: Condition | None = None,
+        target: Tensor | None = None,
+        step: int | None = None,
+        draws: Draws | None = None,
     ) -> TokenizerOutput:
         """One random time per image: the term "flow" (B,) is the squared error of the velocity there, relative to the
         variance of the data; the reconstruction is the straight line from there to the data.
@@ -305,14 +319,15 @@ class DAR(Tokenizer):
         Raises:
             ValueError: no draws: a flow model cannot be trained without noise.
         """
+        self.check_condition(condition)
         if draws is None:
             raise ValueError("D-AR trains on random times and noise: pass draws=model.training_draws(keys)")
         latents = self.latents(pixels)
         quantized = self.quantizer(latents)
         start = self.group_start(draws["time"])
         positions = torch.arange(self.group_size, device=pixels.device) + start[:, None]  # (B, Q)
-        condition = self.condition(quantized.quantized)
-        tokens = condition.gather(1, positions[..., None].expand(-1, -1, condition.shape[2]))
+        embedded = self.condition(quantized.quantized)
+        tokens = embedded.gather(1, positions[..., None].expand(-1, -1, embedded.shape[2]))
         t = shift_time(draws["time"], self.time_shift)
         data, noise = self.data_std * (pixels if target is None else target), draws["noise"]
         noisy = PATH.interpolate(data, noise, t)

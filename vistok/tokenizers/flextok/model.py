@@ -19,7 +19,7 @@ from vistok.config import check
 from vistok.draws import Draws, Keys
 from vistok.flow import APG, FlowState, Scale, TimeSampling, last
 from vistok.quantizers import FSQ
-from vistok.tokenizers.base import Tokenizer, prefix_lengths
+from vistok.tokenizers.base import Tokenizer, image_sides, prefix_lengths, times
 from vistok.tokenizers.flextok import official
 from vistok.tokenizers.flextok.networks import (
     PATH,
@@ -31,7 +31,7 @@ from vistok.tokenizers.flextok.networks import (
     denoise,
 )
 from vistok.tokenizers.kl_vae import KLVAE
-from vistok.types import TokenizerOutput, TokenSpec, as_dataclass
+from vistok.types import Condition, TokenizerOutput, TokenSpec, as_dataclass
 
 D12 = TrunkConfig(dim=768, num_layers=12)
 TIMES = TimeSampling("mode", mode_scale=0.25)
@@ -133,17 +133,17 @@ class FlexTok(Tokenizer):
         guidance: Guidance = "apg",
     ):
         super().__init__()
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        self._image_shape = (in_channels, height, width)
+        height, width = image_sides(image_size)
+        self._input_shape = (in_channels, height, width)
         self.vae = None if vae is None and vae_weights is None else self._build_vae(vae or {}, vae_weights)
         channels = in_channels if self.vae is None else self.vae.spec.dim
-        patch = (patch_size, patch_size) if isinstance(patch_size, int) else (patch_size[0], patch_size[1])
+        patch = image_sides(patch_size)
         stride = 1 if self.vae is None else self.vae.stride
         self._unit = (stride * patch[0], stride * patch[1])
         self._map_shape = (channels, height // stride, width // stride)
         self.quantizer = FSQ(levels)
         self._spec = TokenSpec(num_tokens, self.quantizer.codebook_size, self.quantizer.dim, prefix_step=1)
-        self.spec_for((height, width))  # refuses sides that do not divide
+        self.spec_for(self._input_shape)  # refuses sides that do not divide
         grid = (height // self._unit[0], width // self._unit[1])
         sizes = (channels, patch, grid, num_tokens, self.quantizer.dim)
         self.encoder = Encoder(as_dataclass(TrunkConfig, encoder), *sizes, code_std=code_std)
@@ -162,7 +162,7 @@ class FlexTok(Tokenizer):
         self.num_steps, self.guidance_scale, self.guidance = num_steps, guidance_scale, guidance
 
     def _build_vae(self, vae: dict[str, Any], weights: str | None) -> KLVAE:
-        channels, *size = self._image_shape
+        channels, *size = self._input_shape
         trained = None if weights is None else KLVAE.from_diffusers(weights, image_size=tuple(size))
         if trained is not None:
             described = trained.config.items()
@@ -180,8 +180,8 @@ class FlexTok(Tokenizer):
         return self._spec
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self._image_shape
+    def input_shape(self) -> tuple[int, int, int]:
+        return self._input_shape
 
     @property
     def loss_terms(self) -> tuple[str, ...]:
@@ -192,13 +192,12 @@ class FlexTok(Tokenizer):
         head = self.decoder.alignment_head
         return None if head is None else head.out.out_features
 
-    def spec_for(self, size: tuple[int, int]) -> TokenSpec:
-        (height, width), most = size, self._image_shape[1:]
-        divide = height % self._unit[0] == 0 and width % self._unit[1] == 0
-        if not (divide and 0 < height <= most[0] and 0 < width <= most[1]):
+    def _spec_for_sides(self, sides: tuple[int, ...]) -> TokenSpec:
+        most = self._input_shape[1:]
+        if any(side % unit or not 0 < side <= limit for side, unit, limit in zip(sides, self._unit, most)):
             raise ValueError(
-                f"image sides must be multiples of {self._unit[0]}x{self._unit[1]}, at most {most[0]}x{most[1]}; got "
-                f"{height}x{width}; resize or crop the images"
+                f"image sides must be multiples of {times(self._unit)}, at most {times(most)}; got {times(sides)}; "
+                "resize or crop the images"
             )
         return self._spec
 
@@ -230,7 +229,8 @@ class FlexTok(Tokenizer):
                 "model.vae_weights=…, or load a whole model (init_from=…, vistok.load)"
             )
 
-    def encode(self, pixels: Tensor, *, draws: Draws | None = None) -> Tensor:
+    def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
+        self.check_condition(condition)
         return self.quantizer.encode(self.encoder(self.to_maps(pixels, draws=draws)))
 
     @torch.no_grad()
@@ -238,6 +238,7 @@ class FlexTok(Tokenizer):
         self,
         tokens: Tensor,
         *,
+        condition: Condition | None = None,
         lengths: Tensor | None = None,
         num_steps: int | None = None,
         guidance_scale: Scale | None = None,
@@ -257,6 +258,7 @@ class FlexTok(Tokenizer):
         Raises:
             ValueError: a wrong number of ids or steps, or ids out of range.
         """
+        self.check_condition(condition)
         return self.to_pixels(last(self._trajectory(tokens, lengths, num_steps, guidance_scale, guidance, draws)).x)
 
     @torch.no_grad()
@@ -264,6 +266,7 @@ class FlexTok(Tokenizer):
         self,
         tokens: Tensor,
         *,
+        condition: Condition | None = None,
         lengths: Tensor | None = None,
         num_steps: int | None = None,
         guidance_scale: Scale | None = None,
@@ -271,6 +274,7 @@ class FlexTok(Tokenizer):
         draws: Draws | None = None,
     ) -> Iterator[Tensor]:
         """As ``decode``, but yields the estimate of the image after every step; the last one is what it gives."""
+        self.check_condition(condition)
         for state in self._trajectory(tokens, lengths, num_steps, guidance_scale, guidance, draws):
             yield self.to_pixels(PATH.data_estimate(state.x, state.velocity, state.t))
 
@@ -312,13 +316,20 @@ class FlexTok(Tokenizer):
         return draws
 
     def forward(
-        self, pixels: Tensor, *, target: Tensor | None = None, step: int | None = None, draws: Draws | None = None
+        self,
+        pixels: Tensor,
+        *,
+        condition: Condition | None = None,
+        target: Tensor | None = None,
+        step: int | None = None,
+        draws: Draws | None = None,
     ) -> TokenizerOutput:
         """The loss term "flow", (B,): the mean squared error of the velocity at one random time per image.
 
         Raises:
             ValueError: no draws: a flow model cannot be trained without noise.
         """
+        self.check_condition(condition)
         if draws is None:
             raise ValueError("FlexTok trains on random times and noise: pass draws=model.training_draws(keys)")
         maps = self.to_maps(pixels, draws=draws)
@@ -327,9 +338,9 @@ class FlexTok(Tokenizer):
         quantized = self.quantizer(registers)
         kept = kept_tokens(draws["keep"], self._spec.length, self.nested_dropout)
         null = draws["null"] < self.null_dropout
-        condition = self.decoder.condition(self._perturb(quantized.quantized, registers, draws), kept, null)
+        given = self.decoder.condition(self._perturb(quantized.quantized, registers, draws), kept, null)
         t = self.time_sampling(draws["time"])
-        predicted = self.decoder(PATH.interpolate(clean, draws["noise"], t), t, condition)
+        predicted = self.decoder(PATH.interpolate(clean, draws["noise"], t), t, given)
         flow = (predicted.velocity - PATH.velocity(clean, draws["noise"])).square().flatten(1).mean(1)
         features = {"latents": registers, "quantized": quantized.quantized, "time": t}
         if predicted.patches is not None:

@@ -19,7 +19,7 @@ from vistok.draws import Draws
 from vistok.nn.conv import ConvDecoder, ConvEncoder, UpsampleKind
 from vistok.quantizers import VectorQuantizer
 from vistok.quantizers.vq import Gradient
-from vistok.tokenizers.base import Tokenizer
+from vistok.tokenizers.base import Tokenizer, image_sides
 from vistok.tokenizers.gigatok import official
 from vistok.tokenizers.gigatok.networks import (
     AlignmentConfig,
@@ -32,7 +32,7 @@ from vistok.tokenizers.gigatok.networks import (
     TransformerSize,
     initialise,
 )
-from vistok.types import TokenizerOutput, TokenSpec, as_dataclass
+from vistok.types import Condition, TokenizerOutput, TokenSpec, as_dataclass
 
 CHANNEL_MULT = (1, 1, 2, 2, 4)
 ALIGNMENT = AlignmentConfig()
@@ -139,8 +139,8 @@ class GigaTok(Tokenizer):
                 f"the encoder has {len(encoder_channel_mult)} levels and the decoder {len(decoder_channel_mult)}; "
                 "images come back at their own size only if both have as many"
             )
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        self._image_shape = (in_channels, height, width)
+        height, width = image_sides(image_size)
+        self._input_shape = (in_channels, height, width)
         self.map_grid = _grid((height, width), 2 ** (len(encoder_channel_mult) - 1))
         num_tokens = num_tokens if layout == "1d" else math.prod(self.map_grid)
         grid = None if layout == "1d" else self.map_grid
@@ -185,8 +185,8 @@ class GigaTok(Tokenizer):
         return self._spec
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self._image_shape
+    def input_shape(self) -> tuple[int, int, int]:
+        return self._input_shape
 
     @property
     def loss_terms(self) -> tuple[str, ...]:
@@ -209,15 +209,17 @@ class GigaTok(Tokenizer):
         """A feature map (B, z_channels, h, w) to latents (B, L, code dim), before quantization."""
         return self.pre_quant(self.token_encoder(spatial))
 
-    def encode(self, pixels: Tensor, *, draws: Draws | None = None) -> Tensor:
+    def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
+        self.check_condition(condition)
         return self.quantizer.encode(self.latents(self.encode_map(pixels)))
 
-    def decode(self, tokens: Tensor) -> Tensor:
+    def decode(self, tokens: Tensor, *, condition: Condition | None = None) -> Tensor:
         """Ids (B, L) to pixels (B, C, H, W).
 
         Raises:
             ValueError: ids out of range, or not L of them.
         """
+        self.check_condition(condition)
         self.spec.check_ids(tokens)
         if tokens.shape[1] != self.spec.length:
             raise ValueError(f"an image has {self.spec.length} tokens, got {tokens.shape[1]}")
@@ -225,13 +227,20 @@ class GigaTok(Tokenizer):
         return self.decoder(self.token_decoder.decode_map(self.post_quant(codes)))
 
     def forward(
-        self, pixels: Tensor, *, target: Tensor | None = None, step: int | None = None, draws: Draws | None = None
+        self,
+        pixels: Tensor,
+        *,
+        condition: Condition | None = None,
+        target: Tensor | None = None,
+        step: int | None = None,
+        draws: Draws | None = None,
     ) -> TokenizerOutput:
         """The term "feature" is the mean squared error of the decoder's feature map; the encoder's counts as constant.
 
         Features: "latents", "quantized" (B, L, code dim); "spatial", "decoded_spatial" (B, z_channels, h, w), the
         convolutional encoder's map and the one that the tokens gave; "alignment" (B, h * w, D) where there is a head.
         """
+        self.check_condition(condition)
         spatial = self.encode_map(pixels)
         latents = self.latents(spatial)
         quantized = self.quantizer(latents)
