@@ -219,7 +219,7 @@ class PrefixTokenizer(ViTVQGAN):
         spec = super().spec
         return TokenSpec(spec.length, spec.codebook_size, spec.dim, prefix_step=6)
 
-    def decode(self, tokens):
+    def decode(self, tokens, *, condition=None):
         padded = torch.zeros(len(tokens), 16, dtype=tokens.dtype)
         padded[:, : tokens.shape[1]] = tokens
         return super().decode(padded)
