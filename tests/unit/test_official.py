@@ -100,9 +100,9 @@ def case() -> Case:
     return Case(GOLDEN / "cases" / "llamagen_gpt_c2i")
 
 
-def write_torch(content) -> callable:
+def write_torch(content, **options) -> callable:
     def write(folder: Path, state: dict[str, Tensor]) -> Path:
-        torch.save(content(state), folder / "weights.pt")
+        torch.save(content(state), folder / "weights.pt", **options)
         return folder / "weights.pt"
 
     return write
@@ -123,6 +123,7 @@ def as_fsdp(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 FILES = {
     "bare": write_torch(lambda state: state),
+    "before 1.6": write_torch(lambda state: state, _use_new_zipfile_serialization=False),
     "data parallel": write_torch(lambda state: {"model": state, "steps": 10, "args": argparse.Namespace(lr=1e-4)}),
     "deepspeed": write_torch(lambda state: {"module": {f"module.{key}": t for key, t in state.items()}}),
     "compiled": write_torch(lambda state: {"model": {f"_orig_mod.{key}": t for key, t in state.items()}}),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ def read_weights(path: str | Path, *, stand_ins: Sequence[tuple[type, str]] = ()
     try:
         # Training files keep their command line beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace, *stand_ins]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            # Files from before PyTorch 1.6 are no archives, and cannot be mapped into memory.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises several types, none of them its own
         reason = str(error).splitlines()[0]
         raise CheckpointError(
