@@ -26,7 +26,7 @@ class EncoderConfig:
     """The frozen encoder.
 
     Attributes:
-        name: of a vision transformer in timm; or "efficientnet_lite0", whose weights come with an installed package
+        name: of a vision transformer in timm; or "efficientnet_lite0", whose weights come with the extra ``teachers``
             (``losses.efficientnet``), so that nothing is downloaded.
         weights: a local weights file (safetensors or torch) as timm reads it; None downloads the published one.
         image_size: side to which images are resized. 224 in D-AR; 518, DINOv2's own, in FlexTok.
