@@ -60,8 +60,11 @@ ENTRIES = (
         "vistok.generators.llama:Llama",
         "llamagen/gpt",
         "2406.06525",
-        variants={"dar/gpt": {"positions": "rope1d"}, "gigatok/gpt": {"reference": "gigatok"}},
-        variants={"dar/gpt": {"positions": "rope1d"}, "larp/gpt": {"reference": "larp"}},
+        variants={
+            "dar/gpt": {"positions": "rope1d"},
+            "gigatok/gpt": {"reference": "gigatok"},
+            "larp/gpt": {"reference": "larp"},
+        },
         tokenizer="llamagen_vq",
     ),
 )
