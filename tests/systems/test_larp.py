@@ -464,7 +464,9 @@ def test_fixed_positions_of_the_reference_are_read_or_made():
 
 def test_fewer_heads_of_keys_and_values_are_read():
     case = Case(GOLDEN / "cases" / "larp_ar")
-    state = {k: t[:96] if k.endswith("wqkv.weight") else t for k, t in case.state.items()}  # 48 of q, 24 each of k and v
+    state = {
+        k: t[:96] if k.endswith("wqkv.weight") else t for k, t in case.state.items()
+    }  # 48 of q, 24 each of k and v
     model = vistok.from_official("larp/gpt", case.config | {"n_kv_head": 2}, state)
     condition = Condition.from_labels([1, 2])
     ids = model.sample(condition, DecodingOptions(temperature=0.0))
