@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vistok.data.clips import ClipBatches, ClipTransform, VideoSource, folder_videos, listed_videos, survey
-from vistok.data.loader import Loader
+from vistok.data.config import DataConfig
+from vistok.data.loader import Loader, evaluation_loader, training_loader
 from vistok.data.moving_digits import MovingDigitsSource
+from vistok.data.opening import open_source
 from vistok.data.order import SequentialOrder
 from vistok.data.videos import DecoderMissingError, FrameFolder, UnreadableClipError, VideoFile, open_video
 
@@ -267,3 +270,53 @@ def test_moving_digits_are_of_their_class_and_keep_their_split():
     assert not failures
     with pytest.raises(ValueError, match="at least 16 px, got 8"):
         MovingDigitsSource(image_size=8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The data section
+
+
+def test_a_config_opens_clips_and_its_loaders_read_them(folder):
+    config = DataConfig(16, source="videos", root=str(folder), num_frames=4, frame_stride=2, batch_size=2, limit=3)
+    source = open_source(config)
+    assert len(source) == 3
+    assert source.classes == ("jump", "run")
+    digits = DataConfig(16, source="moving_digits", num_frames=5, channels=1, batch_size=4, limit=8, flip=True)
+    for cache in ("none", "memory"):
+        section = replace(digits, cache=cache)
+        loader = training_loader(open_source(section), section)
+        batch = next(iter(loader))
+        assert batch.pixels.shape == (4, 1, 5, 16, 16)
+        assert set(batch.labels.tolist()) <= set(range(10))
+        held_out = torch.cat([b.pixels for b in evaluation_loader(open_source(section), section)])
+        assert held_out.shape == (8, 1, 5, 16, 16)
+    assert torch.equal(held_out, torch.cat([b.pixels for b in evaluation_loader(open_source(digits), digits)]))
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"source": "moving_digits"}, "say how long they are with num_frames"),
+        ({"source": "moving_digits", "num_frames": 4, "crop": "random_resized"}, "clips are cropped by"),
+        ({"source": "moving_digits", "num_frames": 0}, "num_frames"),
+    ],
+)
+def test_sections_that_do_not_fit_are_refused(section, message):
+    with pytest.raises(ValueError, match=message):
+        DataConfig(16, **section)
+
+
+def test_sources_of_images_have_no_clips():
+    with pytest.raises(ValueError, match="data.source=digits holds images; .* take clips from videos"):
+        open_source(DataConfig(16, source="digits", num_frames=4))
+
+
+def test_splits_of_folders_of_videos(tmp_path):
+    for name in ("train/a/one", "test/a/two"):
+        write_video(tmp_path / f"{name}.avi", 2)
+    assert [Path(p).stem for p in folder_videos(tmp_path, split="test").paths] == ["two"]
+    with pytest.raises(FileNotFoundError, match="no videos in val/; it has train, test"):
+        folder_videos(tmp_path, split="val")
+    with pytest.raises(FileNotFoundError, match="is not divided into splits, so it has no 'test'"):
+        folder_videos(tmp_path / "train", split="test")
+    assert len(folder_videos(tmp_path / "train", split="train")) == 1

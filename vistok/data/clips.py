@@ -10,7 +10,7 @@ import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,10 +20,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vistok.config import check_least
-from vistok.data.files import IMAGE_EXTENSIONS
-from vistok.data.loader import Failures, ImageBatch
-from vistok.data.sources import UNCONDITIONAL, hash_lines
-from vistok.data.videos import VIDEO_EXTENSIONS, UnreadableClipError, Video, open_video
+from vistok.data.batches import Failures, ImageBatch
+from vistok.data.decoding import Decoder
+from vistok.data.files import SPLITS
+from vistok.data.sources import hash_lines
+from vistok.data.tar import UNCONDITIONAL
+from vistok.data.videos import VIDEO_EXTENSIONS, UnreadableClipError, Video, is_frame, open_video
 from vistok.draws import Keys
 
 log = logging.getLogger(__name__)
@@ -72,10 +74,18 @@ class VideoSource(ClipSource):
         paths: of the videos.
         labels: one per video.
         classes: their names; empty for none.
+        decoder: of frames that are image files.
     """
 
-    def __init__(self, paths: Sequence[Path], labels: Sequence[int], classes: Sequence[str] = ()):
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        labels: Sequence[int],
+        classes: Sequence[str] = (),
+        decoder: Decoder = Decoder(),  # noqa: B008 (immutable)
+    ):
         self.paths, self._labels, self.classes = list(paths), list(labels), tuple(classes)
+        self._decoder = decoder
         self._last: tuple[int, Video] | None = None
 
     def __len__(self) -> int:
@@ -84,7 +94,7 @@ class VideoSource(ClipSource):
     def video(self, index: int) -> Video:
         """The video, opened; the last one is kept."""
         if self._last is None or self._last[0] != index:
-            self._last = index, open_video(self.paths[index])
+            self._last = index, open_video(self.paths[index], self._decoder)
         return self._last[1]
 
     def length(self, index: int) -> int:
@@ -103,28 +113,113 @@ class VideoSource(ClipSource):
         return hash_lines(f"{path} {path.stat().st_size if path.exists() else None}" for path in self.paths)
 
 
-def folder_videos(root: str | Path, *, split: str | None = None) -> VideoSource:
-    """All videos below a folder. Folders right below it (or below ``split``) are classes, if videos lie in them.
+class SelectedClips(ClipSource):
+    """Some of a source's videos, by their indices there."""
+
+    def __init__(self, source: ClipSource, indices: Sequence[int]) -> None:
+        self._source, self._indices = source, indices
+        self.classes = source.classes
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def length(self, index: int) -> int:
+        return self._source.length(self._indices[index])
+
+    def read(self, index: int, frames: Sequence[int]) -> np.ndarray:
+        return self._source.read(self._indices[index], frames)
+
+    def label(self, index: int) -> int:
+        return self._source.label(self._indices[index])
+
+    def name(self, index: int) -> str:
+        return self._source.name(self._indices[index])
+
+    def fingerprint(self) -> str:
+        return hash_lines([self._source.fingerprint(), *map(str, self._indices)])
+
+
+class InMemoryClips(ClipSource):
+    """A source whose videos are decoded once and kept whole: for small frames."""
+
+    def __init__(self, source: ClipSource) -> None:
+        self._source, self.classes = source, source.classes
+        log.info("decoding %d videos into memory", len(source))
+        self._videos = [self._decode(index) for index in range(len(source))]
+
+    def _decode(self, index: int) -> np.ndarray | UnreadableClipError:
+        try:
+            return self._source.read(index, range(self._source.length(index)))
+        except UnreadableClipError as error:
+            return error
+
+    def _video(self, index: int) -> np.ndarray:
+        video = self._videos[index]
+        if isinstance(video, UnreadableClipError):
+            raise video
+        return video
+
+    def __len__(self) -> int:
+        return len(self._videos)
+
+    def length(self, index: int) -> int:
+        return len(self._video(index))
+
+    def read(self, index: int, frames: Sequence[int]) -> np.ndarray:
+        return self._video(index)[list(frames)]
+
+    def label(self, index: int) -> int:
+        return self._source.label(index)
+
+    def name(self, index: int) -> str:
+        return self._source.name(index)
+
+    def fingerprint(self) -> str:
+        return self._source.fingerprint()
+
+
+def folder_videos(
+    root: str | Path,
+    *,
+    split: str | None = None,
+    decoder: Decoder = Decoder(),  # noqa: B008 (immutable)
+) -> VideoSource:
+    """All videos below a folder. Folders right below it are classes, if videos lie in them.
+
+    Args:
+        split: the folder of that name, where the root is divided into train/, val/ and so on; an undivided root is all
+            training videos. None takes the root as it is.
+        decoder: of frames that are image files.
 
     Raises:
         FileNotFoundError: no such folder, or no videos in it.
         ValueError: videos both inside and beside class folders.
     """
-    root = Path(root).expanduser() / (split or "")
+    root = Path(root).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root} of videos")
+    if split is not None and any((root / name).is_dir() for name in SPLITS):
+        if not (root / split).is_dir():
+            there = ", ".join(name for name in SPLITS if (root / name).is_dir())
+            raise FileNotFoundError(f"{root} has no videos in {split}/; it has {there}")
+        root = root / split
+    elif split not in (None, "train"):
+        raise FileNotFoundError(
+            f"{root} is not divided into splits, so it has no {split!r}: put the videos into train/ and {split}/, or "
+            "name another folder as root with data.split=null"
+        )
     found = sorted(_videos_below(root), key=lambda path: path.relative_to(root).as_posix())
     if not found:
         raise FileNotFoundError(f"no videos in {root}; {_LAYOUTS}")
     owners = [path.relative_to(root).parts[0] if path.parent != root else "" for path in found]
     classes = tuple(sorted(set(owners)))
     if classes == ("",):
-        return VideoSource(found, [UNCONDITIONAL] * len(found))
+        return VideoSource(found, [UNCONDITIONAL] * len(found), decoder=decoder)
     if "" in classes:
         raise ValueError(
             f"{root} holds videos (such as {found[owners.index('')].name}) beside class folders; {_LAYOUTS}"
         )
-    return VideoSource(found, [classes.index(owner) for owner in owners], classes)
+    return VideoSource(found, [classes.index(owner) for owner in owners], classes, decoder)
 
 
 def _videos_below(root: Path) -> list[Path]:
@@ -135,15 +230,19 @@ def _videos_below(root: Path) -> list[Path]:
             continue
         if path.is_dir():
             inside = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
-            frames = [entry for entry in inside if entry.suffix.lower() in IMAGE_EXTENSIONS]
-            is_video = frames and not any(entry.is_dir() for entry in inside)
+            is_video = any(map(is_frame, inside)) and not any(entry.is_dir() for entry in inside)
             found += [path] if is_video else _videos_below(path)
         elif path.suffix.lower() in VIDEO_EXTENSIONS:
             found.append(path)
     return found
 
 
-def listed_videos(lists: str | Path, root: str | Path | None = None) -> VideoSource:
+def listed_videos(
+    lists: str | Path,
+    root: str | Path | None = None,
+    *,
+    decoder: Decoder = Decoder(),  # noqa: B008 (immutable)
+) -> VideoSource:
     """Videos named by list files: several are joined by "+".
 
     - UCF-101's own: a line ``Action/v_Action_g01_c01.avi [label]``;
@@ -176,7 +275,7 @@ def listed_videos(lists: str | Path, root: str | Path | None = None) -> VideoSou
         raise FileNotFoundError(f"{len(absent)} of {len(rows)} videos of {lists} are not there: {shown}")
     classes = tuple(sorted({action for _, action in rows if action}))
     labels = [classes.index(action) if action else UNCONDITIONAL for _, action in rows]
-    return VideoSource([path for path in found if path is not None], labels, classes)
+    return VideoSource([path for path in found if path is not None], labels, classes, decoder)
 
 
 def _rows(path: Path) -> list[tuple[str, str]]:
@@ -257,6 +356,11 @@ class ClipTransform:
     def span(self) -> int:
         """Frames of the video from the first to the last of a clip."""
         return (self.num_frames - 1) * self.frame_stride + 1
+
+    def without_augmentation(self) -> ClipTransform:
+        """The same clips for evaluation: from the middle, not mirrored."""
+        crop = "center" if self.crop == "random" else self.crop
+        return replace(self, start="center" if self.start == "random" else self.start, crop=crop, flip=False)
 
     def frames(self, length: int, uniform: float = 0.5) -> list[int]:
         """Which frames of a video of ``length`` make the clip; ``uniform`` in [0, 1) is the random start.

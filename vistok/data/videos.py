@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+import PIL
 
-from vistok.data.files import IMAGE_EXTENSIONS
-from vistok.data.sources import DECODING_ERRORS, convert
+from vistok.data.decoding import DECODING_ERRORS, Decoder
+from vistok.data.formats import extension, is_image
 
 # The demuxer of each extension is named, so that no file can pass for a playlist, which would open other files.
 FORMATS = {
@@ -151,11 +152,10 @@ class _Opened:
 class FrameFolder(Video):
     """A folder of images, one per frame, in the order of their names; numbers in names count as numbers."""
 
-    def __init__(self, path: str | Path, files: Sequence[Path] | None = None):
+    def __init__(self, path: str | Path, decoder: Decoder = Decoder()):  # noqa: B008 (immutable)
         self.path = Path(path)
-        self.files = sorted(self.path.iterdir() if files is None else files, key=_natural)
-        self.files = [file for file in self.files if file.suffix.lower() in IMAGE_EXTENSIONS]
-        self.decoder = f"Pillow {Image.__version__}"
+        self.files = sorted(filter(is_frame, self.path.iterdir()), key=_natural)
+        self.decoder, self._decoder = f"Pillow {PIL.__version__}", replace(decoder, channels=3)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -165,8 +165,8 @@ class FrameFolder(Video):
         images = []
         for frame in frames:
             try:
-                with Image.open(self.files[frame]) as image:
-                    images.append(np.asarray(convert(image, channels=3)))
+                with open(self.files[frame], "rb") as file:
+                    images.append(np.asarray(self._decoder.read(file)))
             except DECODING_ERRORS as error:
                 raise UnreadableClipError(str(self.files[frame]), _reason(error)) from error
         sizes = sorted({image.shape[:2] for image in images})
@@ -175,10 +175,15 @@ class FrameFolder(Video):
         return np.stack(images)
 
 
-def open_video(path: str | Path) -> Video:
-    """A video file or a folder of frames."""
+def open_video(path: str | Path, decoder: Decoder = Decoder()) -> Video:  # noqa: B008 (immutable)
+    """A video file, or a folder of frames, which ``decoder`` reads."""
     path = Path(path)
-    return FrameFolder(path) if path.is_dir() else VideoFile(path)
+    return FrameFolder(path, decoder) if path.is_dir() else VideoFile(path)
+
+
+def is_frame(path: Path) -> bool:
+    """Whether a file is one frame: an image, and no GIF, which is a video."""
+    return is_image(path.name) and extension(path.name) not in FORMATS and not path.name.startswith(".")
 
 
 def _natural(path: Path) -> list[tuple[int, int | str]]:
