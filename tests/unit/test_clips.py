@@ -307,7 +307,7 @@ def test_sections_that_do_not_fit_are_refused(section, message):
 
 
 def test_sources_of_images_have_no_clips():
-    with pytest.raises(ValueError, match="data.source=digits holds images; .* take clips from videos"):
+    with pytest.raises(ValueError, match=r"data\.source=digits holds images; .* take clips from videos"):
         open_source(DataConfig(16, source="digits", num_frames=4))
 
 

@@ -8,7 +8,7 @@ weights and conventions: github.com/hywang66/LARP (MIT). The prior that orders t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from vistok.quantizers import StochasticQuantizer, VectorQuantizer
 from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.larp import official
 from vistok.tokenizers.larp.networks import Decoder, Encoder, LatentNorm, NormOfLatents, Table, TransformerConfig
-from vistok.types import TokenizerOutput, TokenSpec, as_dataclass
+from vistok.types import Condition, TokenizerOutput, TokenSpec, as_dataclass
 
 TYPES = ("patches", "queries", "latents", "patch_queries")
 L = {"dim": 768, "num_layers": 12, "num_heads": 12}
@@ -57,6 +57,7 @@ class LARP(Tokenizer):
 
     registry_name = "larp"
     native_range = (0.0, 1.0)
+    data_arguments: ClassVar[Mapping[str, str]] = Tokenizer.data_arguments | {"num_frames": "num_frames"}
     sizes = {"L": {"encoder": L, "decoder": L}}
     checkpoints = official.CHECKPOINTS
 
@@ -163,14 +164,10 @@ class LARP(Tokenizer):
     def input_shape(self) -> tuple[int, int, int, int]:
         return self._input_shape
 
-    @property
-    def image_shape(self) -> tuple[int, int, int, int]:
-        return self._input_shape
-
-    def check_pixels(self, pixels: Tensor) -> TokenSpec:
-        spec = super().check_pixels(pixels)
-        self._time_steps(pixels.shape[2])
-        return spec
+    def _spec_for_sides(self, sides: tuple[int, ...]) -> TokenSpec:
+        """Shorter clips give as many tokens."""
+        self._time_steps(sides[0])
+        return super()._spec_for_sides((self._input_shape[1], *sides[1:]))
 
     @property
     def loss_terms(self) -> tuple[str, ...]:
@@ -190,18 +187,17 @@ class LARP(Tokenizer):
         latents = self.pre_quant(self.read(pixels))
         return latents if self.latent_norm is None else self.latent_norm(latents)
 
-    def encode(self, pixels: Tensor, *, draws: Draws | None = None) -> Tensor:
+    def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
         """Clips (B, C, T, H, W) in [-1, 1] to ids (B, n): the likeliest codes.
 
         Args:
             draws: from ``training_draws``, to draw codes as in training.
         """
+        self.check_condition(condition)
         latents = self.latents(pixels)
-        if draws is None or self.assignment == "nearest":
-            return self.quantizer.encode(latents)
-        return self.quantizer.encode(latents, draws=draws)
+        return self.quantizer.encode(latents) if draws is None else self.quantizer(latents, draws=draws).ids
 
-    def decode(self, tokens: Tensor, *, num_frames: int | None = None) -> Tensor:
+    def decode(self, tokens: Tensor, *, condition: Condition | None = None, num_frames: int | None = None) -> Tensor:
         """Ids (B, n) to clips (B, C, T, H, W) in [-1, 1], up to overshoot.
 
         Args:
@@ -210,6 +206,7 @@ class LARP(Tokenizer):
         Raises:
             ValueError: ids out of range, not n of them, or no such clip.
         """
+        self.check_condition(condition)
         self.spec.check_ids(tokens)
         if tokens.shape[1] != self.num_tokens:
             raise ValueError(f"this tokenizer decodes {self.num_tokens} tokens at once, got {tokens.shape[1]}")
@@ -221,12 +218,18 @@ class LARP(Tokenizer):
         return self.from_native(self.decoder(self.post_quant(quantized), steps))
 
     def forward(
-        self, pixels: Tensor, *, target: Tensor | None = None, step: int | None = None, draws: Draws | None = None
+        self,
+        pixels: Tensor,
+        *,
+        condition: Condition | None = None,
+        target: Tensor | None = None,
+        step: int | None = None,
+        draws: Draws | None = None,
     ) -> TokenizerOutput:
         """The training pass. Features: "latents" (B, n, d) and "quantized", the codes (B, n, d)."""
+        self.check_condition(condition)
         latents = self.latents(pixels)
-        options = {} if self.assignment == "nearest" else {"draws": draws}
-        quantized = self.quantizer(latents, **options)
+        quantized = self.quantizer(latents, draws=draws)
         reconstruction = self.decode_latents(quantized.quantized, num_frames=pixels.shape[2])
         features = {"latents": latents, "quantized": quantized.quantized}
         return TokenizerOutput(reconstruction, quantized.ids, quantized.losses, features)
@@ -235,8 +238,9 @@ class LARP(Tokenizer):
         return {"codes": keys.uniform("codes", self.num_tokens)} if self.assignment == "stochastic" else {}
 
     @torch.no_grad()
-    def reconstruct(self, pixels: Tensor) -> Tensor:
-        return self.decode(self.encode(pixels), num_frames=pixels.shape[2]).clamp(-1, 1)
+    def reconstruct(self, pixels: Tensor, *, condition: Condition | None = None) -> Tensor:
+        tokens = self.encode(pixels, condition=condition)
+        return self.decode(tokens, num_frames=pixels.shape[2]).clamp(-1, 1)
 
     def _time_steps(self, num_frames: int) -> int:
         """Patches in time of a clip of ``num_frames`` frames."""
