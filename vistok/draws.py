@@ -74,3 +74,27 @@ class Keys:
         counter = np.array([0, 0, self.step & mask, zlib.crc32(name.encode())], dtype=np.uint64)
         key = np.array([self.seed & mask, index & mask], dtype=np.uint64)
         return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """The first id whose cumulative probability exceeds the uniform number: (B, V), (B,) -> (B,) int64.
+
+    Ids of probability 0 are never drawn.
+    """
+    cumulative = probabilities.cumsum(-1)
+    if cumulative.device.type == "cpu":  # one running sum: ids of probability 0 do not raise it
+        return torch.searchsorted(cumulative, _threshold(uniforms, cumulative[:, -1:]), right=True).squeeze(-1)
+    return first_above(cumulative.masked_fill(probabilities == 0, 0), uniforms)
+
+
+def first_above(cumulative: Tensor, uniforms: Tensor) -> Tensor:
+    """The first place where (B, V) exceeds the uniform (B,) times its largest value.
+
+    An accelerator's parallel sums are not monotone to the last bit, so their last is not their largest.
+    """
+    return (cumulative > _threshold(uniforms, cumulative.amax(-1, keepdim=True))).int().argmax(-1)
+
+
+def _threshold(uniforms: Tensor, total: Tensor) -> Tensor:
+    """(B, 1), always below the total: rounding may leave that off 1, and the product equal to it."""
+    return torch.minimum(uniforms.unsqueeze(-1) * total, torch.nextafter(total, torch.zeros_like(total)))

@@ -89,6 +89,17 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         "codebook_embed_dim": 8,
         "norm_groups": 4,
     },
+    "larp": {
+        "num_frames": 4,
+        "image_size": 8,
+        "temporal_patch_size": 2,
+        "patch_size": 4,
+        "num_tokens": 6,
+        "encoder": {"dim": 16, "num_layers": 1, "num_heads": 2},
+        "decoder": {"dim": 16, "num_layers": 1, "num_heads": 2},
+        "codebook_size": 32,
+        "codebook_dim": 4,
+    },
     "vit_vqgan_gpt": {
         "spec": RASTER,
         "num_classes": 5,

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vistok.generators.engine.sampling import DecodingOptions, draw_ids, filter_logits, first_above, guide, inverse_cdf
+from vistok.draws import first_above, inverse_cdf
+from vistok.generators.engine.sampling import DecodingOptions, draw_ids, filter_logits, guide
 
 LOGIT = st.floats(-20, 20, width=32)
 rows = st.lists(LOGIT, min_size=1, max_size=12).map(lambda row: torch.tensor([row]))

@@ -43,6 +43,7 @@ ENTRIES = (
     Entry("flextok", "tokenizer", "vistok.tokenizers.flextok:FlexTok", "flextok/tokenizer", "2502.13967"),
     Entry("dar", "tokenizer", "vistok.tokenizers.dar:DAR", "dar/tokenizer", "2505.23660"),
     Entry("gigatok", "tokenizer", "vistok.tokenizers.gigatok:GigaTok", "gigatok/tokenizer", "2504.08736"),
+    Entry("larp", "tokenizer", "vistok.tokenizers.larp:LARP", "larp/tokenizer", "2410.21264"),
     Entry(
         "vit_vqgan_gpt",
         "generator",
@@ -59,7 +60,11 @@ ENTRIES = (
         "vistok.generators.llama:Llama",
         "llamagen/gpt",
         "2406.06525",
-        variants={"dar/gpt": {"positions": "rope1d"}, "gigatok/gpt": {"reference": "gigatok"}},
+        variants={
+            "dar/gpt": {"positions": "rope1d"},
+            "gigatok/gpt": {"reference": "gigatok"},
+            "larp/gpt": {"reference": "larp"},
+        },
         tokenizer="llamagen_vq",
     ),
 )

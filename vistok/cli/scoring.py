@@ -35,7 +35,8 @@ def evaluate(
         str | None,
         typer.Option(
             help="torch-fidelity (default), adm, clean-fid, dinov2, or reconstruction (IMAGES are those of the "
-            "reference, reconstructed). For a tokenizer: reconstruction adds rFID, perturbation is pFID."
+            "reference, reconstructed). For a tokenizer: reconstruction adds rFID, perturbation is pFID. For folders "
+            "of clips, FVD: larp-ucf-gen, larp-k600-fp, larp-ucf-rec, stylegan-v and others."
         ),
     ] = None,
     metrics: Annotated[
@@ -68,6 +69,7 @@ def evaluate(
     processes share the work: torchrun --nproc-per-node 8 -m vistok eval …
     """
     from vistok.config import Allowed
+    from vistok.eval.video_protocols import is_video_protocol
     from vistok.pipelines.runs import holds_tokenizer_only
     from vistok.utils.files import write_json
     from vistok.utils.processes import Processes
@@ -114,6 +116,23 @@ def evaluate(
             made = f"{escape(str(make_reference))} stands for {told.count:,} images"
             output.print(f"The reference {made} (fingerprint {told.fingerprint[:12]}…)")
         return
+    elif is_video_protocol(protocol):
+        from vistok.pipelines.evaluations import score_clips
+
+        for option, value in (("--metrics", metrics), ("--crop", crop), ("--lpips-weights", lpips_weights)):
+            if value is not None:
+                raise typer.BadParameter("clips are scored without it", param_hint=option)
+        if reference is None:
+            raise typer.BadParameter("clips need some to be compared with", param_hint="--reference")
+        result = score_clips(
+            what,
+            reference,
+            protocol=protocol,
+            weights=weights,
+            batch_size=batch_size,
+            device=device,
+            processes=processes,
+        )
     else:
         if reference is None:
             raise typer.BadParameter("images need one to be compared with", param_hint="--reference")

@@ -30,6 +30,9 @@ class Affine:
             raise ValueError(f"translate and scale must lie in [0, 1), got {self.translate} and {self.scale}")
 
 
+CLIP_SOURCES = ("videos", "video_list", "moving_digits")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Which images, how they are prepared, and how they are batched.
@@ -39,7 +42,9 @@ class DataConfig:
         source: ``folder`` (a folder or a .zip, see :class:`vistok.data.sources.FolderSource`), ``webdataset`` (shards,
             see :class:`vistok.data.shards.ShardSource`), ``huggingface`` (``datasets``, by ``name`` on the hub or saved
             in ``root``), ``torchvision`` (a dataset of torchvision by ``name``) or ``digits`` (scikit-learn's embedded
-            8x8 digits).
+            8x8 digits). Clips: ``videos`` (a folder of video files or of folders of frames), ``video_list`` (list files
+            as UCF-101, Kinetics and LARP have them, in ``name``, joined by "+", of videos in ``root``) or
+            ``moving_digits`` (embedded).
         root: the folder or .zip file; the pattern of the shards; where torchvision keeps its datasets. A command that
             writes shards is a ``ShellCommand``, never a text.
         name: the dataset's name: torchvision's, for example ``CIFAR10``, or its id on the hub.
@@ -52,6 +57,9 @@ class DataConfig:
             the suites of published protocols read files, which ignore orientation and alpha.
         num_frames: frames of a clip; None reads images.
         frame_stride: how many frames of the video lie between two of the clip, plus one: 1 takes them all.
+        clip_start: where in its video a training clip begins: ``random``, ``center`` or ``first``; evaluation takes
+            ``center`` instead of ``random``.
+        short_clips: videos of fewer frames ``repeat`` their last one, or are left out and named (``refuse``).
         limit: keep this many images, evenly spread over the source; None keeps all.
         crop: ``center``: ADM's centre crop; ``random``: short side to ``image_size``, random position (ViT-VQGAN);
             ``random_resized``: short side drawn in [size, size / 0.8], random position (ADM, LlamaGen);
@@ -67,7 +75,9 @@ class DataConfig:
     """
 
     image_size: int
-    source: Literal["folder", "webdataset", "huggingface", "torchvision", "digits"] = "folder"
+    source: Literal[
+        "folder", "webdataset", "huggingface", "torchvision", "digits", "videos", "video_list", "moving_digits"
+    ] = "folder"
     root: str | ShellCommand | None = None
     name: str | None = None
     image_column: str | None = None
@@ -78,6 +88,8 @@ class DataConfig:
     reading: Reading = "photo"
     num_frames: int | None = None
     frame_stride: int = 1
+    clip_start: Literal["random", "center", "first"] = "random"
+    short_clips: Literal["repeat", "refuse"] = "repeat"
     limit: int | None = None
     crop: Literal["center", "random", "random_resized", "resize"] = "center"
     flip: bool = False
@@ -105,6 +117,14 @@ class DataConfig:
             check_least(self, num_frames=1, frame_stride=1)
         elif self.frame_stride != 1:
             raise ValueError(f"frame_stride is {self.frame_stride}, but there are no clips: num_frames is not set")
+        if self.source in CLIP_SOURCES:
+            self._check_clips()
+
+    def _check_clips(self) -> None:
+        if self.num_frames is None:
+            raise ValueError(f"source {self.source} has clips; say how long they are with num_frames")
+        if self.crop == "random_resized" or self.affine is not None:
+            raise ValueError("clips are cropped by center, random or resize, and are not turned or scaled (affine)")
 
     @property
     def input_shape(self) -> tuple[int, ...]:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vistok.data.batches import Failures, ImageBatch
+from vistok.data.clips import ClipBatches, ClipSource, ClipTransform, InMemoryClips
 from vistok.data.config import DataConfig
 from vistok.data.order import Order, ResampledOrder, SequentialOrder, ShuffledOrder
 from vistok.data.sources import ImageSource, UnreadableImageError
@@ -30,22 +31,6 @@ SHOWN = 20
 """Unreadable samples that a message names."""
 
 B = TypeVar("B", bound=tuple)
-Failures = dict[int, str]
-"""Samples that could not be read: index to name and reason."""
-
-
-class ImageBatch(NamedTuple):
-    """Images of one batch.
-
-    Attributes:
-        pixels: (B, C, H, W) float32 in [-1, 1].
-        labels: (B,) int64; -1 where the source has no classes.
-        indices: (B,) int64, positions in the source.
-    """
-
-    pixels: Tensor
-    labels: Tensor
-    indices: Tensor
 
 
 class BatchReader(Protocol[B]):
@@ -255,36 +240,67 @@ class Loader(Generic[B]):
         self.count_failures(failures)
 
 
-def training_loader(source: ImageSource, config: DataConfig, *, rank: int = 0, world_size: int = 1) -> Loader:
+Source = ImageSource | ClipSource
+
+
+def training_loader(source: Source, config: DataConfig, *, rank: int = 0, world_size: int = 1) -> Loader[ImageBatch]:
     """Augmented whole batches in a random order; ``config.batch_size`` is per process."""
     kind = ResampledOrder if config.order == "resampled" else ShuffledOrder
     order = kind(len(source), config.batch_size, config.seed, rank, world_size)
-    return _image_loader(source, _transform(config), order, config)
+    return _loader(source, order, config, augmented=True)
 
 
-def evaluation_loader(source: ImageSource, config: DataConfig, *, rank: int = 0, world_size: int = 1) -> Loader:
-    """Every image once, in order, without augmentation."""
+def evaluation_loader(source: Source, config: DataConfig, *, rank: int = 0, world_size: int = 1) -> Loader[ImageBatch]:
+    """Every image or clip once, in order, without augmentation."""
     order = SequentialOrder(len(source), config.batch_size, config.seed, rank, world_size)
-    return _image_loader(source, _transform(config).without_augmentation(), order, config)
+    return _loader(source, order, config, augmented=False)
 
 
-def augmented_view_loader(source: ImageSource, config: DataConfig, view: int) -> Loader:
-    """Every image once, in order, augmented as training epoch ``view`` would: one view for a token cache."""
+def augmented_view_loader(source: Source, config: DataConfig, view: int) -> Loader[ImageBatch]:
+    """Every image or clip once, in order, augmented as training epoch ``view`` would: one view for a token cache."""
     order = SequentialOrder(len(source), config.batch_size, config.seed)
-    return _image_loader(source, _transform(config), order, config, epoch=view)
+    return _loader(source, order, config, augmented=True, epoch=view)
 
 
-def _image_loader(
-    source: ImageSource, transform: ImageTransform, order: Order, config: DataConfig, epoch: int = 0
-) -> Loader[ImageBatch]:
-    if config.cache == "memory" and not isinstance(source, InMemory):
-        source = InMemory(source, transform)
-    reader = ImageBatches(source, transform, seed=config.seed)
+def _loader(source: Source, order: Order, config: DataConfig, *, augmented: bool, epoch: int = 0) -> Loader[ImageBatch]:
+    if config.cache == "memory":
+        source = _in_memory(source, config, augmented=augmented)
+    reader = batch_reader(source, config, augmented=augmented)
     return Loader(reader, order, num_workers=config.num_workers, epoch=epoch)
 
 
-def _transform(config: DataConfig) -> ImageTransform:
-    return ImageTransform(config.image_size, config.crop, config.flip, config.affine)
+def _in_memory(source: Source, config: DataConfig, *, augmented: bool) -> Source:
+    if isinstance(source, InMemory | InMemoryClips):
+        return source
+    if isinstance(source, ClipSource):
+        return InMemoryClips(source)
+    return InMemory(source, _image_transform(config, augmented=augmented))
+
+
+def batch_reader(source: Source, config: DataConfig, *, augmented: bool) -> ImageBatches | ClipBatches:
+    """What reads images or clips of a source as the config says, with its augmentation or without."""
+    if isinstance(source, ClipSource):
+        return ClipBatches(source, _clip_transform(config, augmented=augmented), seed=config.seed)
+    return ImageBatches(source, _image_transform(config, augmented=augmented), seed=config.seed)
+
+
+def _image_transform(config: DataConfig, *, augmented: bool) -> ImageTransform:
+    transform = ImageTransform(config.image_size, config.crop, config.flip, config.affine)
+    return transform if augmented else transform.without_augmentation()
+
+
+def _clip_transform(config: DataConfig, *, augmented: bool) -> ClipTransform:
+    transform = ClipTransform(
+        config.num_frames,
+        config.image_size,
+        config.frame_stride,
+        start=config.clip_start,
+        short=config.short_clips,
+        crop=config.crop,
+        flip=config.flip,
+        channels=config.channels,
+    )
+    return transform if augmented else transform.without_augmentation()
 
 
 def _as_array(image: Image.Image) -> np.ndarray:

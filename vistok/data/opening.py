@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from vistok.data.config import DataConfig
+from vistok.data.clips import ClipSource, SelectedClips, folder_videos, listed_videos
+from vistok.data.config import CLIP_SOURCES, DataConfig
 from vistok.data.decoding import Decoder
 from vistok.data.folders import FolderSource
 from vistok.data.huggingface import HuggingFaceSource
+from vistok.data.moving_digits import MovingDigitsSource
 from vistok.data.shards import ShardSource
 from vistok.data.sources import DigitsSource, ImageSource, Selection, TorchvisionSource
 
@@ -13,11 +15,12 @@ _ROOTS = {
     "folder": "a folder or .zip file of images",
     "torchvision": "torchvision's data folder",
     "webdataset": "shards such as shards/train-{0000..0252}.tar",
+    "videos": "a folder of videos",
 }
 
 
-def open_source(config: DataConfig) -> ImageSource:
-    """Open the source that a config describes, cut down to ``limit`` images.
+def open_source(config: DataConfig) -> ImageSource | ClipSource:
+    """Open the source that a config describes, cut down to ``limit`` images or videos.
 
     Raises:
         ValueError, FileNotFoundError: as the sources do; also for a key that the source needs and the config lacks.
@@ -26,21 +29,34 @@ def open_source(config: DataConfig) -> ImageSource:
     if config.limit is None or config.limit >= len(source):
         return source
     # Evenly spread: sources lie sorted by class, so the first images would be of one class.
-    return Selection(source, [index * len(source) // config.limit for index in range(config.limit)])
+    chosen = [index * len(source) // config.limit for index in range(config.limit)]
+    return SelectedClips(source, chosen) if isinstance(source, ClipSource) else Selection(source, chosen)
 
 
-def _open(config: DataConfig) -> ImageSource:
-    if config.num_frames is not None:
-        raise ValueError(f"data.source={config.source} holds images; leave data.num_frames out")
+def _open(config: DataConfig) -> ImageSource | ClipSource:
+    if config.num_frames is not None and config.source not in CLIP_SOURCES:
+        raise ValueError(
+            f"data.source={config.source} holds images; leave data.num_frames out, or take clips from "
+            f"{', '.join(CLIP_SOURCES)}"
+        )
     decoder = Decoder(config.channels, config.reading, side=config.image_size)
     if config.source == "digits":
         return DigitsSource(split=config.split, decoder=decoder)
+    if config.source == "moving_digits":
+        length = (config.num_frames - 1) * config.frame_stride + 1
+        return MovingDigitsSource(split=config.split, image_size=config.image_size, num_frames=length, seed=config.seed)
+    if config.source == "video_list":
+        if config.name is None:
+            raise ValueError("data.source=video_list needs data.name=…, a list file such as trainlist01.txt")
+        return listed_videos(config.name, config.root, decoder=decoder)
     if config.source == "huggingface":
         return _open_huggingface(config, decoder)
     if config.root is None:
         raise ValueError(f"data.source={config.source} needs data.root=…, {_ROOTS[config.source]}")
     if config.source == "folder":
         return FolderSource(config.root, split=config.split, decoder=decoder)
+    if config.source == "videos":
+        return folder_videos(config.root, split=config.split, decoder=decoder)
     if config.source == "webdataset":
         return ShardSource(config.root, split=config.split, decoder=decoder)
     if config.name is None:

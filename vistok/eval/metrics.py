@@ -111,6 +111,19 @@ class Moments:
         """Both together, as ``frechet_distance`` takes them."""
         return Gaussian(self.mean, self.covariance)
 
+    def fit(self, ddof: int) -> Gaussian:
+        """Mean and covariance normalised by N - ``ddof``: 1 as for images, 0 as StyleGAN-V and LARP have it for clips.
+
+        Raises:
+            ValueError: another ``ddof`` than 0 or 1, or too few samples.
+        """
+        if ddof not in (0, 1):
+            raise ValueError(f"ddof must be 0 (covariance over N) or 1 (over N - 1), got {ddof}")
+        if ddof == 1:
+            return self.gaussian
+        mean = self.mean
+        return Gaussian(mean, self.outer / self.count - torch.outer(mean, mean))
+
     def _require(self, count: int) -> None:
         if self.count < count:
             raise ValueError(f"needs at least {count} samples, got {self.count}")

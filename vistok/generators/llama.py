@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vistok.checkpoints import CheckpointError, OfficialCheckpoint, load_strictly, rename
-from vistok.generators import gigatok
+from vistok.generators import gigatok, larp
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
 from vistok.generators.engine.cache import Layer, Layers
 from vistok.nn.attention import Attention
@@ -138,6 +138,7 @@ class Llama(AutoregressiveGenerator):
         OfficialCheckpoint("showlab/D-AR", "D-AR-L-360K.pt", _dar("L")),
         OfficialCheckpoint("showlab/D-AR", "D-AR-XL-360K.pt", _dar("XL")),
         *gigatok.CHECKPOINTS,
+        *larp.CHECKPOINTS,
     )
 
     def __init__(
@@ -385,7 +386,7 @@ def position_table(
     return Rotation(*(torch.cat([part.new_zeros(condition_length, part.shape[1]), part]) for part in table))
 
 
-REFERENCES = {"gigatok": gigatok.build}
+REFERENCES = {"gigatok": gigatok.build, "larp": larp.build}
 """Other references whose models this is, and whose arguments are not LlamaGen's."""
 
 

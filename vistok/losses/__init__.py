@@ -1,19 +1,30 @@
 """Losses as reusable modules: pixels, perception, adversaries, code usage. None knows a tokenizer."""
 
 from vistok.losses.alignment import Alignment, EncoderConfig, alignment_distance
+from vistok.losses.ar_prior import ARPrior
 from vistok.losses.augment import DiffAugment
 from vistok.losses.dino_discriminator import DINODiscriminator
 from vistok.losses.discriminators import PatchGAN, StyleGANDiscriminator
 from vistok.losses.entropy import EntropyLoss
-from vistok.losses.gan import GAN_LOSSES, DiscriminatorLoss, GeneratorLoss, LeCam, adaptive_weight, r1_penalty
+from vistok.losses.gan import (
+    GAN_LOSSES,
+    DiscriminatorLoss,
+    GeneratorLoss,
+    LeCam,
+    Smoothing,
+    adaptive_weight,
+    r1_penalty,
+)
 from vistok.losses.perceptual import LPIPS
 from vistok.losses.pixel import L1, L2, LogitLaplace
+from vistok.losses.vit_discriminator import ViTDiscriminator
 
 __all__ = [
     "GAN_LOSSES",
     "L1",
     "L2",
     "LPIPS",
+    "ARPrior",
     "Alignment",
     "DINODiscriminator",
     "DiffAugment",
@@ -24,7 +35,9 @@ __all__ = [
     "LeCam",
     "LogitLaplace",
     "PatchGAN",
+    "Smoothing",
     "StyleGANDiscriminator",
+    "ViTDiscriminator",
     "adaptive_weight",
     "alignment_distance",
     "r1_penalty",

@@ -61,20 +61,73 @@ class GeneratorLoss(nn.Module):
         return GAN_LOSSES[self.kind].generator(logits_fake)
 
 
+@dataclass(frozen=True)
+class Smoothing:
+    """Random soft targets of the discriminator's cross entropy, as LARP draws them (arXiv 2410.21264).
+
+    A real sample's target is max(1 - slope |n|, real_floor), a generated one's min(slope |n|, fake_ceiling), n standard
+    normal, one per logit.
+
+    Raises:
+        ValueError: a negative slope, or targets outside of [0, 1].
+    """
+
+    slope: float = 0.15
+    real_floor: float = 0.7
+    fake_ceiling: float = 0.3
+
+    def __post_init__(self) -> None:
+        if self.slope < 0:
+            raise ValueError(f"slope must not be negative, got {self.slope}")
+        for name in ("real_floor", "fake_ceiling"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+
+    def real_targets(self, noise: Tensor) -> Tensor:
+        return (1 - self.slope * noise.abs()).clamp_min(self.real_floor)
+
+    def fake_targets(self, noise: Tensor) -> Tensor:
+        return (self.slope * noise.abs()).clamp_max(self.fake_ceiling)
+
+
 class DiscriminatorLoss(nn.Module):
     """The discriminator's side of an adversarial game.
 
     Args:
         kind: a key of ``GAN_LOSSES``: "hinge", "vanilla", "non_saturating" or "least_squares".
+        smoothing: soft targets of the cross entropy, for "vanilla" and "non_saturating".
+
+    Raises:
+        ValueError: an unknown kind, or smoothing of a loss that is no cross entropy.
     """
 
-    def __init__(self, kind: str = "hinge"):
+    def __init__(self, kind: str = "hinge", smoothing: Smoothing | None = None):
         super().__init__()
         self.kind = _check_choice("kind", kind, GAN_LOSSES)
+        if smoothing is not None and kind not in ("vanilla", "non_saturating"):
+            raise ValueError(f"smoothing needs a cross entropy ('vanilla' or 'non_saturating'), not {kind!r}")
+        self.smoothing = smoothing
 
-    def forward(self, logits_real: Tensor, logits_fake: Tensor) -> Tensor:
-        """Return the scalar loss from the logits of real and of generated (detached) images."""
-        return GAN_LOSSES[self.kind].discriminator(logits_real, logits_fake)
+    def forward(
+        self, logits_real: Tensor, logits_fake: Tensor, *, noise: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """Return the scalar loss from the logits of real and of generated (detached) images.
+
+        Args:
+            noise: standard normal numbers of the logits' shapes, for real and for generated images: what smoothing
+                draws its targets from.
+
+        Raises:
+            ValueError: smoothing without noise.
+        """
+        if self.smoothing is None:
+            return GAN_LOSSES[self.kind].discriminator(logits_real, logits_fake)
+        if noise is None:
+            raise ValueError("smoothed targets are random: pass noise=(for real logits, for generated logits)")
+        targets = self.smoothing.real_targets(noise[0]), self.smoothing.fake_targets(noise[1])
+        pairs = zip((logits_real, logits_fake), targets)
+        terms = [F.binary_cross_entropy_with_logits(logits, target.to(logits)) for logits, target in pairs]
+        return sum(terms) / (2 if self.kind == "vanilla" else 1)
 
 
 def r1_penalty(discriminator: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""Fixed sine and cosine position tables."""
+"""Position tables: fixed sines and cosines, and the learned tables that replace them."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vistok.nn.rotary import grid_positions
 
@@ -28,3 +28,53 @@ def sincos_2d(grid: tuple[int, int], dim: int) -> Tensor:
         raise ValueError(f"a two-dimensional sine-cosine table needs a width divisible by 4, got {dim}")
     row, column = grid_positions(grid).unbind(-1)
     return torch.cat([sincos_1d(column, dim // 2), sincos_1d(row, dim // 2)], -1).float()
+
+
+def sincos_3d(grid: tuple[int, int, int], dim: int) -> Tensor:
+    """Table (t * h * w, dim) float32 of a clip, time first: the sum of ``sincos_2d`` of the frame and ``sincos_1d`` of
+    the time, both as wide as ``dim`` (LARP, arXiv 2410.21264).
+
+    Raises:
+        ValueError: dim is not divisible by 4.
+    """
+    t, h, w = grid
+    frame, time = sincos_2d((h, w), dim), sincos_1d(torch.arange(t), dim).float()
+    return (time[:, None] + frame).flatten(0, 1)  # (t, h * w, dim) -> (t * h * w, dim)
+
+
+class FixedClipPositions(nn.Module):
+    """``sincos_3d`` of the cells of a clip, of which a shorter clip takes the first.
+
+    Args:
+        grid: (t, h, w) cells.
+        dim: width of the table.
+    """
+
+    def __init__(self, grid: tuple[int, int, int], dim: int):
+        super().__init__()
+        self.register_buffer("table", sincos_3d(grid, dim))
+        self.frame_cells = grid[1] * grid[2]
+
+    def forward(self, t: int) -> Tensor:
+        """(t * h * w, dim) of the first ``t`` steps of time."""
+        return self.table[: t * self.frame_cells]
+
+
+class LearnedClipPositions(nn.Module):
+    """A learned vector for each time, row and column, added up. They start as ``sincos_1d``.
+
+    Args:
+        grid: (t, h, w) cells.
+        dim: width of the vectors.
+    """
+
+    def __init__(self, grid: tuple[int, int, int], dim: int):
+        super().__init__()
+        self.time, self.rows, self.columns = (
+            nn.Parameter(sincos_1d(torch.arange(count), dim).float()) for count in grid
+        )
+
+    def forward(self, t: int) -> Tensor:
+        """(t * h * w, dim) of the first ``t`` steps of time."""
+        cells = self.time[:t, None, None] + self.rows[:, None] + self.columns  # (t, h, w, dim)
+        return cells.flatten(0, 2)

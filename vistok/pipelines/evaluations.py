@@ -62,6 +62,27 @@ def score_tokenizer(
     return evaluate_tokenizer(tokenizer, data, network=network, lpips=open_lpips(lpips_weights), processes=processes)
 
 
+def score_clips(
+    generated: str,
+    reference: str,
+    *,
+    protocol: str,
+    weights: Path | None,
+    batch_size: int,
+    device: str | None,
+    processes: Processes,
+) -> dict[str, Any]:
+    """The Frechet video distance of two folders of clips, list files, or files of statistics."""
+    from vistok.eval.clips import STATISTICS, evaluate_clips, load_clip_network
+
+    where = processes.device() if device is None else choose_device(device)
+    stored = all(Path(side).suffix == STATISTICS for side in (generated, reference))
+    network = None if stored else load_clip_network(weights, device=where)
+    return evaluate_clips(
+        generated, reference, protocol=protocol, network=network, batch_size=batch_size, processes=processes
+    )
+
+
 def make_reference_file(
     images: str,
     path: Path,

@@ -1,6 +1,7 @@
 """Quantizers: latents to codes and back."""
 
 from vistok.quantizers.fsq import FSQ
+from vistok.quantizers.stochastic import StochasticQuantizer
 from vistok.quantizers.vq import ResidualQuantizer, VectorQuantizer
 
-__all__ = ["FSQ", "ResidualQuantizer", "VectorQuantizer"]
+__all__ = ["FSQ", "ResidualQuantizer", "StochasticQuantizer", "VectorQuantizer"]

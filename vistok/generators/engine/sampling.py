@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vistok.draws import inverse_cdf
+
 
 @dataclass(frozen=True)
 class DecodingOptions:
@@ -86,30 +88,6 @@ def filter_logits(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, t
         excluded[..., 0] = False
         logits = logits.masked_fill(excluded.scatter(-1, order, excluded), -torch.inf)
     return logits
-
-
-def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """The first id whose cumulative probability exceeds the uniform number: (B, V), (B,) -> (B,) int64.
-
-    Ids of probability 0 are never drawn.
-    """
-    cumulative = probabilities.cumsum(-1)
-    if cumulative.device.type == "cpu":  # one running sum: ids of probability 0 do not raise it
-        return torch.searchsorted(cumulative, _threshold(uniforms, cumulative[:, -1:]), right=True).squeeze(-1)
-    return first_above(cumulative.masked_fill(probabilities == 0, 0), uniforms)
-
-
-def first_above(cumulative: Tensor, uniforms: Tensor) -> Tensor:
-    """The first place where (B, V) exceeds the uniform (B,) times its largest value.
-
-    An accelerator's parallel sums are not monotone to the last bit, so their last is not their largest.
-    """
-    return (cumulative > _threshold(uniforms, cumulative.amax(-1, keepdim=True))).int().argmax(-1)
-
-
-def _threshold(uniforms: Tensor, total: Tensor) -> Tensor:
-    """(B, 1), always below the total: rounding may leave that off 1, and the product equal to it."""
-    return torch.minimum(uniforms.unsqueeze(-1) * total, torch.nextafter(total, torch.zeros_like(total)))
 
 
 def draw_ids(logits: Tensor, uniforms: Tensor, options: DecodingOptions) -> Tensor:

@@ -1,0 +1,128 @@
+"""From pixels to movies: 8-bit frames, MP4 and GIF files, contact sheets, and movies that play in a notebook.
+
+Clips are float (B, C, T, H, W) in [-1, 1], C = 1 (grey) or 3 (RGB). MP4 files are lossy: scores are taken from pixels.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from vistok.data.pictures import grid, to_uint8
+from vistok.data.videos import require_pyav
+from vistok.utils.files import atomic_file
+
+FPS = 8
+
+
+def to_frames(pixels: Tensor) -> np.ndarray:
+    """Clips (B, C, T, H, W) to frames (B, T, H, W, C) uint8.
+
+    Raises:
+        ValueError: another shape, or values that are not finite.
+    """
+    if pixels.ndim != 5 or pixels.shape[1] not in (1, 3):
+        raise ValueError(f"clips must be (B, 1 or 3, T, H, W), got {tuple(pixels.shape)}; are C and T swapped?")
+    return to_uint8(pixels).permute(0, 2, 3, 4, 1).cpu().numpy()
+
+
+def to_images(frames: np.ndarray) -> list[Image.Image]:
+    """Frames (T, H, W, C) uint8 of one clip as T images of mode L or RGB."""
+    return [Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame) for frame in frames]
+
+
+def save_mp4(frames: np.ndarray, path: str | Path, fps: float = FPS) -> None:
+    """Write frames (T, H, W, C) uint8 as H.264; the file appears whole or not at all. Odd sides get one more row or
+    column of the same pixels, which the format needs.
+
+    Raises:
+        DecoderMissingError: PyAV is not installed.
+    """
+    with atomic_file(path, durable=False) as temporary, open(temporary, "wb") as file:
+        _encode(frames, file, fps)
+
+
+def mp4_bytes(frames: np.ndarray, fps: float = FPS) -> bytes:
+    """The content of an MP4 file."""
+    buffer = io.BytesIO()
+    _encode(frames, buffer, fps)
+    return buffer.getvalue()
+
+
+def _encode(frames: np.ndarray, file: IO[bytes], fps: float) -> None:
+    if frames.ndim != 4 or frames.dtype != np.uint8 or not len(frames):
+        raise ValueError(f"a movie is made of uint8 frames (T, H, W, C), got {frames.dtype} {frames.shape}")
+    av = require_pyav()
+    rgb = np.repeat(frames, 3, -1) if frames.shape[-1] == 1 else frames
+    rgb = np.pad(rgb, ((0, 0), (0, rgb.shape[1] % 2), (0, rgb.shape[2] % 2), (0, 0)), mode="edge")
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000), options={"crf": "15"})
+        stream.height, stream.width, stream.pix_fmt = rgb.shape[1], rgb.shape[2], "yuv420p"
+        for array in rgb:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")))
+        container.mux(stream.encode())
+
+
+def save_gif(frames: np.ndarray, path: str | Path, fps: float = FPS) -> None:
+    """Write frames (T, H, W, C) uint8 as a GIF that repeats; the file appears whole or not at all."""
+    first, *rest = to_images(frames)
+    with atomic_file(path, durable=False) as temporary:
+        first.save(temporary, format="GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+
+
+def contact_sheet(clips: Sequence[np.ndarray], columns: int = 8) -> Image.Image:
+    """A picture with a row for each clip (T, H, W, C) uint8: up to ``columns`` of its frames, evenly spread in time.
+
+    Raises:
+        ValueError: no clips, or clips of different sizes.
+    """
+    if not len(clips):
+        raise ValueError("there are no clips to lay out")
+    columns = min(columns, min(len(clip) for clip in clips))
+    images = [image for clip in clips for image in to_images(clip[_spread(len(clip), columns)])]
+    return grid(images, columns)
+
+
+def _spread(length: int, count: int) -> list[int]:
+    """``count`` of ``length`` frames, the first and the last among them."""
+    return np.linspace(0, length - 1, count).round().astype(int).tolist()
+
+
+class Movie:
+    """A clip that plays by itself in a notebook.
+
+    Attributes:
+        frames: (T, H, W, C) uint8.
+        fps: frames per second.
+    """
+
+    def __init__(self, frames: np.ndarray, fps: float = FPS):
+        self.frames, self.fps = frames, fps
+
+    def save(self, path: str | Path) -> None:
+        """Write an .mp4 or a .gif file.
+
+        Raises:
+            ValueError: another extension.
+        """
+        writers = {".mp4": save_mp4, ".gif": save_gif}
+        extension = Path(path).suffix.lower()
+        if extension not in writers:
+            raise ValueError(f"a movie is written as .mp4 or .gif, not as {extension or 'a file without extension'}")
+        writers[extension](self.frames, path, self.fps)
+
+    def _repr_html_(self) -> str:
+        content = base64.b64encode(mp4_bytes(self.frames, self.fps)).decode()
+        width = max(self.frames.shape[2], 128)
+        return (
+            f'<video controls loop autoplay muted width="{width}" style="image-rendering: pixelated">'
+            f'<source src="data:video/mp4;base64,{content}" type="video/mp4"></video>'
+        )

@@ -1,0 +1,210 @@
+"""Frames of video files and of folders of frames, by index.
+
+Files are decoded by PyAV (``pip install vistok[video]``). Frames are counted from the packets of the file, so that
+frame i is the same whatever was read before it, and no time stamp of a variable frame rate is guessed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import PIL
+
+from vistok.data.decoding import DECODING_ERRORS, Decoder
+from vistok.data.formats import extension, is_image
+
+# The demuxer of each extension is named, so that no file can pass for a playlist, which would open other files.
+FORMATS = {
+    ".mp4": "mp4",
+    ".m4v": "mp4",
+    ".mov": "mov",
+    ".avi": "avi",
+    ".webm": "matroska",
+    ".mkv": "matroska",
+    ".gif": "gif",
+}
+VIDEO_EXTENSIONS = tuple(FORMATS)
+UNEVEN = 1.5  # frames that lie this much farther apart than others make a rate variable
+
+
+class UnreadableClipError(Exception):
+    """A clip that cannot be decoded, or is too short: ``args`` are its name and the reason."""
+
+    def __str__(self) -> str:
+        return ": ".join(self.args)
+
+
+class DecoderMissingError(ImportError):
+    """PyAV is not installed."""
+
+
+class Video(ABC):
+    """A video whose frames are read by index."""
+
+    path: Path
+    decoder: str
+    """What decodes it, with its version: goes into the record of what was read."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of frames."""
+
+    @abstractmethod
+    def read(self, frames: Sequence[int]) -> np.ndarray:
+        """Frames (n, H, W, 3) uint8, in the order asked for; a frame may be asked for twice.
+
+        Raises:
+            UnreadableClipError: a damaged file, or a frame that is not there.
+        """
+
+    @property
+    def variable_rate(self) -> bool:
+        """Whether frames are shown for unlike times."""
+        return False
+
+    def _check(self, frames: Sequence[int]) -> None:
+        outside = [frame for frame in frames if not 0 <= frame < len(self)]
+        if outside:
+            raise UnreadableClipError(str(self.path), f"there is no frame {outside[0]}; it has {len(self)}")
+
+
+class VideoFile(Video):
+    """A file of one of ``VIDEO_EXTENSIONS``.
+
+    Raises:
+        UnreadableClipError: another extension, or a file that is no video.
+        DecoderMissingError: PyAV is not installed.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if self.path.suffix.lower() not in FORMATS:
+            raise UnreadableClipError(
+                str(path), f"{self.path.suffix or 'no'} extension is none of {' '.join(VIDEO_EXTENSIONS)}"
+            )
+        self.decoder = f"PyAV {require_pyav().__version__}"
+
+    def __len__(self) -> int:
+        return len(self._times)
+
+    @property
+    def variable_rate(self) -> bool:
+        gaps = np.diff(self._times)
+        return bool(len(gaps)) and gaps.max() > UNEVEN * gaps.min()
+
+    def read(self, frames: Sequence[int]) -> np.ndarray:
+        self._check(frames)
+        wanted = {int(self._times[frame]) for frame in frames}
+        found: dict[int, np.ndarray] = {}
+        with self._opened() as (container, stream):
+            container.seek(min(wanted), stream=stream)  # to the last key frame that is not after it
+            for frame in container.decode(stream):
+                if frame.pts in wanted:
+                    found[frame.pts] = frame.to_ndarray(format="rgb24")
+                    if len(found) == len(wanted):
+                        break
+        missing = [frame for frame in frames if int(self._times[frame]) not in found]
+        if missing:
+            raise UnreadableClipError(str(self.path), f"frame {missing[0]} of {len(self)} cannot be decoded")
+        return np.stack([found[int(self._times[frame])] for frame in frames])
+
+    @cached_property
+    def _times(self) -> np.ndarray:
+        """Time stamps of all frames, ascending, in the stream's unit."""
+        with self._opened() as (container, stream):
+            times = [packet.pts for packet in container.demux(stream) if packet.pts is not None and packet.size]
+        if not times:
+            raise UnreadableClipError(str(self.path), "it holds no frames")
+        return np.unique(np.asarray(times, dtype=np.int64))
+
+    def _opened(self) -> _Opened:
+        return _Opened(self.path)
+
+
+class _Opened:
+    """A file that is being decoded: enters as (container, video stream); errors of the decoder name the file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self):
+        av = require_pyav()
+        try:
+            self._file = open(self.path, "rb")
+            self._container = av.open(self._file, format=FORMATS[self.path.suffix.lower()])
+            stream = self._container.streams.video[0]
+        except (OSError, ValueError, IndexError, av.FFmpegError) as error:
+            raise UnreadableClipError(str(self.path), _reason(error)) from error
+        return self._container, stream
+
+    def __exit__(self, kind, error, trace) -> None:
+        self._container.close()
+        self._file.close()
+        if isinstance(error, (require_pyav().FFmpegError, ValueError, MemoryError)):
+            raise UnreadableClipError(str(self.path), _reason(error)) from error
+
+
+class FrameFolder(Video):
+    """A folder of images, one per frame, in the order of their names; numbers in names count as numbers."""
+
+    def __init__(self, path: str | Path, decoder: Decoder = Decoder()):  # noqa: B008 (immutable)
+        self.path = Path(path)
+        self.files = sorted(filter(is_frame, self.path.iterdir()), key=_natural)
+        self.decoder, self._decoder = f"Pillow {PIL.__version__}", replace(decoder, channels=3)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, frames: Sequence[int]) -> np.ndarray:
+        self._check(frames)
+        images = []
+        for frame in frames:
+            try:
+                with open(self.files[frame], "rb") as file:
+                    images.append(np.asarray(self._decoder.read(file)))
+            except DECODING_ERRORS as error:
+                raise UnreadableClipError(str(self.files[frame]), _reason(error)) from error
+        sizes = sorted({image.shape[:2] for image in images})
+        if len(sizes) > 1:
+            raise UnreadableClipError(str(self.path), f"its frames are of unlike sizes: {sizes}")
+        return np.stack(images)
+
+
+def open_video(path: str | Path, decoder: Decoder = Decoder()) -> Video:  # noqa: B008 (immutable)
+    """A video file, or a folder of frames, which ``decoder`` reads."""
+    path = Path(path)
+    return FrameFolder(path, decoder) if path.is_dir() else VideoFile(path)
+
+
+def is_frame(path: Path) -> bool:
+    """Whether a file is one frame: an image, and no GIF, which is a video."""
+    return is_image(path.name) and extension(path.name) not in FORMATS and not path.name.startswith(".")
+
+
+def _natural(path: Path) -> list[tuple[int, int | str]]:
+    """Sorts frame_9 before frame_10."""
+    import re
+
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", path.name)]
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def require_pyav():
+    """The module ``av``.
+
+    Raises:
+        DecoderMissingError: it is not installed.
+    """
+    try:
+        import av
+    except ImportError as error:
+        raise DecoderMissingError("video files need PyAV: pip install 'vistok[video]'") from error
+    return av

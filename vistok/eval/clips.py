@@ -1,0 +1,206 @@
+"""``vistok eval`` for clips: two sets of videos, or statistics of them, and their Frechet video distance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vistok.data.clips import ClipSource, ClipTransform, folder_videos, listed_videos
+from vistok.data.videos import UnreadableClipError
+from vistok.draws import Keys
+from vistok.eval.fvd import ClipNetwork, ClipStatistics, frechet_video_distance
+from vistok.eval.i3d import I3DNetwork, TorchScriptI3D
+from vistok.eval.record import library_versions
+from vistok.eval.video import psnr, ssim
+from vistok.eval.video_protocols import VideoProtocol, chunks_of, drawn, video_protocol
+from vistok.utils.processes import Processes
+from vistok.utils.progress import track
+
+STATISTICS = ".safetensors"
+
+
+@dataclass(frozen=True)
+class ClipSet:
+    """Clips of some videos: which video, and where in it each begins.
+
+    Attributes:
+        source: the videos.
+        starts: (video, first frame) of each clip.
+        transform: what is done to their frames.
+        name: where they came from, for reports.
+        left_out: videos that could not be read or are too short, with the reason.
+    """
+
+    source: ClipSource
+    starts: list[tuple[int, int]]
+    transform: ClipTransform
+    name: str
+    left_out: dict[str, str]
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def batches(self, batch_size: int, start: int, stop: int) -> Iterator[Tensor]:
+        """Clips ``start`` to ``stop`` (B, 3, T, H, W) in [-1, 1]."""
+        for first in range(start, stop, batch_size):
+            chosen = self.starts[first : min(first + batch_size, stop)]
+            yield torch.stack([self._clip(video, frame) for video, frame in chosen])
+
+    def _clip(self, video: int, start: int) -> Tensor:
+        last = self.source.length(video) - 1
+        frames = [min(start + i * self.transform.frame_stride, last) for i in range(self.transform.num_frames)]
+        return self.transform.pixels(self.source.read(video, frames))
+
+
+def choose_clips(source: ClipSource, protocol: VideoProtocol, *, real: bool, name: str, seed: int = 0) -> ClipSet:
+    """The clips of one side, as the protocol says. Generated videos are taken from their first frame on.
+
+    Args:
+        seed: of random starts.
+
+    Raises:
+        ValueError: no video is long enough.
+    """
+    transform = ClipTransform(protocol.num_frames, protocol.image_size, protocol.frame_stride)
+    lengths, left_out = [], {}
+    for index in range(len(source)):
+        try:
+            lengths.append(source.length(index))
+        except UnreadableClipError as error:
+            lengths.append(0)
+            left_out[source.name(index)] = error.args[-1]
+    repeats = protocol.choice == "random_start" and real  # short videos end in copies of their last frame
+    usable, needed = [], 1 if repeats else transform.span
+    for index, length in enumerate(lengths):
+        if length >= needed:
+            usable.append(index)
+        else:
+            left_out.setdefault(source.name(index), f"{length} frames, fewer than {transform.span}")
+    if not usable:
+        raise ValueError(f"no video of {name} has the {transform.span} frames of a clip")
+    if not real or protocol.choice == "given":
+        starts = [(index, 0) for index in usable]
+    elif protocol.choice == "random_start":
+        uniforms = Keys.of(seed, usable).uniform("start", 1)[:, 0].tolist()
+        starts = [(i, transform.frames(lengths[i], u)[0]) for i, u in zip(usable, uniforms, strict=True)]
+    else:
+        starts = chunks_of(lengths, protocol.num_frames, protocol.frame_stride)
+    if real:
+        starts = [starts[index] for index in drawn(len(starts), protocol.real_count, protocol.seed)]
+    return ClipSet(source, starts, transform, name, left_out)
+
+
+def open_videos(what: str | Path) -> ClipSource:
+    """A folder of videos, or list files joined by "+".
+
+    Raises:
+        FileNotFoundError, ValueError: as the sources do.
+    """
+    return folder_videos(what) if Path(what).is_dir() else listed_videos(what)
+
+
+def load_clip_network(weights: str | Path | None, *, device: torch.device | str = "cpu") -> ClipNetwork:
+    """I3D: the port's weights by path or download, or the TorchScript file if its name says so.
+
+    Raises:
+        CheckpointError: weights that are absent, damaged, of another network, or out of reach.
+    """
+    if weights is not None and "torchscript" in Path(weights).name:
+        return TorchScriptI3D(weights, device=device)
+    return I3DNetwork.load(weights, device=device)
+
+
+def clip_statistics(
+    what: str | Path,
+    protocol: VideoProtocol,
+    network: ClipNetwork | None,
+    *,
+    real: bool,
+    batch_size: int = 8,
+    processes: Processes = Processes(),  # noqa: B008 (immutable)
+) -> tuple[ClipStatistics, dict[str, str]]:
+    """The statistics of one side, and which videos were left out: read, where ``what`` is a file of them.
+
+    Several processes take a part each, and all of them return the whole.
+    """
+    if Path(what).suffix == STATISTICS:
+        return ClipStatistics.load(what), {}
+    if network is None:
+        raise ValueError(f"{what} holds videos, which need a network to be scored by")
+    clips = choose_clips(open_videos(what), protocol, real=real, name=str(what))
+    start, stop = processes.part(len(clips))
+    batches = track(clips.batches(batch_size, start, stop), f"features of {what}", -(-(stop - start) // batch_size))
+    part = ClipStatistics.of(batches, network, protocol, source=str(what)) if stop > start else None
+    parts = [each for each in processes.gather(part) if each is not None]
+    whole = parts[0]
+    for each in parts[1:]:
+        whole = whole.merge(each)
+    return whole, clips.left_out
+
+
+def evaluate_clips(
+    generated: str | Path,
+    reference: str | Path,
+    *,
+    protocol: str,
+    network: ClipNetwork | None,
+    batch_size: int = 8,
+    processes: Processes = Processes(),  # noqa: B008 (immutable)
+) -> dict[str, Any]:
+    """The Frechet video distance of two sets of videos, and all that it depends on, JSON-ready.
+
+    Args:
+        generated, reference: folders of videos, list files, or files of statistics.
+        protocol: one of ``VIDEO_PROTOCOLS``.
+        network: from ``load_clip_network``; None if both sides are statistics.
+
+    Raises:
+        ValueError: an unknown protocol, no usable videos, or sides that do not belong together.
+    """
+    rules = video_protocol(protocol)
+    ours, left_out = clip_statistics(generated, rules, network, real=False, batch_size=batch_size, processes=processes)
+    theirs, left_out_there = clip_statistics(
+        reference, rules, network, real=True, batch_size=batch_size, processes=processes
+    )
+    score = frechet_video_distance(ours, theirs)
+    name = "fvd" if "fvd" in score else "frechet_distance"
+    return {
+        "protocol": protocol,
+        "scores": {name: score[name]},
+        "images": score["generated"],
+        "reference": score["real"],
+        "network": score["network"],
+        "video_protocol": score["protocol"],
+        "left_out": left_out | left_out_there,
+        "warnings": _warnings(rules, ours.count, theirs.count, left_out | left_out_there),
+        "libraries": library_versions(),
+    }
+
+
+def _warnings(rules: VideoProtocol, generated: int, real: int, left_out: dict[str, str]) -> list[str]:
+    notes = []
+    for count, expected, side in ((generated, rules.count, "generated"), (real, rules.real_count, "real")):
+        if expected is not None and count != expected:
+            notes.append(f"{rules.name} has {expected:,} {side} clips; these are {count:,}, and the distance is biased")
+    if min(generated, real) < 400:
+        notes.append(f"{min(generated, real)} clips do not determine a covariance of 400 features; take more")
+    if left_out:
+        shown = ", ".join(list(left_out)[:3])
+        notes.append(f"{len(left_out)} videos were left out: {shown}{', …' if len(left_out) > 3 else ''}")
+    return notes
+
+
+def pair_scores(originals: Tensor, reconstructions: Tensor) -> dict[str, float]:
+    """Mean scores of reconstructed clips (B, C, T, H, W) in [-1, 1], clamped: PSNR as LARP takes it, per clip; the same
+    per frame; and SSIM per frame."""
+    a, b = (((clips.float().clamp(-1, 1) + 1) / 2) for clips in (originals, reconstructions))
+    return {
+        "psnr": float(psnr(a, b).mean()),
+        "psnr_frames": float(psnr(a, b, per="frame").mean()),
+        "ssim_frames": float(ssim(a, b).mean()),
+    }

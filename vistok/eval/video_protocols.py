@@ -1,0 +1,187 @@
+"""Protocols of the Frechet video distance: everything that has to be equal for two numbers to be comparable, by name.
+
+A protocol fixes the detector, length, stride and size of the clips, which clips make up each side, whether pixels are
+rounded to 8 bit, and the normalisation of the covariance. ``VideoProtocol.describe`` writes it beside every score.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.nn import functional as F
+
+Choice = Literal["chunks", "random_start", "every_clip", "given"]
+Pixels = Literal["float", "uint8_truncated", "uint8"]
+
+
+@dataclass(frozen=True)
+class VideoProtocol:
+    """What one protocol fixes.
+
+    Attributes:
+        name: what it is called.
+        real: which clips are the real side, in words.
+        fake: which clips are the other side, in words.
+        detector: name of the feature network; "i3d" allows the port and the TorchScript file, which agree to 3e-4.
+        choice: how real clips are taken from videos: all non-overlapping "chunks" (tails dropped) of which ``count``
+            are drawn; one clip from a "random_start" per video; "every_clip"; or the list that is "given".
+        num_frames, frame_stride: length of a clip, and how far apart its frames are in the video.
+        image_size: side of the frames that are made or cropped to.
+        score_size: side to which frames are resized (antialiased bilinear) before the detector's own resize, or None.
+        count: clips on the generated side, None for as many as there are real ones.
+        real_count: clips on the real side, None for all.
+        seed: of the drawn clips, by Python's ``random.Random(seed).sample``; None where the draw is not fixed.
+        pixels: "float" scores clamped floats; "uint8_truncated" rounds (x + 1) / 2 * 255 down, which leaves half of the
+            pixels a level too dark; "uint8" rounds to the nearest.
+        ddof: the covariance is normalised by N - ddof.
+        given_frames: frames that a prediction is given; all decoded frames are scored.
+        guidance_scale: what the published numbers were sampled with, or None.
+    """
+
+    name: str
+    real: str
+    fake: str
+    choice: Choice
+    detector: str = "i3d"
+    num_frames: int = 16
+    frame_stride: int = 1
+    image_size: int = 128
+    score_size: int | None = None
+    count: int | None = None
+    real_count: int | None = None
+    seed: int | None = None
+    pixels: Pixels = "float"
+    ddof: int = 0
+    given_frames: int = 0
+    guidance_scale: float | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """All of it, JSON-ready."""
+        return asdict(self)
+
+    def prepare(self, clips: Tensor) -> Tensor:
+        """Float clips (B, C, T, H, W) in [-1, 1] to what the detector reads, in 0..255.
+
+        Raises:
+            ValueError: clips of another length or size than the protocol's.
+        """
+        expected = (self.num_frames, self.image_size, self.image_size)
+        if clips.ndim != 5 or tuple(clips.shape[2:]) != expected:
+            raise ValueError(
+                f"the protocol {self.name!r} scores clips (B, C, {', '.join(map(str, expected))}), got "
+                f"{tuple(clips.shape)}"
+            )
+        values = (clips.float().clamp(-1, 1) + 1) * 127.5
+        if self.pixels != "float":
+            values = (values if self.pixels == "uint8_truncated" else values + 0.5).floor()
+        if self.score_size is None or self.score_size == self.image_size:
+            return values
+        frames = values.transpose(1, 2)  # (B, T, C, H, W)
+        size = (self.score_size, self.score_size)
+        resized = F.interpolate(frames.flatten(0, 1), size, mode="bilinear", antialias=True, align_corners=False)
+        return resized.unflatten(0, frames.shape[:2]).transpose(1, 2)
+
+
+VIDEO_PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        # LARP (arXiv 2410.21264). The real side is of the training list; -val is its counterpart without leakage.
+        VideoProtocol(
+            "larp-ucf-gen",
+            real="10,000 of all 16-frame chunks of UCF-101 train (split 1)",
+            fake="one sample per drawn clip, with its label",
+            choice="chunks",
+            count=10_000,
+            real_count=10_000,
+            seed=42,
+            guidance_scale=1.25,
+        ),
+        VideoProtocol(
+            "larp-ucf-gen-val",
+            real="all 16-frame chunks of UCF-101 val (split 1), at most 10,000",
+            fake="one sample per drawn clip, with its label",
+            choice="chunks",
+            real_count=10_000,
+            seed=42,
+            guidance_scale=1.25,
+        ),
+        VideoProtocol(
+            "larp-k600-fp",
+            real="50,000 of all 16-frame chunks of Kinetics-600 val",
+            fake="prediction from the first 5 frames, all 16 decoded frames scored",
+            choice="chunks",
+            score_size=64,
+            count=50_000,
+            real_count=50_000,
+            seed=42,
+            given_frames=5,
+        ),
+        VideoProtocol(
+            "larp-ucf-rec",
+            real="UCF-101 train, one random 16-frame start per video",
+            fake="their reconstructions, with the likeliest codes",
+            choice="random_start",
+        ),
+        VideoProtocol(
+            "seed-voken-ucf-rec",
+            real="the given test list of UCF-101 (3,783)",
+            fake="their reconstructions",
+            choice="given",
+            pixels="uint8_truncated",
+            ddof=1,
+        ),
+        # Skorokhodov et al., arXiv 2112.14683; the default of cd-fvd. The released UCF statistics use train and test.
+        VideoProtocol("stylegan-v", real="every clip", fake="2,048 samples", choice="every_clip", count=2048),
+        VideoProtocol(
+            "tats",
+            real="2,048 random clips",
+            fake="as many samples",
+            choice="random_start",
+            count=2048,
+            real_count=2048,
+            ddof=1,
+        ),
+        VideoProtocol(
+            "videogpt",
+            real="256 random clips",
+            fake="as many samples; the mean of several draws is reported",
+            choice="random_start",
+            count=256,
+            real_count=256,
+            ddof=1,
+        ),
+    )
+}
+
+
+def video_protocol(name: str) -> VideoProtocol:
+    """The protocol of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in VIDEO_PROTOCOLS:
+        raise ValueError(f"unknown video protocol {name!r}; known: {', '.join(VIDEO_PROTOCOLS)}")
+    return VIDEO_PROTOCOLS[name]
+
+
+def is_video_protocol(name: str | None) -> bool:
+    """Whether this names a protocol of clips, not of images."""
+    return name in VIDEO_PROTOCOLS
+
+
+def chunks_of(lengths: list[int], num_frames: int, frame_stride: int = 1) -> list[tuple[int, int]]:
+    """All non-overlapping clips of videos of ``lengths`` frames: (video, first frame) each; tails are dropped."""
+    span = num_frames * frame_stride
+    return [(video, start) for video, length in enumerate(lengths) for start in range(0, length - span + 1, span)]
+
+
+def drawn(total: int, count: int | None, seed: int | None) -> list[int]:
+    """Which of ``total`` clips a protocol takes, in the order of Python's ``random.Random(seed).sample``; all of them,
+    in order, without a seed or with fewer than ``count``."""
+    if count is None or seed is None or count >= total:
+        return list(range(total))
+    return random.Random(seed).sample(range(total), count)

@@ -1,0 +1,83 @@
+"""The plain pre-norm block of vision transformers (arXiv 2010.11929), with the options of DINOv2 (arXiv 2304.07193)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vistok.nn.attention import Attention
+from vistok.nn.mlp import MLP
+
+
+class DropPath(nn.Module):
+    """Leaves a residual branch out for whole samples, in training, and scales the others up (arXiv 1603.09382).
+
+    Args:
+        rate: share of the samples whose branch is left out, in [0, 1).
+    """
+
+    def __init__(self, rate: float):
+        super().__init__()
+        if not 0 <= rate < 1:
+            raise ValueError(f"drop_path must lie in [0, 1), got {rate}")
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        kept = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) >= self.rate
+        return x * kept / (1 - self.rate)
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel, ``init`` at first (arXiv 2103.17239)."""
+
+    def __init__(self, dim: int, init: float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class ViTBlock(nn.Module):
+    """Layer norm and attention, layer norm and feed-forward (exact GELU), each with a residual: (B, N, D) -> same.
+
+    Args:
+        dim: width D.
+        num_heads: heads; they divide dim.
+        mlp_ratio: hidden width of the feed-forward, in units of dim.
+        eps: of the layer norms.
+        qkv_bias: whether queries, keys and values have biases.
+        layer_scale: first value of the learned factors of both branches; None leaves them out.
+        drop_path: share of samples whose branch is left out in training.
+        attn_drop, proj_drop: dropout of the attention weights, and of the outputs of attention and feed-forward.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        eps: float = 1e-6,
+        qkv_bias: bool = True,
+        layer_scale: float | None = None,
+        drop_path: float = 0.0,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps)
+        self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop)
+        self.norm2 = nn.LayerNorm(dim, eps)
+        self.mlp = MLP(dim, int(dim * mlp_ratio), F.gelu, drop=proj_drop)
+        self.scale1, self.scale2 = (
+            nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale) for _ in range(2)
+        )
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        x = x + self.drop_path(self.scale1(self.attn(self.norm1(x), mask=mask)))
+        return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))

@@ -1,0 +1,106 @@
+"""Stochastic vector quantization: in training a code is drawn, the likelier the nearer it is.
+
+LARP (arXiv 2410.21264, section 3.2), github.com/hywang66/LARP.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vistok.draws import Draws, inverse_cdf
+from vistok.types import QuantizerOutput
+
+
+class StochasticQuantizer(nn.Module):
+    """Replace each latent vector z by a code e drawn from softmax(z . e / temperature), or by the likeliest one.
+
+    Computes in float32 whatever the precision around it. Gradients pass straight through to the normalised latents.
+
+    Args:
+        codebook_size: number of codes K.
+        dim: channels D of a code.
+        normalize: compare and emit l2-normalised vectors, so that z . e is a cosine.
+        temperature: of the softmax, positive; "learned" trains its inverse, from 10 on.
+
+    Raises:
+        ValueError: a temperature that is not positive.
+    """
+
+    loss_terms: tuple[str, ...] = ("codebook", "commitment")
+
+    def __init__(
+        self,
+        codebook_size: int,
+        dim: int,
+        *,
+        normalize: bool = True,
+        temperature: float | Literal["learned"] = 0.03,
+    ):
+        super().__init__()
+        if temperature != "learned" and not temperature > 0:
+            raise ValueError(f"temperature must be positive or 'learned', got {temperature}")
+        self.codebook_size, self.dim, self.normalize = codebook_size, dim, normalize
+        self.embedding = nn.Embedding(codebook_size, dim)
+        nn.init.kaiming_uniform_(self.embedding.weight)
+        if temperature == "learned":
+            self.inverse_temperature = nn.Parameter(torch.full((1,), 10.0))
+        else:
+            self.inverse_temperature = 1 / temperature
+
+    def codes(self) -> Tensor:
+        """All codes (K, D), normalised if the quantizer normalises."""
+        return self._norm(self.embedding.weight)
+
+    def similarities(self, latents: Tensor) -> Tensor:
+        """Products (..., K) of latents (..., D) with every code: cosines if the quantizer normalises."""
+        with torch.autocast(latents.device.type, enabled=False):
+            return self._norm(latents) @ self.codes().T
+
+    def assignment_probabilities(self, latents: Tensor) -> Tensor:
+        """The probability (..., K) with which latents (..., D) become each code, in float32."""
+        return (self.similarities(latents) * self.inverse_temperature).softmax(-1)
+
+    def encode(self, latents: Tensor, *, draws: Draws | None = None) -> Tensor:
+        """Ids (B, L) of latents (B, L, D): the likeliest codes, or drawn ones where ``draws`` has "codes" (B, L)."""
+        if draws is None:
+            return self.similarities(latents).argmax(-1)
+        probabilities = self.assignment_probabilities(latents)
+        uniforms = draws["codes"].to(probabilities.device)
+        return inverse_cdf(probabilities.flatten(0, -2), uniforms.flatten()).view(uniforms.shape)
+
+    def neighbours(self, latents: Tensor, k: int) -> Tensor:
+        """Ids (..., k) of the k likeliest codes, likeliest first."""
+        return self.similarities(latents).topk(k, dim=-1).indices
+
+    def ids_to_latents(self, ids: Tensor) -> Tensor:
+        """Codes (..., D) of ids (...)."""
+        return self._norm(self.embedding(ids))
+
+    def forward(self, latents: Tensor, *, draws: Draws | None = None) -> QuantizerOutput:
+        """Quantize latents (B, L, D).
+
+        Args:
+            draws: "codes", uniform numbers (B, L) by which codes are drawn; None takes the likeliest.
+        """
+        with torch.no_grad():
+            ids = self.encode(latents, draws=draws)
+        return self.assign(latents, ids)
+
+    def assign(self, latents: Tensor, ids: Tensor) -> QuantizerOutput:
+        """Quantize latents (B, L, D) to the codes of given ids (B, L)."""
+        with torch.autocast(latents.device.type, enabled=False):
+            normalised, codes = self._norm(latents), self.ids_to_latents(ids)
+            losses = {
+                "codebook": (codes - normalised.detach()).square().mean(-1),
+                "commitment": (codes.detach() - normalised).square().mean(-1),
+            }
+            quantized = normalised + (codes - normalised).detach()
+        return QuantizerOutput(quantized, ids, losses, self.codebook_size)
+
+    def _norm(self, vectors: Tensor) -> Tensor:
+        vectors = vectors.float()
+        return F.normalize(vectors, dim=-1) if self.normalize else vectors

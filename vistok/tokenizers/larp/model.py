@@ -1,0 +1,273 @@
+"""LARP: clips as ordered holistic tokens, which learned queries read from all patches.
+
+Paper: LARP: Tokenizing Videos with a Learned Autoregressive Generative Prior (arXiv 2410.21264, ICLR 2025). Official
+weights and conventions: github.com/hywang66/LARP (MIT). The prior that orders the tokens is a loss of training,
+``vistok.losses.ARPrior``; the generator is ``vistok.generators.llama`` with learned positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from vistok.draws import Draws, Keys
+from vistok.quantizers import StochasticQuantizer, VectorQuantizer
+from vistok.tokenizers.base import Tokenizer
+from vistok.tokenizers.larp import official
+from vistok.tokenizers.larp.networks import Decoder, Encoder, LatentNorm, NormOfLatents, Table, TransformerConfig
+from vistok.types import Condition, TokenizerOutput, TokenSpec, as_dataclass
+
+TYPES = ("patches", "queries", "latents", "patch_queries")
+L = {"dim": 768, "num_layers": 12, "num_heads": 12}
+
+
+class LARP(Tokenizer):
+    """The video tokenizer. Works in [0, 1] inside; public pixels are in [-1, 1].
+
+    A shorter clip, of a multiple of the patch's frames, gives as many tokens; ``decode`` is told its length.
+
+    Args:
+        num_frames: frames of the longest clip.
+        image_size: side of the frames, or (height, width).
+        temporal_patch_size: frames of a patch.
+        patch_size: side of a patch, or (height, width).
+        num_tokens: tokens of a clip, one per query.
+        encoder, decoder: the two transformers.
+        codebook_size: number of codes.
+        codebook_dim: channels of a code.
+        codebook_l2_norm: compare and decode l2-normalised codes.
+        assignment: "stochastic" draws codes in training, the likelier the nearer; "nearest" never draws.
+        temperature: of the stochastic assignment, or "learned".
+        entropy_temperature: offers the "entropy" loss term of nearest codes, with this softmax temperature.
+        latent_norm: norm before the quantizer, see ``NormOfLatents``; the paper has "none".
+        patch_positions, latent_positions, patch_query_positions: "fixed" sines and cosines, or "learned" tables.
+        latent_position_base: base of the latents' fixed frequencies.
+        learned_queries: whether the encoder's queries are trained.
+        query_init: "normal" with deviation ``query_std``, or "sincos" of their index.
+        types: which tokens get a learned vector of their kind, of "patches", "queries", "latents", "patch_queries".
+        norm_eps: eps of the blocks' LayerNorms. The released weights were trained with 1e-5.
+        in_channels: 3, or 1 for grey clips.
+
+    Raises:
+        ValueError: sizes that patches do not divide, or an unknown option.
+    """
+
+    registry_name = "larp"
+    native_range = (0.0, 1.0)
+    data_arguments: ClassVar[Mapping[str, str]] = Tokenizer.data_arguments | {"num_frames": "num_frames"}
+    sizes = {"L": {"encoder": L, "decoder": L}}
+    checkpoints = official.CHECKPOINTS
+
+    def __init__(
+        self,
+        num_frames: int = 16,
+        image_size: int | tuple[int, int] = 128,
+        temporal_patch_size: int = 4,
+        patch_size: int | tuple[int, int] = 8,
+        num_tokens: int = 1024,
+        encoder: TransformerConfig = TransformerConfig(**L),  # noqa: B008 (immutable)
+        decoder: TransformerConfig = TransformerConfig(**L),  # noqa: B008 (immutable)
+        codebook_size: int = 8192,
+        codebook_dim: int = 16,
+        codebook_l2_norm: bool = True,
+        assignment: Literal["stochastic", "nearest"] = "stochastic",
+        temperature: float | Literal["learned"] = 0.03,
+        entropy_temperature: float | None = None,
+        latent_norm: LatentNorm = "none",
+        patch_positions: Table = "fixed",
+        latent_positions: Table = "fixed",
+        patch_query_positions: Table = "fixed",
+        latent_position_base: float = 10000.0,
+        learned_queries: bool = True,
+        query_init: Literal["normal", "sincos"] = "normal",
+        query_std: float = 0.02,
+        types: Sequence[str] = ("patch_queries",),
+        norm_eps: float = 1e-5,
+        in_channels: int = 3,
+    ):
+        super().__init__()
+        encoder, decoder = as_dataclass(TransformerConfig, encoder), as_dataclass(TransformerConfig, decoder)
+        for name, value, allowed in (
+            ("assignment", assignment, ("stochastic", "nearest")),
+            ("query_init", query_init, ("normal", "sincos")),
+            ("patch_positions", patch_positions, ("fixed", "learned")),
+            ("latent_positions", latent_positions, ("fixed", "learned")),
+            ("patch_query_positions", patch_query_positions, ("fixed", "learned")),
+            *(("types", name, TYPES) for name in types),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}")
+        sides = (num_frames, *_pair(image_size))
+        self.patch = (temporal_patch_size, *_pair(patch_size))
+        if any(side % patch for side, patch in zip(sides, self.patch)) or min(sides) < 1:
+            raise ValueError(
+                f"a clip of {_times(sides)} (frames x height x width) is no multiple of patches of {_times(self.patch)}"
+            )
+        t, h, w = (side // patch for side, patch in zip(sides, self.patch))
+        self.grid = (t, h, w)
+        self._input_shape = (in_channels, *sides)
+        self.num_tokens, self.assignment = num_tokens, assignment
+        self.encoder = Encoder(
+            encoder,
+            self.grid,
+            self.patch,
+            num_tokens,
+            in_channels=in_channels,
+            positions=patch_positions,
+            learned_queries=learned_queries,
+            query_init=query_init,
+            query_std=query_std,
+            typed=frozenset(types),
+            norm_eps=norm_eps,
+        )
+        self.pre_quant = nn.Linear(encoder.dim, codebook_dim)
+        self.latent_norm = None if latent_norm == "none" else NormOfLatents(latent_norm, num_tokens, codebook_dim)
+        self.quantizer: StochasticQuantizer | VectorQuantizer
+        if assignment == "stochastic":
+            self.quantizer = StochasticQuantizer(
+                codebook_size, codebook_dim, normalize=codebook_l2_norm, temperature=temperature
+            )
+        else:
+            self.quantizer = VectorQuantizer(
+                codebook_size,
+                codebook_dim,
+                normalize=codebook_l2_norm,
+                gradient="normalised",
+                entropy_temperature=entropy_temperature,
+            )
+            nn.init.kaiming_uniform_(self.quantizer.embedding.weight)
+        self.post_quant = nn.Linear(codebook_dim, decoder.dim)
+        self.decoder = Decoder(
+            decoder,
+            self.grid,
+            self.patch,
+            num_tokens,
+            out_channels=in_channels,
+            positions=patch_query_positions,
+            latent_positions=latent_positions,
+            latent_position_base=latent_position_base,
+            typed=frozenset(types),
+            norm_eps=norm_eps,
+        )
+        self.apply(_initialise)
+        # The first reconstruction is black.
+        nn.init.zeros_(self.decoder.to_pixels.weight)
+
+    @property
+    def spec(self) -> TokenSpec:
+        return TokenSpec(self.num_tokens, self.quantizer.codebook_size, self.quantizer.dim)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int, int]:
+        return self._input_shape
+
+    def _spec_for_sides(self, sides: tuple[int, ...]) -> TokenSpec:
+        """Shorter clips give as many tokens."""
+        self._time_steps(sides[0])
+        return super()._spec_for_sides((self._input_shape[1], *sides[1:]))
+
+    @property
+    def loss_terms(self) -> tuple[str, ...]:
+        return self.quantizer.loss_terms
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        return self.decoder.to_pixels.weight
+
+    def read(self, pixels: Tensor) -> Tensor:
+        """Clips (B, C, T, H, W) in [-1, 1] to what the queries read (B, n, D)."""
+        self.check_pixels(pixels)
+        return self.encoder(self.to_native(pixels))
+
+    def latents(self, pixels: Tensor) -> Tensor:
+        """Clips (B, C, T, H, W) in [-1, 1] to latents (B, n, d), before quantization."""
+        latents = self.pre_quant(self.read(pixels))
+        return latents if self.latent_norm is None else self.latent_norm(latents)
+
+    def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
+        """Clips (B, C, T, H, W) in [-1, 1] to ids (B, n): the likeliest codes.
+
+        Args:
+            draws: from ``training_draws``, to draw codes as in training.
+        """
+        self.check_condition(condition)
+        latents = self.latents(pixels)
+        return self.quantizer.encode(latents) if draws is None else self.quantizer(latents, draws=draws).ids
+
+    def decode(self, tokens: Tensor, *, condition: Condition | None = None, num_frames: int | None = None) -> Tensor:
+        """Ids (B, n) to clips (B, C, T, H, W) in [-1, 1], up to overshoot.
+
+        Args:
+            num_frames: frames T of the clip that the ids were made from; None is a whole one.
+
+        Raises:
+            ValueError: ids out of range, not n of them, or no such clip.
+        """
+        self.check_condition(condition)
+        self.spec.check_ids(tokens)
+        if tokens.shape[1] != self.num_tokens:
+            raise ValueError(f"this tokenizer decodes {self.num_tokens} tokens at once, got {tokens.shape[1]}")
+        return self.decode_latents(self.quantizer.ids_to_latents(tokens), num_frames=num_frames)
+
+    def decode_latents(self, quantized: Tensor, *, num_frames: int | None = None) -> Tensor:
+        """Codes (B, n, d) to clips (B, C, T, H, W) in [-1, 1], up to overshoot."""
+        steps = self._time_steps(self._input_shape[1] if num_frames is None else num_frames)
+        return self.from_native(self.decoder(self.post_quant(quantized), steps))
+
+    def forward(
+        self,
+        pixels: Tensor,
+        *,
+        condition: Condition | None = None,
+        target: Tensor | None = None,
+        step: int | None = None,
+        draws: Draws | None = None,
+    ) -> TokenizerOutput:
+        """The training pass. Features: "latents" (B, n, d) and "quantized", the codes (B, n, d)."""
+        self.check_condition(condition)
+        latents = self.latents(pixels)
+        quantized = self.quantizer(latents, draws=draws)
+        reconstruction = self.decode_latents(quantized.quantized, num_frames=pixels.shape[2])
+        features = {"latents": latents, "quantized": quantized.quantized}
+        return TokenizerOutput(reconstruction, quantized.ids, quantized.losses, features)
+
+    def training_draws(self, keys: Keys) -> Draws:
+        return {"codes": keys.uniform("codes", self.num_tokens)} if self.assignment == "stochastic" else {}
+
+    @torch.no_grad()
+    def reconstruct(self, pixels: Tensor, *, condition: Condition | None = None) -> Tensor:
+        tokens = self.encode(pixels, condition=condition)
+        return self.decode(tokens, num_frames=pixels.shape[2]).clamp(-1, 1)
+
+    def _time_steps(self, num_frames: int) -> int:
+        """Patches in time of a clip of ``num_frames`` frames."""
+        longest, patch = self._input_shape[1], self.patch[0]
+        if not 1 <= num_frames <= longest or num_frames % patch:
+            raise ValueError(
+                f"this tokenizer takes clips of up to {longest} frames, a multiple of {patch}, got {num_frames}; cut "
+                "the clip, or repeat its last frame"
+            )
+        return num_frames // patch
+
+    @classmethod
+    def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
+        return official.build_tokenizer(cls, config, state_dict)
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _times(sides: Sequence[int]) -> str:
+    return "x".join(map(str, sides))
+
+
+def _initialise(module: nn.Module) -> None:
+    """Xavier-uniform weights (the patch convolution flattened to two dimensions) and no biases, as in the reference."""
+    if isinstance(module, nn.Linear | nn.Conv3d):
+        nn.init.xavier_uniform_(module.weight.flatten(1))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,189 @@
+"""The networks of LARP: two ViT stacks, and the norm that may stand before the quantizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from vistok.nn.positions import FixedClipPositions, LearnedClipPositions, sincos_1d
+from vistok.nn.vit import ViTBlock
+
+LatentNorm = Literal["none", "layer_channels", "layer_tokens", "batch_channels", "batch_tokens"]
+Table = Literal["fixed", "learned"]
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Width, number of blocks and heads of one transformer."""
+
+    dim: int
+    num_layers: int
+    num_heads: int
+
+
+def blocks_of(config: TransformerConfig, norm_eps: float) -> nn.Sequential:
+    """The stack of blocks: (B, N, D) -> (B, N, D). No norm follows it."""
+    return nn.Sequential(
+        *(ViTBlock(config.dim, config.num_heads, eps=norm_eps, qkv_bias=False) for _ in range(config.num_layers))
+    )
+
+
+class Encoder(nn.Module):
+    """Queries that read the patches of a clip: (B, C, T, H, W) -> (B, n, D).
+
+    Args:
+        config: the transformer.
+        grid: (t, h, w) patches of the longest clip.
+        patch: (t, h, w) pixels of a patch.
+        num_tokens: number of queries n.
+        in_channels: of the clip.
+        positions: whether the patches' positions are fixed or learned.
+        learned_queries: whether the queries are trained.
+        query_init: "normal" with deviation ``query_std``, or "sincos", a fixed table of their index.
+        typed: which of "patches" and "queries" get a learned vector of their own.
+        norm_eps: of the blocks' LayerNorms.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        grid: tuple[int, int, int],
+        patch: tuple[int, int, int],
+        num_tokens: int,
+        *,
+        in_channels: int,
+        positions: Table,
+        learned_queries: bool,
+        query_init: Literal["normal", "sincos"],
+        query_std: float,
+        typed: frozenset[str],
+        norm_eps: float,
+    ):
+        super().__init__()
+        self.to_patches = nn.Conv3d(in_channels, config.dim, patch, patch)
+        self.positions = clip_positions(positions, grid, config.dim)
+        table = sincos_1d(torch.arange(num_tokens), config.dim).float()
+        queries = torch.randn(num_tokens, config.dim) * query_std if query_init == "normal" else table
+        self.queries = nn.Parameter(queries, requires_grad=learned_queries)
+        self.patch_type = type_vector("patches" in typed, config.dim)
+        self.query_type = type_vector("queries" in typed, config.dim)
+        self.blocks = blocks_of(config, norm_eps)
+
+    def embed_patches(self, clips: Tensor) -> Tensor:
+        """Clips (B, C, T, H, W) to patches with positions (B, N, D), time first, then rows, then columns."""
+        patches = self.to_patches(clips)  # (B, D, t, h, w)
+        return patches.flatten(2).transpose(1, 2) + self.positions(patches.shape[2])
+
+    def forward(self, clips: Tensor) -> Tensor:
+        patches = plus(self.embed_patches(clips), self.patch_type)
+        queries = plus(self.queries, self.query_type).expand(len(clips), -1, -1)
+        x = self.blocks(torch.cat([patches, queries], 1))  # (B, N + n, D)
+        return x[:, patches.shape[1] :]
+
+
+class Decoder(nn.Module):
+    """Patch queries that read the latents: (B, n, D) -> (B, C, T, H, W).
+
+    Args:
+        latent_positions: whether the latents' positions are fixed (sines and cosines of their index, of base
+            ``latent_position_base``) or learned.
+        positions: whether the patch queries are fixed or learned position tables.
+        typed: which of "latents" and "patch_queries" get a learned vector of their own.
+        config, grid, patch, num_tokens, norm_eps: as of the encoder.
+        out_channels: of the clip.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        grid: tuple[int, int, int],
+        patch: tuple[int, int, int],
+        num_tokens: int,
+        *,
+        out_channels: int,
+        positions: Table,
+        latent_positions: Table,
+        latent_position_base: float,
+        typed: frozenset[str],
+        norm_eps: float,
+    ):
+        super().__init__()
+        self.grid, self.patch = grid, patch
+        if latent_positions == "learned":
+            self.latent_positions = nn.Parameter(torch.randn(num_tokens, config.dim) * 0.02)
+        else:
+            table = sincos_1d(torch.arange(num_tokens), config.dim, base=latent_position_base).float()
+            self.register_buffer("latent_positions", table)
+        self.positions = clip_positions(positions, grid, config.dim)
+        self.latent_type = type_vector("latents" in typed, config.dim)
+        self.patch_type = type_vector("patch_queries" in typed, config.dim)
+        self.blocks = blocks_of(config, norm_eps)
+        self.norm = nn.LayerNorm(config.dim, eps=1e-6)
+        self.to_pixels = nn.Linear(config.dim, patch[0] * patch[1] * patch[2] * out_channels)
+
+    def forward(self, latents: Tensor, t: int) -> Tensor:
+        """Decode ``t`` steps of time, each ``patch[0]`` frames."""
+        latents = plus(latents + self.latent_positions, self.latent_type)
+        queries = plus(self.positions(t)[None], self.patch_type).expand(len(latents), -1, -1)
+        x = self.blocks(torch.cat([latents, queries], 1))[:, latents.shape[1] :]  # (B, t * h * w, D)
+        (_, h, w), (pt, ph, pw) = self.grid, self.patch
+        return rearrange(
+            self.to_pixels(self.norm(x)),
+            "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)",
+            h=h,
+            w=w,
+            pt=pt,
+            ph=ph,
+            pw=pw,
+        )
+
+
+def clip_positions(kind: Table, grid: tuple[int, int, int], dim: int) -> nn.Module:
+    """The position table of a clip's patches."""
+    return (LearnedClipPositions if kind == "learned" else FixedClipPositions)(grid, dim)
+
+
+def type_vector(wanted: bool, dim: int) -> nn.Parameter | None:
+    """A learned vector (dim,) that all tokens of a kind share, or None."""
+    return nn.Parameter(torch.randn(dim) * 0.02) if wanted else None
+
+
+def plus(x: Tensor, vector: Tensor | None) -> Tensor:
+    """``x`` with the type vector added, where there is one."""
+    return x if vector is None else x + vector
+
+
+class NormOfLatents(nn.Module):
+    """A norm of latents (B, n, d) in float32 before the quantizer, named by what its statistics are taken over.
+
+    Args:
+        kind: "layer_channels" over the d channels of a token, "layer_tokens" over the n tokens and channels of a clip,
+            "batch_channels" for each channel over batch and tokens, "batch_tokens" for each channel of each token over
+            the batch.
+        num_tokens, dim: n and d.
+    """
+
+    def __init__(self, kind: LatentNorm, num_tokens: int, dim: int):
+        super().__init__()
+        makers = {
+            "layer_channels": lambda: nn.LayerNorm(dim),
+            "layer_tokens": lambda: nn.LayerNorm((num_tokens, dim)),
+            "batch_channels": lambda: nn.BatchNorm1d(dim),
+            "batch_tokens": lambda: nn.BatchNorm1d(num_tokens * dim),
+        }
+        if kind not in makers:
+            raise ValueError(f"latent_norm is {kind!r}; allowed: 'none', {', '.join(map(repr, makers))}")
+        self.kind, self.norm = kind, makers[kind]()
+
+    def forward(self, latents: Tensor) -> Tensor:
+        with torch.autocast(latents.device.type, enabled=False):
+            x = latents.float()
+            if self.kind == "batch_channels":
+                return self.norm(x.flatten(0, 1)).view(x.shape)
+            if self.kind == "batch_tokens":
+                return self.norm(x.flatten(1)).view(x.shape)
+            return self.norm(x)
