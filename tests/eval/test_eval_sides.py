@@ -28,9 +28,10 @@ from vistok.eval.batches import NETWORK_BATCH
 from vistok.eval.dinov2 import DINOv2, resize_positions
 from vistok.eval.images import ImageError, open_images
 from vistok.eval.networks import CallableNetwork, InceptionV3Compat
-from vistok.eval.perturbation import Grid, evaluate_perturbation, perturb, perturbation_draws
+from vistok.eval.perturbation import Grid, evaluate_perturbation
 from vistok.eval.references import InvalidReferenceError, open_reference
 from vistok.eval.resize import resize
+from vistok.quantizers.perturbation import perturb, perturbation_draws
 
 torch.set_num_threads(1)
 COLOURS = {"features": colour_statistics, "network": "colours"}

@@ -18,6 +18,7 @@ from vistok.tokenizers.base import Tokenizer
 from vistok.types import Condition, TokenSpec
 
 RASTER = TokenSpec(16, 32, dim=4, grid=(4, 4))
+TINY_VIT = {"dim": 32, "num_layers": 1, "num_heads": 2}
 VIT = {"dim": 32, "num_layers": 1, "num_heads": 1, "mlp_dim": 32}
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -100,6 +101,58 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         "codebook_size": 32,
         "codebook_dim": 4,
     },
+    "maskgit_vqgan": {
+        "image_size": 16,
+        "channels": 8,
+        "channel_mult": (1, 1, 2),
+        "res_blocks": 1,
+        "codebook_size": 32,
+        "codebook_embed_dim": 4,
+        "norm_groups": 4,
+    },
+    "titok": {
+        "image_size": 16,
+        "encoder_patch_size": 4,
+        "decoder_patch_size": 4,
+        "encoder": TINY_VIT,
+        "decoder": TINY_VIT,
+        "num_tokens": 8,
+        "token_dim": 4,
+        "codebook_size": 32,
+        "codec": {
+            "codebook_size": 16,
+            "codebook_embed_dim": 4,
+            "channels": 8,
+            "channel_mult": (1, 1, 2),
+            "res_blocks": 1,
+            "norm_groups": 4,
+        },
+    },
+    "ta_titok": {
+        "image_size": 16,
+        "encoder_patch_size": 4,
+        "decoder_patch_size": 4,
+        "encoder": TINY_VIT,
+        "decoder": TINY_VIT,
+        "num_tokens": 8,
+        "token_dim": 4,
+        "codebook_size": 32,
+        "text_dim": 6,
+        "text_length": 5,
+    },
+    "robustok": {
+        "image_size": 16,
+        "patch_size": 4,
+        "dim": 32,
+        "num_layers": 2,
+        "num_heads": 2,
+        "num_tokens": 16,
+        "codebook_size": 32,
+        "codebook_embed_dim": 4,
+        "drop_path": 0.0,
+    },
+    "maskgit": {"spec": RASTER, "num_classes": 5, "dim": 16, "num_layers": 2, "num_heads": 2},
+    "rar": {"spec": RASTER, "num_classes": 5, "dim": 16, "num_layers": 2, "num_heads": 2},
     "vit_vqgan_gpt": {
         "spec": RASTER,
         "num_classes": 5,

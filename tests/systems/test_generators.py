@@ -35,6 +35,8 @@ SETUPS = {
     "llama-captions": lambda: (tiny("llama", **CAPTIONS), captions()),
     "llama-captions-unmasked": lambda: (tiny("llama", **CAPTIONS), Condition.from_features(captions().features)),
     "llama-captions-null": lambda: (tiny("llama", **CAPTIONS), Condition.none(3)),
+    "rar": lambda: (tiny("rar"), labels(0, 4, -1)),
+    "rar-unconditional": lambda: (tiny("rar", num_classes=0), Condition.none(3)),
     "vit_vqgan_gpt": lambda: (tiny("vit_vqgan_gpt"), labels(0, 4, -1)),
     "vit_vqgan_gpt-3-condition-tokens": lambda: (
         tiny("vit_vqgan_gpt", condition_length=3),

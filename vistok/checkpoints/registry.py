@@ -44,6 +44,10 @@ ENTRIES = (
     Entry("dar", "tokenizer", "vistok.tokenizers.dar:DAR", "dar/tokenizer", "2505.23660"),
     Entry("gigatok", "tokenizer", "vistok.tokenizers.gigatok:GigaTok", "gigatok/tokenizer", "2504.08736"),
     Entry("larp", "tokenizer", "vistok.tokenizers.larp:LARP", "larp/tokenizer", "2410.21264"),
+    Entry("maskgit_vqgan", "tokenizer", "vistok.tokenizers.maskgit_vqgan:MaskGITVQGAN", "titok/codec", "2202.04200"),
+    Entry("titok", "tokenizer", "vistok.tokenizers.titok:TiTok", "titok/tokenizer", "2406.07550"),
+    Entry("ta_titok", "tokenizer", "vistok.tokenizers.titok:TATiTok", "tatitok/tokenizer", "2501.07730"),
+    Entry("robustok", "tokenizer", "vistok.tokenizers.robustok:RobusTok", "robustok/tokenizer", "2509.12474"),
     Entry(
         "vit_vqgan_gpt",
         "generator",
@@ -54,6 +58,10 @@ ENTRIES = (
     ),
     Entry("mar", "generator", "vistok.generators.mar:MAR", "mar/generator", "2406.11838", tokenizer="kl_vae"),
     Entry("xar", "generator", "vistok.generators.xar:XAR", "xar/generator", "2502.20388", tokenizer="kl_vae"),
+    Entry(
+        "maskgit", "generator", "vistok.generators.maskgit:MaskGIT", "titok/generator", "2202.04200", tokenizer="titok"
+    ),
+    Entry("rar", "generator", "vistok.generators.rar:RAR", "rar/generator", "2411.00776", tokenizer="maskgit_vqgan"),
     Entry(
         "llama",
         "generator",

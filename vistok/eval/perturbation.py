@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vistok.data.config import DataConfig
-from vistok.draws import Draws, Keys
+from vistok.draws import Keys
 from vistok.eval import metrics as m
 from vistok.eval.batches import NETWORK_BATCH, filled
 from vistok.eval.features import FeaturePass, gathered
@@ -24,6 +24,7 @@ from vistok.eval.networks import CallableNetwork, FeatureNetwork, full_precision
 from vistok.eval.protocols import CUSTOM, PROTOCOLS
 from vistok.eval.record import describe_images, library_versions, save_result
 from vistok.eval.tokenizers import DataImages, to_rgb
+from vistok.quantizers.perturbation import perturb, perturbation_draws
 from vistok.tokenizers.base import Tokenizer
 from vistok.utils.processes import Processes
 from vistok.utils.progress import track
@@ -64,27 +65,6 @@ class Grid:
         """All (rate, strength) pairs; strengths that the codebook clips to one value count once."""
         strengths = dict.fromkeys(min(strength, codebook_size) for strength in self.strengths)
         return [(rate, strength) for rate in self.rates for strength in strengths]
-
-
-def perturbation_draws(keys: Keys, length: int) -> Draws:
-    """What ``perturb`` consumes for sequences of ``length``: "exchange" and "rank", (B, L) uniform numbers each."""
-    return {name: keys.uniform(f"perturbation.{name}", length) for name in ("exchange", "rank")}
-
-
-def perturb(neighbours: Tensor, rate: float, strength: int, draws: Draws) -> Tensor:
-    """Exchange tokens for one of their ``strength`` nearest codes, drawn evenly, each with probability ``rate``.
-
-    Args:
-        neighbours: (B, L, k) ids, k >= strength, nearest to the encoder's output first, as ``quantizer.neighbours``
-            returns them.
-        draws: from ``perturbation_draws``.
-
-    Returns:
-        (B, L) ids.
-    """
-    exchange, rank = (draws[name].to(neighbours.device) for name in ("exchange", "rank"))
-    ranks = torch.where(exchange <= rate, (rank * strength).long().clamp_max(strength - 1), 0)  # 0 is the nearest
-    return neighbours.gather(-1, ranks.unsqueeze(-1)).squeeze(-1)
 
 
 def evaluate_perturbation(

@@ -3,6 +3,7 @@
 from vistok.losses.alignment import Alignment, EncoderConfig, alignment_distance
 from vistok.losses.ar_prior import ARPrior
 from vistok.losses.augment import DiffAugment
+from vistok.losses.classifier import ClassifierDistance
 from vistok.losses.dino_discriminator import DINODiscriminator
 from vistok.losses.discriminators import PatchGAN, StyleGANDiscriminator
 from vistok.losses.entropy import EntropyLoss
@@ -17,6 +18,8 @@ from vistok.losses.gan import (
 )
 from vistok.losses.perceptual import LPIPS
 from vistok.losses.pixel import L1, L2, LogitLaplace
+from vistok.losses.pooled_discriminator import PooledDiscriminator
+from vistok.losses.semantic import SemanticGuide, contrastive_loss
 from vistok.losses.vit_discriminator import ViTDiscriminator
 
 __all__ = [
@@ -27,6 +30,7 @@ __all__ = [
     "ARPrior",
     "Alignment",
     "DINODiscriminator",
+    "ClassifierDistance",
     "DiffAugment",
     "DiscriminatorLoss",
     "EncoderConfig",
@@ -36,9 +40,12 @@ __all__ = [
     "LogitLaplace",
     "PatchGAN",
     "Smoothing",
+    "PooledDiscriminator",
+    "SemanticGuide",
     "StyleGANDiscriminator",
     "ViTDiscriminator",
     "adaptive_weight",
     "alignment_distance",
+    "contrastive_loss",
     "r1_penalty",
 ]

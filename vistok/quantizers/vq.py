@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from vistok.draws import Draws
 from vistok.losses.entropy import EntropyLoss
+from vistok.quantizers.clustering import CodeClustering
+from vistok.quantizers.perturbation import EXCHANGE, Perturbation, perturb
 from vistok.quantizers.restart import CodeRestart
 from vistok.types import AfterBackward, QuantizerOutput
 
@@ -35,7 +37,18 @@ class VectorQuantizer(nn.Module, AfterBackward):
         entropy_temperature: softmax temperature of the "entropy" term; None leaves the term out.
         restart_after: training steps after which an unused code is moved onto a latent (``CodeRestart``); 0 is never.
             A training loop calls ``after_backward`` between the backward pass and the step of its optimizer.
+        clustering: in training, move rarely chosen codes towards the latents nearest to them (``CodeClustering``).
+            Needs the same call.
+
+    Raises:
+        ValueError: both ways of moving codes at once.
+
+    Attributes:
+        perturbation: in training, exchange tokens of some images for near codes behind the loss terms, which see the
+            clean ones; needs the draws. A run sets it; it is no part of the saved model.
     """
+
+    perturbation: Perturbation | None = None
 
     def __init__(
         self,
@@ -47,15 +60,19 @@ class VectorQuantizer(nn.Module, AfterBackward):
         init: Init = "normal",
         entropy_temperature: float | None = None,
         restart_after: int = 0,
+        clustering: bool = False,
     ):
         super().__init__()
         if gradient not in get_args(Gradient):
             raise ValueError(f"gradient must be one of {', '.join(map(repr, get_args(Gradient)))}, got {gradient!r}")
+        if restart_after and clustering:
+            raise ValueError(f"restart_after {restart_after} and clustering both move unused codes; choose one of them")
         self.codebook_size, self.dim = codebook_size, dim
         self.normalize, self.gradient = normalize, gradient
         self.embedding = nn.Embedding(codebook_size, dim)
         self.entropy = None if entropy_temperature is None else EntropyLoss(entropy_temperature)
         self.restart = CodeRestart(codebook_size, dim, restart_after) if restart_after else None
+        self.clustering = CodeClustering(codebook_size, dim) if clustering else None
         self._initialise(init)
 
     def _initialise(self, init: Init) -> None:
@@ -94,11 +111,13 @@ class VectorQuantizer(nn.Module, AfterBackward):
         return self._norm(self.embedding(ids))
 
     def forward(self, latents: Tensor, *, draws: Draws | None = None) -> QuantizerOutput:
-        """Quantize latents (B, L, D); nothing here is random, so ``draws`` are not read."""
+        """Quantize latents (B, L, D); ``draws`` are those of the perturbation, if there is one."""
         distances = self.distances(latents)
         ids = distances.argmin(-1)
         if self.training and self.restart is not None:
             self.restart(latents, ids)
+        if self.training and self.clustering is not None:
+            self.clustering(latents, distances, ids)
         codes, normalised = self.ids_to_latents(ids), self._norm(latents)
         losses = {
             "codebook": (codes - normalised.detach()).pow(2).mean(-1),
@@ -106,6 +125,8 @@ class VectorQuantizer(nn.Module, AfterBackward):
         }
         if self.entropy is not None:
             losses["entropy"] = self.entropy(distances)
+        if self.training and self.perturbation is not None:
+            codes = self._perturbed(codes, distances, draws)
         if self.gradient == "rotation":
             quantized = rotate_to(normalised, codes)
         else:
@@ -113,10 +134,22 @@ class VectorQuantizer(nn.Module, AfterBackward):
             quantized = carrier + (codes - carrier).detach()
         return QuantizerOutput(quantized, ids, losses, self.codebook_size)
 
+    @torch.no_grad()
+    def _perturbed(self, codes: Tensor, distances: Tensor, draws: Draws | None) -> Tensor:
+        """The codes (B, L, D), those of the first images of the batch exchanged for near ones."""
+        if draws is None or EXCHANGE not in draws:
+            raise ValueError("a perturbation of latents is random: pass perturbation_draws(keys, length)")
+        count = self.perturbation.rows(len(codes))
+        strength = min(self.perturbation.strength, self.codebook_size)
+        neighbours = distances[:count].topk(strength, dim=-1, largest=False).indices
+        ids = perturb(neighbours, self.perturbation.rate, strength, {name: d[:count] for name, d in draws.items()})
+        return torch.cat([self.ids_to_latents(ids), codes[count:]])
+
     def after_backward(self) -> None:
-        """Move codes that have gone unused for ``restart_after`` steps onto latents; nothing if that is 0."""
-        if self.restart is not None:
-            self.restart.move(self.embedding.weight)
+        """Move codes that have gone unused for ``restart_after`` steps, or are rare, to latents, if that is on."""
+        for mover in (self.restart, self.clustering):
+            if mover is not None:
+                mover.move(self.embedding.weight)
 
     def _norm(self, vectors: Tensor) -> Tensor:
         return F.normalize(vectors, dim=-1) if self.normalize else vectors

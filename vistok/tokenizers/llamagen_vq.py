@@ -183,7 +183,7 @@ class LlamaGenVQ(Tokenizer):
     ) -> TokenizerOutput:
         self.check_condition(condition)
         latents = self.latents(pixels)
-        quantized = self.quantizer(latents)
+        quantized = self.quantizer(latents, draws=draws)
         grid = self.spec_for(pixels.shape[1:]).grid
         features = {"latents": latents, "quantized": quantized.quantized}
         reconstruction = self.decode_latents(quantized.quantized, grid)

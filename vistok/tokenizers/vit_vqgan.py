@@ -240,7 +240,7 @@ class ViTVQGAN(Tokenizer):
     ) -> TokenizerOutput:
         self.check_condition(condition)
         latents = self.latents(pixels)
-        quantized = self.quantizer(latents)
+        quantized = self.quantizer(latents, draws=draws)
         output = self.decode_latents(quantized.quantized)
         features = {"latents": latents, "quantized": quantized.quantized}
         losses = quantized.losses

@@ -1,0 +1,205 @@
+"""MaskGIT: a bidirectional transformer that fills in masked tokens, most confident ones first.
+
+Paper: MaskGIT: Masked Generative Image Transformer (arXiv 2202.04200). TiTok (arXiv 2406.07550) generates its tokens
+so; its official weights and conventions: github.com/bytedance/1d-tokenizer (Apache-2.0).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vistok.checkpoints import OfficialCheckpoint, load_strictly
+from vistok.draws import Draws, Keys
+from vistok.generators.base import Generator
+from vistok.generators.engine.autoregressive import AutoregressiveGenerator, weighted_mean
+from vistok.generators.maskgit import official
+from vistok.generators.maskgit.networks import NETWORKS
+from vistok.generators.maskgit.sampling import MaskGITOptions, MaskGITSession
+from vistok.types import Condition, GeneratorOutput, TokenSpec, as_dataclass
+
+BERT = {"network": "bert", "dim": 768, "num_layers": 24, "num_heads": 16, "mlp_dim": 3072}
+UVIT = {"network": "uvit", "dim": 1024, "num_layers": 20, "num_heads": 16, "mlp_dim": 4096}
+
+
+class MaskGIT(Generator):
+    """A transformer over [class, tokens], in which a mask stands for every unknown token.
+
+    Args:
+        spec: the tokens to model (one id per position).
+        num_classes: number of classes; 0 for unconditional generation.
+        network: "bert" has norms after its blocks' residuals; "uvit" before, and skips between its halves.
+        dim, num_layers, num_heads: width, blocks, heads; heads divide dim. "uvit" has one block more, in the middle.
+        mlp_dim: hidden width of the feed-forward; None is 4 dim.
+        label_smoothing: of the cross entropy (MaskGIT: 0.1).
+        condition_dropout: share of training samples whose class is dropped, for guidance; with 0 there is no null
+            class, and guidance is refused.
+        attn_drop, proj_drop: dropout of the attention weights, and of the outputs of attention and feed-forward.
+
+    Raises:
+        ValueError: a spec without ids, or with several per position; an unknown network.
+    """
+
+    registry_name = "maskgit"
+    options_type = MaskGITOptions
+    sizes = {"bert": BERT, "uvit": UVIT}
+    checkpoints = (
+        OfficialCheckpoint("yucornetto/generator_titok_l32_imagenet", "model.safetensors", official.config(BERT, 32)),
+        OfficialCheckpoint("yucornetto/generator_titok_b64_imagenet", "model.safetensors", official.config(BERT, 64)),
+        OfficialCheckpoint("yucornetto/generator_titok_s128_imagenet", "model.safetensors", official.config(UVIT, 128)),
+    )
+
+    def __init__(
+        self,
+        spec: TokenSpec,
+        num_classes: int = 1000,
+        network: Literal["bert", "uvit"] = "bert",
+        dim: int = 768,
+        num_layers: int = 24,
+        num_heads: int = 16,
+        mlp_dim: int | None = None,
+        label_smoothing: float = 0.1,
+        condition_dropout: float = 0.1,
+        attn_drop: float = 0.1,
+        proj_drop: float = 0.1,
+    ):
+        super().__init__()
+        self.spec = AutoregressiveGenerator.check_spec(as_dataclass(TokenSpec, spec), type(self).__name__)
+        if network not in NETWORKS:
+            raise ValueError(f"network must be one of {', '.join(map(repr, NETWORKS))}, got {network!r}")
+        self.num_classes, self.condition_dropout = num_classes or None, condition_dropout
+        self.has_null = condition_dropout > 0 or not num_classes
+        self.label_smoothing, self.mask_id = label_smoothing, self.spec.codebook_size
+        # Rows of the embedding: the codes, the mask, the classes, the null class.
+        self.network = NETWORKS[network](
+            self.spec.codebook_size + 1 + num_classes + 1,
+            self.spec.length + 1,
+            dim,
+            num_layers,
+            num_heads,
+            mlp_dim or 4 * dim,
+            attn_drop,
+            proj_drop,
+        )
+        self.output = nn.Linear(dim, self.spec.codebook_size)
+        self.apply(_initialise)
+
+    def condition_rows(self, condition: Condition) -> Tensor:
+        """(R,) rows of the embedding: of the class, or of the null class where it is dropped."""
+        first = self.mask_id + 1
+        null = torch.full_like(condition.dropped, first + (self.num_classes or 0), dtype=torch.int64)
+        return null if condition.labels is None else torch.where(condition.dropped, null, first + condition.labels)
+
+    def predict(self, ids: Tensor, classes: Tensor) -> Tensor:
+        """Float32 logits (R, L, V) of ids (R, L), of which some are ``mask_id``, for classes (R,) of
+        ``condition_rows``."""
+        hidden = self.network(torch.cat([classes[:, None], ids], 1))
+        return self.output(hidden[:, 1:]).float()
+
+    def forward(
+        self, tokens: Tensor, condition: Condition, *, draws: Draws | None = None, weights: Tensor | None = None
+    ) -> GeneratorOutput:
+        """Cross entropy in nats per masked token; metric "accuracy" of those. Predictions are logits (B, L, V).
+
+        Raises:
+            ValueError: no draws: which tokens are masked is random.
+        """
+        if draws is None:
+            raise ValueError("masks are random: pass training_draws(keys)")
+        if "drop" in draws:
+            condition = condition.drop(draws["drop"] < self.condition_dropout)
+        masked = draws["masked"]
+        logits = self.predict(tokens.masked_fill(masked, self.mask_id), self.condition_rows(condition))
+        terms = F.cross_entropy(
+            logits.transpose(1, 2), tokens, reduction="none", label_smoothing=self.label_smoothing
+        )  # (B, L)
+        count = masked.sum(1)
+        per_sample = (terms * masked).sum(1) / count
+        loss = per_sample.mean() if weights is None else weighted_mean(per_sample, weights)
+        right = ((logits.detach().argmax(-1) == tokens) & masked).sum() / count.sum()
+        return GeneratorOutput(loss, logits, {"accuracy": right})
+
+    def training_draws(self, keys: Keys) -> Draws:
+        """ "drop" (B,) uniform; "masked" (B, L) bool: as many as the arccos schedule masks at an even time, at least
+        one."""
+        length = self.spec.length
+        share = torch.acos(keys.uniform("mask_rate")) / (math.pi / 2)
+        count = (share * length).ceil().long().clamp(1, length)
+        rank = keys.permutation("order", length)
+        return {"drop": keys.uniform("drop"), "masked": rank < count[:, None]}
+
+    def sampling_draws(self, keys: Keys, options: MaskGITOptions | None = None) -> Draws:
+        """ "ids" and "confidence" (B, S, L), uniform numbers of every step."""
+        steps = (options or MaskGITOptions()).num_steps
+        return {name: keys.uniform(name, steps, self.spec.length) for name in ("ids", "confidence")}
+
+    def start(
+        self, condition: Condition, options: MaskGITOptions | None = None, *, draws: Draws | None = None
+    ) -> MaskGITSession:
+        options = options or MaskGITOptions()
+        self.check_condition(condition)
+        if options.guided:
+            self.check_condition(condition.null())
+        if draws is None and options.temperature > 0:
+            raise ValueError(
+                "sampling with a temperature above 0 needs draws: pass sampling_draws(Keys.range(seed, B), options)"
+            )
+        return MaskGITSession(self, condition, options, draws)
+
+    def edit(
+        self,
+        tokens: Tensor,
+        regenerate: Tensor,
+        condition: Condition,
+        options: MaskGITOptions | None = None,
+        *,
+        draws: Draws | None = None,
+    ) -> Tensor:
+        """Generate some positions anew and keep the others: inpainting, where tokens have a place.
+
+        Args:
+            tokens: (B, L) ids of the images.
+            regenerate: (L,) or (B, L) bool, True where tokens are generated.
+            condition: the class of what is generated.
+
+        Returns:
+            (B, L) ids.
+
+        Raises:
+            ValueError: ids of another tokenizer, or another shape of ``regenerate``.
+        """
+        self.spec.check_ids(tokens)
+        length = self.spec.length
+        if regenerate.shape not in (tokens.shape, tokens.shape[1:]) or tokens.shape[1] != length:
+            raise ValueError(
+                f"tokens must be (B, {length}) and regenerate ({length},) or (B, {length}), got {tuple(tokens.shape)} "
+                f"and {tuple(regenerate.shape)}"
+            )
+        session = self.start(condition, options, draws=draws)
+        session.keep(tokens, ~regenerate.expand(tokens.shape))
+        for _ in session.generate():
+            pass
+        return session.tokens.to(tokens.device)
+
+    @classmethod
+    def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
+        model = cls(**official.arguments(config))
+        load_strictly(model, official.our_names(state_dict), source="the official state dict")
+        return model
+
+    @staticmethod
+    def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Drop the table 0, 1, 2, … that old versions of transformers saved with BERT."""
+        return {key: tensor for key, tensor in state.items() if key != "model.embeddings.position_ids"}
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

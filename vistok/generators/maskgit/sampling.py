@@ -1,0 +1,184 @@
+"""Sampling of masked generators: draw all tokens, keep the most confident, and again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from vistok.draws import Draws
+from vistok.generators.engine.sampling import guide, inverse_cdf
+from vistok.types import Condition, TokenChunk
+
+if TYPE_CHECKING:
+    from vistok.generators.maskgit.model import MaskGIT
+
+Schedule = Literal["constant", "linear", "power-cosine"]
+
+
+@dataclass(frozen=True)
+class MaskGITOptions:
+    """How images are sampled.
+
+    Attributes:
+        num_steps: forward passes of an image.
+        temperature: T of ids and of their confidence. Step k of S (from 0) draws an id from softmax(logits / t) and
+            adds t times Gumbel noise to its logit, with t = T (1 - (k + 1) / S): the last step takes the likeliest ids.
+        guidance_scale: s in ``null + s (conditional - null)``; 1 is off.
+        guidance_schedule: "constant"; "linear" rises as 1 + (s - 1) k / S; "power-cosine" as
+            1 + (s - 1) (1 - cos(pi (k / S)^power)) / 2.
+        guidance_power: of "power-cosine".
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    num_steps: int = 8
+    temperature: float = 9.5
+    guidance_scale: float = 1.0
+    guidance_schedule: Schedule = "linear"
+    guidance_power: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {self.num_steps}")
+        for name in ("temperature", "guidance_scale", "guidance_power"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.guidance_schedule not in ("constant", "linear", "power-cosine"):
+            raise ValueError(
+                f"guidance_schedule must be 'constant', 'linear' or 'power-cosine', got {self.guidance_schedule!r}"
+            )
+
+    @property
+    def guided(self) -> bool:
+        """Whether null rows are needed at all."""
+        return self.guidance_scale != 1
+
+    def scale_at(self, step: int) -> float:
+        """The guidance scale of a step."""
+        share = step / self.num_steps
+        match self.guidance_schedule:
+            case "constant":
+                share = 1.0
+            case "power-cosine":
+                share = (1 - math.cos(math.pi * share**self.guidance_power)) / 2
+        return 1 + (self.guidance_scale - 1) * share
+
+    def temperature_at(self, step: int) -> float:
+        """The temperature of a step."""
+        return self.temperature * (1 - (step + 1) / self.num_steps)
+
+
+def masked_share(progress: float) -> float:
+    """The share of the tokens that is still masked at ``progress`` in [0, 1]: MaskGIT's arccos schedule, 1 to 0."""
+    return math.acos(progress) / (math.pi / 2)
+
+
+class MaskGITSession:
+    """One sampling run. With guidance the null rows ride in the same batch.
+
+    ``append`` may put known tokens anywhere; what is drawn then fits them.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: MaskGIT, condition: Condition, options: MaskGITOptions, draws: Draws | None):
+        device = model.output.weight.device
+        condition = condition.to(device)
+        rows = condition.with_null() if options.guided else condition
+        self.model, self.options = model, options
+        self._classes = model.condition_rows(rows)
+        self._draws = None if draws is None else {name: value.to(device) for name, value in draws.items()}
+        shape = (len(condition), model.spec.length)
+        self._ids = torch.full(shape, model.mask_id, dtype=torch.int64, device=device)
+        self._places = torch.arange(shape[1], device=device).expand(shape)
+
+    @property
+    def _masked(self) -> Tensor:
+        return self._ids == self.model.mask_id
+
+    @property
+    def tokens(self) -> Tensor:
+        """(B, L) ids, 0 where there are none yet."""
+        return self._ids.masked_fill(self._masked, 0)
+
+    def append(self, tokens: Tensor, positions: Tensor | None = None) -> None:
+        """Set known tokens.
+
+        Args:
+            tokens: (B, n) ids.
+            positions: (n,) or (B, n), their places; None puts them at the first unknown ones of each row.
+
+        Raises:
+            ValueError: ids of another tokenizer, or positions that are out of range, set already, or listed twice.
+        """
+        ids = self.model.spec.check_ids(tokens).to(self._ids.device)
+        if len(ids) != len(self._ids):
+            raise ValueError(f"the session has {len(self._ids)} rows, the tokens {len(ids)}")
+        masked, count, length = self._masked, ids.shape[1], self._ids.shape[1]
+        if positions is None:
+            if count > int(masked.sum(1).min()):
+                raise ValueError(f"{count} tokens are more than the {int(masked.sum(1).min())} that are left")
+            positions = masked.int().sort(dim=1, descending=True, stable=True).indices[:, :count]
+        positions = positions.to(self._ids.device).expand(ids.shape)
+        if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < length:
+            low, high = int(positions.min()), int(positions.max())
+            raise ValueError(f"positions must lie in 0..{length - 1}, got {low}..{high}")
+        times = torch.zeros_like(self._ids).scatter_add(1, positions, torch.ones_like(positions))
+        if bool((times > 1).any()) or bool(((times > 0) & ~masked).any()):
+            raise ValueError("some of these positions are listed twice or set already; set ones stay as they are")
+        self._ids = self._ids.scatter(1, positions, ids)
+
+    def keep(self, tokens: Tensor, where: Tensor) -> None:
+        """Set the tokens (B, L) as known at the places where ``where`` (B, L) is True; rows may have other ones."""
+        tokens, where = tokens.to(self._ids.device), where.to(self._ids.device)
+        self._ids = torch.where(where, tokens, self._ids)
+
+    @torch.no_grad()
+    def generate(self, num_tokens: int | None = None) -> Iterator[TokenChunk]:
+        """Draw the next ``num_tokens`` tokens of each row (all if None) in ``num_steps`` steps, one chunk per step.
+
+        Raises:
+            ValueError: a row has fewer unknown tokens.
+        """
+        left = self._masked.sum(1)  # (B,)
+        if num_tokens is not None and num_tokens > int(left.min()):
+            raise ValueError(f"num_tokens {num_tokens} exceeds the {int(left.min())} positions left")
+        count = left if num_tokens is None else torch.full_like(left, num_tokens)
+        end, steps = left - count, self.options.num_steps
+        for step in range(steps):
+            planned = (count * masked_share((step + 1) / steps)).floor().long()
+            # As in MaskGIT, every step settles a token, as long as one is left for the last.
+            remaining = torch.minimum(left - 1 - end, planned).clamp_min(1) if step < steps - 1 else left * 0
+            left = end + remaining
+            yield self._step(step, left)
+
+    def _step(self, step: int, left: Tensor) -> TokenChunk:
+        """Draw all masked tokens and settle the most confident ones, so that ``left`` (B,) remain."""
+        masked, temperature = self._masked, self.options.temperature_at(step)
+        logits = self._logits(step)
+        if temperature:
+            uniforms = self._draws["ids"][:, step].flatten()
+            ids = inverse_cdf((logits / temperature).softmax(-1).flatten(0, 1), uniforms).view(masked.shape)
+        else:
+            ids = logits.argmax(-1)
+        confidence = logits.gather(-1, ids[..., None]).squeeze(-1)
+        if temperature:
+            tiny = torch.finfo(torch.float32).tiny
+            confidence = confidence - temperature * (-self._draws["confidence"][:, step].clamp_min(tiny).log()).log()
+        order = confidence.masked_fill(~masked, torch.inf).argsort(1)  # least confident first, known ones last
+        rank = torch.zeros_like(order).scatter(1, order, self._places)
+        settled = masked & (rank >= left[:, None])
+        self._ids = torch.where(settled, ids, self._ids)
+        return TokenChunk(self._places, self._ids.masked_fill(~settled, 0), settled)
+
+    def _logits(self, step: int) -> Tensor:
+        """Guided logits (B, L, V), float32."""
+        if not self.options.guided:
+            return self.model.predict(self._ids, self._classes)
+        logits = self.model.predict(self._ids.repeat(2, 1), self._classes)
+        return guide(logits, self.options.scale_at(step))

@@ -1,0 +1,259 @@
+"""RAR: a plain next-token transformer, trained on orders that are random at first and raster at last.
+
+Paper: Randomized Autoregressive Visual Generation (arXiv 2411.00776). Official weights and conventions:
+github.com/bytedance/1d-tokenizer (Apache-2.0). RobusTok (arXiv 2509.12474) generates with the same model.
+
+A token is told its own place and, by a second table, the place of the token to be predicted from it: that makes any
+order a valid one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vistok.checkpoints import OfficialCheckpoint, load_strictly
+from vistok.draws import Draws, Keys
+from vistok.generators.engine.autoregressive import AutoregressiveGenerator, weighted_mean
+from vistok.generators.engine.cache import LayerCache
+from vistok.generators.rar import official
+from vistok.generators.rar.networks import Block, FinalModulation
+from vistok.generators.rar.sampling import RAROptions, RARSession
+from vistok.nn.rotary import Rows
+from vistok.types import Condition, GeneratorOutput, TokenSpec, as_dataclass
+
+SIZES = {
+    "B": {"dim": 768, "num_layers": 24, "num_heads": 16, "mlp_dim": 3072},
+    "L": {"dim": 1024, "num_layers": 24, "num_heads": 16, "mlp_dim": 4096},
+    "XL": {"dim": 1280, "num_layers": 32, "num_heads": 16, "mlp_dim": 5120},
+    "XXL": {"dim": 1408, "num_layers": 40, "num_heads": 16, "mlp_dim": 6144},
+}
+SPARE_PLACES, SPARE_SLOTS = 1024, 100
+"""Rows of the released tables beyond those of the tokens; two of the former belong to the condition, the others are
+unused."""
+
+
+class RAR(AutoregressiveGenerator):
+    """A causal transformer over [start token, class, image tokens], modulated by the class.
+
+    Training sequences come in an order of their own each, which ``training_draws`` chooses: a random permutation with a
+    probability that is 1 until ``random_until``, falls evenly, and is 0 from ``raster_from`` on. Sampling goes in
+    raster order.
+
+    Args:
+        spec: the tokens to model (one id per position).
+        num_classes: number of classes; 0 for unconditional generation.
+        dim, num_layers, num_heads: width, blocks, heads; heads divide dim.
+        mlp_dim: hidden width of the feed-forward; None is 4 dim.
+        random_until, raster_from: optimisation steps between which the share of random orders falls from 1 to 0.
+        condition_dropout: share of training samples whose class is dropped, for guidance; with 0 there is no null
+            class, and guidance is refused.
+        attn_drop: dropout of the attention weights, in training.
+        proj_drop: dropout of the outputs of attention and feed-forward, and of the latter's hidden layer.
+
+    Raises:
+        ValueError: a spec without ids, or with several per position; or steps that do not rise.
+    """
+
+    registry_name = "rar"
+    options_type = RAROptions
+    sizes = SIZES
+    condition_length = 2
+    checkpoints = (
+        *(OfficialCheckpoint("yucornetto/RAR", f"rar_{s.lower()}.bin", official.config(SIZES[s], 1024)) for s in SIZES),
+        *(OfficialCheckpoint("qiuk6/RobusTok", f"rar_{s}.bin", official.config(SIZES[s.upper()], 4096)) for s in "bl"),
+    )
+
+    def __init__(
+        self,
+        spec: TokenSpec,
+        num_classes: int = 1000,
+        dim: int = 768,
+        num_layers: int = 24,
+        num_heads: int = 16,
+        mlp_dim: int | None = None,
+        random_until: int = 125_000,
+        raster_from: int = 187_500,
+        condition_dropout: float = 0.1,
+        attn_drop: float = 0.1,
+        proj_drop: float = 0.1,
+    ):
+        super().__init__()
+        self.spec = self.check_spec(as_dataclass(TokenSpec, spec), type(self).__name__)
+        if not 0 <= random_until <= raster_from:
+            raise ValueError(
+                f"random_until and raster_from must rise from 0, got {random_until} and {raster_from}: orders are "
+                "random until the one, and raster from the other"
+            )
+        self.random_until, self.raster_from = random_until, raster_from
+        self.num_classes, self.condition_dropout = num_classes or None, condition_dropout
+        self.has_null = condition_dropout > 0 or not num_classes  # its row is there, but untrained otherwise
+        length = self.spec.length
+        # Rows: the codes, a mask that nothing uses, the classes, the null class.
+        self.token_embedding = nn.Embedding(self.spec.codebook_size + 1 + num_classes + 1, dim)
+        self.start_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.positions = nn.Parameter(torch.zeros(1, length + SPARE_PLACES, dim))
+        self.target_positions = nn.Parameter(torch.zeros(1, length + SPARE_PLACES, dim))
+        self.slots = nn.Parameter(torch.zeros(1, length + SPARE_SLOTS, dim))
+        self.blocks = nn.ModuleList(
+            Block(dim, num_heads, mlp_dim or 4 * dim, attn_drop=attn_drop, proj_drop=proj_drop)
+            for _ in range(num_layers)
+        )
+        self.norm = FinalModulation(dim)
+        self.output = nn.Linear(dim, self.spec.codebook_size)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+        for table in (self.positions, self.target_positions, self.slots):
+            nn.init.trunc_normal_(table, std=0.02)
+        for module in (*self.blocks, self.norm):
+            nn.init.zeros_(module.modulation[1].weight)
+
+    def condition_rows(self, condition: Condition) -> Tensor:
+        """(R,) rows of ``token_embedding``: of the class, or of the null class where it is dropped."""
+        first = self.spec.codebook_size + 1
+        null = torch.full_like(condition.dropped, first + (self.num_classes or 0), dtype=torch.int64)
+        return null if condition.labels is None else torch.where(condition.dropped, null, first + condition.labels)
+
+    def class_vector(self, condition: Condition) -> Tensor:
+        """(R, D) embeddings of the condition, which modulate every position of a row."""
+        return self.token_embedding(self.condition_rows(condition))
+
+    def embed_condition(self, condition: Condition, upcoming: Tensor | int = 0) -> Tensor:
+        """(R, 2, D): the start token, and the class, which is told the place ``upcoming`` (R,) of the first token."""
+        start = (self.start_token + self.positions[:, :1]).expand(len(condition), -1, -1)
+        upcoming = torch.as_tensor(upcoming, device=self.positions.device).expand(len(condition))
+        target = self.target_positions[0, 2 + upcoming]
+        return torch.cat([start, (self.class_vector(condition) + self.positions[0, 1] + target)[:, None]], 1)
+
+    def embed_tokens(self, ids: Tensor, where: Rows) -> Tensor:
+        """(R, n, D) of ids (R, n) at raster positions ``where``, each followed by the next position."""
+        places = torch.arange(self.spec.length, device=ids.device)[where]
+        return self.embed_places(ids, places.expand(ids.shape), (places + 1).expand(ids.shape))
+
+    def embed_places(self, ids: Tensor, places: Tensor, upcoming: Tensor) -> Tensor:
+        """(R, n, D) of ids (R, n) that lie at ``places`` (R, n), and from which those at ``upcoming`` (R, n) are
+        predicted; ``upcoming`` is L behind the last token."""
+        last = self.spec.length
+        target = self.target_positions[0, (2 + upcoming).clamp_max(1 + last)]
+        target = target * (upcoming < last)[..., None]  # from the last token nothing is predicted
+        return self.token_embedding(ids) + self.positions[0, 2 + places] + target
+
+    def transform(
+        self,
+        x: Tensor,
+        where: Rows,
+        mask: Tensor | None,
+        layers: list[LayerCache] | None,
+        class_vector: Tensor | None = None,
+    ) -> Tensor:
+        condition = class_vector[:, None] + self.slots[:, where]  # (R, n, D)
+        for block, memory in zip(self.blocks, layers or [None] * len(self.blocks)):
+            x = block(x, condition, mask, memory)
+        return self.norm(x, condition)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.output(hidden).float()
+
+    def logits(self, ids: Tensor, condition: Condition, orders: Tensor | None = None) -> Tensor:
+        """Teacher-forced logits (B, L, V): the i-th one predicts the i-th token in order.
+
+        Args:
+            ids: (B, L) in raster order.
+            orders: (B, L), the raster positions of the tokens in order; None is raster order.
+        """
+        return self.logits_in_order(*self._in_order(ids, orders), condition)[:, :-1]
+
+    def _in_order(self, ids: Tensor, orders: Tensor | None) -> tuple[Tensor, Tensor]:
+        if orders is None:
+            return ids, torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        return ids.gather(1, orders), orders
+
+    def logits_in_order(self, ids: Tensor, orders: Tensor, condition: Condition) -> Tensor:
+        """Logits (B, L + 1, V) of ids (B, L) that are in order already; the last one predicts nothing."""
+        upcoming = F.pad(orders[:, 1:], (0, 1), value=self.spec.length)
+        x = torch.cat([self.embed_condition(condition, orders[:, 0]), self.embed_places(ids, orders, upcoming)], 1)
+        hidden = self.transform(x, slice(0, x.shape[1]), None, None, self.class_vector(condition))
+        return self.head(hidden[:, 1:])
+
+    def forward(
+        self, tokens: Tensor, condition: Condition, *, draws: Draws | None = None, weights: Tensor | None = None
+    ) -> GeneratorOutput:
+        """Cross entropy in nats per token; metric "accuracy". Predictions (B, L, V) are in the order of ``draws``.
+
+        Raises:
+            ValueError: an order that is no permutation.
+        """
+        draws = draws or {}
+        if "drop" in draws:
+            condition = condition.drop(draws["drop"] < self.condition_dropout)
+        orders = draws.get("order")
+        if orders is not None and orders.shape != tokens.shape:
+            raise ValueError(f"orders must be {tuple(tokens.shape)}, one of all tokens each; got {tuple(orders.shape)}")
+        tokens, orders = self._in_order(tokens, orders)
+        logits = self.logits_in_order(tokens, orders, condition)[:, :-1]
+        per_sample = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none").mean(1)
+        loss = per_sample.mean() if weights is None else weighted_mean(per_sample, weights)
+        accuracy = (logits.detach().argmax(-1) == tokens).float().mean()
+        return GeneratorOutput(loss, logits, {"accuracy": accuracy})
+
+    def random_share(self, step: int) -> float:
+        """The share of the samples of optimisation step ``step`` whose order is random."""
+        if step >= self.raster_from:
+            return 0.0
+        return min(1.0, 1 - (step - self.random_until) / (self.raster_from - self.random_until))
+
+    def training_draws(self, keys: Keys) -> Draws:
+        """ "drop" (B,) uniform; "order" (B, L), the raster positions of the tokens in the order of each sample."""
+        random = keys.uniform("random_order") < self.random_share(keys.step)
+        raster = torch.arange(self.spec.length).expand(len(keys), -1)
+        order = torch.where(random[:, None], keys.permutation("order", self.spec.length), raster)
+        return {"drop": keys.uniform("drop"), "order": order}
+
+    def start(
+        self,
+        condition: Condition,
+        options: RAROptions | None = None,
+        *,
+        draws: Draws | None = None,
+        known: tuple[Tensor, Tensor] | None = None,
+    ) -> RARSession:
+        """As of every generator; ``known`` are ids (B, L) and a mask (B, L) bool, True where the id is taken instead of
+        drawing one: partly teacher-forced images for the post-training of a tokenizer.
+
+        Raises:
+            ValueError: as of every generator, or ids and mask of another shape.
+        """
+        options = options or RAROptions()
+        self.check_condition(condition)
+        if options.guided:
+            self.check_condition(condition.null())
+        if draws is None and options.temperature > 0:
+            raise ValueError(
+                "sampling with a temperature above 0 needs draws: pass sampling_draws(Keys.range(seed, B))"
+            )
+        if known is not None:
+            expected = (len(condition), self.spec.length)
+            if any(tuple(part.shape) != expected for part in known):
+                shapes = " and ".join(str(tuple(part.shape)) for part in known)
+                raise ValueError(f"known ids and their mask must be {expected} each, got {shapes}")
+            self.spec.check_ids(known[0])
+        return RARSession(self, condition, options, draws, known)
+
+    def compile_decoding(self, backend: str = "inductor") -> None:
+        raise ValueError("RAR has no compiled decoding yet: its steps are modulated by the class")
+
+    @classmethod
+    def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
+        model = cls(**official.arguments(config))
+        load_strictly(model, official.our_names(state_dict), source="the official state dict")
+        return model

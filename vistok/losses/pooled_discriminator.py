@@ -1,0 +1,79 @@
+"""A patch discriminator with low-pass filters, and logits on a fixed raster (that of TiTok, arXiv 2406.07550)."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SLOPE = 0.1
+
+
+class PooledDiscriminator(nn.Module):
+    """A 5x5 convolution; stages that halve the side; the largest features of each cell of a raster; two convolutions.
+
+    A stage is a 3x3 convolution, the filter [1, 3, 3, 1] at every second pixel, group norm and a leaky ReLU.
+
+    Args:
+        in_channels: of the images.
+        width: channels of the first convolution and of the first stage; doubled per stage, at most 4 times as many.
+        num_stages: stages, each halving the side.
+        grid: side of the raster of logits.
+        norm_groups: groups of the group norms; must divide the width.
+
+    Raises:
+        ValueError: a number below 1, or groups that do not divide the width.
+    """
+
+    def __init__(
+        self, in_channels: int = 3, width: int = 128, num_stages: int = 3, grid: int = 16, norm_groups: int = 32
+    ):
+        super().__init__()
+        if min(in_channels, width, num_stages, grid, norm_groups) < 1:
+            raise ValueError("in_channels, width, num_stages, grid and norm_groups must be at least 1")
+        if width % norm_groups:
+            raise ValueError(f"norm_groups {norm_groups} does not divide width {width}")
+        self.in_channels = in_channels
+        widths = [width, *(width * min(2**stage, 4) for stage in range(num_stages))]
+        self.input = nn.Conv2d(in_channels, width, 5, padding=2)
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(narrow, wide, 3, padding=1),
+                BlurPool(),
+                nn.GroupNorm(norm_groups, wide),
+                nn.LeakyReLU(SLOPE),
+            )
+            for narrow, wide in pairwise(widths)
+        )
+        self.pool = nn.AdaptiveMaxPool2d(grid)
+        self.output = nn.Sequential(
+            nn.Conv2d(widths[-1], widths[-1], 1), nn.LeakyReLU(SLOPE), nn.Conv2d(widths[-1], 1, 5, padding=2)
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, 1, grid, grid) of images (B, in_channels, H, W).
+
+        Raises:
+            ValueError: another number of channels.
+        """
+        if images.ndim != 4 or images.shape[1] != self.in_channels:
+            raise ValueError(f"images must be (batch, {self.in_channels}, H, W), got {tuple(images.shape)}")
+        x = F.leaky_relu(self.input(images), SLOPE)
+        for stage in self.stages:
+            x = stage(x)
+        return self.output(self.pool(x))
+
+
+class BlurPool(nn.Module):
+    """The low-pass filter [1, 3, 3, 1] in both directions at every second pixel (arXiv 1904.11486)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+        self.register_buffer("kernel", torch.outer(taps, taps), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = self.kernel.to(x.dtype).expand(x.shape[1], 1, 4, 4)
+        return F.conv2d(x, kernel, stride=2, padding=1, groups=x.shape[1])

@@ -1,0 +1,72 @@
+"""Continuous latents as normal distributions: the bottleneck of a variational autoencoder (arXiv 1312.6114)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vistok.draws import Draws
+
+LOG_VARIANCE = (-30.0, 20.0)
+"""What log-variances are clamped to."""
+
+
+class GaussianLatents(nn.Module):
+    """The distribution of latents, drawing from it, and the scale in which generators see what is drawn.
+
+    Args:
+        dim: channels D of a latent.
+        mean, scale: numbers, or one for each channel: a latent z counts as (z - mean) * scale outside. They belong to
+            the config, not to the weights.
+
+    Raises:
+        ValueError: another number of means or scales than channels.
+    """
+
+    def __init__(self, dim: int, mean: float | Sequence[float] = 0.0, scale: float | Sequence[float] = 1.0):
+        super().__init__()
+        self.dim = dim
+        self.register_buffer("mean", _per_channel("latent_mean", mean, dim), persistent=False)
+        self.register_buffer("scale", _per_channel("latent_scale", scale, dim), persistent=False)
+
+    def moments(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and clamped log-variance, (B, L, D) each, of what an encoder gives, (B, L, 2D)."""
+        mean, log_variance = hidden.chunk(2, -1)
+        return mean, log_variance.clamp(*LOG_VARIANCE)
+
+    def choose(self, mean: Tensor, log_variance: Tensor, draws: Draws | None) -> Tensor:
+        """A sample made with the normal numbers "posterior" (B, L, D) of ``draws``; without draws, the mean."""
+        return mean if draws is None else mean + (log_variance / 2).exp() * draws["posterior"]
+
+    def standardise(self, latents: Tensor) -> Tensor:
+        """The autoencoder's latents (..., D) as generators see them."""
+        return (latents - self.mean) * self.scale
+
+    def standardised_moments(self, mean: Tensor, log_variance: Tensor) -> Tensor:
+        """Means and log-variances of the standardised latents, (..., 2D)."""
+        return torch.cat([self.standardise(mean), log_variance + 2 * self.scale.abs().log()], -1)
+
+    def restore(self, latents: Tensor) -> Tensor:
+        """The inverse of ``standardise``."""
+        return latents / self.scale + self.mean
+
+    @torch.no_grad()
+    def fit(self, mean: Tensor, log_variance: Tensor) -> None:
+        """Set mean and scale so that samples of these distributions (B, L, D) have mean 0 and deviation 1."""
+        # The variance of a mixture of normal distributions: of the means, plus the mean of the variances.
+        variance = mean.var((0, 1), unbiased=False) + log_variance.exp().mean((0, 1))
+        self.mean, self.scale = mean.mean((0, 1)), variance.clamp_min(1e-12).rsqrt()
+
+
+def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """KL of normal distributions to the unit normal in nats, elementwise."""
+    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
+
+
+def _per_channel(name: str, values: float | Sequence[float], dim: int) -> Tensor:
+    tensor = torch.as_tensor(values, dtype=torch.float32)
+    if tensor.ndim and tensor.shape != (dim,):
+        raise ValueError(f"{name} must be one number or {dim}, one for each channel; got {len(tensor)}")
+    return tensor.expand(dim).clone()

@@ -1,0 +1,312 @@
+"""TiTok: an image is 32 to 256 tokens in a row, not a raster.
+
+Paper: An Image is Worth 32 Tokens for Reconstruction and Generation (arXiv 2406.07550). Official weights and
+conventions: github.com/bytedance/1d-tokenizer (Apache-2.0).
+
+The two-stage models predict the codes of a frozen MaskGIT-VQGAN in their first stage and learn pixels in the second,
+through a decoder of such codes of their own. The later single-stage ones (arXiv 2501.07730) predict pixels at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from vistok.checkpoints import CheckpointError, OfficialCheckpoint, load_strictly
+from vistok.checkpoints.official_config import OfficialConfig
+from vistok.draws import Draws, Keys
+from vistok.quantizers import VectorQuantizer
+from vistok.quantizers.gaussian import GaussianLatents, gaussian_kl
+from vistok.tokenizers.base import Tokenizer, image_sides
+from vistok.tokenizers.titok import official
+from vistok.tokenizers.titok.networks import (
+    BASE,
+    LARGE,
+    SMALL,
+    CodecConfig,
+    CodecRenderer,
+    CodeHead,
+    Decoder,
+    Encoder,
+    PixelHead,
+    ViTConfig,
+    initialise,
+    learned,
+)
+from vistok.types import Condition, TokenizerOutput, TokenSpec, as_dataclass
+
+Bottleneck = Literal["vq", "vae"]
+Output = Literal["pixels", "codes", "codec"]
+
+TWO_STAGE = {"output": "codec", "token_dim": 12, "codebook_size": 4096, "codebook_l2_norm": True}
+SINGLE_STAGE = {"output": "pixels", "token_dim": 64, "codebook_size": 8192, "codebook_l2_norm": False}
+VAE = {"output": "pixels", "token_dim": 16, "bottleneck": "vae"}
+
+
+def _size(encoder: ViTConfig, decoder: ViTConfig, num_tokens: int, kind: Mapping[str, Any]) -> dict[str, Any]:
+    return {"encoder": asdict(encoder), "decoder": asdict(decoder), "num_tokens": num_tokens, **kind}
+
+
+class TiTok(Tokenizer):
+    """Works in [0, 1] inside; public pixels are in [-1, 1].
+
+    Args:
+        image_size: side of the images, or (height, width).
+        in_channels: 3, or 1 for grey images.
+        encoder_patch_size, decoder_patch_size: sides of the patches; the image sides must be multiples of them.
+        encoder, decoder: the two transformers.
+        num_tokens: tokens N of an image.
+        token_dim: channels of a token.
+        bottleneck: "vq" gives ids, "vae" continuous latents.
+        codebook_size: number of codes.
+        codebook_l2_norm: compare and decode l2-normalised codes.
+        codebook_clustering: in training, move rarely chosen codes to latents (arXiv 2307.15139).
+        output: "pixels" predicts pixels. "codes" is the first of two stages, which predicts codes of a codec (feature
+            "code_logits") and renders no pixels. "codec" is the second: the expected codes are decoded by the codec's
+            decoder, which is a part of the model.
+        codec: that codec's codebook and decoder; used by "codes" and "codec".
+        latent_mean, latent_scale: of the standardised latents of "vae", see ``GaussianLatents``.
+
+    Raises:
+        ValueError: a size that patches do not divide, a decoder patch that is not the codec's stride, or an unknown
+            bottleneck or output.
+    """
+
+    registry_name = "titok"
+    native_range = (0.0, 1.0)
+    truncated_normal: ClassVar[tuple[str, ...]] = ("encoder", "decoder", "head")
+    """The parts whose weights start so; the others start as torch has them."""
+    sizes = {
+        "l32": _size(LARGE, LARGE, 32, TWO_STAGE),
+        "b64": _size(BASE, BASE, 64, TWO_STAGE),
+        "s128": _size(SMALL, SMALL, 128, TWO_STAGE),
+        "bl64_vq8k": _size(BASE, LARGE, 64, SINGLE_STAGE),
+        "bl128_vq8k": _size(BASE, LARGE, 128, SINGLE_STAGE),
+        "sl256_vq8k": _size(SMALL, LARGE, 256, SINGLE_STAGE),
+        "ll32_vae_c16": _size(LARGE, LARGE, 32, VAE),
+        "bl64_vae_c16": _size(BASE, LARGE, 64, VAE),
+        "bl128_vae_c16": _size(BASE, LARGE, 128, VAE),
+    }
+    checkpoints = tuple(
+        OfficialCheckpoint(f"yucornetto/tokenizer_titok_{name}_imagenet", "model.safetensors", official.config(size))
+        for name, size in sizes.items()
+    )
+
+    def __init__(
+        self,
+        image_size: int | tuple[int, int] = 256,
+        in_channels: int = 3,
+        encoder_patch_size: int = 16,
+        decoder_patch_size: int = 16,
+        encoder: ViTConfig = BASE,
+        decoder: ViTConfig = BASE,
+        num_tokens: int = 64,
+        token_dim: int = 12,
+        bottleneck: Bottleneck = "vq",
+        codebook_size: int = 4096,
+        codebook_l2_norm: bool = True,
+        codebook_clustering: bool = False,
+        output: Output = "codec",
+        codec: CodecConfig = CodecConfig(),  # noqa: B008 (immutable)
+        latent_mean: float | tuple[float, ...] = 0.0,
+        latent_scale: float | tuple[float, ...] = 1.0,
+    ):
+        super().__init__()
+        encoder, decoder = as_dataclass(ViTConfig, encoder), as_dataclass(ViTConfig, decoder)
+        codec = as_dataclass(CodecConfig, codec)
+        _check_choice("bottleneck", bottleneck, ("vq", "vae"))
+        _check_choice("output", output, ("pixels", "codes", "codec"))
+        size = image_sides(image_size)
+        encoder_grid, self.decoder_grid = (_patches(size, patch) for patch in (encoder_patch_size, decoder_patch_size))
+        if output != "pixels" and codec.stride != decoder_patch_size:
+            raise ValueError(
+                f"decoder_patch_size {decoder_patch_size} must be the codec's stride {codec.stride}: the decoder "
+                "predicts a code for each of its patches"
+            )
+        self._input_shape, self.output = (in_channels, *size), output
+        self.renders = self.reconstructs = output != "codes"
+        self.has_posterior = bottleneck == "vae"
+        out_dim = 2 * token_dim if bottleneck == "vae" else token_dim
+        self.latent_tokens = learned(num_tokens, encoder.dim)
+        self.encoder = Encoder(
+            encoder,
+            encoder_grid,
+            encoder_patch_size,
+            in_channels,
+            num_tokens,
+            out_dim,
+            mixes_positions=output != "pixels",
+        )
+        self.decoder = Decoder(decoder, self.decoder_grid, num_tokens, token_dim)
+        self.head = (
+            PixelHead(decoder.dim, self.decoder_grid, decoder_patch_size, in_channels)
+            if output == "pixels"
+            else CodeHead(decoder.dim, codec.codebook_size)
+        )
+        for name in self.truncated_normal:
+            getattr(self, name).apply(initialise)
+        self.renderer = CodecRenderer(codec, self.decoder_grid, in_channels) if output == "codec" else None
+        if bottleneck == "vae":
+            self.quantizer = GaussianLatents(token_dim, latent_mean, latent_scale)
+            self._spec = TokenSpec(num_tokens, None, token_dim)
+        else:
+            self.quantizer = VectorQuantizer(
+                codebook_size,
+                token_dim,
+                normalize=codebook_l2_norm,
+                gradient="normalised",
+                init="uniform",
+                clustering=codebook_clustering,
+            )
+            self._spec = TokenSpec(num_tokens, codebook_size, token_dim)
+
+    @property
+    def spec(self) -> TokenSpec:
+        return self._spec
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        return self._input_shape
+
+    @property
+    def loss_terms(self) -> tuple[str, ...]:
+        return ("kl",) if self.has_posterior else self.quantizer.loss_terms
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        if self.output == "codes":
+            return super().last_layer
+        return (self.head if self.output == "pixels" else self.renderer.decoder).conv_out.weight
+
+    def latents(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, C, H, W) in [-1, 1] to what the encoder gives: (B, N, D), or (B, N, 2D) means and log-variances of
+        a "vae"."""
+        self.check_pixels(pixels)
+        return self.encoder(self.to_native(pixels), self.latent_tokens)
+
+    def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
+        """Pixels to ids (B, N); of a "vae" to standardised latents (B, N, D), the mode or, with ``draws``, a sample."""
+        self.check_condition(condition)
+        hidden = self.latents(pixels)
+        if not self.has_posterior:
+            return self._in_full_precision(self.quantizer.encode, hidden)
+        return self.quantizer.standardise(self.quantizer.choose(*self.quantizer.moments(hidden), draws))
+
+    def encode_moments(self, pixels: Tensor) -> Tensor:
+        if not self.has_posterior:
+            return super().encode_moments(pixels)
+        return self.quantizer.standardised_moments(*self.quantizer.moments(self.latents(pixels)))
+
+    def decode(self, tokens: Tensor, *, condition: Condition | None = None) -> Tensor:
+        """Ids (B, N), or standardised latents (B, N, D), to pixels (B, C, H, W).
+
+        Raises:
+            ValueError: tokens of another tokenizer, another number of them, or a model that renders no pixels.
+        """
+        self.check_renders("decode")
+        return self.render(self.decode_latents(self._from_tokens(tokens), condition))
+
+    def _from_tokens(self, tokens: Tensor) -> Tensor:
+        """The decoder's input (B, N, D)."""
+        (self.spec.check_latents if self.has_posterior else self.spec.check_ids)(tokens)
+        if tokens.shape[1] != self.spec.length:
+            raise ValueError(f"this tokenizer decodes {self.spec.length} tokens at once, got {tokens.shape[1]}")
+        return self.quantizer.restore(tokens) if self.has_posterior else self.quantizer.ids_to_latents(tokens)
+
+    def decode_latents(self, latents: Tensor, condition: Condition | None = None) -> Tensor:
+        """Codes or latents (B, N, D) to features of the decoder's patches, (B, P, W)."""
+        self.check_condition(condition)
+        return self.decoder(latents)
+
+    def render(self, features: Tensor) -> Tensor:
+        """Features (B, P, W) to pixels in [-1, 1]."""
+        output = self.head(features)
+        return self.from_native(output if self.renderer is None else self.renderer(output))
+
+    def forward(
+        self,
+        pixels: Tensor,
+        *,
+        condition: Condition | None = None,
+        target: Tensor | None = None,
+        step: int | None = None,
+        draws: Draws | None = None,
+    ) -> TokenizerOutput:
+        """Terms "codebook", "commitment" (B, N), or "kl", nats per image (B,); features "latents", "quantized", and
+        "code_logits" (B, P, K) of "codes"."""
+        tokens, quantized, losses = self._bottleneck(self.latents(pixels), draws)
+        return self._rendered(self.decode_latents(quantized, condition), tokens, quantized, losses)
+
+    def _bottleneck(self, hidden: Tensor, draws: Draws | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Tokens, the decoder's input, and loss terms, of what the encoder gives."""
+        if self.has_posterior:
+            mean, log_variance = self.quantizer.moments(hidden)
+            latents = self.quantizer.choose(mean, log_variance, draws)
+            kl = gaussian_kl(mean, log_variance).flatten(1).sum(1)
+            return self.quantizer.standardise(latents), latents, {"kl": kl}
+        output = self._in_full_precision(partial(self.quantizer, draws=draws), hidden)
+        return output.ids, output.quantized, output.losses
+
+    def _rendered(
+        self, features: Tensor, tokens: Tensor, quantized: Tensor, losses: dict[str, Tensor]
+    ) -> TokenizerOutput:
+        named = {"latents": quantized, "quantized": quantized}
+        if self.output == "codes":
+            return TokenizerOutput(None, tokens, losses, named | {"code_logits": self.head(features)})
+        return TokenizerOutput(self.render(features), tokens, losses, named)
+
+    @staticmethod
+    def _in_full_precision(function, latents: Tensor):
+        """Codes are compared in float32, whatever the networks compute in."""
+        with torch.autocast(latents.device.type, enabled=False):
+            return function(latents.float())
+
+    def training_draws(self, keys: Keys) -> Draws:
+        """ "posterior" (B, N, D) normal, of a "vae"."""
+        if not self.has_posterior:
+            return {}
+        return {"posterior": keys.normal("posterior", self.spec.length, self.spec.dim)}
+
+    @torch.no_grad()
+    def standardise(self, pixels: Tensor) -> None:
+        if not self.has_posterior:
+            return
+        parts = [self.quantizer.moments(self.latents(part)) for part in pixels.split(8)]
+        self.quantizer.fit(*(torch.cat(values) for values in zip(*parts)))
+        statistics = {"latent_mean": self.quantizer.mean, "latent_scale": self.quantizer.scale}
+        self._arguments |= {name: tuple(values.tolist()) for name, values in statistics.items()}
+
+    @classmethod
+    def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
+        given = OfficialConfig(config, official.WITHOUT_EFFECT)
+        arguments = official.arguments(given)
+        legacy = given.take("model.vq_model.is_legacy", True)
+        finetuned = given.take("model.vq_model.finetune_decoder", True)
+        if finetuned and not legacy:
+            raise CheckpointError(
+                "model.vq_model.finetune_decoder is True with is_legacy False: a single-stage model predicts pixels, "
+                "not the codes that such a decoder reads; set one of them to the other value"
+            )
+        output = "pixels" if not legacy else "codec" if finetuned else "codes"
+        codec = official.codec(given)
+        model = cls(**arguments, output=output, codec=codec)
+        given.finish()
+        state = official.with_clustering(state_dict, arguments)
+        load_strictly(model, official.our_names(state, len(codec.channel_mult)), source="the official state dict")
+        return model
+
+
+def _patches(size: Sequence[int], patch: int) -> tuple[int, int]:
+    if patch < 1 or size[0] % patch or size[1] % patch:
+        raise ValueError(f"image_size {size[0]}x{size[1]} is not a multiple of the patch size {patch}")
+    return size[0] // patch, size[1] // patch
+
+
+def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

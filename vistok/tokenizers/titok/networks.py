@@ -1,0 +1,209 @@
+"""The networks of TiTok (arXiv 2406.07550): an encoder and a decoder that exchange a few latent tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from vistok.nn.vit import ViTBlock
+from vistok.tokenizers.maskgit_vqgan import F16, CodecDecoder
+
+Grid = tuple[int, int]
+NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Width, number of blocks and heads of one transformer."""
+
+    dim: int
+    num_layers: int
+    num_heads: int
+
+
+SMALL = ViTConfig(512, 8, 8)
+BASE = ViTConfig(768, 12, 12)
+LARGE = ViTConfig(1024, 24, 16)
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """The codebook and the pixel decoder of the MaskGIT-VQGAN whose codes the decoder predicts; see there."""
+
+    codebook_size: int = 1024
+    codebook_embed_dim: int = 256
+    channels: int = 128
+    channel_mult: tuple[int, ...] = F16
+    res_blocks: int = 2
+    norm_groups: int = 32
+
+    @property
+    def stride(self) -> int:
+        """Pixels per code, on each side."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+    def decoder(self, out_channels: int) -> CodecDecoder:
+        """The pixel decoder, new."""
+        return CodecDecoder(
+            out_channels,
+            self.codebook_embed_dim,
+            self.channels,
+            self.channel_mult,
+            self.res_blocks,
+            self.norm_groups,
+        )
+
+
+class Transformer(nn.Module):
+    """Norm, pre-norm blocks, norm: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.norm_pre = nn.LayerNorm(config.dim, NORM_EPS)
+        self.blocks = nn.ModuleList(
+            ViTBlock(config.dim, config.num_heads, eps=NORM_EPS) for _ in range(config.num_layers)
+        )
+        self.norm_post = nn.LayerNorm(config.dim, NORM_EPS)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.norm_pre(x)
+        for block in self.blocks:
+            x = block(x, mask=mask)
+        return x
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The last norm, of the positions (B, n, D) that are read."""
+        return self.norm_post(x)
+
+
+class Encoder(nn.Module):
+    """Pixels (B, C, H, W) and latent tokens to latents (B, N, out_dim).
+
+    Args:
+        grid: (h, w) patches.
+        num_tokens: latent tokens N.
+        out_dim: channels of a latent.
+        mixes_positions: read the N outputs of W channels, N W numbers in that order, as W rows of N numbers before
+            they are projected. The two-stage models were trained so.
+    """
+
+    def __init__(
+        self,
+        config: ViTConfig,
+        grid: Grid,
+        patch_size: int,
+        in_channels: int,
+        num_tokens: int,
+        out_dim: int,
+        mixes_positions: bool,
+    ):
+        super().__init__()
+        self.mixes_positions = mixes_positions
+        self.patch_embed = nn.Conv2d(in_channels, config.dim, patch_size, patch_size)
+        self.class_token = learned(1, config.dim)
+        self.positions = learned(1 + grid[0] * grid[1], config.dim)
+        self.latent_positions = learned(num_tokens, config.dim)
+        self.transformer = Transformer(config)
+        self.output = nn.Linear(config.dim, out_dim)
+
+    def forward(self, pixels: Tensor, latent_tokens: Tensor) -> Tensor:
+        patches = rearrange(self.patch_embed(pixels), "b d h w -> b (h w) d")
+        x = with_class(self.class_token, patches) + self.positions
+        latents = (latent_tokens + self.latent_positions).expand(len(x), -1, -1)
+        x = self.transformer(torch.cat([x, latents], 1))  # (B, 1 + P + N, W)
+        x = self.transformer.finish(x[:, -latents.shape[1] :])
+        if self.mixes_positions:
+            x = x.reshape(len(x), x.shape[2], x.shape[1]).mT  # (B, N, W)
+        return self.output(x)
+
+
+class Decoder(nn.Module):
+    """Latents (B, N, D) to features of the patches, (B, P, W)."""
+
+    def __init__(self, config: ViTConfig, grid: Grid, num_tokens: int, in_dim: int):
+        super().__init__()
+        self.num_patches = grid[0] * grid[1]
+        self.input = nn.Linear(in_dim, config.dim)
+        self.class_token = learned(1, config.dim)
+        self.mask_token = learned(1, 1, config.dim)
+        self.positions = learned(1 + self.num_patches, config.dim)
+        self.latent_positions = learned(num_tokens, config.dim)
+        self.transformer = Transformer(config)
+
+    def forward(self, latents: Tensor, context: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
+        """Decode.
+
+        Args:
+            context: (B, T, W) more tokens behind the latents, or None.
+            seen: (B, T) bool, True where a context token may be attended to; None is everywhere.
+        """
+        masks = self.mask_token.expand(len(latents), self.num_patches, -1)
+        x = with_class(self.class_token, masks) + self.positions
+        parts = [x, self.input(latents) + self.latent_positions]
+        mask = None
+        if context is not None:
+            parts.append(context)
+            if seen is not None:
+                before = seen.new_ones(len(seen), x.shape[1] + latents.shape[1])
+                mask = torch.cat([before, seen], 1)[:, None, None]  # (B, 1, 1, keys)
+        x = self.transformer(torch.cat(parts, 1), mask)
+        return self.transformer.finish(x[:, 1 : 1 + self.num_patches])
+
+
+class PixelHead(nn.Module):
+    """Features of patches (B, P, W) to pixels (B, C, H, W): a linear layer per patch, then a 3x3 convolution."""
+
+    def __init__(self, dim: int, grid: Grid, patch_size: int, out_channels: int):
+        super().__init__()
+        self.grid, self.patch_size = grid, patch_size
+        self.to_patches = nn.Linear(dim, out_channels * patch_size**2)
+        self.conv_out = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        patches = self.to_patches(features)
+        image = rearrange(
+            patches, "b (h w) (p q c) -> b c (h p) (w q)", h=self.grid[0], p=self.patch_size, q=self.patch_size
+        )
+        return self.conv_out(image)
+
+
+class CodeHead(nn.Sequential):
+    """Features (B, P, W) to logits (B, P, K) over the codes of the codec."""
+
+    def __init__(self, dim: int, codebook_size: int):
+        super().__init__(nn.Linear(dim, 2 * dim), nn.Tanh(), nn.Linear(2 * dim, codebook_size))
+
+
+class CodecRenderer(nn.Module):
+    """Logits over the codec's codes to pixels: the expected code of each place, decoded."""
+
+    def __init__(self, config: CodecConfig, grid: Grid, out_channels: int):
+        super().__init__()
+        self.grid = grid
+        self.embedding = nn.Embedding(config.codebook_size, config.codebook_embed_dim)
+        self.decoder = config.decoder(out_channels)
+
+    def forward(self, logits: Tensor) -> Tensor:
+        codes = logits.softmax(-1) @ self.embedding.weight  # (B, P, D)
+        return self.decoder(rearrange(codes, "b (h w) d -> b d h w", h=self.grid[0]))
+
+
+def learned(*shape: int) -> nn.Parameter:
+    """A learned token or table whose rows have a length of about 1 at first."""
+    return nn.Parameter(torch.randn(shape) * shape[-1] ** -0.5)
+
+
+def with_class(class_token: Tensor, tokens: Tensor) -> Tensor:
+    """Tokens (B, n, D) behind the class token (1, D)."""
+    return torch.cat([class_token.to(tokens).expand(len(tokens), 1, -1), tokens], 1)
+
+
+def initialise(module: nn.Module) -> None:
+    """Truncated normal weights and zero biases, as the reference has them."""
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
+        nn.init.zeros_(module.bias)

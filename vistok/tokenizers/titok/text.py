@@ -1,0 +1,149 @@
+"""TA-TiTok: a single-stage TiTok whose decoder reads a text beside the tokens.
+
+Paper: Democratizing Text-to-Image Masked Generative Models with Compact Text-Aware One-Dimensional Tokens (arXiv
+2501.07730). Official weights and conventions: github.com/bytedance/1d-tokenizer (Apache-2.0).
+
+The text comes as features: those of the released models are the 77 outputs of the text tower of CLIP ViT-L/14-336
+(open_clip's "openai" weights) after its last norm, neither projected nor pooled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+from vistok.checkpoints import OfficialCheckpoint, load_strictly
+from vistok.checkpoints.official_config import OfficialConfig
+from vistok.tokenizers.titok import official
+from vistok.tokenizers.titok.model import Bottleneck, TiTok
+from vistok.tokenizers.titok.networks import BASE, LARGE, SMALL, ViTConfig, learned
+from vistok.types import Condition, ConditionSpec, FeatureSpec
+
+VQ = {"bottleneck": "vq", "token_dim": 64, "codebook_size": 8192, "codebook_l2_norm": False}
+RELEASED_VQ = VQ | {"codebook_clustering": True}
+VAE = {"bottleneck": "vae", "token_dim": 16}
+
+
+def _size(encoder: ViTConfig, num_tokens: int, kind: Mapping[str, Any]) -> dict[str, Any]:
+    return {"encoder": asdict(encoder), "decoder": asdict(LARGE), "num_tokens": num_tokens, **kind}
+
+
+class TextGuidance(nn.Module):
+    """Text features (B, T, text_dim) to tokens of the decoder, (B, T, D).
+
+    Args:
+        text_dim: channels of the features.
+        dim: width D of the decoder.
+        length: features T of a text.
+    """
+
+    def __init__(self, text_dim: int, dim: int, length: int):
+        super().__init__()
+        self.projection = nn.Linear(text_dim, dim)
+        self.positions = learned(length, dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.projection(features.to(self.projection.weight.dtype)) + self.positions
+
+
+class TATiTok(TiTok):
+    """A single-stage TiTok with text. Without a condition, or in its dropped rows, the decoder sees no text.
+
+    Args:
+        image_size, in_channels, encoder_patch_size, decoder_patch_size, encoder, decoder, num_tokens, token_dim,
+            bottleneck, codebook_size, codebook_l2_norm, codebook_clustering, latent_mean, latent_scale: as of
+            ``TiTok``.
+        text_dim: channels of the text features.
+        text_length: features of a text; shorter ones are padded, with a mask.
+    """
+
+    registry_name = "ta_titok"
+    truncated_normal = ("encoder",)
+    sizes = {
+        "bl32_vq": _size(BASE, 32, RELEASED_VQ),
+        "bl64_vq": _size(BASE, 64, RELEASED_VQ),
+        "bl128_vq": _size(BASE, 128, RELEASED_VQ),
+        "bl32_vae": _size(BASE, 32, VAE),
+        "bl64_vae": _size(BASE, 64, VAE),
+        "sl128_vae": _size(SMALL, 128, VAE),
+    }
+    checkpoints = tuple(
+        OfficialCheckpoint(f"turkeyju/tokenizer_tatitok_{name}", "model.safetensors", official.config(size))
+        for name, size in sizes.items()
+    )
+
+    def __init__(
+        self,
+        image_size: int | tuple[int, int] = 256,
+        in_channels: int = 3,
+        encoder_patch_size: int = 16,
+        decoder_patch_size: int = 16,
+        encoder: ViTConfig = BASE,
+        decoder: ViTConfig = LARGE,
+        num_tokens: int = 32,
+        token_dim: int = 64,
+        bottleneck: Bottleneck = "vq",
+        codebook_size: int = 8192,
+        codebook_l2_norm: bool = False,
+        codebook_clustering: bool = True,
+        latent_mean: float | tuple[float, ...] = 0.0,
+        latent_scale: float | tuple[float, ...] = 1.0,
+        text_dim: int = 768,
+        text_length: int = 77,
+    ):
+        super().__init__(
+            image_size=image_size,
+            in_channels=in_channels,
+            encoder_patch_size=encoder_patch_size,
+            decoder_patch_size=decoder_patch_size,
+            encoder=encoder,
+            decoder=decoder,
+            num_tokens=num_tokens,
+            token_dim=token_dim,
+            bottleneck=bottleneck,
+            codebook_size=codebook_size,
+            codebook_l2_norm=codebook_l2_norm,
+            codebook_clustering=codebook_clustering and bottleneck == "vq",
+            output="pixels",
+            latent_mean=latent_mean,
+            latent_scale=latent_scale,
+        )
+        self.text_dim, self.text_length = text_dim, text_length
+        self.text = TextGuidance(text_dim, self.decoder.input.out_features, text_length)
+
+    @property
+    def condition_spec(self) -> ConditionSpec:
+        """What the decoder reads: text features."""
+        return ConditionSpec(features=FeatureSpec(self.text_dim, self.text_length))
+
+    def decode_latents(self, latents: Tensor, condition: Condition | None = None) -> Tensor:
+        """Codes or latents (B, N, D) to features of the decoder's patches, (B, P, W)."""
+        self.check_condition(condition)
+        text = None if condition is None else condition.part("features")
+        if text is None:
+            return self.decoder(latents)
+        text = text.map(lambda tensor: tensor.to(latents.device))
+        seen = ~text.dropped[:, None].expand(text.values.shape[:2])  # (B, T)
+        if text.mask is not None:
+            seen = seen & text.mask
+        return self.decoder(latents, self.text(text.values), seen)
+
+    @classmethod
+    def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
+        given = OfficialConfig(config, official.WITHOUT_EFFECT)
+        arguments = official.arguments(given)
+        given.require("model.vq_model.is_legacy", False, why="TA-TiTok is single-stage")
+        given.require("model.vq_model.finetune_decoder", False, why="TA-TiTok is single-stage")
+        official.codec(given)  # sizes of a codec that single-stage models do not have
+        model = cls(
+            **arguments,
+            text_dim=given.take("model.vq_model.text_embed_dim", 768),
+            text_length=given.take("model.vq_model.text_context_length", 77),
+        )
+        given.finish()
+        state = official.with_clustering(state_dict, arguments)
+        load_strictly(model, official.our_names(state, 1), source="the official state dict")
+        return model
