@@ -32,7 +32,9 @@ def open_source(config: DataConfig) -> ImageSource:
 def _open(config: DataConfig) -> ImageSource:
     decoder = Decoder(config.channels, config.reading, side=config.image_size)
     if config.source == "digits":
-        return DigitsSource(split=config.split, decoder=decoder)
+        if config.name not in (None, "turned"):
+            raise ValueError(f"data.source=digits takes data.name=turned, or none; got {config.name!r}")
+        return DigitsSource(split=config.split, decoder=decoder, turned=config.name == "turned")
     if config.source == "huggingface":
         return _open_huggingface(config, decoder)
     if config.root is None:
@@ -56,4 +58,5 @@ def _open_huggingface(config: DataConfig, decoder: Decoder) -> ImageSource:
         decoder=decoder,
         image_column=config.image_column,
         label_column=config.label_column,
+        caption_column=config.caption_column,
     )

@@ -230,6 +230,14 @@ class Llama(AutoregressiveGenerator):
             return ConditionSpec(features=FeatureSpec(dim, length))
         return super().condition_spec
 
+    @classmethod
+    def condition_arguments(cls, spec: ConditionSpec) -> dict[str, Any]:
+        """Class labels or text features, not both: the sequence begins with the one or the other."""
+        cls.refuse_parts(spec, "features" if spec.features else "labels")
+        if spec.features is None:
+            return super().condition_arguments(spec)
+        return {"num_classes": 0, "caption_dim": spec.features.dim, "caption_length": spec.features.length}
+
     def embed_condition(self, condition: Condition) -> Tensor:
         if self.condition_tokens:
             return self._embed_given(condition)
