@@ -232,11 +232,16 @@ class Llama(AutoregressiveGenerator):
 
     @classmethod
     def condition_arguments(cls, spec: ConditionSpec) -> dict[str, Any]:
-        """Class labels or text features, not both: the sequence begins with the one or the other."""
-        cls.refuse_parts(spec, "features" if spec.features else "labels")
-        if spec.features is None:
-            return super().condition_arguments(spec)
-        return {"num_classes": 0, "caption_dim": spec.features.dim, "caption_length": spec.features.length}
+        """Class labels, text features or given tokens, one of them: the sequence begins with it."""
+        part = next((name for name in ("given", "features") if name in spec.parts), "labels")
+        cls.refuse_parts(spec, part)
+        if part == "given":
+            if not isinstance(spec.given, IdSpec):
+                raise ValueError(f"{cls.registry_name} takes given tokens as ids, and these data have latents")
+            return {"num_classes": 0, "condition_tokens": spec.given.length}
+        if part == "features":
+            return {"num_classes": 0, "caption_dim": spec.features.dim, "caption_length": spec.features.length}
+        return super().condition_arguments(spec)
 
     def embed_condition(self, condition: Condition) -> Tensor:
         if self.condition_tokens:
