@@ -69,6 +69,14 @@ class ConditionSpec:
         """The names of the parts that there are."""
         return tuple(name for name in PARTS if (self.num_classes if name == "labels" else getattr(self, name)))
 
+    def only(self, parts: Iterable[str]) -> ConditionSpec:
+        """The spec of the named parts alone."""
+        parts = _check_names(parts)
+        return ConditionSpec(
+            self.num_classes if "labels" in parts else 0,
+            **{name: getattr(self, name) for name in PARTS[1:] if name in parts},
+        )
+
     def describe(self) -> str:
         """In words: "class labels", "text features (B, 120, 2048)"."""
         words = []
@@ -113,15 +121,35 @@ class ConditionPart:
         values: (B,) int64 labels, (B, T) int64 ids, or (B, T, D) float features or latents.
         dropped: (B,) bool, True for the rows that do without it: there the model uses its null embedding.
         mask: (B, T) bool, True where a position is valid, or None (all valid).
+        instead: what takes the place of rows that are dropped from now on (a negative prompt), or None.
     """
 
     values: Tensor
     dropped: Tensor
     mask: Tensor | None = None
+    instead: ConditionPart | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> ConditionPart:
         """The part with the function applied to all its tensors."""
-        return ConditionPart(*(None if t is None else function(t) for t in (self.values, self.dropped, self.mask)))
+        tensors = (None if t is None else function(t) for t in (self.values, self.dropped, self.mask))
+        return ConditionPart(*tensors, None if self.instead is None else self.instead.map(function))
+
+    def valid(self) -> Tensor:
+        """(B, T) bool: the mask, or all True."""
+        if self.mask is not None:
+            return self.mask
+        return torch.ones(self.values.shape[:2], dtype=torch.bool, device=self.values.device)
+
+    def drop(self, rows: Tensor) -> ConditionPart:
+        """The part without the rows of the (B,) bool mask, or with what takes their place."""
+        if self.instead is None:
+            return replace(self, dropped=self.dropped | rows)
+        other, wide = self.instead, rows.view(-1, *[1] * (self.values.ndim - 1))
+        mask = None
+        if self.mask is not None or other.mask is not None:
+            mask = torch.where(rows[:, None], other.valid(), self.valid())
+        values = torch.where(wide, other.values.to(self.values.dtype), self.values)
+        return ConditionPart(values, torch.where(rows, other.dropped, self.dropped), mask)
 
 
 @dataclass(frozen=True)
@@ -268,22 +296,36 @@ class Condition:
         size = len(next(iter(parts.values())).dropped if parts else torch.empty(self.size, device=self.device)[rows])
         return replace(self, size=size, parts=parts)
 
-    def without(self, parts: Iterable[str], rows: Tensor | None = None) -> Condition:
-        """The same condition with the named parts dropped, in all rows or in those of the (B,) bool mask.
+    def without(self, parts: Iterable[str] | None = None, rows: Tensor | None = None) -> Condition:
+        """The same condition with the named parts dropped (None is all), in all rows or in those of the (B,) bool mask.
 
         A part that it does not have is dropped already.
 
         Raises:
             ValueError: a name that is none of ``PARTS``.
         """
-        parts = _check_names(parts)
+        parts = PARTS if parts is None else _check_names(parts)
         if rows is None:
             rows = torch.ones(self.size, dtype=torch.bool, device=self.device)
-        changed = {
-            name: replace(part, dropped=part.dropped | rows) if name in parts else part
-            for name, part in self.parts.items()
-        }
+        changed = {name: part.drop(rows) if name in parts else part for name, part in self.parts.items()}
         return replace(self, parts=changed)
+
+    def instead(self, other: Condition) -> Condition:
+        """The same condition, where the parts of ``other`` take the place of its own when they are dropped: guidance
+        then leads away from them (a negative prompt), not from the unconditional.
+
+        Raises:
+            ValueError: another number of rows, or a part that this condition does not have.
+        """
+        if len(other) != self.size or not other.parts.keys() <= self.parts.keys():
+            raise ValueError(f"{list(other.parts)} of {len(other)} rows cannot stand in for {list(self.parts)}")
+        parts = {name: replace(part, instead=other.parts.get(name)) for name, part in self.parts.items()}
+        return replace(self, parts=parts)
+
+    def only(self, parts: Iterable[str]) -> Condition:
+        """The condition of the named parts alone, as far as they are there."""
+        parts = _check_names(parts)
+        return replace(self, parts={name: part for name, part in self.parts.items() if name in parts})
 
     def drop(self, rows: Tensor) -> Condition:
         """The same condition, with the rows of the (B,) bool mask made unconditional as well."""
@@ -291,7 +333,7 @@ class Condition:
 
     def null(self) -> Condition:
         """The unconditional rows of this condition. Masks stay: both halves see one prompt length."""
-        return self.without(PARTS)
+        return self.without()
 
     def with_null(self) -> Condition:
         """This condition followed by its null rows, (2B,): the batch of classifier-free guidance."""
@@ -300,11 +342,8 @@ class Condition:
 
 def _cat(parts: Sequence[ConditionPart]) -> ConditionPart:
     """The rows of all, one after another; one without a mask is valid everywhere."""
-    mask = None
-    if any(part.mask is not None for part in parts):
-        shapes = (part.values.shape[:2] for part in parts)
-        whole = (torch.ones(shape, dtype=torch.bool, device=parts[0].dropped.device) for shape in shapes)
-        mask = torch.cat([all_valid if p.mask is None else p.mask for p, all_valid in zip(parts, whole)])
+    masked = any(part.mask is not None for part in parts)
+    mask = torch.cat([part.valid() for part in parts]) if masked else None
     return ConditionPart(torch.cat([p.values for p in parts]), torch.cat([p.dropped for p in parts]), mask)
 
 

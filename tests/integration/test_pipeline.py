@@ -342,7 +342,7 @@ def test_a_hub_id_fetches_exactly_the_pipeline(pipe, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     assert vistok.pipeline("owner/name", device="cpu").class_names == NAMES
     saved = sorted(p.relative_to(tmp_path / "pipe").as_posix() for p in (tmp_path / "pipe").rglob("*") if p.is_file())
-    assert asked == {"repo": "owner/name", "files": saved}
+    assert asked == {"repo": "owner/name", "files": sorted([*saved, "text_encoder/*"])}
 
 
 def test_load_tokenizer_finds_it_in_runs_and_model_folders(pipe, tmp_path):

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import torch
 from huggingface_hub import PyTorchModelHubMixin
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from vistok._version import __version__
 from vistok.checkpoints import registry
 from vistok.checkpoints.hub import download, snapshot
 from vistok.checkpoints.official import OfficialCheckpoint, convert
-from vistok.checkpoints.weights import CheckpointError, load_strictly, read_weights
+from vistok.checkpoints.weights import CheckpointError, hash_weights, load_strictly, read_weights
 from vistok.config import check, with_todays_names
 from vistok.types import to_json
 from vistok.utils.files import atomic_folder, restore, write_json
@@ -119,9 +118,7 @@ class Model(
         """
         arguments = self.config if self._saved_arguments is None else self._saved_arguments
         digest = hashlib.sha256(json.dumps([self.registry_name, arguments], sort_keys=True).encode())
-        for key, tensor in sorted(self.state_dict().items()):
-            digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        hash_weights(digest, self.state_dict())
         return digest.hexdigest()
 
 

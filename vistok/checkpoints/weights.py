@@ -18,6 +18,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 
+def hash_weights(digest: Any, state: Mapping[str, Tensor]) -> None:
+    """Add names, shapes, types and values to a digest of hashlib."""
+    for key, tensor in sorted(state.items()):
+        digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be loaded: absent, damaged, or of another model."""
 

@@ -22,6 +22,11 @@ def sample(
         str | None,
         typer.Option(help="Classes by id or by name, separated by commas, taken in turn; all of them by default."),
     ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A text to generate from; can be given several times, taken in turn.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file with a prompt a line, taken in turn.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What guidance leads away from.")] = None,
     num: Annotated[int, typer.Option("--num", "--num-images", help="How many images.")] = 64,
     seed: Annotated[int, typer.Option(help="Image i of a seed is always the same.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images generated at a time; changes them by rounding at most.")] = 64,
@@ -58,6 +63,8 @@ def sample(
         out,
         num,
         classes=classes.split(",") if classes is not None else None,
+        prompts=_prompts(prompt, prompts),
+        negative_prompt=negative_prompt,
         seed=seed,
         batch_size=batch_size,
         npz=npz,
@@ -100,6 +107,17 @@ def reconstruct(
     for image, decibels in zip(images, reconstruct_files(tokenizer, images, out), strict=True):
         output.print(f"{escape(str(image))}  PSNR {decibels:.2f} dB")
     output.print(f"Originals over reconstructions are in {escape(str(out))}")
+
+
+def _prompts(given: list[str] | None, file: Path | None) -> list[str] | None:
+    """The prompts of the command line, and the lines of a file that are not empty."""
+    if not given and file is None:
+        return None
+    lines = file.read_text(encoding="utf-8").splitlines() if file is not None else []
+    prompts = [*(given or ()), *(line.strip() for line in lines if line.strip())]
+    if not prompts:
+        raise ValueError(f"{file} holds no prompts: a text a line is expected")
+    return prompts
 
 
 def _whole_numbers(text: str, option: str) -> list[int]:

@@ -137,6 +137,19 @@ def tokenize(
             "crops of it at 1.1 times the size, or ten_crop:1.05; or random:K, K of those that training would see."
         ),
     ] = "none",
+    text_encoder: Annotated[
+        str | None,
+        typer.Option(help="Also store features of the captions: a Hugging Face text encoder, by folder or name."),
+    ] = None,
+    text_tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Also store ids of the captions: bytes, a tokenizer.json, or a Hugging Face folder or name."),
+    ] = None,
+    text_length: Annotated[int, typer.Option(help="Tokens of a caption at most; longer ones are cut.")] = 120,
+    refuse_long_texts: Annotated[
+        bool, typer.Option("--refuse-long-texts", help="A caption that is too long is an error.")
+    ] = False,
+    text_dtype: Annotated[str, typer.Option(help="Of stored features: float16 or float32.")] = "float16",
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
     allow_commands: Commands = False,
     allow_environment: Environment = False,
@@ -149,6 +162,7 @@ def tokenize(
     from vistok.config import Allowed
     from vistok.pipelines.folders import load_tokenizer
     from vistok.pipelines.runs import data_of_run
+    from vistok.text import PromptEncoder, open_text_encoder, open_text_tokenizer
     from vistok.train.tokenize import tokenize as write_cache
     from vistok.utils.devices import choose_device
     from vistok.utils.processes import Processes
@@ -157,11 +171,30 @@ def tokenize(
     tokenizer = load_tokenizer(run).to(choose_device(device) if device else processes.device())
     allowed = Allowed(commands=allow_commands, environment=allow_environment)
     data = data_of_run(run, overrides or (), input_shape=tokenizer.input_shape, allowed=allowed)
-    cache = write_cache(tokenizer, data, out, augmentation=augmentation, resume=resume, processes=processes)
+    if text_dtype not in ("float16", "float32"):
+        raise ValueError(f"--text-dtype is float16 or float32, not {text_dtype!r}")
+    openers = ((open_text_encoder, text_encoder), (open_text_tokenizer, text_tokenizer))
+    text = PromptEncoder([opener(name, text_length) for opener, name in openers if name is not None])
+    cache = write_cache(
+        tokenizer,
+        data,
+        out,
+        augmentation=augmentation,
+        text=text.to(next(tokenizer.parameters()).device),
+        refuse_long_texts=refuse_long_texts,
+        feature_dtype=text_dtype,
+        resume=resume,
+        processes=processes,
+    )
     if not processes.is_first:
         return
     views = f" in {cache.views} views each" if cache.views > 1 else ""
     output.print(f"{len(cache):,} images{views}, {cache.spec['length']} tokens per image, are in {escape(str(out))}")
+    for part, counts in cache.texts.items():
+        output.print(
+            f"{counts['texts']:,} captions as {part}, {counts['texts_cut']:,} of them cut; "
+            f"{counts['samples_without']:,} images without one"
+        )
 
 
 def import_tokens(

@@ -47,9 +47,13 @@ class DataConfig:
             ``moving_digits`` (embedded).
         root: the folder or .zip file; the pattern of the shards; where torchvision keeps its datasets. A command that
             writes shards is a ``ShellCommand``, never a text.
-        name: the dataset's name: torchvision's, for example ``CIFAR10``, or its id on the hub.
+        name: the dataset's name: torchvision's, for example ``CIFAR10``, or its id on the hub; ``turned`` digits come
+            upright, turned left and turned right.
         image_column, label_column: which columns of a data set of the hub hold the images and the class ids; by default
             its only image column and its only class label column.
+        caption_column: which column of a data set of the hub holds texts, if any.
+        captions: what describes an image where texts are wanted: its ``own`` captions, or its class's name
+            (``class_names``).
         split: ``train``, ``test``, ``val``, …; None takes a folder as it is.
         download: let torchvision fetch what ``root`` lacks.
         channels: 3 (RGB) or 1 (grey).
@@ -82,6 +86,8 @@ class DataConfig:
     name: str | None = None
     image_column: str | None = None
     label_column: str | None = None
+    caption_column: str | None = None
+    captions: Literal["own", "class_names"] = "own"
     split: str | None = "train"
     download: bool = False
     channels: Literal[1, 3] = 3

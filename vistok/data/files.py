@@ -13,6 +13,8 @@ from typing import BinaryIO
 
 from vistok.data.formats import is_image
 
+CAPTIONS = "captions.jsonl"
+"""What lies beside images and describes them; see :mod:`vistok.data.captions`."""
 SPLITS = ("train", "val", "validation", "test")
 SAMPLES = ("samples.json", "grid.png", "samples.npz", "unfinished.json")
 """What `vistok sample` puts beside samples: the first says that the others are there, and are not samples."""

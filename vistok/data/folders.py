@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
+from vistok.data.captions import folder_captions
 from vistok.data.decoding import Decoder
 from vistok.data.files import SPLITS, FileTree, open_tree, printable
 from vistok.data.formats import image_extensions
@@ -39,7 +41,7 @@ class FolderSource(FileSource):
     """
 
     def __init__(self, root: str | Path, *, split: str | None = "train", decoder: Decoder = Decoder()) -> None:  # noqa: B008
-        tree = open_tree(root)
+        self._tree = tree = open_tree(root)
         images = tree.images()
         if not images:
             others = tree.others()
@@ -57,6 +59,13 @@ class FolderSource(FileSource):
         return hash_lines(
             f"{files.path(index).removeprefix(self._prefix)} {files.size(index)}" for index in range(len(files))
         )
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._captions.get(self.files.path(index), ())
+
+    @cached_property
+    def _captions(self) -> dict[str, tuple[str, ...]]:
+        return folder_captions(self._tree, self._prefix)
 
 
 def _split_prefix(images: Sequence[str], split: str, tree: FileTree) -> str:

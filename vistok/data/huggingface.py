@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from vistok.config import ConfigError
+from vistok.data.captions import CaptionError, texts_of
 from vistok.data.decoding import DECODING_ERRORS, Decoder
 from vistok.data.sources import ImageSource, UnreadableImageError, hash_lines
 from vistok.data.tar import UNCONDITIONAL, check_class
@@ -25,6 +26,7 @@ class HuggingFaceSource(ImageSource):
         root: folder that ``save_to_disk`` wrote; or None.
         split: of the data set, for example "train", "validation", "train[:10%]"; None where there are no splits.
         image_column: None takes the only one of images.
+        caption_column: of texts, or of lists of texts; None is no captions.
         label_column: of class labels, or of integers, whose classes are then named by the ids. None takes the only
             one of class labels; without any the source is unconditional, which a warning says if there are integers.
 
@@ -42,6 +44,7 @@ class HuggingFaceSource(ImageSource):
         decoder: Decoder = Decoder(),  # noqa: B008 (immutable)
         image_column: str | None = None,
         label_column: str | None = None,
+        caption_column: str | None = None,
     ) -> None:
         try:
             import datasets
@@ -61,6 +64,9 @@ class HuggingFaceSource(ImageSource):
         if self._image is None:
             raise ValueError(f"{self._label} has no column of images, but {', '.join(features)}")
         self._class = self._pick("label_column", label_column, labels, [*labels, *integers])
+        if caption_column is not None and caption_column not in features:
+            raise ValueError(f"data.caption_column={caption_column}: {self._label} has {', '.join(features)}")
+        self._texts = self._dataset.select_columns([caption_column]) if caption_column is not None else None
         # Whole rows would be decoded otherwise, with all images in them.
         self._dataset = self._dataset.select_columns([self._image, *([self._class] if self._class else [])])
         self.classes = self._class_names() if self._class else ()
@@ -113,6 +119,15 @@ class HuggingFaceSource(ImageSource):
 
     def fingerprint(self) -> str:
         return hash_lines([f"huggingface {self._dataset._fingerprint} {len(self)}"])
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        if self._texts is None:
+            return ()
+        ((column, value),) = self._texts[int(index)].items()
+        try:
+            return texts_of(value)
+        except TypeError as error:
+            raise CaptionError(f"data.caption_column={column} of {self.name(index)}: {error}") from error
 
 
 def _pick_split(loaded: Any, split: str | None, label: str) -> Any:

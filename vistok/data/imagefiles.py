@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import BinaryIO, NamedTuple
 
-from vistok.data.files import FileTree, printable
+from vistok.data.files import CAPTIONS, FileTree, printable
 
 SHOWN = 5
 """Names that a message about several files gives."""
@@ -80,7 +80,7 @@ class TreeFiles(ImageFiles):
         self.source = printable(str(tree.root))
         self.paths: Sequence[str] = [path for path in tree.images() if path.startswith(prefix)]
         others = [path for path in [*tree.others(), *tree.skipped] if path.startswith(prefix)]
-        self.left_out = LeftOut.of(others)
+        self.left_out = LeftOut.of(path for path in others if path.rpartition("/")[2] != CAPTIONS)
 
     def __len__(self) -> int:
         return len(self.paths)

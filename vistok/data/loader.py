@@ -120,6 +120,9 @@ class InMemory(ImageSource):
     def fingerprint(self) -> str:
         return self._source.fingerprint()
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._source.captions(index)
+
 
 class Loader(Generic[B]):
     """Iterates over the batches of one epoch after another; one ``iter`` is one epoch.

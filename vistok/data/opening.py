@@ -41,7 +41,9 @@ def _open(config: DataConfig) -> ImageSource | ClipSource:
         )
     decoder = Decoder(config.channels, config.reading, side=config.image_size)
     if config.source == "digits":
-        return DigitsSource(split=config.split, decoder=decoder)
+        if config.name not in (None, "turned"):
+            raise ValueError(f"data.source=digits takes data.name=turned, or none; got {config.name!r}")
+        return DigitsSource(split=config.split, decoder=decoder, turned=config.name == "turned")
     if config.source == "moving_digits":
         length = (config.num_frames - 1) * config.frame_stride + 1
         return MovingDigitsSource(split=config.split, image_size=config.image_size, num_frames=length, seed=config.seed)
@@ -74,4 +76,5 @@ def _open_huggingface(config: DataConfig, decoder: Decoder) -> ImageSource:
         decoder=decoder,
         image_column=config.image_column,
         label_column=config.label_column,
+        caption_column=config.caption_column,
     )

@@ -14,10 +14,12 @@ import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
 from vistok.config import ShellCommand
+from vistok.data.captions import ShardCaptions
 from vistok.data.decoding import Decoder
 from vistok.data.files import printable
 from vistok.data.formats import image_extensions
@@ -138,6 +140,13 @@ class ShardSource(FileSource):
 
     def fingerprint(self) -> str:
         return hash_lines(f"{sample.name} {sample.size}" for sample in self._samples)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._captions.of(self._samples[index].shard, self._samples[index].name)
+
+    @cached_property
+    def _captions(self) -> ShardCaptions:
+        return ShardCaptions(self._paths)
 
 
 def shard_paths(pattern: Shard) -> list[Shard]:

@@ -19,6 +19,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from vistok.config import nearest
+from vistok.data.captions import spell_digit
 from vistok.data.decoding import DECODING_ERRORS, Decoder
 from vistok.data.imagefiles import ImageFiles
 
@@ -58,6 +59,10 @@ class ImageSource(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """A hash that changes when the source holds other images (names and sizes, not contents)."""
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The texts that describe an image; see :mod:`vistok.data.captions`."""
+        return ()
 
 
 class FileSource(ImageSource):
@@ -131,12 +136,15 @@ class DigitsSource(ImageSource):
     """scikit-learn's embedded handwritten digits: 1,797 grey images of 8x8, upsampled to 32x32 (bicubic).
 
     The split is fixed: of every class, in the data set's order, the first 80 % are ``train`` and the rest is
-    ``test``; None is both.
+    ``test``; None is both. Their captions spell them out: "a seven".
+
+    Args:
+        turned: every digit three times: as it is, turned left and turned right by 45 degrees, as its captions say.
     """
 
     SIZE = 32
 
-    def __init__(self, *, split: str | None = "train", decoder: Decoder = Decoder(1)) -> None:  # noqa: B008
+    def __init__(self, *, split: str | None = "train", decoder: Decoder = Decoder(1), turned: bool = False) -> None:  # noqa: B008
         from sklearn.datasets import load_digits
 
         if split not in ("train", "test", None):
@@ -148,20 +156,29 @@ class DigitsSource(ImageSource):
         images = np.rint(data.images[self._positions] * (255 / 16)).astype(np.uint8)  # values are 0..16
         size = (self.SIZE, self.SIZE)
         self._images = [Image.fromarray(image).resize(size, Image.Resampling.BICUBIC) for image in images]
-        self._decoder = decoder
+        self._decoder, self._turns = decoder, (0, 45, -45) if turned else (0,)
         self.classes = tuple("0123456789")
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self._images) * len(self._turns)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self._decoder.convert(self._images[index]), int(self._labels[index])
+        number, turn = divmod(int(index), len(self._turns))
+        image = self._images[number]
+        if self._turns[turn]:
+            image = image.rotate(self._turns[turn], Image.Resampling.BICUBIC)
+        return self._decoder.convert(image), int(self._labels[number])
 
     def name(self, index: int) -> str:
-        return f"digits/{self._positions[index]}"
+        number, turn = divmod(int(index), len(self._turns))
+        return f"digits/{self._positions[number]}{('', ' turned left', ' turned right')[turn]}"
 
     def fingerprint(self) -> str:
         return hash_lines([f"digits {self._split} {len(self)}"])
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        number, turn = divmod(int(index), len(self._turns))
+        return spell_digit(int(self._labels[number]), ("", "left", "right")[turn])
 
 
 class Selection(ImageSource):
@@ -179,6 +196,9 @@ class Selection(ImageSource):
 
     def name(self, index: int) -> str:
         return self._source.name(self._indices[index])
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._source.captions(self._indices[index])
 
     def fingerprint(self) -> str:
         return hash_lines([self._source.fingerprint(), *map(str, self._indices)])

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from vistok.data.loader import Failures
+from vistok.data.ragged import Piece, pack, stored_dtype
 from vistok.data.tokens import FORMAT, Content, sample_shape, shard_name, token_dtype
-from vistok.types import to_json
+from vistok.types import ConditionSpec, to_json
 from vistok.utils.files import atomic_file, atomic_folder, read_json, write_json
+
+NOTHING = ConditionSpec()
+Sequences = Mapping[str, Sequence[Sequence[Piece]]]
+"""By the name of a part: of every sample, its alternatives."""
+
+
+class Samples(NamedTuple):
+    """Samples as a shard stores them: tokens, labels, and the sequences of their condition."""
+
+    tokens: np.ndarray
+    labels: np.ndarray
+    sequences: Sequences
 
 
 class TokenShards:
@@ -27,6 +41,9 @@ class TokenShards:
         content: what is written of continuous tokens: latents, or the moments of their posteriors.
         classes: names in the order of the labels; empty if unconditional.
         source_fingerprint: of the images, see ``ImageSource.fingerprint``.
+        condition: what else the samples are conditioned on: its ``ids``, ``features`` and ``given``.
+        text: what made ids and features of texts, by the name of the part; see ``TextEncoder.identity``.
+        feature_dtype: the type that features are stored in.
     """
 
     def __init__(
@@ -39,11 +56,18 @@ class TokenShards:
         content: Content = "tokens",
         classes: Sequence[str] = (),
         source_fingerprint: str = "",
+        condition: ConditionSpec = NOTHING,
+        text: Mapping[str, Any] | None = None,
+        feature_dtype: Literal["float16", "float32"] = "float16",
     ) -> None:
         if views < 1:
             raise ValueError(f"views must be at least 1, got {views}")
         self.folder, self._spec, self._classes = folder, dict(spec), tuple(classes)
         self._shape = (views, *sample_shape(spec, content))
+        self._condition = dataclasses.replace(condition, num_classes=len(classes))
+        self._sequences = [name for name in self._condition.parts if name != "labels"]
+        kinds = {name: getattr(condition, name) for name in self._sequences}
+        self._dtypes = {name: stored_dtype(kind, feature_dtype) for name, kind in kinds.items()}
         self.header = {
             "format": FORMAT,
             "tokenizer": tokenizer_hash,
@@ -53,17 +77,21 @@ class TokenShards:
             "content": content,
             "classes": list(classes),
         }
+        if self._sequences:
+            self.header |= {"condition": to_json(self._condition), "dtypes": self._dtypes, "text": dict(text or {})}
 
-    def checked(self, tokens: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    def checked(self, tokens: Tensor, labels: Tensor, sequences: Sequences | None = None) -> Samples:
         """Samples as they are stored.
 
         Args:
             tokens: (B, V, L) or (B, V, L, depth) ids, or (B, V, L, D) latents, as the spec says; or moments
                 (B, V, L, 2D).
             labels: (B,) ints; -1 for unconditional samples.
+            sequences: of each of the other parts of the condition, the alternatives of every sample: its texts; or the
+                tokens given before, one for each view.
 
         Raises:
-            ValueError: shapes, ids or labels that do not fit the spec and the classes.
+            ValueError: shapes, ids or labels that do not fit the spec and the classes, or a part that is missing.
         """
         tokens, labels = _to_numpy(tokens), _to_numpy(labels)
         if tokens.shape[1:] != self._shape or labels.shape != tokens.shape[:1]:
@@ -76,15 +104,19 @@ class TokenShards:
             _check_range("label", labels, len(self._classes))
         elif (labels != -1).any():
             raise ValueError("labels must be -1 in a cache without class names; pass classes=…")
-        return tokens.astype(token_dtype(self._spec)), labels.astype(np.int64)
+        sequences = dict(sequences or {})
+        if sorted(sequences) != sorted(self._sequences) or any(len(part) != len(labels) for part in sequences.values()):
+            found = {name: len(part) for name, part in sequences.items()}
+            raise ValueError(f"expected {len(labels)} samples of {self._sequences or 'no parts'}, got {found}")
+        if any(len(given) != self._shape[0] for given in sequences.get("given", ())):
+            raise ValueError(f"there must be given tokens for each of the {self._shape[0]} views")
+        return Samples(tokens.astype(token_dtype(self._spec)), labels.astype(np.int64), sequences)
 
-    def write(
-        self, number: int, samples: Sequence[tuple[np.ndarray, np.ndarray]], failures: Failures | None = None
-    ) -> None:
+    def write(self, number: int, samples: Sequence[Samples], failures: Failures | None = None) -> None:
         """Write a shard; its labels come last and say that it is whole.
 
         Args:
-            samples: tokens and labels as ``checked`` returns them, part by part; there may be none.
+            samples: as ``checked`` returns them, part by part; there may be none.
             failures: the images of this shard that could not be read.
         """
         unreadable = self.folder / f"unreadable-{number:05d}.json"
@@ -92,10 +124,17 @@ class TokenShards:
             write_json(unreadable, failures)
         else:
             unreadable.unlink(missing_ok=True)  # of a run that was killed in here
-        nothing = (np.empty((0, *self._shape), token_dtype(self._spec)), np.empty(0, np.int64))
-        for kind, parts in zip(("tokens", "labels"), zip(nothing, *samples, strict=True), strict=True):
+        arrays = {}
+        for name in self._sequences:
+            pieces = [alternatives for part in samples for alternatives in part.sequences[name]]
+            values, lengths = pack(pieces, getattr(self._condition, name), self._dtypes[name])
+            arrays |= {f"conditions-{name}": values, f"lengths-{name}": lengths}
+        nothing = np.empty((0, *self._shape), token_dtype(self._spec)), np.empty(0, np.int64)
+        arrays["tokens"] = np.concatenate([nothing[0], *(part.tokens for part in samples)])
+        arrays["labels"] = np.concatenate([nothing[1], *(part.labels for part in samples)])
+        for kind, array in arrays.items():
             with atomic_file(self.folder / shard_name(kind, number)) as temporary, temporary.open("wb") as file:
-                np.save(file, np.concatenate(parts))
+                np.save(file, array)
 
     def is_written(self, number: int) -> bool:
         return (self.folder / shard_name("labels", number)).exists()
@@ -108,7 +147,19 @@ class TokenShards:
     def write_index(self, count: int) -> None:
         """Complete a folder that has the shards 0 .. count - 1."""
         sizes = [len(np.load(self.folder / shard_name("labels", number), mmap_mode="r")) for number in range(count)]
-        write_json(self.folder / "index.json", {**self.header, "shards": sizes})
+        counts = {name: self._count_texts(name, count) for name in self._sequences if name != "given"}
+        index = {**self.header, "shards": sizes} | ({"texts": counts} if counts else {})
+        write_json(self.folder / "index.json", index)
+
+    def _count_texts(self, name: str, count: int) -> dict[str, int]:
+        """How many samples are without a text, and how many texts were cut."""
+        lengths = [np.load(self.folder / shard_name(f"lengths-{name}", number)) for number in range(count)]
+        most = getattr(self._condition, name).length
+        return {
+            "samples_without": sum(int((~(part > 0).any(1)).sum()) for part in lengths),
+            "texts": sum(int((part > 0).sum()) for part in lengths),
+            "texts_cut": sum(int((part > most).sum()) for part in lengths),
+        }
 
 
 class TokenWriter:
@@ -117,7 +168,7 @@ class TokenWriter:
     Args:
         folder: must not exist yet.
         shard_size: samples per file.
-        spec, tokenizer_hash, views, content, classes, source_fingerprint: see :class:`TokenShards`.
+        The others are as of :class:`TokenShards`.
 
     Attributes:
         folder: where the cache lies while it is being written; what else is put there becomes part of it.
@@ -137,6 +188,9 @@ class TokenWriter:
         content: Content = "tokens",
         classes: Sequence[str] = (),
         source_fingerprint: str = "",
+        condition: ConditionSpec = NOTHING,
+        text: Mapping[str, Any] | None = None,
+        feature_dtype: Literal["float16", "float32"] = "float16",
         shard_size: int = 16384,
     ) -> None:
         if shard_size < 1:
@@ -150,9 +204,11 @@ class TokenWriter:
             content=content,
             classes=classes,
             source_fingerprint=source_fingerprint,
+            condition=condition,
+            text=text,
+            feature_dtype=feature_dtype,
         )
-        self._tokens: list[np.ndarray] = []
-        self._labels: list[np.ndarray] = []
+        self._pending: list[Samples] = []
         self._count = 0
 
     def __enter__(self) -> TokenWriter:
@@ -167,27 +223,36 @@ class TokenWriter:
         with self._stack:  # a failure to finish discards the folder, too
             self._finish()
 
-    def write(self, tokens: Tensor, labels: Tensor) -> None:
+    def write(self, tokens: Tensor, labels: Tensor, sequences: Sequences | None = None) -> None:
         """Append samples; see :meth:`TokenShards.checked` for shapes and errors."""
-        tokens, labels = self._shards.checked(tokens, labels)
-        self._tokens.append(tokens)
-        self._labels.append(labels)
-        while sum(map(len, self._labels)) >= self._shard_size:
+        self._pending.append(self._shards.checked(tokens, labels, sequences))
+        while sum(len(part.labels) for part in self._pending) >= self._shard_size:
             self._write_shard(self._shard_size)
 
     def _write_shard(self, size: int) -> None:
-        tokens, labels = np.concatenate(self._tokens), np.concatenate(self._labels)
-        self._shards.write(self._count, [(tokens[:size], labels[:size])])
+        whole = _joined(self._pending)
+        self._shards.write(self._count, [_cut(whole, slice(size))])
         self._count += 1
-        self._tokens, self._labels = [tokens[size:]], [labels[size:]]
+        self._pending = [_cut(whole, slice(size, None))]
 
     def _finish(self) -> None:
-        rest = sum(map(len, self._labels))
+        rest = sum(len(part.labels) for part in self._pending)
         if rest:
             self._write_shard(rest)
         if not self._count:
             raise ValueError(f"no samples were written to {self._target}")
         self._shards.write_index(self._count)
+
+
+def _joined(parts: Sequence[Samples]) -> Samples:
+    sequences = {name: [s for part in parts for s in part.sequences[name]] for name in parts[0].sequences}
+    tokens, labels = (np.concatenate([getattr(part, name) for part in parts]) for name in ("tokens", "labels"))
+    return Samples(tokens, labels, sequences)
+
+
+def _cut(samples: Samples, rows: slice) -> Samples:
+    sequences = {name: part[rows] for name, part in samples.sequences.items()}
+    return Samples(samples.tokens[rows], samples.labels[rows], sequences)
 
 
 def _to_numpy(tensor: Tensor) -> np.ndarray:

@@ -6,6 +6,9 @@ A cache is a folder::
     tokens-00000.npy      (N, V, L) or (N, V, L, depth) ids, or (N, V, L, D) latents; V augmentation views. Of latents
                           with a posterior, (N, V, L, 2D) moments (means, log-variances), sampled when they are read
     labels-00000.npy      (N,) int64; -1 where there are no classes
+    conditions-features-00000.npy, lengths-features-00000.npy
+                          what else the samples are conditioned on, if anything (see :mod:`vistok.data.ragged`); of each
+                          part ("ids", "features", "given") that index.json describes
     unreadable-00000.json position and reason of the images that could not be read and are left out, if there are any
     tokens-00001.npy      …
 
@@ -16,7 +19,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,7 +29,9 @@ from torch import Tensor
 
 from vistok.data.loader import Failures, Loader
 from vistok.data.order import SequentialOrder, ShuffledOrder
+from vistok.data.ragged import RaggedShard
 from vistok.draws import Keys
+from vistok.types import Condition, ConditionSpec, FeatureSpec
 
 FORMAT = "vistok-tokens-1"
 Content = Literal["tokens", "moments"]
@@ -37,12 +42,12 @@ class TokenBatch(NamedTuple):
 
     Attributes:
         tokens: (B, L) or (B, L, depth) int64 ids, or (B, L, D) float32 latents.
-        labels: (B,) int64; -1 where there are no classes.
+        condition: of the B samples.
         indices: (B,) int64, positions in the cache.
     """
 
     tokens: Tensor
-    labels: Tensor
+    condition: Condition
     indices: Tensor
 
 
@@ -55,7 +60,10 @@ class TokenCache:
 
     Attributes:
         spec: the fields of the TokenSpec (lists where it has tuples; TokenSpec takes both).
-        tokenizer_hash, source_fingerprint, views, content, classes: see :class:`vistok.data.token_writer.TokenShards`.
+        condition_spec: what the samples are conditioned on.
+        texts: by the part that texts became, how many there are, how many were cut, and how many samples have none.
+        tokenizer_hash, source_fingerprint, views, content, classes, text: see
+            :class:`vistok.data.token_writer.TokenShards`.
 
     Raises:
         TokenCacheError: no token cache, or one with a missing, truncated or foreign shard.
@@ -76,6 +84,15 @@ class TokenCache:
         shape, dtype = (self.views, *self._shape), token_dtype(self.spec)
         self._tokens = [self._map("tokens", i, (n, *shape), dtype) for i, n in enumerate(counts)]
         self._labels = np.concatenate([self._map("labels", i, (n,), np.int64) for i, n in enumerate(counts)])
+        self.condition_spec = _condition_spec(index, self.folder)
+        self.text: dict[str, Any] = index.get("text", {})
+        self.texts: dict[str, dict[str, int]] = index.get("texts", {})
+        dtypes = index.get("dtypes", {})
+        self._sequences = {
+            name: [self._ragged(name, i, n, dtypes[name]) for i, n in enumerate(counts)]
+            for name in self.condition_spec.parts
+            if name != "labels"
+        }
 
     def __reduce__(self) -> tuple[type[TokenCache], tuple[Path]]:
         return TokenCache, (self.folder,)  # a pickled memory map would carry all its data to every worker
@@ -118,6 +135,45 @@ class TokenCache:
             tokens[rows] = self._tokens[shard][indices[rows] - start, views[rows]]
         return torch.from_numpy(tokens), torch.from_numpy(self._labels[indices])
 
+    def condition(self, indices: np.ndarray, views: np.ndarray, uniforms: np.ndarray) -> Condition:
+        """What samples (B,) are conditioned on.
+
+        Args:
+            views: (B,), of which the given tokens are.
+            uniforms: (B,) in [0, 1), which of several texts of a sample is taken. A sample without any is dropped.
+        """
+        parts = [Condition.from_labels(torch.from_numpy(self._labels[indices]))] if self.classes else []
+        shards = np.searchsorted(self._ends, indices, side="right")
+        for name, sequences in self._sequences.items():
+            spec, ids = getattr(self.condition_spec, name), name == "ids"
+            inner = (spec.dim,) if isinstance(spec, FeatureSpec) else ()
+            values = np.zeros((len(indices), spec.length, *inner), np.float32 if inner else np.int64)
+            mask = np.zeros((len(indices), spec.length), dtype=bool)
+            for shard in np.unique(shards):
+                rows, part = shards == shard, sequences[shard]
+                places = indices[rows] - (self._ends[shard] - len(part.counts))
+                drawn = views[rows] if name == "given" else (uniforms[rows] * part.counts[places]).astype(np.int64)
+                values[rows], mask[rows] = part.read(places, drawn)
+            absent = ~mask.any(1)
+            mask[absent] = True  # a null text is whole
+            tensors = torch.from_numpy(values), torch.from_numpy(mask)
+            if name == "given":
+                parts.append(Condition.from_given(tensors[0]))
+                continue
+            part = Condition.from_ids(*tensors) if ids else Condition.from_features(*tensors)
+            parts.append(part.drop(torch.from_numpy(absent)))
+        return Condition.together(*parts) if parts else Condition.none(len(indices))
+
+    def _ragged(self, name: str, number: int, count: int, dtype: str) -> RaggedShard:
+        spec = getattr(self.condition_spec, name)
+        lengths = self._load(f"lengths-{name}", number)
+        inner = (spec.dim,) if isinstance(spec, FeatureSpec) else ()
+        if lengths.ndim != 2 or len(lengths) != count or lengths.dtype != np.int32 or (lengths < 0).any():
+            raise TokenCacheError(f"{self.folder}/{shard_name(f'lengths-{name}', number)} is damaged; make it again")
+        total = int(np.minimum(lengths, spec.length).sum())
+        values = self._map(f"conditions-{name}", number, (total, *inner), np.dtype(dtype))
+        return RaggedShard(values, np.asarray(lengths), spec.length)
+
     def check_tokenizer(self, tokenizer_hash: str) -> None:
         """Raise TokenCacheError unless the tokenizer with this hash made the cache."""
         if tokenizer_hash != self.tokenizer_hash:
@@ -126,14 +182,17 @@ class TokenCache:
                 f"{tokenizer_hash}; make a cache of this one with `vistok tokenize`, or name the tokenizer that made it"
             )
 
-    def _map(self, kind: str, number: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    def _load(self, kind: str, number: int) -> np.ndarray:
         path = self.folder / shard_name(kind, number)
         try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            return np.load(path, mmap_mode="r", allow_pickle=False)
         except FileNotFoundError as error:
             raise TokenCacheError(f"token cache {self.folder} is incomplete: {path.name} is missing") from error
         except (ValueError, OSError, EOFError) as error:
             raise TokenCacheError(f"{path} is damaged or truncated ({error}); make the cache again") from error
+
+    def _map(self, kind: str, number: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        path, array = self.folder / shard_name(kind, number), self._load(kind, number)
         if array.shape != shape or array.dtype != dtype:
             raise TokenCacheError(
                 f"{path} holds {array.dtype} {array.shape}, index.json says {np.dtype(dtype)} {shape}; "
@@ -151,7 +210,7 @@ class TokenMixture:
         folder: of the first cache, whose tokenizer stands for all.
         view_shares: (views,) float64, how often each view is to be drawn; they sum to one. A cache's share is spread
             evenly over its views.
-        spec, tokenizer_hash, views, content, classes, labels: as those of a cache.
+        spec, tokenizer_hash, views, content, classes, text, condition_spec, labels: as those of a cache.
 
     Args:
         caches: one or more.
@@ -171,7 +230,8 @@ class TokenMixture:
         for other in others:
             _check_alike(first, other)
         self.folder, self.spec, self.tokenizer_hash = first.folder, first.spec, first.tokenizer_hash
-        self.content, self.classes = first.content, first.classes
+        self.content, self.classes, self.text = first.content, first.classes, first.text
+        self.condition_spec = first.condition_spec
         self._ends = np.cumsum([cache.views for cache in self.caches])
         self.views = int(self._ends[-1])
         shares = [np.full(cache.views, weight / cache.views) for cache, weight in zip(self.caches, weights)]
@@ -189,14 +249,26 @@ class TokenMixture:
         """Read one view of each sample; see :meth:`TokenCache.batch`."""
         indices, views = np.asarray(indices, dtype=np.int64), np.asarray(views, dtype=np.int64)
         _check_range("view", views, self.views)
+        parts, back = [], []
+        for cache, rows, inner in self._owned(views):
+            parts.append(cache.batch(indices[rows], inner)[0])
+            back.append(rows)
+        return torch.cat(parts)[np.argsort(np.concatenate(back))], self.labels[indices]
+
+    def condition(self, indices: np.ndarray, views: np.ndarray, uniforms: np.ndarray) -> Condition:
+        """What samples are conditioned on; see :meth:`TokenCache.condition`."""
+        parts, back = [], []
+        for cache, rows, inner in self._owned(views):
+            parts.append(cache.condition(indices[rows], inner, uniforms[rows]))
+            back.append(rows)
+        return Condition.cat(parts)[torch.from_numpy(np.argsort(np.concatenate(back)))]
+
+    def _owned(self, views: np.ndarray) -> Iterator[tuple[TokenCache, np.ndarray, np.ndarray]]:
+        """Each cache, the places (n,) in ``views`` of those that are its own, and which of its own they are."""
         owners = np.searchsorted(self._ends, views, side="right")
-        rows = [np.flatnonzero(owners == number) for number in range(len(self.caches))]
-        parts = [
-            cache.batch(indices[part], views[part] - (end - cache.views))[0]
-            for cache, end, part in zip(self.caches, self._ends, rows)
-        ]
-        tokens = torch.cat(parts)[np.argsort(np.concatenate(rows))]
-        return tokens, self.labels[indices]
+        for number, (cache, end) in enumerate(zip(self.caches, self._ends)):
+            rows = np.flatnonzero(owners == number)
+            yield cache, rows, views[rows] - (end - cache.views)
 
     def check_tokenizer(self, tokenizer_hash: str) -> None:
         """Raise TokenCacheError unless the tokenizer with this hash made the caches."""
@@ -204,30 +276,39 @@ class TokenMixture:
 
 
 class TokenBatches:
-    """Reads batches of a cache, each sample in one view, latents with a posterior as one sample of it; both drawn by
-    (seed, epoch, index)."""
+    """Reads batches of a cache, each sample in one view, with one of its texts, and latents with a posterior as one
+    sample of it; all drawn by (seed, epoch, index).
 
-    def __init__(self, cache: TokenCache | TokenMixture, *, seed: int = 0) -> None:
+    Args:
+        parts: what of the condition is read; None is all that the cache has.
+    """
+
+    def __init__(self, cache: TokenCache | TokenMixture, *, seed: int = 0, parts: Sequence[str] | None = None) -> None:
         self.cache, self.seed = cache, seed
-        self._drawn: tuple[int, np.ndarray] | None = None
+        self.parts = cache.condition_spec.parts if parts is None else tuple(parts)
+        self._drawn: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.cache)
 
     def load(self, indices: np.ndarray, epoch: int) -> tuple[TokenBatch, Failures]:
-        tokens, labels = self.cache.batch(indices, self._views(epoch)[indices])
+        views, uniforms = (drawn[indices] for drawn in self._draw(epoch))
+        tokens, _ = self.cache.batch(indices, views)
         if self.cache.content == "moments":
             spec, keys = self.cache.spec, Keys.of(self.seed, indices, step=epoch)
             tokens = sample_moments(tokens, keys.normal("posterior", spec["length"], spec["dim"]))
-        return TokenBatch(tokens, labels, torch.from_numpy(np.array(indices))), {}
+        condition = self.cache.condition(indices, views, uniforms).only(self.parts)
+        return TokenBatch(tokens, condition, torch.from_numpy(np.array(indices))), {}
 
-    def _views(self, epoch: int) -> np.ndarray:
-        """(N,) the view of every sample; drawn at once, because a generator per sample would outweigh the reading."""
+    def _draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) the view of every sample, and (N,) uniform numbers that choose its text; drawn at once, because a
+        generator per sample would outweigh the reading."""
         if self._drawn is None or self._drawn[0] != epoch:
-            uniforms = Keys(self.seed, (0,), step=epoch).uniform("views", len(self.cache))[0].double().numpy()
+            keys, count = Keys(self.seed, (0,), step=epoch), len(self.cache)
+            views, texts = (keys.uniform(name, count)[0].double().numpy() for name in ("views", "texts"))
             inner_ends = np.cumsum(self.cache.view_shares)[:-1]
-            self._drawn = epoch, np.searchsorted(inner_ends, uniforms, side="right")
-        return self._drawn[1]
+            self._drawn = epoch, np.searchsorted(inner_ends, views, side="right"), texts
+        return self._drawn[1:]
 
 
 def token_loader(
@@ -238,15 +319,19 @@ def token_loader(
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 0,
+    parts: Sequence[str] | None = None,
 ) -> Loader[TokenBatch]:
-    """Shuffled whole batches of a cache, or of a mixture, for training; ``batch_size`` is per process."""
+    """Shuffled whole batches of a cache, or of a mixture, for training; ``batch_size`` is per process, ``parts`` as of
+    :class:`TokenBatches`."""
     order = ShuffledOrder(len(cache), batch_size, seed, rank, world_size)
-    return Loader(TokenBatches(cache, seed=seed), order, num_workers=num_workers)
+    return Loader(TokenBatches(cache, seed=seed, parts=parts), order, num_workers=num_workers)
 
 
-def token_evaluation_loader(cache: TokenCache, batch_size: int, *, seed: int = 0) -> Loader[TokenBatch]:
+def token_evaluation_loader(
+    cache: TokenCache, batch_size: int, *, seed: int = 0, parts: Sequence[str] | None = None
+) -> Loader[TokenBatch]:
     """Every sample once, in order."""
-    return Loader(TokenBatches(cache, seed=seed), SequentialOrder(len(cache), batch_size, seed))
+    return Loader(TokenBatches(cache, seed=seed, parts=parts), SequentialOrder(len(cache), batch_size, seed))
 
 
 def _check_alike(one: TokenCache, other: TokenCache) -> None:
@@ -256,6 +341,7 @@ def _check_alike(one: TokenCache, other: TokenCache) -> None:
             "tokenizer": cache.tokenizer_hash,
             "shape of tokens": (cache.spec, cache.content),
             "images": (cache.source_fingerprint, cache.classes, cache.labels.tolist()),
+            "condition": (cache.condition_spec, cache.text),
         }
         for cache in (one, other)
     ]
@@ -296,8 +382,20 @@ def token_dtype(spec: Mapping[str, Any]) -> Any:
 
 
 def shard_name(kind: str, number: int) -> str:
-    """The file of a shard; ``kind`` is "tokens" or "labels"."""
+    """The file of a shard; ``kind`` is "tokens", "labels", "conditions-ids", "lengths-ids", …"""
     return f"{kind}-{number:05d}.npy"
+
+
+def _condition_spec(index: Mapping[str, Any], folder: Path) -> ConditionSpec:
+    """What index.json says of the condition; the caches of version 0.1 know classes alone."""
+    try:
+        spec = ConditionSpec(**{**index.get("condition", {}), "num_classes": len(index["classes"])})
+        missing = set(spec.parts) - {"labels"} - set(index.get("dtypes", {}))
+    except TypeError as error:
+        raise TokenCacheError(f"{folder}/index.json describes a condition that is not known: {error}") from error
+    if missing:
+        raise TokenCacheError(f"{folder}/index.json is damaged: it has no dtypes of {', '.join(sorted(missing))}")
+    return spec
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

@@ -186,7 +186,7 @@ def _plan(
 ) -> Plan:
     options = to_json(dataclasses.asdict(pipe.options(**sampling)))
     options.pop("guidance_scale", None)
-    num_classes = pipe.generator.num_classes or 0
+    num_classes = pipe.generator.condition_spec.num_classes
     return Plan(
         num_images=num_images,
         labels=labels or ("balanced" if num_classes else "none"),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vistok.checkpoints import Model
+from vistok.conditions import WORDS
 from vistok.draws import Draws, Keys
 from vistok.types import Condition, ConditionSpec, Expands, GeneratorOutput, TokenChunk, TokenSpec
 
@@ -155,6 +156,27 @@ class Generator(Model):
             raise ValueError(f"{type(self).__name__} reads what its tokenizer makes of the tokens: pass tokenizer=…")
         if tokenizer is not None and not self.needs_tokenizer:
             raise ValueError(f"{type(self).__name__} reads tokens as they are; leave tokenizer= out")
+
+    @classmethod
+    def condition_arguments(cls, spec: ConditionSpec) -> dict[str, Any]:
+        """The constructor's arguments that follow from what the data are conditioned on.
+
+        Raises:
+            ValueError: this generator cannot be conditioned on that; the message says why.
+        """
+        cls.refuse_parts(spec, "labels")
+        return {"num_classes": spec.num_classes}
+
+    @classmethod
+    def refuse_parts(cls, spec: ConditionSpec, *taken: str) -> None:
+        """Raise ValueError for data with other parts than those named."""
+        others = spec.only([part for part in spec.parts if part not in taken])
+        if others.parts:
+            allowed = " or ".join(WORDS[part] for part in taken)
+            raise ValueError(
+                f"{cls.registry_name} takes {allowed}, and these data have {others.describe()}: name what it is to be "
+                f"conditioned on with condition=[…], of {', '.join(spec.parts)}, or choose another generator"
+            )
 
     def check_condition(self, condition: Condition) -> None:
         """Raise ValueError for a condition that is not of the spec, or for unconditional rows without a null class."""

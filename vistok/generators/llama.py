@@ -231,6 +231,19 @@ class Llama(AutoregressiveGenerator):
             return ConditionSpec(features=FeatureSpec(dim, length))
         return super().condition_spec
 
+    @classmethod
+    def condition_arguments(cls, spec: ConditionSpec) -> dict[str, Any]:
+        """Class labels, text features or given tokens, one of them: the sequence begins with it."""
+        part = next((name for name in ("given", "features") if name in spec.parts), "labels")
+        cls.refuse_parts(spec, part)
+        if part == "given":
+            if not isinstance(spec.given, IdSpec):
+                raise ValueError(f"{cls.registry_name} takes given tokens as ids, and these data have latents")
+            return {"num_classes": 0, "condition_tokens": spec.given.length}
+        if part == "features":
+            return {"num_classes": 0, "caption_dim": spec.features.dim, "caption_length": spec.features.length}
+        return super().condition_arguments(spec)
+
     def embed_condition(self, condition: Condition) -> Tensor:
         if self.condition_tokens:
             return self._embed_given(condition)

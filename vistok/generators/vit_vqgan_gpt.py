@@ -92,6 +92,14 @@ class ViTVQGANGPT(AutoregressiveGenerator):
         self.output = nn.Linear(dim, self.spec.codebook_size, bias=False)
         self.apply(_initialise)
 
+    @classmethod
+    def condition_arguments(cls, spec: ConditionSpec) -> dict[str, Any]:
+        """Class labels, or condition ids, whose vocabulary takes the place of the classes."""
+        cls.refuse_parts(spec, "ids" if spec.ids else "labels")
+        if spec.ids is None:
+            return super().condition_arguments(spec)
+        return {"num_classes": spec.ids.vocabulary_size, "condition_length": spec.ids.length}
+
     def embed_condition(self, condition: Condition) -> Tensor:
         return self.condition_embedding(self._condition_ids(condition)) + self.condition_positions
 
@@ -117,12 +125,16 @@ class ViTVQGANGPT(AutoregressiveGenerator):
         return self.token_embedding(ids) + self.token_positions[:, where]
 
     def attention_mask(self, condition: Condition, start: int, stop: int) -> Tensor | None:
-        """Causal, but condition tokens see each other; None where that makes no difference."""
-        if self.condition_length == 1 or start >= self.condition_length:
+        """Causal, but condition tokens see each other, without padding; None where that makes no difference."""
+        padding = None if condition.ids is None else condition.part("ids").mask
+        if padding is None and (self.condition_length == 1 or start >= self.condition_length):
             return None
         queries, keys = (torch.arange(first, stop, device=self.token_positions.device) for first in (start, 0))
-        last_seen = queries.clamp(min=self.condition_length - 1)
-        return (keys <= last_seen[:, None])[None, None]
+        seen = (keys <= queries.clamp(min=self.condition_length - 1)[:, None])[None, None]
+        if padding is None:
+            return seen
+        visible = F.pad(padding, (0, max(stop - self.condition_length, 0)), value=True)[:, :stop]
+        return seen & visible[:, None, None] | (keys == queries[:, None])  # each sees itself: no row is empty
 
     def transform(self, x: Tensor, where: Rows, mask: Tensor | None, layers: Layers | None) -> Tensor:
         for block, memory in zip(self.blocks, layers or [None] * len(self.blocks)):

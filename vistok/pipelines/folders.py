@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vistok.checkpoints import CONFIG, WEIGHTS, CheckpointError, load, snapshot
+from vistok.text import TEXT
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json
 from vistok.utils.files import restore, write_json
@@ -36,6 +37,7 @@ def pipeline_folder(path: str | Path) -> Path:
     folder = Path(path)
     if not folder.exists():
         files = [PIPELINE, *(f"{part}/{file}" for part in (TOKENIZER, GENERATOR) for file in (CONFIG, WEIGHTS))]
+        files.append(f"{TEXT}/*")
         return snapshot(str(path), files)
     if folder.is_dir():
         restore(folder)

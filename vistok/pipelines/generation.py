@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,10 +32,14 @@ from vistok.pipelines.folders import (
     read_settings,
     write_settings,
 )
+from vistok.pipelines.requests import Conditions, Prompt, Request
+from vistok.text import TEXT, PromptEncoder
 from vistok.tokenizers.base import Tokenizer
-from vistok.types import Condition, TokenSpec
+from vistok.types import Condition, TokenSpec, to_json
 from vistok.utils.devices import choose_device, choose_dtype
 from vistok.utils.files import atomic_folder
+
+NO_TEXT = PromptEncoder()
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,14 @@ class PipelineOutput:
         tokens: (N, L[, depth]) ids or (N, L, D) latents, on the CPU.
         pixels: (N, C, H, W) float32 in [-1, 1], on the CPU; ``images`` are these in 8 bit.
         labels: the class id of each image, or None where the condition is not a class.
+        prompts: the text of each image, or None where there are no prompts.
     """
 
     images: list[Image.Image]
     tokens: Tensor
     pixels: Tensor
     labels: list[int] | None
+    prompts: list[str | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,9 +90,11 @@ class Pipeline:
         tokenizer, generator: they must agree on the tokens.
         class_names: in the order of the ids; empty if classes have no names.
         sampling: default options, by the names of ``generator.options_type``.
+        text: what turns prompts into conditions of the generator; without encoders there are no prompts.
 
     Raises:
-        ValueError: the generator models other tokens than the tokenizer's, or has another number of classes.
+        ValueError: the generator models other tokens than the tokenizer's, has another number of classes, or takes
+            other texts than ``text`` makes.
         ConfigError: ``sampling`` does not fit the generator's options.
     """
 
@@ -97,10 +105,13 @@ class Pipeline:
         *,
         class_names: Sequence[str] = (),
         sampling: Mapping[str, Any] | None = None,
+        text: PromptEncoder = NO_TEXT,
     ):
         self.tokenizer, self.generator = tokenizer.eval(), generator.eval()
         self._decode_options = _decode_options(tokenizer, generator.spec)
-        self._classes = ClassNames(generator.num_classes or 0, class_names)
+        spec = generator.condition_spec
+        self.text, self._classes = text, ClassNames(spec.num_classes, class_names)
+        self._conditions = Conditions(spec, self._classes, text)
         self.sampling = dict(sampling or {})
         generator.options_type(**check(generator.options_type, self.sampling, "sampling"))
 
@@ -115,9 +126,7 @@ class Pipeline:
         Raises:
             ValueError: an unknown or ambiguous name, an id out of range, or a pipeline without classes.
         """
-        if not self._classes.count:
-            raise ValueError("this pipeline has no classes; generate with num_images=…, without class labels")
-        return self._classes.resolve(labels)
+        return self._conditions.class_ids(labels)
 
     @property
     def device(self) -> torch.device:
@@ -125,9 +134,11 @@ class Pipeline:
         return next(self.generator.parameters()).device
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Move both models; returns the pipeline itself."""
+        """Move the models; returns the pipeline itself. Text encoders keep their dtype."""
         self.tokenizer.to(device=device, dtype=dtype)
         self.generator.to(device=device, dtype=dtype)
+        if device is not None:
+            self.text.to(device)
         return self
 
     def compile(self) -> Self:
@@ -158,7 +169,7 @@ class Pipeline:
         folder = pipeline_folder(path)
         settings = read_settings(folder)
         tokenizer, generator = load_part(folder, TOKENIZER, Tokenizer), load_part(folder, GENERATOR, Generator)
-        pipe = cls(tokenizer, generator, **settings)
+        pipe = cls(tokenizer, generator, **settings, text=PromptEncoder.load(folder / TEXT))
         return pipe.to(choose_device(device), choose_dtype(dtype))
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -169,12 +180,14 @@ class Pipeline:
         """
         folder = Path(folder)
         present = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
-        others = present - {PIPELINE, TOKENIZER, GENERATOR}
+        others = present - {PIPELINE, TOKENIZER, GENERATOR, TEXT}
         if others:
             raise FileExistsError(f"{folder} holds other files ({', '.join(sorted(others)[:5])}); choose a new folder")
         with atomic_folder(folder, replace=True) as partial:
             self.tokenizer.save_pretrained(partial / TOKENIZER)
             self.generator.save_pretrained(partial / GENERATOR)
+            if self.text.parts:
+                self.text.save(partial / TEXT)
             write_settings(partial, class_names=self.class_names, sampling=self.sampling)
 
     def options(self, **sampling: Any) -> Any:
@@ -188,6 +201,9 @@ class Pipeline:
         class_labels: ClassLabel | Iterable[ClassLabel] | None = None,
         num_images_per_label: int = 1,
         *,
+        prompt: Prompt | None = None,
+        negative_prompt: Prompt | None = None,
+        num_images_per_prompt: int = 1,
         num_images: int | None = None,
         condition: Condition | None = None,
         seed: int | None = None,
@@ -204,6 +220,10 @@ class Pipeline:
         Args:
             class_labels: classes by id or by name, one or several.
             num_images_per_label: images of each class (or row of ``condition``), one after another.
+            prompt: instead of classes, or beside them where the generator takes both: texts, one or several; None
+                among them is unconditional.
+            negative_prompt: what guidance leads away from, in place of the unconditional: one text, or one for each.
+            num_images_per_prompt: images of each prompt, one after another.
             num_images: instead of classes: this many unconditional images.
             condition: instead of classes: any condition that the generator takes.
             seed: None takes 0, or a seed drawn from ``generator``.
@@ -214,17 +234,20 @@ class Pipeline:
                 they override ``self.sampling``.
 
         Raises:
-            ValueError: an unknown class, an option out of range, or none or several of class_labels, num_images and
-                condition.
+            ValueError: an unknown class, an option out of range, none or several of class_labels, prompt, num_images
+                and condition, or a prompt without a text encoder.
             ConfigError: an unknown option, or one of the wrong type.
         """
         options = self.options(**sampling)
-        condition = self._condition(class_labels, num_images, condition, num_images_per_label)
+        copies = _copies(num_images_per_label, num_images_per_prompt)
+        request = Request(class_labels, prompt, negative_prompt, num_images, condition, copies)
+        condition = self._condition(request, options)
 
         def sample(rows: slice, draws: Draws) -> Tensor:
             return self.generator.sample(condition[rows].to(self.device), options, draws=draws)
 
-        return self._run(sample, condition, options, _seed(seed, generator), index_start, batch_size)
+        made = self._run(sample, condition, options, _seed(seed, generator), index_start, batch_size)
+        return replace(made, prompts=_prompts(request, len(condition)))
 
     @torch.no_grad()
     def edit(
@@ -233,6 +256,8 @@ class Pipeline:
         masks: Image.Image | Sequence[Image.Image] | Tensor,
         class_labels: ClassLabel | Iterable[ClassLabel] | None = None,
         *,
+        prompt: Prompt | None = None,
+        negative_prompt: Prompt | None = None,
         seed: int | None = None,
         generator: torch.Generator | None = None,
         index_start: int = 0,
@@ -248,6 +273,7 @@ class Pipeline:
             masks: what is generated. PIL images of the sizes of ``images``, light where it is; or a bool tensor, (H, W)
                 or (B, H, W), of the size that the images have after cropping. One mask serves all images.
             class_labels: what to generate: one class for all images, or one for each; None leaves it to the model.
+            prompt, negative_prompt: the same by texts.
 
         The others are as of :meth:`__call__`.
 
@@ -260,13 +286,15 @@ class Pipeline:
             raise ValueError("the tokens of this tokenizer have no place in the image, so a part of it has none either")
         masks = pixel_masks(masks, len(pixels), (pixels.shape[2], pixels.shape[3]))
         regenerate = token_masks(masks, self._grid).to(self.device)
-        condition = self._condition_of_images(class_labels, len(pixels))
+        request = Request(class_labels, prompt, negative_prompt)
+        condition = self._checked(self._conditions.of_images(request, len(pixels)), request, options)
 
         def edit(rows: slice, draws: Draws) -> Tensor:
             tokens = self.tokenizer.encode(self._to_tokenizer(pixels[rows])).to(self.device)
             return self.generator.edit(tokens, regenerate[rows], condition[rows].to(self.device), options, draws=draws)
 
-        return self._run(edit, condition, options, _seed(seed, generator), index_start, batch_size)
+        made = self._run(edit, condition, options, _seed(seed, generator), index_start, batch_size)
+        return replace(made, prompts=_prompts(request, len(condition)))
 
     def _run(
         self,
@@ -296,6 +324,9 @@ class Pipeline:
         class_labels: ClassLabel | Iterable[ClassLabel] | None = None,
         num_images_per_label: int = 1,
         *,
+        prompt: Prompt | None = None,
+        negative_prompt: Prompt | None = None,
+        num_images_per_prompt: int = 1,
         num_images: int | None = None,
         condition: Condition | None = None,
         seed: int | None = None,
@@ -311,7 +342,9 @@ class Pipeline:
                 prefixes are multiples of.
         """
         options = self.options(**sampling)
-        condition = self._condition(class_labels, num_images, condition, num_images_per_label)
+        copies = _copies(num_images_per_label, num_images_per_prompt)
+        request = Request(class_labels, prompt, negative_prompt, num_images, condition, copies)
+        condition = self._condition(request, options)
         every = self._preview_step() if preview_every is None else preview_every
         if every < 1:
             raise ValueError(f"preview_every must be at least 1, got {every}")
@@ -342,40 +375,18 @@ class Pipeline:
         parameter = next(self.tokenizer.parameters())
         return values.to(parameter.device, parameter.dtype if values.is_floating_point() else values.dtype)
 
-    def _condition_of_images(self, class_labels: ClassLabel | Iterable[ClassLabel] | None, count: int) -> Condition:
-        """One class for all of ``count`` images, one for each, or none."""
-        if class_labels is None:
-            return Condition.none(count)
-        ids = self.class_ids(class_labels)
-        if len(ids) not in (1, count):
-            raise ValueError(f"give one class, or one for each of the {count} images; got {len(ids)}")
-        return Condition.from_labels(torch.tensor(ids, dtype=torch.int64).expand(count))
+    def _condition(self, request: Request, options: Any) -> Condition:
+        """The condition of every image of a request."""
+        return self._checked(self._conditions.of(request), request, options)
 
-    def _condition(
-        self,
-        class_labels: ClassLabel | Iterable[ClassLabel] | None,
-        num_images: int | None,
-        condition: Condition | None,
-        copies: int,
-    ) -> Condition:
-        """The condition of every image, from the one way in which it was given."""
-        given = [value is not None for value in (class_labels, num_images, condition)]
-        if sum(given) != 1:
-            what = "class_labels=[…]" if self._classes.count else "num_images=…"
-            raise ValueError(
-                f"say what to generate by one of class_labels, num_images and condition ({sum(given)} were given); "
-                f"for this pipeline, {what} is the usual one"
-            )
-        for name, value in (("num_images_per_label", copies), ("num_images", num_images)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if num_images is not None:
-            return Condition.none(num_images)
-        if class_labels is not None:
-            condition = Condition.from_labels(torch.tensor(self.class_ids(class_labels), dtype=torch.int64))
-        if not len(condition):
-            raise ValueError("there is nothing to generate: the list of classes is empty")
-        return condition[torch.arange(len(condition)).repeat_interleave(copies)]
+    def _checked(self, condition: Condition, request: Request, options: Any) -> Condition:
+        """A condition that this generator takes with these options."""
+        self.generator.check_condition(condition)
+        if request.negative_prompt is not None:
+            scale = to_json(options).get("guidance_scale", 1)
+            if scale in (1, [1, 1]):
+                raise ValueError(f"negative_prompt has no effect without guidance: guidance_scale is {scale}")
+        return condition
 
     def _decode(self, tokens: Tensor, draws: Draws) -> Tensor:
         """Whole sequences to pixels (B, C, H, W) in [-1, 1], float32 on the CPU, with ``decoding_draws``."""
@@ -448,6 +459,22 @@ def _decode_options(tokenizer: Tokenizer, spec: TokenSpec) -> dict[str, Any]:
         "the generator models other tokens than this tokenizer makes: "
         + "; ".join(f"{name} {getattr(spec, name)} instead of {getattr(own, name)}" for name in differing)
     )
+
+
+def _copies(per_label: int, per_prompt: int) -> int:
+    """How many images each class or prompt gets; both words say the same."""
+    if per_label != 1 and per_prompt != 1:
+        raise ValueError("give num_images_per_label or num_images_per_prompt, not both")
+    return per_label if per_prompt == 1 else per_prompt
+
+
+def _prompts(request: Request, count: int) -> list[str | None] | None:
+    """The prompt of each of ``count`` images."""
+    if request.prompt is None:
+        return None
+    texts = [request.prompt] if isinstance(request.prompt, str) else list(request.prompt)
+    each = max(count // len(texts), 1)
+    return [texts[index // each] for index in range(count)]
 
 
 def _seed(seed: int | None, generator: torch.Generator | None) -> int:

@@ -37,6 +37,8 @@ def write_samples(
     num_images: int,
     *,
     classes: Sequence[ClassLabel] | None = None,
+    prompts: Sequence[str] | None = None,
+    negative_prompt: str | None = None,
     seed: int = 0,
     batch_size: int = 64,
     npz: bool = False,
@@ -47,12 +49,14 @@ def write_samples(
     """Generate ``num_images`` images into the folder ``out``, which appears when all are there.
 
     It gets 000000.png, 000001.png, …; grid.png with the first 64; samples.json with all that made them; and with
-    ``npz`` samples.npz, which ADM-style evaluators read. Image i is of class ``classes[i % len(classes)]``; it is the
-    same whatever the batch size and the number of processes. Until then the images lie in ``OUT.unfinished/``, where a
-    killed run can go on.
+    ``npz`` samples.npz, which ADM-style evaluators read. Image i is of class ``classes[i % len(classes)]``, or of the
+    prompt ``prompts[i % len(prompts)]``; it is the same whatever the batch size and the number of processes. Until then
+    the images lie in ``OUT.unfinished/``, where a killed run can go on.
 
     Args:
         classes: by id or by name; None takes all classes in turn, if there are any.
+        prompts: texts, for a generator that takes them.
+        negative_prompt: what guidance leads away from.
         sampling: options that differ from the pipeline's.
         resume: keep the images that an unfinished run has written.
         processes: those that share the work; each calls this with the same arguments.
@@ -72,11 +76,15 @@ def write_samples(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     sampling = dict(sampling or {})
-    labels = _labels(pipe, classes, num_images)
+    what = _what(pipe, classes, prompts, num_images)
+    named = {} if prompts is None else {"prompts": what["prompt"], "text": pipe.text.identities}
+    negative = {} if negative_prompt is None else {"negative_prompt": negative_prompt}
     settings = {
         "num_images": num_images,
         "seed": seed,
-        "labels": labels,
+        "labels": what.get("class_labels"),
+        **named,
+        **negative,
         "options": to_json(dataclasses.asdict(pipe.options(**sampling))),
         "tokenizer": pipe.tokenizer.fingerprint(),
         "generator": pipe.generator.fingerprint(),
@@ -90,13 +98,15 @@ def write_samples(
         files = [unfinished(out) / f"{index:06d}.png" for index in range(num_images)]
         try:
             for start, stop in track(*_batches(files, batch_size, processes)):
-                what = {"num_images": stop - start} if labels is None else {"class_labels": labels[start:stop]}
-                images = pipe(**what, seed=seed, index_start=start, batch_size=batch_size, **sampling).images
+                part = {name: values[start:stop] for name, values in what.items()} or {"num_images": stop - start}
+                images = pipe(
+                    **part, **negative, seed=seed, index_start=start, batch_size=batch_size, **sampling
+                ).images
                 for image, file in zip(images, files[start:stop], strict=True):
                     save_png(image, file)
             processes.wait()
             if processes.is_first:
-                _finish(files, record, columns=_columns(classes), npz=npz)
+                _finish(files, record, columns=_columns(classes or prompts), npz=npz)
         except BaseException as error:
             if processes.count == 1 and not any(file.exists() for file in files):
                 discard(out)
@@ -184,15 +194,23 @@ def reconstruct_prefixes(
     return decibels
 
 
-def _labels(pipe: Pipeline, classes: Sequence[ClassLabel] | None, num_images: int) -> list[int] | None:
-    if classes is None:
-        count = pipe.generator.num_classes
-        ids = list(range(count)) if count else None
-    else:
-        ids = pipe.class_ids(classes)
-    return None if ids is None else [ids[index % len(ids)] for index in range(num_images)]
+def _what(
+    pipe: Pipeline, classes: Sequence[ClassLabel] | None, prompts: Sequence[str] | None, num_images: int
+) -> dict[str, list[Any]]:
+    """The class or the prompt of every image, by the argument of the pipeline; empty if it has neither."""
+    what: dict[str, Sequence[Any]] = {}
+    if prompts is not None:
+        what["prompt"] = prompts
+    if classes is not None:
+        what["class_labels"] = pipe.class_ids(classes)
+    elif prompts is None and pipe.generator.condition_spec.num_classes:
+        what["class_labels"] = range(pipe.generator.condition_spec.num_classes)
+    for name, values in what.items():
+        if not len(values):
+            raise ValueError(f"there is nothing to generate: the list of {name}s is empty")
+    return {name: [values[index % len(values)] for index in range(num_images)] for name, values in what.items()}
 
 
-def _columns(classes: Sequence[ClassLabel] | None) -> int | None:
-    """One column per class, where there are few; None leaves it to the grid."""
-    return len(classes) if classes is not None and 1 < len(classes) <= 16 else None
+def _columns(named: Sequence[Any] | None) -> int | None:
+    """One column per class or prompt, where there are few; None leaves it to the grid."""
+    return len(named) if named is not None and 1 < len(named) <= 16 else None

@@ -182,6 +182,8 @@ class RunConfig:
         tokens: token cache folder (generators); or several, of the same images by the same tokenizer, of which every
             epoch draws one anew for each image.
         token_weights: how often each of several token caches is drawn, relative to the others; all alike by default.
+        condition: what of the tokens' condition the generator learns: of ``labels``, ``ids``, ``features`` and
+            ``given``; all that the cache has by default, nothing with [].
         sampling: default sampling options, saved with the pipeline and used for its pictures (generators).
         validation: held-out samples; None is no validation.
         seed: of initial weights, order, augmentation and every draw.
@@ -198,6 +200,7 @@ class RunConfig:
     data: DataConfig | None = None
     tokens: str | tuple[str, ...] | None = None
     token_weights: tuple[float, ...] | None = None
+    condition: tuple[str, ...] | None = None
     sampling: dict[str, Any] = field(default_factory=dict)
     validation: ValidationConfig | None = None
     seed: int = 0
@@ -211,7 +214,7 @@ class RunConfig:
             ConfigError: unknown keys, wrong types, or sections that do not belong to the stage.
         """
         config = cls(**check(cls, values, ""))
-        images, tokens = ("data", "losses"), ("tokens", "token_weights", "sampling")
+        images, tokens = ("data", "losses"), ("tokens", "token_weights", "condition", "sampling")
         (needed, *_), others = (images, tokens) if config.stage == "tokenizer" else (tokens, images)
         if not getattr(config, needed):
             raise ConfigError(f"stage {config.stage} needs {needed!r}; for example {EXAMPLES[needed]}")

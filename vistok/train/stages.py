@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,13 @@ from vistok.generators.base import Generator
 from vistok.losses import adaptive_weight
 from vistok.pipelines import Pipeline
 from vistok.pipelines.folders import GENERATOR, TOKENIZER, load_tokenizer, write_settings
+from vistok.text import TEXT, copy_encoders
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.adversary import Adversary
 from vistok.train.config import RunConfig
 from vistok.train.monitor import CodebookWatch, CodeUsage
 from vistok.train.objectives import TokenizerObjective, gan_config
-from vistok.types import Condition, GeneratorOutput, TokenizerOutput, TokenSpec, to_json
+from vistok.types import ConditionSpec, GeneratorOutput, TokenizerOutput, TokenSpec, to_json
 
 STANDARDISED_ON = 256
 """Images that the mean and the scale of continuous latents are measured on."""
@@ -207,16 +208,23 @@ class GeneratorStage(Stage):
         cache = TokenMixture([TokenCache(folder) for folder in folders], config.token_weights)
         self.tokenizer = load_tokenizer(cache.folder)
         cache.check_tokenizer(self.tokenizer.fingerprint())
-        self.classes = cache.classes
+        condition = _chosen_parts(cache, config.condition)
+        self.classes = cache.classes if "labels" in condition.parts else ()
         spec = TokenSpec(**cache.spec)
-        self.model: Generator = config.build_model({"spec": to_json(spec), "num_classes": len(self.classes)})
+        derived = config.model_entry().load().condition_arguments(condition)
+        self.model: Generator = config.build_model({"spec": to_json(spec), **derived})
         check(self.model.options_type, config.sampling, "sampling")
         self.sampling, self.seed, self.length = config.sampling, config.seed, spec.length
         self.cache_folder = cache.folder
         self.loader = token_loader(
-            cache, config.training.batch_size, seed=config.seed, rank=rank, world_size=world_size
+            cache,
+            config.training.batch_size,
+            seed=config.seed,
+            rank=rank,
+            world_size=world_size,
+            parts=condition.parts,
         )
-        self.held_out = _held_out_tokens(config, cache)
+        self.held_out = _held_out_tokens(config, cache, condition.parts)
 
     def losses(self, model: nn.Module, batch: TokenBatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         output = self._output(model, batch, self._draws(batch, step))
@@ -226,12 +234,7 @@ class GeneratorStage(Stage):
         return self.model.training_draws(Keys.of(self.seed, batch.indices, step))
 
     def _output(self, model: nn.Module, batch: TokenBatch, draws: Draws) -> GeneratorOutput:
-        device = batch.tokens.device
-        return model(
-            batch.tokens,
-            Condition.from_labels(batch.labels) if self.classes else Condition.none(len(batch.tokens), device),
-            draws=draws_on(draws, device),
-        )
+        return model(batch.tokens, batch.condition, draws=draws_on(draws, batch.tokens.device))
 
     def _held_out_terms(self, model: Generator, batch: TokenBatch, step: int, number: int) -> dict[str, Tensor]:
         draws = self._draws(batch, number)  # of which some may be one for the whole batch: MAR's share of masks
@@ -252,10 +255,14 @@ class GeneratorStage(Stage):
         return Pipeline(self.tokenizer, model, class_names=self.classes, sampling=self.sampling)
 
     def picture(self, model: Generator) -> Image.Image:
-        """Samples, one row per class of the first eight."""
+        """Samples, one row per class of the first eight, or per sample of the cache whose condition it has."""
         rows, columns = min(len(self.classes), 8) or 4, 8
-        if self.classes:
+        reader = self.loader.reader
+        if reader.parts == ("labels",):
             what = {"class_labels": range(rows), "num_images_per_label": columns}
+        elif reader.parts:
+            shown = np.arange(rows) * len(reader) // rows
+            what = {"condition": reader.load(shown, 0)[0].condition, "num_images_per_label": columns}
         else:
             what = {"num_images": rows * columns}
         pipe = self.pipeline(model)
@@ -270,6 +277,8 @@ class GeneratorStage(Stage):
         model.save_pretrained(folder / GENERATOR)
         if not (folder / TOKENIZER).exists():
             self.tokenizer.save_pretrained(folder / TOKENIZER)
+        if not (folder / TEXT).exists():
+            copy_encoders(self.cache_folder / TEXT, folder / TEXT, self.loader.reader.parts)
         write_settings(folder, class_names=self.classes, sampling=self.sampling)
 
 
@@ -292,7 +301,7 @@ def _codebook_watch(tokenizer: Tokenizer, config: RunConfig, world_size: int) ->
 
 def on_device(batch: Any, device: torch.device) -> Any:
     """The batch on the device, but for its indices: the host reads them, and would wait for the device."""
-    moved = type(batch)(*(tensor.to(device, non_blocking=True) for tensor in batch))
+    moved = type(batch)(*(part.to(device, non_blocking=True) for part in batch))
     return moved._replace(indices=batch.indices)
 
 
@@ -327,7 +336,19 @@ def _held_out_images(config: RunConfig) -> Loader[ImageBatch] | None:
     return evaluation_loader(source, data)
 
 
-def _held_out_tokens(config: RunConfig, trained: TokenMixture) -> Loader[TokenBatch] | None:
+def _chosen_parts(cache: TokenMixture, chosen: Sequence[str] | None) -> ConditionSpec:
+    """What a generator of these tokens is conditioned on: all that they are, or the chosen parts of it."""
+    parts = cache.condition_spec.parts if chosen is None else chosen
+    missing = [part for part in parts if part not in cache.condition_spec.parts]
+    if missing:
+        raise ConfigError(
+            f"condition names {missing[0]!r}, but {cache.folder} has {' and '.join(cache.condition_spec.parts) or 'no'}"
+            " conditions; `vistok tokenize` makes ids and features of captions"
+        )
+    return cache.condition_spec.only(parts)
+
+
+def _held_out_tokens(config: RunConfig, trained: TokenMixture, parts: Sequence[str]) -> Loader[TokenBatch] | None:
     if config.validation is None:
         return None
     cache = TokenCache(config.validation.tokens)
@@ -338,12 +359,18 @@ def _held_out_tokens(config: RunConfig, trained: TokenMixture) -> Loader[TokenBa
             f"validation.tokens: {cache.folder} has other classes than {trained.folder} "
             f"({', '.join(differing[:3]) or 'in another order'}), so its labels mean something else"
         )
+    texts = [(c.condition_spec.only(parts), {part: c.text.get(part) for part in parts}) for c in (cache, trained)]
+    if texts[0] != texts[1]:
+        raise ConfigError(
+            f"validation.tokens: {cache.folder} is not conditioned as {trained.folder} is: by other parts, or by texts "
+            "of another encoder"
+        )
     if any(_of_the_same_images(cache, other) for other in trained.caches):
         raise ConfigError(
             f"validation.tokens: {cache.folder} holds the images that the run trains on; make a cache of others: "
             "vistok tokenize … data.split=test"
         )
-    return token_evaluation_loader(cache, config.training.batch_size, seed=config.seed)
+    return token_evaluation_loader(cache, config.training.batch_size, seed=config.seed, parts=parts)
 
 
 def _of_the_same_images(one: TokenCache, other: TokenCache) -> bool:

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vistok.config import nearest
+from vistok.data.captions import class_caption
 from vistok.data.config import DataConfig
 from vistok.data.loader import (
     Failures,
@@ -31,10 +32,11 @@ from vistok.data.loader import (
 from vistok.data.opening import open_source
 from vistok.data.order import ShardOrder
 from vistok.data.sources import ImageSource
-from vistok.data.token_writer import TokenShards
+from vistok.data.token_writer import Sequences, TokenShards
 from vistok.data.tokens import TokenCache
 from vistok.data.transforms import ImageTransform, ten_crop
 from vistok.pipelines.folders import TOKENIZER
+from vistok.text import TEXT, PromptEncoder
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import TokenSpec, to_json
 from vistok.utils.locks import locked
@@ -47,6 +49,7 @@ log = logging.getLogger(__name__)
 SHARD_SIZE = 4096
 """Images per shard: what a killed process loses at most."""
 ALONE = Processes()
+NO_TEXT = PromptEncoder()
 
 AUGMENTATIONS = ("none", "flip", "ten_crop", "ten_crop:MARGIN", "random:K")
 
@@ -57,6 +60,9 @@ def tokenize(
     out: str | Path,
     *,
     augmentation: str = "none",
+    text: PromptEncoder = NO_TEXT,
+    refuse_long_texts: bool = False,
+    feature_dtype: Literal["float16", "float32"] = "float16",
     resume: bool = False,
     processes: Processes = ALONE,
 ) -> TokenCache:
@@ -74,6 +80,11 @@ def tokenize(
             ``ten_crop``: corners and centre of the image at 1.1 times the size, and their mirror images;
             ``ten_crop:1.05``: at 1.05 times the size (LlamaGen's recipe for ImageNet draws from both sets);
             ``random:K``: K views as ``data``'s training augmentation draws them in its first K epochs.
+        text: what turns captions into conditions; by default they are not read. An image without a caption is
+            unconditional.
+        refuse_long_texts: a caption longer than the text encoder's length is an error; otherwise it is cut, and
+            counted.
+        feature_dtype: the type that features of a text encoder are stored in.
         resume: keep the shards that an unfinished run has written.
         processes: those that share the work; each calls this with the same arguments.
 
@@ -83,21 +94,33 @@ def tokenize(
         ResumeError: nothing to resume, or shards of other images or of another tokenizer.
         TooManyUnreadableError: more than 1 % of the images cannot be read.
         FolderInUseError: another process writes ``out``.
+        CaptionError, TextError: captions that cannot be read, or are too long.
     """
     out = Path(out)
     with locked(out) if processes.is_first else nullcontext():
-        _tokenize(tokenizer, data, out, augmentation, resume, processes)
-    return TokenCache(out)
+        captions = CaptionReader(open_source(data), data.captions, text, refuse_long_texts)
+        _tokenize(tokenizer, data, out, augmentation, captions, feature_dtype, resume, processes)
+    cache = TokenCache(out)
+    if processes.is_first:
+        _warn_of_missing_texts(cache)
+    return cache
 
 
 def _tokenize(
-    tokenizer: Tokenizer, data: DataConfig, out: Path, augmentation: str, resume: bool, processes: Processes
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    out: Path,
+    augmentation: str,
+    captions: CaptionReader,
+    feature_dtype: Literal["float16", "float32"],
+    resume: bool,
+    processes: Processes,
 ) -> None:
     if out.exists():  # before any work; even an empty folder
         raise FileExistsError(f"{out} exists already; choose another folder for the tokens or remove it first")
     spec = check_size(tokenizer, data)
     views = parse_augmentation(augmentation)
-    source = open_source(data)
+    source = captions.source
     reader = views.reader(source, data)
     shards = TokenShards(
         unfinished(out),
@@ -107,6 +130,9 @@ def _tokenize(
         content="moments" if tokenizer.has_posterior else "tokens",
         classes=source.classes,
         source_fingerprint=source.fingerprint(),
+        condition=captions.text.spec,
+        text=captions.text.identities,
+        feature_dtype=feature_dtype,
     )
     if processes.is_first:
         open_unfinished(out, to_json(shards.header | _settings(data, augmentation)), resume=resume)
@@ -117,7 +143,7 @@ def _tokenize(
         reader, ShardOrder(len(source), data.batch_size, tuple(mine), SHARD_SIZE), num_workers=data.num_workers
     )
     try:
-        _write_shards(tokenizer.eval(), loader, shards, mine, data.batch_size)
+        _write_shards(tokenizer.eval(), loader, shards, mine, data.batch_size, captions)
         processes.wait()
         failures = shards.failures()
         check_failures(failures, len(source))
@@ -134,17 +160,71 @@ def _tokenize(
             log.warning("%d images could not be read and have no tokens:\n%s", len(failures), listed(failures))
         shards.write_index(count)
         tokenizer.save_pretrained(unfinished(out) / TOKENIZER)
+        if captions.text.parts:
+            captions.text.save(unfinished(out) / TEXT)
         publish(out)
     processes.wait()
 
 
+@dataclass(frozen=True)
+class CaptionReader:
+    """The captions of a source as sequences for a cache.
+
+    Attributes:
+        kind: ``own`` captions, or ``class_names``.
+        text: what turns them into sequences.
+        refuse_long: whether one that is too long is an error.
+    """
+
+    source: ImageSource
+    kind: Literal["own", "class_names"]
+    text: PromptEncoder
+    refuse_long: bool
+
+    def of(self, batch: ImageBatch) -> Sequences:
+        """By part of the condition, the sequences of each image."""
+        if not self.text.parts:
+            return {}
+        texts = [self._captions(index, label) for index, label in zip(batch.indices.tolist(), batch.labels.tolist())]
+        flat = [text for several in texts for text in several]
+        parts = self.text.encode(flat, refuse_long=self.refuse_long)
+        sequences = {}
+        for part, pieces in parts.items():
+            rest = iter(pieces)
+            sequences[part] = [list(itertools.islice(rest, len(several))) for several in texts]
+        return sequences
+
+    def _captions(self, index: int, label: int) -> Sequence[str]:
+        if self.kind == "own":
+            return self.source.captions(index)
+        return class_caption(self.source.classes[label]) if label >= 0 else ()
+
+
+def _warn_of_missing_texts(cache: TokenCache) -> None:
+    for counts in cache.texts.values():
+        if counts["samples_without"]:
+            log.warning(
+                "%d of %d images have no caption: they are unconditional%s",
+                counts["samples_without"],
+                len(cache),
+                "" if counts["texts"] else "; is captions.jsonl, .txt or data.caption_column missing?",
+            )
+        if counts["texts_cut"]:
+            log.warning("%d of %d captions are too long and were cut", counts["texts_cut"], counts["texts"])
+
+
 def _write_shards(
-    tokenizer: Tokenizer, loader: Loader, shards: TokenShards, numbers: Sequence[int], batch_size: int
+    tokenizer: Tokenizer,
+    loader: Loader,
+    shards: TokenShards,
+    numbers: Sequence[int],
+    batch_size: int,
+    captions: CaptionReader,
 ) -> None:
     """Encode the loader's batches, those of the shards ``numbers``, and write every shard as soon as it is whole."""
 
     def write(number: int, batches: Iterable[ImageBatch]) -> None:
-        samples = [shards.checked(_encode(tokenizer, b.pixels, batch_size), b.labels) for b in batches]
+        samples = [shards.checked(_encode(tokenizer, b.pixels, batch_size), b.labels, captions.of(b)) for b in batches]
         failures = {index: why for index, why in loader.failures.items() if index // SHARD_SIZE == number}
         shards.write(number, samples, failures)
         check_failures(shards.failures(), len(loader.reader))  # of all processes, and of earlier runs
@@ -159,7 +239,7 @@ def _write_shards(
 
 def _settings(data: DataConfig, augmentation: str) -> dict[str, Any]:
     """What else the shards depend on."""
-    names = ("image_size", "channels", "reading", "crop", "flip", "affine", "seed")
+    names = ("image_size", "channels", "reading", "crop", "flip", "affine", "seed", "captions")
     names += () if data.num_frames is None else ("num_frames", "frame_stride")
     values = dataclasses.asdict(data)
     return {"augmentation": augmentation, "shard_size": SHARD_SIZE, **{name: values[name] for name in names}}

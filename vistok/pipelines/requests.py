@@ -1,0 +1,146 @@
+"""What a user asks a pipeline for, as a condition: classes by name, prompts, or whatever else a generator takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from vistok.conditions import PARTS
+from vistok.pipelines.classes import ClassLabel, ClassNames
+from vistok.text import PromptEncoder
+from vistok.types import Condition, ConditionSpec
+
+Prompt = str | Sequence[str | None]
+"""A text, or several; None among them is unconditional."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is to be generated, in the words of a call of a pipeline.
+
+    Attributes:
+        class_labels: classes by id or by name, one or several.
+        prompt: texts, one or several.
+        negative_prompt: what guidance leads away from, in place of the unconditional: one text, or one for each prompt.
+        num_images: instead: this many unconditional images.
+        condition: instead: any condition that the generator takes.
+        copies: images of each class, prompt or row.
+    """
+
+    class_labels: ClassLabel | Iterable[ClassLabel] | None = None
+    prompt: Prompt | None = None
+    negative_prompt: Prompt | None = None
+    num_images: int | None = None
+    condition: Condition | None = None
+    copies: int = 1
+
+
+class Conditions:
+    """Turns requests into conditions of a generator.
+
+    Args:
+        spec: what the generator takes.
+        classes: the names of its classes.
+        text: what turns prompts into conditions.
+
+    Raises:
+        ValueError: ``text`` makes another part than the generator takes.
+    """
+
+    def __init__(self, spec: ConditionSpec, classes: ClassNames, text: PromptEncoder) -> None:
+        self.spec, self.classes, self.text = spec, classes, text
+        foreign = [part for part in text.parts if part not in spec.parts]
+        if foreign:
+            raise ValueError(f"this generator takes {spec.describe()}, but the text encoder makes {foreign[0]}")
+
+    def of(self, request: Request) -> Condition:
+        """The condition of every image, in the one way in which it was given.
+
+        Raises:
+            ValueError: none or several ways, an unknown class, or prompts without a text encoder.
+        """
+        ways = {name: getattr(request, name) is not None for name in ("class_labels", "prompt", "num_images")}
+        ways["condition"] = request.condition is not None
+        both = ways["class_labels"] and ways["prompt"] and "labels" in self.spec.parts and self.text.parts
+        if sum(ways.values()) - bool(both) != 1:
+            raise ValueError(
+                f"say what to generate by one of {', '.join(list(ways)[:-1])} and condition ({sum(ways.values())} were "
+                f"given); for this pipeline, {self._usual()} is the usual one"
+            )
+        names = ("num_images_per_label", "num_images")
+        for name, value in zip(names, (request.copies, request.num_images), strict=True):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if request.negative_prompt is not None and request.prompt is None:
+            raise ValueError("negative_prompt goes with prompt=…")
+        if request.num_images is not None:
+            return Condition.none(request.num_images)
+        condition = request.condition if ways["condition"] else self._named(request)
+        if not len(condition):
+            what = "classes" if request.prompt is None else "prompts"
+            raise ValueError(f"there is nothing to generate: the list of {what} is empty")
+        return condition[torch.arange(len(condition)).repeat_interleave(request.copies)]
+
+    def of_images(self, request: Request, count: int) -> Condition:
+        """The condition of ``count`` images that there are: one for all, one for each, or none.
+
+        Raises:
+            ValueError: another number of classes or prompts, or as ``of``.
+        """
+        if request.class_labels is None and request.prompt is None:
+            return Condition.none(count)
+        condition = self.of(request)
+        if len(condition) not in (1, count):
+            what = "class" if request.prompt is None else "prompt"
+            raise ValueError(f"give one {what}, or one for each of the {count} images; got {len(condition)}")
+        return condition[torch.arange(count) % len(condition)]
+
+    def class_ids(self, labels: ClassLabel | Iterable[ClassLabel]) -> list[int]:
+        """Ids of classes given by id or by name.
+
+        Raises:
+            ValueError: an unknown or ambiguous name, an id out of range, or a pipeline without classes.
+        """
+        if not self.classes.count:
+            raise ValueError(f"this pipeline has no classes; generate with {self._usual()}, without class labels")
+        return self.classes.resolve(labels)
+
+    def _named(self, request: Request) -> Condition:
+        """Of classes, of prompts, or of both."""
+        conditions = []
+        if request.class_labels is not None:
+            ids = torch.tensor(self.class_ids(request.class_labels), dtype=torch.int64)
+            conditions.append(Condition.from_labels(ids))
+        if request.prompt is not None:
+            conditions.append(self._prompted(request.prompt, request.negative_prompt))
+        count = max(map(len, conditions))
+        if any(len(condition) not in (1, count) for condition in conditions):
+            raise ValueError(f"there are {' and '.join(str(len(c)) for c in conditions)} class labels and prompts")
+        rows = torch.arange(count)
+        return Condition.together(*(condition[rows % len(condition)] for condition in conditions))
+
+    def _prompted(self, prompt: Prompt, negative: Prompt | None) -> Condition:
+        if not self.text.parts:
+            raise ValueError(
+                f"this pipeline has no text encoder and takes no prompt; its generator takes {self.spec.describe()}. "
+                f"Generate with {self._usual()}; a generator learns texts from `vistok tokenize --text-encoder …`"
+            )
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        condition = self.text.condition(texts)
+        if negative is None:
+            return condition
+        others = [negative] if isinstance(negative, str) else list(negative)
+        if len(others) not in (1, len(texts)):
+            raise ValueError(f"give one negative_prompt, or one for each of the {len(texts)} prompts")
+        rows = torch.arange(len(texts)) % len(others)
+        return condition.instead(self.text.condition(others)[rows])
+
+    def _usual(self) -> str:
+        if self.text.parts:
+            return 'prompt="…"'
+        if self.classes.count:
+            return "class_labels=[…]"
+        sequences = [part for part in PARTS if part != "labels" and part in self.spec.parts]
+        return "condition=…" if sequences else "num_images=…"

@@ -1,0 +1,106 @@
+"""Text encoders of Hugging Face: T5, CLIP's text tower, BERT and its kin.
+
+LlamaGen (arXiv 2406.06525) conditions on the states of flan-t5-xl, at most 120 of them, padded on the left.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vistok.checkpoints.weights import hash_weights
+from vistok.data.ragged import Piece
+from vistok.text.base import TextEncoder, TextError
+from vistok.types import FeatureSpec
+
+MOST_COPIED = 1 << 30
+"""Bytes of an encoder that is copied into the folders that need it; a larger one stays where it is."""
+
+log = logging.getLogger(__name__)
+
+
+class HuggingFaceEncoder(TextEncoder):
+    """The last states of a text model of ``transformers``.
+
+    Of a model with an encoder and a decoder it is the encoder, of a model of texts and images the tower of texts.
+
+    Args:
+        name: a local folder, or a name on the hub.
+        length: the most tokens of a text; its end mark stays when it is cut.
+
+    Raises:
+        TextError: ``transformers`` is not installed, or there is no such model.
+    """
+
+    part = "features"
+    kind = "huggingface"
+
+    def __init__(self, name: str, length: int) -> None:
+        try:
+            import transformers
+        except ImportError as error:
+            raise TextError("text encoders need `transformers`; pip install 'vistok[text]'") from error
+        self._name = str(Path(name).resolve()) if Path(name).is_dir() else name
+        try:
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(self._name)
+            self._model = _load_model(self._name).eval().requires_grad_(False)
+        except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
+            raise TextError(f"{name} is no text encoder: neither a folder nor a name on the hub ({error})") from error
+        self.spec = FeatureSpec(self._model.config.hidden_size, length)
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> list[Piece]:
+        if not texts:
+            return []
+        texts, length = list(texts), self.spec.length
+        uncut = [len(ids) for ids in self._tokenizer(texts, verbose=False)["input_ids"]]
+        rows = self._tokenizer(texts, truncation=True, max_length=length, verbose=False)["input_ids"]
+        device, longest = next(self._model.parameters()).device, max(map(len, rows))
+        ids, mask = torch.zeros(2, len(rows), longest, dtype=torch.int64).unbind(0)
+        for row, values in enumerate(rows):  # padded on the right, as encoders with absolute positions want it
+            ids[row, : len(values)] = torch.tensor(values, dtype=torch.int64)
+            mask[row, : len(values)] = 1
+        states = self._model(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state.float().cpu()
+        return [Piece(s[: len(values)].numpy(), full) for s, values, full in zip(states, rows, uncut, strict=True)]
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        digest = hashlib.sha256(repr(sorted(self._tokenizer.get_vocab().items())).encode())
+        hash_weights(digest, self._model.state_dict())
+        return {"kind": self.kind, "name": self._name, "length": self.spec.length, "hash": digest.hexdigest()}
+
+    def to(self, device: Any) -> HuggingFaceEncoder:
+        self._model.to(device)
+        return self
+
+    def save_files(self, folder: Path) -> bool:
+        source = Path(self._name)
+        if not source.is_dir():
+            return False  # the hub has it
+        files = [file for file in source.iterdir() if file.is_file() and file.suffix in (".json", ".txt", ".model")]
+        weights = sorted(source.glob("*.safetensors")) or sorted(source.glob("*.bin"))
+        size = sum(file.stat().st_size for file in weights)
+        if size > MOST_COPIED:
+            log.info("the text encoder (%.1f GiB) stays in %s", size / 2**30, source)
+            return False
+        for file in [*files, *weights]:
+            shutil.copyfile(file, folder / file.name)
+        return True
+
+
+def _load_model(name: str) -> nn.Module:
+    """The model of texts alone."""
+    from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
+    from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
+
+    if type(AutoConfig.from_pretrained(name)) in MODEL_FOR_TEXT_ENCODING_MAPPING:
+        return AutoModelForTextEncoding.from_pretrained(name)
+    return AutoModel.from_pretrained(name).text_model  # CLIP and its kin

@@ -1,0 +1,162 @@
+"""The text encoders of a pipeline or of a token cache, in one folder; and texts to a condition."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vistok.data.ragged import Piece, pad_left
+from vistok.text.base import TextEncoder, TextError
+from vistok.text.encoders import HuggingFaceEncoder
+from vistok.text.tokenizers import ByteTokenizer, FileTokenizer
+from vistok.types import Condition, ConditionSpec
+from vistok.utils.files import atomic_folder, read_json, write_json
+
+TEXT = "text_encoder"
+"""The folder's name inside of a token cache or a pipeline."""
+RECORD = "text_encoder.json"
+LENGTH = 120
+"""The most tokens of a text, unless told otherwise (LlamaGen's)."""
+KINDS = {
+    "bytes": lambda _, length: ByteTokenizer(length),
+    "tokenizers": FileTokenizer,
+    "huggingface": HuggingFaceEncoder,
+}
+
+log = logging.getLogger(__name__)
+
+
+def open_text_encoder(name: str, length: int = LENGTH) -> TextEncoder:
+    """The text encoder in a folder, or of a name on the hub; see :class:`HuggingFaceEncoder`."""
+    return HuggingFaceEncoder(name, _checked(length))
+
+
+def open_text_tokenizer(name: str, length: int = LENGTH) -> TextEncoder:
+    """``bytes``, a file of the ``tokenizers`` library, or the tokenizer of a Hugging Face folder or name."""
+    return ByteTokenizer(_checked(length)) if name == "bytes" else FileTokenizer(name, _checked(length))
+
+
+def _checked(length: int) -> int:
+    if length < 1:
+        raise ValueError(f"texts need a length of at least 1 token, got {length}")
+    return length
+
+
+def copy_encoders(source: Path, target: Path, parts: Sequence[str]) -> None:
+    """Copy the saved encoders of these parts, unopened; nothing if there are none."""
+    present = [part for part in parts if (source / part).is_dir()]
+    if present:
+        with atomic_folder(target, replace=True) as partial:
+            for part in present:
+                shutil.copytree(source / part, partial / part)
+
+
+class PromptEncoder:
+    """Turns prompts into conditions, with one text encoder or several; a saved one is opened when it is needed.
+
+    Args:
+        encoders: each of another part.
+    """
+
+    def __init__(self, encoders: Sequence[TextEncoder] = ()) -> None:
+        self._encoders = {encoder.part: encoder for encoder in encoders}
+        self.identities: dict[str, dict[str, Any]] = {part: e.identity for part, e in self._encoders.items()}
+        self._folder: Path | None = None
+        self._device: Any = None
+        if len(self._encoders) < len(encoders):
+            raise ValueError("two text encoders make the same part of a condition")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of a condition that it makes; none without an encoder."""
+        return tuple(self.identities)
+
+    @property
+    def spec(self) -> ConditionSpec:
+        """Of the conditions; opens the encoders."""
+        return ConditionSpec(**{part: self._encoder(part).spec for part in self.parts})
+
+    def encode(self, texts: Sequence[str], *, refuse_long: bool = False) -> dict[str, list[Piece]]:
+        """By part, the sequence of every text.
+
+        Raises:
+            TextError: a text is longer than the encoder's length, and ``refuse_long``.
+        """
+        sequences = {part: self._encoder(part).encode(texts) for part in self.parts}
+        for part, pieces in sequences.items() if refuse_long else ():
+            length = self._encoder(part).spec.length
+            long = [text for text, piece in zip(texts, pieces, strict=True) if piece.length > length]
+            if long:
+                raise TextError(f"a text of {part} is longer than {length} tokens: {long[0]!r}")
+        return sequences
+
+    def condition(self, texts: Sequence[str | None]) -> Condition:
+        """The condition of prompts, one a row; None is unconditional. One that is too long is cut, which is logged."""
+        given = [text for text in texts if text is not None]
+        conditions = []
+        for part, pieces in self.encode(given).items():
+            spec = self._encoder(part).spec
+            cut = [text for text, piece in zip(given, pieces, strict=True) if piece.length > spec.length]
+            if cut:
+                log.warning("%d texts were cut to %d tokens, such as %r", len(cut), spec.length, cut[0][:80])
+            rows = iter(piece.values for piece in pieces)
+            values, mask = pad_left([None if text is None else next(rows) for text in texts], spec)
+            make = Condition.from_ids if part == "ids" else Condition.from_features
+            absent = ~mask.any(1)
+            mask[absent] = True  # a null text is whole
+            conditions.append(make(values, mask).drop(absent))
+        return Condition.together(*conditions)
+
+    def to(self, device: Any) -> PromptEncoder:
+        """Encode on this device from now on; returns itself."""
+        self._device = device
+        for encoder in self._encoders.values():
+            encoder.to(device)
+        return self
+
+    def save(self, folder: Path) -> None:
+        """Write what ``load`` reads: names and hashes, and the files of local encoders."""
+        with atomic_folder(folder, replace=True) as partial:
+            for part, identity in self.identities.items():
+                inner = partial / part
+                inner.mkdir()
+                carried = self._encoder(part).save_files(inner)
+                write_json(inner / RECORD, identity | {"carried": carried})
+
+    @classmethod
+    def load(cls, folder: Path) -> PromptEncoder:
+        """The encoders in a folder, unopened; none if there is no folder.
+
+        Raises:
+            TextError: a record that is damaged.
+        """
+        saved = cls()
+        saved._folder = folder
+        for file in sorted(folder.glob(f"*/{RECORD}")):
+            try:
+                record = read_json(file)
+                saved.identities[file.parent.name] = {key: record[key] for key in ("kind", "name", "length", "hash")}
+            except (ValueError, KeyError, TypeError) as error:
+                raise TextError(f"{file} is damaged ({error!r})") from error
+        return saved
+
+    def _encoder(self, part: str) -> TextEncoder:
+        if part not in self._encoders:
+            self._encoders[part] = self._open(part, self.identities[part])
+        return self._encoders[part]
+
+    def _open(self, part: str, identity: Mapping[str, Any]) -> TextEncoder:
+        inner = self._folder / part
+        if identity["kind"] not in KINDS:
+            raise TextError(f"{inner} is of a text encoder of the kind {identity['kind']!r}; known: {', '.join(KINDS)}")
+        name = str(inner) if read_json(inner / RECORD).get("carried") else identity["name"]
+        encoder = KINDS[identity["kind"]](name, identity["length"])
+        if encoder.identity["hash"] != identity["hash"]:
+            raise TextError(
+                f"{name} is not the text encoder that the generator was trained with: its hash is "
+                f"{encoder.identity['hash']}, not {identity['hash']}"
+            )
+        return encoder if self._device is None else encoder.to(self._device)
