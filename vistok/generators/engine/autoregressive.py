@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from vistok.draws import Draws, Keys
 from vistok.generators.base import Generator
 from vistok.generators.engine.cache import KVCache, Layers
 from vistok.generators.engine.compiled import CompiledStep, SessionSteps
-from vistok.generators.engine.few_rows import layers_for
+from vistok.generators.engine.packed import DecodingCopies, DecodingCopy
 from vistok.generators.engine.sampling import DecodingOptions, draw_ids, guide
 from vistok.nn.rotary import Rows
 from vistok.types import Condition, Expands, GeneratorOutput, TokenChunk, TokenSpec
@@ -38,6 +39,15 @@ class AutoregressiveGenerator(Generator):
     blocks: nn.ModuleList
     shift_dim: int = 0  # width of the token shift's memory in the cache; 0 without one
     compiled_step: CompiledStep | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoding_copies = DecodingCopies()
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:  # training changes the weights, and needs the memory
+            self.decoding_copies.clear()
+        return super().train(mode)
 
     @abstractmethod
     def embed_condition(self, condition: Condition) -> Tensor:
@@ -153,21 +163,6 @@ class AutoregressiveGenerator(Generator):
             )
         return AutoregressiveSession(self, condition, options, draws)
 
-    def sample(
-        self,
-        condition: Condition,
-        options: DecodingOptions | None = None,
-        *,
-        draws: Draws | None = None,
-        tokenizer: Expands | None = None,
-    ) -> Tensor:
-        """Generate whole sequences: ids (B, L). On a CPU with products made for few rows, which a stream of chunks does
-        without: its caller may change the model meanwhile."""
-        guided = options is not None and options.guided
-        rows = 0 if self.compiled_step else len(condition) * (1 + guided)  # compilers choose products themselves
-        with layers_for(self, rows):
-            return super().sample(condition, options, draws=draws, tokenizer=tokenizer)
-
 
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
     """Mean of values (B,) with weights (B,), 0 where all weights are 0: a batch may hold no usable sample."""
@@ -200,6 +195,7 @@ class AutoregressiveSession:
         self._positions = torch.arange(length, device=device).expand(batch, length)
         self._valid = torch.ones(batch, 1, dtype=torch.bool, device=device)
         self.count = 0
+        self._copy = self._decoding_copy()
         self._logits = self._advance(model.embed_condition(self.rows))
         self._steps = self._compiled_steps()
 
@@ -265,9 +261,16 @@ class AutoregressiveSession:
     @torch.inference_mode()
     def _advance(self, x: Tensor) -> Tensor:
         """Logits (R, V) that follow the embeddings x (R, n, D) of the next n positions."""
+        if not self._copy.has_todays_weights():  # between two chunks of a stream its caller may train the model
+            self._copy = self._decoding_copy()
+        model = self._copy.model
         start, stop = self.cache.length, self.cache.length + x.shape[1]
-        hidden = self.model.transform(x, slice(start, stop), self._mask(start, stop), self.cache.layers)
-        return self.model.head(hidden[:, -1])
+        hidden = model.transform(x, slice(start, stop), self._mask(start, stop), self.cache.layers)
+        return model.head(hidden[:, -1])
+
+    def _decoding_copy(self) -> DecodingCopy:
+        rows = 1 if self.model.compiled_step else len(self.rows)  # compilers choose products themselves
+        return self.model.decoding_copies.of(self.model, rows)
 
     def _mask(self, start: int, stop: int) -> Tensor | None:
         """What sequence positions [start, stop) see of the first ``stop``; None where it is all, or plainly causal."""

@@ -3,7 +3,7 @@
 An eager step of a large transformer is several hundred small kernels, and on a GPU the host cannot launch them as fast
 as they run. Compiled blocks are fewer kernels; captured in a CUDA graph, the whole step costs one launch per token.
 Attention skips what is not live of the cache there, and products of a few rows are spread over the whole GPU. On a CPU
-there is nothing to gain: eager steps attend to the live part only, and multiply faster (``engine.few_rows``).
+there is nothing to gain: eager steps attend to the live part only, and multiply by packed weights (``engine.packed``).
 """
 
 from __future__ import annotations
