@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vistok.draws import Draws, Keys
-from vistok.generators.base import Generator
+from vistok.generators.base import Generator, weighted_mean
 from vistok.generators.engine.cache import KVCache, Layers
 from vistok.generators.engine.compiled import CompiledStep, SessionSteps
 from vistok.generators.engine.packed import DecodingCopies, DecodingCopy
-from vistok.generators.engine.sampling import DecodingOptions, draw_ids, guide
+from vistok.generators.engine.sampling import DecodingOptions, draw_ids
+from vistok.guidance import PLAIN
 from vistok.nn.rotary import Rows
 from vistok.types import Condition, Expands, GeneratorOutput, TokenChunk, TokenSpec
 
@@ -91,7 +92,7 @@ class AutoregressiveGenerator(Generator):
         self.compiled_step = CompiledStep(type(self.blocks[0]), backend)
 
     def cache_bytes(self, batch: int, *, guided: bool) -> int:
-        """Bytes of cache that sampling ``batch`` images will take; guidance doubles them."""
+        """Bytes of cache that sampling ``batch`` images will take; a null row doubles them."""
         rows, length = batch * (1 + guided), self.condition_length + self.spec.length
         return self.new_cache(rows, length, "meta").nbytes
 
@@ -155,8 +156,9 @@ class AutoregressiveGenerator(Generator):
         self.check_tokenizer(tokenizer)
         options = options or DecodingOptions()
         self.check_condition(condition)
-        if options.guided:
-            self.check_condition(condition.null())
+        guidance = options.guidance
+        if guidance.is_on:
+            self.check_condition(guidance.conditions(condition))
         if draws is None and options.temperature > 0:
             raise ValueError(
                 "sampling with a temperature above 0 needs draws: pass sampling_draws(Keys.range(seed, B))"
@@ -164,14 +166,8 @@ class AutoregressiveGenerator(Generator):
         return AutoregressiveSession(self, condition, options, draws)
 
 
-def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
-    """Mean of values (B,) with weights (B,), 0 where all weights are 0: a batch may hold no usable sample."""
-    total = weights.sum()
-    return (values * weights).sum() / total.where(total > 0, 1)
-
-
 class AutoregressiveSession:
-    """Cached sampling for the rows of one condition; with guidance the null rows ride in the same batch.
+    """Cached sampling for one batch of conditions; all rows of guidance ride in the same batch of the model.
 
     Attributes:
         tokens: (B, count) ids so far.
@@ -186,9 +182,10 @@ class AutoregressiveSession:
         condition = condition.to(device)
         batch, length = len(condition), model.spec.length
         self.model, self.options = model, options
-        self.scales = options.guidance_scales(length)
-        self.guided = options.guided
-        self.rows = condition.with_null() if self.guided else condition
+        self.guidance = options.guidance
+        self.rows = self.guidance.conditions(condition)
+        self._weights = [self.guidance.weights(position, length) for position in range(length)]
+        self._combine = self.guidance.start()
         self.cache = model.new_cache(len(self.rows), model.condition_length + length)
         self.uniforms = None if draws is None else draws["ids"].to(device)
         self._tokens = torch.zeros(batch, length, dtype=torch.int64, device=device)
@@ -243,9 +240,7 @@ class AutoregressiveSession:
 
     def _draw(self, position: int) -> Tensor:
         """Ids (B,) of the next position."""
-        logits = self._next_logits()
-        if self.guided:
-            logits = guide(logits, self.scales[position])
+        logits = self._combine(self._next_logits(), self._weights[position])
         uniforms = None if self.uniforms is None else self.uniforms[:, position]
         return draw_ids(logits, uniforms, self.options)
 
@@ -253,8 +248,7 @@ class AutoregressiveSession:
         """Logits (R, V) of the next position, after feeding the tokens that the cache has not seen."""
         fed = self.count - self._unseen
         if fed < self.count:
-            ids = self._tokens[:, fed : self.count]
-            ids = torch.cat([ids, ids]) if self.guided else ids
+            ids = self.guidance.repeat(self._tokens[:, fed : self.count])
             self._logits = self._advance(self.model.embed_tokens(ids, slice(fed, self.count)))
         return self._logits
 
@@ -280,8 +274,8 @@ class AutoregressiveSession:
         return torch.ones(stop - start, stop, dtype=torch.bool, device=self._tokens.device).tril(start)
 
     def _compiled_steps(self) -> SessionSteps | None:
-        """Steps of one token, where the model was told to compile them."""
-        if self.model.compiled_step is None:
+        """Steps of one token, where the model was told to compile them and rows are combined without a memory."""
+        if self.model.compiled_step is None or self.guidance.combination != PLAIN:
             return None
         last = self.model.condition_length + self.model.spec.length
         return SessionSteps(
@@ -290,7 +284,7 @@ class AutoregressiveSession:
             self.options,
             tokens=self._tokens,
             uniforms=self.uniforms,
-            scales=torch.tensor(self.scales, device=self._tokens.device) if self.guided else None,
+            weights=torch.tensor(self._weights, device=self._tokens.device),
             visible=self.model.attention_mask(self.rows, last - 1, last),
             cache=self.cache,
         )
