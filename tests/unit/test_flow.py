@@ -138,7 +138,9 @@ def two_rows(x: torch.Tensor, t: float) -> torch.Tensor:
 @given(st.floats(0, 10))
 def test_guidance_extrapolates_from_the_null_row(scale):
     x = torch.randn(2, 3)
-    torch.testing.assert_close(guided(two_rows, classifier_free(scale))(x, 0.5), -x + scale * (2 * x + 0.5))
+    torch.testing.assert_close(
+        guided(two_rows, Guidance(((), PARTS), (constant(scale),)))(x, 0.5), -x + scale * (2 * x + 0.5)
+    )
     torch.testing.assert_close(
         guided(two_rows, classifier_free(at_time(lambda t: scale * t)))(x, 0.5), -x + scale / 2 * (2 * x + 0.5)
     )
