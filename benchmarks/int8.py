@@ -4,7 +4,7 @@
     python benchmarks/int8.py --run RUN    # RUN: a run of stage generator, such as quickstart/generator
 
 Steps are those of ``sampling.py``: GPT-B, random weights, a batch of 4 with guidance, in turn with the same model in
-floating point, with products as ``sample`` computes them and as streams do. The loss is that of the run's averaged
+floating point. The loss is that of the run's averaged
 weights on the first cached tokens of its own training data.
 """
 
@@ -22,7 +22,6 @@ from sampling import DTYPES, Setting, positions, stretch
 
 from vistok.config import load_config
 from vistok.data.tokens import TokenCache
-from vistok.generators.engine.few_rows import layers_for
 from vistok.generators.engine.sampling import DecodingOptions
 from vistok.pipelines import pipeline
 from vistok.types import Condition
@@ -39,12 +38,10 @@ def main() -> None:
     for name, dtype in DTYPES.items():
         plain, int8 = (Setting(256, dtype, DecodingOptions(guidance_scale=2.0)) for _ in range(2))
         quantize_(int8.model, Int8WeightOnlyConfig())
-        took = {"int8": step_time(int8), "stream": step_time(plain)}
-        with layers_for(plain.model, len(plain.session.rows)):
-            took["sampling"] = step_time(plain)
+        took = {"int8": step_time(int8), "packed": step_time(plain)}
         figures |= {f"ms_per_step_{name}_{kind}": value for kind, value in took.items()}
-        ratios |= {f"int8_over_{name}_{kind}": took["int8"] / took[kind] for kind in ("stream", "sampling")}
-        say(f"{name}: {took['stream']:.1f} ms per step, sampling {took['sampling']:.1f} ms, int8 {took['int8']:.1f} ms")
+        ratios[f"int8_over_{name}"] = took["int8"] / took["packed"]
+        say(f"{name}: {took['packed']:.1f} ms per step, int8 {took['int8']:.1f} ms")
     if arguments.run:
         before, after = losses(Path(arguments.run), lambda model: quantize_(model, Int8WeightOnlyConfig()))
         figures |= {"loss_fp32": before, "loss_int8": after}

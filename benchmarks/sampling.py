@@ -5,9 +5,8 @@
 The model has 111 M random weights and samples a batch of 4 with guidance, 8 rows. The floor of a step is measured in
 the same run, in turn with it, so that a busy machine slows both alike: the bare matrix products of the same weights
 with 8 rows, in PyTorch's layout, plus bare scaled dot-product attention over the live part of the same cache. Sampling
-computes its products in better ways (``few_rows.py`` compares them), so it can go below that floor; packing weights for
-them takes as long as a few steps, and is not in these times. Streams, the figures with "stream", compute them as the
-floor does.
+packs its weights for a few rows, so it can go below that floor; packing takes as long as a few steps, and is not in
+these times.
 
 A step grows linearly with the cache. So the mean over a sequence is the mean over a few evenly spaced stretches of it,
 and only those are measured: the cache is filled with random keys and values, and rewound. A stretch is some steps one
@@ -27,7 +26,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 
 import torch
 from common import finish, say, use_threads
@@ -36,7 +34,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from vistok.draws import Keys
-from vistok.generators.engine.few_rows import layers_for
 from vistok.generators.engine.sampling import DecodingOptions
 from vistok.generators.llama import Llama
 from vistok.types import Condition, TokenSpec
@@ -151,18 +148,13 @@ def main() -> None:
         suffix = "" if length == 256 else f"_{length}"
         settings = {name: Setting(length, dtype, options) for name, dtype in DTYPES.items()}
         where = positions(length, arguments.positions)
-        with ExitStack() as stack:
-            for setting in settings.values():
-                stack.enter_context(layers_for(setting.model, len(setting.session.rows)))
-            if length == 256:
-                settings |= {f"{name}_stream": Setting(length, dtype, options) for name, dtype in DTYPES.items()}
-            before = peak_memory_mb()
-            took = measure(settings, where, arguments.repeats)
-            figures[f"memory_growth_mb{suffix}"] = peak_memory_mb() - before
-            if length == 1024:
-                slow = 1e3 * statistics.fmean(seconds(settings["fp32"].recompute, position) for position in where)
-                ratios["recompute_over_cached_1024"] = slow / took["fp32"]
-                figures["ms_per_step_recompute_1024"] = slow
+        before = peak_memory_mb()
+        took = measure(settings, where, arguments.repeats)
+        figures[f"memory_growth_mb{suffix}"] = peak_memory_mb() - before
+        if length == 1024:
+            slow = 1e3 * statistics.fmean(seconds(settings["fp32"].recompute, position) for position in where)
+            ratios["recompute_over_cached_1024"] = slow / took["fp32"]
+            figures["ms_per_step_recompute_1024"] = slow
         for name in DTYPES:
             ratios[f"over_floor_{name}{suffix}"] = took[name] / took[f"{name}_floor"]
         for name, setting in settings.items():
@@ -175,7 +167,6 @@ def main() -> None:
             say(f"{length} tokens, {name}: {took[name]:.1f} ms, floor {took[f'{name}_floor']:.1f} ms")
         if length == 256:
             ratios["fp32_over_bf16"] = took["fp32"] / took["bf16"]
-            figures["fp32_over_bf16_stream"] = took["fp32_stream"] / took["bf16_stream"]
     figures["peak_memory_mb"] = peak_memory_mb()
     continuous_ratios, continuous_figures = compare_all(repeats=1)
     finish("sampling", ratios | continuous_ratios, figures | continuous_figures)

@@ -56,20 +56,19 @@ def build_mar() -> MAR:
 @torch.no_grad()
 def xar_recomputed(model: XAR, condition: Condition, options: XAROptions, draws: Draws) -> Tensor:
     """xAR's sampling without a cache: every call runs over the noisy entity and all before it."""
-    layout, rows = model.layout, condition.with_null()
+    layout, rows = model.layout, options.guidance.conditions(condition)
     sequence = draws["noise"][:, :0]
     for entity, (start, stop) in enumerate(zip(layout.bounds, layout.bounds[1:])):
-        scale = options.scale_at(entity / (layout.num_entities - 1))
+        guidance = options.guidance.at(entity, layout.num_entities)
 
-        def velocity(x: Tensor, t: float, entity=entity, context=sequence) -> Tensor:
-            context = context.repeat(len(x) // BATCH, 1, 1)
+        def velocity(x: Tensor, t: float, entity=entity, context=sequence, guidance=guidance) -> Tensor:
+            context = guidance.repeat(context)
             times = torch.tensor([0.0] * entity + [t]).expand(len(x), -1)
             out = model.velocity(torch.cat([context, x.float()], 1), times, rows[: len(x)])
             return out[:, context.shape[1] :].to(x)
 
-        field = velocity if scale == 1 else guided(velocity, scale)
         noise, steps = draws["noise"][:, start:stop].double(), draws["steps"][:, :, start:stop].double()
-        sequence = torch.cat([sequence, last(options.solve(field, noise, steps)).x.float()], 1)
+        sequence = torch.cat([sequence, last(options.solve(guided(velocity, guidance), noise, steps)).x.float()], 1)
     return layout.to_raster(sequence)
 
 
@@ -77,10 +76,13 @@ def xar_recomputed(model: XAR, condition: Condition, options: XAROptions, draws:
 def mar_recomputed(model: MAR, condition: Condition, options: MAROptions, draws: Draws) -> Tensor:
     """MAR's sampling with a head that denoises every unknown token in every iteration."""
     order, noise = draws["order"], draws["noise"]
-    diffusion, classes = model.diffusion.respaced(options.respace(1000)), model.embed_classes(condition.with_null())
+    diffusion, classes = (
+        model.diffusion.respaced(options.respace(1000)),
+        model.embed_classes(options.guidance.conditions(condition)),
+    )
     tokens, before = torch.zeros(BATCH, model.length, model.token_dim), model.length
     for left in masks_left(model.length, options.num_iter):
-        scale = options.scale_at((model.length - max(left, 1)) / model.length)
+        scale = options.guidance.weights(model.length - max(left, 1), model.length + 1)[0]
         visible, unknown = order[:, before:].sort(1).values.repeat(2, 1), order[:, :before]
         z = model.decode(model.encode(tokens.repeat(2, 1, 1), visible, classes), visible)
         rows = model.head.condition(take(z, unknown.repeat(2, 1))).flatten(0, 1)

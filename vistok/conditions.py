@@ -335,10 +335,6 @@ class Condition:
         """The unconditional rows of this condition. Masks stay: both halves see one prompt length."""
         return self.without()
 
-    def with_null(self) -> Condition:
-        """This condition followed by its null rows, (2B,): the batch of classifier-free guidance."""
-        return Condition.cat([self, self.null()])
-
 
 def _cat(parts: Sequence[ConditionPart]) -> ConditionPart:
     """The rows of all, one after another; one without a mask is valid everywhere."""

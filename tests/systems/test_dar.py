@@ -245,7 +245,7 @@ def test_a_prefix_of_a_reference_image_is_kept_and_the_rest_follows_each_label(m
         pass
     assert torch.equal(session.tokens[:, :4], ids[:1, :4].expand(3, -1))
     # What follows is what the model says of the prefix and the label.
-    scale = options.guidance_scales(TOKENS)[4]
+    scale = options.guidance.weights(4, TOKENS)[0]
     conditional = generator.logits(session.tokens, condition)[:, 4]
     null = generator.logits(session.tokens, condition.null())[:, 4]
     probabilities = (null + scale * (conditional - null)).softmax(-1)

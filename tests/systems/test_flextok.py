@@ -20,7 +20,7 @@ from vistok.checkpoints import CheckpointError, convert
 from vistok.cli import main
 from vistok.data.pictures import from_pil, to_pil
 from vistok.draws import Keys
-from vistok.flow import APG
+from vistok.guidance import APG
 from vistok.pipelines.samples import reconstruct_prefixes
 from vistok.tokenizers.flextok.model import FlexTok, kept_tokens
 from vistok.tokenizers.flextok.networks import AlignmentConfig

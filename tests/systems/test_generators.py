@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.three_rows import combined, with_three_rows
 from support.tiny_models import CAPTIONS, captions, labels, next_token_generators, tiny, token_ids
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -93,6 +94,19 @@ def test_guidance_rows_equal_two_passes(setup):
     conditional, null = torch.stack(calls, 1).chunk(2)
     torch.testing.assert_close(conditional, model.logits(ids, condition), **TOLERANCE)
     torch.testing.assert_close(null, model.logits(ids, condition.null()), **TOLERANCE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", GENERATORS)
+def test_three_rows_equal_three_passes(name, compiled):
+    model, condition, other = tiny(name), labels(0, 4, 1), labels(2, 0, 3)
+    options = with_three_rows(DecodingOptions, other)(temperature=0.0)
+    if compiled:
+        model.compile_decoding("eager")
+    ids = model.sample(condition, options)
+    passes = [model.logits(ids, one) for one in (condition, other, condition.null())]
+    assert torch.equal(combined(passes).argmax(-1), ids)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.three_rows import WEIGHTS, with_three_rows
 from torch import Tensor
 
 import vistok
@@ -83,31 +84,33 @@ def test_chunks_fill_the_raster_once(patch_size):
 
 
 @torch.no_grad()
-def test_guided_rows_equal_separate_passes():
-    model, draws = tiny(), draw(tiny())
+@pytest.mark.parametrize("rows", [2, 3])
+def test_guided_rows_equal_separate_passes(rows):
+    model, draws, other = tiny(), draw(tiny()), Condition.from_labels([4, 0, 2])
+    chosen_options = options() if rows == 2 else with_three_rows(MAROptions, other)(**vars(options()))
+    conditions = [LABELS, *[other] * (rows - 2), LABELS.null()]
     order, noise = draws["order"], draws["noise"]
     tokens, before = torch.zeros(3, 16, 3), 16
     diffusion = model.diffusion.respaced(strided_timesteps(1000, 5))
     for left in masks_left(16, 4):
         scale = 1 + (2.0 - 1) * (16 - max(left, 1)) / 16
+        weights = (scale, 1 - scale) if rows == 2 else WEIGHTS
         visible, chosen = order[:, before:].sort(1).values, order[:, left:before]
-        z = [
-            model.decode(model.encode(tokens, visible, model.embed_classes(half)), visible)
-            for half in (LABELS, LABELS.null())
-        ]
+        z = [model.decode(model.encode(tokens, visible, model.embed_classes(one)), visible) for one in conditions]
         for row in range(3):
             for position in chosen[row].tolist():
-                conditions = [model.head.condition(half[row, position][None]) for half in z]
+                inputs = [model.head.condition(one[row, position][None]) for one in z]
 
-                def network(x, t, conditions=conditions, scale=scale):
-                    given, null = (model.head(x, torch.tensor([t]), c) for c in conditions)
-                    return torch.cat([null[:, :3] + scale * (given - null)[:, :3], given[:, 3:]], 1)
+                def network(x, t, inputs=inputs, weights=weights):
+                    outputs = [model.head(x, torch.tensor([t]), one) for one in inputs]
+                    noise = sum(weight * output[:, :3] for weight, output in zip(weights, outputs))
+                    return torch.cat([noise, outputs[0][:, 3:]], 1)
 
                 start, *steps = noise[row, :, position, None]
                 *_, state = diffusion.ancestral(network, start, steps)
                 tokens[row, position] = state.x[0]
         before = left
-    torch.testing.assert_close(model.sample(LABELS, options(), draws=draws), tokens, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(model.sample(LABELS, chosen_options, draws=draws), tokens, atol=1e-4, rtol=1e-3)
 
 
 def test_a_sample_does_not_depend_on_its_batch():
@@ -391,12 +394,12 @@ def twice(positions) -> None:
         (lambda: tiny(patch_size=3), "patch_size 3 does not divide the token grid"),
         (lambda: tiny(spec=TokenSpec(16, 32, 3, grid=(4, 4))), "MAR generates continuous latents"),
         (lambda: tiny(mask_rate_min=1.0), "mask_rate_min must lie in"),
-        (lambda: options(guidance_scale=-0.5), "must not be negative"),
+        (lambda: options(guidance_scale=-0.5), "not negative"),
         (lambda: options(num_steps=1), r"num_steps 1 of them \(at least 2\)"),
         (lambda: MAROptions(num_steps=1), "num_steps must lie between 2 and the 1000"),
         (lambda: options(num_steps=400), "no stride through 1000 timesteps visits num_steps 400"),
         (lambda: options(num_iter=0), "num_iter must be at least 1"),
-        (lambda: options(temperature=-1.0), "temperature must not be negative"),
+        (lambda: options(temperature=-1.0), "temperature must be finite and not negative"),
         (lambda: options(step_spacing="odd"), "step_spacing must be"),
         (lambda: tiny().start(Condition.from_labels([5]), draws=draw(tiny())), "class label 5"),
         (lambda: tiny().start(LABELS, options()), "pass sampling_draws"),

@@ -100,12 +100,12 @@ def test_a_sample_does_not_depend_on_its_batch():
 
 
 @pytest.mark.parametrize(
-    ("schedule", "first", "last"), [("constant", 4, 4), ("linear", 1, 3.25), ("power-cosine", 1, 3.56)]
+    ("schedule", "first", "last"), [("constant", 4, 4), ("linear-done", 1, 3.25), ("power-cosine", 1, 3.56)]
 )
 def test_guidance_schedules(schedule, first, last):
     options = MaskGITOptions(num_steps=4, guidance_scale=4.0, guidance_schedule=schedule)
-    assert options.scale_at(0) == pytest.approx(first)
-    assert options.scale_at(3) == pytest.approx(last, abs=0.01)
+    assert options.guidance.weights(0, 4)[0] == pytest.approx(first)
+    assert options.guidance.weights(3, 4)[0] == pytest.approx(last, abs=0.01)
 
 
 def test_edited_tokens_change_where_asked_and_nowhere_else():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.three_rows import with_three_rows
 from torch import Tensor
 
 import vistok
@@ -69,17 +70,21 @@ def sample_uncached(model: XAR, condition: Condition, chosen: XAROptions, draws:
     sequence = torch.zeros(count, 0, model.spec.dim)
     for entity in range(layout.num_entities):
         here = slice(layout.bounds[entity], layout.bounds[entity + 1])
-        progress = entity / (layout.num_entities - 1) if layout.num_entities > 1 else 1.0
+        guidance = chosen.guidance.at(entity, layout.num_entities)
 
-        def field(x, t, entity=entity, context=sequence):
+        conditions = guidance.conditions(condition)
+
+        def field(x, t, entity=entity, context=sequence, conditions=conditions):
             times = torch.tensor([0.0] * entity + [t]).expand(count, -1)
-            halves = zip(x.chunk(2), (condition, condition.null()))
-            rows = [model.velocity(torch.cat([context, half.float()], 1), times, c) for half, c in halves]
+            rows = [
+                model.velocity(torch.cat([context, part.float()], 1), times, conditions[i * count : (i + 1) * count])
+                for i, part in enumerate(x.split(count))
+            ]
             return torch.cat(rows)[:, context.shape[1] :].to(x)
 
         steps = draws["steps"][:, :, here].double() if "steps" in draws else None
         start = draws["noise"][:, here].double()
-        *_, state = chosen.solve(guided(field, chosen.scale_at(progress)), start, steps)
+        *_, state = chosen.solve(guided(field, guidance), start, steps)
         sequence = torch.cat([sequence, state.x.float()], 1)
     return layout.to_raster(sequence)
 
@@ -92,6 +97,26 @@ def test_cached_sampling_equals_uncached_with_separate_guidance_passes(name, sol
     cached = model.sample(LABELS, chosen, draws=draws)
     assert cached.std() > 0.1
     torch.testing.assert_close(cached, sample_uncached(model, LABELS, chosen, draws), atol=1e-4, rtol=1e-4)
+
+
+def test_three_rows_equal_three_passes():
+    model, chosen = tiny(), with_three_rows(XAROptions, Condition.from_labels([4, 0, 1]))(num_steps=4)
+    draws = draw(model, chosen)
+    expected = sample_uncached(model, LABELS, chosen, draws)
+    torch.testing.assert_close(model.sample(LABELS, chosen, draws=draws), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 2), (1, 3), (3, 4)])
+def test_guidance_may_be_left_out_for_some_entities(start, stop):
+    model, chosen = tiny(), options(guidance_schedule="constant", guidance_interval=(start, stop))
+    draws = draw(model, chosen)
+    expected = sample_uncached(model, LABELS, chosen, draws)
+    torch.testing.assert_close(model.sample(LABELS, chosen, draws=draws), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_contexts_with_noise_may_be_half_precision():
+    model, chosen = tiny().to(torch.bfloat16), options(context_noise=0.2)
+    assert model.sample(LABELS, chosen, draws=draw(model, chosen)).isfinite().all()
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -214,7 +239,8 @@ def test_linear_guidance_leaves_the_first_entity_alone():
     torch.testing.assert_close(ramp[:, first], plain[:, first])
     assert (ramp - plain)[:, second].abs().max() > 1e-3
     assert (constant - plain)[:, first].abs().max() > 1e-3
-    assert [round(options(guidance_scale=4.0).scale_at(i / 3), 6) for i in range(4)] == [1, 2, 3, 4]
+    guidance = options(guidance_scale=4.0).guidance
+    assert [round(guidance.weights(i, 4)[0], 6) for i in range(4)] == [1, 2, 3, 4]
 
 
 def test_network_calls_and_tokens_per_call():
@@ -284,12 +310,12 @@ def test_unconditional():
     [
         (lambda: tiny(LayoutConfig("cell", 3)), "cell of 3x3 does not divide the token grid 4x4"),
         (lambda: tiny(spec=TokenSpec(16, 32, 3, grid=(4, 4))), "XAR generates continuous latents"),
-        (lambda: options(guidance_scale=-1.0), "must not be negative"),
+        (lambda: options(guidance_scale=-1.0), "not negative"),
         (lambda: options(num_steps=1), "at least 2 for the stochastic solver"),
         (lambda: options(num_steps=0, solver="euler"), "at least 1"),
         (lambda: options(context_noise=1.0), r"must lie in \[0, 1\)"),
         (lambda: options(solver="heun"), "solver must be"),
-        (lambda: options(guidance_schedule="cosine"), "guidance_schedule must be"),
+        (lambda: options(guidance_schedule="quadratic"), "guidance_schedule must be"),
         (lambda: tiny().start(Condition.from_labels([5]), draws=draw(tiny(), options())), "class label 5"),
         (lambda: tiny().start(LABELS, options()), "pass sampling_draws"),
         (lambda: tiny()(latents(), LABELS), "pass training_draws"),

@@ -77,7 +77,8 @@ def test_negative_labels_are_unconditional():
 
 def test_guidance_stacks_null_rows_behind_and_keeps_the_mask():
     mask = torch.tensor([[0, 1], [1, 1]])
-    both = Condition.from_features(torch.randn(2, 2, 3), mask).with_null()
+    one = Condition.from_features(torch.randn(2, 2, 3), mask)
+    both = Condition.cat([one, one.null()])
     assert both.dropped.tolist() == [False, False, True, True]
     assert torch.equal(both.mask, torch.cat([mask, mask]).bool())
     assert torch.equal(both.features[2:], both.features[:2])

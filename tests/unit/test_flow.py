@@ -9,18 +9,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vistok.conditions import PARTS
 from vistok.flow import (
-    APG,
     SOLVERS,
     LinearPath,
     TimeSampling,
     adams_bashforth2,
     euler,
     guided,
-    is_guided,
     last,
     shift_time,
 )
+from vistok.guidance import APG, Guidance, at_time, classifier_free, constant
 
 PATHS = [LinearPath(noise_at=0), LinearPath(noise_at=1)]
 
@@ -138,33 +138,55 @@ def two_rows(x: torch.Tensor, t: float) -> torch.Tensor:
 @given(st.floats(0, 10))
 def test_guidance_extrapolates_from_the_null_row(scale):
     x = torch.randn(2, 3)
-    torch.testing.assert_close(guided(two_rows, scale)(x, 0.5), -x + scale * (2 * x + 0.5))
-    torch.testing.assert_close(guided(two_rows, lambda t: scale * t)(x, 0.5), -x + scale / 2 * (2 * x + 0.5))
+    torch.testing.assert_close(
+        guided(two_rows, Guidance(((), PARTS), (constant(scale),)))(x, 0.5), -x + scale * (2 * x + 0.5)
+    )
+    torch.testing.assert_close(
+        guided(two_rows, classifier_free(at_time(lambda t: scale * t)))(x, 0.5), -x + scale / 2 * (2 * x + 0.5)
+    )
 
 
 def test_scale_1_is_no_guidance():
-    assert not is_guided(1.0)
-    assert is_guided(1.5)
-    assert is_guided(lambda t: 1.0)
     x = torch.randn(2, 3)
-    for apg in (None, APG()):
-        torch.testing.assert_close(guided(two_rows, 1.0, apg)(x, 0.5), x + 0.5)
+    assert torch.equal(guided(lambda x, t: x + t, classifier_free(1.0))(x, 0.5), x + 0.5)
+    assert torch.equal(guided(two_rows, classifier_free(at_time(lambda t: 1.0)))(x, 0.5), x + 0.5)
+    apg = classifier_free(at_time(lambda t: 1.0), combination=APG())
+    torch.testing.assert_close(guided(two_rows, apg)(x, 0.5), x + 0.5)
+
+
+@given(st.floats(-3, 3), st.floats(-3, 3))
+def test_three_rows_equal_three_passes(first, second):
+    passes = [lambda x, t: x + t, lambda x, t: x * t, lambda x, t: -x]
+
+    def three_rows(x: torch.Tensor, t: float) -> torch.Tensor:
+        return torch.cat([one(part, t) for one, part in zip(passes, x.chunk(3))])
+
+    x = torch.randn(2, 3, dtype=torch.float64)
+    field = guided(three_rows, Guidance(((), PARTS, PARTS), (constant(first), at_time(lambda t: second * t))))
+    weights = first, second / 2 - first, 1 - second / 2
+    torch.testing.assert_close(field(x, 0.5), sum(w * one(x, 0.5) for w, one in zip(weights, passes)))
 
 
 def test_apg_adds_a_short_vector_across_the_conditional_velocity():
     generator = torch.Generator().manual_seed(0)
     conditional, null = (10 * torch.randn(2, 3, 4, 4, generator=generator) for _ in range(2))
-    added = guided(lambda x, t: torch.cat([conditional, null]), 2.0, APG())(conditional, 0.5) - conditional
+    added = (
+        guided(lambda x, t: torch.cat([conditional, null]), classifier_free(2.0, combination=APG()))(conditional, 0.5)
+        - conditional
+    )
     assert (added.flatten(1).norm(dim=1) <= 2.5 + 1e-4).all()
     torch.testing.assert_close((added * conditional).flatten(1).sum(1), torch.zeros(2), rtol=0, atol=1e-3)
     # Without its three changes it is plain guidance.
-    plain = guided(lambda x, t: torch.cat([conditional, null]), 2.0, APG(momentum=0, eta=1, norm_threshold=0))
+    plain = guided(
+        lambda x, t: torch.cat([conditional, null]),
+        classifier_free(2.0, combination=APG(momentum=0, eta=1, norm_threshold=0)),
+    )
     torch.testing.assert_close(plain(conditional, 0.5), 2 * conditional - null)
 
 
 def test_apg_remembers_within_a_trajectory_only():
     x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
-    field = guided(two_rows, 3.0, APG(momentum=-0.5))
+    field = guided(two_rows, classifier_free(3.0, combination=APG(momentum=-0.5)))
     first, second = field(x, 0.5), field(x, 0.5)
     assert not torch.allclose(first, second)
-    torch.testing.assert_close(guided(two_rows, 3.0, APG(momentum=-0.5))(x, 0.5), first)
+    torch.testing.assert_close(guided(two_rows, classifier_free(3.0, combination=APG(momentum=-0.5)))(x, 0.5), first)

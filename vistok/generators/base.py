@@ -186,3 +186,9 @@ class Generator(Model):
                 "this generator was built without a null class (condition_dropout 0): it cannot generate "
                 f"unconditionally or with guidance, and every sample needs {self.condition_spec.describe()}"
             )
+
+
+def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """Mean of values (B,) with weights (B,), 0 where all weights are 0: a batch may hold no usable sample."""
+    total = weights.sum()
+    return (values * weights).sum() / total.where(total > 0, 1)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import vistok
-from vistok.flow import APG, LinearPath, Scale, TimeSampling, last
+from vistok.flow import LinearPath, TimeSampling, last
+from vistok.guidance import APG, Scale
 from vistok.quantizers import FSQ
 from vistok.tokenizers.flextok.model import FlexTok
 from vistok.tokenizers.flextok.networks import FlowDecoder, denoise

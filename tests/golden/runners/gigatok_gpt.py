@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vistok.generators.engine.ratio_schedules import WINDOWS, ratio_scale
 from vistok.generators.engine.sampling import DecodingOptions, filter_logits
 from vistok.generators.llama import Llama
+from vistok.guidance import Guidance, classifier_free, named
+from vistok.guidance.schedules import WINDOWS
 from vistok.types import Condition
 
 from ..decoding import refuse
@@ -46,16 +47,15 @@ def probe(case: Case, step: Step) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Scheduled(DecodingOptions):
-    """Greedy decoding with a guidance scale for each token."""
+    """Greedy decoding with a guidance scale for each token; those behind are unguided."""
 
     scales: tuple[float, ...] = ()
 
     @property
-    def guided(self) -> bool:
-        return any(scale != 1 for scale in self.scales)
-
-    def guidance_scales(self, length: int) -> list[float]:
-        return [*self.scales, *[1.0] * (length - len(self.scales))]
+    def guidance(self) -> Guidance:
+        if all(scale == 1 for scale in self.scales):
+            return classifier_free(1.0)
+        return classifier_free(lambda step, steps: self.scales[step] if step < len(self.scales) else 1.0)
 
 
 def _scales(step: Step) -> tuple[float, ...]:
@@ -63,9 +63,12 @@ def _scales(step: Step) -> tuple[float, ...]:
     name, scale = args.get("guidance_schedule", "constant"), args.get("guidance_scale", 1.0)
     if scale <= 1:  # the reference turns guidance off
         return (1.0,) * steps
-    start, stop = WINDOWS.get(name, (0.0, 1.0))
-    window = (args.get("window_start", start), args.get("window_stop", args.get("window_end", stop)))
-    scales = [ratio_scale(name, scale, i, steps, window=window) for i in range(steps)]
+    window = None
+    if name in WINDOWS:
+        start, stop = WINDOWS[name]
+        window = (args.get("window_start", start), args.get("window_stop", args.get("window_end", stop)))
+    schedule = named({"linear": "linear_ratio"}.get(name, name), scale, window=window)
+    scales = [schedule(i, steps) for i in range(steps)]
     interval = args.get("guidance_interval", -1)  # the last loop index that is guided; the loop begins at token 1
     guided = steps if interval is None or interval < 0 else interval + 2
     if args.get("guided_tokens", min(guided, steps)) != min(guided, steps):

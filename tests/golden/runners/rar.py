@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vistok.generators.engine.sampling import DecodingOptions
 from vistok.generators.rar import RAR
-from vistok.generators.rar.sampling import RAROptions, power_cosine
+from vistok.guidance.schedules import power_cosine
 from vistok.types import Condition
 
 from ..harness import Case, GoldenFailure, Step, runner
@@ -81,23 +82,24 @@ def schedule(case: Case, step: Step) -> dict[str, Tensor]:
     args = step.args
     if args.get("kind", "power_cosine") != "power_cosine":
         raise GoldenFailure(f"{step.id}: schedule {args['kind']!r} is not computed, only power_cosine")
-    return step.answers(
-        torch.tensor(power_cosine(args["guidance_scale"], args["guidance_scale_pow"], args["num_steps"]))
-    )
+    scale_at, steps = power_cosine(args["guidance_scale"], args["guidance_scale_pow"]), args["num_steps"]
+    return step.answers(torch.tensor([scale_at(i, steps) for i in range(steps)]))
 
 
-def _options(step: Step) -> RAROptions:
+def _options(step: Step) -> DecodingOptions:
     args = step.args
     guided = args.get("guided", args.get("guidance_scale", 0.0) != 0)
     kind = args.get("guidance_schedule", "power_cosine")
     if guided and kind not in ("power_cosine", "constant"):
         raise GoldenFailure(f"{step.id}: guidance_schedule {kind!r} is not computed")
-    return RAROptions(
+    rising = guided and kind == "power_cosine"
+    return DecodingOptions(
         temperature=0.0 if args["greedy"] else args.get("temperature", 1.0),
         top_k=args.get("top_k", 0),
         top_p=args.get("top_p", 1.0),
         guidance_scale=args["guidance_scale"] if guided else 1.0,
-        guidance_power=args.get("guidance_scale_pow", 0.0) if guided and kind == "power_cosine" else None,
+        guidance_schedule="power-cosine" if rising else "constant",
+        guidance_power=args.get("guidance_scale_pow", 0.0) if rising else None,
     )
 
 
@@ -114,9 +116,9 @@ def _log_probs(model: RAR, step: Step, tokens: Tensor) -> Tensor:
     """(B, L, V) after guidance and temperature, from one pass over the tokens."""
     condition, options = Condition.from_labels(step.tensor("labels", 0)), _options(step)
     logits = model.logits(tokens, condition)
-    if options.guided:
-        null = model.logits(tokens, condition.null())
-        scales = torch.tensor(options.guidance_scales(model.spec.length))[:, None]
+    if options.guidance.is_on:
+        null, length = model.logits(tokens, condition.null()), model.spec.length
+        scales = torch.tensor([options.guidance.weights(i, length)[0] for i in range(length)])[:, None]
         logits = null + scales * (logits - null)
     return (logits / step.args.get("temperature", 1.0)).log_softmax(-1)
 

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vistok.draws import Draws, Keys
-from vistok.generators.base import Generator
+from vistok.generators.base import Generator, weighted_mean
 from vistok.generators.engine.cache import KVCache, Layers
 from vistok.generators.engine.compiled import CompiledStep, SessionSteps
-from vistok.generators.engine.few_rows import layers_for
-from vistok.generators.engine.sampling import DecodingOptions, draw_ids, guide
+from vistok.generators.engine.packed import DecodingCopies, DecodingCopy
+from vistok.generators.engine.sampling import DecodingOptions, draw_ids
+from vistok.guidance import PLAIN
 from vistok.nn.rotary import Rows
 from vistok.types import Condition, Expands, GeneratorOutput, TokenChunk, TokenSpec
 
@@ -38,6 +40,15 @@ class AutoregressiveGenerator(Generator):
     blocks: nn.ModuleList
     shift_dim: int = 0  # width of the token shift's memory in the cache; 0 without one
     compiled_step: CompiledStep | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoding_copies = DecodingCopies()
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:  # training changes the weights, and needs the memory
+            self.decoding_copies.clear()
+        return super().train(mode)
 
     @abstractmethod
     def embed_condition(self, condition: Condition) -> Tensor:
@@ -81,7 +92,7 @@ class AutoregressiveGenerator(Generator):
         self.compiled_step = CompiledStep(type(self.blocks[0]), backend)
 
     def cache_bytes(self, batch: int, *, guided: bool) -> int:
-        """Bytes of cache that sampling ``batch`` images will take; guidance doubles them."""
+        """Bytes of cache that sampling ``batch`` images will take; a null row doubles them."""
         rows, length = batch * (1 + guided), self.condition_length + self.spec.length
         return self.new_cache(rows, length, "meta").nbytes
 
@@ -145,38 +156,18 @@ class AutoregressiveGenerator(Generator):
         self.check_tokenizer(tokenizer)
         options = options or DecodingOptions()
         self.check_condition(condition)
-        if options.guided:
-            self.check_condition(condition.null())
+        guidance = options.guidance
+        if guidance.is_on:
+            self.check_condition(guidance.conditions(condition))
         if draws is None and options.temperature > 0:
             raise ValueError(
                 "sampling with a temperature above 0 needs draws: pass sampling_draws(Keys.range(seed, B))"
             )
         return AutoregressiveSession(self, condition, options, draws)
 
-    def sample(
-        self,
-        condition: Condition,
-        options: DecodingOptions | None = None,
-        *,
-        draws: Draws | None = None,
-        tokenizer: Expands | None = None,
-    ) -> Tensor:
-        """Generate whole sequences: ids (B, L). On a CPU with products made for few rows, which a stream of chunks does
-        without: its caller may change the model meanwhile."""
-        guided = options is not None and options.guided
-        rows = 0 if self.compiled_step else len(condition) * (1 + guided)  # compilers choose products themselves
-        with layers_for(self, rows):
-            return super().sample(condition, options, draws=draws, tokenizer=tokenizer)
-
-
-def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
-    """Mean of values (B,) with weights (B,), 0 where all weights are 0: a batch may hold no usable sample."""
-    total = weights.sum()
-    return (values * weights).sum() / total.where(total > 0, 1)
-
 
 class AutoregressiveSession:
-    """Cached sampling for the rows of one condition; with guidance the null rows ride in the same batch.
+    """Cached sampling for one batch of conditions; all rows of guidance ride in the same batch of the model.
 
     Attributes:
         tokens: (B, count) ids so far.
@@ -191,15 +182,17 @@ class AutoregressiveSession:
         condition = condition.to(device)
         batch, length = len(condition), model.spec.length
         self.model, self.options = model, options
-        self.scales = options.guidance_scales(length)
-        self.guided = options.guided
-        self.rows = condition.with_null() if self.guided else condition
+        self.guidance = options.guidance
+        self.rows = self.guidance.conditions(condition)
+        self._weights = [self.guidance.weights(position, length) for position in range(length)]
+        self._combine = self.guidance.start()
         self.cache = model.new_cache(len(self.rows), model.condition_length + length)
         self.uniforms = None if draws is None else draws["ids"].to(device)
         self._tokens = torch.zeros(batch, length, dtype=torch.int64, device=device)
         self._positions = torch.arange(length, device=device).expand(batch, length)
         self._valid = torch.ones(batch, 1, dtype=torch.bool, device=device)
         self.count = 0
+        self._copy = self._decoding_copy()
         self._logits = self._advance(model.embed_condition(self.rows))
         self._steps = self._compiled_steps()
 
@@ -247,9 +240,7 @@ class AutoregressiveSession:
 
     def _draw(self, position: int) -> Tensor:
         """Ids (B,) of the next position."""
-        logits = self._next_logits()
-        if self.guided:
-            logits = guide(logits, self.scales[position])
+        logits = self._combine(self._next_logits(), self._weights[position])
         uniforms = None if self.uniforms is None else self.uniforms[:, position]
         return draw_ids(logits, uniforms, self.options)
 
@@ -257,17 +248,23 @@ class AutoregressiveSession:
         """Logits (R, V) of the next position, after feeding the tokens that the cache has not seen."""
         fed = self.count - self._unseen
         if fed < self.count:
-            ids = self._tokens[:, fed : self.count]
-            ids = torch.cat([ids, ids]) if self.guided else ids
+            ids = self.guidance.repeat(self._tokens[:, fed : self.count])
             self._logits = self._advance(self.model.embed_tokens(ids, slice(fed, self.count)))
         return self._logits
 
     @torch.inference_mode()
     def _advance(self, x: Tensor) -> Tensor:
         """Logits (R, V) that follow the embeddings x (R, n, D) of the next n positions."""
+        if not self._copy.has_todays_weights():  # between two chunks of a stream its caller may train the model
+            self._copy = self._decoding_copy()
+        model = self._copy.model
         start, stop = self.cache.length, self.cache.length + x.shape[1]
-        hidden = self.model.transform(x, slice(start, stop), self._mask(start, stop), self.cache.layers)
-        return self.model.head(hidden[:, -1])
+        hidden = model.transform(x, slice(start, stop), self._mask(start, stop), self.cache.layers)
+        return model.head(hidden[:, -1])
+
+    def _decoding_copy(self) -> DecodingCopy:
+        rows = 1 if self.model.compiled_step else len(self.rows)  # compilers choose products themselves
+        return self.model.decoding_copies.of(self.model, rows)
 
     def _mask(self, start: int, stop: int) -> Tensor | None:
         """What sequence positions [start, stop) see of the first ``stop``; None where it is all, or plainly causal."""
@@ -277,8 +274,8 @@ class AutoregressiveSession:
         return torch.ones(stop - start, stop, dtype=torch.bool, device=self._tokens.device).tril(start)
 
     def _compiled_steps(self) -> SessionSteps | None:
-        """Steps of one token, where the model was told to compile them."""
-        if self.model.compiled_step is None:
+        """Steps of one token, where the model was told to compile them and rows are combined without a memory."""
+        if self.model.compiled_step is None or self.guidance.combination != PLAIN:
             return None
         last = self.model.condition_length + self.model.spec.length
         return SessionSteps(
@@ -287,7 +284,7 @@ class AutoregressiveSession:
             self.options,
             tokens=self._tokens,
             uniforms=self.uniforms,
-            scales=torch.tensor(self.scales, device=self._tokens.device) if self.guided else None,
+            weights=torch.tensor(self._weights, device=self._tokens.device),
             visible=self.model.attention_mask(self.rows, last - 1, last),
             cache=self.cache,
         )

@@ -3,7 +3,7 @@
 An eager step of a large transformer is several hundred small kernels, and on a GPU the host cannot launch them as fast
 as they run. Compiled blocks are fewer kernels; captured in a CUDA graph, the whole step costs one launch per token.
 Attention skips what is not live of the cache there, and products of a few rows are spread over the whole GPU. On a CPU
-there is nothing to gain: eager steps attend to the live part only, and multiply faster (``engine.few_rows``).
+there is nothing to gain: eager steps attend to the live part only, and multiply by packed weights (``engine.packed``).
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from vistok.generators.engine.cache import KVCache, Layers
-from vistok.generators.engine.sampling import DecodingOptions, draw_ids, guide
+from vistok.generators.engine.sampling import DecodingOptions, draw_ids
 from vistok.generators.engine.split import split_layers
+from vistok.guidance import weighted_sum
 from vistok.nn.attention import Mask
 from vistok.nn.flex import FEWEST_CHANNELS, LiveKeys
 from vistok.nn.rotary import Rows
@@ -61,7 +62,7 @@ class CompiledStep:
         fed: Tensor,
         tokens: Tensor,
         uniforms: Tensor | None,
-        scales: Tensor | None,
+        weights: Tensor,
         visible: Tensor | None,
         layers: Layers,
         computing: NextTokenModel,
@@ -73,15 +74,15 @@ class CompiledStep:
             fed: (1,) int64, the sequence position of the token before.
             tokens: (B, L) ids.
             uniforms: (B, L), or None for greedy decoding.
-            scales: (L,) guidance scales, or None without guidance.
+            weights: (L, rows of guidance), how much each counts at every position.
             visible: bool (R or 1, 1, 1, T + L), what the last position of all sees; None is everything.
             layers: caches that write at ``fed``.
             computing: the model ``with_blocks`` that are compiled.
         """
         keys = seen_keys_for(tokens.device, model.blocks[0].attn.head_dim)
-        x, mask = self._before(model, position, fed, tokens, visible, keys, guided=scales is not None)
+        x, mask = self._before(model, position, fed, tokens, visible, keys, rows=weights.shape[1])
         hidden = computing.transform(x, fed, mask, layers)
-        logits = self._after(model, hidden, position, scales)
+        logits = self._after(model, hidden, position, weights)
         drawn = draw_ids(logits, None if uniforms is None else uniforms[:, position].squeeze(1), options)
         tokens[:, position] = drawn[:, None]
 
@@ -126,20 +127,17 @@ def embed_last(
     tokens: Tensor,
     visible: Tensor | None,
     keys: SeenKeys,
-    guided: bool,
+    rows: int,
 ) -> tuple[Tensor, Mask]:
     """The embedded token before ``position``, (R, 1, D), and what it sees of the whole cache."""
-    ids = tokens[:, position - 1]
-    if guided:
-        ids = torch.cat([ids, ids])
+    ids = torch.cat([tokens[:, position - 1]] * rows)
     mask = keys(fed, model.condition_length + tokens.shape[1], visible)
     return model.embed_tokens(ids, position - 1), mask
 
 
-def next_logits(model: NextTokenModel, hidden: Tensor, position: Tensor, scales: Tensor | None) -> Tensor:
+def next_logits(model: NextTokenModel, hidden: Tensor, position: Tensor, weights: Tensor) -> Tensor:
     """Guided logits (B, V) for ``position`` from hidden states (R, 1, D)."""
-    logits = model.head(hidden[:, -1])
-    return logits if scales is None else guide(logits, scales[position])
+    return weighted_sum(model.head(hidden[:, -1]).chunk(weights.shape[1]), weights[position].squeeze(0))
 
 
 class SessionSteps:
@@ -160,7 +158,7 @@ class SessionSteps:
         *,
         tokens: Tensor,
         uniforms: Tensor | None,
-        scales: Tensor | None,
+        weights: Tensor,
         visible: Tensor | None,
         cache: KVCache,
     ):
@@ -169,9 +167,9 @@ class SessionSteps:
         self._offset = model.condition_length - 1
         self._position, self._fed = (torch.zeros(1, dtype=torch.int64, device=tokens.device) for _ in range(2))
         layers = [layer.at(self._fed) for layer in cache.layers]
-        blocks = blocks_for(model, len(tokens) if scales is None else 2 * len(tokens), tokens.device)
+        blocks = blocks_for(model, weights.shape[1] * len(tokens), tokens.device)
         computing = step.with_blocks(model, blocks)
-        inputs = (self._position, self._fed, tokens, uniforms, scales, visible, layers, computing)
+        inputs = (self._position, self._fed, tokens, uniforms, weights, visible, layers, computing)
         self._run = partial(step, model, options, *inputs)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warm = False

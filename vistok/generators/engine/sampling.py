@@ -1,74 +1,47 @@
-"""From logits to token ids: guidance, temperature, truncation, and inverse-CDF drawing.
+"""From logits to token ids: temperature, truncation, and inverse-CDF drawing.
 
-Classifier-free guidance: Ho & Salimans, arXiv 2207.12598. Nucleus (top-p) sampling: Holtzman et al., arXiv 1904.09751.
+Nucleus (top-p) sampling: Holtzman et al., arXiv 1904.09751.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vistok.draws import inverse_cdf
+from vistok.guidance import GuidanceOptions
 
 
 @dataclass(frozen=True)
-class DecodingOptions:
+class DecodingOptions(GuidanceOptions):
     """How ids are drawn from a discrete autoregressive model.
 
     Attributes:
         temperature: logits are divided by it; 0 takes the most likely id.
         top_k: only the k most likely ids (and ties with the k-th) can be drawn; 0 is off.
         top_p: only the smallest set of likeliest ids whose probability reaches top_p can be drawn; 1 is off.
-        guidance_scale: s in ``null + s * (conditional - null)``; 1 is off. A pair (first, last) rises linearly over
-            the sequence.
-        guidance_interval: (start, stop) token positions that are guided, or None for all; others are conditional.
+
+    The others are as of ``GuidanceOptions``; of the logits. A step is a token.
 
     Raises:
-        ValueError: a value out of its range.
+        ValueError: a value out of its range or not finite.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
-    guidance_scale: float | tuple[float, float] = 1.0
-    guidance_interval: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}")
+        super().__post_init__()
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be 0 (greedy) or more, and finite, got {self.temperature}")
         if self.top_k < 0:
             raise ValueError(f"top_k must be 0 (off) or a number of ids, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], 1 is off; got {self.top_p}")
-        if min(self._ends()) < 0:
-            raise ValueError(f"guidance_scale must not be negative (1 is off), got {self.guidance_scale}")
-
-    def _ends(self) -> tuple[float, float]:
-        scale = self.guidance_scale
-        return (scale[0], scale[1]) if isinstance(scale, tuple | list) else (scale, scale)
-
-    @property
-    def guided(self) -> bool:
-        """Whether null rows are needed at all."""
-        return self._ends() != (1, 1)
-
-    def guidance_scales(self, length: int) -> list[float]:
-        """The scale of each of ``length`` positions."""
-        first, last = self._ends()
-        start, stop = self.guidance_interval or (0, length)
-        slope = (last - first) / max(length - 1, 1)
-        return [first + slope * i if start <= i < stop else 1.0 for i in range(length)]
-
-
-def guide(logits: Tensor, scale: float | Tensor) -> Tensor:
-    """Combine logits (2B, V), conditional rows first, null rows second, into (B, V). A scale of 1 leaves the former to
-    the last bit; one in a tensor is not read by the host."""
-    conditional, null = logits.chunk(2)
-    if isinstance(scale, Tensor):
-        return torch.where(scale == 1, conditional, null + scale * (conditional - null))
-    return conditional if scale == 1 else null + scale * (conditional - null)
 
 
 def filter_logits(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:

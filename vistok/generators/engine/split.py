@@ -7,13 +7,11 @@ products are added up, and the two layers of a gated feed-forward that take the 
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.generators.engine.plain import is_altered, is_plain_linear
+from vistok.generators.engine.copies import is_altered, is_plain_linear, with_layers
 from vistok.nn.mlp import GatedMLP
 
 MOST_ROWS = 32
@@ -35,16 +33,17 @@ def split_layers(module: nn.Module, rows: int, processors: int) -> nn.Module:
     """
     if rows > MOST_ROWS:
         return module
-    if _is_joinable(module):
-        return JoinedMLP(module, split_layers(module.down, rows, processors))
-    if _is_plain(module):
-        parts = number_of_parts(module.in_features, module.out_features, processors)
+
+    def split(layer: nn.Module) -> nn.Module | None:
+        if _is_joinable(layer):
+            return JoinedMLP(layer, with_layers(layer.down, split))
         # A single row would be copied for batched products, which takes as long as they save.
-        return SplitLinear(module, parts) if parts > 1 and rows > 1 else module
-    children = {name: split_layers(child, rows, processors) for name, child in module.named_children()}
-    like = copy.copy(module)
-    like._modules = module._modules | children
-    return like
+        if rows == 1 or not is_plain_linear(layer):
+            return None
+        parts = number_of_parts(layer.in_features, layer.out_features, processors)
+        return SplitLinear(layer, parts) if parts > 1 else None
+
+    return with_layers(module, split)
 
 
 def number_of_parts(in_features: int, out_features: int, processors: int) -> int:
@@ -85,8 +84,4 @@ class JoinedMLP(nn.Module):
 
 def _is_joinable(module: nn.Module) -> bool:
     gated = isinstance(module, GatedMLP) and not is_altered(module)
-    return gated and _is_plain(module.gate) and _is_plain(module.up) and module.gate.bias is None
-
-
-def _is_plain(module: nn.Module) -> bool:
-    return is_plain_linear(module) and not is_altered(module)
+    return gated and is_plain_linear(module.gate) and is_plain_linear(module.up) and module.gate.bias is None

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from vistok.checkpoints import OfficialCheckpoint, load_strictly, rename
 from vistok.draws import Draws, Keys
 from vistok.flow.diffusion import GaussianDiffusion
-from vistok.generators.engine.autoregressive import weighted_mean
+from vistok.generators.base import weighted_mean
 from vistok.generators.engine.continuous import ContinuousGenerator
 from vistok.generators.mar.sampling import MAROptions, MARSession
 from vistok.nn.attention import Attention

@@ -3,20 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vistok.draws import Draws
-from vistok.flow.diffusion import even_timesteps, strided_timesteps
-from vistok.generators.engine.continuous import GuidanceOptions
-from vistok.types import Condition, TokenChunk
+from vistok.flow.diffusion import GaussianDiffusion, even_timesteps, strided_timesteps
+from vistok.guidance import GuidanceOptions, ScheduleName
+from vistok.nn.diffusion_head import DiffusionHead
+from vistok.types import Condition, TokenChunk, TokenSpec
 
-if TYPE_CHECKING:
-    from vistok.generators.mar.model import MAR
+
+class MaskedModel(Protocol):
+    """What a session needs of MAR; see there."""
+
+    spec: TokenSpec
+    diffusion: GaussianDiffusion
+    head: DiffusionHead
+    input: nn.Linear
+    members: Tensor
+    length: int
+    token_dim: int
+
+    def group(self, tokens: Tensor) -> Tensor: ...
+
+    def ungroup(self, tokens: Tensor) -> Tensor: ...
+
+    def embed_classes(self, condition: Condition) -> Tensor: ...
+
+    def encode(self, tokens: Tensor, visible: Tensor, classes: Tensor) -> Tensor: ...
+
+    def decode(self, encoded: Tensor, visible: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -33,7 +53,10 @@ class MAROptions(GuidanceOptions):
             as large (1,300 times with 25 steps), and nothing is clipped. Only long training makes it that small;
             before, only ``stride`` gives images, whose first step magnifies an error 1.5 times.
         temperature: factor of the noise that denoising steps add.
-        guidance_scale, guidance_schedule: as of ``GuidanceOptions``; of the predicted noise.
+        guidance_schedule: ``linear`` rises with the share of the image that is known.
+
+    The others are as of ``GuidanceOptions``; of the predicted noise. A step is a token; those of one iteration share
+    the scale of the last of them.
 
     Raises:
         ValueError: a value out of its range, or fewer steps than denoising needs.
@@ -43,13 +66,14 @@ class MAROptions(GuidanceOptions):
     num_steps: int = 100
     step_spacing: Literal["even", "stride"] = "even"
     temperature: float = 1.0
+    guidance_schedule: ScheduleName = "linear"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_iter < 1:
             raise ValueError(f"num_iter must be at least 1, got {self.num_iter}")
-        if self.temperature < 0:
-            raise ValueError(f"temperature must not be negative, got {self.temperature}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be finite and not negative, got {self.temperature}")
         if self.step_spacing not in ("even", "stride"):
             raise ValueError(f"step_spacing must be 'even' or 'stride', got {self.step_spacing!r}")
         self.respace(1000)
@@ -74,17 +98,17 @@ def masks_left(count: int, num_iter: int) -> list[int]:
 
 
 class MARSession:
-    """One sampling run. With guidance the null rows ride in the same batch.
+    """One sampling run. All rows of guidance ride in the same batch.
 
     Tokens are drawn in a random order of each sample. ``append`` may put known ones anywhere; what is drawn then fits
     them.
     """
 
     @torch.no_grad()
-    def __init__(self, model: MAR, condition: Condition, options: MAROptions, draws: Draws):
+    def __init__(self, model: MaskedModel, condition: Condition, options: MAROptions, draws: Draws):
         weight = model.input.weight
-        rows = condition.with_null() if options.guided else condition
-        self.model, self.options = model, options
+        self.model, self.options, self._guidance = model, options, options.guidance
+        rows = self._guidance.conditions(condition)
         self._diffusion = model.diffusion.respaced(options.respace(len(model.diffusion)))
         self._classes = model.embed_classes(rows.to(weight.device))
         self._noise = draws["noise"].to(weight)
@@ -177,28 +201,27 @@ class MARSession:
             if not chosen.shape[1]:
                 continue
             # The last iteration is guided as if one token were left, as in the reference.
-            drawn = self._draw(chosen, self.options.scale_at((count - max(left, 1)) / count))
+            # From 0 to all of them may be known, which makes one number more than there are tokens.
+            drawn = self._draw(chosen, self._guidance.weights(count - max(left, 1), count + 1))
             self._grouped = self._grouped.scatter(1, chosen[..., None].expand_as(drawn), drawn)
             self._left = end + left
             positions = self.model.members[chosen].flatten(1)
             yield TokenChunk(positions, self.model.ungroup(drawn), torch.ones_like(positions, dtype=torch.bool))
 
-    def _draw(self, chosen: Tensor, scale: float) -> Tensor:
+    def _draw(self, chosen: Tensor, weights: Sequence[float]) -> Tensor:
         """New tokens (B, n, d) at positions (B, n)."""
-        model, copies = self.model, len(self._classes) // len(self._grouped)
-        visible = self._order[:, self._left :].sort(1).values.repeat(copies, 1)
-        z = model.decode(model.encode(self._grouped.repeat(copies, 1, 1), visible, self._classes), visible)
-        rows = chosen.repeat(copies, 1)
+        model, guidance = self.model, self._guidance
+        visible = guidance.repeat(self._order[:, self._left :].sort(1).values)
+        z = model.decode(model.encode(guidance.repeat(self._grouped), visible, self._classes), visible)
+        rows = guidance.repeat(chosen)
         condition = model.head.condition(z.gather(1, rows[..., None].expand(-1, -1, z.shape[2]))).flatten(0, 1)
 
+        combine = guidance.start()
+
         def network(x: Tensor, t: int) -> Tensor:
-            output = model.head(x.repeat(copies, 1), torch.full((1,), t, device=x.device), condition)
-            if copies == 1:
-                return output
-            conditional, null = output.chunk(2)
-            eps, variance = conditional.chunk(2, -1)
-            eps_null = null.chunk(2, -1)[0]
-            return torch.cat([eps_null + scale * (eps - eps_null), variance], -1)
+            output = model.head(guidance.repeat(x), torch.full((1,), t, device=x.device), condition)
+            eps, variance = output.chunk(2, -1)
+            return torch.cat([combine(eps, weights), guidance.conditional(variance)], -1)
 
         noise = self._noise.gather(2, chosen[:, None, :, None].expand(-1, self._noise.shape[1], -1, model.token_dim))
         first, *others = (step.flatten(0, 1) for step in noise.unbind(1))

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from vistok.checkpoints import OfficialCheckpoint, load_strictly
 from vistok.draws import Draws, Keys
-from vistok.generators.base import Generator
-from vistok.generators.engine.autoregressive import AutoregressiveGenerator, weighted_mean
+from vistok.generators.base import Generator, weighted_mean
+from vistok.generators.engine.autoregressive import AutoregressiveGenerator
 from vistok.generators.maskgit import official
 from vistok.generators.maskgit.networks import NETWORKS
 from vistok.generators.maskgit.sampling import MaskGITOptions, MaskGITSession
@@ -143,8 +143,8 @@ class MaskGIT(Generator):
     ) -> MaskGITSession:
         options = options or MaskGITOptions()
         self.check_condition(condition)
-        if options.guided:
-            self.check_condition(condition.null())
+        if options.guidance.is_on:
+            self.check_condition(options.guidance.conditions(condition))
         if draws is None and options.temperature > 0:
             raise ValueError(
                 "sampling with a temperature above 0 needs draws: pass sampling_draws(Keys.range(seed, B), options)"

@@ -5,69 +5,53 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vistok.draws import Draws
-from vistok.generators.engine.sampling import guide, inverse_cdf
-from vistok.types import Condition, TokenChunk
+from vistok.draws import Draws, inverse_cdf
+from vistok.guidance import GuidanceOptions, ScheduleName
+from vistok.types import Condition, TokenChunk, TokenSpec
 
-if TYPE_CHECKING:
-    from vistok.generators.maskgit.model import MaskGIT
 
-Schedule = Literal["constant", "linear", "power-cosine"]
+class MaskedModel(Protocol):
+    """What a session needs of MaskGIT; see there."""
+
+    spec: TokenSpec
+    output: nn.Linear
+    mask_id: int
+
+    def condition_rows(self, condition: Condition) -> Tensor: ...
+
+    def predict(self, ids: Tensor, classes: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
-class MaskGITOptions:
+class MaskGITOptions(GuidanceOptions):
     """How images are sampled.
 
     Attributes:
         num_steps: forward passes of an image.
         temperature: T of ids and of their confidence. Step k of S (from 0) draws an id from softmax(logits / t) and
             adds t times Gumbel noise to its logit, with t = T (1 - (k + 1) / S): the last step takes the likeliest ids.
-        guidance_scale: s in ``null + s (conditional - null)``; 1 is off.
-        guidance_schedule: "constant"; "linear" rises as 1 + (s - 1) k / S; "power-cosine" as
-            1 + (s - 1) (1 - cos(pi (k / S)^power)) / 2.
-        guidance_power: of "power-cosine".
+
+    The others are as of ``GuidanceOptions``; of the logits. A step is a forward pass.
 
     Raises:
-        ValueError: a value out of its range.
+        ValueError: a value out of its range or not finite.
     """
 
     num_steps: int = 8
     temperature: float = 9.5
-    guidance_scale: float = 1.0
-    guidance_schedule: Schedule = "linear"
-    guidance_power: float = 1.0
+    guidance_schedule: ScheduleName = "linear-done"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_steps < 1:
             raise ValueError(f"num_steps must be at least 1, got {self.num_steps}")
-        for name in ("temperature", "guidance_scale", "guidance_power"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.guidance_schedule not in ("constant", "linear", "power-cosine"):
-            raise ValueError(
-                f"guidance_schedule must be 'constant', 'linear' or 'power-cosine', got {self.guidance_schedule!r}"
-            )
-
-    @property
-    def guided(self) -> bool:
-        """Whether null rows are needed at all."""
-        return self.guidance_scale != 1
-
-    def scale_at(self, step: int) -> float:
-        """The guidance scale of a step."""
-        share = step / self.num_steps
-        match self.guidance_schedule:
-            case "constant":
-                share = 1.0
-            case "power-cosine":
-                share = (1 - math.cos(math.pi * share**self.guidance_power)) / 2
-        return 1 + (self.guidance_scale - 1) * share
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be finite and not negative, got {self.temperature}")
 
     def temperature_at(self, step: int) -> float:
         """The temperature of a step."""
@@ -80,17 +64,17 @@ def masked_share(progress: float) -> float:
 
 
 class MaskGITSession:
-    """One sampling run. With guidance the null rows ride in the same batch.
+    """One sampling run. All rows of guidance ride in the same batch.
 
     ``append`` may put known tokens anywhere; what is drawn then fits them.
     """
 
     @torch.no_grad()
-    def __init__(self, model: MaskGIT, condition: Condition, options: MaskGITOptions, draws: Draws | None):
+    def __init__(self, model: MaskedModel, condition: Condition, options: MaskGITOptions, draws: Draws | None):
         device = model.output.weight.device
         condition = condition.to(device)
-        rows = condition.with_null() if options.guided else condition
-        self.model, self.options = model, options
+        self.model, self.options, self._guidance = model, options, options.guidance
+        rows = self._guidance.conditions(condition)
         self._classes = model.condition_rows(rows)
         self._draws = None if draws is None else {name: value.to(device) for name, value in draws.items()}
         shape = (len(condition), model.spec.length)
@@ -178,7 +162,5 @@ class MaskGITSession:
 
     def _logits(self, step: int) -> Tensor:
         """Guided logits (B, L, V), float32."""
-        if not self.options.guided:
-            return self.model.predict(self._ids, self._classes)
-        logits = self.model.predict(self._ids.repeat(2, 1), self._classes)
-        return guide(logits, self.options.scale_at(step))
+        logits = self.model.predict(self._guidance.repeat(self._ids), self._classes)
+        return self._guidance.combine(logits, self._guidance.weights(step, self.options.num_steps))

@@ -18,11 +18,13 @@ from torch.nn import functional as F
 
 from vistok.checkpoints import OfficialCheckpoint, load_strictly
 from vistok.draws import Draws, Keys
-from vistok.generators.engine.autoregressive import AutoregressiveGenerator, weighted_mean
+from vistok.generators.base import weighted_mean
+from vistok.generators.engine.autoregressive import AutoregressiveGenerator
 from vistok.generators.engine.cache import LayerCache
+from vistok.generators.engine.sampling import DecodingOptions
 from vistok.generators.rar import official
 from vistok.generators.rar.networks import Block, FinalModulation
-from vistok.generators.rar.sampling import RAROptions, RARSession
+from vistok.generators.rar.sampling import RARSession
 from vistok.nn.rotary import Rows
 from vistok.types import Condition, GeneratorOutput, TokenSpec, as_dataclass
 
@@ -60,7 +62,6 @@ class RAR(AutoregressiveGenerator):
     """
 
     registry_name = "rar"
-    options_type = RAROptions
     sizes = SIZES
     condition_length = 2
     checkpoints = (
@@ -222,7 +223,7 @@ class RAR(AutoregressiveGenerator):
     def start(
         self,
         condition: Condition,
-        options: RAROptions | None = None,
+        options: DecodingOptions | None = None,
         *,
         draws: Draws | None = None,
         known: tuple[Tensor, Tensor] | None = None,
@@ -233,10 +234,10 @@ class RAR(AutoregressiveGenerator):
         Raises:
             ValueError: as of every generator, or ids and mask of another shape.
         """
-        options = options or RAROptions()
+        options = options or DecodingOptions()
         self.check_condition(condition)
-        if options.guided:
-            self.check_condition(condition.null())
+        if options.guidance.is_on:
+            self.check_condition(options.guidance.conditions(condition))
         if draws is None and options.temperature > 0:
             raise ValueError(
                 "sampling with a temperature above 0 needs draws: pass sampling_draws(Keys.range(seed, B))"

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from vistok.checkpoints import CheckpointError, OfficialCheckpoint, load_strictly, rename
 from vistok.draws import Draws, Keys
 from vistok.flow import TimeSampling
-from vistok.generators.engine.autoregressive import weighted_mean
+from vistok.generators.base import weighted_mean
 from vistok.generators.engine.cache import KVCache, LayerCache
 from vistok.generators.engine.continuous import ContinuousGenerator
 from vistok.generators.xar.layouts import EntityLayout, LayoutConfig

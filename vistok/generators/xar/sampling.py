@@ -4,22 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vistok.draws import Draws
 from vistok.flow import FlowState, LinearPath, euler, euler_maruyama, guided, stochastic_times
 from vistok.flow.solvers import VelocityField
 from vistok.generators.engine.cache import KVCache
-from vistok.generators.engine.continuous import GuidanceOptions
-from vistok.types import Condition, TokenChunk
-
-if TYPE_CHECKING:
-    from vistok.generators.xar.model import XAR
+from vistok.generators.xar.layouts import EntityLayout
+from vistok.guidance import GuidanceOptions, ScheduleName
+from vistok.types import Condition, TokenChunk, TokenSpec
 
 PATH = LinearPath(noise_at=1)
+
+
+class EntityModel(Protocol):
+    """What a session needs of XAR; see there."""
+
+    spec: TokenSpec
+    layout: EntityLayout
+    class_embedding: nn.Embedding
+    output: nn.Linear
+
+    def class_rows(self, condition: Condition) -> Tensor: ...
+
+    def new_cache(self, rows: int) -> KVCache: ...
+
+    def transform(
+        self, noisy: Tensor, times: Tensor, classes: Tensor, entities: range, cache: KVCache | None
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -29,9 +44,11 @@ class XAROptions(GuidanceOptions):
     Attributes:
         num_steps: network calls per entity.
         solver: ``euler_maruyama`` solves the reverse SDE and ends without noise; ``euler`` the ODE.
-        guidance_scale, guidance_schedule: as of ``GuidanceOptions``; ``linear`` leaves the first entity unguided and
-            gives the last one the whole scale. An image that is one entity has the whole scale.
+        guidance_schedule: ``linear`` leaves the first entity unguided and gives the last one the whole scale. An image
+            that is one entity has the whole scale.
         context_noise: the noise level, in [0, 1), at which finished entities are shown to later ones.
+
+    The others are as of ``GuidanceOptions``; of the velocity. A step is an entity.
 
     Raises:
         ValueError: a value out of its range, or fewer steps than the solver needs.
@@ -40,6 +57,7 @@ class XAROptions(GuidanceOptions):
     num_steps: int = 50
     solver: Literal["euler_maruyama", "euler"] = "euler_maruyama"
     context_noise: float = 0.0
+    guidance_schedule: ScheduleName = "linear"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,19 +81,20 @@ class XAROptions(GuidanceOptions):
 class XARSession:
     """Cached sampling: finished entities are computed once, and only the noisy one at every step.
 
-    With guidance the null rows ride in the same batch, except in an entity that is not guided.
+    All rows of guidance ride in the same batch, except in a first entity that is not guided.
 
     Attributes:
         entity: how many entities are finished.
     """
 
     @torch.no_grad()
-    def __init__(self, model: XAR, condition: Condition, options: XAROptions, draws: Draws):
+    def __init__(self, model: EntityModel, condition: Condition, options: XAROptions, draws: Draws):
         weight = model.output.weight
         condition = condition.to(weight.device)
         self.model, self.layout, self.options = model, model.layout, options
         self.draws = {name: value.to(weight.device) for name, value in draws.items()}
-        rows = condition.with_null() if options.guided else condition
+        self._guidance = options.guidance
+        rows = self._guidance.conditions(condition)
         self._classes = model.class_embedding(model.class_rows(rows))  # (R, D')
         self._cache = model.new_cache(len(rows))
         self._cached = 0  # how many finished entities are in the cache
@@ -133,14 +152,15 @@ class XARSession:
 
     def _solve(self, entity: int, here: slice) -> Tensor:
         """The entity's latents (B, n, D) in the solver's precision."""
-        others = self.layout.num_entities - 1
-        scale = self.options.scale_at(entity / others if others else 1.0)
+        guidance = self._guidance.at(entity, self.layout.num_entities)
         field = self._velocity_field(entity)
+        if entity or any(guidance.weights(0, 1)[1:]):  # else nothing remembers the other rows, nor counts them
+            field = guided(field, guidance)
         # The state is float64: many small steps are added up.
         precise = torch.float32 if self._sequence.device.type == "mps" else torch.float64
         noise = self.draws["noise"][:, here].to(precise)
         steps = self.draws["steps"][:, :, here].to(precise) if self.options.solver == "euler_maruyama" else None
-        for state in self.options.solve(guided(field, scale) if scale != 1 else field, noise, steps):
+        for state in self.options.solve(field, noise, steps):
             x = state.x
         return x
 
@@ -174,4 +194,4 @@ class XARSession:
         """Finished entities (B, n, D), as later ones see them."""
         here = slice(self.layout.bounds[entities.start], self.layout.bounds[entities.stop])
         level, finished = self.options.context_noise, self._sequence[:, here]
-        return PATH.interpolate(finished, self.draws["context"][:, here], level) if level else finished
+        return PATH.interpolate(finished, self.draws["context"][:, here].to(finished), level) if level else finished

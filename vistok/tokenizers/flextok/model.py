@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from vistok.checkpoints import WEIGHTS, CheckpointError, OfficialCheckpoint, load_strictly
 from vistok.config import check
 from vistok.draws import Draws, Keys
-from vistok.flow import APG, FlowState, Scale, TimeSampling, last
+from vistok.flow import FlowState, TimeSampling, last
+from vistok.guidance import APG, Scale
 from vistok.quantizers import FSQ
 from vistok.tokenizers.base import Tokenizer, image_sides, prefix_lengths, times
 from vistok.tokenizers.flextok import official
@@ -26,7 +27,7 @@ from vistok.tokenizers.flextok.networks import (
     AlignmentConfig,
     Encoder,
     FlowDecoder,
-    Guidance,
+    GuidanceName,
     TrunkConfig,
     denoise,
 )
@@ -130,7 +131,7 @@ class FlexTok(Tokenizer):
         alignment: AlignmentConfig | None = None,
         num_steps: int = 25,
         guidance_scale: float = 7.5,
-        guidance: Guidance = "apg",
+        guidance: GuidanceName = "apg",
     ):
         super().__init__()
         height, width = image_sides(image_size)
@@ -242,7 +243,7 @@ class FlexTok(Tokenizer):
         lengths: Tensor | None = None,
         num_steps: int | None = None,
         guidance_scale: Scale | None = None,
-        guidance: Guidance | APG | None = None,
+        guidance: GuidanceName | APG | None = None,
         draws: Draws | None = None,
     ) -> Tensor:
         """The first ids (B, k) of images to pixels, 1 <= k <= N.
@@ -270,7 +271,7 @@ class FlexTok(Tokenizer):
         lengths: Tensor | None = None,
         num_steps: int | None = None,
         guidance_scale: Scale | None = None,
-        guidance: Guidance | APG | None = None,
+        guidance: GuidanceName | APG | None = None,
         draws: Draws | None = None,
     ) -> Iterator[Tensor]:
         """As ``decode``, but yields the estimate of the image after every step; the last one is what it gives."""
@@ -284,7 +285,7 @@ class FlexTok(Tokenizer):
         lengths: Tensor | None,
         num_steps: int | None,
         guidance_scale: Scale | None,
-        guidance: Guidance | APG | None,
+        guidance: GuidanceName | APG | None,
         draws: Draws | None,
     ) -> Iterator[FlowState]:
         lengths = prefix_lengths(self._spec, tokens, lengths)

@@ -13,7 +13,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vistok.checkpoints import load_strictly
-from vistok.flow import APG, FlowState, LinearPath, Scale, euler, guided, is_guided
+from vistok.flow import FlowState, LinearPath, euler, guided
+from vistok.guidance import APG, PLAIN, Scale, at_time, classifier_free
 from vistok.nn.attention import Attention
 from vistok.nn.masks import prefix_causal_mask
 from vistok.nn.mlp import SwiGLU
@@ -24,7 +25,7 @@ from vistok.nn.timesteps import TimestepEmbedding
 from vistok.tokenizers.flextok import official
 
 PATH = LinearPath(noise_at=1)
-Guidance = Literal["cfg", "apg"]
+GuidanceName = Literal["cfg", "apg"]
 
 # Parameter-free, in the trunk and in the attention (on queries and keys).
 layer_norm = partial(nn.LayerNorm, eps=1e-5, elementwise_affine=False)
@@ -303,7 +304,7 @@ def denoise(
     *,
     num_steps: int,
     guidance_scale: Scale = 1.0,
-    guidance: Guidance | APG = "cfg",
+    guidance: GuidanceName | APG = "cfg",
 ) -> Iterator[FlowState]:
     """Euler steps of a decoder from noise (B, C, h, w) at time 1 to data at time 0, without further randomness.
 
@@ -311,19 +312,17 @@ def denoise(
         codes, lengths: codes (B, N, d), and how many of them count, (B,).
         guidance_scale, guidance: see ``FlexTok.decode``; with guidance, both rows of a sample run in one batch.
     """
-    rows = 2 if is_guided(guidance_scale) else 1
-    null = torch.arange(rows * len(codes), device=codes.device) >= len(codes)
-    condition = decoder.condition(codes.repeat(rows, 1, 1), lengths.repeat(rows), null)
+    combination = {"cfg": PLAIN, "apg": APG()}[guidance] if isinstance(guidance, str) else guidance
+    scale = at_time(guidance_scale) if callable(guidance_scale) else guidance_scale
+    rows = classifier_free(scale, combination=combination)
+    null = torch.cat([torch.full_like(lengths, bool(parts), dtype=torch.bool) for parts in rows.rows])
+    condition = decoder.condition(rows.repeat(codes), rows.repeat(lengths), null)
 
     def velocity(x: Tensor, t: float) -> Tensor:
         time = torch.full((1,), t, device=x.device)
         return decoder(x.to(condition.dtype), time, condition).velocity.float()
 
-    field = velocity
-    if rows == 2:
-        apg = guidance if isinstance(guidance, APG) else APG() if guidance == "apg" else None
-        field = guided(velocity, guidance_scale, apg)
-    return euler(field, noise.float(), PATH.times(num_steps))
+    return euler(guided(velocity, rows), noise.float(), PATH.times(num_steps))
 
 
 def _initialise(model: nn.Module, *, zero: list[nn.Linear], normal: list[nn.Parameter]) -> None:

@@ -1,0 +1,45 @@
+"""The words by which users ask for guidance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vistok.guidance.rows import Guidance, classifier_free
+from vistok.guidance.schedules import ScheduleName
+
+
+@dataclass(frozen=True)
+class GuidanceOptions:
+    """Classifier-free guidance of a generator; a step is a token, an entity or an iteration, as the generator says.
+
+    Attributes:
+        guidance_scale: s in ``null + s * (conditional - null)``; 1 is off. A pair (first, last) rises linearly over the
+            steps.
+        guidance_schedule: how the scale changes over the steps, see ``vistok.guidance.schedules``.
+        guidance_interval: (start, stop), the steps that are guided, or None for all; others are conditional.
+        guidance_power: of the schedule "power-cosine"; None is 1.
+        guidance_window: (start, stop) in [0, 1] of the schedules "step" and "rectangular"; None is the published one.
+
+    Raises:
+        ValueError: a value out of its range, not finite, or that the schedule does not take.
+    """
+
+    guidance_scale: float | tuple[float, float] = 1.0
+    guidance_schedule: ScheduleName = "constant"
+    guidance_interval: tuple[int, int] | None = None
+    guidance_power: float | None = None
+    guidance_window: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        _ = self.guidance
+
+    @property
+    def guidance(self) -> Guidance:
+        """What these words mean."""
+        return classifier_free(
+            self.guidance_scale,
+            self.guidance_schedule,
+            interval=self.guidance_interval,
+            power=self.guidance_power,
+            window=self.guidance_window,
+        )
