@@ -21,7 +21,7 @@ from vistok.generators.engine.autoregressive import AutoregressiveGenerator
 from vistok.generators.maskgit import official
 from vistok.generators.maskgit.networks import NETWORKS
 from vistok.generators.maskgit.sampling import MaskGITOptions, MaskGITSession
-from vistok.types import Condition, GeneratorOutput, TokenSpec, as_dataclass
+from vistok.types import Condition, Expands, GeneratorOutput, TokenSpec, as_dataclass
 
 BERT = {"network": "bert", "dim": 768, "num_layers": 24, "num_heads": 16, "mlp_dim": 3072}
 UVIT = {"network": "uvit", "dim": 1024, "num_layers": 20, "num_heads": 16, "mlp_dim": 4096}
@@ -102,13 +102,20 @@ class MaskGIT(Generator):
         return self.output(hidden[:, 1:]).float()
 
     def forward(
-        self, tokens: Tensor, condition: Condition, *, draws: Draws | None = None, weights: Tensor | None = None
+        self,
+        tokens: Tensor,
+        condition: Condition,
+        *,
+        draws: Draws | None = None,
+        weights: Tensor | None = None,
+        tokenizer: Expands | None = None,
     ) -> GeneratorOutput:
         """Cross entropy in nats per masked token; metric "accuracy" of those. Predictions are logits (B, L, V).
 
         Raises:
             ValueError: no draws: which tokens are masked is random.
         """
+        self.check_tokenizer(tokenizer)
         if draws is None:
             raise ValueError("masks are random: pass training_draws(keys)")
         if "drop" in draws:
@@ -139,8 +146,14 @@ class MaskGIT(Generator):
         return {name: keys.uniform(name, steps, self.spec.length) for name in ("ids", "confidence")}
 
     def start(
-        self, condition: Condition, options: MaskGITOptions | None = None, *, draws: Draws | None = None
+        self,
+        condition: Condition,
+        options: MaskGITOptions | None = None,
+        *,
+        draws: Draws | None = None,
+        tokenizer: Expands | None = None,
     ) -> MaskGITSession:
+        self.check_tokenizer(tokenizer)
         options = options or MaskGITOptions()
         self.check_condition(condition)
         if options.guidance.is_on:

@@ -26,7 +26,7 @@ from vistok.generators.rar import official
 from vistok.generators.rar.networks import Block, FinalModulation
 from vistok.generators.rar.sampling import RARSession
 from vistok.nn.rotary import Rows
-from vistok.types import Condition, GeneratorOutput, TokenSpec, as_dataclass
+from vistok.types import Condition, Expands, GeneratorOutput, TokenSpec, as_dataclass
 
 SIZES = {
     "B": {"dim": 768, "num_layers": 24, "num_heads": 16, "mlp_dim": 3072},
@@ -187,13 +187,20 @@ class RAR(AutoregressiveGenerator):
         return self.head(hidden[:, 1:])
 
     def forward(
-        self, tokens: Tensor, condition: Condition, *, draws: Draws | None = None, weights: Tensor | None = None
+        self,
+        tokens: Tensor,
+        condition: Condition,
+        *,
+        draws: Draws | None = None,
+        weights: Tensor | None = None,
+        tokenizer: Expands | None = None,
     ) -> GeneratorOutput:
         """Cross entropy in nats per token; metric "accuracy". Predictions (B, L, V) are in the order of ``draws``.
 
         Raises:
             ValueError: an order that is no permutation.
         """
+        self.check_tokenizer(tokenizer)
         draws = draws or {}
         if "drop" in draws:
             condition = condition.drop(draws["drop"] < self.condition_dropout)
@@ -226,6 +233,7 @@ class RAR(AutoregressiveGenerator):
         options: DecodingOptions | None = None,
         *,
         draws: Draws | None = None,
+        tokenizer: Expands | None = None,
         known: tuple[Tensor, Tensor] | None = None,
     ) -> RARSession:
         """As of every generator; ``known`` are ids (B, L) and a mask (B, L) bool, True where the id is taken instead of
@@ -234,6 +242,7 @@ class RAR(AutoregressiveGenerator):
         Raises:
             ValueError: as of every generator, or ids and mask of another shape.
         """
+        self.check_tokenizer(tokenizer)
         options = options or DecodingOptions()
         self.check_condition(condition)
         if options.guidance.is_on:

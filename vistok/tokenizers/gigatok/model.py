@@ -243,7 +243,7 @@ class GigaTok(Tokenizer):
         self.check_condition(condition)
         spatial = self.encode_map(pixels)
         latents = self.latents(spatial)
-        quantized = self.quantizer(latents)
+        quantized = self.quantizer(latents, draws=draws)
         decoded = self.token_decoder(self.post_quant(quantized.quantized))
         features = {
             "latents": latents,
