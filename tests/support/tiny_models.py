@@ -90,6 +90,18 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         "codebook_embed_dim": 8,
         "norm_groups": 4,
     },
+    "framewise": {
+        "num_frames": 2,
+        "tokenizer": {
+            "name": "vit_vqgan",
+            "image_size": 8,
+            "patch_size": 4,
+            "encoder": VIT,
+            "decoder": VIT,
+            "codebook_size": 32,
+            "codebook_embed_dim": 4,
+        },
+    },
     "larp": {
         "num_frames": 4,
         "image_size": 8,

@@ -43,6 +43,7 @@ ENTRIES = (
     Entry("flextok", "tokenizer", "vistok.tokenizers.flextok:FlexTok", "flextok/tokenizer", "2502.13967"),
     Entry("dar", "tokenizer", "vistok.tokenizers.dar:DAR", "dar/tokenizer", "2505.23660"),
     Entry("gigatok", "tokenizer", "vistok.tokenizers.gigatok:GigaTok", "gigatok/tokenizer", "2504.08736"),
+    Entry("framewise", "tokenizer", "vistok.tokenizers.framewise:Framewise", "framewise/tokenizer", ""),
     Entry("larp", "tokenizer", "vistok.tokenizers.larp:LARP", "larp/tokenizer", "2410.21264"),
     Entry("maskgit_vqgan", "tokenizer", "vistok.tokenizers.maskgit_vqgan:MaskGITVQGAN", "titok/codec", "2202.04200"),
     Entry("titok", "tokenizer", "vistok.tokenizers.titok:TiTok", "titok/tokenizer", "2406.07550"),

@@ -1,0 +1,167 @@
+"""Image tokenizers on clips, frame by frame, so that every one can be compared with those of clips."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from vistok.checkpoints import registry
+from vistok.draws import Draws, Keys
+from vistok.tokenizers.base import Tokenizer
+from vistok.types import Condition, TokenizerOutput, TokenSpec
+
+
+class Framewise(Tokenizer):
+    """An image tokenizer that encodes each frame of a clip by itself; the tokens of the first frame come first.
+
+    Args:
+        num_frames: frames T of a clip.
+        tokenizer: ``name`` of an image tokenizer, and its arguments.
+
+    Raises:
+        ValueError: no name, a tokenizer of clips or of several scales, or no frames.
+    """
+
+    registry_name = "framewise"
+    data_arguments: ClassVar[Mapping[str, str]] = {"num_frames": "num_frames"}
+
+    def __init__(self, num_frames: int, tokenizer: Mapping[str, Any]):
+        super().__init__()
+        if num_frames < 1:
+            raise ValueError(f"num_frames must be at least 1, got {num_frames}")
+        arguments = dict(tokenizer)
+        name = arguments.pop("name", None)
+        if name is None:
+            raise ValueError(
+                "tokenizer needs the name of an image tokenizer, such as {name: vit_vqgan, image_size: 64}"
+            )
+        self.num_frames = num_frames
+        self._wrap(registry.entry(name, "tokenizer").load()(**arguments))
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, num_frames: int) -> Self:
+        """A tokenizer of clips that shares the weights of a trained one of images."""
+        with torch.device("meta"):
+            wrapped = cls(num_frames, {"name": tokenizer.registry_name, **tokenizer.config})
+        wrapped._wrap(tokenizer)
+        return wrapped.train(tokenizer.training)
+
+    def _wrap(self, tokenizer: Tokenizer) -> None:
+        tokenizer.image_shape("framewise")
+        if tokenizer.spec.scales:
+            raise ValueError(
+                f"{tokenizer.registry_name} has tokens of several scales, whose order is not that of frames"
+            )
+        self.tokenizer = tokenizer
+        self.native_range, self.renders = tokenizer.native_range, tokenizer.renders
+        self.reconstructs = tokenizer.reconstructs
+
+    @property
+    def spec(self) -> TokenSpec:
+        frame = self.tokenizer.spec
+        return TokenSpec(
+            frame.length * self.num_frames,
+            frame.codebook_size,
+            frame.dim,
+            depth=frame.depth,
+            grid=None if frame.grid is None else (self.num_frames, *frame.grid),
+        )
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        channels, height, width = self.tokenizer.input_shape
+        return channels, self.num_frames, height, width
+
+    @property
+    def loss_terms(self) -> tuple[str, ...]:
+        return self.tokenizer.loss_terms
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        return self.tokenizer.last_layer
+
+    def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
+        self.check_condition(condition)
+        self.check_pixels(pixels)
+        return self._joined(self.tokenizer.encode(_frames(pixels), draws=_of_frames(draws)), len(pixels))
+
+    def decode(self, tokens: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
+        """Tokens (B, T * L[, …]) to clips (B, C, T, H, W).
+
+        Args:
+            draws: from ``decoding_draws``, for generative decoders.
+
+        Raises:
+            ValueError: another number of tokens, or ids out of range.
+        """
+        self.check_condition(condition)
+        if tokens.shape[1] != self.spec.length:
+            raise ValueError(
+                f"{self.num_frames} frames have {self.spec.length} tokens, {self.tokenizer.spec.length} each, got "
+                f"{tokens.shape[1]}"
+            )
+        options = {} if draws is None else {"draws": _of_frames(draws)}
+        frames = tokens.unflatten(1, (self.num_frames, -1)).flatten(0, 1)  # (B * T, L[, …])
+        return _clips(self.tokenizer.decode(frames, **options), len(tokens))
+
+    def forward(
+        self,
+        pixels: Tensor,
+        *,
+        condition: Condition | None = None,
+        target: Tensor | None = None,
+        step: int | None = None,
+        draws: Draws | None = None,
+    ) -> TokenizerOutput:
+        """The image tokenizer's training pass over all frames. Of its features those of shape (B, L, D) remain."""
+        self.check_condition(condition)
+        self.check_pixels(pixels)
+        output = self.tokenizer(
+            _frames(pixels),
+            target=None if target is None else _frames(target),
+            step=step,
+            draws=_of_frames(draws),
+        )
+        count = len(pixels)
+        return TokenizerOutput(
+            {name: _clips(frames, count) for name, frames in output.reconstructions.items()},
+            self._joined(output.tokens, count),
+            {name: self._joined(t, count) if t.ndim > 1 else t for name, t in output.losses.items()},
+            {name: self._joined(t, count) for name, t in output.features.items() if t.ndim == 3},
+        )
+
+    def training_draws(self, keys: Keys) -> Draws:
+        return self._draws(self.tokenizer.training_draws, keys)
+
+    def decoding_draws(self, keys: Keys) -> Draws:
+        return self._draws(self.tokenizer.decoding_draws, keys)
+
+    def standardise(self, pixels: Tensor) -> None:
+        self.tokenizer.standardise(_frames(pixels))
+
+    def _draws(self, make, keys: Keys) -> Draws:
+        """Draws (B, T, …) of all frames, each with its own."""
+        indices = [index * self.num_frames + frame for index in keys.indices for frame in range(self.num_frames)]
+        draws = make(Keys.of(keys.seed, indices, keys.step))
+        return {name: value.unflatten(0, (len(keys), self.num_frames)) for name, value in draws.items()}
+
+    def _joined(self, values: Tensor, count: int) -> Tensor:
+        """(B * T, L, …) of frames to (B, T * L, …) of clips."""
+        return values.unflatten(0, (count, self.num_frames)).flatten(1, 2)
+
+
+def _frames(pixels: Tensor) -> Tensor:
+    return rearrange(pixels, "b c t h w -> (b t) c h w")
+
+
+def _clips(pixels: Tensor, count: int) -> Tensor:
+    return rearrange(pixels, "(b t) c h w -> b c t h w", b=count)
+
+
+def _of_frames(draws: Draws | None) -> Draws | None:
+    """Draws (B, T, …) of clips as those (B * T, …) of frames."""
+    return None if draws is None else {name: value.flatten(0, 1) for name, value in draws.items()}
