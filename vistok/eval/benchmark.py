@@ -19,7 +19,7 @@ from vistok.eval.classes import class_table
 from vistok.eval.comparison import Source, score_sides
 from vistok.eval.features import FeaturePass
 from vistok.eval.networks import FeatureNetwork
-from vistok.eval.plan import Labels, Plan
+from vistok.eval.plan import BenchmarkError, Labels, Plan
 from vistok.eval.protocols import Protocol as Rules
 from vistok.eval.protocols import choose_protocol, load_network
 from vistok.eval.record import RESULT_FILE, save_result
@@ -130,6 +130,7 @@ def benchmark(
             (scale, FeatureStore(out / name, plan.shards, plan.scored_size, keep_images=save_npz))
             for scale, name in scales
         ]
+        stores = _earlier(out, plan, stores) + stores
         made = [_generate(sampler, scale, store, net, tuple(example), batch_size, processes) for scale, store in stores]
         seconds = time.perf_counter() - started
         generated = sum(processes.gather(sum(made)))  # also waits for the others
@@ -153,6 +154,29 @@ def benchmark(
             write_report(result, [store.previews() for _, store in stores], out)
         processes.wait()
         return read_json(out / RESULT_FILE)
+
+
+def _earlier(out: Path, plan: Plan, stores: list[tuple[Any, FeatureStore]]) -> list[tuple[Any, FeatureStore]]:
+    """What earlier sweeps into the same folder have finished, and this one does not name: it is scored again with it.
+
+    Raises:
+        BenchmarkError: the result of the earlier one is damaged.
+    """
+    path = out / RESULT_FILE
+    if not path.exists():
+        return []
+    try:
+        scales = [_hashable(run["guidance_scale"]) for run in read_json(path)["runs"]]
+        names = {scale: _folder_name(scale) for scale in scales}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BenchmarkError(f"{path} is damaged ({error!r}); remove it and run the benchmark again") from error
+    asked = {store.folder.name for _, store in stores}
+    found = []
+    for scale, name in names.items():
+        store = FeatureStore(out / name, plan.shards, plan.scored_size, keep_images=False)
+        if name not in asked and not store.missing():
+            found.append((scale, store))
+    return found
 
 
 @dataclass(frozen=True)

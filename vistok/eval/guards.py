@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vistok.eval.dinov2 import DINOV2
@@ -39,12 +39,7 @@ def comparability_warnings(
 
 
 def _side_warnings(name: str, side: Side) -> Iterator[str]:
-    if side.count is not None and side.count < FEW_SAMPLES:
-        yield (
-            f"{name}: only {side.count:,} images: Frechet distances are biased upward by a term of order 1/N; compare "
-            "them only at equal counts (published ones use 50,000), or use the kernel distance, which is unbiased"
-        )
-    yield from _width_warnings(name, side)
+    yield from count_warnings(name, side.count, _widths(side))
     extraction = side.extraction
     if extraction is not None and extraction.distinct < extraction.count:
         copies = extraction.count - extraction.distinct
@@ -55,10 +50,15 @@ def _side_warnings(name: str, side: Side) -> Iterator[str]:
     images = side.reference.images
     if images is not None and images.files_read is not None:
         yield from file_warnings(name, images.files_read)
-    if images is not None and images.lossy:
+    if images is not None:
+        yield from lossy_warnings(name, images.lossy)
+
+
+def lossy_warnings(name: str, lossy: int) -> Iterator[str]:
+    if lossy:
         yield (
-            f"{name}: {images.lossy:,} lossily compressed (JPEG) files; compression and a missing crop move scores "
-            "(D-AR's rFID: 2.2 instead of 1.5 against the raw JPEGs of ImageNet); store PNG or .npz"
+            f"{name}: {lossy:,} lossily compressed (JPEG) files; compression and a missing crop move scores (D-AR's "
+            "rFID: 2.2 instead of 1.5 against the raw JPEGs of ImageNet); store PNG or .npz"
         )
 
 
@@ -76,16 +76,27 @@ def file_warnings(name: str, read: FilesRead) -> Iterator[str]:
         )
 
 
-def _width_warnings(name: str, side: Side) -> Iterator[str]:
-    if side.count is None:
-        return
+def _widths(side: Side) -> dict[str, int]:
+    """Features behind the Frechet distances of a side, by name."""
     widths = {feature: len(gaussian.mean) for feature, gaussian in side.reference.gaussians.items()}
     if not widths and side.extraction is not None:
         widths = {feature: len(moments.sum) for feature, moments in side.extraction.moments.items()}
-    beyond = [f"{width:,} {feature} features" for feature, width in widths.items() if side.count <= width]
+    return widths
+
+
+def count_warnings(name: str, count: int | None, widths: Mapping[str, int]) -> Iterator[str]:
+    """Too few images for Frechet distances of so many features."""
+    if count is None:
+        return
+    if count < FEW_SAMPLES:
+        yield (
+            f"{name}: only {count:,} images: Frechet distances are biased upward by a term of order 1/N; compare "
+            "them only at equal counts (published ones use 50,000), or use the kernel distance, which is unbiased"
+        )
+    beyond = [f"{width:,} {feature} features" for feature, width in widths.items() if count <= width]
     if beyond:
         yield (
-            f"{name}: {side.count:,} images for {' and '.join(beyond)}: the covariance is singular and the Frechet "
+            f"{name}: {count:,} images for {' and '.join(beyond)}: the covariance is singular and the Frechet "
             "distance mostly bias"
         )
 

@@ -137,22 +137,55 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     (N < D) are left out, where only rounding errors would enter. (Heusel et al. 2017, eq. 6.)
 
     Raises:
-        ValueError: widths that differ, or moments that are not finite.
+        ValueError: widths that differ, moments that are not finite or not real, or a covariance that is none.
     """
     if a.mean.shape != b.mean.shape or a.covariance.shape != b.covariance.shape:
         raise ValueError(
             f"feature widths differ: {len(a.mean)} and {len(b.mean)}; were both sets made by the same network?"
         )
+    if any(moment.is_complex() for moment in (*a, *b)):
+        raise ValueError("the moments are complex numbers; means and covariances are real")
     mean_a, covariance_a, mean_b, covariance_b = (moment.double() for moment in (*a, *b))
     if not all(bool(moment.isfinite().all()) for moment in (mean_a, covariance_a, mean_b, covariance_b)):
         raise ValueError("the moments hold values that are not finite; were the images or the weights damaged?")
+    check_symmetric(covariance_a)
+    check_symmetric(covariance_b)
+    if torch.equal(mean_a, mean_b) and torch.equal(covariance_a, covariance_b):
+        return 0.0  # where the arithmetic below leaves rounding errors
     values, vectors = torch.linalg.eigh(covariance_a)
+    _check_not_negative(values)
     kept = _is_no_rounding_error(values)
     root = vectors[:, kept] * values[kept].sqrt()  # (D, rank)
     squares = torch.linalg.eigvalsh(root.T @ covariance_b @ root)
+    _check_not_negative(squares)
     cross = squares[_is_no_rounding_error(squares)].sqrt().sum()
     difference = mean_a - mean_b
-    return float(difference @ difference + covariance_a.trace() + covariance_b.trace() - 2 * cross)
+    distance = float(difference @ difference + covariance_a.trace() + covariance_b.trace() - 2 * cross)
+    return max(distance, 0.0)
+
+
+NEGLIGIBLE = 1e-4
+"""Of the largest value of a matrix: what float32 files and rounding do to a covariance of thousands of features."""
+
+
+def check_symmetric(covariance: Tensor) -> None:
+    """Raise ValueError unless a matrix (D, D) is symmetric, up to rounding."""
+    if covariance.numel() and (covariance - covariance.T).abs().max() > NEGLIGIBLE * covariance.abs().max():
+        raise ValueError("the covariance is not symmetric, so it is none")
+
+
+def is_positive(covariance: Tensor) -> bool:
+    """Whether a symmetric matrix (D, D) has no negative eigenvalues, up to rounding (the cheapest such test)."""
+    allowed = NEGLIGIBLE * covariance.abs().max() * torch.eye(len(covariance), dtype=covariance.dtype)
+    return not covariance.numel() or int(torch.linalg.cholesky_ex(covariance + allowed).info) == 0
+
+
+def _check_not_negative(eigenvalues: Tensor) -> None:
+    if len(eigenvalues) and eigenvalues.min() < -NEGLIGIBLE * eigenvalues.abs().max():
+        raise ValueError(
+            f"a covariance has negative eigenvalues (down to {float(eigenvalues.min()):.3g}), so it is none; were the "
+            "moments made by other means than cov(features)?"
+        )
 
 
 def _is_no_rounding_error(eigenvalues: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vistok.eval.features import FeaturePass, gathered
-from vistok.eval.guards import by_text, comparability_warnings, file_warnings
+from vistok.eval.guards import by_text, comparability_warnings, file_warnings, lossy_warnings
 from vistok.eval.images import ImageError, ImageSet, open_images
 from vistok.eval.networks import CallableNetwork, FeatureNetwork
 from vistok.eval.protocols import CUSTOM, PROTOCOLS, Protocol
@@ -20,6 +20,9 @@ from vistok.eval.record import describe_images, describe_side, library_versions,
 from vistok.eval.references import Reference
 from vistok.eval.scoring import Side, compute_scores
 from vistok.utils.processes import Processes
+
+FEWEST_OTHERS, DOUBTFUL = 3, 0.5
+"""Pairs that such a doubt takes, and the share of a stranger's error from which there is one."""
 
 Source = str | Path | Sequence[str | Path] | Tensor | ImageSet
 
@@ -62,11 +65,12 @@ def evaluate_reconstruction(
     _check_pairs(originals, reconstructions)
     passes = _Passes(network, originals, reconstructions) if network is not None else None
     columns = _pass_over_pairs(originals, reconstructions, passes, lpips, batch_size, torch.device(device), processes)
-    mse = columns.pop("mse")
+    mse, others = columns.pop("mse"), columns.pop("mse_of_others")
     psnr = {"psnr": decibels(mse).mean(), "psnr_of_mean_mse": decibels(mse.mean())}
     scores = {name: float(value) if value.isfinite() else None for name, value in psnr.items()}
     scores |= {name: float(values.mean()) for name, values in columns.items()}
     warnings = _pair_warnings(originals, reconstructions, equal=int((mse == 0).sum()))
+    warnings += _doubts(reconstructions, mse, others)
     result: dict[str, Any] = {
         "protocol": "reconstruction",
         "scores": scores,
@@ -127,16 +131,26 @@ def _pass_over_pairs(
     if processes.count > originals.count:
         raise ImageError(f"{processes.count} processes share only {originals.count} images; use fewer")
     part = processes.part(originals.count) if processes.count > 1 else ()
-    per_image: dict[str, list[Tensor]] = {}
+    per_image: dict[str, list[Tensor]] = {"mse_of_others": [torch.empty(0, dtype=torch.float64)]}
+    before = None
     for original, reconstruction in zip(
         originals.batches(batch_size, *part), reconstructions.batches(batch_size, *part)
     ):
         for name, values in _score_pairs(original.to(device), reconstruction.to(device), lpips).items():
             per_image.setdefault(name, []).append(values.double().cpu())
+        per_image["mse_of_others"].append(_errors_of_others(original, reconstruction, before))
+        before = reconstruction[-1:]
         if passes is not None:
             passes.add(original, reconstruction)
     gathered = processes.gather({name: torch.cat(values) for name, values in per_image.items()})
     return {name: torch.cat([columns[name] for columns in gathered]) for name in gathered[0]}
+
+
+def _errors_of_others(original: Tensor, reconstruction: Tensor, before: Tensor | None) -> Tensor:
+    """Squared errors (B,), or (B - 1,) at the beginning, of each reconstruction against the original after its own."""
+    shifted = reconstruction[:-1] if before is None else torch.cat([before, reconstruction[:-1]])
+    x, y = original[len(original) - len(shifted) :].double() / 255, shifted.double() / 255
+    return mean_squared_error(x, y)
 
 
 @torch.no_grad()
@@ -177,9 +191,17 @@ def _pair_warnings(originals: ImageSet, reconstructions: ImageSet, *, equal: int
         pairs = zip(originals.names, reconstructions.names)
         first = next(pair for pair in pairs if pair[0] != pair[1])
         found.append(f"file names differ, paired by order: {first[0]!r} with {first[1]!r}; is each with its original?")
-    if reconstructions.lossy:
-        found.append(f"{reconstructions.lossy} reconstructions are lossily compressed (JPEG) files")
-    return found
+    return [*found, *lossy_warnings("images", reconstructions.lossy)]
+
+
+def _doubts(reconstructions: ImageSet, mse: Tensor, others: Tensor) -> list[str]:
+    """Whether files are what they are said to be: reconstructions are nearer to their own originals than to others'."""
+    if reconstructions.files_read is None or len(others) < FEWEST_OTHERS or mse.mean() < DOUBTFUL * others.mean():
+        return []
+    return [
+        f"are these reconstructions of these images, in this order? Their PSNR is {decibels(mse.mean()):.2f} dB, and "
+        f"{decibels(others.mean()):.2f} dB if each is compared with the original after its own"
+    ]
 
 
 def _settings(scores: dict[str, Any], lpips: Callable | None) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from vistok.draws import Keys
 from vistok.eval import metrics as m
 from vistok.eval.batches import NETWORK_BATCH, filled
 from vistok.eval.features import FeaturePass, gathered
+from vistok.eval.guards import count_warnings
 from vistok.eval.networks import CallableNetwork, FeatureNetwork, full_precision
 from vistok.eval.protocols import CUSTOM, PROTOCOLS
 from vistok.eval.record import describe_images, library_versions, save_result
@@ -100,6 +101,7 @@ def evaluate_perturbation(
     passes = _passes(tokenizer, originals, cells, network, seed, processes)
     with full_precision():
         reference, *gaussians = (gathered(features, processes).moments["pool"].gaussian for features in passes)
+        notes = count_warnings("images and reference", originals.count, {"pool": len(reference.mean)})
         distances = [m.frechet_distance(gaussian, reference) for gaussian in gaussians]
     rules = CUSTOM if isinstance(network, CallableNetwork) else PROTOCOLS["reconstruction"]
     fid = rules.rename({"fid": distances[0]})
@@ -117,7 +119,7 @@ def evaluate_perturbation(
         "settings": {"grid": dataclasses.asdict(grid), "images_perturbed": "all", "seed": seed, "crop": data.crop},
         "tokenizer": {"model": tokenizer.registry_name, "fingerprint": tokenizer.fingerprint()},
         "versions": library_versions(),
-        "warnings": [UNCERTAIN, *_clipped(grid, tokenizer.spec.codebook_size)],
+        "warnings": [UNCERTAIN, *notes, *_clipped(grid, tokenizer.spec.codebook_size)],
     }
     if out is not None and processes.is_first:
         save_result(result, out)

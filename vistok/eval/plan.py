@@ -10,6 +10,7 @@ from typing import Any, Literal
 from vistok.draws import Keys
 from vistok.eval.batches import NETWORK_BATCH
 from vistok.utils.files import read_json, write_json
+from vistok.utils.locks import holds_files
 
 Labels = Literal["balanced", "random", "none"]
 PLAN_FILE = "plan.json"
@@ -102,7 +103,7 @@ class Plan:
         """
         path = folder / PLAN_FILE
         if not path.exists():
-            if folder.is_dir() and any(folder.iterdir()):
+            if folder.is_dir() and holds_files(folder):
                 raise BenchmarkError(f"{folder} holds other files; choose a new folder for the benchmark")
             write_json(path, self.to_json())
             return

@@ -21,7 +21,7 @@ from torch import Tensor
 from vistok.data.decoding import Reading
 from vistok.eval.features import extract_features
 from vistok.eval.images import ImageSet, NpzImages, open_images
-from vistok.eval.metrics import Gaussian
+from vistok.eval.metrics import Gaussian, check_symmetric, is_positive
 from vistok.eval.networks import FeatureNetwork
 from vistok.utils.files import atomic_file
 from vistok.utils.processes import Processes
@@ -55,7 +55,8 @@ class Provenance:
         reading: how their files were read.
         image_size: side lengths (H, W) of the images, as text "HxW".
         fingerprint: SHA-256 over the images' pixels.
-        moments_sha256: of the moments as they were when the file was made.
+        moments_sha256, rows_sha256: of the moments and of the stored pooled features, as they were when the file was
+            made.
     """
 
     count: int | None = None
@@ -68,6 +69,7 @@ class Provenance:
     image_size: str | None = None
     fingerprint: str | None = None
     moments_sha256: str | None = None
+    rows_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,11 @@ class Reference:
             for moment in self.gaussians[name]:
                 digest.update(moment.contiguous().numpy().data)
         return digest.hexdigest()
+
+    @property
+    def rows_sha256(self) -> str | None:
+        """Hash of the stored pooled features in float32."""
+        return None if self.rows is None else hashlib.sha256(self.rows.contiguous().numpy().data).hexdigest()
 
     def check_network(self, network: FeatureNetwork, features: dict[str, Tensor]) -> None:
         """Refuse what another network stored than ``network``, whose ``features`` of some images are given.
@@ -188,21 +195,46 @@ def _open_npz(path: Path) -> Reference:
         source=str(path),
         images=NpzImages(path) if NpzImages.key in keys else None,
         gaussians=gaussians,
-        rows=torch.from_numpy(arrays[ROWS_KEY]).float() if ROWS_KEY in arrays else None,
-        provenance=Provenance(**{key: arrays[key].item() for key in told if key in arrays}),
+        rows=_rows(path, arrays[ROWS_KEY], gaussians) if ROWS_KEY in arrays else None,
+        provenance=_provenance(path, arrays),
     )
-    recorded = reference.provenance.moments_sha256
-    if recorded is not None and recorded != reference.moments_sha256:
-        raise InvalidReferenceError(
-            f"{path} was changed after it was made: its moments do not have the hash that it records; make it again"
-        )
+    for what, key in (("moments", "moments_sha256"), ("pooled features", "rows_sha256")):
+        recorded = getattr(reference.provenance, key)
+        if recorded is not None and recorded != getattr(reference, key):
+            raise InvalidReferenceError(
+                f"{path} was changed after it was made: its {what} do not have the hash that it records; make it again"
+            )
     return reference
+
+
+def _provenance(path: Path, arrays: dict[str, np.ndarray]) -> Provenance:
+    told = {}
+    for item in fields(Provenance):
+        if item.name in arrays:
+            if arrays[item.name].size != 1:
+                raise InvalidReferenceError(f"{path}: {item.name!r} must be one value, got {arrays[item.name].shape}")
+            told[item.name] = arrays[item.name].item()
+    return Provenance(**told)
+
+
+def _rows(path: Path, rows: np.ndarray, gaussians: dict[str, Gaussian]) -> Tensor:
+    """Stored pooled features (n, D) as float32."""
+    width = len(gaussians["pool"].mean) if "pool" in gaussians else None
+    if rows.dtype.kind not in "fiu" or rows.ndim != 2 or width not in (None, rows.shape[1]):
+        expected = f"real numbers (n, {'D' if width is None else width})"
+        raise InvalidReferenceError(f"{ROWS_KEY!r} of {path} must be {expected}, got {rows.dtype} {rows.shape}")
+    values = torch.from_numpy(rows.astype(np.float32))
+    if not bool(values.isfinite().all()):
+        raise InvalidReferenceError(f"{ROWS_KEY!r} of {path} holds values that are not finite; make it again")
+    return values
 
 
 def _gaussian(path: Path, arrays: dict[str, np.ndarray], mean_key: str, covariance_key: str) -> Gaussian:
     for key, other in ((mean_key, covariance_key), (covariance_key, mean_key)):
         if key not in arrays:
             raise InvalidReferenceError(f"{path} has {other!r} but no {key!r}; both are needed")
+        if arrays[key].dtype.kind not in "fiu":
+            raise InvalidReferenceError(f"{key!r} of {path} must be real numbers, got {arrays[key].dtype}")
     mean, covariance = (torch.from_numpy(arrays[key].astype(np.float64)) for key in (mean_key, covariance_key))
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise InvalidReferenceError(
@@ -211,6 +243,14 @@ def _gaussian(path: Path, arrays: dict[str, np.ndarray], mean_key: str, covarian
         )
     if not (bool(mean.isfinite().all()) and bool(covariance.isfinite().all())):
         raise InvalidReferenceError(f"{mean_key!r} or {covariance_key!r} of {path} holds values that are not finite")
+    try:
+        check_symmetric(covariance)
+    except ValueError as error:
+        raise InvalidReferenceError(f"{covariance_key!r} of {path}: {error}") from error
+    if not is_positive(covariance):
+        raise InvalidReferenceError(
+            f"{covariance_key!r} of {path} is no covariance: it has negative eigenvalues; make the file again"
+        )
     return Gaussian(mean, covariance)
 
 
@@ -237,10 +277,13 @@ def make_reference(
 
     Raises:
         ValueError: an unknown split.
+        FileExistsError: there is something at ``path``.
         ImageError: as ``open_images``.
     """
     if split is not None and split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+    if processes.is_first and Path(path).exists():
+        raise FileExistsError(f"{path} exists already; choose another file or remove it first")
     images = open_images(images, crop=crop, reading=reading)
     names = tuple(name for name in MOMENT_KEYS if name in network(next(iter(images.batches(1)))))
     extraction = extract_features(
@@ -264,6 +307,7 @@ def make_reference(
         image_size=f"{images.size[0]}x{images.size[1]}",
         fingerprint=extraction.fingerprint,
         moments_sha256=reference.moments_sha256,
+        rows_sha256=reference.rows_sha256,
     )
     if processes.is_first:
         _write(reference, provenance, path)

@@ -32,7 +32,7 @@ from vistok.train.stages import STAGES, Stage, forever, on_device
 from vistok.train.stopping import StopRequest, TrainingInterrupted
 from vistok.train.trail import Trail, earliest
 from vistok.utils.files import write_json
-from vistok.utils.locks import locked
+from vistok.utils.locks import holds_files, locked
 from vistok.utils.processes import is_first_process
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def train(config: Mapping[str, Any], *, resume: bool = False) -> Path:
 
 
 def _train(config: Mapping[str, Any], run: RunConfig, folder: Path, resume: bool) -> None:
-    if folder.exists() and any(folder.iterdir()) and not resume:
+    if folder.exists() and holds_files(folder) and not resume:
         raise FileExistsError(
             f"run folder {folder} exists already; go on with --resume, or choose another with output_dir=…"
         )

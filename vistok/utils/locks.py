@@ -50,6 +50,12 @@ def locked(folder: str | Path) -> Iterator[None]:
             lock.release()
 
 
+def holds_files(folder: Path) -> bool:
+    """Whether there is anything in a folder but its own lock."""
+    own = (f".{folder.resolve().name}.lock", f".{folder.resolve().name}.owner")
+    return any(path.name not in own for path in folder.iterdir())
+
+
 def _lock_file(folder: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = os.access(folder.parent, os.W_OK) or not folder.is_dir()

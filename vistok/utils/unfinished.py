@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vistok.utils.files import atomic_folder, read_json, remove_leftovers, write_json
+from vistok.utils.locks import holds_files
 
 SETTINGS = "unfinished.json"
 
@@ -36,7 +37,7 @@ def open_unfinished(target: Path, settings: Mapping[str, Any], *, resume: bool) 
         ResumeError: nothing to resume, or something else.
     """
     (target / SETTINGS).unlink(missing_ok=True)  # left by a process that was killed when all was there
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if target.exists() and (not target.is_dir() or holds_files(target)):
         raise FileExistsError(f"{target} exists already and is not empty; choose another folder or remove it first")
     folder = unfinished(target)
     if resume:
