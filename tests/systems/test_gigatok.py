@@ -71,6 +71,18 @@ def test_the_feature_term_trains_the_decoder_alone():
     torch.testing.assert_close(output.losses["feature"], expected)
 
 
+def test_the_encoders_map_is_decoded_directly_in_the_first_training_steps():
+    model, images = tiny("gigatok", direct_until=2), pixels(tiny("gigatok"))
+    assert list(model.train()(images, step=1).reconstructions) == ["main", "direct"]
+    assert list(model(images, step=2).reconstructions) == ["main"]
+    assert list(model(images).reconstructions) == list(model.eval()(images, step=0).reconstructions) == ["main"]
+    output = model.train()(images, step=0)
+    torch.testing.assert_close(output.reconstructions["direct"], model.decoder(output.features["spatial"]))
+    output.reconstructions["direct"].mean().backward()
+    assert model.encoder.conv_in.weight.grad is not None
+    assert model.token_encoder.out.weight.grad is None
+
+
 def test_a_model_without_a_head_has_nothing_to_align():
     model = tiny("gigatok", alignment=None)
     assert model.alignment_dim is None

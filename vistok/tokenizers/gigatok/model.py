@@ -79,6 +79,8 @@ class GigaTok(Tokenizer):
         codebook_restart_after: steps after which an unused code is moved onto a latent; 0 is never.
         quantizer_gradient: see ``VectorQuantizer``.
         entropy_temperature: temperature of the "entropy" loss term (0.01 in the paper); None leaves the term out.
+        direct_until: in training steps before this one the convolutional decoder decodes the encoder's map, too; its
+            image is the reconstruction "direct", which pixel losses apply to as they do to the main one.
         alignment: the head whose output the loss "repa" compares with a frozen encoder's; None has none.
         dropout: inside the residual blocks, in training.
         norm_groups: groups of all group norms; they must divide every width.
@@ -123,6 +125,7 @@ class GigaTok(Tokenizer):
         codebook_restart_after: int = 0,
         quantizer_gradient: Gradient = "rotation",
         entropy_temperature: float | None = None,
+        direct_until: int = 0,
         alignment: AlignmentConfig | None = ALIGNMENT,
         dropout: float = 0.0,
         norm_groups: int = 32,
@@ -146,6 +149,7 @@ class GigaTok(Tokenizer):
         grid = None if layout == "1d" else self.map_grid
         self._spec = TokenSpec(num_tokens, codebook_size, codebook_embed_dim, grid=grid)
         encoder_size, decoder_size = (as_dataclass(TransformerSize, size) for size in (encoder_size, decoder_size))
+        self.direct_until = direct_until
         self.alignment = None if alignment is None else as_dataclass(AlignmentConfig, alignment)
 
         options = {"norm_groups": norm_groups, "dropout": dropout, "attend": conv_attention}
@@ -237,6 +241,8 @@ class GigaTok(Tokenizer):
     ) -> TokenizerOutput:
         """The term "feature" is the mean squared error of the decoder's feature map; the encoder's counts as constant.
 
+        Before step ``direct_until`` of training there is the reconstruction "direct" beside the main one.
+
         Features: "latents", "quantized" (B, L, code dim); "spatial", "decoded_spatial" (B, z_channels, h, w), the
         convolutional encoder's map and the one that the tokens gave; "alignment" (B, h * w, D) where there is a head.
         """
@@ -254,7 +260,10 @@ class GigaTok(Tokenizer):
         if decoded.aligned is not None:
             features["alignment"] = decoded.aligned
         losses = quantized.losses | {"feature": F.mse_loss(decoded.spatial, spatial.detach())}
-        return TokenizerOutput(self.decoder(decoded.spatial), quantized.ids, losses, features)
+        reconstructions = {"main": self.decoder(decoded.spatial)}
+        if self.training and step is not None and step < self.direct_until:
+            reconstructions["direct"] = self.decoder(spatial)
+        return TokenizerOutput(reconstructions, quantized.ids, losses, features)
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
