@@ -142,12 +142,11 @@ class Level(nn.Module):
 
 
 def _middle(channels: int, norm_groups: int, dropout: float, attend: bool) -> nn.Sequential:
-    first, last = (ResBlock(channels, channels, norm_groups=norm_groups, dropout=dropout) for _ in range(2))
-    return (
-        nn.Sequential(first, AttnBlock(channels, norm_groups=norm_groups), last)
-        if attend
-        else nn.Sequential(first, last)
-    )
+    blocks: list[nn.Module] = [ResBlock(channels, channels, norm_groups=norm_groups, dropout=dropout)]
+    if attend:
+        blocks.append(AttnBlock(channels, norm_groups=norm_groups))
+    blocks.append(ResBlock(channels, channels, norm_groups=norm_groups, dropout=dropout))
+    return nn.Sequential(*blocks)
 
 
 class ConvEncoder(nn.Module):
