@@ -102,3 +102,38 @@ def test_damaged_and_foreign_caches_leave_nothing(tmp_path):
 def test_a_bad_line_is_named(tmp_path):
     (tmp_path / "in").write_text('{"class_id": 1, "tokens": [1]}\n{"tokens": [1]}\n')
     refused(tmp_path, "line 2: no class_id and tokens", "jsonl")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"class_id": 0, "tokens": [1.9, 2]}', "holds float64 in the place of ids"),
+        ('{"class_id": 0, "tokens": [1e400, 2]}', "holds float64 in the place of ids"),
+        ('{"class_id": 0, "tokens": ["1", "2"]}', "in the place of ids"),
+        ('{"class_id": 0, "tokens": [99, 2]}', r"token id 99 is out of range 0\.\.31"),
+        ('{"class_id": 1e400, "tokens": [1, 2]}', "a class id is an integer from 0, or -1 for no class; got inf"),
+        ('{"class_id": 1.9, "tokens": [1, 2]}', "got 1.9"),
+        ('{"class_id": -2, "tokens": [1, 2]}', "got -2"),
+        ('{"class_id": -1, "tokens": [1, 2]}', "label -1 is out of range"),
+        ('{"class_id": 30000000, "tokens": [1, 2]}', "more than 100,000 classes"),
+        ('{"class_id": true, "tokens": [1, 2]}', "got True"),
+        ('{"class_id": 0, "tokens": [[1], 2]}', "no class_id and tokens"),
+        ("[" * 5000, "no class_id and tokens"),
+    ],
+)
+def test_ids_and_labels_are_whole_and_named_with_their_line(tmp_path, line, message):
+    good = json.dumps({"class_id": 1, "tokens": [3] * 16})
+    line = line.replace("2]", ", ".join(["2"] * 15) + "]")
+    (tmp_path / "x.jsonl").write_text(f"{good}\n{line}\n")
+    with pytest.raises(PeerCacheError, match=rf"x\.jsonl, line 2.*{message}"):
+        import_tokens("jsonl", tmp_path / "x.jsonl", tiny("llamagen_vq"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("kind", "value"), [("codes", 1.9), ("labels", 1.0), ("labels", -2)])
+def test_llamagen_files_are_named(tmp_path, kind, value):
+    write_llamagen(tmp_path / "in")
+    path = tmp_path / "in" / f"imagenet256_{kind}" / "3.npy"
+    np.save(path, np.full_like(np.load(path), value, dtype=type(value)))
+    with pytest.raises(PeerCacheError, match=r"3\.npy"):
+        import_tokens("llamagen", tmp_path / "in", tiny("llamagen_vq"), tmp_path / "out")

@@ -324,3 +324,44 @@ def test_a_dry_run_counts_held_out_samples(tmp_path):
     shown = CliRunner().invoke(app, ["train", str(tmp_path / "run.yaml"), "--dry-run"])
     assert "held-out samples" in shown.output
     assert " 50" in shown.output.split("held-out samples")[1].splitlines()[0]
+
+
+def save_pictures(folder, numbers):
+    from support.images import picture
+
+    folder.mkdir(parents=True)
+    for number in numbers:
+        picture(number, (16, 16)).save(folder / f"{number:03d}.png")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["./x/train", "x/../x/train", "x/link", "copy", "copy.zip"])
+def test_held_out_images_are_compared_by_what_they_are(tmp_path, monkeypatch, name):
+    import shutil
+
+    monkeypatch.chdir(tmp_path)
+    folder = save_pictures(tmp_path / "x" / "train", range(20))
+    (tmp_path / "x" / "link").symlink_to("train")
+    shutil.copytree(folder, tmp_path / "copy")
+    shutil.make_archive("copy", "zip", folder)
+    data = {"source": "folder", "root": "x/train", "channels": 3, "split": None, "affine": None}
+    config = tokenizer_config(tmp_path / "run", data=data, validation={"data": {"root": name}})
+    with pytest.raises(ConfigError, match="names the images that the run trains on, by another name or in a copy"):
+        train(config)
+
+
+def test_copies_among_held_out_images_are_counted(tmp_path, caplog):
+    save_pictures(tmp_path / "train", range(20))
+    save_pictures(tmp_path / "test", range(17, 25))
+    data = {"source": "folder", "root": str(tmp_path), "channels": 3, "affine": None, "batch_size": 4}
+    config = tokenizer_config(tmp_path / "run", data=data, validation={"data": {"split": "test"}})
+    with caplog.at_level("WARNING"):
+        train(config | {"training": {"max_steps": 1}})
+    assert "3 of 8 held-out samples that were looked for are trained on: " in caplog.text
+    assert f"{tmp_path}/test/017.png" in caplog.text
+
+
+def test_held_out_digits_of_the_whole_set_are_counted(tmp_path):
+    config = tokenizer_config(tmp_path / "run", data={"split": None}, validation={"data": {"split": "test"}})
+    with pytest.raises(ConfigError, match="names the images that the run trains on, by another name"):
+        train(config)

@@ -6,6 +6,7 @@ A saved model is a folder with ``config.json`` (the registry name and the constr
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import inspect
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from huggingface_hub import PyTorchModelHubMixin
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -24,7 +26,7 @@ from vistok.checkpoints.official import OfficialCheckpoint, convert
 from vistok.checkpoints.weights import CheckpointError, hash_weights, load_strictly, read_weights
 from vistok.config import check, with_todays_names
 from vistok.types import to_json
-from vistok.utils.files import atomic_folder, restore, write_json
+from vistok.utils.files import atomic_folder, read_json, restore, write_json
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -94,7 +96,10 @@ class Model(
         header = {"model": self.registry_name, "vistok_version": __version__}
         write_json(save_directory / CONFIG, header | {"arguments": self.config})
         state = {key: tensor.detach().cpu().contiguous() for key, tensor in self.state_dict().items()}
-        save_file(state, save_directory / WEIGHTS, metadata={"format": "pt"})
+        try:
+            save_file(state, save_directory / WEIGHTS, metadata={"format": "pt"})
+        except SafetensorError as error:  # its word for a failed write, which is nearly always a full disk
+            raise OSError(errno.ENOSPC, f"weights could not be written: {error}", str(save_directory)) from error
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub_options: Any) -> Self:
@@ -120,6 +125,10 @@ class Model(
         digest = hashlib.sha256(json.dumps([self.registry_name, arguments], sort_keys=True).encode())
         hash_weights(digest, self.state_dict())
         return digest.hexdigest()
+
+
+CONSTRUCTION_ERRORS = (ValueError, TypeError, LookupError, ArithmeticError, AssertionError, RuntimeError, MemoryError)
+"""What a constructor raises that is given sizes of no model."""
 
 
 def load(source: str | Path, **hub_options: Any) -> Model:
@@ -148,7 +157,7 @@ def load(source: str | Path, **hub_options: Any) -> Model:
         arguments = with_todays_names(model_class, saved["arguments"])
         check(model_class, arguments, "")
         model = model_class(**arguments)
-    except ValueError as error:  # a ConfigError, or the constructor's own
+    except CONSTRUCTION_ERRORS as error:  # a ConfigError, the constructor's own, or what wrong sizes do to torch
         raise CheckpointError(f"{folder / CONFIG} does not describe a {saved['model']}: {error}") from error
     model._saved_arguments = saved["arguments"]
     load_strictly(model, read_weights(folder / WEIGHTS), source=str(folder))
@@ -165,10 +174,14 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{folder} is no saved model: it has no {CONFIG}")
     try:
-        saved = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        saved = read_json(path)
+    except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
-    if not isinstance(saved, dict) or not {"model", "arguments"} <= saved.keys():
+    if (
+        not isinstance(saved, dict)
+        or not isinstance(saved.get("model"), str)
+        or not isinstance(saved.get("arguments"), dict)
+    ):
         raise CheckpointError(
             f"{path} was not written by vistok (no 'model' and 'arguments'); "
             "official checkpoints come in through `vistok convert`"

@@ -45,7 +45,14 @@ def from_official(name: str, config: Mapping[str, Any], state_dict: Mapping[str,
         UnknownModelError: no system has that name.
     """
     item = registry.official_entry(name)
-    return item.load().from_official({**config, **item.variants.get(name, {})}, state_dict).eval()
+    try:
+        return item.load().from_official({**config, **item.variants.get(name, {})}, state_dict).eval()
+    except KeyError as error:
+        raise CheckpointError(
+            f"the config of a {name} needs the key {error}; it has {listing(config) or 'none'}"
+        ) from error
+    except (TypeError, AttributeError, ArithmeticError, IndexError) as error:
+        raise CheckpointError(f"the config does not describe a {name}: {error}") from error
 
 
 def convert(

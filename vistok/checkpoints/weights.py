@@ -44,7 +44,7 @@ def read_weights(path: str | Path, *, stand_ins: Sequence[tuple[type, str]] = ()
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError, TypeError, LookupError, RuntimeError, MemoryError) as error:
             raise CheckpointError(
                 f"{path} is damaged or incomplete ({path.stat().st_size:,} bytes): {error}; fetch or save it again"
             ) from error
@@ -52,13 +52,22 @@ def read_weights(path: str | Path, *, stand_ins: Sequence[tuple[type, str]] = ()
         # Training files keep their command line beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace, *stand_ins]):
             # Files from before PyTorch 1.6 are no archives, and cannot be mapped into memory.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises several types, none of them its own
-        reason = str(error).splitlines()[0]
+        lines = str(error).splitlines() or [repr(error)]
+        reason = next((line.strip() for line in lines if "WeightsUnpickler error" in line), lines[0])
+        if "Unsupported global" not in reason and "Unsupported class" not in reason:
+            raise CheckpointError(
+                f"{path} cannot be read safely as weights: it is damaged, incomplete ({path.stat().st_size:,} bytes) "
+                f"or no file of weights ({reason}); fetch or save it again"
+            ) from error
         raise CheckpointError(
             f"{path} cannot be read safely as weights: {reason}. Files that pickle other objects beside the "
             "weights are not loaded; save the state dict alone, best as safetensors"
         ) from error
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"{path} holds a {type(found).__name__}, no state dict")
+    return dict(found)
 
 
 WRAPPERS = ("ema", "model_ema", "model", "module", "state_dict")
@@ -66,6 +75,9 @@ WRAPPERS = ("ema", "model_ema", "model", "module", "state_dict")
 
 def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """Find the state dict in a training checkpoint, and strip the prefix of a compiled model."""
+    if not all(isinstance(key, str) for key in checkpoint):
+        odd = next(key for key in checkpoint if not isinstance(key, str))
+        raise CheckpointError(f"a state dict names its tensors; the file has the key {odd!r} ({type(odd).__name__})")
     if not any(isinstance(value, Tensor) for value in checkpoint.values()):
         inner = next((checkpoint[key] for key in WRAPPERS if isinstance(checkpoint.get(key), Mapping)), None)
         if inner is None:
@@ -112,6 +124,9 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, source: str 
     Raises:
         CheckpointError: lists missing keys, surplus keys and differing shapes. The model is left as it was.
     """
+    odd = [f"{key} ({type(value).__name__})" for key, value in state.items() if not isinstance(value, Tensor)]
+    if odd:
+        raise CheckpointError(f"{source} holds {len(odd)} values that are no tensors: {listing(odd)}")
     own = model.state_dict()
     missing, surplus = own.keys() - state.keys(), state.keys() - own.keys()
     wrong = [

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from vistok.data.tar import UNCONDITIONAL, check_class
 
 
 class PeerSample(NamedTuple):
@@ -15,11 +18,13 @@ class PeerSample(NamedTuple):
 
     Attributes:
         values: ids (V, L), or raw moments (V, 2D, h, w): means, then log-variances.
-        label: class id.
+        label: class id, or -1 for none.
+        where: its file, and line.
     """
 
     values: np.ndarray
     label: int
+    where: str
 
 
 class PeerCacheError(ValueError):
@@ -52,7 +57,7 @@ class LlamaGenCodes:
             codes, label = _load(path), _load(self._labels / path.name)
             if codes.ndim != 3 or codes.shape[0] != 1 or label.size != 1:
                 raise PeerCacheError(f"{path} holds codes {codes.shape} with a label {label.shape}; expected (1, V, L)")
-            yield PeerSample(codes[0], int(label.item()))
+            yield PeerSample(_ids(codes[0], str(path)), _label(label.item(), str(self._labels / path.name)), str(path))
 
 
 class MarMoments:
@@ -72,7 +77,9 @@ class MarMoments:
             if not {"moments", "moments_flip"} <= set(archive):
                 raise PeerCacheError(f"{path} holds {sorted(archive)}; expected moments and moments_flip")
             views = np.stack([archive["moments"], archive["moments_flip"]])
-            yield PeerSample(views, labels[path.parent.name])
+            if views.dtype.kind != "f" or not np.isfinite(views).all():
+                raise PeerCacheError(f"{path} holds {views.dtype} moments, or some that are not finite")
+            yield PeerSample(views, labels[path.parent.name], str(path))
 
 
 class JsonLines:
@@ -94,11 +101,13 @@ class JsonLines:
                     yield self._sample(number, line)
 
     def _sample(self, number: int, line: str) -> PeerSample:
+        where = f"{self._path}, line {number}"
         try:
             row = json.loads(line)
-            return PeerSample(np.array(row["tokens"], dtype=np.int64).reshape(1, -1), int(row["class_id"]))
-        except (ValueError, TypeError, KeyError) as error:
-            raise PeerCacheError(f"{self._path}, line {number}: no class_id and tokens ({error!r})") from error
+            ids, label = np.array(row["tokens"]).reshape(1, -1), row["class_id"]
+        except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
+            raise PeerCacheError(f"{where}: no class_id and tokens ({error!r})") from error
+        return PeerSample(_ids(ids, where), _label(label, where), where)
 
 
 FORMATS = {"llamagen": LlamaGenCodes, "mar": MarMoments, "jsonl": JsonLines}
@@ -130,9 +139,27 @@ def check_alike(samples: Sequence[PeerSample]) -> None:
         raise PeerCacheError(f"samples differ in shape: {sorted(shapes)}; import sets of different crops one by one")
 
 
+def _ids(values: np.ndarray, where: str) -> np.ndarray:
+    if values.dtype.kind not in "iu":
+        raise PeerCacheError(f"{where} holds {values.dtype} in the place of ids, which are integers")
+    if values.dtype == np.uint64 and values.size and values.max() > np.iinfo(np.int64).max:
+        raise PeerCacheError(f"{where} holds the id {values.max()}")
+    return values.astype(np.int64)
+
+
+def _label(value: Any, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < UNCONDITIONAL:
+        raise PeerCacheError(f"{where}: a class id is an integer from 0, or -1 for no class; got {value!r}")
+    try:
+        check_class(value)
+    except ValueError as error:
+        raise PeerCacheError(f"{where}: {error}") from error
+    return value
+
+
 def _load(path: Path) -> np.ndarray | dict[str, np.ndarray]:
     try:
         loaded = np.load(path, allow_pickle=False)
         return loaded if isinstance(loaded, np.ndarray) else dict(loaded)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
         raise PeerCacheError(f"{path} cannot be read ({error}); repair or remove it") from error

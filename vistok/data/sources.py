@@ -185,23 +185,23 @@ class Selection(ImageSource):
     """Some of a source's images, by their indices there."""
 
     def __init__(self, source: ImageSource, indices: Sequence[int]) -> None:
-        self._source, self._indices = source, indices
+        self.source, self.indices = source, indices
         self.classes = source.classes
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self._source[self._indices[index]]
+        return self.source[self.indices[index]]
 
     def name(self, index: int) -> str:
-        return self._source.name(self._indices[index])
+        return self.source.name(self.indices[index])
 
     def captions(self, index: int) -> tuple[str, ...]:
         return self._source.captions(self._indices[index])
 
     def fingerprint(self) -> str:
-        return hash_lines([self._source.fingerprint(), *map(str, self._indices)])
+        return hash_lines([self.source.fingerprint(), *map(str, self.indices)])
 
 
 def hash_lines(lines: Iterable[str]) -> str:

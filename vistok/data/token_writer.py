@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -133,8 +134,10 @@ class TokenShards:
         arrays["tokens"] = np.concatenate([nothing[0], *(part.tokens for part in samples)])
         arrays["labels"] = np.concatenate([nothing[1], *(part.labels for part in samples)])
         for kind, array in arrays.items():
+            content = io.BytesIO()  # NumPy does not say why it cannot write to a file
+            np.save(content, array)
             with atomic_file(self.folder / shard_name(kind, number)) as temporary, temporary.open("wb") as file:
-                np.save(file, array)
+                file.write(content.getbuffer())
 
     def is_written(self, number: int) -> bool:
         return (self.folder / shard_name("labels", number)).exists()

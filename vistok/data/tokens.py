@@ -17,9 +17,9 @@ Ids are uint16 where the codebook allows, else int32; latents and moments are fl
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -27,11 +27,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vistok.config import check
 from vistok.data.loader import Failures, Loader
 from vistok.data.order import SequentialOrder, ShuffledOrder
 from vistok.data.ragged import RaggedShard
 from vistok.draws import Keys
-from vistok.types import Condition, ConditionSpec, FeatureSpec
+from vistok.types import Condition, ConditionSpec, FeatureSpec, TokenSpec
+from vistok.utils.files import read_json
 
 FORMAT = "vistok-tokens-1"
 Content = Literal["tokens", "moments"]
@@ -391,7 +393,7 @@ def _condition_spec(index: Mapping[str, Any], folder: Path) -> ConditionSpec:
     try:
         spec = ConditionSpec(**{**index.get("condition", {}), "num_classes": len(index["classes"])})
         missing = set(spec.parts) - {"labels"} - set(index.get("dtypes", {}))
-    except TypeError as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise TokenCacheError(f"{folder}/index.json describes a condition that is not known: {error}") from error
     if missing:
         raise TokenCacheError(f"{folder}/index.json is damaged: it has no dtypes of {', '.join(sorted(missing))}")
@@ -400,11 +402,41 @@ def _condition_spec(index: Mapping[str, Any], folder: Path) -> ConditionSpec:
 
 def _read_index(folder: Path) -> dict[str, Any]:
     try:
-        index = json.loads((folder / "index.json").read_text())
-    except FileNotFoundError as error:
+        index = read_json(folder / "index.json")
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise TokenCacheError(f"{folder} is no token cache: no index.json (`vistok tokenize` makes one)") from error
     except ValueError as error:
         raise TokenCacheError(f"{folder}/index.json is damaged ({error}); make the cache again") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise TokenCacheError(f"{folder}/index.json is not in the format {FORMAT!r} that this version of vistok reads")
+    try:
+        known = [item.name for item in fields(_Index)]
+        _Index(**check(_Index, {key: value for key, value in index.items() if key in known}, ""))
+    except (ValueError, TypeError) as error:
+        raise TokenCacheError(f"{folder}/index.json is damaged ({error}); make the cache again") from error
     return index
+
+
+@dataclass(frozen=True)
+class _Index:
+    """What index.json must hold at least."""
+
+    spec: TokenSpec
+    tokenizer: str
+    source: str
+    views: int
+    classes: tuple[str, ...]
+    shards: tuple[int, ...]
+    content: Content = "tokens"
+    condition: dict[str, Any] = field(default_factory=dict)
+    dtypes: dict[str, str] = field(default_factory=dict)
+    text: dict[str, Any] = field(default_factory=dict)
+    texts: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        spec = self.spec
+        numbers = (spec.length, spec.dim, spec.depth, self.views, *(() if not spec.discrete else (spec.codebook_size,)))
+        if min(numbers) < 1:
+            raise ValueError(f"length, dim, depth, codebook_size and views must be at least 1, got {numbers}")
+        if not self.shards or min(self.shards) < 0 or not sum(self.shards):
+            raise ValueError(f"shards must be how many samples each shard has, got {list(self.shards)}")

@@ -5,7 +5,6 @@ The run folder of a trained generator is one; that of a tokenizer is its first p
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +13,7 @@ from vistok.checkpoints import CONFIG, WEIGHTS, CheckpointError, load, snapshot
 from vistok.text import TEXT
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json
-from vistok.utils.files import restore, write_json
+from vistok.utils.files import read_json, restore, write_json
 
 PIPELINE, TOKENIZER, GENERATOR = "pipeline.json", "tokenizer", "generator"
 BEST_MODEL = "best"
@@ -60,8 +59,11 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """
     path = folder / PIPELINE
     try:
-        settings = json.loads(path.read_text())
-        return {"class_names": tuple(settings["class_names"]), "sampling": dict(settings["sampling"])}
+        settings = read_json(path)
+        names, sampling = settings["class_names"], settings["sampling"]
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"class_names must be a list of texts, got {names!r}"[:200])
+        return {"class_names": tuple(names), "sampling": dict(sampling)}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f'{path} is damaged ({error!r}); expected {{"class_names": [...], "sampling": {{...}}}}'

@@ -233,6 +233,8 @@ class RunConfig:
     def model_entry(self) -> registry.Entry:
         if "name" not in self.model:
             raise ConfigError("model.name is missing; `vistok models` lists the names")
+        if not isinstance(self.model["name"], str):
+            raise ConfigError(f"model.name must be a text, got {self.model['name']!r}; `vistok models` lists the names")
         return registry.entry(self.model["name"], self.stage)
 
     def build_model(self, derived: Mapping[str, Any]):
@@ -246,7 +248,12 @@ class RunConfig:
         for key, value in derived.items():
             if given.setdefault(key, value) != value:
                 raise ConfigError(f"model.{key} is {given[key]!r}, but the data say {value!r}; leave the key out")
-        return model_class(**check(model_class, given, "model"))
+        arguments = check(model_class, given, "model")
+        try:
+            return model_class(**arguments)
+        except (TypeError, LookupError, ArithmeticError, AssertionError, RuntimeError, MemoryError) as error:
+            # What sizes that no model has do to torch, such as a negative one.
+            raise ConfigError(f"model: no {self.model['name']} can be built of these arguments: {error}") from error
 
 
 EXAMPLES = {"data": "data.source=folder data.root=photos/ data.image_size=256", "tokens": "tokens=tokens/"}

@@ -46,20 +46,37 @@ def import_tokens(
     if holds_moments != tokenizer.has_posterior:
         held = "moments of a posterior" if holds_moments else "ids"
         raise PeerCacheError(f"{root} holds {held}, which a {type(tokenizer).__name__} does not make")
+    names = tuple(classes or cache.classes or map(str, range(1 + max(sample.label for sample in cache))))
     writer = TokenWriter(
         out,
         dataclasses.asdict(tokenizer.spec),
         tokenizer.fingerprint(),
         views=len(first.values),
         content="moments" if holds_moments else "tokens",
-        classes=classes or cache.classes or tuple(map(str, range(1 + max(sample.label for sample in cache)))),
+        classes=names,
     )
     with writer:
         while batch := list(itertools.islice(samples, BATCH)):
             check_alike([first, *batch])
+            _check_ids(tokenizer, batch)
+            _check_labels(names, batch)
             writer.write(_tokens(tokenizer, batch), torch.tensor([sample.label for sample in batch]))
         tokenizer.save_pretrained(writer.folder / TOKENIZER)
     return TokenCache(out)
+
+
+def _check_ids(tokenizer: Tokenizer, samples: Sequence[PeerSample]) -> None:
+    size = tokenizer.spec.codebook_size
+    for sample in samples if size is not None else ():
+        wrong = sample.values[(sample.values < 0) | (sample.values >= size)]
+        if wrong.size:
+            raise PeerCacheError(f"{sample.where}: token id {wrong.flat[0]} is out of range 0..{size - 1}")
+
+
+def _check_labels(names: Sequence[str], samples: Sequence[PeerSample]) -> None:
+    for sample in samples if names else ():
+        if not 0 <= sample.label < len(names):
+            raise PeerCacheError(f"{sample.where}: label {sample.label} is out of range 0..{len(names) - 1}")
 
 
 def _tokens(tokenizer: Tokenizer, samples: Sequence[PeerSample]) -> Tensor:

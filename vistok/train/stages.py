@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from vistok.config import ConfigError, check
 from vistok.data.config import DataConfig
 from vistok.data.loader import ImageBatch, ImageBatches, Loader, check_failures, evaluation_loader, training_loader
 from vistok.data.opening import open_source
+from vistok.data.overlap import shared_images
 from vistok.data.pictures import comparison, grid
 from vistok.data.sources import ImageSource
 from vistok.data.tokens import TokenBatch, TokenCache, TokenMixture, token_evaluation_loader, token_loader
@@ -34,6 +36,8 @@ from vistok.train.config import RunConfig
 from vistok.train.monitor import CodebookWatch, CodeUsage
 from vistok.train.objectives import TokenizerObjective, gan_config
 from vistok.types import ConditionSpec, GeneratorOutput, TokenizerOutput, TokenSpec, to_json
+
+log = logging.getLogger(__name__)
 
 STANDARDISED_ON = 256
 """Images that the mean and the scale of continuous latents are measured on."""
@@ -131,7 +135,7 @@ class TokenizerStage(Stage):
         self.gan = gan_config(self.model, config.losses)
         self.adversary = Adversary(self.gan, self.model.input_shape) if self.gan else None
         self.loader = training_loader(source, config.data, rank=rank, world_size=world_size)
-        self.held_out = _held_out_images(config)
+        self.held_out = _held_out_images(config, source)
         self.seed = config.seed
         self.usage = CodeUsage(self.model.spec.codebook_size) if self.model.spec.discrete else None
         self.watch = _codebook_watch(self.model, config, world_size)
@@ -316,7 +320,7 @@ def psnr(reconstruction: Tensor, target: Tensor) -> Tensor:
     return (10 * torch.log10(4 / error.clamp_min(1e-12))).mean()
 
 
-def _held_out_images(config: RunConfig) -> Loader[ImageBatch] | None:
+def _held_out_images(config: RunConfig, trained: ImageSource) -> Loader[ImageBatch] | None:
     if config.validation is None:
         return None
     changed = asdict(config.data) | config.validation.data
@@ -333,6 +337,14 @@ def _held_out_images(config: RunConfig) -> Loader[ImageBatch] | None:
             raise ConfigError(f"validation.data.{key} is {asked}, but the run's images have {own}; leave the key out")
     if all(getattr(data, key) == getattr(config.data, key) for key in ("source", "root", "name", "split")):
         raise ConfigError("validation.data names the images that the run trains on; name others: split=test, or a root")
+    shared = shared_images(trained, source)
+    if shared.found == shared.looked_at:
+        raise ConfigError(
+            "validation.data names the images that the run trains on, by another name or in a copy "
+            f"(such as {shared.example}); name others: split=test, or a root"
+        )
+    if shared.found:
+        log.warning("%s", shared)
     return evaluation_loader(source, data)
 
 

@@ -1,0 +1,147 @@
+"""What a score is not computed from, what it is doubted for, and what is said once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.eval_data import as_tensor, batch_statistics, smooth_images, write_folder
+
+from vistok.eval import evaluate, evaluate_reconstruction, make_reference
+from vistok.eval.metrics import Gaussian, frechet_distance
+from vistok.eval.networks import CallableNetwork
+from vistok.eval.references import InvalidReferenceError, open_reference
+
+OWN = {"features": batch_statistics, "network": "colours"}
+
+
+def gaussian(covariance: torch.Tensor) -> Gaussian:
+    return Gaussian(torch.zeros(len(covariance)), covariance)
+
+
+@pytest.mark.parametrize(
+    ("covariance", "message"),
+    [
+        (-torch.eye(4), "negative eigenvalues"),
+        (torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.1])), "negative eigenvalues"),
+        (torch.eye(4) + torch.eye(4).roll(1, 0), "not symmetric"),
+        (torch.eye(4) * (1 + 1j), "complex"),
+        (torch.eye(4) * torch.nan, "not finite"),
+    ],
+)
+def test_what_is_no_covariance_has_no_distance(covariance, message):
+    for pair in ((gaussian(torch.eye(4)), gaussian(covariance)), (gaussian(covariance), gaussian(torch.eye(4)))):
+        with pytest.raises(ValueError, match=message):
+            frechet_distance(*pair)
+
+
+def test_equal_sets_are_at_no_distance():
+    rows = torch.randn(40, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    one = Gaussian(rows.mean(0), rows.T.cov())
+    assert frechet_distance(one, one) == 0
+    images = as_tensor(smooth_images(12, seed=0))
+    result = evaluate(images, images, metrics=["fid"], **OWN)
+    assert result["scores"]["frechet_distance"] == 0
+    assert json.dumps(result["scores"]["frechet_distance"]) == "0.0"
+
+
+def stored(path: Path, **changes) -> Path:
+    rows = np.random.default_rng(0).normal(size=(30, 4))
+    arrays = {"mu": rows.mean(0), "sigma": np.cov(rows, rowvar=False), "pool": rows.astype(np.float32)}
+    np.savez(path, **(arrays | changes))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pool": np.full((30, 4), np.nan, np.float32)}, "'pool' .* holds values that are not finite"),
+        ({"pool": np.full((30, 4), np.inf)}, "'pool' .* holds values that are not finite"),
+        ({"pool": np.zeros((30, 5))}, r"'pool' .* must be real numbers \(n, 4\), got float64 \(30, 5\)"),
+        ({"pool": np.zeros(4)}, "'pool' .* must be real numbers"),
+        ({"pool": np.zeros((30, 4), complex)}, "'pool' .* must be real numbers"),
+        ({"mu": np.zeros(4, complex)}, "'mu' of .* must be real numbers, got complex128"),
+        ({"sigma": np.eye(4, dtype=complex)}, "'sigma' of .* must be real numbers"),
+        ({"sigma": -np.eye(4)}, "'sigma' of .* is no covariance: it has negative eigenvalues"),
+        ({"sigma": np.eye(4) + np.eye(4, k=1)}, "'sigma' of .* not symmetric"),
+        ({"mu": np.array(["a"] * 4)}, "'mu' of .* must be real numbers"),
+        ({"count": np.array([1, 2])}, "'count' must be one value"),
+    ],
+)
+def test_references_that_are_none(tmp_path: Path, changes: dict, message: str):
+    open_reference(stored(tmp_path / "good.npz"))
+    with pytest.raises(InvalidReferenceError, match=message):
+        open_reference(stored(tmp_path / "bad.npz", **changes))
+
+
+def test_stored_rows_belong_to_the_hash_and_references_are_not_overwritten(tmp_path: Path):
+    network, path = CallableNetwork(batch_statistics, "colours"), tmp_path / "ref.npz"
+    make_reference(as_tensor(smooth_images(12, seed=0)), path, network)
+    with pytest.raises(FileExistsError, match=r"ref\.npz exists already"):
+        make_reference(as_tensor(smooth_images(12, seed=1)), path, network)
+    with np.load(path) as file:
+        arrays = dict(file)
+    arrays["pool"] = arrays["pool"] + 1
+    np.savez(path, **arrays)
+    with pytest.raises(InvalidReferenceError, match="pooled features do not have the hash that it records"):
+        open_reference(path)
+    del arrays["rows_sha256"]  # of the version before
+    np.savez(path, **arrays)
+    assert open_reference(path).rows is not None
+
+
+def test_a_metric_is_guessed():
+    images = as_tensor(smooth_images(4, seed=0))
+    with pytest.raises(ValueError, match=r"unknown metric 'FID'; known: fid, .*did you mean 'fid'\?"):
+        evaluate(images, images, metrics=["FID"], **OWN)
+
+
+def test_notes_are_said_once(tmp_path: Path):
+    originals = write_folder(tmp_path / "originals", smooth_images(6, seed=0))
+    made = write_folder(tmp_path / "made", smooth_images(6, seed=0), extension="jpg")
+    for folder in (originals, made):
+        (folder / "notes.txt").write_text("x")
+    network = CallableNetwork(batch_statistics, "colours")
+    notes = evaluate_reconstruction(originals, made, network=network)["warnings"]
+    assert len(notes) == len(set(notes))
+    for kind in ("lossily compressed", "are not images"):
+        sides = [note.partition(":")[0] for note in notes if kind in note]
+        assert len(sides) == len(set(sides)) > 0
+
+
+def test_the_psnr_of_unrelated_folders_is_doubted(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (8, 24, 24, 3), dtype=np.uint8)
+    noisy = np.clip(pixels + rng.normal(0, 20, pixels.shape), 0, 255).astype(np.uint8)
+    originals = write_folder(tmp_path / "originals", pixels)
+    for name, made, doubted in (
+        ("true", noisy, False),
+        ("false", pixels[::-1], True),
+        ("next", noisy[[*range(1, 8), 0]], True),
+    ):
+        folder = write_folder(tmp_path / name, made)
+        for batch_size in (1, 3, 8):
+            notes = evaluate_reconstruction(originals, folder, batch_size=batch_size)["warnings"]
+            assert any("are these reconstructions of these images" in note for note in notes) == doubted
+
+
+def test_what_was_read_is_recorded(tmp_path: Path):
+    folder = write_folder(tmp_path / "x", smooth_images(4, seed=0))
+    Image.fromarray(smooth_images(1, seed=1)[0]).save(folder / "y.webp", lossless=True)
+    (folder / "z.heic2").write_bytes(b"x")
+    result = evaluate(folder, folder, metrics=["fid"], **OWN)
+    assert result["images"]["files"] == {
+        "reading": "photo",
+        "formats": {".png": 4, ".webp": 1},
+        "turned": 0,
+        "transparent": 0,
+        "deep": 0,
+        "left_out": {"count": 1, "names": ["z.heic2"]},
+        "splits": None,
+    }
+    assert result["versions"]["pillow"]
+    assert any("1 files are not images and are ignored: z.heic2" in note for note in result["warnings"])
