@@ -150,6 +150,9 @@ def tokenize(
         bool, typer.Option("--refuse-long-texts", help="A caption that is too long is an error.")
     ] = False,
     text_dtype: Annotated[str, typer.Option(help="Of stored features: float16 or float32.")] = "float16",
+    given_frames: Annotated[
+        int, typer.Option(help="Of clips: also store the tokens of the first frames, to predict the rest from.")
+    ] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
     allow_commands: Commands = False,
     allow_environment: Environment = False,
@@ -183,6 +186,7 @@ def tokenize(
         text=text.to(next(tokenizer.parameters()).device),
         refuse_long_texts=refuse_long_texts,
         feature_dtype=text_dtype,
+        given_frames=given_frames,
         resume=resume,
         processes=processes,
     )

@@ -58,6 +58,10 @@ class ClipSource(ABC):
     def label(self, index: int) -> int:
         """The class of a video; -1 without classes."""
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The texts that describe a video; most sources have none."""
+        return ()
+
     @abstractmethod
     def name(self, index: int) -> str:
         """What to call this video in a message."""
@@ -396,6 +400,18 @@ class ClipTransform:
             weights = clip.new_tensor([0.299, 0.587, 0.114])  # as Pillow makes grey
             clip = (clip * weights[:, None, None]).sum(1, keepdim=True)
         return (clip / 127.5 - 1).transpose(0, 1).contiguous()
+
+
+def repeat_last(clips: Tensor, num_frames: int) -> Tensor:
+    """Clips (B, C, t, H, W) made ``num_frames`` long by repeating the last frame.
+
+    Raises:
+        ValueError: they are longer, or have no frames.
+    """
+    missing = num_frames - clips.shape[2]
+    if missing < 0 or not clips.shape[2]:
+        raise ValueError(f"{clips.shape[2]} frames cannot begin a clip of {num_frames}; give from 1 to {num_frames}")
+    return torch.cat([clips, clips[:, :, -1:].expand(-1, -1, missing, -1, -1)], 2)
 
 
 def _edge(side: int, size: int, uniform: float | None) -> int:

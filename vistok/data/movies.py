@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
-from vistok.data.pictures import grid, to_uint8
+from vistok.data.clips import ClipTransform
+from vistok.data.pictures import grid, to_pil, to_uint8
 from vistok.data.videos import require_pyav
 from vistok.utils.files import atomic_file
 
@@ -37,6 +39,13 @@ def to_frames(pixels: Tensor) -> np.ndarray:
 def to_images(frames: np.ndarray) -> list[Image.Image]:
     """Frames (T, H, W, C) uint8 of one clip as T images of mode L or RGB."""
     return [Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame) for frame in frames]
+
+
+def shown(pixels: Tensor) -> list[Image.Image]:
+    """A picture of each image (B, C, H, W) or clip (B, C, T, H, W) in [-1, 1]; of a clip its frames in a row."""
+    if pixels.ndim != 5:
+        return to_pil(pixels)
+    return [contact_sheet([frames]) for frames in to_frames(pixels)]
 
 
 def save_mp4(frames: np.ndarray, path: str | Path, fps: float = FPS) -> None:
@@ -94,6 +103,33 @@ def contact_sheet(clips: Sequence[np.ndarray], columns: int = 8) -> Image.Image:
 def _spread(length: int, count: int) -> list[int]:
     """``count`` of ``length`` frames, the first and the last among them."""
     return np.linspace(0, length - 1, count).round().astype(int).tolist()
+
+
+def frames_to_pixels(frames: np.ndarray | Tensor | Sequence[Image.Image], size: int, channels: int) -> Tensor:
+    """Given frames as clips (B, channels, T, size, size) in [-1, 1].
+
+    Args:
+        frames: uint8 (T, H, W, C) or (B, T, H, W, C), resized and cropped in the centre; images of one clip, likewise;
+            or float clips (B, C, T, H, W) in [-1, 1], as they are.
+
+    Raises:
+        ValueError: another shape or type.
+    """
+    if isinstance(frames, Tensor) and frames.is_floating_point():
+        if frames.ndim != 5:
+            raise ValueError(f"float frames must be clips (B, C, T, H, W) in [-1, 1], got {tuple(frames.shape)}")
+        return frames
+    if isinstance(frames, Sequence):
+        frames = np.stack([np.asarray(image.convert("RGB")) for image in frames])
+    array = np.asarray(frames)
+    array = array[None] if array.ndim == 4 else array
+    if array.ndim != 5 or array.dtype != np.uint8 or array.shape[-1] not in (1, 3):
+        raise ValueError(
+            f"frames must be uint8 (T, H, W, C) or (B, T, H, W, C) with 1 or 3 channels, got {array.dtype} "
+            f"{array.shape}"
+        )
+    transform = ClipTransform(array.shape[1], size, channels=channels)
+    return torch.stack([transform.pixels(clip) for clip in array])
 
 
 class Movie:

@@ -12,13 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from vistok.config import check
+from vistok.data.clips import repeat_last
 from vistok.data.masks import pixel_masks, token_masks
+from vistok.data.movies import Movie, frames_to_pixels, shown, to_frames
 from vistok.data.pictures import from_pil, to_pil
 from vistok.draws import Draws, Keys
 from vistok.generators.base import Generator
@@ -42,14 +45,19 @@ from vistok.utils.files import atomic_folder
 NO_TEXT = PromptEncoder()
 
 
+Frames = np.ndarray | Tensor | Sequence[Image.Image]
+"""The first frames of clips; see ``Pipeline.given``."""
+
+
 @dataclass(frozen=True)
 class PipelineOutput:
     """What a pipeline generated.
 
     Attributes:
-        images: N images, mode RGB or L.
+        images: N images, mode RGB or L; of clips each shows its frames in a row.
         tokens: (N, L[, depth]) ids or (N, L, D) latents, on the CPU.
-        pixels: (N, C, H, W) float32 in [-1, 1], on the CPU; ``images`` are these in 8 bit.
+        pixels: (N, C, H, W), or (N, C, T, H, W) of clips, float32 in [-1, 1], on the CPU; ``images`` are these in 8
+            bit.
         labels: the class id of each image, or None where the condition is not a class.
         prompts: the text of each image, or None where there are no prompts.
     """
@@ -59,6 +67,22 @@ class PipelineOutput:
     pixels: Tensor
     labels: list[int] | None
     prompts: list[str | None] | None = None
+
+    @property
+    def videos(self) -> np.ndarray:
+        """The clips, (N, T, H, W, C) uint8.
+
+        Raises:
+            ValueError: these are images.
+        """
+        if self.pixels.ndim != 5:
+            raise ValueError("this pipeline generates images, which have no frames; they are in .images")
+        return to_frames(self.pixels)
+
+    @property
+    def movies(self) -> list[Movie]:
+        """The clips as movies, which play in a notebook and can be saved."""
+        return [Movie(frames) for frames in self.videos]
 
 
 @dataclass(frozen=True)
@@ -205,6 +229,7 @@ class Pipeline:
         negative_prompt: Prompt | None = None,
         num_images_per_prompt: int = 1,
         num_images: int | None = None,
+        frames: Frames | None = None,
         condition: Condition | None = None,
         seed: int | None = None,
         generator: torch.Generator | None = None,
@@ -212,7 +237,7 @@ class Pipeline:
         batch_size: int = 64,
         **sampling: Any,
     ) -> PipelineOutput:
-        """Generate images.
+        """Generate images, or clips.
 
         Image i depends on the seed, on ``index_start + i``, its condition and the options alone, not on how many are
         made together.
@@ -225,6 +250,7 @@ class Pipeline:
             negative_prompt: what guidance leads away from, in place of the unconditional: one text, or one for each.
             num_images_per_prompt: images of each prompt, one after another.
             num_images: instead of classes: this many unconditional images.
+            frames: instead of classes: the first frames of each clip, as of ``given``.
             condition: instead of classes: any condition that the generator takes.
             seed: None takes 0, or a seed drawn from ``generator``.
             generator: the source of the seed, as in diffusers.
@@ -234,10 +260,14 @@ class Pipeline:
                 they override ``self.sampling``.
 
         Raises:
-            ValueError: an unknown class, an option out of range, none or several of class_labels, prompt, num_images
-                and condition, or a prompt without a text encoder.
+            ValueError: an unknown class, an option out of range, none or several of class_labels, prompt, num_images,
+                frames and condition, or a prompt without a text encoder.
             ConfigError: an unknown option, or one of the wrong type.
         """
+        if frames is not None:
+            if condition is not None:
+                raise ValueError("give frames or condition, not both: frames are a condition")
+            condition = self.given(frames)
         options = self.options(**sampling)
         copies = _copies(num_images_per_label, num_images_per_prompt)
         request = Request(class_labels, prompt, negative_prompt, num_images, condition, copies)
@@ -317,7 +347,7 @@ class Pipeline:
             pixels.append(self._decode(batch, self.tokenizer.decoding_draws(keys)))
         pixels = torch.cat(pixels)
         labels = None if condition.labels is None else condition.labels.tolist()
-        return PipelineOutput(to_pil(pixels), torch.cat(tokens), pixels, labels)
+        return PipelineOutput(shown(pixels), torch.cat(tokens), pixels, labels)
 
     def stream(
         self,
@@ -360,7 +390,29 @@ class Pipeline:
             images: PIL images, cropped to the tokenizer's size (ADM's centre crop); or pixels (B, C, H, W) in [-1, 1]
                 of exactly that size.
         """
-        return to_pil(self.tokenizer.reconstruct(self._to_tokenizer(self._pixels(images))))
+        return shown(self.tokenizer.reconstruct(self._to_tokenizer(self._pixels(images))))
+
+    @torch.no_grad()
+    def given(self, frames: Frames) -> Condition:
+        """The condition of clips that begin with these frames: their tokens, the last frame repeated to a whole clip.
+
+        Args:
+            frames: of one clip uint8 (t, H, W, C), as ``videos[0][:t]``, or a list of images; of several clips uint8
+                (B, t, H, W, C), or float (B, C, t, H, W) in [-1, 1].
+
+        Raises:
+            ValueError: a tokenizer of images, other shapes, or more frames than a clip has.
+        """
+        shape = self.tokenizer.input_shape
+        if len(shape) != 4:
+            raise ValueError(f"{type(self.tokenizer).__name__} reads images: there are no clips to begin with frames")
+        channels, length, height, width = shape
+        if height != width:
+            raise ValueError(
+                f"frames are cropped to squares, but this tokenizer reads {height}x{width}; pass condition="
+            )
+        clips = repeat_last(frames_to_pixels(frames, height, channels), length)
+        return Condition.from_given(self.tokenizer.encode(self._to_tokenizer(clips)).cpu())
 
     def _pixels(self, images: Image.Image | Sequence[Image.Image] | Tensor) -> Tensor:
         """Pixels (B, C, H, W) as they are, or of PIL images."""
@@ -420,9 +472,9 @@ class Pipeline:
             if decode_prefix is not None:
                 prefix = int(known.int().cumprod(1).sum(1).min())  # the longest that all images have
                 prefix -= prefix % step
-                return to_pil(decode_prefix(self._to_tokenizer(tokens[:, :prefix])).float()) if prefix else None
+                return shown(decode_prefix(self._to_tokenizer(tokens[:, :prefix])).float()) if prefix else None
             if bool(known.all()):
-                return to_pil(self._decode(tokens, draws))
+                return shown(self._decode(tokens, draws))
             if self._grid is None or not bool(known.any(1).all()):
                 return None
             pixels = self._decode(_fill(tokens, known), draws)

@@ -11,12 +11,16 @@ from typing import Any
 import torch
 
 from vistok._version import __version__
+from vistok.data.clips import ClipBatches, ClipTransform, VideoSource
 from vistok.data.decoding import Decoder
+from vistok.data.movies import save_gif, save_mp4, shown, to_frames
 from vistok.data.pictures import comparison, from_pil, grid, npz_writer, open_picture, save_png, to_pil, to_uint8
 from vistok.draws import Keys
 from vistok.eval.reconstruction import psnr
+from vistok.eval.video import psnr as psnr_of_clips
 from vistok.pipelines import Pipeline
 from vistok.pipelines.classes import ClassLabel
+from vistok.pipelines.generation import PipelineOutput
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json
 from vistok.utils.devices import dtype_of
@@ -48,7 +52,8 @@ def write_samples(
 ) -> dict[str, Any]:
     """Generate ``num_images`` images into the folder ``out``, which appears when all are there.
 
-    It gets 000000.png, 000001.png, …; grid.png with the first 64; samples.json with all that made them; and with
+    It gets 000000.png, 000001.png, … (of clips their frames in a row, beside 000000.mp4 and 000000.gif); grid.png with
+    the first 64; samples.json with all that made them; and with
     ``npz`` samples.npz, which ADM-style evaluators read. Image i is of class ``classes[i % len(classes)]``, or of the
     prompt ``prompts[i % len(prompts)]``; it is the same whatever the batch size and the number of processes. Until then
     the images lie in ``OUT.unfinished/``, where a killed run can go on.
@@ -75,6 +80,9 @@ def write_samples(
         raise ValueError(f"the number of images must be at least 1, got {num_images}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    clips = len(pipe.tokenizer.input_shape) == 4
+    if clips and npz:
+        raise ValueError("samples.npz holds images for their evaluators; clips are scored from folders, without --npz")
     sampling = dict(sampling or {})
     what = _what(pipe, classes, prompts, num_images)
     named = {} if prompts is None else {"prompts": what["prompt"], "text": pipe.text.identities}
@@ -99,14 +107,11 @@ def write_samples(
         try:
             for start, stop in track(*_batches(files, batch_size, processes)):
                 part = {name: values[start:stop] for name, values in what.items()} or {"num_images": stop - start}
-                images = pipe(
-                    **part, **negative, seed=seed, index_start=start, batch_size=batch_size, **sampling
-                ).images
-                for image, file in zip(images, files[start:stop], strict=True):
-                    save_png(image, file)
+                made = pipe(**part, **negative, seed=seed, index_start=start, batch_size=batch_size, **sampling)
+                _write(made, files[start:stop])
             processes.wait()
             if processes.is_first:
-                _finish(files, record, columns=_columns(classes or prompts), npz=npz)
+                _finish(files, record, columns=1 if clips else _columns(classes or prompts), npz=npz)
         except BaseException as error:
             if processes.count == 1 and not any(file.exists() for file in files):
                 discard(out)
@@ -117,6 +122,17 @@ def write_samples(
             publish(out)
         processes.wait()
     return record
+
+
+def _write(made: PipelineOutput, files: Sequence[Path]) -> None:
+    """Images as PNG; clips as MP4 and GIF, and a PNG that shows their frames. The PNG, which is last, says that a
+    sample is whole."""
+    if made.pixels.ndim == 5:
+        for frames, file in zip(made.videos, files, strict=True):
+            save_mp4(frames, file.with_suffix(".mp4"))
+            save_gif(frames, file.with_suffix(".gif"))
+    for image, file in zip(made.images, files, strict=True):
+        save_png(image, file)
 
 
 def _batches(files: Sequence[Path], batch_size: int, processes: Processes) -> tuple[list[tuple[int, int]], str, int]:
@@ -147,10 +163,15 @@ def _finish(files: Sequence[Path], record: Mapping[str, Any], *, columns: int | 
 def reconstruct_files(tokenizer: Tokenizer, files: Sequence[str | Path], out: str | Path) -> list[float]:
     """Write a PNG of image files (ADM's centre crop) over their reconstructions; return the PSNR of each in dB.
 
+    Of videos, for tokenizers of clips, the clip in the middle; beside the PNG an MP4 shows all side by side.
+
     Raises:
         FileNotFoundError, ValueError: a file that is absent or no image.
+        UnreadableClipError: a file that is no video.
     """
     tokenizer.check_renders("reconstructing files")
+    if len(tokenizer.input_shape) == 4:
+        return _reconstruct_videos(tokenizer, files, Path(out))
     channels, *size = tokenizer.image_shape("reconstructing files")
     decoder = Decoder(channels, side=size[0])
     pixels = from_pil([open_picture(file, decoder) for file in files], tuple(size), channels)
@@ -159,6 +180,23 @@ def reconstruct_files(tokenizer: Tokenizer, files: Sequence[str | Path], out: st
     reconstructions = torch.cat(rows)
     save_png(comparison(pixels, reconstructions), out)
     return psnr(to_uint8(pixels) / 255, to_uint8(reconstructions) / 255).tolist()
+
+
+def _reconstruct_videos(tokenizer: Tokenizer, files: Sequence[str | Path], out: Path) -> list[float]:
+    channels, length, height, width = tokenizer.input_shape
+    if height != width:
+        raise ValueError(f"videos are cropped to squares, but this tokenizer reads {height}x{width}")
+    transform = ClipTransform(length, height, start="center", channels=channels)
+    reader = ClipBatches(VideoSource([Path(file) for file in files], [-1] * len(files)), transform)
+    parameter = next(tokenizer.parameters())
+    originals = torch.stack([reader.clip(index, (0.5,) * 4)[0] for index in range(len(files))])
+    made = [tokenizer.reconstruct(clip[None].to(parameter.device, parameter.dtype)).float().cpu() for clip in originals]
+    reconstructions = torch.cat(made)
+    sheets = [image for pair in zip(shown(originals), shown(reconstructions)) for image in pair]
+    save_png(grid(sheets, 1), out)
+    columns = [torch.cat(list(clips), -2) for clips in (originals, reconstructions)]  # (C, T, N * H, W) each
+    save_mp4(to_frames(torch.cat(columns, -1)[None])[0], out.with_suffix(".mp4"))
+    return psnr_of_clips(to_uint8(originals) / 255, to_uint8(reconstructions) / 255).tolist()
 
 
 @torch.no_grad()

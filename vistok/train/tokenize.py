@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vistok.config import nearest
 from vistok.data.captions import class_caption
+from vistok.data.clips import ClipBatches, ClipSource, InMemoryClips, repeat_last
 from vistok.data.config import DataConfig
 from vistok.data.loader import (
     Failures,
@@ -26,19 +27,21 @@ from vistok.data.loader import (
     InMemory,
     Loader,
     TooManyUnreadableError,
+    batch_reader,
     check_failures,
     listed,
 )
 from vistok.data.opening import open_source
 from vistok.data.order import ShardOrder
+from vistok.data.ragged import Piece
 from vistok.data.sources import ImageSource
-from vistok.data.token_writer import Sequences, TokenShards
+from vistok.data.token_writer import TokenShards
 from vistok.data.tokens import TokenCache
 from vistok.data.transforms import ImageTransform, ten_crop
 from vistok.pipelines.folders import TOKENIZER
 from vistok.text import TEXT, PromptEncoder
 from vistok.tokenizers.base import Tokenizer
-from vistok.types import TokenSpec, to_json
+from vistok.types import IdSpec, TokenSpec, to_json
 from vistok.utils.locks import locked
 from vistok.utils.processes import Processes
 from vistok.utils.progress import track
@@ -63,6 +66,7 @@ def tokenize(
     text: PromptEncoder = NO_TEXT,
     refuse_long_texts: bool = False,
     feature_dtype: Literal["float16", "float32"] = "float16",
+    given_frames: int = 0,
     resume: bool = False,
     processes: Processes = ALONE,
 ) -> TokenCache:
@@ -85,6 +89,8 @@ def tokenize(
         refuse_long_texts: a caption longer than the text encoder's length is an error; otherwise it is cut, and
             counted.
         feature_dtype: the type that features of a text encoder are stored in.
+        given_frames: also store, as what each clip is conditioned on, the tokens of its first frames: of this many, the
+            last repeated to a whole clip. 0 does not.
         resume: keep the shards that an unfinished run has written.
         processes: those that share the work; each calls this with the same arguments.
 
@@ -99,7 +105,8 @@ def tokenize(
     out = Path(out)
     with locked(out) if processes.is_first else nullcontext():
         captions = CaptionReader(open_source(data), data.captions, text, refuse_long_texts)
-        _tokenize(tokenizer, data, out, augmentation, captions, feature_dtype, resume, processes)
+        given = GivenFrames(tokenizer, given_frames) if given_frames else None
+        _tokenize(tokenizer, data, out, augmentation, captions, given, feature_dtype, resume, processes)
     cache = TokenCache(out)
     if processes.is_first:
         _warn_of_missing_texts(cache)
@@ -112,6 +119,7 @@ def _tokenize(
     out: Path,
     augmentation: str,
     captions: CaptionReader,
+    given: GivenFrames | None,
     feature_dtype: Literal["float16", "float32"],
     resume: bool,
     processes: Processes,
@@ -130,12 +138,13 @@ def _tokenize(
         content="moments" if tokenizer.has_posterior else "tokens",
         classes=source.classes,
         source_fingerprint=source.fingerprint(),
-        condition=captions.text.spec,
+        condition=captions.text.spec if given is None else replace(captions.text.spec, given=given.spec),
         text=captions.text.identities,
         feature_dtype=feature_dtype,
     )
     if processes.is_first:
-        open_unfinished(out, to_json(shards.header | _settings(data, augmentation)), resume=resume)
+        settings = _settings(data, augmentation) | ({} if given is None else {"given_frames": given.count})
+        open_unfinished(out, to_json(shards.header | settings), resume=resume)
     processes.wait()
     count = math.ceil(len(source) / SHARD_SIZE)
     mine = [number for number in range(processes.index, count, processes.count) if not shards.is_written(number)]
@@ -143,7 +152,7 @@ def _tokenize(
         reader, ShardOrder(len(source), data.batch_size, tuple(mine), SHARD_SIZE), num_workers=data.num_workers
     )
     try:
-        _write_shards(tokenizer.eval(), loader, shards, mine, data.batch_size, captions)
+        _write_shards(tokenizer.eval(), loader, shards, mine, data.batch_size, captions, given)
         processes.wait()
         failures = shards.failures()
         check_failures(failures, len(source))
@@ -176,12 +185,12 @@ class CaptionReader:
         refuse_long: whether one that is too long is an error.
     """
 
-    source: ImageSource
+    source: ImageSource | ClipSource
     kind: Literal["own", "class_names"]
     text: PromptEncoder
     refuse_long: bool
 
-    def of(self, batch: ImageBatch) -> Sequences:
+    def of(self, batch: ImageBatch) -> dict[str, Sequence[Sequence[Piece]]]:
         """By part of the condition, the sequences of each image."""
         if not self.text.parts:
             return {}
@@ -198,6 +207,36 @@ class CaptionReader:
         if self.kind == "own":
             return self.source.captions(index)
         return class_caption(self.source.classes[label]) if label >= 0 else ()
+
+
+class GivenFrames:
+    """The tokens of the first frames of clips, for models that predict the rest.
+
+    Args:
+        tokenizer: of clips, with ids.
+        count: how many frames are given; the last is repeated to a whole clip.
+
+    Raises:
+        ValueError: a tokenizer of images or of latents, or as many frames as a clip has.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, count: int):
+        shape, spec = tokenizer.input_shape, tokenizer.spec
+        if len(shape) != 4 or not spec.discrete or spec.depth != 1:
+            raise ValueError(
+                f"frames are given to tokenizers of clips with one id per position; {type(tokenizer).__name__} is none"
+            )
+        if not 1 <= count < shape[1]:
+            raise ValueError(f"given_frames must lie in 1..{shape[1] - 1} for clips of {shape[1]} frames, got {count}")
+        self.tokenizer, self.count = tokenizer, count
+        self.spec = IdSpec(spec.codebook_size, spec.length)
+
+    def of(self, batch: ImageBatch, batch_size: int) -> dict[str, Sequence[Sequence[Piece]]]:
+        """Of each clip the tokens given before it, one sequence for each of its views."""
+        views, length = batch.pixels.shape[1], self.tokenizer.input_shape[1]
+        first = batch.pixels[:, :, :, : self.count].flatten(0, 1)  # (B * V, C, count, H, W)
+        ids = _encode(self.tokenizer, repeat_last(first, length).unflatten(0, (-1, views)), batch_size).numpy()
+        return {"given": [[Piece(view, len(view)) for view in clip] for clip in ids]}
 
 
 def _warn_of_missing_texts(cache: TokenCache) -> None:
@@ -220,11 +259,19 @@ def _write_shards(
     numbers: Sequence[int],
     batch_size: int,
     captions: CaptionReader,
+    given: GivenFrames | None,
 ) -> None:
     """Encode the loader's batches, those of the shards ``numbers``, and write every shard as soon as it is whole."""
 
     def write(number: int, batches: Iterable[ImageBatch]) -> None:
-        samples = [shards.checked(_encode(tokenizer, b.pixels, batch_size), b.labels, captions.of(b)) for b in batches]
+        samples = [
+            shards.checked(
+                _encode(tokenizer, b.pixels, batch_size),
+                b.labels,
+                captions.of(b) | ({} if given is None else given.of(b, batch_size)),
+            )
+            for b in batches
+        ]
         failures = {index: why for index, why in loader.failures.items() if index // SHARD_SIZE == number}
         shards.write(number, samples, failures)
         check_failures(shards.failures(), len(loader.reader))  # of all processes, and of earlier runs
@@ -240,7 +287,7 @@ def _write_shards(
 def _settings(data: DataConfig, augmentation: str) -> dict[str, Any]:
     """What else the shards depend on."""
     names = ("image_size", "channels", "reading", "crop", "flip", "affine", "seed", "captions")
-    names += () if data.num_frames is None else ("num_frames", "frame_stride")
+    names += () if data.num_frames is None else ("num_frames", "frame_stride", "clip_start", "short_clips")
     values = dataclasses.asdict(data)
     return {"augmentation": augmentation, "shard_size": SHARD_SIZE, **{name: values[name] for name in names}}
 
@@ -287,7 +334,7 @@ def _encode(tokenizer: Tokenizer, pixels: Tensor, batch_size: int) -> Tensor:
 class FixedViewBatches:
     """A batch reader of the same views of every image; pixels are (B, V, C, H, W)."""
 
-    def __init__(self, images: ImageBatches, views: FixedViews, size: int) -> None:
+    def __init__(self, images: ImageBatches | ClipBatches, views: FixedViews, size: int) -> None:
         self.images, self.views, self.size = images, views, size
 
     def __len__(self) -> int:
@@ -301,7 +348,7 @@ class FixedViewBatches:
 class RandomViewBatches:
     """A batch reader of what the first epochs of training see of every image; pixels are (B, V, C, H, W)."""
 
-    def __init__(self, images: ImageBatches, count: int) -> None:
+    def __init__(self, images: ImageBatches | ClipBatches, count: int) -> None:
         self.images, self.count = images, count
 
     def __len__(self) -> int:
@@ -324,7 +371,11 @@ class FixedViews:
     cut: Callable[[Tensor, int], Tensor]
     margin: float = 1.0
 
-    def reader(self, source: ImageSource, data: DataConfig) -> FixedViewBatches:
+    def reader(self, source: ImageSource | ClipSource, data: DataConfig) -> FixedViewBatches:
+        if isinstance(source, ClipSource):
+            if self.margin > 1:
+                raise ValueError("ten_crop cuts images; clips have the augmentations none, flip and random:K")
+            return FixedViewBatches(batch_reader(source, data, augmented=False), self, data.image_size)
         size = int(data.image_size * self.margin)
         if self.margin > 1 and size == data.image_size:
             raise ValueError(f"a margin of {self.margin} adds no pixel to {size}, so that all crops would be equal")
@@ -338,7 +389,10 @@ class RandomViews:
 
     count: int
 
-    def reader(self, source: ImageSource, data: DataConfig) -> RandomViewBatches:
+    def reader(self, source: ImageSource | ClipSource, data: DataConfig) -> RandomViewBatches:
+        if isinstance(source, ClipSource):
+            source = InMemoryClips(source) if data.cache == "memory" else source
+            return RandomViewBatches(batch_reader(source, data, augmented=True), self.count)
         transform = ImageTransform(data.image_size, data.crop, data.flip, data.affine)
         if transform == transform.without_augmentation():
             raise ValueError(
