@@ -58,12 +58,17 @@ class AutoregressiveGenerator(Generator):
     def embed_tokens(self, ids: Tensor, where: Rows) -> Tensor:
         """(R, n, D) embeddings of ids (R, n) that lie at the image positions ``where``."""
 
+    def condition_state(self, condition: Condition) -> tuple[Tensor, ...]:
+        """What follows from the condition once, such as the class vector of adaptive norms, with the rows R as first
+        axis: further arguments of every ``transform``."""
+        return ()
+
     @abstractmethod
-    def transform(self, x: Tensor, where: Rows, mask: Tensor | None, layers: Layers | None) -> Tensor:
+    def transform(self, x: Tensor, where: Rows, mask: Tensor | None, layers: Layers | None, *state: Tensor) -> Tensor:
         """Logits' inputs: hidden states (R, n, D) of embeddings (R, n, D) at the sequence positions ``where``.
 
         ``mask`` (broadcastable to (R, H, n, keys), bool) replaces plain causal attention where it is given; ``layers``
-        is the cache of each layer.
+        is the cache of each layer; ``state`` is ``condition_state``.
         """
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -184,6 +189,7 @@ class AutoregressiveSession:
         self.model, self.options = model, options
         self.guidance = options.guidance
         self.rows = self.guidance.conditions(condition)
+        self._state = model.condition_state(self.rows)
         self._weights = [self.guidance.weights(position, length) for position in range(length)]
         self._combine = self.guidance.start()
         self.cache = model.new_cache(len(self.rows), model.condition_length + length)
@@ -259,7 +265,7 @@ class AutoregressiveSession:
             self._copy = self._decoding_copy()
         model = self._copy.model
         start, stop = self.cache.length, self.cache.length + x.shape[1]
-        hidden = model.transform(x, slice(start, stop), self._mask(start, stop), self.cache.layers)
+        hidden = model.transform(x, slice(start, stop), self._mask(start, stop), self.cache.layers, *self._state)
         return model.head(hidden[:, -1])
 
     def _decoding_copy(self) -> DecodingCopy:
@@ -287,4 +293,5 @@ class AutoregressiveSession:
             weights=torch.tensor(self._weights, device=self._tokens.device),
             visible=self.model.attention_mask(self.rows, last - 1, last),
             cache=self.cache,
+            state=self._state,
         )

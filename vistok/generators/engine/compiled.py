@@ -33,7 +33,7 @@ class NextTokenModel(Protocol):
 
     def embed_tokens(self, ids: Tensor, where: Rows) -> Tensor: ...
 
-    def transform(self, x: Tensor, where: Rows, mask: Mask | None, layers: Layers | None) -> Tensor: ...
+    def transform(self, x: Tensor, where: Rows, mask: Mask | None, layers: Layers | None, *state: Tensor) -> Tensor: ...
 
     def head(self, hidden: Tensor) -> Tensor: ...
 
@@ -66,6 +66,7 @@ class CompiledStep:
         visible: Tensor | None,
         layers: Layers,
         computing: NextTokenModel,
+        state: tuple[Tensor, ...],
     ) -> None:
         """Feed the token before ``position`` and write the one there into ``tokens``.
 
@@ -78,10 +79,11 @@ class CompiledStep:
             visible: bool (R or 1, 1, 1, T + L), what the last position of all sees; None is everything.
             layers: caches that write at ``fed``.
             computing: the model ``with_blocks`` that are compiled.
+            state: what follows from the condition once.
         """
         keys = seen_keys_for(tokens.device, model.blocks[0].attn.head_dim)
         x, mask = self._before(model, position, fed, tokens, visible, keys, rows=weights.shape[1])
-        hidden = computing.transform(x, fed, mask, layers)
+        hidden = computing.transform(x, fed, mask, layers, *state)
         logits = self._after(model, hidden, position, weights)
         drawn = draw_ids(logits, None if uniforms is None else uniforms[:, position].squeeze(1), options)
         tokens[:, position] = drawn[:, None]
@@ -161,6 +163,7 @@ class SessionSteps:
         weights: Tensor,
         visible: Tensor | None,
         cache: KVCache,
+        state: tuple[Tensor, ...] = (),
     ):
         limits = torch._dynamo.config  # of graphs per function; each thread has its own
         limits.recompile_limit = max(limits.recompile_limit, 64)  # a sweep over options takes more than 8
@@ -169,7 +172,7 @@ class SessionSteps:
         layers = [layer.at(self._fed) for layer in cache.layers]
         blocks = blocks_for(model, weights.shape[1] * len(tokens), tokens.device)
         computing = step.with_blocks(model, blocks)
-        inputs = (self._position, self._fed, tokens, uniforms, weights, visible, layers, computing)
+        inputs = (self._position, self._fed, tokens, uniforms, weights, visible, layers, computing, state)
         self._run = partial(step, model, options, *inputs)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warm = False

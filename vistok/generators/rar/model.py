@@ -20,7 +20,7 @@ from vistok.checkpoints import OfficialCheckpoint, load_strictly
 from vistok.draws import Draws, Keys
 from vistok.generators.base import weighted_mean
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
-from vistok.generators.engine.cache import LayerCache
+from vistok.generators.engine.cache import Layers
 from vistok.generators.engine.sampling import DecodingOptions
 from vistok.generators.rar import official
 from vistok.generators.rar.networks import Block, FinalModulation
@@ -129,6 +129,9 @@ class RAR(AutoregressiveGenerator):
         """(R, D) embeddings of the condition, which modulate every position of a row."""
         return self.token_embedding(self.condition_rows(condition))
 
+    def condition_state(self, condition: Condition) -> tuple[Tensor, ...]:
+        return (self.class_vector(condition),)
+
     def embed_condition(self, condition: Condition, upcoming: Tensor | int = 0) -> Tensor:
         """(R, 2, D): the start token, and the class, which is told the place ``upcoming`` (R,) of the first token."""
         start = (self.start_token + self.positions[:, :1]).expand(len(condition), -1, -1)
@@ -154,8 +157,8 @@ class RAR(AutoregressiveGenerator):
         x: Tensor,
         where: Rows,
         mask: Tensor | None,
-        layers: list[LayerCache] | None,
-        class_vector: Tensor | None = None,
+        layers: Layers | None,
+        class_vector: Tensor,
     ) -> Tensor:
         condition = class_vector[:, None] + self.slots[:, where]  # (R, n, D)
         for block, memory in zip(self.blocks, layers or [None] * len(self.blocks)):
@@ -258,9 +261,6 @@ class RAR(AutoregressiveGenerator):
                 raise ValueError(f"known ids and their mask must be {expected} each, got {shapes}")
             self.spec.check_ids(known[0])
         return RARSession(self, condition, options, draws, known)
-
-    def compile_decoding(self, backend: str = "inductor") -> None:
-        raise ValueError("RAR has no compiled decoding yet: its steps are modulated by the class")
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:

@@ -1,4 +1,4 @@
-"""Sampling of RAR: raster order, the class at every position, and tokens that are known."""
+"""Sampling of RAR in raster order, where some tokens may be known."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vistok.draws import Draws
 from vistok.generators.engine.autoregressive import AutoregressiveSession
+from vistok.generators.engine.compiled import SessionSteps
 from vistok.generators.engine.sampling import DecodingOptions
 from vistok.types import Condition
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class RARSession(AutoregressiveSession):
-    """Cached sampling, where the class modulates every position, and some tokens may be known.
+    """Cached sampling in which some tokens may be known.
 
     Args:
         known: ids (B, L) and a mask (B, L) bool, True where the id takes the place of the drawn one.
@@ -32,9 +33,6 @@ class RARSession(AutoregressiveSession):
         known: tuple[Tensor, Tensor] | None = None,
     ):
         device = model.output.weight.device
-        rows = options.guidance.conditions(condition)
-        with torch.no_grad():
-            self._class_vector = model.class_vector(rows.to(device))
         self._known = None if known is None else tuple(part.to(device) for part in known)
         super().__init__(model, condition, options, draws)
 
@@ -45,9 +43,5 @@ class RARSession(AutoregressiveSession):
         ids, kept = self._known
         return torch.where(kept[:, position], ids[:, position], drawn)
 
-    @torch.inference_mode()
-    def _advance(self, x: Tensor) -> Tensor:
-        start, stop = self.cache.length, self.cache.length + x.shape[1]
-        where, mask = slice(start, stop), self._mask(start, stop)
-        hidden = self.model.transform(x, where, mask, self.cache.layers, self._class_vector)
-        return self.model.head(hidden[:, -1])
+    def _compiled_steps(self) -> SessionSteps | None:
+        return super()._compiled_steps() if self._known is None else None  # compiled steps draw every token
