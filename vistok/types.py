@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,8 +23,10 @@ __all__ = [
     "FeatureSpec",
     "GeneratorOutput",
     "IdSpec",
+    "JointVocabulary",
     "QuantizerOutput",
     "TokenChunk",
+    "TokenKind",
     "TokenSpec",
     "TokenizerOutput",
     "as_dataclass",
@@ -107,6 +109,51 @@ class TokenSpec:
                 f"latents must be (B, n, {self.dim}), got {tuple(latents.shape)}; were they made by another tokenizer?"
             )
         return latents
+
+
+TokenKind = Literal["text", "image", "special"]
+
+
+@dataclass(frozen=True)
+class JointVocabulary:
+    """One alphabet of text, image and special ids, in this order, for models that read and write both.
+
+    Attributes:
+        text_size, image_size: number of text and of image ids; where images are latents, 1: a placeholder.
+        specials: the names of marks.
+    """
+
+    text_size: int
+    image_size: int
+    specials: tuple[str, ...] = ("begin", "end", "begin_image", "end_image")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "specials", tuple(self.specials))
+
+    @property
+    def size(self) -> int:
+        """Number of all ids."""
+        return self.text_size + self.image_size + len(self.specials)
+
+    def span(self, kind: TokenKind) -> tuple[int, int]:
+        """The first id of a kind, and the one behind its last."""
+        ends = {"text": self.text_size, "image": self.text_size + self.image_size, "special": self.size}
+        starts = {"text": 0, "image": ends["text"], "special": ends["image"]}
+        return starts[kind], ends[kind]
+
+    def special(self, name: str) -> int:
+        """The id of a mark. Raises ValueError for a name that is none."""
+        if name not in self.specials:
+            raise ValueError(f"{name!r} is no special token; there are {', '.join(self.specials)}")
+        return self.span("special")[0] + self.specials.index(name)
+
+    def joint(self, ids: Tensor, kind: TokenKind) -> Tensor:
+        """Ids of a text's or an image's own alphabet as joint ones."""
+        return ids + self.span(kind)[0]
+
+    def own(self, ids: Tensor, kind: TokenKind) -> Tensor:
+        """Joint ids of a kind as ids of its own alphabet."""
+        return ids - self.span(kind)[0]
 
 
 @dataclass
@@ -230,12 +277,13 @@ class TokenChunk:
     """Tokens that a generator committed in one step; together the chunks of a stream fill the sequence once.
 
     ``positions`` (B, n) say where they belong, ``tokens`` are (B, n[, D]), ``valid`` (B, n) is False where a row
-    committed fewer tokens than the others (speculative decoding).
+    committed fewer tokens than the others (speculative decoding). ``kind`` says of which alphabet they are.
     """
 
     positions: Tensor
     tokens: Tensor
     valid: Tensor
+    kind: TokenKind = "image"
 
 
 T = TypeVar("T")

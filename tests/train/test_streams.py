@@ -1,0 +1,156 @@
+"""Joint streams: templates of text and image segments, the joint vocabulary, padding, and a model that learns them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from vistok.data import Loader, SequentialOrder, TokenCache, TokenCacheError, TokenWriter
+from vistok.data.ragged import Piece
+from vistok.data.streams import KINDS, TEMPLATES, StreamBatches, Streams
+from vistok.types import ConditionSpec, IdSpec, JointVocabulary, TokenChunk, TokenSpec
+
+SPEC = TokenSpec(4, 8, dim=2, grid=(2, 2))
+TEXT = ConditionSpec(ids=IdSpec(16, 5), given=IdSpec(8, 4))
+BEGIN, END, BEGIN_IMAGE, END_IMAGE = 24, 25, 26, 27
+IMAGE = 16  # where image ids begin
+
+
+def text_of(index: int) -> list[int]:
+    """Sample 3 has no text."""
+    return [] if index == 3 else [index % 16] * (1 + index % 5)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> TokenCache:
+    with TokenWriter(tmp_path / "tokens", asdict(SPEC), "abc", condition=TEXT) as writer:
+        tokens = (torch.arange(32)[:, None] + torch.arange(4)) % 8
+        texts = [[Piece(np.array(text_of(i), np.int64), len(text_of(i)))] for i in range(32)]
+        given = [[Piece(np.full(4, i % 8), 4)] for i in range(32)]
+        writer.write(tokens[:, None], torch.full((32,), -1), {"ids": texts, "given": given})
+    return TokenCache(tmp_path / "tokens")
+
+
+def streams(cache: TokenCache, indices: list[int], **shares: float) -> Streams:
+    return StreamBatches(cache, shares).load(np.array(indices), 0)[0].tokens
+
+
+def rows(batch: Streams) -> list[list[int]]:
+    return [ids[mask].tolist() for ids, mask in zip(batch.ids, batch.mask)]
+
+
+def learned(batch: Streams) -> list[list[int]]:
+    return [ids[mask].tolist() for ids, mask in zip(batch.ids, batch.in_loss)]
+
+
+def test_templates_put_segments_in_their_order(cache):
+    image, given, text = [IMAGE + 2, IMAGE + 3, IMAGE + 4, IMAGE + 5], [IMAGE + 2] * 4, [2, 2, 2]
+    expected = {
+        "text_to_image": [BEGIN, *text, BEGIN_IMAGE, *image, END_IMAGE],
+        "image_to_text": [BEGIN, BEGIN_IMAGE, *image, END_IMAGE, *text, END],
+        "edit": [BEGIN, BEGIN_IMAGE, *given, END_IMAGE, *text, BEGIN_IMAGE, *image, END_IMAGE],
+    }
+    in_loss = {"text_to_image": [*image, END_IMAGE], "image_to_text": [*text, END], "edit": [*image, END_IMAGE]}
+    for name in TEMPLATES:
+        batch = streams(cache, [2], **{name: 1})
+        assert rows(batch) == [expected[name]]
+        assert learned(batch) == [in_loss[name]]
+    kinds = [KINDS[kind] for kind in streams(cache, [2], text_to_image=1).kinds[0]]
+    assert kinds == ["special", *["text"] * 3, "special", *["image"] * 4, "special"]
+
+
+def test_streams_are_padded_at_the_end_and_a_missing_text_is_empty(cache):
+    batch = streams(cache, [2, 3], text_to_image=1)
+    assert batch.ids.shape == (2, 10)
+    assert batch.mask[1].tolist() == [True] * 7 + [False] * 3
+    assert rows(batch)[1][:2] == [BEGIN, BEGIN_IMAGE]
+    assert not batch.in_loss[1, 7:].any()
+
+
+def test_templates_are_drawn_by_their_shares_whatever_the_batch(cache):
+    reader = StreamBatches(cache, {"text_to_image": 3, "image_to_text": 1}, seed=5)
+    whole = next(batch.tokens for batch in Loader(reader, SequentialOrder(32, 32)))
+    parts = [batch.tokens for batch in Loader(reader, SequentialOrder(32, 5))]
+    assert rows(whole) == [row for part in parts for row in rows(part)]
+    ends = sum(END in row for row in rows(whole))
+    assert 2 <= ends <= 15
+
+
+def test_latents_lie_where_image_tokens_are():
+    vocabulary, segments = JointVocabulary(16, 1), TEMPLATES["text_to_image"]
+    latents, text = torch.arange(24.0).view(2, 4, 3), torch.ones(2, 2, dtype=torch.int64)
+    values = {"begin": text[:, :1], "ids": text, "begin_image": text[:, :1], "tokens": latents}
+    values["end_image"] = text[:, :1]
+    parts = [(s, values[s.source], torch.ones(values[s.source].shape[:2], dtype=torch.bool)) for s in segments]
+    batch = Streams.of(parts, vocabulary)
+    image = batch.kinds == KINDS.index("image")
+    assert torch.equal(batch.latents[image].view(2, 4, 3), latents)
+    assert not batch.latents[~image].any()
+    assert (batch.ids[image] == 16).all()
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [({"poem": 1}, "templates are text_to_image"), ({"edit": 0}, "a share above 0"), ({}, "templates are")],
+)
+def test_unknown_templates_are_refused(cache, shares, message):
+    with pytest.raises(ValueError, match=message):
+        StreamBatches(cache, shares)
+
+
+def test_templates_need_what_they_are_made_of(tmp_path):
+    with TokenWriter(tmp_path / "tokens", asdict(SPEC), "abc") as writer:
+        writer.write(torch.zeros(2, 1, 4, dtype=torch.int64), torch.full((2,), -1))
+    with pytest.raises(TokenCacheError, match="text_to_image needs 'ids'"):
+        StreamBatches(TokenCache(tmp_path / "tokens"), {"text_to_image": 1})
+
+
+def test_a_vocabulary_tells_kinds_apart():
+    vocabulary = JointVocabulary(16, 8)
+    assert vocabulary.size == 28
+    assert [vocabulary.span(kind) for kind in KINDS] == [(0, 16), (16, 24), (24, 28)]
+    ids = torch.arange(8)
+    assert torch.equal(vocabulary.own(vocabulary.joint(ids, "image"), "image"), ids)
+    with pytest.raises(ValueError, match="'pause' is no special token"):
+        vocabulary.special("pause")
+    assert TokenChunk(ids, ids, ids).kind == "image"
+
+
+class Joint(nn.Module):
+    """A throw-away joint model: a causal transformer over streams."""
+
+    def __init__(self, vocabulary: JointVocabulary, dim: int = 32):
+        super().__init__()
+        self.embedding, self.positions = nn.Embedding(vocabulary.size, dim), nn.Embedding(32, dim)
+        self.block = nn.TransformerEncoderLayer(dim, 2, 64, 0.0, batch_first=True, norm_first=True)
+        self.output = nn.Linear(dim, vocabulary.size)
+
+    def forward(self, streams: Streams) -> torch.Tensor:
+        """Cross entropy of the tokens in the loss."""
+        length = streams.ids.shape[1]
+        x = self.embedding(streams.ids) + self.positions.weight[:length]
+        x = self.block(x, src_mask=torch.ones(length, length, dtype=torch.bool).triu(1))
+        logits, kept = self.output(x)[:, :-1], streams.in_loss[:, 1:]
+        return F.cross_entropy(logits[kept], streams.ids[:, 1:][kept])
+
+
+def test_a_joint_model_learns_text_and_images_in_one_sequence(cache):
+    torch.manual_seed(0)
+    reader = StreamBatches(cache, {"text_to_image": 1, "image_to_text": 1, "edit": 1})
+    model = Joint(reader.vocabulary)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    losses = []
+    for epoch in range(30):
+        for batch in Loader(reader, SequentialOrder(32, 16), epoch=epoch):
+            loss = model(batch.tokens)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
