@@ -3,43 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from golden.harness import Case
 from safetensors.torch import save_file
+from support.key_lists import FOLDER, KNOWN_IDS, build, on_meta, read_key_list
 from torch import Tensor
 
 import vistok
 from vistok.checkpoints import CheckpointError, convert, known_config, registry
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-KEY_LISTS = sorted((GOLDEN / "keys").glob("*.json.gz"))
-KNOWN_IDS = {checkpoint.id for entry in registry.ENTRIES for checkpoint in entry.load().checkpoints}
-
-
-def read_key_list(path: Path) -> dict:
-    listed = json.loads(gzip.decompress(path.read_bytes()))
-    # ViT-VQGAN's lists write "repository: file (remark)"; some name the repository alone.
-    released = listed["checkpoint"].split(" (")[0].replace(": ", "/")
-    listed["id"] = next((known for known in KNOWN_IDS if f"{known}/".startswith(f"{released}/")), released)
-    listed["model"] = listed.get("model", f"{listed['system']}/tokenizer").split(" (")[0]
-    return listed
-
-
-def on_meta(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
-    return {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-
-
-def build(listed: dict, state: dict[str, Tensor]):
-    """The model of a key list, without memory for its weights."""
-    entry = registry.official_entry(listed["model"])
-    clean = getattr(entry.load(), "clean_official", dict)
-    with torch.device("meta"):
-        return vistok.from_official(listed["model"], listed["config"], clean(state))
+KEY_LISTS = sorted(FOLDER.glob("*.json.gz"))
 
 
 @pytest.fixture(scope="module", params=KEY_LISTS, ids=lambda path: path.name.removesuffix(".json.gz"))
@@ -85,7 +62,7 @@ def test_every_released_checkpoint_has_a_key_list():
 
 def test_tokenizer_and_generator_of_one_release_agree_on_the_tokens():
     def spec(name: str):
-        listed = read_key_list(GOLDEN / "keys" / f"{name}.json.gz")
+        listed = read_key_list(FOLDER / f"{name}.json.gz")
         return build(listed, on_meta(listed["state"])).spec
 
     assert spec("llamagen_vq_ds16_c2i") == spec("llamagen_c2i_B_256")
