@@ -145,8 +145,8 @@ def test_wrong_tokens_and_options_are_refused(model, ids, change, options, messa
     [
         ({"image_size": 20}, "multiples of 8, got 20x20"),
         ({"encoder_dim": 96}, "multiples of that, got 96"),
-        ({"group_size": 3}, "num_tokens 8 must be a multiple of group_size 3"),
-        ({"max_tokens": 4}, "num_tokens 8 .* <= 4"),
+        ({"group_size": 9}, "group_size 9 must be at least 1, at most num_tokens 8"),
+        ({"max_tokens": 4}, "num_tokens 8, and that at most max_tokens 4"),
         ({"velocity": {"dim": 64, "modulated_output": True}}, "needs share_time_embedding"),
         ({"alignment": {"layer": 1}}, r"alignment\.layer must lie in 0\.\.0, got 1"),
     ],
@@ -326,3 +326,32 @@ def test_a_model_without_codes_is_no_tokenizer():
     case = Case(CASES / "dar_tokenizer")
     with pytest.raises(CheckpointError, match="vq_enable"):
         vistok.from_official("dar/tokenizer", case.config | {"vq_enable": False}, case.state)
+
+
+@pytest.mark.parametrize(
+    ("group_size", "needed", "step"), [(4, [4, 6, 8, 8], 4), (3, [3, 5, 7, 8], 4), (8, [8] * 4, 8)]
+)
+def test_groups_of_more_tokens_than_their_share_overlap(group_size, needed, step):
+    """Group i of G begins at i N / G, at most at N - Q."""
+    model = tiny("dar", group_size=group_size)
+    assert model.schedule(4)[1] == needed
+    assert model.spec.prefix_step == step
+    whole = model.encode(pixels(model))
+    assert torch.equal(list(model.decode_stream(whole))[-1], model.decode(whole))
+    for length in range(step, TOKENS + 1, step):
+        steps = sum(stop <= length for stop in needed)
+        assert torch.equal(model.decode(whole[:, :length]), list(model.decode_stream(whole))[steps - 1])
+    output = model(pixels(model), draws=model.training_draws(Keys.range(0, 3)))
+    assert torch.isfinite(output.losses["flow"]).all()
+
+
+@pytest.mark.parametrize("section", [(), ("diff_decoder",)])
+def test_the_base_of_rotary_positions_is_honoured(section):
+    case = Case(CASES / "dar_tokenizer")
+    config = {**case.config, "diff_decoder": dict(case.config["diff_decoder"])}
+    (config if not section else config["diff_decoder"])["rope_base_len"] = 100
+    changed, usual = vistok.from_official(case.model, config, case.state), case.build_model()
+    images = pixels(usual)
+    assert torch.equal(changed.latents(images), usual.latents(images)) == bool(section)
+    noise, t, tokens = torch.randn(3, 3, 32, 32), torch.rand(3), torch.randn(3, 4, 128)
+    assert torch.equal(changed.velocity(noise, t, tokens)[0], usual.velocity(noise, t, tokens)[0]) != bool(section)

@@ -367,7 +367,7 @@ def test_a_damaged_header_is_refused(case, tmp_path):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("decoder", "module_dict", "dec_to_patches", "_target_"), "os.system", "class os.system"),
+        (("decoder", "module_dict", "dec_to_patches", "_target_"), "os.system", "os.system"),
         (("decoder", "module_dict", "dec_to_patches", "use_mup_readout"), True, "use_mup_readout"),
         (("encoder", "module_dict", "enc_posemb_module", "posemb_scaling"), "interpolate", "scaling 'interpolate'"),
         (("encoder", "module_dict", "enc_register_module", "n_max"), 15, "disagree on num_tokens: 15 and 16"),

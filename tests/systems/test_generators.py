@@ -5,9 +5,11 @@ from __future__ import annotations
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
+from golden.harness import Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.three_rows import combined, with_three_rows
@@ -15,6 +17,7 @@ from support.tiny_models import CAPTIONS, captions, labels, next_token_generator
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+import vistok
 from vistok.draws import Keys
 from vistok.generators.engine.cache import KVCache
 from vistok.generators.engine.compiled import dense_mask
@@ -533,3 +536,17 @@ def test_condition_tokens_see_each_other():
     mask = model.attention_mask(Condition.none(1), 0, 5)[0, 0]
     assert mask.int().tolist() == [[1, 1, 1, 0, 0]] * 3 + [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     assert model.attention_mask(Condition.none(1), 3, 5) is None  # image tokens alone are plainly causal
+
+
+@pytest.mark.parametrize("bias", ["attn_bias", "mlp_bias"])
+def test_layers_without_biases_are_read_from_the_reference(bias):
+    case = Case(Path(__file__).parents[1] / "golden" / "cases" / "vit_vqgan_gpt")
+    parts = {"attn_bias": ".attn.", "mlp_bias": ".mlp."}
+    state = {key: t for key, t in case.state.items() if not (parts[bias] in key and key.endswith(".bias"))}
+    model = vistok.from_official(case.model, case.config | {bias: False}, state)
+    zeroed = {key: t if key in state else torch.zeros_like(t) for key, t in case.state.items()}
+    expected = vistok.from_official(case.model, case.config, zeroed)
+    ids, condition = token_ids(model), labels(0, 1, 2)
+    torch.testing.assert_close(model.logits(ids, condition), expected.logits(ids, condition))
+    with pytest.raises(vistok.checkpoints.CheckpointError, match="missing"):
+        vistok.from_official(case.model, case.config, state)

@@ -33,6 +33,19 @@ def test_codes_come_back_as_themselves(seed, normalize, dim):
     assert torch.allclose(quantized, codes, atol=1e-2)
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("depth", [1, 3])
+def test_ids_under_autocast_are_those_of_float32(normalize, depth):
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(512, 8, normalize=normalize)
+    quantizer = quantizer if depth == 1 else ResidualQuantizer(quantizer, depth)
+    z = latents(n=500, dim=8)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = quantizer(z)
+    assert torch.equal(mixed.ids, quantizer(z).ids)
+    assert all(term.dtype == torch.float32 for term in mixed.losses.values())
+
+
 @pytest.mark.parametrize("gradient", ["raw", "normalised"])
 def test_straight_through_gradient(gradient):
     torch.manual_seed(0)

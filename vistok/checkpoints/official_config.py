@@ -55,13 +55,22 @@ class OfficialConfig:
         if value not in allowed:
             raise CheckpointError(f"{path} is {value!r}; only {' or '.join(map(repr, allowed))} is supported: {why}")
 
+    def without_effect(self) -> dict[str, str]:
+        """The keys that nobody took and that are known to have no effect, each with the reason."""
+        found = {}
+        for key in self._left:
+            reason = next((why for pattern, why in self._without_effect.items() if fnmatchcase(key, pattern)), None)
+            if reason is not None:
+                found[key] = reason
+        return found
+
     def finish(self) -> None:
         """Check that nothing is left over but keys without effect.
 
         Raises:
             CheckpointError: names the keys.
         """
-        unknown = [key for key in self._left if not any(fnmatchcase(key, p) for p in self._without_effect)]
+        unknown = self._left.keys() - self.without_effect().keys()
         if unknown:
             raise CheckpointError(
                 f"the reference's config has keys that this model does not know: {', '.join(sorted(unknown))}; they "

@@ -70,10 +70,6 @@ class ClipSource(ABC):
     def fingerprint(self) -> str:
         """A hash that changes when the source holds other videos (names and sizes, not contents)."""
 
-    def captions(self, index: int) -> tuple[str, ...]:
-        """The texts that describe a video; none but its class's name so far."""
-        return ()
-
 
 class VideoSource(ClipSource):
     """Videos in files and folders of frames, each with a label.

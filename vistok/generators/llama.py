@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vistok.checkpoints import CheckpointError, OfficialCheckpoint, load_strictly, rename
+from vistok.checkpoints.official_config import OfficialConfig
 from vistok.generators import gigatok, larp
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
 from vistok.generators.engine.cache import Layer, Layers
@@ -322,30 +323,39 @@ class Llama(AutoregressiveGenerator):
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
         if "reference" in config:
             return REFERENCES[config["reference"]](cls, config, state_dict)
-        _refuse_unbuilt_options(config)
-        length, captions = config.get("block_size", 256), config.get("model_type", "c2i") == "t2i"
-        positions, side = config.get("positions", "rope2d"), math.isqrt(length)
+        given = OfficialConfig(config, WITHOUT_EFFECT)
+        num_heads, kind = given.take("n_head"), given.take("model_type", "c2i")
+        if kind not in ("c2i", "t2i"):
+            raise CheckpointError(f"model_type {kind!r} is not known; there are 'c2i' and 't2i'")
+        length, captions = given.take("block_size", 256), kind == "t2i"
+        if not captions:
+            given.require("cls_token_num", 1, why="a class is one token")
+        given.require("ffn_dim_multiplier", None, why="no released model has it")
+        given.require("drop_path_rate", 0.0, why="no released model has it")
+        positions, side = given.take("positions", "rope2d"), math.isqrt(length)
         # The released tokenizers have codes of 8 channels; the transformer itself does not depend on them.
         grid = (side, side) if positions == "rope2d" else None
-        spec = TokenSpec(length, config.get("vocab_size", 16384), dim=8, grid=grid)
+        spec = TokenSpec(length, given.take("vocab_size", 16384), dim=8, grid=grid)
         model = cls(
             spec,
-            num_classes=config.get("num_classes", 1000),
-            dim=config["dim"],
-            num_layers=config["n_layer"],
-            num_heads=config["n_head"],
-            multiple_of=config.get("multiple_of", 256),
-            caption_dim=config.get("caption_dim", 2048) if captions else None,
-            caption_length=config.get("cls_token_num", 120) if captions else 120,
-            condition_dropout=config.get("class_dropout_prob", 0.1),
-            token_drop=config.get("token_dropout_p", 0.1),
-            attn_drop=config.get("attn_dropout_p", 0.0),
-            proj_drop=config.get("resid_dropout_p", 0.1),
-            ffn_drop=config.get("ffn_dropout_p", 0.1),
+            num_classes=1000 if captions else given.take("num_classes", 1000),
+            dim=given.take("dim"),
+            num_layers=given.take("n_layer"),
+            num_heads=num_heads,
+            num_kv_heads=given.take("n_kv_head", None),
+            multiple_of=given.take("multiple_of", 256),
+            caption_dim=given.take("caption_dim", 2048) if captions else None,
+            caption_length=given.take("cls_token_num", 120) if captions else 120,
+            condition_dropout=given.take("class_dropout_prob", 0.1),
+            token_drop=given.take("token_dropout_p", 0.1),
+            attn_drop=given.take("attn_dropout_p", 0.0),
+            proj_drop=given.take("resid_dropout_p", 0.1),
+            ffn_drop=given.take("ffn_dropout_p", 0.1),
             positions=positions,
-            rope_base=config.get("rope_base", 10000),
-            norm_eps=config.get("norm_eps", 1e-5),
+            rope_base=given.take("rope_base", 10000),
+            norm_eps=given.take("norm_eps", 1e-5),
         )
+        given.finish()
         load_strictly(model, rename(state_dict, OFFICIAL_NAMES), source="the official state dict")
         return model
 
@@ -356,6 +366,15 @@ class Llama(AutoregressiveGenerator):
             key: tensor for key, tensor in state.items() if key != "freqs_cis" and ".attention.kv_cache." not in key
         }
 
+
+WITHOUT_EFFECT = {
+    "initializer_range": "the deviation of weights before training",
+    "max_batch_size": "the size of a cache, which is made to measure",
+    "max_seq_len": "the size of a cache, which is made to measure",
+    "caption_dim": "of models with captions, and this one has classes",
+    "num_classes": "of models with classes, and this one has captions",
+}
+"""Arguments of the reference that change nothing of what the model computes, each with the reason."""
 
 OFFICIAL_NAMES = [
     (r"cls_embedding\.embedding_table\.weight", r"class_embedding.weight"),
@@ -412,11 +431,3 @@ def absolute_rows(num_positions: int | None, length: int) -> int:
     if num_positions is not None and num_positions < length - 1:
         raise ValueError(f"num_positions is {num_positions}, but the sequence has {length - 1} positions that are fed")
     return num_positions or length
-
-
-def _refuse_unbuilt_options(config: Mapping[str, Any]) -> None:
-    """Raise CheckpointError for options of the reference that no released model uses."""
-    unbuilt = {"n_kv_head": (None, config.get("n_head")), "ffn_dim_multiplier": (None,), "drop_path_rate": (0.0,)}
-    for name, allowed in unbuilt.items():
-        if config.get(name, allowed[0]) not in allowed:
-            raise CheckpointError(f"{name} {config[name]!r} is not supported; every released model has {allowed[0]!r}")

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.checkpoints import load_strictly, rename
+from vistok.checkpoints import fuse, load_strictly, rename
+from vistok.checkpoints.official_config import OfficialConfig
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
 from vistok.generators.engine.cache import Layer, Layers
 from vistok.nn.attention import Attention
@@ -31,13 +32,14 @@ def squared_relu(x: Tensor) -> Tensor:
 class Block(nn.Module):
     """Pre-norm block whose attention reads a learned mix of each position and the one before it (as in RWKV)."""
 
-    def __init__(self, dim: int, num_heads: int, dropout: float):
+    def __init__(self, dim: int, num_heads: int, dropout: float, *, attn_bias: bool, mlp_bias: bool):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.mix = nn.Parameter(torch.linspace(0, 1, dim).view(1, 1, dim))
-        self.attn = Attention(dim, num_heads, attn_drop=dropout, proj_drop=dropout)
+        bias = {"qkv_bias": attn_bias, "out_bias": attn_bias}
+        self.attn = Attention(dim, num_heads, **bias, attn_drop=dropout, proj_drop=dropout)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = MLP(dim, 4 * dim, squared_relu)
+        self.mlp = MLP(dim, 4 * dim, squared_relu, bias=mlp_bias)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: Layer | None) -> Tensor:
@@ -59,6 +61,7 @@ class ViTVQGANGPT(AutoregressiveGenerator):
         condition_dropout: share of training samples whose class is replaced by a null class, for guidance. The paper
             and the reference have none: with 0 there is no null class, and guidance is refused.
         condition_length: number of condition tokens; labels give one.
+        attn_bias, mlp_bias: whether the linear layers of attention and feed-forward have biases.
     """
 
     registry_name = "vit_vqgan_gpt"
@@ -77,6 +80,8 @@ class ViTVQGANGPT(AutoregressiveGenerator):
         dropout: float = 0.0,
         condition_dropout: float = 0.0,
         condition_length: int = 1,
+        attn_bias: bool = True,
+        mlp_bias: bool = True,
     ):
         super().__init__()
         self.spec = self.check_spec(as_dataclass(TokenSpec, spec), type(self).__name__)
@@ -87,7 +92,9 @@ class ViTVQGANGPT(AutoregressiveGenerator):
         self.condition_positions = nn.Parameter(torch.zeros(1, condition_length, dim))
         self.token_embedding = nn.Embedding(self.spec.codebook_size, dim)
         self.token_positions = nn.Parameter(torch.zeros(1, self.spec.length, dim))
-        self.blocks, self.shift_dim = nn.ModuleList(Block(dim, num_heads, dropout) for _ in range(num_layers)), dim
+        bias = {"attn_bias": attn_bias, "mlp_bias": mlp_bias}
+        self.blocks = nn.ModuleList(Block(dim, num_heads, dropout, **bias) for _ in range(num_layers))
+        self.shift_dim = dim
         self.norm = nn.LayerNorm(dim)
         self.output = nn.Linear(dim, self.spec.codebook_size, bias=False)
         self.apply(_initialise)
@@ -143,16 +150,21 @@ class ViTVQGANGPT(AutoregressiveGenerator):
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
-        length = config["img_num_tokens"]
+        given = OfficialConfig(config, {})
+        dim = given.take("embed_dim")
         model = cls(
-            TokenSpec(length, config["vocab_img_size"], dim=config["embed_dim"]),
-            num_classes=config["vocab_cond_size"],
-            dim=config["embed_dim"],
-            num_layers=config["n_layers"],
-            num_heads=config["n_heads"],
-            condition_length=config["cond_num_tokens"],
+            TokenSpec(given.take("img_num_tokens"), given.take("vocab_img_size"), dim=dim),
+            num_classes=given.take("vocab_cond_size"),
+            dim=dim,
+            num_layers=given.take("n_layers"),
+            num_heads=given.take("n_heads"),
+            condition_length=given.take("cond_num_tokens"),
+            attn_bias=given.take("attn_bias", True),
+            mlp_bias=given.take("mlp_bias", True),
         )
-        load_strictly(model, rename(_fuse_attention(state_dict), OFFICIAL_NAMES), source="the official state dict")
+        given.finish()
+        fused = fuse(state_dict, ("attn.query", "attn.key", "attn.value"), "attn.qkv")
+        load_strictly(model, rename(fused, OFFICIAL_NAMES), source="the official state dict")
         return model
 
     @staticmethod
@@ -160,17 +172,6 @@ class ViTVQGANGPT(AutoregressiveGenerator):
         """Take the transformer out of a stage-2 training checkpoint, which holds the tokenizer beside it."""
         own = {key: value for key, value in state.items() if not key.startswith("stage1_model.")}
         return {key.removeprefix("transformer."): value for key, value in own.items()}
-
-
-def _fuse_attention(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Join the reference's separate query, key and value projections into one."""
-    fused = dict(state)
-    for key in [k for k in state if k.endswith(("attn.query.weight", "attn.query.bias"))]:
-        prefix, kind = key.removesuffix(key.split(".")[-1]).removesuffix("query."), key.split(".")[-1]
-        parts = [f"{prefix}{name}.{kind}" for name in ("query", "key", "value")]
-        if all(part in fused for part in parts):
-            fused[f"{prefix}qkv.{kind}"] = torch.cat([fused.pop(part) for part in parts])
-    return fused
 
 
 OFFICIAL_NAMES = [

@@ -93,10 +93,12 @@ class VectorQuantizer(nn.Module, AfterBackward):
         return self._norm(self.embedding.weight)
 
     def distances(self, latents: Tensor) -> Tensor:
-        """Squared distances (..., K) of latents (..., D) to every code."""
-        z, codes = self._norm(latents), self.codes()
-        squares = z.pow(2).sum(-1, keepdim=True) + codes.pow(2).sum(-1)
-        return squares - 2 * z @ codes.T
+        """Squared distances (..., K) of latents (..., D) to every code, in float32 whatever the precision around:
+        in bfloat16 several percent of the latents would be nearest to another code."""
+        with torch.autocast(latents.device.type, enabled=False):
+            z, codes = self._norm(latents.float()), self._norm(self.embedding.weight.float())
+            squares = z.pow(2).sum(-1, keepdim=True) + codes.pow(2).sum(-1)
+            return squares - 2 * z @ codes.T
 
     def encode(self, latents: Tensor) -> Tensor:
         """Ids (...) of the nearest codes of latents (..., D); the first of equals wins."""

@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vistok.checkpoints import CheckpointError, OfficialCheckpoint, load_strictly, read_weights, rename, snapshot
+from vistok.checkpoints.official_config import OfficialConfig
 from vistok.draws import Draws, Keys
 from vistok.tokenizers.base import Tokenizer, image_sides
 from vistok.types import Condition, TokenizerOutput, TokenSpec
@@ -240,16 +241,27 @@ class KLVAE(Tokenizer):
         names."""
         if "block_out_channels" in config:
             return cls._from_diffusers(config, state_dict)
-        ch_mult, width = tuple(config["ch_mult"]), config.get("ch", 128)
+        given = OfficialConfig(config, WITHOUT_EFFECT)
+        ch_mult, width, latent_channels = tuple(given.take("ch_mult")), given.take("ch", 128), given.take("embed_dim")
+        channels = given.take("in_channels", 3)
+        given.require("out_ch", channels, why="images come back with the channels that they have")
+        given.require("z_channels", latent_channels, why="no released model has another width in front of its moments")
+        given.require("dropout", 0.0, why="no released model has it")
+        given.require("double_z", True, why="the posterior has a mean and a variance")
+        given.require("use_linear_attn", False, why="no released model has it")
+        given.require("attn_type", "vanilla", why="no released model has another")
+        given.require("resamp_with_conv", True, why="no released model does without")
         model = cls(
+            in_channels=channels,
             block_out_channels=tuple(width * mult for mult in ch_mult),
-            layers_per_block=config.get("num_res_blocks", 2),
-            latent_channels=config["embed_dim"],
+            layers_per_block=given.take("num_res_blocks", 2),
+            latent_channels=latent_channels,
             # Whether a level attends follows from its resolution there; the weights say so more directly.
             encoder_attention=_levels_with_attention("encoder.down", state_dict),
             decoder_attention=_levels_with_attention("decoder.up", state_dict),
-            latent_scale=config.get("scale_factor", KL16_SCALE),
+            latent_scale=given.take("scale_factor", KL16_SCALE),
         )
+        given.finish()
         state = rename(state_dict, latent_diffusion_names(len(ch_mult)))
         load_strictly(model, {key: _as_linear(key, tensor) for key, tensor in state.items()})
         return model
@@ -258,26 +270,28 @@ class KLVAE(Tokenizer):
     def _from_diffusers(
         cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor], image_size: int = 256
     ) -> Self:
-        levels = len(config["block_out_channels"])
-        down = config.get("down_block_types", ["DownEncoderBlock2D"] * levels)
-        up = config.get("up_block_types", ["UpDecoderBlock2D"] * levels)
-        mean, scale = _diffusers_statistics(config)
+        given = OfficialConfig(config, DIFFUSERS_WITHOUT_EFFECT)
+        given.require("_class_name", "AutoencoderKL", why="other classes are other models")
+        channels, widths = given.take("in_channels", 3), tuple(given.take("block_out_channels"))
+        given.require("out_channels", channels, why="images come back with the channels that they have")
+        mean, scale = _diffusers_statistics(given)
         model = cls(
             image_size=image_size,
-            in_channels=config.get("in_channels", 3),
-            block_out_channels=tuple(config["block_out_channels"]),
-            layers_per_block=config.get("layers_per_block", 1),
-            latent_channels=config.get("latent_channels", 4),
-            encoder_attention=tuple(level for level, name in enumerate(down) if name.startswith("Attn")),
-            decoder_attention=tuple(level for level, name in enumerate(reversed(up)) if name.startswith("Attn")),
-            middle_attention=config.get("mid_block_add_attention", True),
-            use_quant_conv=config.get("use_quant_conv", True),
-            use_post_quant_conv=config.get("use_post_quant_conv", True),
-            norm_groups=config.get("norm_num_groups", 32),
-            act_fn=config.get("act_fn", "silu"),
+            in_channels=channels,
+            block_out_channels=widths,
+            layers_per_block=given.take("layers_per_block", 1),
+            latent_channels=given.take("latent_channels", 4),
+            encoder_attention=_attending(given, "down_block_types", "DownEncoderBlock2D", len(widths)),
+            decoder_attention=_attending(given, "up_block_types", "UpDecoderBlock2D", len(widths), finest_first=False),
+            middle_attention=given.take("mid_block_add_attention", True),
+            use_quant_conv=given.take("use_quant_conv", True),
+            use_post_quant_conv=given.take("use_post_quant_conv", True),
+            norm_groups=given.take("norm_num_groups", 32),
+            act_fn=given.take("act_fn", "silu"),
             latent_mean=mean,
             latent_scale=scale,
         )
+        given.finish()
         state = rename(state_dict, DIFFUSERS_NAMES)
         load_strictly(model, {key: _as_linear(key, tensor) for key, tensor in state.items()})
         return model
@@ -307,6 +321,23 @@ class KLVAE(Tokenizer):
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Drop the training losses (LPIPS, discriminator) that a training file carries beside the model."""
         return {key: tensor for key, tensor in state.items() if not key.startswith("loss.")}
+
+
+WITHOUT_EFFECT = {
+    "resolution": "says, with attn_resolutions, which levels attend; the weights say so more directly",
+    "attn_resolutions": "says, with resolution, which levels attend; the weights say so more directly",
+    "lossconfig": "losses of the training, and its discriminator",
+    "lossconfig.*": "losses of the training, and its discriminator",
+}
+"""Arguments of latent diffusion and MAR that change nothing of what the model computes, each with the reason."""
+
+DIFFUSERS_WITHOUT_EFFECT = {
+    "_diffusers_version": "who wrote the file",
+    "_name_or_path": "where the file lay",
+    "sample_size": "the side of the training images; any multiple of the stride encodes",
+    "force_upcast": "the precision that diffusers' pipelines switch to; ours stays as it is loaded",
+}
+"""Keys of a diffusers config that change nothing of what the model computes, each with the reason."""
 
 
 def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
@@ -402,9 +433,34 @@ def _read_diffusers_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read: {error}; expected a folder saved by diffusers") from error
 
 
-def _diffusers_statistics(config: Mapping[str, Any]) -> tuple[Any, Any]:
-    """(mean, scale) of the standardisation ``(latent - mean) * scale`` that a diffusers config stands for."""
-    scaling = config.get("scaling_factor") or 1.0
-    if config.get("latents_mean") is not None and config.get("latents_std") is not None:
-        return tuple(config["latents_mean"]), tuple(scaling / deviation for deviation in config["latents_std"])
-    return config.get("shift_factor") or 0.0, scaling
+def _diffusers_statistics(given: OfficialConfig) -> tuple[Any, Any]:
+    """(mean, scale) of the standardisation ``(latent - mean) * scale`` that a diffusers config stands for.
+
+    Raises:
+        CheckpointError: means without deviations, or with a shift beside them.
+    """
+    scaling, shift = given.take("scaling_factor", None), given.take("shift_factor", None)
+    means, deviations = given.take("latents_mean", None), given.take("latents_std", None)
+    scaling = 1.0 if scaling is None else scaling
+    if (means is None) != (deviations is None) or (means is not None and shift):
+        raise CheckpointError(
+            "the config's latents_mean and latents_std go together, without a shift_factor; got "
+            f"latents_mean {means!r}, latents_std {deviations!r}, shift_factor {shift!r}"
+        )
+    if means is None:
+        return shift or 0.0, scaling
+    return tuple(means), tuple(scaling / deviation for deviation in deviations)
+
+
+def _attending(
+    given: OfficialConfig, key: str, plain: str, levels: int, *, finest_first: bool = True
+) -> tuple[int, ...]:
+    """The levels, 0 being the finest, whose blocks attend, of diffusers' names for them.
+
+    Raises:
+        CheckpointError: a block of another kind, or not one for each level.
+    """
+    names = given.take(key, [plain] * levels)
+    if len(names) != levels or set(names) - {plain, f"Attn{plain}"}:
+        raise CheckpointError(f"{key} must be {levels} of {plain} and Attn{plain}, got {names}")
+    return tuple(level for level, name in enumerate(names if finest_first else reversed(names)) if name != plain)

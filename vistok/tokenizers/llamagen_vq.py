@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vistok.checkpoints import OfficialCheckpoint, load_strictly, rename
+from vistok.checkpoints.official_config import OfficialConfig
 from vistok.draws import Draws
 from vistok.nn.conv import ConvDecoder, ConvEncoder
 from vistok.quantizers import VectorQuantizer
@@ -191,21 +192,31 @@ class LlamaGenVQ(Tokenizer):
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
+        given = OfficialConfig(config, WITHOUT_EFFECT)
         model = cls(
-            channels=config.get("ch", 128),
-            encoder_channel_mult=tuple(config.get("encoder_ch_mult", VQ16)),
-            decoder_channel_mult=tuple(config.get("decoder_ch_mult", VQ16)),
-            z_channels=config.get("z_channels", 256),
-            codebook_size=config.get("codebook_size", 16384),
-            codebook_embed_dim=config.get("codebook_embed_dim", 8),
-            codebook_l2_norm=config.get("codebook_l2_norm", True),
-            entropy_temperature=ENTROPY_TEMPERATURE if config.get("entropy_loss_ratio", 0) > 0 else None,
-            dropout=config.get("dropout_p", 0.0),
+            channels=given.take("ch", 128),
+            encoder_channel_mult=tuple(given.take("encoder_ch_mult", VQ16)),
+            decoder_channel_mult=tuple(given.take("decoder_ch_mult", VQ16)),
+            res_blocks=given.take("num_res_blocks", 2),
+            z_channels=given.take("z_channels", 256),
+            codebook_size=given.take("codebook_size", 16384),
+            codebook_embed_dim=given.take("codebook_embed_dim", 8),
+            codebook_l2_norm=given.take("codebook_l2_norm", True),
+            entropy_temperature=ENTROPY_TEMPERATURE if given.take("entropy_loss_ratio", 0) > 0 else None,
+            dropout=given.take("dropout_p", 0.0),
         )
+        given.finish()
         state = {key: tensor for key, tensor in state_dict.items() if key != USAGE_COUNTER}
         load_strictly(model, rename(state, OFFICIAL_NAMES), source="the official state dict")
         return model
 
+
+WITHOUT_EFFECT = {
+    "note": "a remark",
+    "codebook_show_usage": "counts which codes were used",
+    "commit_loss_beta": "the weight of a loss, which the training config has",
+}
+"""Arguments of the reference that change nothing of what the model computes, each with the reason."""
 
 USAGE_COUNTER = "quantize.codebook_used"  # which codes the last training batches chose; no part of the model
 OFFICIAL_NAMES = [

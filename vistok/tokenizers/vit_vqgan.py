@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vistok.checkpoints import OfficialCheckpoint, load_strictly, rename
+from vistok.checkpoints.official_config import OfficialConfig
 from vistok.draws import Draws
 from vistok.losses.pixel import LogitLaplace
 from vistok.nn.attention import Attention
@@ -252,17 +253,22 @@ class ViTVQGAN(Tokenizer):
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
-        quantizer = config["quantizer"]
+        given = OfficialConfig(config, WITHOUT_EFFECT)
+        residual, channels = given.take("quantizer.use_residual", False), given.take("encoder.channels", 3)
+        given.require("decoder.channels", channels, why="it is that of the encoder")
         model = cls(
-            image_size=config["image_size"],
-            patch_size=config["patch_size"],
-            encoder=_vit_config(config["encoder"]),
-            decoder=_vit_config(config["decoder"]),
-            codebook_size=quantizer["n_embed"],
-            codebook_embed_dim=quantizer["embed_dim"],
-            codebook_l2_norm=quantizer.get("use_norm", True),
-            residual_depth=quantizer.get("num_quantizers", 1) if quantizer.get("use_residual", False) else 1,
+            image_size=given.take("image_size"),
+            patch_size=given.take("patch_size"),
+            encoder=_vit_config(given, "encoder"),
+            decoder=_vit_config(given, "decoder"),
+            codebook_size=given.take("quantizer.n_embed"),
+            codebook_embed_dim=given.take("quantizer.embed_dim"),
+            codebook_l2_norm=given.take("quantizer.use_norm", True),
+            # A quantizer that is not residual has one level, whatever this number is.
+            residual_depth=given.take("quantizer.num_quantizers", 1) if residual else 1,
+            in_channels=channels,
         )
+        given.finish()
         rules = OFFICIAL_NAMES if model.depth == 1 else [RESIDUAL_CODEBOOK, *OFFICIAL_NAMES]
         load_strictly(model, rename(state_dict, rules), source="the official state dict")
         return model
@@ -273,8 +279,23 @@ class ViTVQGAN(Tokenizer):
         return {key: tensor for key, tensor in state.items() if not key.startswith("loss.")}
 
 
-def _vit_config(section: Mapping[str, Any]) -> ViTConfig:
-    return ViTConfig(section["dim"], section["depth"], section["heads"], section["mlp_dim"])
+WITHOUT_EFFECT = {
+    "quantizer.beta": "the weight of a loss, which the training config has",
+    "quantizer.num_quantizers": "the levels of a residual quantizer, and this one is not residual",
+    "image_key": "where the reference's data hold the image",
+    "loss": "losses of the training, and its discriminator",
+    "loss.*": "losses of the training, and its discriminator",
+    "path": "where training starts from",
+    "ignore_keys": "what training does not start from",
+    "scheduler": "of the training",
+    "scheduler.*": "of the training",
+}
+"""Arguments of the reference that change nothing of what the model computes, each with the reason."""
+
+
+def _vit_config(given: OfficialConfig, part: str) -> ViTConfig:
+    given.require(f"{part}.dim_head", HEAD_DIM, why="heads are always that wide")
+    return ViTConfig(*(given.take(f"{part}.{key}") for key in ("dim", "depth", "heads", "mlp_dim")))
 
 
 RESIDUAL_CODEBOOK = (r"quantizer\.embedding\.weight", r"quantizer.quantizer.embedding.weight")

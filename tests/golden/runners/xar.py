@@ -32,8 +32,10 @@ def _training_input(model: XAR, step: Step) -> tuple[Tensor, Tensor]:
     return model.noisy(sequence, step.case.tensor("noise").flatten(1, 2), times), times
 
 
-def _condition(step: Step) -> Condition:
-    condition = Condition.from_labels(step.case.tensor("label"))
+def _condition(model: XAR, step: Step) -> Condition:
+    """The class labels; the one behind the last class is the null class, in training and in sampling."""
+    labels = step.case.tensor("label")
+    condition = Condition.from_labels(torch.where(labels == model.num_classes, -1, labels))
     return condition.drop(step.case.tensor("drop").bool()) if step.has("drop") else condition
 
 
@@ -54,7 +56,7 @@ def time_embed(case: Case, step: Step) -> dict[str, Tensor]:
 def encoder(case: Case, step: Step) -> dict[str, Tensor]:
     model, seen = _model(case, step), []
     hook = model.encoder_norm.register_forward_hook(lambda module, args, output: seen.append(output))
-    model.velocity(*_training_input(model, step), _condition(step))
+    model.velocity(*_training_input(model, step), _condition(model, step))
     hook.remove()
     return step.answers(seen[0])
 
@@ -63,14 +65,15 @@ def encoder(case: Case, step: Step) -> dict[str, Tensor]:
 @torch.no_grad()
 def velocity(case: Case, step: Step) -> dict[str, Tensor]:
     model = _model(case, step)
-    return step.answers(model.velocity(*_training_input(model, step), _condition(step)))
+    return step.answers(model.velocity(*_training_input(model, step), _condition(model, step)))
 
 
 @runner("xar/generator", "loss")
 @torch.no_grad()
 def loss(case: Case, step: Step) -> dict[str, Tensor]:
     draws = {"noise": case.tensor("noise").flatten(1, 2), "time": case.tensor("t")}
-    output = _model(case, step)(_tokens(case.tensor("latent")), _condition(step), draws=draws)
+    model = _model(case, step)
+    output = model(_tokens(case.tensor("latent")), _condition(model, step), draws=draws)
     return step.answers(output.loss)
 
 
@@ -98,7 +101,7 @@ def _draws(step: Step) -> Draws:
 @runner("xar/generator", "sample")
 def sample(case: Case, step: Step) -> dict[str, Tensor]:
     model = _model(case, step)
-    tokens = model.sample(_condition(step), _options(step), draws=_draws(step))
+    tokens = model.sample(_condition(model, step), _options(step), draws=_draws(step))
     latent = rearrange(tokens, "b (h w) d -> b d h w", h=model.spec.grid[0])
     return step.answers(latent / step.args.get("latent_scale", 1.0))
 
@@ -107,7 +110,8 @@ def sample(case: Case, step: Step) -> dict[str, Tensor]:
 @torch.no_grad()
 def sample_velocity(case: Case, step: Step) -> dict[str, Tensor]:
     """What the network gave at one call of one cell: conditional and null rows."""
-    model, options, condition = _model(case, step), _options(step), _condition(step)
+    model, options = _model(case, step), _options(step)
+    condition = _condition(model, step)
     cell, size = step.args["cell"], model.layout.sizes[step.args["cell"]]
     inputs, outputs = [], []
     hooks = [

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vistok.checkpoints import OfficialCheckpoint, load_strictly, rename
+from vistok.checkpoints.official_config import OfficialConfig
 from vistok.draws import Draws, Keys
 from vistok.flow.diffusion import GaussianDiffusion
 from vistok.generators.base import weighted_mean
@@ -349,31 +350,39 @@ class MAR(ContinuousGenerator):
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
-        side = config.get("img_size", 256) // config.get("vae_stride", 16)
+        given = OfficialConfig(config, WITHOUT_EFFECT)
+        side = given.take("img_size", 256) // given.take("vae_stride", 16)
         model = cls(
-            TokenSpec(side * side, None, config.get("vae_embed_dim", 16), grid=(side, side)),
-            num_classes=config.get("class_num", 1000),
-            dim=config["encoder_embed_dim"],
-            num_encoder_layers=config["encoder_depth"],
-            num_decoder_layers=config["decoder_depth"],
-            num_heads=config["encoder_num_heads"],
-            decoder_dim=config["decoder_embed_dim"],
-            num_decoder_heads=config["decoder_num_heads"],
-            num_head_layers=config["diffloss_d"],
-            head_dim=config["diffloss_w"],
-            patch_size=config.get("patch_size", 1),
-            mlp_ratio=config.get("mlp_ratio", 4.0),
-            buffer_size=config.get("buffer_size", 64),
-            mask_rate_min=config.get("mask_ratio_min", 0.7),
-            diffusion_batch_mul=config.get("diffusion_batch_mul", 4),
-            condition_dropout=config.get("label_drop_prob", 0.1),
-            attn_drop=config.get("attn_dropout", 0.1),
-            proj_drop=config.get("proj_dropout", 0.1),
-            norm_eps=config.get("norm_eps", 1e-6),
+            TokenSpec(side * side, None, given.take("vae_embed_dim", 16), grid=(side, side)),
+            num_classes=given.take("class_num", 1000),
+            dim=given.take("encoder_embed_dim"),
+            num_encoder_layers=given.take("encoder_depth"),
+            num_decoder_layers=given.take("decoder_depth"),
+            num_heads=given.take("encoder_num_heads"),
+            decoder_dim=given.take("decoder_embed_dim"),
+            num_decoder_heads=given.take("decoder_num_heads"),
+            num_head_layers=given.take("diffloss_d"),
+            head_dim=given.take("diffloss_w"),
+            patch_size=given.take("patch_size", 1),
+            mlp_ratio=given.take("mlp_ratio", 4.0),
+            buffer_size=given.take("buffer_size", 64),
+            mask_rate_min=given.take("mask_ratio_min", 0.7),
+            diffusion_batch_mul=given.take("diffusion_batch_mul", 4),
+            condition_dropout=given.take("label_drop_prob", 0.1),
+            attn_drop=given.take("attn_dropout", 0.1),
+            proj_drop=given.take("proj_dropout", 0.1),
+            norm_eps=given.take("norm_eps", 1e-6),
         )
+        given.finish()
         load_strictly(model, rename(state_dict, OFFICIAL_NAMES), source="the official state dict")
         return model
 
+
+WITHOUT_EFFECT = {
+    "num_sampling_steps": "an option of sampling",
+    "grad_checkpointing": "saves memory in training",
+}
+"""Arguments of the reference that change nothing of what the model computes, each with the reason."""
 
 OFFICIAL_NAMES = [
     (r"class_emb\.weight", r"class_embedding.weight"),

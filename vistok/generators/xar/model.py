@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vistok.checkpoints import CheckpointError, OfficialCheckpoint, load_strictly, rename
+from vistok.checkpoints.official_config import OfficialConfig
 from vistok.draws import Draws, Keys
 from vistok.flow import TimeSampling
 from vistok.generators.base import weighted_mean
@@ -292,30 +293,41 @@ class XAR(ContinuousGenerator):
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
-        side = config.get("img_size", 256) // config.get("vae_stride", 16) // config.get("patch_size", 1)
-        cell = _cell_side(side, config.get("clusters", 4))
-        for name in ("embed_dim", "num_heads"):
-            if config[f"encoder_{name}"] != config[f"decoder_{name}"]:
-                raise CheckpointError(f"encoder_{name} and decoder_{name} must be equal, as in every released model")
+        given = OfficialConfig(config, WITHOUT_EFFECT)
+        side = given.take("img_size", 256) // given.take("vae_stride", 16) // given.take("patch_size", 1)
+        cell = _cell_side(side, given.take("clusters", 4))
+        dim, num_heads = given.take("encoder_embed_dim"), given.take("encoder_num_heads")
+        for name, value in (("embed_dim", dim), ("num_heads", num_heads)):
+            given.require(f"decoder_{name}", value, why="it is that of the encoder, as in every released model")
         model = cls(
-            TokenSpec(side * side, None, config.get("vae_embed_dim", 16), grid=(side, side)),
+            TokenSpec(side * side, None, given.take("vae_embed_dim", 16), grid=(side, side)),
             # The reference always builds 1000 classes and the null class, whatever its arguments say.
             num_classes=state_dict["class_emb.weight"].shape[0] - 1 if "class_emb.weight" in state_dict else 1000,
-            dim=config["encoder_embed_dim"],
-            num_encoder_layers=config["encoder_depth"],
-            num_decoder_layers=config["decoder_depth"],
-            num_heads=config["encoder_num_heads"],
-            mlp_ratio=config.get("mlp_ratio", 4.0),
+            dim=dim,
+            num_encoder_layers=given.take("encoder_depth"),
+            num_decoder_layers=given.take("decoder_depth"),
+            num_heads=num_heads,
+            mlp_ratio=given.take("mlp_ratio", 4.0),
             layout=LayoutConfig("cell", cell),
-            condition_dropout=config.get("label_drop_prob", 0.1),
-            attn_drop=config.get("attn_dropout", 0.1),
-            proj_drop=config.get("proj_dropout", 0.1),
+            condition_dropout=given.take("label_drop_prob", 0.1),
+            attn_drop=given.take("attn_dropout", 0.1),
+            proj_drop=given.take("proj_dropout", 0.1),
         )
+        given.finish()
         # Mask and rotary tables are stored, but follow from the layout.
         state = {key: t for key, t in state_dict.items() if key != "mask" and ".attn.rope.freqs" not in key}
         load_strictly(model, rename(state, OFFICIAL_NAMES), source="the official state dict")
         return model
 
+
+WITHOUT_EFFECT = {
+    "class_num": "the reference always builds 1000 classes and the null class",
+    "norm_layer": "the reference builds its norms whatever this says",
+    "qk_norm": "the reference never norms queries and keys",
+    "init_values": "the reference scales no layer",
+    "grad_checkpointing": "saves memory in training",
+}
+"""Arguments of the reference that change nothing of what the model computes, each with the reason."""
 
 OFFICIAL_NAMES = [
     (r"class_emb\.weight", r"class_embedding.weight"),

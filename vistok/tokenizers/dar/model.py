@@ -24,6 +24,7 @@ from vistok.quantizers import VectorQuantizer
 from vistok.tokenizers.base import Tokenizer, image_sides, prefix_lengths, times
 from vistok.tokenizers.dar import official
 from vistok.tokenizers.dar.networks import (
+    ROPE_BASE,
     AlignmentConfig,
     Block,
     GridPositions,
@@ -52,9 +53,11 @@ class DAR(Tokenizer):
         codebook_restart_after: see ``VectorQuantizer``.
         entropy_temperature: offers the "entropy" loss term, with this softmax temperature; None does not.
         num_tokens: ids N of an image.
-        num_groups, group_size: the G groups of Q ids; group i conditions times around i / G.
+        num_groups, group_size: the G groups of Q ids; group i conditions times around i / G. It begins at token
+            i N / G, or at the last from which Q are left: neighbours share tokens where Q is more than N / G.
         query_rank: inner width of the learned queries' table; None learns them at full width.
         max_tokens: rows of the tables of queries and of token embeddings; the first N are used.
+        rope_base: of the encoder's rotary positions.
         gate_init: of the gates in the encoder's and the causal layers' blocks. At 0, the paper's, tokens are blind to
             the image at first; short runs start at 1.
         position_std: deviation of the initial positions of tokens. The paper's leaves the causal layers little to tell
@@ -94,6 +97,7 @@ class DAR(Tokenizer):
         group_size: int = 32,
         query_rank: int | None = 8,
         max_tokens: int = 1024,
+        rope_base: float = ROPE_BASE,
         gate_init: float = 0.0,
         position_std: float = 0.02,
         absolute_positions: bool = False,
@@ -108,9 +112,14 @@ class DAR(Tokenizer):
         velocity = as_dataclass(VelocityConfig, velocity)
         height, width = image_sides(image_size)
         self._input_shape = (in_channels, height, width)
-        if num_tokens % group_size or num_tokens > max_tokens:
-            raise ValueError(f"num_tokens {num_tokens} must be a multiple of group_size {group_size}, <= {max_tokens}")
-        self._spec = TokenSpec(num_tokens, codebook_size, codebook_embed_dim, prefix_step=group_size)
+        if not 1 <= group_size <= num_tokens <= max_tokens:
+            raise ValueError(
+                f"group_size {group_size} must be at least 1, at most num_tokens {num_tokens}, and that at most "
+                f"max_tokens {max_tokens}"
+            )
+        # Prefixes of at least one group decode. The whole sequence is one of the multiples of this step, too.
+        step = next(size for size in range(group_size, num_tokens + 1) if num_tokens % size == 0)
+        self._spec = TokenSpec(num_tokens, codebook_size, codebook_embed_dim, prefix_step=step)
         self.encoder_patch, self.velocity_patch = encoder_patch_size, velocity.patch_size
         self.spec_for(self._input_shape)  # refuses sides that do not divide
         self.num_groups, self.group_size = num_groups, group_size
@@ -121,7 +130,9 @@ class DAR(Tokenizer):
         self.queries = nn.Embedding(max_tokens, query_rank or encoder_dim)
         self.query_proj = nn.Linear(query_rank, encoder_dim) if query_rank else nn.Identity()
         nn.init.trunc_normal_(self.queries.weight, std=1.0 if query_rank else 0.02)
-        self.encoder_rotation = GridRotation(self._grid((height, width), encoder_patch_size), num_tokens)
+        self.encoder_rotation = GridRotation(
+            self._grid((height, width), encoder_patch_size), num_tokens, base=rope_base
+        )
         self.encoder_positions = (
             GridPositions(self._grid((height, width), encoder_patch_size), encoder_dim) if absolute_positions else None
         )
@@ -211,7 +222,7 @@ class DAR(Tokenizer):
     def group_start(self, t: Tensor) -> Tensor:
         """The first token of the group that conditions time t in [0, 1], before its shift: the nearest of i / G."""
         length = self._spec.length
-        start = (torch.floor(t * self.num_groups + 0.5) / self.num_groups * length).long()
+        start = torch.floor(t * self.num_groups + 0.5).long() * length // self.num_groups
         return start.clamp_max(length - self.group_size)
 
     def schedule(self, num_steps: int) -> tuple[list[float], list[int]]:

@@ -20,6 +20,7 @@ from vistok.nn.timesteps import TimestepEmbedding
 
 HEAD_DIM = 64
 RELEASED_WIDTH = 768
+ROPE_BASE = 10000.0
 ALIGNED_GRID = 16  # features are pooled to this many patches a side, the raster of the frozen encoder
 layer_norm = partial(nn.LayerNorm, eps=1e-6)
 plain_norm = partial(nn.LayerNorm, eps=1e-6, elementwise_affine=False)
@@ -36,14 +37,14 @@ class GridRotation(nn.Module):
     """Rotary tables of a raster, row and column in one half of the channels each, followed by ``extra`` positions that
     do not rotate. The table of one grid is kept; those of others are made when asked for."""
 
-    def __init__(self, grid: tuple[int, int], extra: int = 0):
+    def __init__(self, grid: tuple[int, int], extra: int = 0, *, base: float = ROPE_BASE):
         super().__init__()
-        self.grid, self.extra = grid, extra
+        self.grid, self.extra, self.base = grid, extra, base
         self.table = FixedRotation(self._make(grid))
 
     def _make(self, grid: tuple[int, int]) -> Rotation:
         still = torch.zeros(self.extra, 2, dtype=torch.int64)
-        return rotation_table(torch.cat([grid_positions(grid), still]), HEAD_DIM)
+        return rotation_table(torch.cat([grid_positions(grid), still]), HEAD_DIM, base=self.base)
 
     def forward(self, grid: tuple[int, int]) -> Rotation:
         if grid == self.grid:
@@ -93,6 +94,7 @@ class VelocityConfig:
         patch_size: side of a pixel patch.
         share_time_embedding: one time embedding for all blocks, instead of one each.
         modulated_output: adaptive norm before the output too; needs a shared time embedding.
+        rope_base: of the patches' rotary positions.
     """
 
     dim: int = 768
@@ -100,6 +102,7 @@ class VelocityConfig:
     patch_size: int = 8
     share_time_embedding: bool = False
     modulated_output: bool = False
+    rope_base: float = ROPE_BASE
 
     def __post_init__(self) -> None:
         if self.modulated_output and not self.share_time_embedding:
@@ -186,7 +189,7 @@ class VelocityNetwork(nn.Module):
         self.cond_proj, self.norm = nn.Linear(cond_dim, dim), plain_norm(dim)
         self.patches_in = nn.Linear(in_channels * self.patch**2, dim)
         self.positions = GridPositions(grid, dim) if absolute_positions else None
-        self.rotation = GridRotation(grid)
+        self.rotation = GridRotation(grid, base=config.rope_base)
         self.time_embedding = time_embedding(dim) if config.share_time_embedding else None
         self.blocks = nn.ModuleList(VelocityBlock(config) for _ in range(config.num_layers))
         self.modulation = nn.Linear(dim, 2 * dim) if config.modulated_output else None

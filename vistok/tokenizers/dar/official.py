@@ -8,7 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from vistok.checkpoints import CheckpointError, fuse, rename
+from vistok.checkpoints import fuse, rename
+from vistok.checkpoints.official_config import OfficialConfig
+from vistok.tokenizers.dar.networks import ROPE_BASE
+
+WITHOUT_EFFECT: dict[str, str] = {}
+"""Arguments of the reference that change nothing of what the model computes, each with the reason."""
 
 V1 = {
     "encoder_patch_size": 16,
@@ -66,36 +71,46 @@ def model_arguments(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> d
     """Arguments of ``DAR`` for the reference's own.
 
     Raises:
-        CheckpointError: a model without a quantizer.
+        CheckpointError: a model without a quantizer, an argument that is unknown, or a value that is not supported.
     """
-    flow = config["diff_decoder"]
-    if not config.get("vq_enable", True):
-        raise CheckpointError("vq_enable false is no tokenizer: it has no ids; every released model has true")
-    return {
-        "image_size": config.get("sampling_resolution", 256),
-        "encoder_patch_size": config["encoder_patch_size"],
-        "encoder_dim": config["encoder_dim"],
-        "num_encoder_layers": config["num_encoder_layers"],
-        "decoder_dim": config["decoder_dim"],
-        "num_decoder_layers": config["num_decoder_layers"],
-        "codebook_size": config["vq_codebook_size"],
-        "codebook_embed_dim": config["vq_dim"],
-        "num_tokens": config["num_all_queries"],
-        "num_groups": config["num_query_groups"],
-        "group_size": config["queries_per_step"],
-        "query_rank": QUERY_RANK if config.get("query_low_rank", True) else None,
+    given = OfficialConfig(config, WITHOUT_EFFECT)
+    given.require("vq_enable", True, why="without a quantizer there are no ids")
+    given.require("output_resolution", 0, why="images come out at the size at which they are made")
+    decoder_dim, channels = given.take("decoder_dim"), given.take("diff_decoder.in_dim", 3)
+    given.require("diff_decoder.cond_dim", decoder_dim, why="it is decoder_dim")
+    given.require("diff_decoder.out_dim", channels, why="velocities have the channels of pixels, in_dim")
+    aligned = _aligned_layer(config["diff_decoder"])
+    given.take("diff_decoder.repa_layer", None)  # read above
+    arguments = {
+        "image_size": given.take("sampling_resolution", 256),
+        "in_channels": channels,
+        "encoder_patch_size": given.take("encoder_patch_size"),
+        "encoder_dim": given.take("encoder_dim"),
+        "num_encoder_layers": given.take("num_encoder_layers"),
+        "decoder_dim": decoder_dim,
+        "num_decoder_layers": given.take("num_decoder_layers"),
+        "codebook_size": given.take("vq_codebook_size"),
+        "codebook_embed_dim": given.take("vq_dim"),
+        "num_tokens": given.take("num_all_queries"),
+        "num_groups": given.take("num_query_groups"),
+        "group_size": given.take("queries_per_step"),
+        "query_rank": QUERY_RANK if given.take("query_low_rank", True) else None,
+        "rope_base": float(given.take("rope_base_len", ROPE_BASE)),
         "velocity": {
-            "dim": flow["dim"],
-            "num_layers": flow["depth"],
-            "patch_size": flow["patch_size"],
-            "share_time_embedding": flow.get("share_time_encoding", False),
-            "modulated_output": flow.get("mlp_head", False),
+            "dim": given.take("diff_decoder.dim"),
+            "num_layers": given.take("diff_decoder.depth"),
+            "patch_size": given.take("diff_decoder.patch_size"),
+            "share_time_embedding": given.take("diff_decoder.share_time_encoding", False),
+            "modulated_output": given.take("diff_decoder.mlp_head", False),
+            "rope_base": float(given.take("diff_decoder.rope_base_len", ROPE_BASE)),
         },
-        "data_std": float(flow["data_std"]),
-        "time_shift": float(flow["time_shift"]),
-        "num_steps": config["num_denoising_steps"],
-        "alignment": {"layer": _aligned_layer(flow)} if _is_aligned(flow, state) else None,
+        "data_std": float(given.take("diff_decoder.data_std")),
+        "time_shift": float(given.take("diff_decoder.time_shift")),
+        "num_steps": given.take("num_denoising_steps"),
+        "alignment": {"layer": aligned} if _is_aligned(config["diff_decoder"], state) else None,
     }
+    given.finish()
+    return arguments
 
 
 def our_names(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:

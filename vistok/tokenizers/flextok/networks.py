@@ -23,6 +23,7 @@ from vistok.nn.positions import sincos_1d
 from vistok.nn.rotary import grid_positions
 from vistok.nn.timesteps import TimestepEmbedding
 from vistok.tokenizers.flextok import official
+from vistok.tokenizers.flextok.official_keys import check_keys
 
 PATH = LinearPath(noise_at=1)
 GuidanceName = Literal["cfg", "apg"]
@@ -275,6 +276,7 @@ class FlowDecoder(nn.Module):
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
         """The decoder alone, from a whole model's config and the ``decoder.*`` entries of its state dict."""
         arguments = official.decoder_arguments(config)
+        check_keys(config)
         trunk, alignment = TrunkConfig(**arguments.pop("config")), arguments.pop("alignment")
         model = cls(trunk, **arguments, alignment=alignment and AlignmentConfig(**alignment))
         state = official.our_names(config, state_dict)

@@ -1,14 +1,14 @@
 """FlexTok's official configs and weight names, translated; see ``flextok.FlexTok.from_official``.
 
-An official config is a tree of class paths and arguments. Class paths are compared by their last part and never
-imported; keys that only name the entries of the reference's data dictionary are ignored.
+An official config is a tree of class paths and arguments, of which ``official_keys`` knows every one. Class paths are
+compared by their last part and never imported.
 """
 
 from __future__ import annotations
 
 import ast
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +16,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from vistok.checkpoints import CheckpointError, fuse, rename
+from vistok.tokenizers.flextok.official_keys import check_keys
 
 log = logging.getLogger(__name__)
 
 SECTIONS = ("vae", "encoder", "decoder", "regularizer", "flow_matching_noise_module", "pipeline")
-# The reference's classes that a released model is made of, by section.
-CLASSES = {
-    "StableDiffusionVAE",
-    "SequentialModuleDictWrapper",
-    "PerSampleOp",
-    "PatchEmbedder",
-    "PositionalEmbeddingAdder",
-    "Registers1D",
-    "BlockWiseSequencePacker",
-    "FlexTransformer",
-    "SequenceUnpacker",
-    "LinearHead",
-    "LinearLayer",
-    "MaskedNestedDropout",
-    "LearnedNullCond",
-    "TimestepEmbedder",
-    "MLPHead",
-    "ToPatchesLinearHead",
-    "FSQ",
-    "MinRFNoiseModule",
-    "MinRFPipeline",
-}
 VAE_DEFAULTS = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "encoder_attention": ()}
 
 
@@ -106,6 +85,7 @@ def model_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("channels", "patch", "grid", "num_tokens", "code_dim"):
         if encoder[name] != decoder[name]:
             raise CheckpointError(f"encoder and decoder disagree on {name}: {encoder[name]} and {decoder[name]}")
+    check_keys(config)
     stride = 2 ** (len(vae["block_out_channels"]) - 1)
     (rows, columns), (height, width) = encoder["grid"], encoder["patch"]
     return {
@@ -200,21 +180,10 @@ def _modules(config: Mapping[str, Any], section: str) -> Mapping[str, Any]:
     modules = (config.get(section) or {}).get("module_dict")
     if not isinstance(modules, Mapping):
         raise CheckpointError(f"the config has no {section}.module_dict; it is not one of a FlexTok model")
-    for path in _class_paths(config):
-        if path.rsplit(".", 1)[-1] not in CLASSES and "dict_ops" not in path:
-            raise CheckpointError(f"the config names the class {path}, which is part of no released FlexTok model")
-    scaled = [name for name, module in modules.items() if module.get("use_mup_readout", False)]
-    if scaled:
-        raise CheckpointError(f"use_mup_readout of {scaled[0]} is not built; every released model has false")
+    wrong = [name for name, module in modules.items() if not isinstance(module, Mapping)]
+    if wrong:
+        raise CheckpointError(f"{section}.module_dict.{wrong[0]} is no module, but {modules[wrong[0]]!r}")
     return modules
-
-
-def _class_paths(node: Any) -> Iterator[str]:
-    if isinstance(node, Mapping):
-        if "_target_" in node:
-            yield node["_target_"]
-        for value in node.values():
-            yield from _class_paths(value)
 
 
 def _trunk(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,8 +209,9 @@ def _patch_arguments(patches: Mapping[str, Any], positions: Mapping[str, Any]) -
 
 
 def _register_count(positions: Mapping[str, Any]) -> int:
-    if positions.get("posemb_type") != "learnable_sum" or len(positions["max_sizes"]) != 1:
-        raise CheckpointError("register positions must be one learned table ('learnable_sum' over one axis)")
+    absolute = positions.get("posemb_scaling", "absolute") == "absolute"
+    if positions.get("posemb_type") != "learnable_sum" or len(positions["max_sizes"]) != 1 or not absolute:
+        raise CheckpointError("register positions must be one learned table ('learnable_sum', 'absolute', one axis)")
     return positions["max_sizes"][0]
 
 
@@ -253,6 +223,8 @@ def _alignment(modules: Mapping[str, Any], trunk: Mapping[str, Any]) -> dict[str
     heads, tapped = _heads(modules), trunk.get("intermediate_layers", [])
     if not heads or not tapped:
         return None
+    if len(heads) > 1 or len(tapped) > 1:
+        raise CheckpointError(f"one alignment head of one layer is built; got heads {heads} and layers {tapped}")
     head = modules[heads[0]]
     return {"dim": head["dim_out"], "layer": tapped[0], "num_layers": head.get("num_layers", 3)}
 

@@ -129,12 +129,15 @@ def _sizes(given: OfficialConfig) -> tuple[dict[str, int], dict[str, int]]:
     """The sizes of both transformers; ``model_size`` stands for both."""
     shared, sizes = given.take("init_args.model_size", None), []
     for part in ("encoder_size", "decoder_size"):
-        name, table = given.take(f"init_args.{part}", None), SIZES | given.take(f"structure.{part}", {})
+        name, own = given.take(f"init_args.{part}", None), given.take(f"structure.{part}", {})
         if shared is not None and name not in (None, shared):
             raise CheckpointError(f"model_size {shared!r} contradicts {part} {name!r}")
         name = shared if name is None else name
+        table = SIZES | own
         if name not in table:
             raise CheckpointError(f"{part} {name!r} is unknown; there are {', '.join(table)}")
+        if unused := own.keys() - {name}:
+            raise CheckpointError(f"structure.{part} has sizes that nothing uses: {', '.join(sorted(unused))}")
         sizes.append(dict(zip(("dim", "num_layers", "num_heads"), table[name])))
     return sizes[0], sizes[1]
 
