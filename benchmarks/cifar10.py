@@ -114,7 +114,7 @@ def kmeans_psnr(data: Path, count: int) -> float:
     from einops import rearrange
     from sklearn.cluster import MiniBatchKMeans
 
-    from vistok.train.stages import psnr
+    from vistok.train.tasks.images import psnr
 
     def patches(pixels):
         return rearrange(pixels, "b c (h p) (w q) -> (b h w) (c p q)", p=PATCH, q=PATCH)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vistok.draws import Keys
 from vistok.tokenizers.base import Tokenizer
-from vistok.train.stages import psnr
+from vistok.train.tasks.images import psnr
 from vistok.types import TokenSpec
 
 LENGTHS = (1, 4, 16)

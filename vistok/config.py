@@ -22,6 +22,7 @@ from vistok.utils.files import atomic_file
 from vistok.utils.omega import calls_resolver, check_size, escape, escaped
 
 RENAMED = {
+    "stage": "task",
     "heads": "num_heads",
     "layers": "num_layers",
     "depth": "num_layers",
@@ -405,6 +406,9 @@ def _check_value(annotation: Any, value: Any, path: str) -> Any:
             return section(**arguments)
         except (ValueError, TypeError) as error:  # the dataclass' own rules, in __post_init__
             raise ConfigError(f"{path}: {error}") from error
+    item = _item_section(annotation)
+    if item is not None and isinstance(value, (list, tuple)):
+        return tuple(_check_value(item, each, f"{path}[{position}]") for position, each in enumerate(value))
 
     from pydantic import ConfigDict, ValidationError, create_model
 
@@ -426,6 +430,17 @@ def _section_type(annotation: Any) -> type | None:
         found = [section for section in found if section is not None]
         return found[0] if len(found) == 1 else None
     return annotation if inspect.isclass(annotation) and dataclasses.is_dataclass(annotation) else None
+
+
+def _item_section(annotation: Any) -> Any:
+    """The annotation of the items of ``tuple[Section, ...]``, also beside other types; None if none is a section."""
+    if typing.get_origin(annotation) in (Union, types.UnionType, typing.Annotated):
+        found = [_item_section(argument) for argument in typing.get_args(annotation)]
+        return next((section for section in found if section is not None), None)
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is tuple and len(arguments) == 2 and arguments[1] is ...:
+        return arguments[0] if _section_type(arguments[0]) is not None else None
+    return None
 
 
 def _strict(annotation: Any) -> Any:

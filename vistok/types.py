@@ -18,6 +18,7 @@ from torch import Tensor
 from vistok.conditions import Condition, ConditionSpec, FeatureSpec, IdSpec
 
 __all__ = [
+    "Clock",
     "Condition",
     "ConditionSpec",
     "FeatureSpec",
@@ -176,6 +177,19 @@ class QuantizerOutput:
     def usage(self) -> Tensor:
         """How often each code was chosen in this batch: (codebook_size,) counts."""
         return torch.bincount(self.ids.flatten(), minlength=self.codebook_size)
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where a training run stands: ``step`` optimisation steps of ``max_steps`` are done."""
+
+    step: int
+    max_steps: int
+
+    @property
+    def progress(self) -> float:
+        """The share of the run that is over, 0 .. 1."""
+        return self.step / self.max_steps
 
 
 class AfterBackward(ABC):

@@ -64,7 +64,7 @@ def tokenizer_run(tmp_path: Path, photos: Path) -> Path:
     run = tmp_path / "runs" / "tok"
     tiny_tokenizer().save_pretrained(run / "tokenizer")
     save_config(
-        {"stage": "tokenizer", "data": {"root": str(photos), "image_size": 16, "flip": True}}, run / "config.yaml"
+        {"task": "tokenizer", "data": {"root": str(photos), "image_size": 16, "flip": True}}, run / "config.yaml"
     )
     return run
 
@@ -433,13 +433,13 @@ def test_train_passes_config_overrides_and_resume_on(tmp_path, run_command, monk
         return Path("runs/x")
 
     monkeypatch.setattr("vistok.train.train", train)
-    save_config({"stage": "tokenizer", "optimizer": {"lr": 1e-3}}, tmp_path / "c.yaml")
+    save_config({"task": "tokenizer", "optimizer": {"lr": 1e-3}}, tmp_path / "c.yaml")
     assert "runs/x" in run_command("train", tmp_path / "c.yaml", "optimizer.lr=2e-4", "data.root=p", "--resume")
     assert asked["resume"] is True
-    assert asked["config"] == {"stage": "tokenizer", "optimizer": {"lr": 2e-4}, "data": {"root": "p"}}
+    assert asked["config"] == {"task": "tokenizer", "optimizer": {"lr": 2e-4}, "data": {"root": "p"}}
 
 
 def test_train_refuses(tmp_path, refused):
     assert "does not exist" in refused("train", tmp_path / "none.yaml")
-    save_config({"stage": "tokenizer", "optimiser": {"lr": 1e-3}}, tmp_path / "c.yaml")
+    save_config({"task": "tokenizer", "optimiser": {"lr": 1e-3}}, tmp_path / "c.yaml")
     assert "did you mean optimizer?" in refused("train", tmp_path / "c.yaml")

@@ -38,10 +38,12 @@ from vistok.quantizers import FSQ, ResidualQuantizer, VectorQuantizer
 from vistok.quickstart import scores
 from vistok.tokenizers.base import Tokenizer
 from vistok.train import train
-from vistok.train.adversary import Adversary
-from vistok.train.config import GanConfig, RunConfig
+from vistok.train.config import RunConfig
 from vistok.train.monitor import read_metrics
-from vistok.train.stages import GeneratorStage, Stage, TokenizerStage
+from vistok.train.tasks import Task
+from vistok.train.tasks.adversary import Adversary, GanConfig
+from vistok.train.tasks.generator import GeneratorTask
+from vistok.train.tasks.tokenizer import TokenizerTask
 from vistok.train.tokenize import tokenize
 from vistok.types import Condition, TokenSpec
 
@@ -194,7 +196,7 @@ def no_waiting() -> Iterator[None]:
 
 
 def tokenizer_loss(model: Tokenizer, images: Tensor, draws: Draws) -> Tensor:
-    output = model(images, step=0, draws=draws)
+    output = model(images, draws=draws)
     loss = sum(term.mean() for term in output.losses.values())
     return loss if output.reconstruction is None else loss + output.reconstruction.square().mean()
 
@@ -438,8 +440,9 @@ def test_a_game_is_played_alike(device):
     torch.manual_seed(0)
     here = Adversary(GanConfig(**GAN | {"discriminator": {"width": 4, "num_layers": 1, "norm": "group"}}), (3, 16, 16))
     there, (real, fake) = moved(here, device), Keys.range(0, 4).uniform("images", 3, 16, 16).chunk(2)
-    check_same(there.fool(fake.to(device)), here.fool(fake))
-    terms, others = here(real, fake, 0), there(real.to(device), fake.to(device), 0)
+    keys = Keys.range(0, 2)
+    check_same(there.fool(fake.to(device), keys), here.fool(fake, keys))
+    terms, others = here(real, fake, keys), there(real.to(device), fake.to(device), keys)
     assert "d_r1" in terms
     for name, term in terms.items():
         check_same(others[name], term)
@@ -542,16 +545,16 @@ def tokens(tmp_path_factory) -> Path:
 
 def test_pictures_of_a_run_are_drawn_on_the_device(device, tokens, tmp_path):
     config = RunConfig.parse(generator_config(tmp_path / "run", tokens))
-    stage = GeneratorStage(config, rank=0, world_size=1)
-    here, there = stage.model.eval(), moved(stage.model, device)
+    task = GeneratorTask(config, rank=0, world_size=1)
+    here, there = task.model.eval(), moved(task.model, device)
     decoded_on = []
-    stage.tokenizer.decoder.register_forward_hook(lambda module, inputs, output: decoded_on.append(output.device.type))
-    check_same_pictures([stage.picture(there)], [stage.picture(here)])
+    task.tokenizer.decoder.register_forward_hook(lambda module, inputs, output: decoded_on.append(output.device.type))
+    check_same_pictures([task.picture(there)], [task.picture(here)])
     assert decoded_on == [device.type, "cpu"]
-    assert {parameter.device.type for parameter in stage.tokenizer.parameters()} == {"cpu"}
-    stage = TokenizerStage(RunConfig.parse(tokenizer_config(tmp_path / "run")), rank=0, world_size=1)
-    here, there = stage.model.eval(), moved(stage.model, device)
-    check_same_pictures([stage.picture(there)], [stage.picture(here)])
+    assert {parameter.device.type for parameter in task.tokenizer.parameters()} == {"cpu"}
+    task = TokenizerTask(RunConfig.parse(tokenizer_config(tmp_path / "run")), rank=0, world_size=1)
+    here, there = task.model.eval(), moved(task.model, device)
+    check_same_pictures([task.picture(there)], [task.picture(here)])
 
 
 @pytest.fixture
@@ -562,10 +565,10 @@ def accelerated(device, monkeypatch) -> torch.device:
     return device
 
 
-def check_run(config: dict, kind: type[Stage], device: torch.device, monkeypatch) -> None:
+def check_run(config: dict, kind: type[Task], device: torch.device, monkeypatch) -> None:
     """Train to the end and two steps further; every batch is on the device."""
     seen, count = set(), kind.count
-    monkeypatch.setattr(kind, "count", lambda stage, batch: seen.add(batch[0].device.type) or count(stage, batch))
+    monkeypatch.setattr(kind, "count", lambda task, batch: seen.add(batch[0].device.type) or count(task, batch))
     folder = train(config)
     config["training"] |= {"max_steps": config["training"]["max_steps"] + 2}
     train(config, resume=True)
@@ -577,11 +580,11 @@ def test_a_tokenizer_run_goes_to_its_end_and_resumes(accelerated, tmp_path, monk
     losses = {"l1": 1.0, "codebook": 1.0, "commitment": 0.25, "entropy": 0.1, "gan": GAN}
     model = {"entropy_temperature": 0.1, "codebook_restart_after": 2}
     config = tokenizer_config(tmp_path / "run", losses=losses, model=model)
-    check_run(config, TokenizerStage, accelerated, monkeypatch)
+    check_run(config, TokenizerTask, accelerated, monkeypatch)
     assert vistok.load(tmp_path / "run" / "tokenizer").spec.length == 4
 
 
 def test_a_generator_run_goes_to_its_end_and_resumes(accelerated, tokens, tmp_path, monkeypatch):
     config = generator_config(tmp_path / "run", tokens, training={"max_grad_norm": 1.0, "image_every": 3})
-    check_run(config, GeneratorStage, accelerated, monkeypatch)
+    check_run(config, GeneratorTask, accelerated, monkeypatch)
     assert len(vistok.pipeline(tmp_path / "run", device="cpu")([0, 1]).images) == 2

@@ -35,7 +35,7 @@ from vistok.quickstart.story import prefix_ladder, score_lines
 from vistok.quickstart.systems import SYSTEMS, config_file
 from vistok.tokenizers.kl_vae import KLVAE
 from vistok.train.config import RunConfig
-from vistok.train.objectives import check_terms
+from vistok.train.tasks.objective import check_terms
 from vistok.train.tokenize import tokenize
 from vistok.types import TokenSpec, to_json
 from vistok.utils.report import (

@@ -246,7 +246,7 @@ def training_loss(model: Tokenizer | Generator) -> torch.Tensor:
     torch.manual_seed(0)
     draws = model.training_draws(Keys.range(0, 3))
     if isinstance(model, Tokenizer):
-        output = model(pixels(model), step=0, draws=draws)
+        output = model(pixels(model), draws=draws)
         terms = [term.mean() for term in output.losses.values()]
         return sum(terms if output.reconstruction is None else [*terms, output.reconstruction.square().mean()])
     spec = model.spec

@@ -24,7 +24,7 @@ GAN = {
 
 def tokenizer_config(folder, **changes) -> dict:
     config = {
-        "stage": "tokenizer",
+        "task": "tokenizer",
         "output_dir": str(folder),
         "model": {
             "name": "vit_vqgan",
@@ -47,7 +47,7 @@ def tokenizer_config(folder, **changes) -> dict:
 
 def generator_config(folder, tokens, **changes) -> dict:
     config = {
-        "stage": "generator",
+        "task": "generator",
         "output_dir": str(folder),
         "tokens": str(tokens),
         "model": {"name": "llama", "dim": 16, "num_layers": 1, "num_heads": 2, "multiple_of": 8},

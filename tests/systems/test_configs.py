@@ -11,7 +11,8 @@ from vistok.config import load_config
 from vistok.generators.engine.continuous import ContinuousGenerator
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.config import RunConfig
-from vistok.train.objectives import check_terms, gan_config
+from vistok.train.tasks.objective import check_terms
+from vistok.train.tasks.tokenizer import gan_config
 from vistok.types import TokenSpec, to_json
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -29,7 +30,7 @@ def test_config_builds(path):
     missing = [f"{key}=somewhere" for key in ("data.root", "tokens") if f"{key.split('.')[-1]}: ???" in text]
     run = RunConfig.parse(load_config(path, missing))
     with torch.device("meta"):
-        if run.stage == "tokenizer":
+        if run.task == "tokenizer":
             model = run.build_model(run.model_entry().load().arguments_from(run.data))
             assert isinstance(model, Tokenizer)
             check_terms(model, run.losses)

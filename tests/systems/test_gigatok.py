@@ -21,6 +21,7 @@ from vistok.nn.norms import AdaptiveGroupNorm
 from vistok.tokenizers.gigatok import GigaTok
 from vistok.tokenizers.gigatok.networks import pool_levels
 from vistok.tokenizers.gigatok.official import WITHOUT_EFFECT
+from vistok.types import Clock
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PLAIN_2D = {"layout": "2d", "layer_kind": "self_attention"}
@@ -73,10 +74,12 @@ def test_the_feature_term_trains_the_decoder_alone():
 
 def test_the_encoders_map_is_decoded_directly_in_the_first_training_steps():
     model, images = tiny("gigatok", direct_until=2), pixels(tiny("gigatok"))
-    assert list(model.train()(images, step=1).reconstructions) == ["main", "direct"]
-    assert list(model(images, step=2).reconstructions) == ["main"]
-    assert list(model(images).reconstructions) == list(model.eval()(images, step=0).reconstructions) == ["main"]
-    output = model.train()(images, step=0)
+    assert list(model.train()(images, clock=Clock(1, 9)).reconstructions) == ["main", "direct"]
+    assert list(model(images, clock=Clock(2, 9)).reconstructions) == ["main"]
+    assert (
+        list(model(images).reconstructions) == list(model.eval()(images, clock=Clock(0, 9)).reconstructions) == ["main"]
+    )
+    output = model.train()(images, clock=Clock(0, 9))
     torch.testing.assert_close(output.reconstructions["direct"], model.decoder(output.features["spatial"]))
     output.reconstructions["direct"].mean().backward()
     assert model.encoder.conv_in.weight.grad is not None

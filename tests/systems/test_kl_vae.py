@@ -225,7 +225,7 @@ def vae_run(tmp_path_factory):
     """Two steps of a GAN-trained KL autoencoder on digits."""
     model = {key: list(v) if isinstance(v, tuple) else v for key, v in SIZES.items() if key != "image_size"}
     config = {
-        "stage": "tokenizer",
+        "task": "tokenizer",
         "output_dir": str(tmp_path_factory.mktemp("runs") / "vae"),
         "model": {"name": "kl_vae", **model},
         "losses": {
@@ -259,7 +259,7 @@ def test_the_trained_autoencoder_is_standardised(vae_run):
 
 
 def test_moments_are_cached_with_the_mirror_image_and_sampled_at_load(vae_run, cache):
-    from vistok.train.stages import example_images
+    from vistok.train.tasks.images import example_images
 
     tokenizer = vistok.load(vae_run / "tokenizer")
     assert cache.content == "moments"
@@ -295,7 +295,7 @@ SAMPLING = {"xar": {"num_steps": 3, "guidance_scale": 2.0}, "mar": {"num_iter": 
 
 def generator_config(name: str, cache: TokenCache, folder, **training) -> dict:
     return {
-        "stage": "generator",
+        "task": "generator",
         "output_dir": str(folder),
         "tokens": str(cache.folder),
         "model": {"name": name, "dim": 16, "num_heads": 2, **GENERATORS[name]},

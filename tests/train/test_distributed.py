@@ -171,9 +171,13 @@ def children(process: subprocess.Popen) -> list[int]:
 def test_the_optimizer_state_of_other_parameters_is_refused():
     frozen, trained = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     frozen.bias.requires_grad_(False)
-    optimizers = [build_optimizer(model.parameters(), OptimizerConfig(), 1e-3) for model in (frozen, trained)]
+    optimizers = [build_optimizer(model.named_parameters(), OptimizerConfig()) for model in (frozen, trained)]
     with pytest.raises(CheckpointError, match="other parameters"):
-        load_named_state(optimizers[1], trained, named_state(optimizers[0], frozen))
+        load_named_state(
+            optimizers[1],
+            dict(trained.named_parameters()),
+            named_state(optimizers[0], dict(frozen.named_parameters())),
+        )
 
 
 @pytest.fixture

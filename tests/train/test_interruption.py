@@ -288,18 +288,18 @@ def stop_writing_metrics(patch, step: int, full) -> None:
 
 
 def test_divergence_names_step_files_and_checkpoint(tmp_path, monkeypatch):
-    from vistok.train.stages import TokenizerStage
+    from vistok.train.tasks.tokenizer import TokenizerTask
 
-    original, seen = TokenizerStage.losses, []
+    original, seen = TokenizerTask.losses, []
 
-    def losses(self, model, batch, step):
-        loss, terms = original(self, model, batch, step)
-        if step == 4:
-            seen.extend(batch.indices.tolist())
-            loss = loss * float("nan")
-        return loss, terms
+    def losses(self, players, batch, clock):
+        for turn in original(self, players, batch, clock):
+            if clock.step == 4:
+                seen.extend(batch.indices.tolist())
+                turn = turn._replace(loss=turn.loss * float("nan"))
+            yield turn
 
-    monkeypatch.setattr(TokenizerStage, "losses", losses)
+    monkeypatch.setattr(TokenizerTask, "losses", losses)
     # The window of ten steps ends after the run, so that only the check itself can find the step.
     with pytest.raises(TrainingDivergedError) as caught:
         train(tokenizer_config(tmp_path / "run", training={"log_every": 10}))

@@ -33,7 +33,7 @@ from vistok.data.transforms import center_crop_adm, ten_crop, to_pixels
 from vistok.tokenizers.llamagen_vq import LlamaGenVQ
 from vistok.tokenizers.vit_vqgan import ViTVQGAN
 from vistok.train.config import RunConfig
-from vistok.train.stages import GeneratorStage
+from vistok.train.tasks.generator import GeneratorTask
 from vistok.train.tokenize import tokenize
 from vistok.utils.processes import Processes
 from vistok.utils.unfinished import ResumeError
@@ -113,18 +113,18 @@ def test_ten_crop_cuts_from_larger_images(data, tmp_path, augmentation, size):
         assert torch.equal(stored(cache, view), tokenizer.encode(crops[:, view]))
 
 
-def test_a_generator_stage_reads_crops_of_two_sizes(data, tmp_path):
+def test_a_generator_task_reads_crops_of_two_sizes(data, tmp_path):
     caches = [tokenize(tiny_tokenizer(), data, tmp_path / m, augmentation=f"ten_crop:{m}") for m in ("1.1", "1.3")]
     config = generator_config(tmp_path / "run", "", training={"batch_size": 10})
     config |= {"tokens": [str(cache.folder) for cache in caches], "token_weights": [1, 3]}
-    stage = GeneratorStage(RunConfig.parse(config), 0, 1)
-    (batch,) = stage.loader
+    task = GeneratorTask(RunConfig.parse(config), 0, 1)
+    (batch,) = task.loader
     views = [cache.batch(batch.indices, [view] * 10)[0] for cache in caches for view in range(10)]
     found = torch.stack([(view == batch.tokens).all(-1) for view in views])  # (20, B)
     assert found.any(0).all()
     assert found[:10].any()
     assert found[10:].any()
-    with pytest.raises(ConfigError, match="stage generator needs 'tokens'"):
+    with pytest.raises(ConfigError, match="task generator needs 'tokens'"):
         RunConfig.parse({**config, "tokens": []})
 
 

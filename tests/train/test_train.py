@@ -202,7 +202,7 @@ def test_by_default_the_best_has_the_highest_psnr_and_else_the_lowest_loss(tmp_p
 
 
 def test_checkpoints_from_before_the_adversary_do_not_stay_the_best(tmp_path):
-    checkpoints = Checkpoints(tmp_path, 1, None, adversary_start=20)
+    checkpoints = Checkpoints(tmp_path, 1, None, objective_changes=(20,))
     best = []
     for step, value in {10: 20.0, 20: 21.0, 30: 18.0, 40: 19.0, 50: 18.5}.items():
         checkpoints.save(step, {}, {"psnr": value})

@@ -18,11 +18,11 @@ from vistok.cli import main
 from vistok.config import ConfigError, save_config
 from vistok.nn.conv import ResBlock
 from vistok.train import train
-from vistok.train.adversary import Adversary
 from vistok.train.monitor import Console, MetricsFile, read_metrics
 from vistok.train.parallel import checkpoint_activations
 from vistok.train.preview import preview
 from vistok.train.profile import profile
+from vistok.train.tasks.adversary import Adversary
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +147,9 @@ def test_profile_writes_a_trace_and_a_summary(tmp_path, capsys):
 
 def test_profiled_steps_are_those_with_an_adversary(tmp_path, monkeypatch):
     steps, forward = [], Adversary.forward
-    monkeypatch.setattr(Adversary, "forward", lambda self, *given: (steps.append(given[-1]), forward(self, *given))[1])
+    monkeypatch.setattr(
+        Adversary, "forward", lambda self, *given: (steps.append(given[-1].step), forward(self, *given))[1]
+    )
     profile(tokenizer_config(tmp_path / "run", losses={"gan": GAN | {"start_step": 1000}}))
     assert steps == list(range(1000, 1007))
 

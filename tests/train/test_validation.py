@@ -26,7 +26,8 @@ from vistok.pipelines.runs import data_of_run
 from vistok.tokenizers.vit_vqgan import ViTConfig, ViTVQGAN
 from vistok.train import TrainingInterrupted, train
 from vistok.train.monitor import read_metrics
-from vistok.train.stages import TokenizerStage, example_images, psnr
+from vistok.train.tasks.images import example_images, psnr
+from vistok.train.tasks.tokenizer import TokenizerTask
 from vistok.train.tokenize import tokenize
 from vistok.types import Condition
 
@@ -108,14 +109,14 @@ def test_the_best_by_validation_stays_and_can_be_loaded(tmp_path):
 
 
 def test_a_best_model_that_was_not_exported_is_when_the_run_resumes(tmp_path, monkeypatch):
-    def full_disk(self, folder, model, export=TokenizerStage.export):
+    def full_disk(self, folder, model, export=TokenizerTask.export):
         if folder.name == "best":
             raise OSError(28, "No space left on device")
         export(self, folder, model)
 
     config = tokenizer_config(tmp_path / "run", validation=HELD_OUT, optimizer={"lr": 0.0})  # the first stays the best
     with monkeypatch.context() as patch:
-        patch.setattr(TokenizerStage, "export", full_disk)
+        patch.setattr(TokenizerTask, "export", full_disk)
         with pytest.raises(CheckpointError, match=r"No space left.*step-0000003.*--resume"):
             train(config)
     train(config, resume=True)
@@ -158,16 +159,16 @@ def test_best_is_a_run_of_a_tokenizer(tmp_path, monkeypatch):
 
 
 def test_a_request_to_stop_ends_validation_and_saves(tmp_path, monkeypatch):
-    terms, measured = TokenizerStage._held_out_terms, []
+    terms, measured = TokenizerTask._held_out_terms, []
 
-    def slow(self, model, batch, step, number):
-        measured.append(step)
+    def slow(self, learner, batch, clock, number):
+        measured.append(clock.step)
         os.kill(os.getpid(), signal.SIGTERM)
-        return terms(self, model, batch, step, number)
+        return terms(self, learner, batch, clock, number)
 
     config = tokenizer_config(tmp_path / "run", validation=HELD_OUT, data={"batch_size": 8})
     with monkeypatch.context() as patch:
-        patch.setattr(TokenizerStage, "_held_out_terms", slow)
+        patch.setattr(TokenizerTask, "_held_out_terms", slow)
         with pytest.raises(TrainingInterrupted, match="SIGTERM after step 4"):
             train(config)
     assert measured == [3], "the other batches are not waited for"
@@ -200,7 +201,7 @@ def test_resume_measures_what_it_would_have(tmp_path):
         ({"data": {"split": "test", "image_size": 8}}, r"validation\.data\.image_size is 8, .* 16; leave the key out"),
         ({"data": {"split": "test", "channels": 3}}, r"validation\.data\.channels is 3, .* 1; leave the key out"),
         ({"data": {"splitt": "test"}}, r"validation\.data.*splitt"),
-        ({"tokens": "cache/"}, r"validation has tokens, but this stage reads 'data'; .* validation\.data\.split=test"),
+        ({"tokens": "cache/"}, r"validation has tokens, but this task reads 'data'; .* validation\.data\.split=test"),
         ({}, r"validation has nothing"),
     ],
 )
@@ -267,13 +268,13 @@ def test_a_held_out_metric_without_held_out_samples_says_what_is_missing(tmp_pat
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_checkpoint_whose_held_out_loss_is_not_finite_is_not_the_best(tmp_path, monkeypatch, caplog, bad):
-    measure = TokenizerStage.validate
+    measure = TokenizerTask.validate
 
-    def validate(self, model, step, stopping):
-        found = measure(self, model, step, stopping)
-        return found | dict.fromkeys(("val_loss", "val_psnr"), bad) if step < 6 else found
+    def validate(self, learner, clock, stopping):
+        found = measure(self, learner, clock, stopping)
+        return found | dict.fromkeys(("val_loss", "val_psnr"), bad) if clock.step < 6 else found
 
-    monkeypatch.setattr(TokenizerStage, "validate", validate)
+    monkeypatch.setattr(TokenizerTask, "validate", validate)
     folder = train(tokenizer_config(tmp_path / "run", validation=HELD_OUT))
     assert json.loads((folder / "checkpoints" / "best.json").read_text())["step"] == 6
     assert f"val_psnr is {bad} after step 3" in caplog.text
@@ -281,15 +282,15 @@ def test_a_checkpoint_whose_held_out_loss_is_not_finite_is_not_the_best(tmp_path
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="signals as on Linux")
 def test_a_killed_process_that_reads_held_out_images_is_named(tmp_path, monkeypatch):
-    measure = TokenizerStage.validate
+    measure = TokenizerTask.validate
 
-    def validate(self, model, step, stopping):
-        if step == 6:
+    def validate(self, learner, clock, stopping):
+        if clock.step == 6:
             [worker] = self.held_out._loader._iterator._workers
             os.kill(worker.pid, signal.SIGKILL)
-        return measure(self, model, step, stopping)
+        return measure(self, learner, clock, stopping)
 
-    monkeypatch.setattr(TokenizerStage, "validate", validate)
+    monkeypatch.setattr(TokenizerTask, "validate", validate)
     validation = {"data": HELD_OUT["data"] | {"num_workers": 1}}
     with pytest.raises(LoaderWorkerError, match=r"was killed by SIGKILL.*step-0000003.*--resume"):
         train(tokenizer_config(tmp_path / "run", validation=validation))

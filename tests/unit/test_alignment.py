@@ -183,7 +183,7 @@ LOSSES = {"flextok": {"flow": 1.0}, "dar": {"flow": 1.0, "codebook": 1.0, "commi
 def config(folder, model: dict, **losses) -> dict:
     return copy.deepcopy(
         {
-            "stage": "tokenizer",
+            "task": "tokenizer",
             "output_dir": str(folder),
             "model": model,
             "losses": LOSSES[model["name"]] | losses,
@@ -222,7 +222,7 @@ def test_alignment_is_trained_where_the_config_asks_for_it(model, tmp_path, weig
         (FLEXTOK, {"repa": 1.0}, r"losses\.repa: FlexTok provides no such term"),
         (FLEXTOK, {"l2": 1.0}, r"losses\.l2: FlexTok provides no such term"),
         (FLEXTOK, {"gan": {"weight": 1.0}}, "not trained through its pixels"),
-        (FLEXTOK, {"lpips_weighting": "tim"}, "expected one of uniform, time"),
+        (FLEXTOK, {"lpips_weighting": "tim"}, r"losses\.lpips\.weighting.*did you mean 'time'"),
         (FLEXTOK | {"alignment": {"dim": 7}}, {"repa": 1.0}, r"model\.alignment\.dim is 7, but .* has 192 channels"),
         (FLEXTOK | {"alignment": {"dims": 7}}, {}, r"model\.alignment\.dims.*dim"),
         (FLEXTOK | {"nested_dropout": "pow3"}, {}, r"model\.nested_dropout.*pow2"),
@@ -243,7 +243,8 @@ def test_time_weighting_of_lpips_counts_late_images_more(monkeypatch):
 
     from vistok.draws import Keys
     from vistok.losses import LPIPS
-    from vistok.train.objectives import TokenizerObjective
+    from vistok.train.tasks.objective import TokenizerObjective
+    from vistok.types import Clock
 
     torch.manual_seed(0)
     monkeypatch.setattr(LPIPS, "from_pretrained", classmethod(lambda cls, path: LPIPS()))
@@ -251,9 +252,8 @@ def test_time_weighting_of_lpips_counts_late_images_more(monkeypatch):
     output = model(pixels(model), draws=model.training_draws(Keys.range(0, 3)))
     plain = TokenizerObjective(model, {"lpips": 1.0})
     weighted = TokenizerObjective(model, {"lpips": 1.0, "lpips_weighting": "time"})
-    weighted.lpips = plain.lpips
-    distances = plain.lpips(output.reconstruction, pixels(model))
-    torch.testing.assert_close(plain(output, pixels(model))["lpips"], distances.mean())
-    torch.testing.assert_close(
-        weighted(output, pixels(model))["lpips"], (2 * output.features["time"] * distances).mean()
-    )
+    weighted.terms["lpips"].lpips = plain.terms["lpips"].lpips
+    distances = plain.frozen()["lpips"](output.reconstruction, pixels(model))
+    given = (output, pixels(model), Clock(0, 1), {})
+    torch.testing.assert_close(plain(*given)["lpips"], distances.mean())
+    torch.testing.assert_close(weighted(*given)["lpips"], (2 * output.features["time"] * distances).mean())

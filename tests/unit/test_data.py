@@ -39,7 +39,7 @@ from vistok.data.loader import TooManyUnreadableError
 from vistok.data.sources import UnreadableImageError
 from vistok.data.transforms import random_affine, random_crop, random_resized_crop, squash
 from vistok.draws import Keys
-from vistok.train.stages import example_images
+from vistok.train.tasks.images import example_images
 
 
 @pytest.fixture

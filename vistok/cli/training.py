@@ -57,10 +57,10 @@ def train(
     if resume + dry_run + profile > 1:
         raise typer.BadParameter("--resume, --dry-run and --profile exclude each other")
     from vistok.config import Allowed, load_config
-    from vistok.train.config import RunConfig
+    from vistok.train.tasks import any_config
 
     allowed = Allowed(commands=allow_commands, environment=allow_environment)
-    values = load_config(config, overrides or (), target=RunConfig, allowed=allowed)
+    values = load_config(config, overrides or (), target=any_config(), allowed=allowed)
     if dry_run:
         _dry_run(values)
     elif profile:

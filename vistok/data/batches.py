@@ -17,8 +17,10 @@ class ImageBatch(NamedTuple):
         pixels: (B, C, H, W), or (B, C, T, H, W) of clips, float32 in [-1, 1].
         labels: (B,) int64; -1 where the source has no classes.
         indices: (B,) int64, positions in the source.
+        target: what to reconstruct from the pixels, of their shape, where it is something else.
     """
 
     pixels: Tensor
     labels: Tensor
     indices: Tensor
+    target: Tensor | None = None

@@ -12,7 +12,7 @@ from torch import Tensor
 from vistok.checkpoints import Model
 from vistok.conditions import WORDS
 from vistok.draws import Draws, Keys
-from vistok.types import Condition, ConditionSpec, Expands, GeneratorOutput, TokenChunk, TokenSpec
+from vistok.types import Clock, Condition, ConditionSpec, Expands, GeneratorOutput, TokenChunk, TokenSpec
 
 
 class Session(Protocol):
@@ -61,6 +61,7 @@ class Generator(Model):
         *,
         draws: Draws | None = None,
         weights: Tensor | None = None,
+        clock: Clock | None = None,
         tokenizer: Expands | None = None,
     ) -> GeneratorOutput:
         """The training pass over tokens (B, L[, D]), teacher-forced where the model is autoregressive.
@@ -68,6 +69,7 @@ class Generator(Model):
         Args:
             draws: from ``training_draws``; without "drop" among them, or None, no condition is dropped.
             weights: (B,) weight of each sample in the loss, for example 0 for samples without a caption.
+            clock: where training stands, for parts with a schedule.
             tokenizer: the tokenizer of the tokens, where the model ``needs_tokenizer``.
         """
 

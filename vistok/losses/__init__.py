@@ -1,11 +1,11 @@
 """Losses as reusable modules: pixels, perception, adversaries, code usage. None knows a tokenizer."""
 
-from vistok.losses.alignment import Alignment, EncoderConfig, alignment_distance
+from vistok.losses.alignment import Alignment, EncoderConfig, FrozenEncoder, alignment_distance
 from vistok.losses.ar_prior import ARPrior
 from vistok.losses.augment import DiffAugment
 from vistok.losses.classifier import ClassifierDistance
 from vistok.losses.dino_discriminator import DINODiscriminator
-from vistok.losses.discriminators import PatchGAN, StyleGANDiscriminator
+from vistok.losses.discriminators import Discriminator, PatchGAN, StyleGANDiscriminator
 from vistok.losses.entropy import EntropyLoss
 from vistok.losses.gan import (
     GAN_LOSSES,
@@ -32,9 +32,11 @@ __all__ = [
     "DINODiscriminator",
     "ClassifierDistance",
     "DiffAugment",
+    "Discriminator",
     "DiscriminatorLoss",
     "EncoderConfig",
     "EntropyLoss",
+    "FrozenEncoder",
     "GeneratorLoss",
     "LeCam",
     "LogitLaplace",

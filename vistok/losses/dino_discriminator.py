@@ -7,6 +7,7 @@ StyleGAN-T (Sauer et al., arXiv 2301.09515, section 3.2) judges features of seve
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +15,12 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 from vistok.losses.alignment import EncoderConfig, load_encoder
+from vistok.losses.discriminators import Discriminator
 
 IMAGE_SIZE = 224
-NUM_UNIFORMS = 3
 
 
-class DINODiscriminator(nn.Module):
+class DINODiscriminator(Discriminator):
     """Heads on the frozen features of images: one logit per patch and depth.
 
     Features are the patch tokens plus the class token, as embedded and after the blocks ``taps``. The bias of the keys
@@ -39,6 +40,8 @@ class DINODiscriminator(nn.Module):
         ValueError: timm knows no such transformer, or a tap that it does not have.
         CheckpointError: the weights file is absent, damaged or of another model, or the download failed.
     """
+
+    num_uniforms = 3
 
     def __init__(
         self,
@@ -68,6 +71,10 @@ class DINODiscriminator(nn.Module):
         self.register_buffer("std", std, persistent=False)
         dim = self.backbone.num_features
         self.heads = nn.ModuleList(_head(dim, kernel_size, norm_group) for _ in range(1 + len(taps)))
+
+    @classmethod
+    def arguments_for(cls, input_shape: tuple[int, ...]) -> dict[str, Any]:
+        return {"in_channels": input_shape[0]}
 
     def _freeze(self) -> None:
         for block in self.backbone.blocks:

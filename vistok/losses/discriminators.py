@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class StyleGANDiscriminator(nn.Module):
+class Discriminator(nn.Module, ABC):
+    """Judges images (B, C, H, W) or clips (B, C, T, H, W): logits of any shape, the batch first.
+
+    Attributes:
+        num_uniforms: how many random numbers a batch takes: ``forward`` gets them, in [0, 1) on the host, as
+            ``uniforms``, if there are any.
+    """
+
+    num_uniforms: ClassVar[int] = 0
+
+    @classmethod
+    @abstractmethod
+    def arguments_for(cls, input_shape: tuple[int, ...]) -> dict[str, Any]:
+        """The constructor's arguments that follow from the data, of shape (C, H, W) or (C, T, H, W)."""
+
+
+class StyleGANDiscriminator(Discriminator):
     """StyleGAN2's discriminator (Karras et al. 2020), as ViT-VQGAN uses it.
 
     A 1x1 stem, residual blocks that halve the side down to 4, the minibatch standard deviation as one more
@@ -39,6 +56,10 @@ class StyleGANDiscriminator(nn.Module):
         self.blocks.extend(_ResidualBlock(wide, narrow) for wide, narrow in pairwise(widths))
         self.final_conv = _conv_layer(widths[-1] + 1, widths[-1], kernel_size=3)
         self.final_linear = nn.ModuleList([_EqualLinear(widths[-1] * 4 * 4, widths[-1]), _EqualLinear(widths[-1], 1)])
+
+    @classmethod
+    def arguments_for(cls, input_shape: tuple[int, ...]) -> dict[str, Any]:
+        return {"in_channels": input_shape[0], "image_size": input_shape[-1]}
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
@@ -70,7 +91,7 @@ class StyleGANDiscriminator(nn.Module):
         return head(_scaled_leaky_relu(hidden(features.flatten(1)))).squeeze(1)
 
 
-class PatchGAN(nn.Module):
+class PatchGAN(Discriminator):
     """pix2pix's patch discriminator (Isola et al. 2017), as VQGAN, LlamaGen and GigaTok use it.
 
     ``num_layers`` strided convolutions and two unstrided ones; with three layers of 4x4 a logit sees 70 x 70 pixels.
@@ -111,6 +132,10 @@ class PatchGAN(nn.Module):
         modules.append(nn.Conv2d(channels, 1, kernel_size, stride=1, padding=1))
         self.main = nn.Sequential(*modules)
         self.apply(_init_patchgan)
+
+    @classmethod
+    def arguments_for(cls, input_shape: tuple[int, ...]) -> dict[str, Any]:
+        return {"in_channels": input_shape[0]}
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, 1, h, w), h about H / 2^num_layers - 2, from images (B, in_channels, H, W).

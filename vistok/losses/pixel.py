@@ -11,19 +11,27 @@ from torch import Tensor, nn
 class L1(nn.Module):
     """Mean absolute error over all elements."""
 
-    def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
-        """Compare two tensors of one shape; returns a scalar. Raises ValueError where the shapes differ."""
+    def forward(self, reconstruction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Compare two tensors of one shape; returns a scalar. Raises ValueError where the shapes differ.
+
+        Args:
+            weight: how much each element counts in the mean; it broadcasts to them.
+        """
         _check_same_shape(reconstruction, target)
-        return (reconstruction - target).abs().mean()
+        return _mean((reconstruction - target).abs(), weight)
 
 
 class L2(nn.Module):
     """Mean squared error over all elements."""
 
-    def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
-        """Compare two tensors of one shape; returns a scalar. Raises ValueError where the shapes differ."""
+    def forward(self, reconstruction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Compare two tensors of one shape; returns a scalar. Raises ValueError where the shapes differ.
+
+        Args:
+            weight: how much each element counts in the mean; it broadcasts to them.
+        """
         _check_same_shape(reconstruction, target)
-        return (reconstruction - target).square().mean()
+        return _mean((reconstruction - target).square(), weight)
 
 
 class LogitLaplace(nn.Module):
@@ -65,6 +73,12 @@ class LogitLaplace(nn.Module):
         squashed = self.squash(target)
         error = (torch.logit(squashed) - mean).abs() * torch.exp(-log_scale)
         return (math.log(2) + log_scale + torch.log(squashed * (1 - squashed)) + error).mean()
+
+
+def _mean(errors: Tensor, weight: Tensor | None) -> Tensor:
+    if weight is None:
+        return errors.mean()
+    return (errors * weight).sum() / weight.expand_as(errors).sum()
 
 
 def _check_same_shape(prediction: Tensor, target: Tensor) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vistok.losses.discriminators import Discriminator
+
 SLOPE = 0.1
 
 
-class PooledDiscriminator(nn.Module):
+class PooledDiscriminator(Discriminator):
     """A 5x5 convolution; stages that halve the side; the largest features of each cell of a raster; two convolutions.
 
     A stage is a 3x3 convolution, the filter [1, 3, 3, 1] at every second pixel, group norm and a leaky ReLU.
@@ -51,6 +54,10 @@ class PooledDiscriminator(nn.Module):
         self.output = nn.Sequential(
             nn.Conv2d(widths[-1], widths[-1], 1), nn.LeakyReLU(SLOPE), nn.Conv2d(widths[-1], 1, 5, padding=2)
         )
+
+    @classmethod
+    def arguments_for(cls, input_shape: tuple[int, ...]) -> dict[str, Any]:
+        return {"in_channels": input_shape[0]}
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, 1, grid, grid) of images (B, in_channels, H, W).

@@ -5,15 +5,18 @@ LARP (arXiv 2410.21264), github.com/hywang66/LARP (MIT).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from vistok.losses.discriminators import Discriminator
 from vistok.nn.positions import FixedClipPositions
 from vistok.nn.vit import ViTBlock
 
 
-class ViTDiscriminator(nn.Module):
+class ViTDiscriminator(Discriminator):
     """Patches with fixed positions and a class token, transformer blocks, and a linear layer on the class token.
 
     Args:
@@ -61,6 +64,11 @@ class ViTDiscriminator(nn.Module):
             for module in list(self.modules()):
                 if isinstance(module, nn.Linear | nn.Conv3d):
                     parametrizations.spectral_norm(module)
+
+    @classmethod
+    def arguments_for(cls, input_shape: tuple[int, ...]) -> dict[str, Any]:
+        channels, *frames, height, width = input_shape
+        return {"in_channels": channels, "num_frames": frames[0] if frames else 1, "image_size": (height, width)}
 
     def forward(self, clips: Tensor) -> Tensor:
         """Return one logit per clip, (B,), from clips (B, C, T, H, W).

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vistok.checkpoints import Model
 from vistok.config import ConfigError
 from vistok.draws import Draws, Keys
-from vistok.types import Condition, ConditionSpec, Expander, TokenizerOutput, TokenSpec
+from vistok.types import Clock, Condition, ConditionSpec, Expander, TokenizerOutput, TokenSpec
 
 if TYPE_CHECKING:
     from vistok.data.config import DataConfig
@@ -125,7 +125,7 @@ class Tokenizer(Model):
         *,
         condition: Condition | None = None,
         target: Tensor | None = None,
-        step: int | None = None,
+        clock: Clock | None = None,
         draws: Draws | None = None,
     ) -> TokenizerOutput:
         """The training pass: encode, quantize, decode, with losses and features.
@@ -133,7 +133,7 @@ class Tokenizer(Model):
         Args:
             condition: what the tokenizer is conditioned on, where ``condition_spec`` has parts.
             target: pixels to reconstruct where they differ from the input (masked or perturbed inputs).
-            step: the optimisation step, for parts with a schedule.
+            clock: where training stands, for parts with a schedule.
             draws: from ``training_draws``, for parts that are random in training.
         """
 

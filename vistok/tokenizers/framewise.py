@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vistok.checkpoints import registry
 from vistok.draws import Draws, Keys
 from vistok.tokenizers.base import Tokenizer
-from vistok.types import Condition, TokenizerOutput, TokenSpec
+from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec
 
 
 class Framewise(Tokenizer):
@@ -114,7 +114,7 @@ class Framewise(Tokenizer):
         *,
         condition: Condition | None = None,
         target: Tensor | None = None,
-        step: int | None = None,
+        clock: Clock | None = None,
         draws: Draws | None = None,
     ) -> TokenizerOutput:
         """The image tokenizer's training pass over all frames. Of its features those of shape (B, L, D) remain."""
@@ -123,7 +123,7 @@ class Framewise(Tokenizer):
         output = self.tokenizer(
             _frames(pixels),
             target=None if target is None else _frames(target),
-            step=step,
+            clock=clock,
             draws=_of_frames(draws),
         )
         count = len(pixels)

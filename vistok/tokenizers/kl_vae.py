@@ -21,7 +21,7 @@ from vistok.checkpoints import CheckpointError, OfficialCheckpoint, load_strictl
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.draws import Draws, Keys
 from vistok.tokenizers.base import Tokenizer, image_sides
-from vistok.types import Condition, TokenizerOutput, TokenSpec
+from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec
 
 KL16_SCALE = 0.2325
 """What MAR and xAR multiply the latents of KL-16 by; their deviation is then about 1."""
@@ -203,7 +203,7 @@ class KLVAE(Tokenizer):
         *,
         condition: Condition | None = None,
         target: Tensor | None = None,
-        step: int | None = None,
+        clock: Clock | None = None,
         draws: Draws | None = None,
     ) -> TokenizerOutput:
         """Loss term "kl": KL of the posterior to the unit normal in nats per image, (B,)."""

@@ -19,7 +19,7 @@ from vistok.nn.conv import ConvDecoder, ConvEncoder
 from vistok.quantizers import VectorQuantizer
 from vistok.quantizers.vq import Gradient
 from vistok.tokenizers.base import Tokenizer, image_sides
-from vistok.types import Condition, TokenizerOutput, TokenSpec
+from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec
 
 VQ16, VQ8 = (1, 1, 2, 2, 4), (1, 2, 2, 4)
 ENTROPY_TEMPERATURE = 0.01
@@ -179,7 +179,7 @@ class LlamaGenVQ(Tokenizer):
         *,
         condition: Condition | None = None,
         target: Tensor | None = None,
-        step: int | None = None,
+        clock: Clock | None = None,
         draws: Draws | None = None,
     ) -> TokenizerOutput:
         self.check_condition(condition)

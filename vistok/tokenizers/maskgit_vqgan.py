@@ -20,7 +20,7 @@ from vistok.draws import Draws
 from vistok.nn.conv import Upsample, group_norm
 from vistok.quantizers import VectorQuantizer
 from vistok.tokenizers.base import Tokenizer, image_sides
-from vistok.types import Condition, TokenizerOutput, TokenSpec
+from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec
 
 F16 = (1, 1, 2, 2, 4)
 
@@ -258,7 +258,7 @@ class MaskGITVQGAN(Tokenizer):
         *,
         condition: Condition | None = None,
         target: Tensor | None = None,
-        step: int | None = None,
+        clock: Clock | None = None,
         draws: Draws | None = None,
     ) -> TokenizerOutput:
         self.check_condition(condition)

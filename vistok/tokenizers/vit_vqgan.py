@@ -25,7 +25,7 @@ from vistok.nn.positions import sincos_2d
 from vistok.quantizers import ResidualQuantizer, VectorQuantizer
 from vistok.quantizers.vq import Gradient
 from vistok.tokenizers.base import Tokenizer, image_sides
-from vistok.types import Condition, TokenizerOutput, TokenSpec, as_dataclass
+from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec, as_dataclass
 
 HEAD_DIM = 64
 
@@ -236,7 +236,7 @@ class ViTVQGAN(Tokenizer):
         *,
         condition: Condition | None = None,
         target: Tensor | None = None,
-        step: int | None = None,
+        clock: Clock | None = None,
         draws: Draws | None = None,
     ) -> TokenizerOutput:
         self.check_condition(condition)

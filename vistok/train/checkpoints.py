@@ -7,7 +7,7 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from vistok.checkpoints import WEIGHTS, CheckpointError, Model, load_strictly, read_weights
+from vistok.checkpoints import CheckpointError, read_weights
 from vistok.config import ConfigError, nearest
 from vistok.pipelines.folders import BEST_MODEL
 from vistok.utils.files import atomic_folder, read_json, remove_leftovers, restore, write_json
@@ -38,13 +38,14 @@ class Checkpoints:
         keep: how many of the newest stay.
         best_metric: by which metric the best is chosen: the highest psnr, the lowest loss. None takes psnr where it is
             logged, else loss; of held-out samples where there are some.
-        adversary_start: the step after which an adversary takes part. Its game is another objective: reconstructions
-            may get worse by every metric, so checkpoints of before are not compared with those of after.
+        objective_changes: the steps after which the objective is another, because an adversary takes part or a term
+            ends. Reconstructions may get worse by every metric then, so checkpoints of before are not compared with
+            those of after.
     """
 
-    def __init__(self, folder: Path, keep: int, best_metric: str | None, *, adversary_start: int = 0):
+    def __init__(self, folder: Path, keep: int, best_metric: str | None, *, objective_changes: Sequence[int] = ()):
         self.folder, self.keep, self._best_metric = folder, keep, best_metric
-        self._adversary_start = adversary_start
+        self._changes = tuple(objective_changes)
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, oldest first."""
@@ -122,14 +123,18 @@ class Checkpoints:
     def _judge(self, step: int, row: Mapping[str, float] | None) -> None:
         if row is None or (metric := self._metric(row)) not in row:
             return
-        best, start = self.best(), self._adversary_start
+        best = self.best()
         if not math.isfinite(row[metric]):
             log.warning("%s is %s after step %d, so this is not the best checkpoint", metric, row[metric], step)
             return
         sign = 1 if metric.removeprefix("val_") in HIGHER_IS_BETTER else -1
-        comparable = best is not None and best["metric"] == metric and (best["step"] > start) == (step > start)
+        comparable = best is not None and best["metric"] == metric and self._era(best["step"]) == self._era(step)
         if not comparable or sign * row[metric] > sign * best["value"]:
             write_json(self.folder / BEST, {"step": step, "metric": metric, "value": row[metric]})
+
+    def _era(self, step: int) -> int:
+        """Checkpoints of one era have one objective."""
+        return sum(step > change for change in self._changes)
 
     @contextmanager
     def disk_errors(self, what: str) -> Iterator[None]:
@@ -165,22 +170,3 @@ def clean(folder: Path) -> None:
     """Remove the half-written files and folders that a killed process left in a run folder."""
     for place in (folder, folder / BEST_MODEL, folder / "checkpoints", folder / "images"):
         remove_leftovers(place)
-
-
-def start_from(model: Model, source: Path, stage: str) -> None:
-    """Load the weights of a run, model or checkpoint folder into ``model``, for fine-tuning.
-
-    Of a checkpoint those count that would be exported: the averaged ones, if there are any.
-
-    Raises:
-        CheckpointError: nothing there, or weights of another shape.
-    """
-    folder = source / stage if (source / stage).is_dir() else source
-    if not folder.exists():
-        raise CheckpointError(f"init_from: there is no folder {source}")
-    if (folder / STATE).exists():
-        state = read_weights(folder / STATE)
-        weights = (state["average"] or state)["model"]
-    else:
-        weights = read_weights(folder / WEIGHTS)
-    load_strictly(model, weights, source=f"init_from {folder}")

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, ClassVar, Literal
 
 from vistok.checkpoints import registry
 from vistok.config import ConfigError, KeysOf, check, check_least
 from vistok.data.config import DataConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """Parameters that are trained otherwise than the rest.
+
+    Attributes:
+        parameters: patterns of their names, such as ``encoder.*``.
+        lr, weight_decay: in place of the optimizer's; None keeps them.
+    """
+
+    parameters: tuple[str, ...]
+    lr: float | None = None
+    weight_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        check_least(self, **{key: 0 for key in ("lr", "weight_decay") if getattr(self, key) is not None})
 
 
 @dataclass(frozen=True)
@@ -18,7 +38,10 @@ class OptimizerConfig:
     Attributes:
         lr: the peak learning rate.
         betas: decay of the first and second moment.
-        weight_decay: decoupled for adamw, an L2 term for adam; on tensors of two or more dimensions only.
+        weight_decay: decoupled for adamw, an L2 term for adam.
+        decayed: what it applies to: tensors of two or more dimensions (``matrices``), or ``all``.
+        no_decay: patterns of names of parameters that it does not apply to.
+        groups: parameters with a rate or decay of their own; where several match, the last one wins.
     """
 
     name: Literal["adamw", "adam"] = "adamw"
@@ -26,6 +49,9 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     eps: float = 1e-8
+    decayed: Literal["matrices", "all"] = "matrices"
+    no_decay: tuple[str, ...] = ()
+    groups: tuple[GroupConfig, ...] = ()
 
     def __post_init__(self) -> None:
         check_least(self, lr=0, weight_decay=0, eps=0)
@@ -35,15 +61,18 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """Factor on the learning rate: linear warmup, then constant, cosine, or warmup-stable-decay.
+    """Factor on the learning rates: linear warmup, then constant, cosine, or warmup-stable-decay (wsd).
 
     Attributes:
         warmup_steps: steps of the linear rise.
-        warmup_from: the factor at step 0 of the rise; None for 1 / (warmup_steps + 1).
+        warmup_from: the factor at step 0. By default the rise begins one step above 0, since a step at rate 0 would
+            be wasted.
         final_factor: the factor at the last step of cosine and wsd.
+        final_lr: the rate at the last step, in place of ``final_factor``.
         decay_share: share of all steps that the tail of wsd takes.
-        decay_shape: of the tail at the share p of it that is done: "linear", as 1 - p; or "sqrt", as 1 - sqrt(p)
+        decay_shape: of the tail at the share p of it that is done: ``linear`` falls as 1 - p, ``sqrt`` as 1 - sqrt(p)
             (arXiv 2405.18392).
+        start_step: the step at which the schedule begins, for a player that joins later.
     """
 
     name: Literal["constant", "cosine", "wsd"] = "constant"
@@ -52,13 +81,35 @@ class SchedulerConfig:
     decay_share: float = 0.2
     warmup_from: float | None = None
     decay_shape: Literal["linear", "sqrt"] = "linear"
+    final_lr: float | None = None
+    start_step: int = 0
 
     def __post_init__(self) -> None:
-        check_least(self, warmup_steps=0, final_factor=0)
-        if self.warmup_from is not None and not 0 <= self.warmup_from <= 1:
-            raise ValueError(f"warmup_from must lie in [0, 1], a share of the learning rate; got {self.warmup_from}")
+        check_least(self, warmup_steps=0, final_factor=0, start_step=0)
         if not 0 < self.decay_share <= 1:
             raise ValueError(f"decay_share must lie in (0, 1], got {self.decay_share}")
+        if self.warmup_from is not None and not 0 <= self.warmup_from <= 1:
+            raise ValueError(f"warmup_from must lie in [0, 1], a share of the learning rate; got {self.warmup_from}")
+        if self.final_lr is not None and self.final_factor:
+            raise ValueError(
+                f"final_lr {self.final_lr} and final_factor {self.final_factor} say the same thing; leave one out"
+            )
+
+
+@dataclass(frozen=True)
+class PlayerConfig:
+    """How one player is trained. In the config, ``players.NAME`` has the keys that differ from the run's.
+
+    Attributes:
+        max_grad_norm: its gradients are clipped to this norm; 0 is off.
+    """
+
+    optimizer: OptimizerConfig = OptimizerConfig()
+    lr_scheduler: SchedulerConfig = SchedulerConfig()
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_least(self, max_grad_norm=0)
 
 
 @dataclass(frozen=True)
@@ -82,7 +133,7 @@ class TrainingConfig:
         keep_checkpoints: how many of the newest checkpoints stay.
         best_metric: the checkpoint that is best by this metric (its mean over a log window) stays, too; by default
             psnr where it is logged, else loss; with ``validation``, the held-out one (val_psnr, val_loss). Those from
-            before an adversary takes part do not count once it does.
+            before the objective changed (an adversary took part) do not count once it did.
         trackers: who gets the metrics, besides metrics.jsonl.
     """
 
@@ -110,36 +161,6 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
-class GanConfig:
-    """The adversarial part of a tokenizer's objective.
-
-    Attributes:
-        weight: of the generator's loss, from ``start_step`` on.
-        loss: vanilla (StyleGAN's softplus), hinge, or least_squares.
-        discriminator: {name: stylegan | patchgan, ...arguments of that discriminator}.
-        start_step: the first step at which the adversary takes part.
-        balance: ``fixed`` applies ``weight`` as it is; ``adaptive`` scales it by the ratio of the reconstruction's and
-            the adversary's gradients at the decoder's last layer (VQGAN, arXiv 2012.09841, eq. 7).
-        r1_weight, r1_every: gradient penalty on real images, taken every so many steps and scaled up accordingly.
-        lecam_weight: weight of the LeCam regulariser (arXiv 2104.03310).
-        lr: the discriminator's learning rate; None takes the optimizer's.
-    """
-
-    weight: float
-    loss: Literal["vanilla", "hinge", "least_squares"] = "hinge"
-    discriminator: dict[str, Any] = field(default_factory=lambda: {"name": "patchgan"})
-    start_step: int = 0
-    balance: Literal["fixed", "adaptive"] = "fixed"
-    r1_weight: float = 0.0
-    r1_every: int = 16
-    lecam_weight: float = 0.0
-    lr: float | None = None
-
-    def __post_init__(self) -> None:
-        check_least(self, weight=0, start_step=0, r1_weight=0, r1_every=1, lecam_weight=0)
-
-
-@dataclass(frozen=True)
 class ValidationConfig:
     """Samples that a run does not train on. Their losses, as "val_loss" and so on, are in the log row of every step
     that saves a checkpoint, and say which checkpoint is the best; the model of that step is in the run's ``best/``.
@@ -157,11 +178,11 @@ class ValidationConfig:
     tokens: str | None = None
 
     def check(self, needed: Literal["data", "tokens"]) -> None:
-        """Raise ConfigError unless exactly what the stage reads is given."""
+        """Raise ConfigError unless exactly what the task reads is given."""
         given = [name for name in ("data", "tokens") if getattr(self, name)]
         if given != [needed]:
             raise ConfigError(
-                f"validation has {' and '.join(given) or 'nothing'}, but this stage reads {needed!r}; for example "
+                f"validation has {' and '.join(given) or 'nothing'}, but this task reads {needed!r}; for example "
                 f"{VALIDATION_EXAMPLES[needed]}"
             )
 
@@ -170,72 +191,102 @@ VALIDATION_EXAMPLES = {"data": "validation.data.split=test", "tokens": "validati
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """A whole training run, as its YAML has it.
+class InitFrom:
+    """Weights that training starts from; in place of the section, its path.
 
     Attributes:
-        stage: what is trained.
-        output_dir: the run folder; it must not exist, unless the run resumes.
-        model: ``name`` (see ``vistok models``) and constructor arguments.
-        losses: weights by name (tokenizers); ``lpips_weights`` and ``gan`` configure those two.
-        data: images (tokenizers).
-        tokens: token cache folder (generators); or several, of the same images by the same tokenizer, of which every
-            epoch draws one anew for each image.
-        token_weights: how often each of several token caches is drawn, relative to the others; all alike by default.
-        condition: what of the tokens' condition the generator learns: of ``labels``, ``ids``, ``features`` and
-            ``given``; all that the cache has by default, nothing with [].
-        sampling: default sampling options, saved with the pipeline and used for its pictures (generators).
-        validation: held-out samples; None is no validation.
-        seed: of initial weights, order, augmentation and every draw.
-        init_from: a run, model or checkpoint folder whose weights training starts from.
+        path: a run, model or checkpoint folder, or a weights file.
+        module: the part of the model that they are for; by default the whole.
+        rename: new beginnings of the source's keys by patterns (regular expressions) of old ones; null leaves them out.
+        strict: every key must have a place, and every place a key.
     """
 
-    stage: Literal["tokenizer", "generator"]
+    path: str
+    module: str = ""
+    rename: dict[str, str | None] = field(default_factory=dict)
+    strict: bool = True
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole training run, as its YAML has it. Each task adds sections of its own.
+
+    Attributes:
+        task: what is trained.
+        output_dir: the run folder; it must not exist, unless the run resumes.
+        model: ``name`` (see ``vistok models``) and constructor arguments.
+        players: what differs for a player ("adversary"): keys of ``PlayerConfig`` by its name.
+        validation: held-out samples; None is no validation.
+        seed: of initial weights, order, augmentation and every draw.
+        init_from: weights that training starts from: a folder, an ``InitFrom``, or several, of which later ones win.
+        freeze: patterns of names of parameters that are not trained; modules that have no others stay in evaluation
+            mode.
+    """
+
+    needed: ClassVar[Literal["data", "tokens"]]
+    """The section that says what is trained on."""
+    kind: ClassVar[Literal["tokenizer", "generator"]]
+    """What is trained: the kind of ``model.name``."""
+
+    task: str
     output_dir: str
     model: dict[str, Any]
     training: TrainingConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     lr_scheduler: SchedulerConfig = SchedulerConfig()
-    losses: dict[str, Any] = field(default_factory=dict)
-    data: DataConfig | None = None
-    tokens: str | tuple[str, ...] | None = None
-    token_weights: tuple[float, ...] | None = None
-    condition: tuple[str, ...] | None = None
-    sampling: dict[str, Any] = field(default_factory=dict)
+    players: dict[str, dict[str, Any]] = field(default_factory=dict)
     validation: ValidationConfig | None = None
     seed: int = 0
-    init_from: str | None = None
+    init_from: str | InitFrom | tuple[str | InitFrom, ...] | None = None
+    freeze: tuple[str, ...] = ()
 
-    @classmethod
-    def parse(cls, values: Mapping[str, Any]) -> RunConfig:
-        """Check every section but ``model`` (see ``model_arguments``) and return the typed config.
+    @staticmethod
+    def parse(values: Mapping[str, Any]) -> RunConfig:
+        """Check every section but ``model`` (see ``build_model``) and return the typed config of the task.
 
         Raises:
-            ConfigError: unknown keys, wrong types, or sections that do not belong to the stage.
+            ConfigError: unknown keys, wrong types, or sections that do not belong to the task.
         """
-        config = cls(**check(cls, values, ""))
-        images, tokens = ("data", "losses"), ("tokens", "token_weights", "condition", "sampling")
-        (needed, *_), others = (images, tokens) if config.stage == "tokenizer" else (tokens, images)
-        if not getattr(config, needed):
-            raise ConfigError(f"stage {config.stage} needs {needed!r}; for example {EXAMPLES[needed]}")
-        for other in others:
-            if getattr(config, other):
-                raise ConfigError(f"stage {config.stage} takes no {other!r}: it reads {needed!r}")
-        if config.validation is not None:
-            config.validation.check(needed)
-        elif (config.training.best_metric or "").startswith("val_"):
-            raise ConfigError(
-                f"training.best_metric is {config.training.best_metric!r}, but there are no held-out samples to "
-                f"measure it on; name some, for example {VALIDATION_EXAMPLES[needed]}"
-            )
+        from vistok.train.tasks import TASKS, task_type  # which are made from configs
+
+        if "stage" in values and "task" not in values:
+            log.warning("stage is called task now: task: %s", values["stage"])
+            values = {"task" if key == "stage" else key: value for key, value in values.items()}
+        name = values.get("task")
+        kind = task_type(name).config_type
+        for other in TASKS:
+            foreign = _own_keys(task_type(other).config_type) - _own_keys(kind)
+            for key in [key for key in foreign if values.get(key)]:
+                raise ConfigError(f"task {name} takes no {key!r}: it reads {kind.needed!r}")
+            values = {key: value for key, value in values.items() if key not in foreign}
+        config = kind(**check(kind, values, ""))
+        config.check_sections()
         return config
+
+    def check_sections(self) -> None:
+        """Raise ConfigError where sections do not go together."""
+        if not getattr(self, self.needed):
+            raise ConfigError(f"task {self.task} needs {self.needed!r}; for example {EXAMPLES[self.needed]}")
+        if self.validation is not None:
+            self.validation.check(self.needed)
+        elif (self.training.best_metric or "").startswith("val_"):
+            raise ConfigError(
+                f"training.best_metric is {self.training.best_metric!r}, but there are no held-out samples to "
+                f"measure it on; name some, for example {VALIDATION_EXAMPLES[self.needed]}"
+            )
+
+    @property
+    def sources(self) -> list[InitFrom]:
+        """What ``init_from`` names."""
+        given = self.init_from if isinstance(self.init_from, tuple) else [self.init_from]
+        return [InitFrom(source) if isinstance(source, str) else source for source in given if source is not None]
 
     def model_entry(self) -> registry.Entry:
         if "name" not in self.model:
             raise ConfigError("model.name is missing; `vistok models` lists the names")
         if not isinstance(self.model["name"], str):
             raise ConfigError(f"model.name must be a text, got {self.model['name']!r}; `vistok models` lists the names")
-        return registry.entry(self.model["name"], self.stage)
+        return registry.entry(self.model["name"], self.kind)
 
     def build_model(self, derived: Mapping[str, Any]):
         """Build the model from ``model`` and the arguments that follow from the data.
@@ -255,5 +306,31 @@ class RunConfig:
             # What sizes that no model has do to torch, such as a negative one.
             raise ConfigError(f"model: no {self.model['name']} can be built of these arguments: {error}") from error
 
+    def player(self, name: str, **optimizer: Any) -> PlayerConfig:
+        """How the player ``name`` is trained: as the run says, changed by ``players.NAME``.
 
+        Args:
+            optimizer: keys of its optimizer that differ by default.
+        """
+        own = self.players.get(name, {})
+        base = {key: getattr(self.optimizer, key) for key in (f.name for f in fields(self.optimizer))}
+        if name != MODEL:  # whose parameters these patterns name
+            base |= {"groups": (), "no_decay": ()}
+        sections = {
+            "optimizer": base | optimizer,
+            "lr_scheduler": {f.name: getattr(self.lr_scheduler, f.name) for f in fields(self.lr_scheduler)},
+            "max_grad_norm": self.training.max_grad_norm,
+        }
+        for key, value in own.items():
+            sections[key] = sections.get(key, {}) | value if isinstance(value, Mapping) else value
+        return PlayerConfig(**check(PlayerConfig, sections, f"players.{name}"))
+
+
+def _own_keys(kind: type[RunConfig]) -> set[str]:
+    """The sections that a task adds."""
+    return {f.name for f in fields(kind)} - {f.name for f in fields(RunConfig)}
+
+
+MODEL = "model"
+"""The name of the player that holds what is exported."""
 EXAMPLES = {"data": "data.source=folder data.root=photos/ data.image_size=256", "tokens": "tokens=tokens/"}

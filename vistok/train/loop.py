@@ -1,4 +1,4 @@
-"""The training loop: one for all stages, on whatever devices accelerate finds."""
+"""The training loop: one for all tasks, on whatever devices accelerate finds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.profiler import record_function
 
 from vistok.config import save_config
@@ -22,15 +21,17 @@ from vistok.data.loader import Failures, TooManyUnreadableError, listed
 from vistok.data.pictures import save_png
 from vistok.data.workers import LoaderWorkerError
 from vistok.pipelines.folders import BEST_MODEL
-from vistok.train.checkpoints import Checkpoints, clean, start_from
+from vistok.train.checkpoints import Checkpoints, clean
 from vistok.train.config import RunConfig
 from vistok.train.environment import environment, open_accelerator, start_trackers
-from vistok.train.models import Models
 from vistok.train.monitor import Console, Meter, MetricsFile
-from vistok.train.optim import lr_factor
-from vistok.train.stages import STAGES, Stage, forever, on_device
+from vistok.train.players import Players
+from vistok.train.start import initialise
 from vistok.train.stopping import StopRequest, TrainingInterrupted
+from vistok.train.tasks import Task, Turn, task_type
+from vistok.train.tasks.base import forever, on_device
 from vistok.train.trail import Trail, earliest
+from vistok.types import Clock
 from vistok.utils.files import write_json
 from vistok.utils.locks import holds_files, locked
 from vistok.utils.processes import is_first_process
@@ -74,9 +75,9 @@ def _train(config: Mapping[str, Any], run: RunConfig, folder: Path, resume: bool
         raise FileExistsError(
             f"run folder {folder} exists already; go on with --resume, or choose another with output_dir=…"
         )
-    accelerator, stage = prepare(run, folder)
+    accelerator, task = prepare(run, folder)
     try:
-        trainer = Trainer(run, stage, accelerator, folder)
+        trainer = Trainer(run, task, accelerator, folder)
         if resume:
             trainer.resume()
         if accelerator.is_main_process:  # only now: a config that the checkpoint does not fit must not replace its own
@@ -90,34 +91,31 @@ def _train(config: Mapping[str, Any], run: RunConfig, folder: Path, resume: bool
         accelerator.end_training()
 
 
-def prepare(run: RunConfig, folder: Path) -> tuple[Any, Stage]:
-    """The accelerator, and the stage with its model as training starts with it."""
+def prepare(run: RunConfig, folder: Path) -> tuple[Any, Task]:
+    """The accelerator, and the task with its model as training starts with it."""
     from accelerate.utils import set_seed
 
     accelerator = open_accelerator(run, folder)
     set_seed(run.seed)
-    stage = STAGES[run.stage](run, accelerator.process_index, accelerator.num_processes)
-    if run.init_from:
-        start_from(stage.model, Path(run.init_from), run.stage)
-    return accelerator, stage
+    task = task_type(run.task)(run, accelerator.process_index, accelerator.num_processes)
+    initialise(task.model, run.sources, run.kind)
+    task.learner.freeze(run.freeze)
+    return accelerator, task
 
 
 class Trainer:
     """The state of a run and its one loop."""
 
-    def __init__(self, run: RunConfig, stage: Stage, accelerator, folder: Path):
-        self.seed, self.config, self.stage = run.seed, run.training, stage
+    def __init__(self, run: RunConfig, task: Task, accelerator, folder: Path):
+        self.seed, self.config, self.task = run.seed, run.training, task
         self.accelerator, self.folder = accelerator, folder
         self.checkpoints = Checkpoints(
             folder / "checkpoints",
             self.config.keep_checkpoints,
             self.config.best_metric,
-            adversary_start=stage.adversary.config.start_step if stage.adversary is not None else 0,
+            objective_changes=task.objective_changes,
         )
-        self.lr_factor = lr_factor(run.lr_scheduler, self.config.max_steps)
-        self.models = Models(run, stage, accelerator)
-        if stage.objective is not None:
-            stage.objective.to(accelerator.device)
+        self.players = Players(task, self.config, accelerator)
         self.step, self.row, self.meter, self.trail = 0, None, Meter(), Trail()
 
     def resume(self) -> None:
@@ -146,11 +144,11 @@ class Trainer:
             self.folder.name,
             config.max_steps,
             self.step,
-            unit=self.stage.unit,
+            unit=self.task.unit,
             device=self.accelerator.device,
             quiet=not self.accelerator.is_main_process,
         )
-        batches = forever(self.stage.loader)
+        batches = forever(self.task.loader)
         with console, self._dead_workers(), StopRequest(self.step) as stop:
             if self.step:  # resumed; what saved this checkpoint may have ended before it could export
                 self.export()
@@ -162,7 +160,7 @@ class Trainer:
                 last = self.step == config.max_steps
                 stopped = stop.agreed(self.step, self.accelerator) and not last
                 saving = _due(self.step, config.save_every) or last
-                validating = self.stage.held_out is not None and saving and not stopped  # whose time may be short
+                validating = self.task.held_out is not None and saving and not stopped  # whose time may be short
                 held_out = {}
                 if _due(self.step, config.log_every) or last or validating:
                     self._check_finite()
@@ -191,72 +189,80 @@ class Trainer:
         try:
             yield
         except (OSError, EOFError, RuntimeError) as error:
-            if cause := self.stage.dead_worker():
+            if cause := self.task.dead_worker():
                 message = f"{cause}; {self.checkpoints.last_good()}. Go on with --resume"
                 raise LoaderWorkerError(message) from error
             raise
 
     def optimise(self, batches: Iterator[Any]) -> int:
         """One optimisation step; returns how many units of data it saw, on all processes."""
-        parts, units = self.config.gradient_accumulation_steps, 0
-        self.models.set_lr(self.lr_factor(self.step))
+        parts, units, moving = self.config.gradient_accumulation_steps, 0, {}
+        clock = Clock(self.step, self.config.max_steps)
+        self.players.begin(self.step)
         for part in range(parts):
             with record_function("data wait"):
                 batch = next(batches)
             self.trail.add_batch(self.step + 1, batch.indices)
             batch = on_device(batch, self.accelerator.device)
-            units += self.stage.count(batch)
+            units += self.task.count(batch)
             # Dropout draws from the global generator: keying it by the step makes it resumable. A loader that starts
             # an epoch draws from it too, so the batch comes first.
             key = f"{self.seed}/{self.step}/{part}/{self.accelerator.process_index}"
             torch.manual_seed(zlib.crc32(key.encode()))
-            with nullcontext() if part == parts - 1 else self.models.gathering():
-                self._backward(batch)
-        adversary = self.stage.adversary
-        with record_function("optimizer"):
-            norms = self.models.step(adversary=adversary is not None and self.step >= adversary.config.start_step)
-        self.meter.add(norms)
-        if self.accelerator.scaler is None:  # which expects infinite gradients now and then
-            for name, norm in norms.items():
-                self.trail.add(self.step + 1, name, norm)
+            with nullcontext() if part == parts - 1 else self.players.gathering():
+                for turn in self._turns(batch, clock):
+                    self._add_gradients(turn)
+                    moving[turn.player] = None
+                    if parts == 1:
+                        self._move(turn.player)
+        for player in moving if parts > 1 else ():
+            self._move(player)
         return units * self.accelerator.num_processes
 
-    def _backward(self, batch) -> None:
-        with record_function("forward"), self.accelerator.autocast():
-            loss, terms = self.stage.losses(self.models.model, batch, self.step)
-        self._add_gradients(loss, terms, "loss")
-        if self.models.adversary is not None:
+    def _turns(self, batch: Any, clock: Clock) -> Iterator[Turn]:
+        turns = self.task.losses(self.players.wrapped, batch, clock)
+        while True:
             with record_function("forward"), self.accelerator.autocast():
-                terms = self.stage.adversary_losses(self.models.adversary, self.step)
-            if terms:
-                self._add_gradients(terms["d_loss"], terms, "d_loss")
+                turn = next(turns, None)
+            if turn is None:
+                return
+            yield turn
 
-    def _add_gradients(self, loss: Tensor, terms: dict[str, Tensor], name: str) -> None:
+    def _add_gradients(self, turn: Turn) -> None:
+        player = self.players[turn.player]
         with record_function("backward"):
-            self.accelerator.backward(loss / self.config.gradient_accumulation_steps)
-        self.meter.add(terms)
-        self.trail.add(self.step + 1, name, loss)
+            player.backward(turn.loss / self.config.gradient_accumulation_steps)
+        self.meter.add(turn.terms)
+        self.trail.add(self.step + 1, f"{player.prefix}loss", turn.loss)
+
+    def _move(self, player: str) -> None:
+        with record_function("optimizer"):
+            norms = self.players.move(player)
+        self.meter.add(norms)
+        if self.players[player].scaler is None:  # which expects infinite gradients now and then
+            for name, norm in norms.items():
+                self.trail.add(self.step + 1, name, norm)
 
     def _log(self, units: int, elapsed: float, held_out: dict[str, float]) -> None:
-        self.meter.add(self.stage.window_metrics())
+        self.meter.add(self.task.window_metrics())
         means = self.meter.means(partial(self.accelerator.reduce, reduction="mean"))
         self.seconds += elapsed
         means |= held_out
-        awaited = "val_" if self.stage.held_out is not None and not held_out else ""
+        awaited = "val_" if self.task.held_out is not None and not held_out else ""
         self.checkpoints.check_metric(means, prefix=awaited)
-        row = {"step": self.step, **means, "lr": self.models.lr}
-        row |= {self.stage.unit: round(units / elapsed, 2), "seconds": round(self.seconds, 2)}
+        row = {"step": self.step, **means, "lr": self.players.lr}
+        row |= {self.task.unit: round(units / elapsed, 2), "seconds": round(self.seconds, 2)}
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=self.step)
         if self.accelerator.is_main_process:
             with self.checkpoints.disk_errors("metrics.jsonl"):
                 self.metrics.write(row)
-            if warning := self.stage.warning(self.step, row):
+            if warning := self.task.warning(self.step, row):
                 log.warning(warning)
         self.row = row
 
     def _check_finite(self) -> None:
         """Raise TrainingDivergedError, on all processes, if a loss or gradient since the last check was not finite."""
-        culprit = self.trail.check(self.stage.sample_name)
+        culprit = self.trail.check(self.task.sample_name)
         bad = torch.tensor(float(culprit is not None), device=self.accelerator.device)
         if not self.accelerator.reduce(bad, reduction="sum"):
             return
@@ -281,16 +287,17 @@ class Trainer:
         from accelerate.utils import broadcast_object_list
 
         found: list[dict[str, float] | TooManyUnreadableError] = [{}]
-        with self.models.best() as model:
+        clock = Clock(self.step, self.config.max_steps)
+        with self.players.best() as learner:
             if self.accelerator.is_main_process:
-                home = next(model.parameters()).device  # the whole copy of a sharded model lives on the CPU
-                model.to(self.accelerator.device)
+                home = next(learner.parameters()).device  # the whole copy of a sharded model lives on the CPU
+                learner.to(self.accelerator.device)
                 try:
                     with self.accelerator.autocast():
-                        found = [self.stage.validate(model, self.step, lambda: stop.signal is not None)]
+                        found = [self.task.validate(learner, clock, lambda: stop.signal is not None)]
                 except TooManyUnreadableError as error:
                     found = [error]
-                model.to(home)
+                learner.to(home)
         losses = broadcast_object_list(found)[0]
         if isinstance(losses, TooManyUnreadableError):
             self.save(validated=False)
@@ -300,61 +307,56 @@ class Trainer:
         return losses
 
     def _picture(self) -> None:
-        with self.models.best() as model:
+        with self.players.best() as learner:
             if self.accelerator.is_main_process:
                 with self.checkpoints.disk_errors("a picture"):
-                    save_png(self.stage.picture(model), self.folder / "images" / f"step-{self.step:07d}.png")
+                    save_png(self.task.picture(learner.model), self.folder / "images" / f"step-{self.step:07d}.png")
 
     def export(self) -> None:
         """Write what users load."""
-        with self.models.best() as model:
+        with self.players.best() as learner:
             if self.accelerator.is_main_process:
                 with self.checkpoints.disk_errors("the trained model"):
-                    self.stage.export(self.folder, model)
+                    self.task.export(self.folder, learner.model)
                     if "val_loss" in (self.row or {}) and self.checkpoints.is_best(self.step):
-                        self.stage.export(self.folder / BEST_MODEL, model)
+                        self.task.export(self.folder / BEST_MODEL, learner.model)
 
     def save(self, *, validated: bool) -> None:
         """Write a checkpoint and what users load; also to ``best/`` where validation says that it is the best."""
         self._check_finite()
-        self.stage.loader.count_failures(self._unreadable())  # the state of one process is saved, for all
+        self.task.loader.count_failures(self._unreadable())  # the state of one process is saved, for all
         state = self._state()
-        judged_by = self.row if validated or self.stage.held_out is None else None
+        judged_by = self.row if validated or self.task.held_out is None else None
         if self.accelerator.is_main_process:
             self.checkpoints.save(self.step, state, judged_by)
         self.export()
 
     def _state(self) -> dict[str, Any]:
         """Everything that ``_load`` needs; all processes must call it."""
-        usage, watch = self.stage.usage, self.stage.watch
         return {
-            **self.models.state_dict(),
-            "loader": self.stage.loader.state_dict(),
+            **self.players.state_dict(),
+            "loader": self.task.loader.state_dict(),
             "meter": self.meter.state_dict(partial(self.accelerator.reduce, reduction="mean")),
-            "usage": usage.over_processes() if usage is not None else None,
-            "watch": watch.state_dict() if watch is not None else None,
+            "task": self.task.state_dict(),
             "row": self.row,
         }
 
     def _load(self, state: dict[str, Any]) -> None:
+        self.players.load_state_dict(state)
         self.step, self.row = state["step"], state["row"]
-        self.models.load_state_dict(state)
-        self.stage.loader.load_state_dict(state["loader"])
+        self.task.loader.load_state_dict(state["loader"])
         self.meter.load_state_dict(state["meter"], self.accelerator.device)
-        if self.stage.usage is not None and self.accelerator.is_main_process:
-            self.stage.usage.counts = state["usage"]
-        if self.stage.watch is not None:
-            self.stage.watch.load_state_dict(state["watch"])
+        self.task.load_state_dict(state["task"], first_process=self.accelerator.is_main_process)
 
     def _unreadable(self) -> Failures:
         """Samples that could not be read so far, on any process; all processes must call it."""
         from accelerate.utils import gather_object
 
-        return dict(ChainMap(*gather_object([self.stage.loader.failures])))
+        return dict(ChainMap(*gather_object([self.task.loader.failures])))
 
     def _name_unreadable(self) -> None:
         """Say once more, at the end, which samples no step or no validation has seen."""
-        held_out = self.stage.held_out.failures if self.stage.held_out is not None else {}
+        held_out = self.task.held_out.failures if self.task.held_out is not None else {}
         for failures, use in ((self._unreadable(), "training"), (held_out, "validation")):
             if failures and self.accelerator.is_main_process:
                 shown = listed(failures)

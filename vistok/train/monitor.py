@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,46 @@ class CodebookWatch:
             f"the codebook is dying: {usage:.1%} of its codes are in use since step {self._low_since}, where evenly "
             f"spread tokens would use {self.possible:.1%}. Remedies: {options}"
         )
+
+
+class CodebookMonitor:
+    """The codes that a tokenizer chose in a log window, and a warning when they become few. Of tokens that are no ids
+    it says nothing.
+
+    Args:
+        codebook_size: None if tokens are continuous.
+        watch: notices a dying codebook, or None.
+    """
+
+    def __init__(self, codebook_size: int | None, watch: CodebookWatch | None):
+        self.usage = None if codebook_size is None else CodeUsage(codebook_size)
+        self.watch = watch
+
+    def add(self, tokens: Tensor) -> None:
+        if self.usage is not None:
+            self.usage.add(tokens)
+
+    def read(self) -> dict[str, Tensor]:
+        """Metrics of the window, over all processes; a new window begins."""
+        return {} if self.usage is None else self.usage.read()
+
+    def warning(self, step: int, row: dict[str, float]) -> str | None:
+        """What the log row of ``step`` should make a user do something about."""
+        return None if self.watch is None else self.watch.update(step, row["codebook_usage"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """All processes call it."""
+        return {
+            "counts": None if self.usage is None else self.usage.over_processes(),
+            "watch": None if self.watch is None else self.watch.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], *, first_process: bool) -> None:
+        """Counts, which are sums over processes, are the first one's."""
+        if self.usage is not None and first_process:
+            self.usage.counts = state["counts"]
+        if self.watch is not None:
+            self.watch.load_state_dict(state["watch"])
 
 
 class MetricsFile:

@@ -11,82 +11,106 @@ import torch
 from torch import nn
 
 from vistok.checkpoints import CheckpointError
+from vistok.config import ConfigError
 from vistok.train.config import OptimizerConfig, SchedulerConfig
+from vistok.train.names import matching
 from vistok.train.parallel import local, spread, whole
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
-    """Adam(W) in which vectors and scalars (norms, biases) are not decayed."""
-    trained = [p for p in parameters if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Adam(W) of named parameters, in groups of one rate and decay; frozen ones are left out.
+
+    Raises:
+        ConfigError: a pattern that no name fits, or nothing to train.
+    """
+    named = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    if not named:
+        raise ConfigError("there is nothing to train: every parameter is frozen")
+    names = [name for name, _ in named]
+    undecayed = matching(names, config.no_decay, "optimizer.no_decay")
+    own = [matching(names, group.parameters, "optimizer.groups") for group in config.groups]
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in sorted(named, key=lambda item: item[1].ndim < 2):  # stable: matrices first
+        decays = name not in undecayed and (config.decayed == "all" or parameter.ndim >= 2)
+        lr, weight_decay = config.lr, config.weight_decay if decays else 0.0
+        for group, members in zip(config.groups, own):
+            if name in members:
+                lr = lr if group.lr is None else group.lr
+                weight_decay = weight_decay if group.weight_decay is None else group.weight_decay
+        groups.setdefault((lr, weight_decay), []).append(parameter)
+    sections = [
+        {"params": members, "lr": lr, "initial_lr": lr, "weight_decay": weight_decay}
+        for (lr, weight_decay), members in groups.items()
     ]
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-    return kind([g for g in groups if g["params"]], lr=lr, betas=config.betas, eps=config.eps)
+    return kind(sections, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
-def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
-    """The state of an optimizer of ``model``, with names of parameters in place of numbers, gathered by ``whole``."""
-    names, state = _names(optimizer, model), optimizer.state_dict()
+def named_state(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+    """What an optimizer remembers of each parameter, by its name, gathered by ``whole``."""
+    names = {parameter: name for name, parameter in named.items()}
     return {
-        "state": {
-            names[number]: {key: whole(value) for key, value in moments.items()}
-            for number, moments in state["state"].items()
-        },
-        "param_groups": [group | {"params": [names[n] for n in group["params"]]} for group in state["param_groups"]],
+        names[parameter]: {key: whole(value) for key, value in optimizer.state[parameter].items()}
+        for parameter in _parameters(optimizer)
     }
 
 
-def load_named_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Load what ``named_state`` returned, into an optimizer whose model may be sharded otherwise.
+def load_named_state(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], state: Mapping[str, Any]
+) -> None:
+    """Load what ``named_state`` returned, into an optimizer whose parameters may be sharded otherwise. Rates, decays
+    and groups stay the optimizer's own.
 
     Raises:
         CheckpointError: it is the state of an optimizer of other parameters.
     """
-    names, parameters = _names(optimizer, model), dict(model.named_parameters())
-    if names != [name for group in state["param_groups"] for name in group["params"]]:
+    names = {parameter: name for name, parameter in named.items()}
+    trained = [names[parameter] for parameter in _parameters(optimizer)]
+    if set(trained) != set(state):
         raise CheckpointError("the checkpoint's optimizer trains other parameters than this run's; start a new run")
-    numbers = {name: number for number, name in enumerate(names)}
     optimizer.load_state_dict(
         {
             "state": {
-                numbers[name]: {key: spread(value, parameters[name]) for key, value in moments.items()}
-                for name, moments in state["state"].items()
+                number: {key: spread(value, named[name]) for key, value in state[name].items()}
+                for number, name in enumerate(trained)
             },
-            "param_groups": [
-                group | {"params": [numbers[name] for name in group["params"]]} for group in state["param_groups"]
-            ],
+            "param_groups": optimizer.state_dict()["param_groups"],
         }
     )
 
 
-def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def lr_factor(config: SchedulerConfig, max_steps: int) -> Callable[[int], float]:
-    """The factor on the learning rate at each step 0 .. max_steps - 1; the last one's is ``final_factor``."""
-    last = max_steps - 1
+def lr_factor(config: SchedulerConfig, max_steps: int, lr: float = 1.0) -> Callable[[int], float]:
+    """The factor on the learning rate at each step 0 .. max_steps - 1; the last one's is ``final_factor``.
+
+    Args:
+        lr: the peak rate, of which ``final_lr`` is a share.
+    """
+    last, warmup = max_steps - 1 - config.start_step, config.warmup_steps
+    final = config.final_factor if config.final_lr is None else config.final_lr / lr
 
     def shape(step: int) -> float:
-        progress = (step - config.warmup_steps) / max(last - config.warmup_steps, 1)
+        progress = (step - warmup) / max(last - warmup, 1)
         if config.name == "cosine":
-            return config.final_factor + (1 - config.final_factor) * 0.5 * (1 + math.cos(math.pi * progress))
+            return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
         if config.name == "wsd":
-            tail = min((1 - step / max(last, 1)) / config.decay_share, 1.0)
-            tail = tail if config.decay_shape == "linear" else 1 - math.sqrt(1 - tail)
-            return config.final_factor + (1 - config.final_factor) * tail
+            left = min((1 - step / max(last, 1)) / config.decay_share, 1.0)
+            return final + (1 - final) * (left if config.decay_shape == "linear" else 1 - math.sqrt(1 - left))
         return 1.0
 
     def rise(step: int) -> float:
-        if config.warmup_from is None:
-            # Step 0 already learns: a factor of exactly zero would waste it.
-            return (step + 1) / (config.warmup_steps + 1)
-        return config.warmup_from + (1 - config.warmup_from) * step / config.warmup_steps
+        if config.warmup_from is None:  # step 0 already learns: a factor of exactly zero would waste it
+            return (step + 1) / (warmup + 1)
+        return config.warmup_from + (1 - config.warmup_from) * step / warmup
 
-    return lambda step: rise(step) if step < config.warmup_steps else shape(step)
+    def factor(step: int) -> float:
+        step = max(step - config.start_step, 0)
+        return rise(step) if step < warmup else shape(step)
+
+    return factor
 
 
 class AveragedModel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import is_dataclass, replace
 from typing import Any
 
@@ -15,12 +15,13 @@ from torch.utils.checkpoint import checkpoint
 
 from vistok.checkpoints import load_strictly
 from vistok.config import ConfigError
-from vistok.train.config import RunConfig
+from vistok.train.config import TrainingConfig
+from vistok.train.tasks import Task
 
 AUTOCAST_LAYERS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 
 
-def wants_fsdp2(run: RunConfig) -> bool:
+def wants_fsdp2(training: TrainingConfig, task: Task) -> bool:
     """Whether the config says so, or the run was started by ``accelerate launch --use_fsdp``.
 
     Raises:
@@ -29,12 +30,11 @@ def wants_fsdp2(run: RunConfig) -> bool:
     launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if launched and os.environ.get("FSDP_VERSION", "2") != "2":
         raise ConfigError("vistok shards with FSDP2: start it with accelerate launch --use_fsdp --fsdp_version 2")
-    if not launched and run.training.parallel != "fsdp2":
+    if not launched and training.parallel != "fsdp2":
         return False
-    if run.training.mixed_precision == "fp16":
+    if training.mixed_precision == "fp16":
         raise ConfigError("training.mixed_precision=fp16 does not go with FSDP2; use bf16")
-    if run.losses.get("gan", {}).get("balance") == "adaptive":
-        raise ConfigError("losses.gan.balance=adaptive reads a whole weight, which FSDP2 shards; use fixed, or DDP")
+    task.check_sharding()
     return True
 
 
@@ -138,7 +138,9 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def replicating() -> AbstractContextManager[None]:
-    """Meanwhile sharded tensors can compute with plain ones, which every process must have alike."""
+    """Meanwhile sharded tensors, if there are any, can compute with plain ones, which every process must have alike."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return nullcontext()
     from torch.distributed.tensor.experimental import implicit_replication
 
     return implicit_replication()

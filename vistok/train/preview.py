@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from vistok.data.loader import ImageBatch
 from vistok.data.pictures import grid, save_png, to_pil
-from vistok.train.config import RunConfig
+from vistok.train.config import MODEL, RunConfig
 from vistok.train.loop import prepare
 from vistok.train.parallel import checkpoint_activations, wants_fsdp2
-from vistok.train.stages import Stage
+from vistok.train.tasks import Task
+from vistok.types import Clock
 
 SHOWN = 64
 """Samples of the first batch in its picture."""
@@ -59,22 +58,22 @@ def preview(config: Mapping[str, Any]) -> Preview:
     """
     run = RunConfig.parse(config)
     run.model_entry()
-    accelerator, stage = prepare(run, Path(run.output_dir))
-    batch = next(iter(stage.loader))
+    accelerator, task = prepare(run, Path(run.output_dir))
+    batch = next(iter(task.loader))
     picture = Path(f"{run.output_dir}.first-batch.png")
     if accelerator.is_main_process:
-        save_png(first_batch(stage, batch), picture)
+        save_png(grid(to_pil(task.show(_first(batch, SHOWN)))), picture)
     steps = run.training.max_steps
     batch_size = len(batch.indices) * accelerator.num_processes * run.training.gradient_accumulation_steps
-    samples = len(stage.loader.reader)
-    shards = accelerator.num_processes if wants_fsdp2(run) else 1
+    samples = len(task.loader.reader)
+    shards = accelerator.num_processes if wants_fsdp2(run.training, task) else 1
     return Preview(
-        parameters=_parameters(stage),
-        memory=memory(stage, batch, run, shards),
+        parameters={name: sum(p.numel() for p in trained) for name, trained in _trained(task).items()},
+        memory=memory(task, batch, run, shards),
         samples_per_epoch=samples,
-        units_per_epoch=samples * stage.count(batch) // len(batch.indices),
-        unit=stage.unit.removesuffix("_per_second"),
-        held_out=len(stage.held_out.reader) if stage.held_out is not None else 0,
+        units_per_epoch=samples * task.count(batch) // len(batch.indices),
+        unit=task.unit.removesuffix("_per_second"),
+        held_out=len(task.held_out.reader) if task.held_out is not None else 0,
         batch_size=batch_size,
         steps=steps,
         epochs=steps * batch_size / samples,
@@ -82,44 +81,42 @@ def preview(config: Mapping[str, Any]) -> Preview:
     )
 
 
-def _players(stage: Stage) -> dict[str, nn.Module]:
-    return {"model": stage.model} | ({"adversary": stage.adversary} if stage.adversary is not None else {})
+def _first(batch: Any, count: int) -> Any:
+    """The first samples of a batch."""
+    return type(batch)(*(None if tensor is None else tensor[:count] for tensor in batch))
 
 
-def _parameters(stage: Stage) -> dict[str, int]:
-    return {name: sum(p.numel() for p in trained) for name, trained in _trained(stage).items()}
+def _trained(task: Task) -> dict[str, list[nn.Parameter]]:
+    return {name: [p for p in player.parameters() if p.requires_grad] for name, player in task.players().items()}
 
 
-def _trained(stage: Stage) -> dict[str, list[nn.Parameter]]:
-    return {name: [p for p in player.parameters() if p.requires_grad] for name, player in _players(stage).items()}
-
-
-def memory(stage: Stage, batch: Any, run: RunConfig, shards: int) -> dict[str, int]:
+def memory(task: Task, batch: Any, run: RunConfig, shards: int) -> dict[str, int]:
     """Bytes per device by purpose; ``shards`` is over how many devices FSDP2 spreads the model."""
 
-    def size(tensors) -> int:
+    def size(modules: Iterable[nn.Module]) -> int:
+        tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    model, trained = stage.model, _trained(stage)
-    gradients = size(trained["model"]) // shards + size(trained.get("adversary", ()))
-    weights = size([*model.parameters(), *model.buffers()]) // shards
-    frozen = stage.objective.parameters() if stage.objective is not None else ()
+    trained = {
+        name: sum(p.numel() * p.element_size() for p in parameters) for name, parameters in _trained(task).items()
+    }
+    gradients = sum(trained.values()) - trained[MODEL] + trained[MODEL] // shards
+    others = [player for name, player in task.players().items() if name != MODEL]
     return {
-        "weights": weights + size(trained.get("adversary", ())) + size(frozen),
+        "weights": size([task.learner]) // shards + size([*others, *task.frozen().values()]),
         "gradients": gradients,
         "optimizer": 2 * gradients,  # Adam's two moments
-        "averaged weights": weights if run.training.ema_decay else 0,
-        "activations": activations(stage, batch, run),
+        "averaged weights": size([task.model]) // shards if run.training.ema_decay else 0,
+        "activations": activations(task, batch, run),
     }
 
 
-def activations(stage: Stage, batch: Any, run: RunConfig) -> int:
+def activations(task: Task, batch: Any, run: RunConfig) -> int:
     """Estimated bytes that the forward pass of one batch keeps for its gradient."""
     if run.training.activation_checkpointing:
-        checkpoint_activations(stage.model)
-    step = stage.adversary.config.start_step if stage.adversary is not None else 0
+        checkpoint_activations(task.model)
     few = min(2, len(batch.indices))
-    stage.model.train()
+    task.learner.train()
     kept: dict[int, int] = {}
 
     def count(tensor: Tensor) -> Tensor:
@@ -128,19 +125,13 @@ def activations(stage: Stage, batch: Any, run: RunConfig) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    parameters = {p.data_ptr() for module in _players(stage).values() for p in module.parameters()}
+    players = task.players()
+    parameters = {p.data_ptr() for module in players.values() for p in module.parameters()}
     with (
         torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=run.training.mixed_precision != "no"),
     ):
-        loss, _ = stage.losses(stage.model, type(batch)(*(tensor[:few] for tensor in batch)), step)
-    del loss  # kept alive until here, so that no storage was counted twice at one address
+        turns = task.losses(players, _first(batch, few), Clock(task.complete_from, run.training.max_steps))
+        turn = next(turn for turn in turns if turn.player == MODEL)
+    del turn  # kept alive until here, so that no storage was counted twice at one address
     return sum(kept.values()) * len(batch.indices) // few
-
-
-@torch.no_grad()
-def first_batch(stage: Stage, batch: Any) -> Image.Image:
-    """The images of a batch; of tokens, what the tokenizer decodes them to."""
-    if isinstance(batch, ImageBatch):
-        return grid(to_pil(batch.pixels[:SHOWN]))
-    return grid(to_pil(stage.tokenizer.eval().decode(batch.tokens[:SHOWN]).clamp(-1, 1)))

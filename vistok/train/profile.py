@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from vistok.train.config import RunConfig
 from vistok.train.loop import Trainer, prepare
-from vistok.train.stages import forever
+from vistok.train.tasks.base import forever
 from vistok.utils.files import atomic_file
 
 PHASES = ("data wait", "forward", "backward", "optimizer")
@@ -23,7 +23,7 @@ class Profile(NamedTuple):
         trace: the trace file, for chrome://tracing or Perfetto.
         seconds: per step, of each phase, and of the rest ("other").
         step_seconds: of a whole step.
-        units_per_second: throughput, in the stage's ``unit``.
+        units_per_second: throughput, in the task's ``unit``.
     """
 
     trace: Path
@@ -50,11 +50,10 @@ def profile(config: Mapping[str, Any]) -> Profile:
     trace = Path(f"{run.output_dir}.trace.json")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        accelerator, stage = prepare(run, folder)
-        trainer = Trainer(run, stage, accelerator, folder)
-        if stage.adversary is not None:  # steps of before it takes part would look cheap
-            trainer.step = stage.adversary.config.start_step
-        batches = forever(stage.loader)
+        accelerator, task = prepare(run, folder)
+        trainer = Trainer(run, task, accelerator, folder)
+        trainer.step = task.complete_from  # steps of before everything takes part would look cheap
+        batches = forever(task.loader)
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
         units = 0
         for _ in range(WARMUP):
@@ -70,7 +69,7 @@ def profile(config: Mapping[str, Any]) -> Profile:
         if accelerator.is_main_process:
             with atomic_file(trace) as temporary:
                 profiler.export_chrome_trace(str(temporary))
-    return _summary(profiler, trace, units, stage.unit)
+    return _summary(profiler, trace, units, task.unit)
 
 
 def _wait(device) -> None:

@@ -22,7 +22,7 @@ from vistok.generators.engine.packed import DecodingCopies, DecodingCopy
 from vistok.generators.engine.sampling import DecodingOptions, draw_ids
 from vistok.guidance import PLAIN
 from vistok.nn.rotary import Rows
-from vistok.types import Condition, Expands, GeneratorOutput, TokenChunk, TokenSpec
+from vistok.types import Clock, Condition, Expands, GeneratorOutput, TokenChunk, TokenSpec
 
 
 class AutoregressiveGenerator(Generator):
@@ -132,6 +132,7 @@ class AutoregressiveGenerator(Generator):
         *,
         draws: Draws | None = None,
         weights: Tensor | None = None,
+        clock: Clock | None = None,
         tokenizer: Expands | None = None,
     ) -> GeneratorOutput:
         """Cross entropy in nats per token, (weighted) mean over samples; metric: "accuracy", share of ids right."""

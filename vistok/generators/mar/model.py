@@ -29,7 +29,7 @@ from vistok.generators.mar.sampling import MAROptions, MARSession
 from vistok.nn.attention import Attention
 from vistok.nn.diffusion_head import DiffusionHead
 from vistok.nn.mlp import MLP
-from vistok.types import Condition, Expands, GeneratorOutput, TokenSpec, as_dataclass
+from vistok.types import Clock, Condition, Expands, GeneratorOutput, TokenSpec, as_dataclass
 
 SIZES = {
     "base": {
@@ -233,6 +233,7 @@ class MAR(ContinuousGenerator):
         *,
         draws: Draws | None = None,
         weights: Tensor | None = None,
+        clock: Clock | None = None,
         tokenizer: Expands | None = None,
     ) -> GeneratorOutput:
         """Diffusion loss over masked tokens; metrics "mse" of the noise and "vb", the variational bound in bits.

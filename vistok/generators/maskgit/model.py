@@ -21,7 +21,7 @@ from vistok.generators.engine.autoregressive import AutoregressiveGenerator
 from vistok.generators.maskgit import official
 from vistok.generators.maskgit.networks import NETWORKS
 from vistok.generators.maskgit.sampling import MaskGITOptions, MaskGITSession
-from vistok.types import Condition, Expands, GeneratorOutput, TokenSpec, as_dataclass
+from vistok.types import Clock, Condition, Expands, GeneratorOutput, TokenSpec, as_dataclass
 
 BERT = {"network": "bert", "dim": 768, "num_layers": 24, "num_heads": 16, "mlp_dim": 3072}
 UVIT = {"network": "uvit", "dim": 1024, "num_layers": 20, "num_heads": 16, "mlp_dim": 4096}
@@ -108,6 +108,7 @@ class MaskGIT(Generator):
         *,
         draws: Draws | None = None,
         weights: Tensor | None = None,
+        clock: Clock | None = None,
         tokenizer: Expands | None = None,
     ) -> GeneratorOutput:
         """Cross entropy in nats per masked token; metric "accuracy" of those. Predictions are logits (B, L, V).

@@ -26,7 +26,7 @@ from vistok.generators.rar import official
 from vistok.generators.rar.networks import Block, FinalModulation
 from vistok.generators.rar.sampling import RARSession
 from vistok.nn.rotary import Rows
-from vistok.types import Condition, Expands, GeneratorOutput, TokenSpec, as_dataclass
+from vistok.types import Clock, Condition, Expands, GeneratorOutput, TokenSpec, as_dataclass
 
 SIZES = {
     "B": {"dim": 768, "num_layers": 24, "num_heads": 16, "mlp_dim": 3072},
@@ -196,6 +196,7 @@ class RAR(AutoregressiveGenerator):
         *,
         draws: Draws | None = None,
         weights: Tensor | None = None,
+        clock: Clock | None = None,
         tokenizer: Expands | None = None,
     ) -> GeneratorOutput:
         """Cross entropy in nats per token; metric "accuracy". Predictions (B, L, V) are in the order of ``draws``.

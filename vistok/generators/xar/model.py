@@ -34,7 +34,7 @@ from vistok.nn.modulation import modulate
 from vistok.nn.norms import RMSNorm
 from vistok.nn.rotary import FixedRotation, Rotation, rotation_table
 from vistok.nn.timesteps import TimestepEmbedding
-from vistok.types import Condition, Expands, GeneratorOutput, TokenSpec, as_dataclass
+from vistok.types import Clock, Condition, Expands, GeneratorOutput, TokenSpec, as_dataclass
 
 SIZES = {
     "B": {"dim": 768, "num_encoder_layers": 8, "num_decoder_layers": 8, "num_heads": 12},
@@ -225,6 +225,7 @@ class XAR(ContinuousGenerator):
         *,
         draws: Draws | None = None,
         weights: Tensor | None = None,
+        clock: Clock | None = None,
         tokenizer: Expands | None = None,
     ) -> GeneratorOutput:
         """Mean squared error of the velocities noise - data, the entities noisy each at its own level.

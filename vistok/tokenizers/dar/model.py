@@ -33,7 +33,7 @@ from vistok.tokenizers.dar.networks import (
     VelocityNetwork,
     plain_norm,
 )
-from vistok.types import Condition, TokenizerOutput, TokenSpec, as_dataclass
+from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec, as_dataclass
 
 PATH = LinearPath(noise_at=0)
 VELOCITY = VelocityConfig()
@@ -318,7 +318,7 @@ class DAR(Tokenizer):
         *,
         condition: Condition | None = None,
         target: Tensor | None = None,
-        step: int | None = None,
+        clock: Clock | None = None,
         draws: Draws | None = None,
     ) -> TokenizerOutput:
         """One random time per image: the term "flow" (B,) is the squared error of the velocity there, relative to the

@@ -32,7 +32,7 @@ from vistok.tokenizers.flextok.networks import (
     denoise,
 )
 from vistok.tokenizers.kl_vae import KLVAE
-from vistok.types import Condition, TokenizerOutput, TokenSpec, as_dataclass
+from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec, as_dataclass
 
 D12 = TrunkConfig(dim=768, num_layers=12)
 TIMES = TimeSampling("mode", mode_scale=0.25)
@@ -322,7 +322,7 @@ class FlexTok(Tokenizer):
         *,
         condition: Condition | None = None,
         target: Tensor | None = None,
-        step: int | None = None,
+        clock: Clock | None = None,
         draws: Draws | None = None,
     ) -> TokenizerOutput:
         """The loss term "flow", (B,): the mean squared error of the velocity at one random time per image.

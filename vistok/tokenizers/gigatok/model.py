@@ -32,7 +32,7 @@ from vistok.tokenizers.gigatok.networks import (
     TransformerSize,
     initialise,
 )
-from vistok.types import Condition, TokenizerOutput, TokenSpec, as_dataclass
+from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec, as_dataclass
 
 CHANNEL_MULT = (1, 1, 2, 2, 4)
 ALIGNMENT = AlignmentConfig()
@@ -236,7 +236,7 @@ class GigaTok(Tokenizer):
         *,
         condition: Condition | None = None,
         target: Tensor | None = None,
-        step: int | None = None,
+        clock: Clock | None = None,
         draws: Draws | None = None,
     ) -> TokenizerOutput:
         """The term "feature" is the mean squared error of the decoder's feature map; the encoder's counts as constant.
@@ -261,7 +261,7 @@ class GigaTok(Tokenizer):
             features["alignment"] = decoded.aligned
         losses = quantized.losses | {"feature": F.mse_loss(decoded.spatial, spatial.detach())}
         reconstructions = {"main": self.decoder(decoded.spatial)}
-        if self.training and step is not None and step < self.direct_until:
+        if self.training and clock is not None and clock.step < self.direct_until:
             reconstructions["direct"] = self.decoder(spatial)
         return TokenizerOutput(reconstructions, quantized.ids, losses, features)
 

@@ -18,7 +18,7 @@ from vistok.quantizers import StochasticQuantizer, VectorQuantizer
 from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.larp import official
 from vistok.tokenizers.larp.networks import Decoder, Encoder, LatentNorm, NormOfLatents, Table, TransformerConfig
-from vistok.types import Condition, TokenizerOutput, TokenSpec, as_dataclass
+from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec, as_dataclass
 
 TYPES = ("patches", "queries", "latents", "patch_queries")
 L = {"dim": 768, "num_layers": 12, "num_heads": 12}
@@ -223,7 +223,7 @@ class LARP(Tokenizer):
         *,
         condition: Condition | None = None,
         target: Tensor | None = None,
-        step: int | None = None,
+        clock: Clock | None = None,
         draws: Draws | None = None,
     ) -> TokenizerOutput:
         """The training pass. Features: "latents" (B, n, d) and "quantized", the codes (B, n, d)."""

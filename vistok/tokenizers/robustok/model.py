@@ -22,7 +22,7 @@ from vistok.quantizers import VectorQuantizer
 from vistok.tokenizers.base import Tokenizer, image_sides
 from vistok.tokenizers.robustok import official
 from vistok.tokenizers.robustok.networks import Backbone, Decoder, Encoder
-from vistok.types import Condition, TokenizerOutput, TokenSpec
+from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec
 
 
 class RobusTok(Tokenizer):
@@ -136,7 +136,7 @@ class RobusTok(Tokenizer):
         *,
         condition: Condition | None = None,
         target: Tensor | None = None,
-        step: int | None = None,
+        clock: Clock | None = None,
         draws: Draws | None = None,
     ) -> TokenizerOutput:
         """Features "latents", "quantized" (B, N, code dim)."""

@@ -38,7 +38,7 @@ from vistok.tokenizers.titok.networks import (
     initialise,
     learned,
 )
-from vistok.types import Condition, TokenizerOutput, TokenSpec, as_dataclass
+from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec, as_dataclass
 
 Bottleneck = Literal["vq", "vae"]
 Output = Literal["pixels", "codes", "codec"]
@@ -234,7 +234,7 @@ class TiTok(Tokenizer):
         *,
         condition: Condition | None = None,
         target: Tensor | None = None,
-        step: int | None = None,
+        clock: Clock | None = None,
         draws: Draws | None = None,
     ) -> TokenizerOutput:
         """Terms "codebook", "commitment" (B, N), or "kl", nats per image (B,); features "latents", "quantized", and

@@ -1,0 +1,27 @@
+"""Names of parameters in configs: patterns, as of file names."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from fnmatch import fnmatchcase
+
+from vistok.config import ConfigError
+
+
+def matching(names: Collection[str], patterns: Iterable[str], key: str) -> set[str]:
+    """The names that fit any of the patterns, as file names do: ``*`` is anything.
+
+    Args:
+        key: of the config, for messages.
+
+    Raises:
+        ConfigError: a pattern that none fits.
+    """
+    found = set()
+    for pattern in patterns:
+        fitting = [name for name in names if fnmatchcase(name, pattern)]
+        if not fitting:
+            tops = sorted({name.partition(".")[0] for name in names})
+            raise ConfigError(f"{key}: no parameter is called {pattern!r}; their names begin with {', '.join(tops)}")
+        found.update(fitting)
+    return found

@@ -1,0 +1,255 @@
+"""Who is trained: modules with an optimizer each, and the average of the model, on one process or over many."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vistok.checkpoints import CheckpointError
+from vistok.train.config import MODEL, PlayerConfig, TrainingConfig
+from vistok.train.optim import AveragedModel, build_optimizer, load_named_state, lr_factor, named_state
+from vistok.train.parallel import (
+    checkpoint_activations,
+    clip_grad_norm,
+    load_whole_state_dict,
+    replicating,
+    shard,
+    wants_fsdp2,
+    whole,
+    whole_state_dict,
+)
+from vistok.train.tasks import Learner, Task
+from vistok.types import AfterBackward
+
+EXPORTED = Learner.EXPORTED
+
+
+class Player:
+    """One module that is trained, on its device, with its optimizer, schedule and clipping.
+
+    Args:
+        module: as the task made it.
+        wrapped: the module as it is called in training, so that gradients are averaged over processes.
+        prefix: of the names of its loss and gradient norm in logs.
+
+    Attributes:
+        scaler: of its loss in fp16, or None.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        wrapped: nn.Module,
+        config: PlayerConfig,
+        training: TrainingConfig,
+        device: torch.device,
+        *,
+        prefix: str,
+    ):
+        self.module, self.wrapped, self.prefix = module, wrapped, prefix
+        self._max_norm = config.max_grad_norm
+        self._lr_factor = lr_factor(config.lr_scheduler, training.max_steps, config.optimizer.lr)
+        self.optimizer = build_optimizer(_names(module).items(), config.optimizer)
+        fp16 = training.mixed_precision == "fp16"
+        self.scaler = torch.amp.GradScaler(device.type) if fp16 else None
+
+    @property
+    def lr(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def begin(self, step: int) -> None:
+        """Learning rates become those of ``step``."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self._lr_factor(step)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add up the gradients of a loss."""
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def move(self) -> dict[str, Tensor]:
+        """Apply the gradients; their norm, if they are clipped."""
+        with replicating():
+            for module in self.module.modules():
+                if module.training and isinstance(module, AfterBackward):
+                    module.after_backward()
+        norms = {}
+        if self._max_norm:
+            if self.scaler is not None:
+                self.scaler.unscale_(self.optimizer)
+            norms[f"{self.prefix}grad_norm"] = clip_grad_norm(self.module.parameters(), self._max_norm)
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norms
+
+    def state_dict(self) -> dict[str, Any]:
+        """What ``load_state_dict`` needs. Shards are gathered, so all processes must call it."""
+        return {
+            "weights": whole_state_dict(self.module),
+            "optimizer": named_state(self.optimizer, _names(self.module)),
+            "scaler": None if self.scaler is None else self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to a state, of a run on any number of processes, sharded or not; all processes must call it.
+
+        Raises:
+            CheckpointError: a state of another module.
+        """
+        load_whole_state_dict(self.module, state["weights"], source="the checkpoint")
+        load_named_state(self.optimizer, _names(self.module), state["optimizer"])
+        if self.scaler is not None and state["scaler"] is not None:
+            self.scaler.load_state_dict(state["scaler"])
+
+
+class Players:
+    """All players of a task, and the average of what is exported.
+
+    Attributes:
+        wrapped: what to call in training, by name.
+        average: the averaged weights, or None. Never wrapped, but sharded like the model.
+    """
+
+    def __init__(self, task: Task, training: TrainingConfig, accelerator):
+        self._learner, self._accelerator = task.learner, accelerator
+        self._sharded = wants_fsdp2(training, task) and accelerator.num_processes > 1
+        self._players: dict[str, Player] = {}
+        self.average = self._whole = None
+        for network in task.frozen().values():
+            network.to(accelerator.device)
+        for name, module in task.players().items():
+            module.train().to(accelerator.device)
+            if name == MODEL:
+                self._prepare(module, training)
+            self._players[name] = Player(
+                module,
+                self._wrap(name, module, changing=task.changing_parameters),
+                task.player_config(name),
+                training,
+                accelerator.device,
+                prefix=task.metric_prefixes[name],
+            )
+        self.wrapped = {name: player.wrapped for name, player in self._players.items()}
+
+    def _prepare(self, learner: Learner, training: TrainingConfig) -> None:
+        """Average, checkpoint, compile and shard the model."""
+        device = self._accelerator.device
+        self.average = AveragedModel(learner.model, training.ema_decay) if training.ema_decay else None
+        if self._sharded and self._accelerator.is_main_process:
+            # Where a whole model is needed (pictures, export), process 0 gathers the shards into this one.
+            self._whole = copy.deepcopy(learner).cpu()
+        if training.activation_checkpointing:
+            checkpoint_activations(learner.model)
+        if training.compile:
+            learner.model.compile()
+        if self._sharded:
+            shard(learner, device, mixed_precision=training.mixed_precision)
+            if self.average:
+                shard(self.average.model, device)
+
+    def _wrap(self, name: str, module: nn.Module, *, changing: bool) -> nn.Module:
+        """Replicate a player on several processes, but for a model that is sharded. Other players are small."""
+        device = self._accelerator.device
+        if self._accelerator.num_processes == 1 or (self._sharded and name == MODEL):
+            return module
+        return nn.parallel.DistributedDataParallel(
+            module, device_ids=[device.index] if device.type == "cuda" else None, find_unused_parameters=changing
+        )
+
+    def __getitem__(self, name: str) -> Player:
+        return self._players[name]
+
+    @property
+    def lr(self) -> float:
+        """The model's learning rate."""
+        return self._players[MODEL].lr
+
+    def begin(self, step: int) -> None:
+        """Learning rates become those of ``step``."""
+        for player in self._players.values():
+            player.begin(step)
+
+    def move(self, name: str) -> dict[str, Tensor]:
+        """Apply a player's gradients; their norm, if they are clipped."""
+        norms = self._players[name].move()
+        if name == MODEL and self.average is not None:
+            self.average.update(self._learner.model)
+        return norms
+
+    @contextmanager
+    def gathering(self) -> Iterator[None]:
+        """Meanwhile gradients are only added up on each process."""
+        with ExitStack() as stack:
+            for player in self._players.values():
+                stack.enter_context(self._accelerator.no_sync(player.wrapped))
+            yield
+
+    @contextmanager
+    def best(self) -> Iterator[Learner | None]:
+        """The learner with the averaged model where there is one, in evaluation mode meanwhile.
+
+        All processes must enter; of a sharded model, process 0 gets a whole copy and the others None.
+        """
+        model = self._learner.model if self.average is None else self.average.model
+        if self._sharded:
+            others = {key: whole(tensor) for key, tensor in _others(self._learner.state_dict()).items()}
+            state, learner = {EXPORTED + key: whole(tensor) for key, tensor in model.state_dict().items()}, self._whole
+            if learner is not None:
+                learner.load_state_dict(others | state)
+        else:
+            learner = self._learner.with_model(model)
+        if learner is not None:
+            learner.eval()
+        yield learner
+        self._learner.train()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that ``load_state_dict`` needs; all processes must call it. "model" is what is exported, under its
+        own names, and the average's "model" alike."""
+        players = {name: player.state_dict() for name, player in self._players.items()}
+        weights, average = players[MODEL]["weights"], self.average
+        players[MODEL]["weights"] = _others(weights)
+        return {
+            "model": {key.removeprefix(EXPORTED): weights[key] for key in weights if key.startswith(EXPORTED)},
+            "average": average and {"model": whole_state_dict(average.model), "updates": average.updates},
+            "players": players,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to a state, of a run on any number of processes, sharded or not; all processes must call it.
+
+        Raises:
+            CheckpointError: a state of another model, or of a version whose optimizers were saved otherwise.
+        """
+        if "players" not in state:
+            raise CheckpointError(
+                "the checkpoint was saved by an earlier version of vistok, whose runs this one cannot go on with; "
+                "start a new run from its weights with init_from=RUN, or go on with that version"
+            )
+        for name, player in self._players.items():
+            saved = dict(state["players"][name])
+            if name == MODEL:
+                saved["weights"] |= {EXPORTED + key: tensor for key, tensor in state["model"].items()}
+            player.load_state_dict(saved)
+        if self.average is not None:
+            saved = state["average"]
+            load_whole_state_dict(self.average.model, saved["model"], source="the checkpoint's average")
+            self.average.updates = saved["updates"]
+
+
+def _names(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by the names that configs and checkpoints know."""
+    return module.parameters_by_name() if isinstance(module, Learner) else dict(module.named_parameters())
+
+
+def _others(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A learner's state without what is exported."""
+    return {key: tensor for key, tensor in weights.items() if not key.startswith(EXPORTED)}

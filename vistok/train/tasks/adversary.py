@@ -1,0 +1,158 @@
+"""The discriminator's side of a tokenizer's training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from vistok.config import ConfigError, check, check_least, nearest
+from vistok.draws import Keys
+from vistok.losses import (
+    DiffAugment,
+    DINODiscriminator,
+    Discriminator,
+    DiscriminatorLoss,
+    GeneratorLoss,
+    LeCam,
+    PatchGAN,
+    PooledDiscriminator,
+    Smoothing,
+    StyleGANDiscriminator,
+    ViTDiscriminator,
+    r1_penalty,
+)
+from vistok.losses.augment import NUM_UNIFORMS
+
+DISCRIMINATORS: dict[str, type[Discriminator]] = {
+    "patchgan": PatchGAN,
+    "stylegan": StyleGANDiscriminator,
+    "dino": DINODiscriminator,
+    "vit": ViTDiscriminator,
+    "pooled": PooledDiscriminator,
+}
+
+
+@dataclass(frozen=True)
+class GanConfig:
+    """The adversarial part of a tokenizer's objective.
+
+    Attributes:
+        weight: of the generator's loss, from ``start_step`` on.
+        loss: vanilla (binary cross entropy, halved as in VQGAN), non_saturating (not halved, as in StyleGAN2 and LARP),
+            hinge, or least_squares.
+        discriminator: {name: patchgan | stylegan | dino | vit | pooled, ...arguments of that discriminator}.
+        start_step: the first step at which the adversary takes part.
+        every_n_steps: the adversary learns on every n-th step only.
+        order: who moves first.
+        balance: ``fixed`` applies ``weight`` as it is; ``adaptive`` scales it by the ratio of the reconstruction's and
+            the adversary's gradients at the decoder's last layer (VQGAN, arXiv 2012.09841, eq. 7).
+        augment: arguments of ``DiffAugment``, through which the adversary sees all images; null is without.
+        smoothing: soft, random targets of the cross entropies; null are targets of 0 and 1.
+        r1_weight, r1_every: gradient penalty on real images, taken every so many steps and scaled up accordingly.
+        lecam_weight: weight of the LeCam regulariser (arXiv 2104.03310).
+        lecam_decay, lecam_update, lecam_compare: see ``LeCam``.
+        lr: the discriminator's learning rate; None takes the optimizer's. More in ``players.adversary``.
+    """
+
+    weight: float
+    loss: Literal["vanilla", "non_saturating", "hinge", "least_squares"] = "hinge"
+    discriminator: dict[str, Any] = field(default_factory=lambda: {"name": "patchgan"})
+    start_step: int = 0
+    every_n_steps: int = 1
+    order: Literal["model_first", "adversary_first"] = "model_first"
+    balance: Literal["fixed", "adaptive"] = "fixed"
+    augment: dict[str, Any] | None = None
+    smoothing: Smoothing | None = None
+    r1_weight: float = 0.0
+    r1_every: int = 16
+    lecam_weight: float = 0.0
+    lecam_decay: float = 0.999
+    lecam_update: Literal["after_use", "before_use"] = "after_use"
+    lecam_compare: Literal["logits", "batch_means"] = "logits"
+    lr: float | None = None
+
+    def __post_init__(self) -> None:
+        check_least(self, weight=0, start_step=0, every_n_steps=1, r1_weight=0, r1_every=1, lecam_weight=0)
+        DiscriminatorLoss(self.loss, self.smoothing)  # refuses smoothing of other losses
+        LeCam(self.lecam_decay)
+
+
+class Adversary(nn.Module):
+    """A discriminator with its losses. Images are in the tokenizer's native range.
+
+    Args:
+        config: the ``losses.gan`` section.
+        input_shape: (C, H, W) of the images, or (C, T, H, W) of the clips.
+    """
+
+    def __init__(self, config: GanConfig, input_shape: tuple[int, ...]):
+        super().__init__()
+        self.config = config
+        self.discriminator = build_discriminator(config, input_shape)
+        self.generator_loss = GeneratorLoss(config.loss)
+        self.discriminator_loss = DiscriminatorLoss(config.loss, config.smoothing)
+        augment = None if config.augment is None else check(DiffAugment, config.augment, "losses.gan.augment")
+        self.augment = None if augment is None else DiffAugment(**augment)
+        options = config.lecam_decay, config.lecam_update, config.lecam_compare
+        self.lecam = LeCam(*options) if config.lecam_weight else None
+
+    def fool(self, fake: Tensor, keys: Keys) -> Tensor:
+        """The generator's loss for reconstructions (B, C, H, W); the discriminator gets no gradient.
+
+        Args:
+            keys: of the images in this step.
+        """
+        self.discriminator.requires_grad_(False)
+        loss = self.generator_loss(self._judge(fake, keys, "fool"))
+        self.discriminator.requires_grad_(True)
+        return loss
+
+    def _judge(self, images: Tensor, keys: Keys, use: str) -> Tensor:
+        """Logits of images as the discriminator gets to see them; ``use`` tells several views of one step apart."""
+        if self.augment is not None:
+            uniforms = keys.uniform(f"augment {use}", NUM_UNIFORMS).to(images.device)
+            images = self.augment(images, uniforms.T)
+        if self.discriminator.num_uniforms == 0:
+            return self.discriminator(images)
+        of_batch = Keys(keys.seed, (0,), keys.step)
+        uniforms = of_batch.uniform(f"discriminator {use}", self.discriminator.num_uniforms)[0]
+        return self.discriminator(images, uniforms)
+
+    def forward(self, real: Tensor, fake: Tensor, keys: Keys) -> dict[str, Tensor]:
+        """The discriminator's terms for real images and detached reconstructions: "d_loss" is their sum.
+
+        Args:
+            keys: of the images in this step.
+        """
+        logits_real, logits_fake = self._judge(real, keys, "real"), self._judge(fake.detach(), keys, "fake")
+        terms = {"d_loss": self._loss(logits_real, logits_fake, keys)}
+        terms |= {"d_real": logits_real.detach().mean(), "d_fake": logits_fake.detach().mean()}
+        if self.lecam is not None:
+            terms["d_lecam"] = self.lecam(logits_real, logits_fake)
+            terms["d_loss"] = terms["d_loss"] + self.config.lecam_weight * terms["d_lecam"]
+        if self.config.r1_weight and keys.step % self.config.r1_every == 0:
+            # Taken rarely and scaled up: "lazy regularisation" of StyleGAN2 (arXiv 1912.04958, appendix B).
+            terms["d_r1"] = r1_penalty(self.discriminator, real)
+            scale = self.config.r1_weight * self.config.r1_every / 2
+            terms["d_loss"] = terms["d_loss"] + scale * terms["d_r1"]
+        return terms
+
+    def _loss(self, logits_real: Tensor, logits_fake: Tensor, keys: Keys) -> Tensor:
+        if self.config.smoothing is None:
+            return self.discriminator_loss(logits_real, logits_fake)
+        shape = logits_real.shape[1:]
+        noise = tuple(keys.normal(f"smoothing {side}", *shape).to(logits_real.device) for side in ("real", "fake"))
+        return self.discriminator_loss(logits_real, logits_fake, noise=noise)
+
+
+def build_discriminator(config: GanConfig, input_shape: tuple[int, ...]) -> Discriminator:
+    arguments = dict(config.discriminator)
+    name = arguments.pop("name", "patchgan")
+    if name not in DISCRIMINATORS:
+        near = nearest(name, tuple(DISCRIMINATORS))
+        hint = f"; did you mean {near!r}?" if near else ""
+        raise ConfigError(f"losses.gan.discriminator.name: unknown {name!r}{hint} Known: {', '.join(DISCRIMINATORS)}.")
+    kind = DISCRIMINATORS[name]
+    return kind(**check(kind, kind.arguments_for(input_shape) | arguments, "losses.gan.discriminator"))

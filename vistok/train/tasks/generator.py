@@ -1,0 +1,190 @@
+"""The task of generators: predict the tokens of a tokenizer, given a condition if there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from vistok.config import ConfigError, check
+from vistok.data.loader import Loader
+from vistok.data.pictures import grid
+from vistok.data.tokens import TokenBatch, TokenCache, TokenMixture, token_evaluation_loader, token_loader
+from vistok.draws import Draws, Keys, draws_on
+from vistok.generators.base import Generator
+from vistok.pipelines import Pipeline
+from vistok.pipelines.folders import GENERATOR, TOKENIZER, load_tokenizer, write_settings
+from vistok.text import TEXT, copy_encoders
+from vistok.train.config import MODEL, RunConfig
+from vistok.train.tasks.base import Learner, Task, Turn
+from vistok.types import Clock, Condition, ConditionSpec, GeneratorOutput, TokenSpec, to_json
+
+
+@dataclass(frozen=True)
+class GeneratorRun(RunConfig):
+    """The run of a generator.
+
+    Attributes:
+        tokens: token cache folder; or several, of the same images by the same tokenizer, of which every epoch draws one
+            anew for each image.
+        token_weights: how often each of several token caches is drawn, relative to the others; all alike by default.
+        condition: what of the tokens' condition the generator learns: of ``labels``, ``ids``, ``features`` and
+            ``given``; all that the cache has by default, nothing with [].
+        sampling: default sampling options, saved with the pipeline and used for its pictures.
+    """
+
+    needed = "tokens"
+    kind = "generator"
+
+    tokens: str | tuple[str, ...] | None = None
+    token_weights: tuple[float, ...] | None = None
+    condition: tuple[str, ...] | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)
+
+
+class GeneratorLearner(Learner):
+    """A generator, whose loss is its own."""
+
+    model: Generator
+
+    def forward(self, tokens: Tensor, condition: Condition, clock: Clock, draws: Draws) -> GeneratorOutput:
+        return self.model(tokens, condition, draws=draws, clock=clock)
+
+
+class GeneratorTask(Task):
+    """Predict cached tokens, given what they are conditioned on."""
+
+    config_type = GeneratorRun
+    config: GeneratorRun
+    learner: GeneratorLearner
+    unit = "tokens_per_second"
+
+    def __init__(self, config: GeneratorRun, rank: int, world_size: int):
+        folders = [config.tokens] if isinstance(config.tokens, str) else config.tokens
+        cache = TokenMixture([TokenCache(folder) for folder in folders], config.token_weights)
+        self.tokenizer = load_tokenizer(cache.folder)
+        cache.check_tokenizer(self.tokenizer.fingerprint())
+        condition = _chosen_parts(cache, config.condition)
+        self.classes = cache.classes if "labels" in condition.parts else ()
+        spec = TokenSpec(**cache.spec)
+        self.config, self.seed, self.length = config, config.seed, spec.length
+        derived = config.model_entry().load().condition_arguments(condition)
+        self.learner = GeneratorLearner(config.build_model({"spec": to_json(spec), **derived}))
+        check(self.model.options_type, config.sampling, "sampling")
+        self.cache_folder = cache.folder
+        self.loader = token_loader(
+            cache,
+            config.training.batch_size,
+            seed=config.seed,
+            rank=rank,
+            world_size=world_size,
+            parts=condition.parts,
+        )
+        self.held_out = _held_out_tokens(config, cache, condition.parts)
+
+    def losses(self, players: Mapping[str, nn.Module], batch: TokenBatch, clock: Clock) -> Iterator[Turn]:
+        output = self._output(players[MODEL], batch, clock, self._draws(batch, clock.step))
+        yield Turn(MODEL, output.loss, {"loss": output.loss.detach()} | output.metrics)
+
+    def _draws(self, batch: TokenBatch, step: int) -> Draws:
+        return self.model.training_draws(Keys.of(self.seed, batch.indices, step))
+
+    def _output(self, learner: nn.Module, batch: TokenBatch, clock: Clock, draws: Draws) -> GeneratorOutput:
+        return learner(batch.tokens, batch.condition, clock, draws_on(draws, batch.tokens.device))
+
+    def _held_out_terms(
+        self, learner: GeneratorLearner, batch: TokenBatch, clock: Clock, number: int
+    ) -> dict[str, Tensor]:
+        draws = self._draws(batch, number)  # of which some may be one for the whole batch: MAR's share of masks
+        draws.pop("drop", None)  # classes stay
+        output = self._output(learner, batch, clock, draws)
+        return {"loss": output.loss} | output.metrics
+
+    def count(self, batch: TokenBatch) -> int:
+        return len(batch.tokens) * self.length
+
+    def sample_name(self, index: int) -> str:
+        return f"{self.cache_folder}[{index}]"
+
+    @torch.no_grad()
+    def show(self, batch: TokenBatch) -> Tensor:
+        return self.tokenizer.eval().decode(batch.tokens).clamp(-1, 1)
+
+    def pipeline(self, model: Generator) -> Pipeline:
+        return Pipeline(self.tokenizer, model, class_names=self.classes, sampling=self.config.sampling)
+
+    def picture(self, model: Generator) -> Image.Image:
+        """Samples, one row per class of the first eight, or per sample of the cache whose condition it has."""
+        rows, columns = min(len(self.classes), 8) or 4, 8
+        reader = self.loader.reader
+        if reader.parts == ("labels",):
+            what = {"class_labels": range(rows), "num_images_per_label": columns}
+        elif reader.parts:
+            shown = np.arange(rows) * len(reader) // rows
+            what = {"condition": reader.load(shown, 0)[0].condition, "num_images_per_label": columns}
+        else:
+            what = {"num_images": rows * columns}
+        pipe = self.pipeline(model)
+        self.tokenizer.to(pipe.device)
+        try:
+            images = pipe(**what, seed=self.seed).images
+        finally:
+            self.tokenizer.to("cpu")  # training needs the memory
+        return grid(images, columns=columns)
+
+    def export(self, folder: Path, model: Generator) -> None:
+        model.save_pretrained(folder / GENERATOR)
+        if not (folder / TOKENIZER).exists():
+            self.tokenizer.save_pretrained(folder / TOKENIZER)
+        if not (folder / TEXT).exists():
+            copy_encoders(self.cache_folder / TEXT, folder / TEXT, self.loader.reader.parts)
+        write_settings(folder, class_names=self.classes, sampling=self.config.sampling)
+
+
+def _chosen_parts(cache: TokenMixture, chosen: Sequence[str] | None) -> ConditionSpec:
+    """What a generator of these tokens is conditioned on: all that they are, or the chosen parts of it."""
+    parts = cache.condition_spec.parts if chosen is None else chosen
+    missing = [part for part in parts if part not in cache.condition_spec.parts]
+    if missing:
+        raise ConfigError(
+            f"condition names {missing[0]!r}, but {cache.folder} has {' and '.join(cache.condition_spec.parts) or 'no'}"
+            " conditions; `vistok tokenize` makes ids and features of captions"
+        )
+    return cache.condition_spec.only(parts)
+
+
+def _held_out_tokens(config: GeneratorRun, trained: TokenMixture, parts: Sequence[str]) -> Loader[TokenBatch] | None:
+    if config.validation is None:
+        return None
+    cache = TokenCache(config.validation.tokens)
+    cache.check_tokenizer(trained.tokenizer_hash)
+    if cache.classes != trained.classes:
+        differing = sorted(set(cache.classes) ^ set(trained.classes))
+        raise ConfigError(
+            f"validation.tokens: {cache.folder} has other classes than {trained.folder} "
+            f"({', '.join(differing[:3]) or 'in another order'}), so its labels mean something else"
+        )
+    texts = [(c.condition_spec.only(parts), {part: c.text.get(part) for part in parts}) for c in (cache, trained)]
+    if texts[0] != texts[1]:
+        raise ConfigError(
+            f"validation.tokens: {cache.folder} is not conditioned as {trained.folder} is: by other parts, or by texts "
+            "of another encoder"
+        )
+    if any(_of_the_same_images(cache, other) for other in trained.caches):
+        raise ConfigError(
+            f"validation.tokens: {cache.folder} holds the images that the run trains on; make a cache of others: "
+            "vistok tokenize … data.split=test"
+        )
+    return token_evaluation_loader(cache, config.training.batch_size, seed=config.seed, parts=parts)
+
+
+def _of_the_same_images(one: TokenCache, other: TokenCache) -> bool:
+    """As far as can be seen: imported caches do not say which images they are of."""
+    known = one.source_fingerprint == other.source_fingerprint != ""
+    return one.folder.samefile(other.folder) or (known and torch.equal(one.labels, other.labels))

@@ -1,0 +1,82 @@
+"""Images of a run: held-out ones, examples for pictures, and how near a reconstruction comes."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vistok.config import ConfigError, check
+from vistok.data.batches import ImageBatch
+from vistok.data.config import DataConfig
+from vistok.data.loader import ImageBatches, Loader, check_failures, evaluation_loader
+from vistok.data.opening import open_source
+from vistok.data.overlap import shared_images
+from vistok.data.sources import ImageSource
+from vistok.data.transforms import ImageTransform
+
+log = logging.getLogger(__name__)
+
+
+def held_out_images(
+    trained: DataConfig, trained_source: ImageSource, changes: dict | None
+) -> Loader[ImageBatch] | None:
+    """The images whose config is that of the trained ones with ``changes``; None if there are none to be.
+
+    Raises:
+        ConfigError: they are the trained ones, or of another shape.
+    """
+    if changes is None:
+        return None
+    values = check(DataConfig, asdict(trained) | changes, "validation.data")
+    try:
+        data = DataConfig(**values)
+        source = open_source(data)
+    except (ValueError, OSError) as error:
+        error.add_note("This is about the held-out images, whose keys are below validation.data.")
+        raise
+    for key in ("image_size", "channels"):
+        asked, own = getattr(data, key), getattr(trained, key)
+        if asked != own:
+            raise ConfigError(f"validation.data.{key} is {asked}, but the run's images have {own}; leave the key out")
+    if all(getattr(data, key) == getattr(trained, key) for key in ("source", "root", "name", "split")):
+        raise ConfigError("validation.data names the images that the run trains on; name others: split=test, or a root")
+    shared = shared_images(trained_source, source)
+    if shared.found == shared.looked_at:
+        raise ConfigError(
+            "validation.data names the images that the run trains on, by another name or in a copy "
+            f"(such as {shared.example}); name others: split=test, or a root"
+        )
+    if shared.found:
+        log.warning("%s", shared)
+    return evaluation_loader(source, data)
+
+
+def example_images(source: ImageSource, data: DataConfig, count: int = 8) -> Tensor:
+    """A few images, evenly spread over the source, as evaluation sees them: (at most ``count``, C, H, W) in [-1, 1].
+
+    Of each of ``count`` equal parts of the source it is the first image that can be read.
+
+    Raises:
+        TooManyUnreadableError: the ones that cannot be read are more than 1 % of the source.
+    """
+    reader = ImageBatches(source, ImageTransform(data.image_size, data.crop).without_augmentation())
+    count, pixels, failures = min(count, len(source)), [], {}
+    for part in range(count):
+        for index in range(part * len(source) // count, (part + 1) * len(source) // count):
+            batch, failed = reader.load(np.array([index]), epoch=0)
+            failures |= failed
+            if not failed:
+                pixels.append(batch.pixels)
+                break
+    check_failures(failures, len(source))
+    return torch.cat(pixels)
+
+
+def psnr(reconstruction: Tensor, target: Tensor) -> Tensor:
+    """Mean over images of the PSNR in dB, for pixels in [-1, 1]; the reconstruction is clamped."""
+    error = (reconstruction.clamp(-1, 1) - target).square().flatten(1).mean(1)
+    return (10 * torch.log10(4 / error.clamp_min(1e-12))).mean()

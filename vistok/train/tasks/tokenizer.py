@@ -1,0 +1,246 @@
+"""The task of tokenizers: reconstruct images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from PIL import Image
+from torch import Tensor, nn
+
+from vistok.config import ConfigError, check
+from vistok.data.batches import ImageBatch
+from vistok.data.config import DataConfig
+from vistok.data.loader import training_loader
+from vistok.data.opening import open_source
+from vistok.data.pictures import comparison
+from vistok.draws import Draws, Keys, draws_on
+from vistok.losses import adaptive_weight
+from vistok.pipelines.folders import TOKENIZER
+from vistok.tokenizers.base import Tokenizer
+from vistok.train.config import MODEL, PlayerConfig, RunConfig
+from vistok.train.monitor import CodebookMonitor, CodebookWatch
+from vistok.train.tasks.adversary import Adversary, GanConfig
+from vistok.train.tasks.base import Learner, Task, Turn
+from vistok.train.tasks.images import example_images, held_out_images, psnr
+from vistok.train.tasks.objective import TokenizerObjective
+from vistok.types import Clock, TokenizerOutput
+
+ADVERSARY = "adversary"
+STANDARDISED_ON = 256
+"""Images that the mean and the scale of continuous latents are measured on."""
+
+
+@dataclass(frozen=True)
+class TokenizerRun(RunConfig):
+    """The run of a tokenizer.
+
+    Attributes:
+        losses: terms by name, a weight or a section each (see ``TokenizerObjective``); ``gan`` is the adversary's.
+        data: the images.
+    """
+
+    needed = "data"
+    kind = "tokenizer"
+
+    losses: dict[str, Any] = field(default_factory=dict)
+    data: DataConfig | None = None
+
+    def check_sections(self) -> None:
+        super().check_sections()
+        if not self.losses:
+            raise ConfigError("losses is empty; give at least one weight, for example losses.l2=1.0")
+
+
+class TokenizerLearner(Learner):
+    """A tokenizer and its objective."""
+
+    model: Tokenizer
+
+    def __init__(self, model: Tokenizer, objective: TokenizerObjective):
+        super().__init__(model)
+        self.objective = objective
+
+    def forward(
+        self, pixels: Tensor, target: Tensor | None, clock: Clock, draws: Draws
+    ) -> tuple[TokenizerOutput, dict[str, Tensor]]:
+        """The tokenizer's output for pixels (B, C, H, W), or clips, and the unweighted terms of its objective.
+
+        Args:
+            target: what to reconstruct where it is not the pixels.
+        """
+        output = self.model(pixels, target=target, clock=clock, draws=draws)
+        return output, self.objective(output, pixels if target is None else target, clock, draws)
+
+    def training_draws(self, keys: Keys) -> Draws:
+        return self.model.training_draws(keys) | self.objective.training_draws(keys)
+
+
+class TokenizerTask(Task):
+    """Reconstruct images; see ``TokenizerObjective`` and ``Adversary``."""
+
+    config_type = TokenizerRun
+    metric_prefixes: ClassVar[Mapping[str, str]] = {MODEL: "", ADVERSARY: "d_"}
+    config: TokenizerRun
+    learner: TokenizerLearner
+    unit = "images_per_second"
+
+    def __init__(self, config: TokenizerRun, rank: int, world_size: int):
+        source = open_source(config.data)
+        model = config.build_model(config.model_entry().load().arguments_from(config.data))
+        self.config, self.seed = config, config.seed
+        self.learner = TokenizerLearner(model, TokenizerObjective(model, config.losses))
+        self.gan = gan_config(model, config.losses)
+        self.adversary = Adversary(self.gan, model.input_shape) if self.gan else None
+        self.loader = training_loader(source, config.data, rank=rank, world_size=world_size)
+        self.held_out = held_out_images(config.data, source, config.validation and config.validation.data)
+        self.codebook = CodebookMonitor(model.spec.codebook_size, _codebook_watch(model, config, world_size))
+        begins = {self.gan.start_step} if self.gan else set()
+        self.objective_changes = tuple(sorted(begins | self.learner.objective.changes))
+        self.changing_parameters = self.learner.objective.changing_parameters
+        self._source = source
+        self._examples = example_images(source, config.data)
+
+    def players(self) -> dict[str, nn.Module]:
+        return super().players() | ({ADVERSARY: self.adversary} if self.adversary is not None else {})
+
+    def player_config(self, name: str) -> PlayerConfig:
+        own = {"lr": self.gan.lr} if name == ADVERSARY and self.gan.lr else {}
+        return self.config.player(name, **own)
+
+    def frozen(self) -> dict[str, nn.Module]:
+        return self.learner.objective.frozen()
+
+    @property
+    def complete_from(self) -> int:
+        return max(self.learner.objective.complete_from, self.gan.start_step if self.gan else 0)
+
+    def check_sharding(self) -> None:
+        if self.gan is not None and self.gan.balance == "adaptive":
+            raise ConfigError("losses.gan.balance=adaptive reads a whole weight, which FSDP2 shards; use fixed, or DDP")
+
+    def losses(self, players: Mapping[str, nn.Module], batch: ImageBatch, clock: Clock) -> Iterator[Turn]:
+        keys = Keys.of(self.seed, batch.indices, clock.step)
+        output, terms = self._output(players[MODEL], batch, clock, keys)
+        self.codebook.add(output.tokens)
+        if self.gan is None or clock.step < self.gan.start_step:
+            yield self._model_turn(output, terms, batch)
+            return
+        real, fake = (self.model.to_native(pixels) for pixels in (_target(batch), output.reconstruction))
+        learns = (clock.step - self.gan.start_step) % self.gan.every_n_steps == 0
+        if learns and self.gan.order == "adversary_first":
+            yield self._adversary_turn(players, real, fake, keys)
+        yield self._model_turn(output, terms, batch, (fake, keys))
+        if learns and self.gan.order == "model_first":
+            yield self._adversary_turn(players, real, fake, keys)
+
+    def _output(
+        self, learner: nn.Module, batch: ImageBatch, clock: Clock, keys: Keys
+    ) -> tuple[TokenizerOutput, dict[str, Tensor]]:
+        draws = draws_on(self.learner.training_draws(keys), batch.pixels.device)
+        return learner(batch.pixels, batch.target, clock, draws)
+
+    def _model_turn(
+        self,
+        output: TokenizerOutput,
+        terms: dict[str, Tensor],
+        batch: ImageBatch,
+        shown: tuple[Tensor, Keys] | None = None,
+    ) -> Turn:
+        """The learner's turn; ``shown`` is what the adversary gets to see, with its keys, if it takes part."""
+        total = self.learner.objective.total(terms)
+        if shown is not None:
+            g_loss = self.adversary.fool(*shown)
+            total = total + self._gan_weight(terms, g_loss) * g_loss
+            terms = terms | {"g_loss": g_loss}
+        logged = {name: value.detach() for name, value in terms.items()}
+        return Turn(MODEL, total, {"loss": total.detach()} | logged | _psnr_of(output, _target(batch)))
+
+    def _gan_weight(self, terms: Mapping[str, Tensor], g_loss: Tensor) -> Tensor | float:
+        if self.gan.balance == "fixed":
+            return self.gan.weight
+        reconstruction = self.learner.objective.reconstruction_total(terms)
+        return self.gan.weight * adaptive_weight(reconstruction, g_loss, self.model.last_layer)
+
+    def _adversary_turn(self, players: Mapping[str, nn.Module], real: Tensor, fake: Tensor, keys: Keys) -> Turn:
+        terms = players[ADVERSARY](real, fake.detach(), keys)
+        return Turn(ADVERSARY, terms["d_loss"], terms)
+
+    def _held_out_terms(
+        self, learner: TokenizerLearner, batch: ImageBatch, clock: Clock, number: int
+    ) -> dict[str, Tensor]:
+        keys = Keys.of(self.seed, batch.indices, 0)  # each image has draws of its own, in whichever batch
+        output, terms = self._output(learner, batch, clock, keys)
+        return {"loss": learner.objective.total(terms)} | terms | _psnr_of(output, _target(batch))
+
+    def window_metrics(self) -> dict[str, Tensor]:
+        return self.codebook.read()
+
+    def warning(self, step: int, row: dict[str, float]) -> str | None:
+        return self.codebook.warning(step, row)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"codebook": self.codebook.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any], *, first_process: bool) -> None:
+        self.codebook.load_state_dict(state["codebook"], first_process=first_process)
+
+    def count(self, batch: ImageBatch) -> int:
+        return len(batch.pixels)
+
+    def sample_name(self, index: int) -> str:
+        return self._source.name(index)
+
+    def show(self, batch: ImageBatch) -> Tensor:
+        return batch.pixels
+
+    def picture(self, model: Tokenizer) -> Image.Image:
+        """Originals over reconstructions."""
+        examples = self._examples.to(next(model.parameters()).device)
+        return comparison(examples, model.reconstruct(examples))
+
+    def export(self, folder: Path, model: Tokenizer) -> None:
+        if not model.spec.discrete:
+            device = next(model.parameters()).device
+            model.standardise(example_images(self._source, self.config.data, STANDARDISED_ON).to(device))
+        model.save_pretrained(folder / TOKENIZER)
+
+
+def gan_config(tokenizer: Tokenizer, losses: Mapping[str, Any]) -> GanConfig | None:
+    """The ``gan`` section of ``losses``, or None."""
+    section = losses.get("gan")
+    if section is None:
+        return None
+    if not tokenizer.reconstructs:
+        raise ConfigError(
+            f"losses.gan: {type(tokenizer).__name__} is not trained through its pixels, a GAN has no input"
+        )
+    return GanConfig(**check(GanConfig, section, "losses.gan"))
+
+
+def _codebook_watch(tokenizer: Tokenizer, config: TokenizerRun, world_size: int) -> CodebookWatch | None:
+    """Only discrete tokenizers have a codebook; the remedies are those that this one offers and does not use yet."""
+    if not tokenizer.spec.discrete:
+        return None
+    training, size = config.training, tokenizer.spec.codebook_size
+    images = config.data.batch_size * world_size * training.gradient_accumulation_steps * max(training.log_every, 1)
+    possible = 1 - (1 - 1 / size) ** (images * tokenizer.spec.length * tokenizer.spec.depth)
+    arguments, remedies = tokenizer.config, []
+    if arguments.get("codebook_restart_after") == 0:
+        remedies.append("restart dead codes (model.codebook_restart_after=100)")
+    if arguments.get("codebook_l2_norm") is False:
+        remedies.append("compare normalised codes (model.codebook_l2_norm=true)")
+    if "entropy_temperature" in arguments and not config.losses.get("entropy"):
+        remedies.append("an entropy loss (model.entropy_temperature=0.01 losses.entropy=0.1)")
+    return CodebookWatch(possible, remedies)
+
+
+def _target(batch: ImageBatch) -> Tensor:
+    return batch.pixels if batch.target is None else batch.target
+
+
+def _psnr_of(output: TokenizerOutput, target: Tensor) -> dict[str, Tensor]:
+    """Of tokenizers whose training reconstructs."""
+    return {} if output.reconstruction is None else {"psnr": psnr(output.reconstruction.detach(), target)}
