@@ -280,6 +280,27 @@ def _refuse_resolvers(value: Any, path: str, source: str) -> None:
         )
 
 
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The keys of two configs whose values differ, as "optimizer.lr: 0.001 -> 0.0001"; old names are today's."""
+    before, after = (_leaves(_plain(values, "")) for values in (old, new))
+    return [
+        f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """Everything in nested mappings by its dotted key."""
+    if not isinstance(value, Mapping) or not value:
+        return {path: value}
+    return {
+        key: leaf
+        for name, part in value.items()
+        for key, leaf in _leaves(part, _join(path, RENAMED.get(name, name))).items()
+    }
+
+
 def save_config(values: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Write ``values`` as YAML, so that :func:`load_config` gives them back (tuples as lists, paths as strings).
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
-from vistok.config import save_config
+from vistok.config import differences, load_config, save_config
 from vistok.data.loader import Failures, TooManyUnreadableError, listed
 from vistok.data.pictures import save_png
 from vistok.data.workers import LoaderWorkerError
@@ -79,7 +79,7 @@ def _train(config: Mapping[str, Any], run: RunConfig, folder: Path, resume: bool
     try:
         trainer = Trainer(run, task, accelerator, folder)
         if resume:
-            trainer.resume()
+            trainer.resume(config)
         if accelerator.is_main_process:  # only now: a config that the checkpoint does not fit must not replace its own
             folder.mkdir(parents=True, exist_ok=True)
             clean(folder)
@@ -118,8 +118,11 @@ class Trainer:
         self.players = Players(task, self.config, accelerator)
         self.step, self.row, self.meter, self.trail = 0, None, Meter(), Trail()
 
-    def resume(self) -> None:
+    def resume(self, config: Mapping[str, Any]) -> None:
         """Go to the newest checkpoint; where there is none yet, stay at the beginning.
+
+        Args:
+            config: the run's, of which it is said what differs from the one that it had so far.
 
         Raises:
             CheckpointError, ValueError: it is of another model, or of other data.
@@ -128,10 +131,23 @@ class Trainer:
         if state is not None:
             self._load(state)
             if self.accelerator.is_main_process:
+                for change in self._changes(config):
+                    log.warning("resumed with another %s", change)
+                if self.step >= self.config.max_steps:
+                    log.warning(
+                        "the run is at step %d already: nothing is left to train up to training.max_steps %d",
+                        self.step,
+                        self.config.max_steps,
+                    )
                 self.checkpoints.judge_again(state)
                 self.checkpoints.prune()  # which the process before may not have lived to
         elif self.accelerator.is_main_process:
             log.warning("%s has no checkpoint yet: training begins at step 0", self.folder)
+
+    def _changes(self, config: Mapping[str, Any]) -> list[str]:
+        """What differs from the config that the run folder has."""
+        file = self.folder / "config.yaml"
+        return differences(load_config(file), config) if file.is_file() else []
 
     def run(self) -> None:
         """Train to ``max_steps``; checkpoint and export at the end in any case."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -56,23 +56,31 @@ def named_state(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Paramet
 
 
 def load_named_state(
-    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], state: Mapping[str, Any]
+    optimizer: torch.optim.Optimizer,
+    named: Mapping[str, nn.Parameter],
+    state: Mapping[str, Any],
+    *,
+    fresh: Collection[str] = (),
 ) -> None:
     """Load what ``named_state`` returned, into an optimizer whose parameters may be sharded otherwise. Rates, decays
     and groups stay the optimizer's own.
+
+    Args:
+        fresh: names of parameters that it need not remember.
 
     Raises:
         CheckpointError: it is the state of an optimizer of other parameters.
     """
     names = {parameter: name for name, parameter in named.items()}
     trained = [names[parameter] for parameter in _parameters(optimizer)]
-    if set(trained) != set(state):
+    if set(trained) - set(fresh) != set(state):
         raise CheckpointError("the checkpoint's optimizer trains other parameters than this run's; start a new run")
     optimizer.load_state_dict(
         {
             "state": {
                 number: {key: spread(value, named[name]) for key, value in state[name].items()}
                 for number, name in enumerate(trained)
+                if name in state
             },
             "param_groups": optimizer.state_dict()["param_groups"],
         }
@@ -122,6 +130,15 @@ class AveragedModel:
     def __init__(self, model: nn.Module, decay: float):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay, self.updates = decay, 0
+
+    @torch.no_grad()
+    def restart(self, model: nn.Module) -> None:
+        """Begin again at the weights of a model."""
+        self.updates = 0
+        for own, other in zip(self.model.parameters(), model.parameters()):
+            local(own).copy_(local(other.detach()))
+        for own, other in zip(self.model.buffers(), model.buffers()):
+            own.copy_(other)
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:

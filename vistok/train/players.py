@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import hashlib
+import logging
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vistok.checkpoints import CheckpointError
+from vistok.checkpoints.weights import hash_weights, listing
+from vistok.config import ConfigError
 from vistok.train.config import MODEL, PlayerConfig, TrainingConfig
 from vistok.train.optim import AveragedModel, build_optimizer, load_named_state, lr_factor, named_state
 from vistok.train.parallel import (
@@ -26,6 +31,7 @@ from vistok.train.parallel import (
 from vistok.train.tasks import Learner, Task
 from vistok.types import AfterBackward
 
+log = logging.getLogger(__name__)
 EXPORTED = Learner.EXPORTED
 
 
@@ -98,14 +104,17 @@ class Player:
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, fresh: Collection[str] = ()) -> None:
         """Go back to a state, of a run on any number of processes, sharded or not; all processes must call it.
+
+        Args:
+            fresh: names of parameters that the state's optimizer did not train.
 
         Raises:
             CheckpointError: a state of another module.
         """
         load_whole_state_dict(self.module, state["weights"], source="the checkpoint")
-        load_named_state(self.optimizer, _names(self.module), state["optimizer"])
+        load_named_state(self.optimizer, _names(self.module), state["optimizer"], fresh=fresh)
         if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
 
@@ -123,7 +132,13 @@ class Players:
         self._sharded = wants_fsdp2(training, task) and accelerator.num_processes > 1
         self._players: dict[str, Player] = {}
         self.average = self._whole = None
-        for network in task.frozen().values():
+        unknown = task.config.players.keys() - task.players().keys()
+        if unknown:
+            raise ConfigError(
+                f"players.{min(unknown)}: this run has no such player; it has {', '.join(task.players())}"
+            )
+        self._frozen = task.frozen()
+        for network in self._frozen.values():
             network.to(accelerator.device)
         for name, module in task.players().items():
             module.train().to(accelerator.device)
@@ -221,6 +236,7 @@ class Players:
             "model": {key.removeprefix(EXPORTED): weights[key] for key in weights if key.startswith(EXPORTED)},
             "average": average and {"model": whole_state_dict(average.model), "updates": average.updates},
             "players": players,
+            "frozen": self._hashes(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -234,15 +250,67 @@ class Players:
                 "the checkpoint was saved by an earlier version of vistok, whose runs this one cannot go on with; "
                 "start a new run from its weights with init_from=RUN, or go on with that version"
             )
+        _check_frozen(state["frozen"], self._hashes())
         for name, player in self._players.items():
-            saved = dict(state["players"][name])
-            if name == MODEL:
-                saved["weights"] |= {EXPORTED + key: tensor for key, tensor in state["model"].items()}
-            player.load_state_dict(saved)
-        if self.average is not None:
-            saved = state["average"]
+            if name in state["players"]:
+                self._load_player(name, player, state)
+            else:
+                self._say("the checkpoint has no %s: it begins afresh", name)
+        for name in state["players"].keys() - self._players.keys():
+            self._say("this run has no %s: the checkpoint's is left out", name)
+        self._load_average(state["average"])
+
+    def _say(self, message: str, *values: Any) -> None:
+        """Log it, once for all processes."""
+        if self._accelerator.is_main_process:
+            log.warning(message, *values)
+
+    def _load_player(self, name: str, player: Player, state: Mapping[str, Any]) -> None:
+        saved, fresh = dict(state["players"][name]), set()
+        if name == MODEL:
+            saved["weights"], fresh = self._with_losses(state["model"], saved["weights"])
+            saved["optimizer"] = {k: v for k, v in saved["optimizer"].items() if k in _names(player.module)}
+        player.load_state_dict(saved, fresh=fresh)
+
+    def _with_losses(
+        self, model: Mapping[str, Tensor], losses: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], set[str]]:
+        """The learner's weights of those of its model and its losses, and what of the losses is new."""
+        own = _others(self._learner.state_dict())
+        for what, keys in (("begin afresh", own.keys() - losses), ("are left out", losses.keys() - own)):
+            if keys:
+                self._say("parts of losses that the checkpoint and this run do not share %s: %s", what, listing(keys))
+        kept = {key: whole(tensor) for key, tensor in own.items()} | {key: losses[key] for key in losses if key in own}
+        return kept | {EXPORTED + key: tensor for key, tensor in model.items()}, own.keys() - losses
+
+    def _load_average(self, saved: Mapping[str, Any] | None) -> None:
+        if self.average is None:
+            if saved is not None:
+                self._say("training.ema_decay is 0: the checkpoint's averaged weights are left out")
+        elif saved is None:
+            self._say("the checkpoint has no averaged weights: they begin at the weights of its step")
+            self.average.restart(self._learner.model)
+        else:
             load_whole_state_dict(self.average.model, saved["model"], source="the checkpoint's average")
             self.average.updates = saved["updates"]
+
+    @cache  # noqa: B019 (one object per run)
+    def _hashes(self) -> dict[str, str]:
+        """What tells the frozen networks from others of their names."""
+        digests = {name: hashlib.sha256(type(network).__name__.encode()) for name, network in self._frozen.items()}
+        for name, digest in digests.items():
+            hash_weights(digest, self._frozen[name].state_dict())
+        return {name: digest.hexdigest() for name, digest in digests.items()}
+
+
+def _check_frozen(saved: Mapping[str, str], own: Mapping[str, str]) -> None:
+    """Raise CheckpointError if a network of that name had other weights."""
+    other = [name for name in own if saved.get(name, own[name]) != own[name]]
+    if other:
+        raise CheckpointError(
+            f"{other[0]} has other weights than in the run that saved the checkpoint; give the same weights file, or "
+            "start a new run with init_from"
+        )
 
 
 def _names(module: nn.Module) -> dict[str, nn.Parameter]:

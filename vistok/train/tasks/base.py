@@ -60,8 +60,9 @@ class Learner(nn.Module):
         named = self.parameters_by_name()
         for name in matching(named, patterns, "freeze"):
             named[name].requires_grad_(False)
-        own = [(module, list(module.parameters())) for module in self.modules()] if patterns else []
-        self._frozen = tuple(module for module, parts in own if parts and not any(p.requires_grad for p in parts))
+        parts = [module for module in self.modules() if module is not self] if patterns else []
+        own = [(module, list(module.parameters())) for module in parts]
+        self._frozen = tuple(module for module, trained in own if trained and not any(p.requires_grad for p in trained))
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of all but frozen modules."""
