@@ -2,7 +2,14 @@
 
 from vistok.checkpoints.hub import snapshot
 from vistok.checkpoints.model import CONFIG, WEIGHTS, Model, load, read_config
-from vistok.checkpoints.official import OfficialCheckpoint, convert, from_official, known_config, official_name
+from vistok.checkpoints.official import (
+    OfficialCheckpoint,
+    Reference,
+    convert,
+    from_official,
+    known_config,
+    official_name,
+)
 from vistok.checkpoints.weights import CheckpointError, fuse, load_strictly, read_weights, rename, unwrap
 
 __all__ = [
@@ -11,6 +18,7 @@ __all__ = [
     "CheckpointError",
     "Model",
     "OfficialCheckpoint",
+    "Reference",
     "convert",
     "from_official",
     "fuse",

@@ -43,7 +43,7 @@ def _describe(item: registry.Entry) -> CatalogueEntry:
     model_class = item.load()
     build = model_class if item.kind == "tokenizer" else partial(model_class, _spec(item))
     sizes = {name: _parameters(build, arguments) for name, arguments in model_class.sizes.items()}
-    checkpoints = tuple(checkpoint.id for checkpoint in model_class.checkpoints)
+    checkpoints = tuple(checkpoint.id for _, checkpoint in item.released())
     return CatalogueEntry(item.name, item.kind, item.official, item.paper, sizes, checkpoints)
 
 

@@ -142,10 +142,10 @@ def load(source: str | Path, **hub_options: Any) -> Model:
         CheckpointError: nothing there, unreachable hub, damaged weights, or keys that do not fit the config.
     """
     for item in registry.ENTRIES if not Path(source).exists() else ():
-        for checkpoint in item.load().checkpoints:
+        for name, checkpoint in item.released():
             if str(source) == checkpoint.id:
                 file = download(checkpoint.repo, checkpoint.filename, hub_options)
-                return convert(item.official, file, default=checkpoint.config)
+                return convert(name, file, default=checkpoint.config)
     folder = Path(source)
     if not folder.exists() and folder.parent.is_dir():
         restore(folder.parent)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,19 @@ class OfficialCheckpoint:
         return f"{self.repo}/{self.filename}".lstrip("/")
 
 
+@dataclass(frozen=True)
+class Reference:
+    """A reference implementation, other than the model's own, whose models one of ours is.
+
+    Attributes:
+        build: builds our class of model from the reference's arguments and state dict.
+        checkpoints: its released files.
+    """
+
+    build: Callable[[type[Any], Mapping[str, Any], Mapping[str, Tensor]], Any]
+    checkpoints: tuple[OfficialCheckpoint, ...] = ()
+
+
 def from_official(name: str, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Model:
     """Build a vistok model from a reference implementation's own arguments and state dict.
 
@@ -46,7 +60,10 @@ def from_official(name: str, config: Mapping[str, Any], state_dict: Mapping[str,
     """
     item = registry.official_entry(name)
     try:
-        return item.load().from_official({**config, **item.variants.get(name, {})}, state_dict).eval()
+        model_class, reference = item.load(), item.reference(name)
+        if reference is None:
+            return model_class.from_official(config, state_dict).eval()
+        return reference.build(model_class, config, state_dict).eval()
     except KeyError as error:
         raise CheckpointError(
             f"the config of a {name} needs the key {error}; it has {listing(config) or 'none'}"
@@ -97,9 +114,8 @@ def official_name(system: str, filename: str) -> str:
     if not parts:
         registry.official_entry(system)
         return system
-    released = {
-        name for name, item in parts.items() if any(filename == known.filename for known in item.load().checkpoints)
-    }
+    files = {(name, known.filename) for item in parts.values() for name, known in item.released()}
+    released = {name for name in parts if (name, filename) in files}
     found = released or set(parts)
     if len(found) > 1:
         raise CheckpointError(f"the name {filename!r} does not tell what the file is; say {' or '.join(parts)}")
@@ -109,13 +125,14 @@ def official_name(system: str, filename: str) -> str:
 def known_config(item: registry.Entry, file: str | Path) -> Mapping[str, Any]:
     """The reference's arguments for a released file, found by its name, and by its folders where releases share one."""
     path = Path(file)
-    found = [checkpoint for checkpoint in item.load().checkpoints if checkpoint.filename == path.name]
+    known = [checkpoint for _, checkpoint in item.released()]
+    found = [checkpoint for checkpoint in known if checkpoint.filename == path.name]
     closer = [checkpoint for checkpoint in found if f"/{path.as_posix()}".endswith(f"/{checkpoint.id}")]
     found = closer or found
     if not found:
-        known = ", ".join(sorted({checkpoint.filename for checkpoint in item.load().checkpoints}))
+        names = ", ".join(sorted({checkpoint.filename for checkpoint in known}))
         raise CheckpointError(
-            f"{path.name!r} is not the name of a released {item.official} checkpoint ({known}); "
+            f"{path.name!r} is not the name of a released {item.official} checkpoint ({names}); "
             "rename the file to the one it is, or give the reference's arguments as JSON with --config"
         )
     if any(checkpoint.config != found[0].config for checkpoint in found):

@@ -10,7 +10,10 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vistok.checkpoints.official import OfficialCheckpoint, Reference
 
 
 @dataclass(frozen=True)
@@ -22,18 +25,26 @@ class Entry:
     target: str  # "module:Class"
     official: str  # "system/part", the name that from_official answers to
     paper: str  # its arXiv number
-    # Other systems' official names of the same model, each with what their configs leave unsaid.
-    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    # Other systems' official names of the same model, each with where its ``Reference`` is, as "module:NAME".
+    references: Mapping[str, str] = field(default_factory=dict)
     # Of a generator: the tokenizer whose tokens its paper models, by its name in configs.
     tokenizer: str | None = None
 
     @property
     def official_names(self) -> tuple[str, ...]:
-        return (self.official, *self.variants)
+        return (self.official, *self.references)
 
     def load(self) -> type:
-        module, _, name = self.target.partition(":")
-        return getattr(import_module(module), name)
+        return _load(self.target)
+
+    def reference(self, name: str) -> Reference | None:
+        """How official weights called ``name`` become ours; None where the model's own ``from_official`` knows."""
+        return _load(self.references[name]) if name in self.references else None
+
+    def released(self) -> list[tuple[str, OfficialCheckpoint]]:
+        """All released files, each with the official name of what it holds."""
+        own = [(self.official, checkpoint) for checkpoint in self.load().checkpoints]
+        return own + [(name, item) for name in self.references for item in self.reference(name).checkpoints]
 
 
 ENTRIES = (
@@ -69,14 +80,19 @@ ENTRIES = (
         "vistok.generators.llama:Llama",
         "llamagen/gpt",
         "2406.06525",
-        variants={
-            "dar/gpt": {"positions": "rope1d"},
-            "gigatok/gpt": {"reference": "gigatok"},
-            "larp/gpt": {"reference": "larp"},
+        references={
+            "dar/gpt": "vistok.generators.dar:REFERENCE",
+            "gigatok/gpt": "vistok.generators.gigatok:REFERENCE",
+            "larp/gpt": "vistok.generators.larp:REFERENCE",
         },
         tokenizer="llamagen_vq",
     ),
 )
+
+
+def _load(target: str) -> Any:
+    module, _, name = target.partition(":")
+    return getattr(import_module(module), name)
 
 
 class UnknownModelError(ValueError):

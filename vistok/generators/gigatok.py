@@ -11,14 +11,13 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from vistok.checkpoints import CheckpointError, OfficialCheckpoint, load_strictly, rename
+from vistok.checkpoints import CheckpointError, OfficialCheckpoint, Reference, load_strictly, rename
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.types import TokenSpec
 
 T = TypeVar("T", bound=nn.Module)
 
 WITHOUT_EFFECT = {
-    "reference": "says whose arguments these are",
     "args.initializer_range": "the deviation of weights before training",
     "args.max_batch_size": "the size of a cache, which is made to measure",
     "args.max_seq_len": "the size of a cache, which is made to measure",
@@ -103,7 +102,7 @@ OFFICIAL_NAMES = [
 
 
 def _released(dim: int, num_layers: int, num_heads: int) -> dict[str, Any]:
-    return {"reference": "gigatok", "model": "gpt_1d", "args": {"dim": dim, "n_layer": num_layers, "n_head": num_heads}}
+    return {"model": "gpt_1d", "args": {"dim": dim, "n_layer": num_layers, "n_head": num_heads}}
 
 
 _B, _XL, _XXL = _released(768, 12, 12), _released(1280, 36, 20), _released(1536, 48, 24)
@@ -121,3 +120,5 @@ CHECKPOINTS = tuple(
         "GPT_XXL256_e300_VQ_XLXXL": _XXL,
     }.items()
 )
+
+REFERENCE = Reference(build, CHECKPOINTS)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from vistok.checkpoints import CheckpointError, OfficialCheckpoint, load_strictly, rename
+from vistok.checkpoints import CheckpointError, OfficialCheckpoint, Reference, load_strictly, rename
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.types import TokenSpec
 
@@ -19,7 +19,6 @@ T = TypeVar("T", bound=nn.Module)
 
 # Keys of the reference's config that change nothing of what the model computes.
 WITHOUT_EFFECT = {
-    "reference": "says whose arguments these are",
     "rope_base": "the reference rotates nothing",
     "max_batch_size": "the reference never reads it",
 }
@@ -95,7 +94,6 @@ OFFICIAL_NAMES = [
 
 def _released(frame_prediction: bool) -> dict[str, Any]:
     return {
-        "reference": "larp",
         "dim": 1280,
         "n_layer": 30,
         "n_head": 20,
@@ -111,3 +109,5 @@ CHECKPOINTS = (
     OfficialCheckpoint("hywang66/LARP-L-long-AR", "model.safetensors", _released(frame_prediction=False)),
     OfficialCheckpoint("hywang66/LARP-L-long-AR-FP", "model.safetensors", _released(frame_prediction=True)),
 )
+
+REFERENCE = Reference(build, CHECKPOINTS)

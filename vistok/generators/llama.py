@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from vistok.checkpoints import CheckpointError, OfficialCheckpoint, load_strictly, rename
 from vistok.checkpoints.official_config import OfficialConfig
-from vistok.generators import gigatok, larp
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
 from vistok.generators.engine.cache import Layer, Layers
 from vistok.nn.attention import Attention
@@ -42,10 +41,6 @@ Positions = Literal["rope2d", "rope1d", "learned", "sincos"]
 def _official(size: str, block_size: int) -> dict[str, Any]:
     dim, num_layers, num_heads = SIZES[size].values()
     return {"dim": dim, "n_layer": num_layers, "n_head": num_heads, "block_size": block_size, "vocab_size": 16384}
-
-
-def _dar(size: str) -> dict[str, Any]:
-    return _official(size, 256) | {"positions": "rope1d"}
 
 
 def _official_t2i(block_size: int) -> dict[str, Any]:
@@ -136,10 +131,6 @@ class Llama(AutoregressiveGenerator):
         OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_3B_384.pt", _official("3B", 576)),
         OfficialCheckpoint("peizesun/llamagen_t2i", "t2i_XL_stage1_256.pt", _official_t2i(256)),
         OfficialCheckpoint("peizesun/llamagen_t2i", "t2i_XL_stage2_512.pt", _official_t2i(1024)),
-        OfficialCheckpoint("showlab/D-AR", "D-AR-L-360K.pt", _dar("L")),
-        OfficialCheckpoint("showlab/D-AR", "D-AR-XL-360K.pt", _dar("XL")),
-        *gigatok.CHECKPOINTS,
-        *larp.CHECKPOINTS,
     )
 
     def __init__(
@@ -321,8 +312,6 @@ class Llama(AutoregressiveGenerator):
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
-        if "reference" in config:
-            return REFERENCES[config["reference"]](cls, config, state_dict)
         given = OfficialConfig(config, WITHOUT_EFFECT)
         num_heads, kind = given.take("n_head"), given.take("model_type", "c2i")
         if kind not in ("c2i", "t2i"):
@@ -416,10 +405,6 @@ def position_table(
         )
     table = rotation_table(grid_positions(grid), head_dim, base=base)
     return Rotation(*(torch.cat([part.new_zeros(condition_length, part.shape[1]), part]) for part in table))
-
-
-REFERENCES = {"gigatok": gigatok.build, "larp": larp.build}
-"""Other references whose models this is, and whose arguments are not LlamaGen's."""
 
 
 def absolute_rows(num_positions: int | None, length: int) -> int:
