@@ -267,3 +267,15 @@ def test_images_can_be_scored_at_another_size(pipe, tmp_path):
 def test_unevenly_filled_classes_are_pointed_out(pipe, tmp_path):
     result = benchmark(pipe, tmp_path / "out", **CALL | {"num_images": 41})
     assert any("41 images do not divide evenly among 5 classes" in text for text in result["runs"][0]["warnings"])
+
+
+def test_a_second_sweep_keeps_the_first(pipe, tmp_path):
+    first = benchmark(pipe, tmp_path / "out", guidance_scales=[1.0], **CALL)
+    second = benchmark(pipe, tmp_path / "out", guidance_scales=[1.5], **CALL)
+    assert [run["guidance_scale"] for run in second["runs"]] == [1.0, 1.5]
+    assert second["generated"] == NUM
+    assert second["runs"][0]["scores"] == first["runs"][0]["scores"]
+    assert read(tmp_path / "out") == second
+    (tmp_path / "out" / "result.json").write_text("[]")
+    with pytest.raises(BenchmarkError, match=r"result\.json is damaged"):
+        benchmark(pipe, tmp_path / "out", guidance_scales=[1.5], **CALL)

@@ -67,3 +67,54 @@ def test_a_second_training_on_the_command_line(tmp_path: Path):
     first.communicate()
     with locked(tmp_path / "run"):  # which the dead one holds no longer
         pass
+
+
+def test_a_lock_inside_the_folder_is_no_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Where nothing can be written beside a folder, as in a container whose one writable place it is."""
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    (tmp_path / "run").mkdir()
+    folder = train(tokenizer_config(tmp_path / "run", training={"max_steps": 1, "image_every": 0}))
+    assert (folder / "metrics.jsonl").exists()
+    assert not [path.name for path in tmp_path.rglob(".*")]
+
+
+def test_an_output_folder_that_vanishes_is_one_message(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    import shutil
+
+    from vistok.cli import main
+    from vistok.train.loop import Trainer
+
+    original = Trainer.optimise
+
+    def optimise(self, batches):
+        if self.step == 2:
+            shutil.rmtree(self.folder)
+        return original(self, batches)
+
+    monkeypatch.setattr(Trainer, "optimise", optimise)
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(tokenizer_config(tmp_path / "run")))
+    with pytest.raises(SystemExit) as stop:
+        main(["train", str(tmp_path / "x.yaml")])
+    assert stop.value.code == 2
+    assert str(tmp_path / "run") in capsys.readouterr().err
+
+
+def test_tokenizing_on_a_full_disk_is_one_message(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    import errno
+
+    from vistok.cli import main
+    from vistok.data import token_writer
+
+    def full(path, **_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    write_tokens(tmp_path / "made")
+    monkeypatch.setattr(token_writer, "atomic_file", full)
+    overrides = ["data.source=digits", "data.channels=1", "data.limit=20"]
+    with pytest.raises(SystemExit) as stop:
+        main(["tokenize", str(tmp_path / "made"), "--out", str(tmp_path / "out"), *overrides])
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert "No space left on device" in printed
+    assert "free some space" in printed.lower()
+    assert not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -26,7 +27,10 @@ from vistok.eval.plan import BenchmarkError
 from vistok.pipelines.folders import read_settings
 from vistok.train.config import RunConfig
 
-FEW = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+FEW = settings(
+    max_examples=int(os.environ.get("VISTOK_DAMAGES", "60")),
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 
 scalars = (
     st.none()

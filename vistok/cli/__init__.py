@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -36,6 +37,8 @@ app = typer.Typer(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a failure that a user can act upon is one message and exit code 2."""
     _show_logs()
+    if not os.environ.get("VISTOK_DEBUG"):
+        threading.excepthook = _name_failed_thread
     try:
         app(arguments, prog_name="vistok")
     except Exception as error:
@@ -43,6 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         errors.print(f"[bold red]Error:[/] {escape(_message(error))}")
         sys.exit(2)
+
+
+def _name_failed_thread(failure: threading.ExceptHookArgs) -> None:
+    """In place of a traceback: threads are those of libraries, such as the one that writes TensorBoard's events."""
+    if failure.exc_type is not SystemExit:
+        errors.print(f"[yellow]Note:[/] a thread in the background ended: {escape(str(failure.exc_value))}")
 
 
 def _is_for_users(error: Exception) -> bool:
