@@ -19,9 +19,7 @@ from vistok.data.overlap import shared_images
 log = logging.getLogger(__name__)
 
 
-def held_out_images(
-    trained: DataConfig, trained_source: Source, changes: dict | None
-) -> Loader[ImageBatch] | None:
+def held_out_images(trained: DataConfig, trained_source: Source, changes: dict | None) -> Loader[ImageBatch] | None:
     """The images whose config is that of the trained ones with ``changes``; None if there are none to be.
 
     Raises:
