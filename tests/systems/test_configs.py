@@ -13,11 +13,13 @@ from vistok.tokenizers.base import Tokenizer
 from vistok.train.config import RunConfig
 from vistok.train.tasks.objective import check_terms
 from vistok.train.tasks.tokenizer import gan_config
-from vistok.types import TokenSpec, to_json
+from vistok.types import ConditionSpec, IdSpec, TokenSpec, to_json
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 GRID = {"cifar10": 8, "imagenet256": 16}
+LENGTH = {"moving_digits": 64, "ucf101": 1024, "k600": 1024}
+"""Tokens of a clip."""
 
 
 def test_there_are_configs():
@@ -36,9 +38,15 @@ def test_config_builds(path):
             check_terms(model, run.losses)
             gan_config(model, run.losses)
         else:
-            side = GRID[path.parent.name]
-            continuous = issubclass(run.model_entry().load(), ContinuousGenerator)
-            spec = TokenSpec(side * side, None if continuous else 1024, dim=8, grid=(side, side))
-            model = run.build_model({"spec": to_json(spec), "num_classes": 10})
+            kind = run.model_entry().load()
+            if path.parent.name in LENGTH:
+                spec = TokenSpec(LENGTH[path.parent.name], 1024, dim=8)
+            else:
+                side = GRID[path.parent.name]
+                codebook_size = None if issubclass(kind, ContinuousGenerator) else 1024
+                spec = TokenSpec(side * side, codebook_size, dim=8, grid=(side, side))
+            given = ConditionSpec(num_classes=10, given=IdSpec(1024, spec.length))
+            condition = given.only(("labels",) if run.condition is None else run.condition)
+            model = run.build_model({"spec": to_json(spec), **kind.condition_arguments(condition)})
             model.options_type(**run.sampling)
     assert run.output_dir.startswith("runs/")

@@ -9,6 +9,7 @@ from support.tiny_models import ARGUMENTS, names, pixels, tiny
 import vistok
 from vistok.draws import Keys
 from vistok.tokenizers.framewise import Framewise
+from vistok.types import Clock
 
 IMAGES = [name for name in names("tokenizer") if name not in ("larp", "framewise")]
 
@@ -24,7 +25,7 @@ def test_every_image_tokenizer_reads_clips_frame_by_frame(name):
     torch.testing.assert_close(tokens[1, length : 2 * length], image.encode(clips[1:, :, 1])[0], rtol=1e-4, atol=1e-4)
     draws = model.decoding_draws(Keys.range(0, 2))
     assert model.decode(tokens, **({"draws": draws} if draws else {})).shape == clips.shape
-    output = model.train()(clips, step=0, draws=model.training_draws(Keys.range(0, 2)))
+    output = model.train()(clips, clock=Clock(0, 10), draws=model.training_draws(Keys.range(0, 2)))
     assert output.tokens.shape == tokens.shape
     if output.reconstruction is not None:
         assert output.reconstruction.shape == clips.shape

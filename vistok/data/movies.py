@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from vistok.data.clips import ClipTransform
-from vistok.data.pictures import grid, to_pil, to_uint8
+from vistok.data.pictures import comparison, grid, to_pil, to_uint8
 from vistok.data.videos import require_pyav
 from vistok.utils.files import atomic_file
 
@@ -46,6 +46,14 @@ def shown(pixels: Tensor) -> list[Image.Image]:
     if pixels.ndim != 5:
         return to_pil(pixels)
     return [contact_sheet([frames]) for frames in to_frames(pixels)]
+
+
+def compared(originals: Tensor, reconstructions: Tensor) -> Image.Image:
+    """A picture of images (B, C, H, W) over their reconstructions, or of clips (B, C, T, H, W) over theirs."""
+    if originals.ndim != 5:
+        return comparison(originals, reconstructions)
+    rows = [picture for pair in zip(shown(originals), shown(reconstructions), strict=True) for picture in pair]
+    return grid(rows, columns=1)
 
 
 def save_mp4(frames: np.ndarray, path: str | Path, fps: float = FPS) -> None:

@@ -38,6 +38,8 @@ class Tokenizer(Model):
     """Whether ``decode`` makes pixels."""
     reconstructs: ClassVar[bool] = True
     """Whether ``forward`` gives a reconstruction, so that pixel losses and a GAN can apply."""
+    quantizer: nn.Module
+    """Of discrete tokenizers: latents to codes and back."""
     has_posterior: ClassVar[bool] = False
     """Whether latents are drawn from a distribution, whose moments ``encode_moments`` gives."""
 
@@ -168,6 +170,18 @@ class Tokenizer(Model):
         """
         options = {"draws": draws} if draws else {}
         return lambda tokens: self.decode(tokens, condition=condition, **options)
+
+    def codes(self) -> Tensor:
+        """All code vectors (K, D) in the order of their ids: what the feature "quantized" of ``forward`` is made of.
+
+        Raises:
+            ValueError: latents, or several ids per position.
+        """
+        spec = self.spec
+        if not spec.discrete or spec.depth != 1:
+            raise ValueError(f"{type(self).__name__} has no codes: its tokens are not one id per position")
+        ids = torch.arange(spec.codebook_size, device=next(self.parameters()).device)
+        return self.quantizer.ids_to_latents(ids)
 
     @property
     def alignment_dim(self) -> int | None:

@@ -84,6 +84,9 @@ class Framewise(Tokenizer):
     def last_layer(self) -> nn.Parameter:
         return self.tokenizer.last_layer
 
+    def codes(self) -> Tensor:
+        return self.tokenizer.codes()
+
     def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
         self.check_condition(condition)
         self.check_pixels(pixels)

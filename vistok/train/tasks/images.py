@@ -12,18 +12,14 @@ from torch import Tensor
 from vistok.config import ConfigError, check
 from vistok.data.batches import ImageBatch
 from vistok.data.config import DataConfig
-from vistok.data.loader import ImageBatches, Loader, check_failures, evaluation_loader
+from vistok.data.loader import Loader, Source, batch_reader, check_failures, evaluation_loader
 from vistok.data.opening import open_source
 from vistok.data.overlap import shared_images
-from vistok.data.sources import ImageSource
-from vistok.data.transforms import ImageTransform
 
 log = logging.getLogger(__name__)
 
 
-def held_out_images(
-    trained: DataConfig, trained_source: ImageSource, changes: dict | None
-) -> Loader[ImageBatch] | None:
+def held_out_images(trained: DataConfig, trained_source: Source, changes: dict | None) -> Loader[ImageBatch] | None:
     """The images whose config is that of the trained ones with ``changes``; None if there are none to be.
 
     Raises:
@@ -38,7 +34,7 @@ def held_out_images(
     except (ValueError, OSError) as error:
         error.add_note("This is about the held-out images, whose keys are below validation.data.")
         raise
-    for key in ("image_size", "channels"):
+    for key in ("image_size", "channels", "num_frames"):
         asked, own = getattr(data, key), getattr(trained, key)
         if asked != own:
             raise ConfigError(f"validation.data.{key} is {asked}, but the run's images have {own}; leave the key out")
@@ -55,7 +51,7 @@ def held_out_images(
     return evaluation_loader(source, data)
 
 
-def example_images(source: ImageSource, data: DataConfig, count: int = 8) -> Tensor:
+def example_images(source: Source, data: DataConfig, count: int = 8) -> Tensor:
     """A few images, evenly spread over the source, as evaluation sees them: (at most ``count``, C, H, W) in [-1, 1].
 
     Of each of ``count`` equal parts of the source it is the first image that can be read.
@@ -63,7 +59,7 @@ def example_images(source: ImageSource, data: DataConfig, count: int = 8) -> Ten
     Raises:
         TooManyUnreadableError: the ones that cannot be read are more than 1 % of the source.
     """
-    reader = ImageBatches(source, ImageTransform(data.image_size, data.crop).without_augmentation())
+    reader = batch_reader(source, data, augmented=False)
     count, pixels, failures = min(count, len(source)), [], {}
     for part in range(count):
         for index in range(part * len(source) // count, (part + 1) * len(source) // count):

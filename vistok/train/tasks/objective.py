@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from vistok.config import ConfigError, check, check_least, nearest
 from vistok.draws import Draws, Keys
-from vistok.losses import L1, L2, LPIPS, EncoderConfig, FrozenEncoder, alignment_distance
+from vistok.losses import L1, L2, LPIPS, ARPrior, EncoderConfig, FrozenEncoder, alignment_distance
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import MAIN, Clock, TokenizerOutput
 
@@ -66,6 +67,8 @@ class Term(nn.Module):
     config_type: ClassVar[type[TermConfig]] = TermConfig
     compares_pixels: ClassVar[bool] = False
     """Whether the adaptive weight of a GAN is balanced against it."""
+    reads_codes: ClassVar[bool] = False
+    """Whether it reads the feature "codes", the tokenizer's whole codebook."""
 
     def __init__(self, name: str, config: TermConfig):
         super().__init__()
@@ -149,7 +152,10 @@ class PerceptualTerm(PixelTerm):
         return {"lpips": self.lpips.network}
 
     def compare(self, reconstruction: str, output: TokenizerOutput, target: Tensor) -> Tensor:
-        distances = self.lpips.network(output.reconstructions[reconstruction], target)
+        pixels = output.reconstructions[reconstruction]
+        if pixels.ndim == 5:  # of clips the frames are compared
+            pixels, target = (rearrange(clips, "b c t h w -> (b t) c h w") for clips in (pixels, target))
+        distances = self.lpips.network(pixels, target)
         factor = 2 * output.features["time"] if self.config.weighting == "time" else 1
         return (distances * factor).mean()
 
@@ -188,7 +194,68 @@ class AlignmentTerm(Term):
         return alignment_distance(output.features["alignment"], self.encoder.network(target)).mean()
 
 
-TERMS: dict[str, type[Term]] = {"l1": DistanceTerm, "l2": DistanceTerm, "lpips": PerceptualTerm, "repa": AlignmentTerm}
+@dataclass(frozen=True)
+class ARPriorConfig(TermConfig):
+    """The prior and its rounds of scheduled sampling; see ``ARPrior``.
+
+    Attributes:
+        num_layers, num_heads, dim: of the GPT.
+        drop: its dropout.
+        normalize: l2-normalise its predictions, for codes that are normalised.
+        temperature: of its logits.
+        num_rounds: passes per step.
+        mix_ratio: share of positions that later rounds see replaced, at the most.
+        mix_until: the share grows until this share of the run is over.
+        average_rounds: the loss is the mean over all rounds, else that of the last.
+        detach_early_rounds: rounds before the last do not reach the tokenizer.
+    """
+
+    num_layers: int = 12
+    num_heads: int = 6
+    dim: int = 384
+    drop: float = 0.1
+    normalize: bool = True
+    temperature: float = 1.0
+    num_rounds: int = 2
+    mix_ratio: float = 0.5
+    mix_until: float = 0.3
+    average_rounds: bool = True
+    detach_early_rounds: bool = False
+
+
+class ARPriorTerm(Term):
+    """A small autoregressive model of the tokens, trained beside the tokenizer, which learns tokens that are easy to
+    predict in their order. Cross entropy in nats per token."""
+
+    config_type = ARPriorConfig
+    config: ARPriorConfig
+    reads_codes = True
+
+    def __init__(self, name: str, config: ARPriorConfig, tokenizer: Tokenizer):
+        super().__init__(name, config)
+        spec, outer = tokenizer.spec, {field.name for field in fields(TermConfig)}
+        options = {key: value for key, value in asdict(config).items() if key not in outer}
+        try:
+            self.prior = ARPrior(spec.dim, spec.length, **options)
+        except ValueError as error:
+            raise ConfigError(f"losses.{name}: {error}") from error
+        self.length = spec.length
+
+    def training_draws(self, keys: Keys) -> Draws:
+        return self.prior.training_draws(keys, self.length)
+
+    def forward(self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws) -> Tensor:
+        quantized, codes = (output.features[name] for name in ("quantized", "codes"))
+        return self.prior(quantized, output.tokens, codes, progress=clock.progress, draws=draws).loss
+
+
+TERMS: dict[str, type[Term]] = {
+    "l1": DistanceTerm,
+    "l2": DistanceTerm,
+    "lpips": PerceptualTerm,
+    "repa": AlignmentTerm,
+    "ar_prior": ARPriorTerm,
+}
 """Terms that any tokenizer can have which gives what they read; others are the tokenizer's own."""
 OLD_SETTINGS = {"lpips": ("lpips_weights", "lpips_weighting"), "repa": ("repa_encoder",)}
 """Keys of the losses section that belong to a term: ``lpips_weights`` is ``lpips.weights``."""
@@ -232,6 +299,10 @@ class TokenizerObjective(nn.Module):
     def complete_from(self) -> int:
         """The first step at which every term has begun."""
         return max(term.config.start_step for term in self.terms.values())
+
+    def reads_codes(self, step: int) -> bool:
+        """Whether a term reads the feature "codes" in this step."""
+        return any(term.reads_codes for term in self._active(step))
 
     def frozen(self) -> dict[str, nn.Module]:
         """Networks that the terms ask, by name."""
@@ -284,6 +355,8 @@ def check_terms(tokenizer: Tokenizer, losses: Mapping[str, Any]) -> dict[str, Te
     pixels = [name for name, kind in TERMS.items() if issubclass(kind, PixelTerm)]
     allowed = (*pixels, *tokenizer.loss_terms) if tokenizer.reconstructs else tokenizer.loss_terms
     allowed = allowed if tokenizer.alignment_dim is None else (*allowed, "repa")
+    if tokenizer.spec.discrete and tokenizer.spec.depth == 1:
+        allowed = (*allowed, "ar_prior")
     configs = {}
     for name, value in losses.items():
         if name in SETTINGS:

@@ -14,8 +14,8 @@ from vistok.config import ConfigError, check
 from vistok.data.batches import ImageBatch
 from vistok.data.config import DataConfig
 from vistok.data.loader import training_loader
+from vistok.data.movies import compared
 from vistok.data.opening import open_source
-from vistok.data.pictures import comparison
 from vistok.draws import Draws, Keys, draws_on
 from vistok.losses import adaptive_weight
 from vistok.pipelines.folders import TOKENIZER
@@ -72,6 +72,8 @@ class TokenizerLearner(Learner):
             target: what to reconstruct where it is not the pixels.
         """
         output = self.model(pixels, target=target, clock=clock, draws=draws)
+        if self.objective.reads_codes(clock.step):
+            output.features["codes"] = self.model.codes()
         return output, self.objective(output, pixels if target is None else target, clock, draws)
 
     def training_draws(self, keys: Keys) -> Draws:
@@ -199,7 +201,7 @@ class TokenizerTask(Task):
     def picture(self, model: Tokenizer) -> Image.Image:
         """Originals over reconstructions."""
         examples = self._examples.to(next(model.parameters()).device)
-        return comparison(examples, model.reconstruct(examples))
+        return compared(examples, model.reconstruct(examples))
 
     def export(self, folder: Path, model: Tokenizer) -> None:
         if not model.spec.discrete:
