@@ -29,6 +29,7 @@ DISCRIMINATORS: dict[str, type[Discriminator]] = {
     "patchgan": PatchGAN,
     "stylegan": StyleGANDiscriminator,
     "dino": DINODiscriminator,
+    "pooled": PooledDiscriminator,
     "vit": ViTDiscriminator,
     "pooled": PooledDiscriminator,
 }

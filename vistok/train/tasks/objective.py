@@ -71,6 +71,11 @@ class Term(nn.Module):
         super().__init__()
         self.name, self.config = name, config
 
+    @classmethod
+    def fits(cls, tokenizer: Tokenizer) -> bool:
+        """Whether the tokenizer gives what the term reads."""
+        return True
+
     def frozen(self) -> dict[str, nn.Module]:
         """Networks that it asks, by name."""
         return {}
@@ -99,6 +104,10 @@ class PixelTerm(Term):
     """A term that compares a reconstruction with its target, and applies to each of them."""
 
     compares_pixels = True
+
+    @classmethod
+    def fits(cls, tokenizer: Tokenizer) -> bool:
+        return tokenizer.reconstructs
 
     def forward(self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws) -> Tensor:
         return self.compare(MAIN, output, target)
@@ -180,6 +189,10 @@ class AlignmentTerm(Term):
                 "channels"
             )
         self.encoder = Frozen(encoder)
+
+    @classmethod
+    def fits(cls, tokenizer: Tokenizer) -> bool:
+        return tokenizer.alignment_dim is not None
 
     def frozen(self) -> dict[str, nn.Module]:
         return {"repa_encoder": self.encoder.network}
@@ -281,9 +294,7 @@ def check_terms(tokenizer: Tokenizer, losses: Mapping[str, Any]) -> dict[str, Te
     Raises:
         ConfigError: as above, naming the allowed terms and the nearest match.
     """
-    pixels = [name for name, kind in TERMS.items() if issubclass(kind, PixelTerm)]
-    allowed = (*pixels, *tokenizer.loss_terms) if tokenizer.reconstructs else tokenizer.loss_terms
-    allowed = allowed if tokenizer.alignment_dim is None else (*allowed, "repa")
+    allowed = (*(name for name, kind in TERMS.items() if kind.fits(tokenizer)), *tokenizer.loss_terms)
     configs = {}
     for name, value in losses.items():
         if name in SETTINGS:
