@@ -31,7 +31,6 @@ DISCRIMINATORS: dict[str, type[Discriminator]] = {
     "dino": DINODiscriminator,
     "pooled": PooledDiscriminator,
     "vit": ViTDiscriminator,
-    "pooled": PooledDiscriminator,
 }
 
 

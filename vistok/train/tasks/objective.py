@@ -138,10 +138,13 @@ class PerceptualConfig(TermConfig):
     Attributes:
         weights: its weights file; None downloads the published one.
         weighting: ``time`` counts an image 2t times, t being its time in a flow tokenizer's training.
+        pixels: LPIPS is made for pixels in [-1, 1] (``public``); ``native`` hands it those of the tokenizer's range, as
+            recipes in [0, 1] do.
     """
 
     weights: str | None = None
     weighting: Literal["uniform", "time"] = "uniform"
+    pixels: Literal["public", "native"] = "public"
 
 
 class PerceptualTerm(PixelTerm):
@@ -153,12 +156,13 @@ class PerceptualTerm(PixelTerm):
     def __init__(self, name: str, config: PerceptualConfig, tokenizer: Tokenizer):
         super().__init__(name, config)
         self.lpips = Frozen(LPIPS.from_pretrained(config.weights))
+        self.as_seen = tokenizer.to_native if config.pixels == "native" else nn.Identity()
 
     def frozen(self) -> dict[str, nn.Module]:
         return {"lpips": self.lpips.network}
 
     def compare(self, reconstruction: str, output: TokenizerOutput, target: Tensor) -> Tensor:
-        distances = self.lpips.network(output.reconstructions[reconstruction], target)
+        distances = self.lpips.network(self.as_seen(output.reconstructions[reconstruction]), self.as_seen(target))
         factor = 2 * output.features["time"] if self.config.weighting == "time" else 1
         return (distances * factor).mean()
 
