@@ -190,6 +190,22 @@ class Tokenizer(Model):
         return None
 
     @property
+    def predicted_codes(self) -> tuple[int, int] | None:
+        """(P, K): ``forward`` gives the feature "code_logits" (B, P, K) over the codes of another tokenizer, for the
+        loss "code_prediction". None if it does not."""
+        return None
+
+    @property
+    def semantic_dim(self) -> int | None:
+        """Channels of a frozen encoder's feature that ``project_semantic`` takes; None if there is no such layer."""
+        return None
+
+    def project_semantic(self, features: Tensor) -> Tensor:
+        """Features (B, ``semantic_dim``) of a frozen encoder as the latents are projected, (B, spec.dim), for the loss
+        "semantic"."""
+        raise ValueError(f"{type(self).__name__} projects no features of a frozen encoder")
+
+    @property
     @abstractmethod
     def loss_terms(self) -> tuple[str, ...]:
         """The names of the terms in ``TokenizerOutput.losses``: what an objective can weight."""

@@ -146,6 +146,10 @@ class RobusTok(Tokenizer):
         features = {"latents": latents, "quantized": quantized.quantized}
         return TokenizerOutput(self.decode_latents(quantized.quantized), quantized.ids, quantized.losses, features)
 
+    @property
+    def semantic_dim(self) -> int:
+        return self.pre_quant.in_features
+
     def project_semantic(self, features: Tensor) -> Tensor:
         """Features (B, D) of a frozen transformer of the encoder's width, as the latents are projected: (B, code dim).
 

@@ -178,6 +178,12 @@ class TiTok(Tokenizer):
         return ("kl",) if self.has_posterior else self.quantizer.loss_terms
 
     @property
+    def predicted_codes(self) -> tuple[int, int] | None:
+        if self.output == "pixels":
+            return None
+        return self.decoder.num_patches, self.head[-1].out_features
+
+    @property
     def last_layer(self) -> nn.Parameter:
         if self.output == "codes":
             return super().last_layer
@@ -256,9 +262,11 @@ class TiTok(Tokenizer):
         self, features: Tensor, tokens: Tensor, quantized: Tensor, losses: dict[str, Tensor]
     ) -> TokenizerOutput:
         named = {"latents": quantized, "quantized": quantized}
-        if self.output == "codes":
-            return TokenizerOutput(None, tokens, losses, named | {"code_logits": self.head(features)})
-        return TokenizerOutput(self.render(features), tokens, losses, named)
+        if self.output == "pixels":
+            return TokenizerOutput(self.render(features), tokens, losses, named)
+        logits = self.head(features)
+        pixels = None if self.renderer is None else self.from_native(self.renderer(logits))
+        return TokenizerOutput(pixels, tokens, losses, named | {"code_logits": logits})
 
     @staticmethod
     def _in_full_precision(function, latents: Tensor):

@@ -29,8 +29,8 @@ DISCRIMINATORS: dict[str, type[Discriminator]] = {
     "patchgan": PatchGAN,
     "stylegan": StyleGANDiscriminator,
     "dino": DINODiscriminator,
-    "vit": ViTDiscriminator,
     "pooled": PooledDiscriminator,
+    "vit": ViTDiscriminator,
 }
 
 

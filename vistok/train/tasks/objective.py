@@ -74,6 +74,11 @@ class Term(nn.Module):
         super().__init__()
         self.name, self.config = name, config
 
+    @classmethod
+    def fits(cls, tokenizer: Tokenizer) -> bool:
+        """Whether the tokenizer gives what the term reads."""
+        return True
+
     def frozen(self) -> dict[str, nn.Module]:
         """Networks that it asks, by name."""
         return {}
@@ -102,6 +107,10 @@ class PixelTerm(Term):
     """A term that compares a reconstruction with its target, and applies to each of them."""
 
     compares_pixels = True
+
+    @classmethod
+    def fits(cls, tokenizer: Tokenizer) -> bool:
+        return tokenizer.reconstructs
 
     def forward(self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws) -> Tensor:
         return self.compare(MAIN, output, target)
@@ -132,10 +141,13 @@ class PerceptualConfig(TermConfig):
     Attributes:
         weights: its weights file; None downloads the published one.
         weighting: ``time`` counts an image 2t times, t being its time in a flow tokenizer's training.
+        pixels: LPIPS is made for pixels in [-1, 1] (``public``); ``native`` hands it those of the tokenizer's range, as
+            recipes in [0, 1] do.
     """
 
     weights: str | None = None
     weighting: Literal["uniform", "time"] = "uniform"
+    pixels: Literal["public", "native"] = "public"
 
 
 class PerceptualTerm(PixelTerm):
@@ -147,6 +159,7 @@ class PerceptualTerm(PixelTerm):
     def __init__(self, name: str, config: PerceptualConfig, tokenizer: Tokenizer):
         super().__init__(name, config)
         self.lpips = Frozen(LPIPS.from_pretrained(config.weights))
+        self.as_seen = tokenizer.to_native if config.pixels == "native" else nn.Identity()
 
     def frozen(self) -> dict[str, nn.Module]:
         return {"lpips": self.lpips.network}
@@ -155,7 +168,7 @@ class PerceptualTerm(PixelTerm):
         pixels = output.reconstructions[reconstruction]
         if pixels.ndim == 5:  # of clips the frames are compared
             pixels, target = (rearrange(clips, "b c t h w -> (b t) c h w") for clips in (pixels, target))
-        distances = self.lpips.network(pixels, target)
+        distances = self.lpips.network(self.as_seen(pixels), self.as_seen(target))
         factor = 2 * output.features["time"] if self.config.weighting == "time" else 1
         return (distances * factor).mean()
 
@@ -186,6 +199,10 @@ class AlignmentTerm(Term):
                 "channels"
             )
         self.encoder = Frozen(encoder)
+
+    @classmethod
+    def fits(cls, tokenizer: Tokenizer) -> bool:
+        return tokenizer.alignment_dim is not None
 
     def frozen(self) -> dict[str, nn.Module]:
         return {"repa_encoder": self.encoder.network}
@@ -230,6 +247,10 @@ class ARPriorTerm(Term):
     config_type = ARPriorConfig
     config: ARPriorConfig
     reads_codes = True
+
+    @classmethod
+    def fits(cls, tokenizer: Tokenizer) -> bool:
+        return tokenizer.spec.discrete and tokenizer.spec.depth == 1
 
     def __init__(self, name: str, config: ARPriorConfig, tokenizer: Tokenizer):
         super().__init__(name, config)
@@ -352,11 +373,7 @@ def check_terms(tokenizer: Tokenizer, losses: Mapping[str, Any]) -> dict[str, Te
     Raises:
         ConfigError: as above, naming the allowed terms and the nearest match.
     """
-    pixels = [name for name, kind in TERMS.items() if issubclass(kind, PixelTerm)]
-    allowed = (*pixels, *tokenizer.loss_terms) if tokenizer.reconstructs else tokenizer.loss_terms
-    allowed = allowed if tokenizer.alignment_dim is None else (*allowed, "repa")
-    if tokenizer.spec.discrete and tokenizer.spec.depth == 1:
-        allowed = (*allowed, "ar_prior")
+    allowed = (*(name for name, kind in TERMS.items() if kind.fits(tokenizer)), *tokenizer.loss_terms)
     configs = {}
     for name, value in losses.items():
         if name in SETTINGS:

@@ -16,16 +16,20 @@ from vistok.data.config import DataConfig
 from vistok.data.loader import training_loader
 from vistok.data.movies import compared
 from vistok.data.opening import open_source
+from vistok.data.pictures import grid, to_pil
 from vistok.draws import Draws, Keys, draws_on
 from vistok.losses import adaptive_weight
 from vistok.pipelines.folders import TOKENIZER
+from vistok.quantizers.perturbation import perturbation_draws
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.config import MODEL, PlayerConfig, RunConfig
 from vistok.train.monitor import CodebookMonitor, CodebookWatch
+from vistok.train.tasks import teachers  # noqa: F401  registers its terms
 from vistok.train.tasks.adversary import Adversary, GanConfig
 from vistok.train.tasks.base import Learner, Task, Turn
 from vistok.train.tasks.images import example_images, held_out_images, psnr
 from vistok.train.tasks.objective import TokenizerObjective
+from vistok.train.tasks.perturbation import LatentPerturbation, PerturbationConfig
 from vistok.types import Clock, TokenizerOutput
 
 ADVERSARY = "adversary"
@@ -40,6 +44,7 @@ class TokenizerRun(RunConfig):
     Attributes:
         losses: terms by name, a weight or a section each (see ``TokenizerObjective``); ``gan`` is the adversary's.
         data: the images.
+        perturbation: exchanges tokens for near codes in training (see ``PerturbationConfig``); None does not.
     """
 
     needed = "data"
@@ -47,6 +52,7 @@ class TokenizerRun(RunConfig):
 
     losses: dict[str, Any] = field(default_factory=dict)
     data: DataConfig | None = None
+    perturbation: PerturbationConfig | None = None
 
     def check_sections(self) -> None:
         super().check_sections()
@@ -55,13 +61,13 @@ class TokenizerRun(RunConfig):
 
 
 class TokenizerLearner(Learner):
-    """A tokenizer and its objective."""
+    """A tokenizer and its objective; ``perturbation`` exchanges its tokens for near codes, if there is one."""
 
     model: Tokenizer
 
-    def __init__(self, model: Tokenizer, objective: TokenizerObjective):
+    def __init__(self, model: Tokenizer, objective: TokenizerObjective, perturbation: LatentPerturbation | None = None):
         super().__init__(model)
-        self.objective = objective
+        self.objective, self.perturbation = objective, perturbation
 
     def forward(
         self, pixels: Tensor, target: Tensor | None, clock: Clock, draws: Draws
@@ -71,13 +77,16 @@ class TokenizerLearner(Learner):
         Args:
             target: what to reconstruct where it is not the pixels.
         """
+        if self.perturbation is not None:
+            self.perturbation.set(self.model, clock)
         output = self.model(pixels, target=target, clock=clock, draws=draws)
         if self.objective.reads_codes(clock.step):
             output.features["codes"] = self.model.codes()
         return output, self.objective(output, pixels if target is None else target, clock, draws)
 
     def training_draws(self, keys: Keys) -> Draws:
-        return self.model.training_draws(keys) | self.objective.training_draws(keys)
+        draws = self.model.training_draws(keys) | self.objective.training_draws(keys)
+        return draws if self.perturbation is None else draws | perturbation_draws(keys, self.model.spec.length)
 
 
 class TokenizerTask(Task):
@@ -93,7 +102,8 @@ class TokenizerTask(Task):
         source = open_source(config.data)
         model = config.build_model(config.model_entry().load().arguments_from(config.data))
         self.config, self.seed = config, config.seed
-        self.learner = TokenizerLearner(model, TokenizerObjective(model, config.losses))
+        perturbation = LatentPerturbation(config.perturbation, model) if config.perturbation else None
+        self.learner = TokenizerLearner(model, TokenizerObjective(model, config.losses), perturbation)
         self.gan = gan_config(model, config.losses)
         self.adversary = Adversary(self.gan, model.input_shape) if self.gan else None
         self.loader = training_loader(source, config.data, rank=rank, world_size=world_size)
@@ -199,7 +209,9 @@ class TokenizerTask(Task):
         return batch.pixels
 
     def picture(self, model: Tokenizer) -> Image.Image:
-        """Originals over reconstructions."""
+        """Originals over reconstructions; the originals alone of a tokenizer that renders none."""
+        if not model.renders:
+            return grid(to_pil(self._examples))
         examples = self._examples.to(next(model.parameters()).device)
         return compared(examples, model.reconstruct(examples))
 

@@ -1,0 +1,145 @@
+"""Terms of a tokenizer's objective that ask a frozen network: a classifier, another tokenizer, a vision transformer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vistok.config import ConfigError
+from vistok.draws import Draws
+from vistok.losses import ClassifierDistance, EncoderConfig, SemanticGuide, contrastive_loss
+from vistok.pipelines.folders import load_tokenizer
+from vistok.tokenizers.base import Tokenizer
+from vistok.train.tasks.objective import TERMS, Frozen, PixelTerm, Term, TermConfig
+from vistok.types import Clock, TokenizerOutput
+
+SEMANTIC_ENCODER = EncoderConfig(image_size=256)
+
+
+@dataclass(frozen=True)
+class ClassifierConfig(TermConfig):
+    """The distance of a classifier's logits.
+
+    Attributes:
+        weights: ConvNeXt-S's weights file; None downloads torchvision's.
+    """
+
+    weights: str | None = None
+
+
+class ClassifierTerm(PixelTerm):
+    """Mean squared difference of ConvNeXt-S's logits, of pixels in [-1, 1]. Weight maps do not apply to it."""
+
+    config_type = ClassifierConfig
+    config: ClassifierConfig
+
+    def __init__(self, name: str, config: ClassifierConfig, tokenizer: Tokenizer):
+        super().__init__(name, config)
+        self.distance = Frozen(ClassifierDistance.from_pretrained(config.weights))
+
+    def frozen(self) -> dict[str, nn.Module]:
+        return {"classifier": self.distance.network}
+
+    def compare(self, reconstruction: str, output: TokenizerOutput, target: Tensor) -> Tensor:
+        return self.distance.network(output.reconstructions[reconstruction], target).mean()
+
+
+@dataclass(frozen=True)
+class CodePredictionConfig(TermConfig):
+    """Prediction of another tokenizer's codes.
+
+    Attributes:
+        tokenizer: the folder of that tokenizer, for example a converted codec.
+    """
+
+    tokenizer: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weight and not self.tokenizer:
+            raise ValueError("tokenizer is missing: the folder of the tokenizer whose codes are predicted")
+
+
+class CodePredictionTerm(Term):
+    """Cross entropy in nats of the feature "code_logits" with the codes of a frozen tokenizer, the codec."""
+
+    config_type = CodePredictionConfig
+    config: CodePredictionConfig
+
+    def __init__(self, name: str, config: CodePredictionConfig, tokenizer: Tokenizer):
+        super().__init__(name, config)
+        codec = load_tokenizer(config.tokenizer)
+        if not codec.spec.discrete or codec.spec.depth != 1:
+            raise ConfigError(f"losses.{name}.tokenizer: {config.tokenizer} has no single ids to predict")
+        sides = codec.spec_for(tokenizer.input_shape)
+        given = (sides.length, codec.spec.codebook_size)
+        if given != tokenizer.predicted_codes:
+            raise ConfigError(
+                f"losses.{name}.tokenizer: {config.tokenizer} makes {given[0]} codes of {given[1]} of an image, but "
+                f"the model predicts {tokenizer.predicted_codes[0]} of {tokenizer.predicted_codes[1]}; see model.codec"
+            )
+        self.codec = Frozen(codec)
+
+    @classmethod
+    def fits(cls, tokenizer: Tokenizer) -> bool:
+        return tokenizer.predicted_codes is not None
+
+    def frozen(self) -> dict[str, nn.Module]:
+        return {"codec": self.codec.network}
+
+    def forward(self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws) -> Tensor:
+        codes = self.codec.network.encode(target)  # (B, P)
+        return F.cross_entropy(output.features["code_logits"].float().mT, codes)
+
+
+@dataclass(frozen=True)
+class SemanticConfig(TermConfig):
+    """The semantic loss of RobusTok (arXiv 2509.12474).
+
+    Attributes:
+        encoder: the frozen vision transformer whose class feature is the partner of the latents.
+        patch_size: side of its patches; None for its own.
+        scale: factor of the inner products.
+        normalise: compare l2-normalised vectors.
+    """
+
+    encoder: EncoderConfig = SEMANTIC_ENCODER
+    patch_size: int | None = None
+    scale: float = 1.0
+    normalise: bool = False
+
+
+class SemanticTerm(Term):
+    """Tell the mean of an image's quantized latents from those of the others, by the class feature of the image.
+
+    The class feature is projected as the tokenizer projects features of that width, if it does; else by a linear layer
+    of the term's own.
+    """
+
+    config_type = SemanticConfig
+    config: SemanticConfig
+
+    def __init__(self, name: str, config: SemanticConfig, tokenizer: Tokenizer):
+        super().__init__(name, config)
+        guide = SemanticGuide.from_config(config.encoder, config.patch_size)
+        self.guide = Frozen(guide)
+        own = tokenizer.semantic_dim == guide.dim
+        self.projection = nn.Identity() if own else nn.Linear(guide.dim, tokenizer.spec.dim)
+        self.project = tokenizer.project_semantic if own else self.projection.forward
+
+    @classmethod
+    def fits(cls, tokenizer: Tokenizer) -> bool:
+        return tokenizer.spec.discrete
+
+    def frozen(self) -> dict[str, nn.Module]:
+        return {"semantic_encoder": self.guide.network}
+
+    def forward(self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws) -> Tensor:
+        partners = self.project(self.guide.network(target))
+        mean = output.features["quantized"].mean(1)
+        return contrastive_loss(mean, partners, scale=self.config.scale, normalise=self.config.normalise)
+
+
+TERMS |= {"classifier": ClassifierTerm, "code_prediction": CodePredictionTerm, "semantic": SemanticTerm}
