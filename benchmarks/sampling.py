@@ -60,7 +60,7 @@ class Setting:
         rows, attention = len(self.session.rows), self.model.blocks[0].attn
         shape = (rows, attention.num_heads, length, attention.head_dim)
         self.memory = [
-            layer.append(*(torch.randn(shape, dtype=dtype) for _ in range(2))) for layer in self.session.cache.layers
+            layer.append(*(torch.randn(shape, dtype=dtype) for _ in range(2))) for layer in self.session.kv_cache.layers
         ]  # keys and values (R, H, T + length, h) of each layer
         self.inputs = {width: torch.randn(rows, width, dtype=dtype) for width in self._widths()}
         self.query = torch.randn(rows, attention.num_heads, 1, attention.head_dim, dtype=dtype)
@@ -70,9 +70,9 @@ class Setting:
 
     def step(self, position: int) -> None:
         """Feed the token before ``position``, and sample the one there."""
-        for layer in self.session.cache.layers:  # all of it is filled, so its live part may also grow
+        for layer in self.session.kv_cache.layers:  # all of it is filled, so its live part may also grow
             layer.length = self.model.condition_length + position - 1
-        self.session.count = position
+        self.session.step, self.session._seen = position, position - 1
         next(self.session.generate(1))
 
     @torch.inference_mode()
@@ -92,8 +92,7 @@ class Setting:
     @torch.inference_mode()
     def recompute(self, position: int) -> None:
         """The logits of ``position`` from the whole prefix, without a cache."""
-        rows, ids = self.session.rows, self.ids[:, :position].repeat(2, 1)
-        x = torch.cat([self.model.embed_condition(rows), self.model.embed_tokens(ids, slice(0, position))], 1)
+        x = self.model.embed_sequence(self.ids[:, :position].repeat(2, 1), self.session.rows)
         self.model.head(self.model.transform(x, slice(0, x.shape[1]), None, None)[:, -1])
 
 
@@ -162,7 +161,7 @@ def main() -> None:
                 f"ms_per_step_{name}{suffix}": took[name],
                 f"ms_floor_{name}{suffix}": took[f"{name}_floor"],
                 f"tokens_per_second_{name}{suffix}": 1e3 * BATCH / took[name],
-                f"cache_mb_{name}{suffix}": setting.session.cache.nbytes / 2**20,
+                f"cache_mb_{name}{suffix}": setting.session.kv_cache.nbytes / 2**20,
             }
             say(f"{length} tokens, {name}: {took[name]:.1f} ms, floor {took[f'{name}_floor']:.1f} ms")
         if length == 256:

@@ -84,7 +84,7 @@ def test_cached_logits_equal_teacher_forced_ones(setup):
     draws = model.sampling_draws(Keys.range(0, 3))
     with recorded_logits(model) as calls:
         ids = model.sample(condition, draws=draws)
-    torch.testing.assert_close(torch.stack(calls, 1), model.logits(ids, condition), **TOLERANCE)
+    torch.testing.assert_close(torch.cat(calls, 1), model.logits(ids, condition), **TOLERANCE)
 
 
 @torch.no_grad()
@@ -94,7 +94,7 @@ def test_guidance_rows_equal_two_passes(setup):
     draws = model.sampling_draws(Keys.range(0, 3))
     with recorded_logits(model) as calls:
         ids = model.sample(condition, options, draws=draws)
-    conditional, null = torch.stack(calls, 1).chunk(2)
+    conditional, null = torch.cat(calls, 1).chunk(2)
     torch.testing.assert_close(conditional, model.logits(ids, condition), **TOLERANCE)
     torch.testing.assert_close(null, model.logits(ids, condition.null()), **TOLERANCE)
 
@@ -123,7 +123,7 @@ def test_bfloat16_cached_logits_equal_teacher_forced_ones(setup):
     options = DecodingOptions(guidance_scale=2.5)
     with recorded_logits(model) as calls:
         ids = model.sample(condition, options, draws=model.sampling_draws(Keys.range(0, 3)))
-    cached = torch.stack(calls, 1).float()
+    cached = torch.cat(calls, 1).float()
     whole = torch.cat([model.logits(ids, rows) for rows in (condition, condition.null())])
     precise = model.float().logits(ids, condition)
     # As near to each other as bfloat16 is to float32: its rounding depends on how many positions go together.
@@ -375,7 +375,9 @@ def test_sampled_ids_can_be_trained_on(setup):
     ids = torch.cat([chunk.tokens for chunk in chunks], 1)
     for tokens in (ids, model.sample(condition, GREEDY)):
         model(tokens, condition).loss.backward()
-    embedded = model.embed_tokens(chunks[0].tokens, slice(0, 1))  # a chunk itself is saved for the backward pass
+    embedded = model.embed_tokens(
+        chunks[0].tokens, chunks[0].positions, chunks[1].positions
+    )  # a chunk itself is saved for the backward pass
     embedded.sum().backward()
 
 
@@ -383,7 +385,7 @@ def test_sampled_ids_can_be_trained_on(setup):
 def test_cache_bytes_are_known_beforehand(setup, guided):
     model, condition = setup
     session = model.start(condition, DecodingOptions(temperature=0, guidance_scale=2.0 if guided else 1.0))
-    assert session.cache.nbytes == model.cache_bytes(3, guided=guided)
+    assert session.kv_cache.nbytes == model.cache_bytes(3, guided=guided)
 
 
 @pytest.mark.parametrize("options", [GREEDY, DecodingOptions(guidance_scale=2.0, top_k=5)])

@@ -179,7 +179,7 @@ def test_positions_are_dropped_with_the_tokens_or_kept():
     ids = token_ids(tiny("llama"))
     for before in (True, False):
         model = tiny("llama", positions="learned", token_drop=0.999999, drop_before_positions=before).train()
-        x = model.dropout(model.embed_tokens(ids, slice(0, 16)))
+        x = model.dropout(model.token_embedding(ids))
         assert not x.any()
         hidden = model.hidden_states(ids, labels(0, 1, 2), 1)
         alike = torch.allclose(hidden[0, 1:], hidden[0, :1].expand(15, -1))

@@ -306,6 +306,37 @@ def test_failed_load_leaves_the_model_as_it_was():
     assert model.fingerprint() == before
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.tensor(torch.nan), "1 with NaN or infinities: output.weight"),
+        (torch.tensor(-torch.inf), "1 with NaN or infinities: output.weight"),
+        (torch.tensor(3, dtype=torch.int32), "1 of another kind: output.weight torch.int32 instead of torch.float32"),
+        (torch.tensor(True), "1 of another kind: output.weight torch.bool"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_refused(value, message):
+    model = tiny("llama")
+    before = model.fingerprint()
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.load_strictly(model, model.state_dict() | {"output.weight": value.expand(32, 16)})
+    assert model.fingerprint() == before
+
+
+def test_half_precision_weights_fit_and_a_buffer_may_hold_infinities():
+    class Masked(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mask", torch.zeros(2))
+            self.weight = torch.nn.Parameter(torch.zeros(2))
+
+    model, mask = Masked(), torch.tensor([0.0, -torch.inf])
+    checkpoints.load_strictly(model, {"mask": mask, "weight": torch.ones(2, dtype=torch.bfloat16)})
+    assert torch.equal(model.mask, mask)
+    with pytest.raises(CheckpointError, match="1 with NaN or infinities: mask"):
+        checkpoints.load_strictly(model, {"mask": mask * torch.nan, "weight": torch.ones(2)})
+
+
 def fill_the_disk(monkeypatch) -> None:
     def save_half(state, path, metadata=None):
         path.write_bytes(b"half")

@@ -117,31 +117,54 @@ def fuse(state: Mapping[str, Tensor], parts: Sequence[str], whole: str) -> dict[
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, source: str = "the state dict") -> None:
-    """Load ``state`` into ``model``: every key must be there, none may be left over, every shape must fit.
+    """Load ``state`` into ``model``: every key must be there, none may be left over, every shape and kind of number
+    must fit, and every number must be one.
 
     Works for a model on the meta device too (its parameters become the given tensors).
 
     Raises:
-        CheckpointError: lists missing keys, surplus keys and differing shapes. The model is left as it was.
+        CheckpointError: lists missing keys, surplus keys, differing shapes, integers in place of floats, tensors with
+            NaN and parameters with infinities. The model is left as it was.
     """
     odd = [f"{key} ({type(value).__name__})" for key, value in state.items() if not isinstance(value, Tensor)]
     if odd:
         raise CheckpointError(f"{source} holds {len(odd)} values that are no tensors: {listing(odd)}")
     own = model.state_dict()
-    missing, surplus = own.keys() - state.keys(), state.keys() - own.keys()
+    shared = sorted(own.keys() & state.keys())
     wrong = [
         f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in own.keys() & state.keys()
+        for key in shared
         if own[key].shape != state[key].shape
     ]
+    kinds = [
+        f"{key} {state[key].dtype} instead of {own[key].dtype}"
+        for key in shared
+        if own[key].is_floating_point() and not state[key].is_floating_point()
+    ]
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     problems = [
         f"{len(names)} {what}: {listing(names)}"
-        for what, names in (("missing", missing), ("surplus", surplus), ("of another shape", wrong))
+        for what, names in (
+            ("missing", own.keys() - state.keys()),
+            ("surplus", state.keys() - own.keys()),
+            ("of another shape", wrong),
+            ("of another kind", kinds),
+            ("with NaN or infinities", [key for key in shared if not _is_sound(state[key], key in parameters)]),
+        )
         if names
     ]
     if problems:
         raise CheckpointError(f"{source} does not fit {type(model).__name__}; {'; '.join(problems)}")
     model.load_state_dict(state, assign=any(tensor.is_meta for tensor in own.values()))
+
+
+def _is_sound(tensor: Tensor, finite: bool) -> bool:
+    """Whether a tensor has no NaN and, if it must be ``finite``, no infinity; a buffer may be a mask of infinities."""
+    if not tensor.is_floating_point() or tensor.is_meta:
+        return True
+    if tensor.element_size() == 1:  # float8 has no comparisons
+        tensor = tensor.float()
+    return bool((tensor.isfinite() if finite else ~tensor.isnan()).all())
 
 
 def listing(names: Iterable[str], limit: int = 12) -> str:

@@ -22,7 +22,7 @@ from vistok.nn.attention import Attention
 from vistok.nn.mlp import SwiGLU, llama_hidden_dim
 from vistok.nn.norms import RMSNorm
 from vistok.nn.positions import sincos_1d
-from vistok.nn.rotary import FixedRotation, Rotation, Rows, grid_positions, rotation_table
+from vistok.nn.rotary import FixedRotation, Positions, Rotation, grid_positions, rotation_table
 from vistok.types import Condition, ConditionSpec, FeatureSpec, IdSpec, TokenSpec, as_dataclass
 
 SIZES = {
@@ -35,7 +35,7 @@ SIZES = {
     "3B": {"dim": 3200, "num_layers": 24, "num_heads": 32},
     "7B": {"dim": 4096, "num_layers": 32, "num_heads": 32},
 }
-Positions = Literal["rope2d", "rope1d", "learned", "sincos"]
+PositionKind = Literal["rope2d", "rope1d", "learned", "sincos"]
 
 
 def _official(size: str, block_size: int) -> dict[str, Any]:
@@ -148,7 +148,7 @@ class Llama(AutoregressiveGenerator):
         attn_drop: float = 0.0,
         proj_drop: float = 0.1,
         ffn_drop: float = 0.1,
-        positions: Positions = "rope2d",
+        positions: PositionKind = "rope2d",
         rope_base: float = 10000.0,
         norm_eps: float = 1e-5,
         condition_tokens: int = 0,
@@ -236,7 +236,7 @@ class Llama(AutoregressiveGenerator):
             return {"num_classes": 0, "caption_dim": spec.features.dim, "caption_length": spec.features.length}
         return super().condition_arguments(spec)
 
-    def embed_condition(self, condition: Condition) -> Tensor:
+    def embed_condition(self, condition: Condition, upcoming: Tensor) -> Tensor:
         if self.condition_tokens:
             return self._embed_given(condition)
         return self._embed_caption(condition) if self.takes_captions else self._embed_class(condition)
@@ -264,7 +264,7 @@ class Llama(AutoregressiveGenerator):
             features = features * condition.mask[..., None]
         return self.caption_projection(torch.where(condition.dropped[:, None, None], null, features))
 
-    def embed_tokens(self, ids: Tensor, where: Rows) -> Tensor:
+    def embed_tokens(self, ids: Tensor, places: Tensor, upcoming: Tensor) -> Tensor:
         return self.token_embedding(ids)
 
     def attention_mask(self, condition: Condition, start: int, stop: int) -> Tensor | None:
@@ -276,18 +276,20 @@ class Llama(AutoregressiveGenerator):
         offset = queries[:, None] - keys  # (stop - start, stop)
         return (offset > 0) & visible[:, None, None] | (offset == 0)  # (R, 1, stop - start, stop)
 
-    def transform(self, x: Tensor, where: Rows, mask: Tensor | None, layers: Layers | None) -> Tensor:
-        return self._run(self.blocks, x, where, mask, layers)
+    def transform(self, x: Tensor, positions: Positions, mask: Tensor | None, kv_cache: Layers | None) -> Tensor:
+        return self._run(self.blocks, x, positions, mask, kv_cache)
 
-    def _run(self, blocks: nn.ModuleList, x: Tensor, where: Rows, mask: Tensor | None, layers: Layers | None) -> Tensor:
+    def _run(
+        self, blocks: nn.ModuleList, x: Tensor, positions: Positions, mask: Tensor | None, kv_cache: Layers | None
+    ) -> Tensor:
         if self.drop_before_positions:
             x = self.dropout(x)
         if self.positions is not None:
-            x = x + self.positions[where]
+            x = x + self.positions[positions]
         if not self.drop_before_positions:
             x = self.dropout(x)
-        rotation = None if self.rotation is None else self.rotation(where)
-        for block, memory in zip(blocks, layers or [None] * len(blocks)):
+        rotation = None if self.rotation is None else self.rotation(positions)
+        for block, memory in zip(blocks, kv_cache or [None] * len(blocks)):
             x = block(x, rotation, mask, memory)
         return x
 
@@ -305,8 +307,7 @@ class Llama(AutoregressiveGenerator):
         """
         if not 1 <= layer <= len(self.blocks):
             raise ValueError(f"layer must be one of the blocks 1..{len(self.blocks)}, got {layer}")
-        fed = ids[:, :-1]
-        x = torch.cat([self.embed_condition(condition), self.embed_tokens(fed, slice(0, fed.shape[1]))], 1)
+        x = self.embed_sequence(ids[:, :-1], condition)
         mask = self.attention_mask(condition, 0, x.shape[1])
         return self._run(self.blocks[:layer], x, slice(0, x.shape[1]), mask, None)
 
@@ -382,7 +383,7 @@ OFFICIAL_NAMES = [
 
 
 def position_table(
-    spec: TokenSpec, condition_length: int, head_dim: int, positions: Positions, base: float
+    spec: TokenSpec, condition_length: int, head_dim: int, positions: PositionKind, base: float
 ) -> Rotation:
     """The rotation of every sequence position, (condition_length + length, head_dim / 2).
 

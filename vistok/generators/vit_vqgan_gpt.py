@@ -20,7 +20,7 @@ from vistok.generators.engine.autoregressive import AutoregressiveGenerator
 from vistok.generators.engine.cache import Layer, Layers
 from vistok.nn.attention import Attention
 from vistok.nn.mlp import MLP
-from vistok.nn.rotary import Rows
+from vistok.nn.rotary import Positions
 from vistok.types import Condition, ConditionSpec, IdSpec, TokenSpec, as_dataclass
 
 
@@ -107,7 +107,7 @@ class ViTVQGANGPT(AutoregressiveGenerator):
             return super().condition_arguments(spec)
         return {"num_classes": spec.ids.vocabulary_size, "condition_length": spec.ids.length}
 
-    def embed_condition(self, condition: Condition) -> Tensor:
+    def embed_condition(self, condition: Condition, upcoming: Tensor) -> Tensor:
         return self.condition_embedding(self._condition_ids(condition)) + self.condition_positions
 
     def _condition_ids(self, condition: Condition) -> Tensor:
@@ -128,8 +128,8 @@ class ViTVQGANGPT(AutoregressiveGenerator):
         labels = self.num_classes if self.condition_length == 1 else 0
         return ConditionSpec(num_classes=labels, ids=IdSpec(self.num_classes, self.condition_length))
 
-    def embed_tokens(self, ids: Tensor, where: Rows) -> Tensor:
-        return self.token_embedding(ids) + self.token_positions[:, where]
+    def embed_tokens(self, ids: Tensor, places: Tensor, upcoming: Tensor) -> Tensor:
+        return self.token_embedding(ids) + self.token_positions[0, places]
 
     def attention_mask(self, condition: Condition, start: int, stop: int) -> Tensor | None:
         """Causal, but condition tokens see each other, without padding; None where that makes no difference."""
@@ -143,8 +143,8 @@ class ViTVQGANGPT(AutoregressiveGenerator):
         visible = F.pad(padding, (0, max(stop - self.condition_length, 0)), value=True)[:, :stop]
         return seen & visible[:, None, None] | (keys == queries[:, None])  # each sees itself: no row is empty
 
-    def transform(self, x: Tensor, where: Rows, mask: Tensor | None, layers: Layers | None) -> Tensor:
-        for block, memory in zip(self.blocks, layers or [None] * len(self.blocks)):
+    def transform(self, x: Tensor, positions: Positions, mask: Tensor | None, kv_cache: Layers | None) -> Tensor:
+        for block, memory in zip(self.blocks, kv_cache or [None] * len(self.blocks)):
             x = block(x, mask, memory)
         return x
 

@@ -10,18 +10,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-Rows = slice | Tensor
-"""Positions: consecutive ones as a slice, or any as an index tensor, which compiled graphs can read anew each time."""
+Positions = slice | Tensor
+"""Consecutive positions as a slice, or any as an index tensor, (N,) of all samples or (B, N), which compiled graphs can
+read anew each time."""
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines, (N, head_dim / 2) each, of N positions."""
+    """Cosines and sines, (N, head_dim / 2) each, of N positions; (B, 1, N, head_dim / 2) where samples differ."""
 
     cos: Tensor
     sin: Tensor
 
-    def __getitem__(self, rows: Rows) -> Rotation:
-        return Rotation(self.cos[rows], self.sin[rows])
+    def __getitem__(self, positions: Positions) -> Rotation:
+        return Rotation(self.cos[positions], self.sin[positions])
 
 
 class FixedRotation(nn.Module):
@@ -35,9 +36,12 @@ class FixedRotation(nn.Module):
         self.register_buffer("cos", rotation.cos, persistent=False)
         self.register_buffer("sin", rotation.sin, persistent=False)
 
-    def forward(self, where: Rows) -> Rotation:
-        """The rows of some positions."""
-        return Rotation(self.cos[where], self.sin[where])
+    def forward(self, positions: Positions) -> Rotation:
+        """The rotation of some positions."""
+        tables = self.cos[positions], self.sin[positions]
+        if isinstance(positions, Tensor) and positions.ndim == 2:
+            tables = tuple(table.unsqueeze(1) for table in tables)  # for all heads: (B, 1, N, head_dim / 2)
+        return Rotation(*tables)
 
     def _apply(self, fn, recurse: bool = True):
         precise = self.cos, self.sin

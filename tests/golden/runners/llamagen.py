@@ -105,7 +105,7 @@ def loss(case: Case, step: Step) -> dict[str, Tensor]:
 @runner("llamagen/gpt", "caption_embed")
 @torch.no_grad()
 def caption_embed(case: Case, step: Step) -> dict[str, Tensor]:
-    return step.answers(case.build_model().embed_condition(_condition(step, 0)))
+    return step.answers(case.build_model().embed_condition(_condition(step, 0), torch.zeros(1, 1, dtype=torch.int64)))
 
 
 @runner("llamagen/gpt", "generate")

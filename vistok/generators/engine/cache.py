@@ -1,4 +1,7 @@
-"""The static cache of an autoregressive transformer."""
+"""The static cache of an autoregressive transformer.
+
+It counts entries, which are what the transformer was fed: one for a token, or one for a window of tokens.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-class LayerCache:
+class LayerBuffer:
     """One layer's keys and values, written into a buffer of fixed length; attention reads the live part only."""
 
     def __init__(self, key: Tensor, value: Tensor, shift: Tensor | None):
@@ -35,39 +38,73 @@ class LayerCache:
         self._shift.copy_(x[:, -1:])
         return shifted
 
-    def at(self, position: Tensor) -> IndexedLayer:
-        """The same memory for steps that write at a position which a tensor holds."""
-        return IndexedLayer(self, position)
+    def at(self, slots: Tensor) -> IndexedBuffer:
+        """The same memory for entries whose slots are in a tensor."""
+        return IndexedBuffer(self, slots)
+
+    def choose(self, rows: Tensor) -> None:
+        """Keep these rows, in this order; a row may be listed more than once."""
+        self._key, self._value = self._key[rows], self._value[rows]
+        if self._shift is not None:
+            self._shift = self._shift[rows]
 
 
-class IndexedLayer:
-    """A layer's cache for steps of one token whose shapes never change, as compiled graphs want it.
+class IndexedBuffer:
+    """A layer's cache for steps whose shapes never change, as compiled graphs want it, or whose rows differ in length.
 
-    The token's position is a tensor (1,), and attention reads the whole buffer: a mask must hide what lies behind.
+    Attention reads the whole buffer: a mask must hide what is not there.
+
+    Args:
+        slots: (n,) where the entries of all rows are written, or (R, n); read anew in each call.
     """
 
-    def __init__(self, layer: LayerCache, position: Tensor):
-        self._key, self._value, self._position, self.shift = layer._key, layer._value, position, layer.shift
-        for buffer in (self._key, self._value):
+    def __init__(self, layer: LayerBuffer, slots: Tensor):
+        self._layer, self._slots = layer, slots
+        self._recent: Tensor | None = None
+        for buffer in (layer._key, layer._value):
             buffer[:, :, layer.length :] = 0  # a hidden value has weight 0, but 0 times NaN is NaN
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store keys and values (R, H, 1, h); return the buffers, (R, H, all positions, h)."""
-        self._key[:, :, self._position] = key
-        self._value[:, :, self._position] = value
-        return self._key, self._value
+        """Store keys and values (R, H, n, h); return the buffers, (R, H, all slots, h)."""
+        buffers = self._layer._key, self._layer._value
+        for buffer, new in zip(buffers, (key, value)):
+            if self._slots.ndim == 1:
+                buffer[:, :, self._slots] = new
+            else:
+                buffer.scatter_(2, self._slots[:, None, :, None].expand_as(new), new)
+        return buffers
+
+    def shift(self, x: Tensor) -> Tensor:
+        """As of ``LayerBuffer``; ``cut`` can take back a part of x."""
+        memory = self._layer._shift
+        if self._slots.ndim == 1:
+            return self._layer.shift(x)
+        self._recent = torch.cat([memory, x], 1)
+        return self._recent[:, :-1]
+
+    def cut(self, kept: Tensor) -> None:
+        """Remember only the first ``kept`` (R,) of the entries of the last call, of each row."""
+        if self._recent is not None:
+            index = kept[:, None, None].expand(-1, 1, self._recent.shape[2])
+            self._layer._shift.copy_(self._recent.gather(1, index))
 
 
-Layer = LayerCache | IndexedLayer
+Layer = LayerBuffer | IndexedBuffer
 Layers = Sequence[Layer]
 
 
 class KVCache:
     """Keys and values of all layers, allocated once per sampling session.
 
+    Rows have one length, or, between ``at`` and ``settle``, each its own.
+
     Args:
         num_layers, rows, num_heads, length, head_dim: the sizes; ``rows`` counts guidance rows too.
         shift_dim: width of the token shift's memory, 0 for models without one.
+
+    Attributes:
+        visible: bool (R or 1, 1, 1, capacity), which entries later ones may see at all; None is every one.
+        offsets: (R, 1) int64, by how much the position id of an entry is less than its slot, per row; None is not.
     """
 
     def __init__(
@@ -86,26 +123,57 @@ class KVCache:
         kept = (rows, num_heads, length, head_dim)
         # Each a tensor of its own: compilers copy the whole of a tensor of which a part is written.
         self.layers = [
-            LayerCache(
+            LayerBuffer(
                 torch.empty(kept, **like),
                 torch.empty(kept, **like),
                 torch.zeros(rows, 1, shift_dim, **like) if shift_dim else None,
             )
             for _ in range(num_layers)
         ]
+        self.capacity = length
         self.nbytes = num_layers * rows * (2 * num_heads * length * head_dim + shift_dim) * dtype.itemsize
+        self.visible: Tensor | None = None
+        self.offsets: Tensor | None = None
 
     @property
     def length(self) -> int:
-        """Positions stored so far."""
+        """Entries stored so far."""
         return self.layers[0].length
 
     def advance(self, count: int) -> None:
-        """Say that ``count`` positions were written through ``at``."""
+        """Say that ``count`` entries of every row were written through ``at``."""
         for layer in self.layers:
             layer.length += count
 
     def truncate(self, length: int) -> None:
-        """Forget the positions from ``length`` on: those that are still being made."""
+        """Forget the entries from ``length`` on: those that are still being made."""
         for layer in self.layers:
             layer.length = min(layer.length, length)
+
+    def at(self, slots: Tensor) -> list[IndexedBuffer]:
+        """The layers for entries that are written at ``slots``, (n,) or (R, n); what lies in a slot is replaced, so
+        that rows are cut by writing there again."""
+        return [layer.at(slots) for layer in self.layers]
+
+    def settle(self, length: int) -> None:
+        """Say that all rows have ``length`` entries, after each was written at its own slots."""
+        for layer in self.layers:
+            layer.length = length
+
+    def choose(self, rows: Tensor) -> None:
+        """Keep these rows, in this order; a row may be listed more than once (branches, trials)."""
+        for layer in self.layers:
+            layer.choose(rows)
+        if self.visible is not None and len(self.visible) > 1:
+            self.visible = self.visible[rows]
+        if self.offsets is not None:
+            self.offsets = self.offsets[rows]
+
+    def positions(self, slots: Tensor) -> Tensor:
+        """The position ids of entries at slots (R, n)."""
+        return slots if self.offsets is None else slots - self.offsets
+
+    def seen_from(self, slots: Tensor) -> Tensor:
+        """What entries at slots (R, n) see: those before and themselves, bool (R, 1, n, capacity)."""
+        seen = torch.arange(self.capacity, device=slots.device) <= slots[:, None, :, None]
+        return seen if self.visible is None else seen & self.visible

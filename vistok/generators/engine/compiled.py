@@ -11,31 +11,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from vistok.generators.engine.cache import KVCache, Layers
+from vistok.generators.engine.contracts import NextTokenModel
 from vistok.generators.engine.sampling import DecodingOptions, draw_ids
 from vistok.generators.engine.split import split_layers
 from vistok.guidance import weighted_sum
 from vistok.nn.attention import Mask
 from vistok.nn.flex import FEWEST_CHANNELS, LiveKeys
-from vistok.nn.rotary import Rows
-
-
-class NextTokenModel(Protocol):
-    """What a step needs of an ``AutoregressiveGenerator``; its blocks are of one class."""
-
-    condition_length: int
-    blocks: nn.ModuleList
-
-    def embed_tokens(self, ids: Tensor, where: Rows) -> Tensor: ...
-
-    def transform(self, x: Tensor, where: Rows, mask: Mask | None, layers: Layers | None, *state: Tensor) -> Tensor: ...
-
-    def head(self, hidden: Tensor) -> Tensor: ...
 
 
 class CompiledStep:
@@ -63,10 +49,11 @@ class CompiledStep:
         tokens: Tensor,
         uniforms: Tensor | None,
         weights: Tensor,
+        failed: Tensor,
         visible: Tensor | None,
         layers: Layers,
-        computing: NextTokenModel,
         state: tuple[Tensor, ...],
+        computing: NextTokenModel,
     ) -> None:
         """Feed the token before ``position`` and write the one there into ``tokens``.
 
@@ -76,15 +63,17 @@ class CompiledStep:
             tokens: (B, L) ids.
             uniforms: (B, L), or None for greedy decoding.
             weights: (L, rows of guidance), how much each counts at every position.
+            failed: (1,), the first position whose logits were not finite; written.
             visible: bool (R or 1, 1, 1, T + L), what the last position of all sees; None is everything.
             layers: caches that write at ``fed``.
-            computing: the model ``with_blocks`` that are compiled.
             state: what follows from the condition once.
+            computing: the model ``with_blocks`` that are compiled.
         """
         keys = seen_keys_for(tokens.device, model.blocks[0].attn.head_dim)
         x, mask = self._before(model, position, fed, tokens, visible, keys, rows=weights.shape[1])
         hidden = computing.transform(x, fed, mask, layers, *state)
         logits = self._after(model, hidden, position, weights)
+        failed.copy_(torch.where(logits.sum().isfinite(), failed, torch.minimum(failed, position)))
         drawn = draw_ids(logits, None if uniforms is None else uniforms[:, position].squeeze(1), options)
         tokens[:, position] = drawn[:, None]
 
@@ -134,7 +123,7 @@ def embed_last(
     """The embedded token before ``position``, (R, 1, D), and what it sees of the whole cache."""
     ids = torch.cat([tokens[:, position - 1]] * rows)
     mask = keys(fed, model.condition_length + tokens.shape[1], visible)
-    return model.embed_tokens(ids, position - 1), mask
+    return model.embed_tokens(ids, (position - 1)[None], position[None]), mask
 
 
 def next_logits(model: NextTokenModel, hidden: Tensor, position: Tensor, weights: Tensor) -> Tensor:
@@ -161,18 +150,18 @@ class SessionSteps:
         tokens: Tensor,
         uniforms: Tensor | None,
         weights: Tensor,
-        visible: Tensor | None,
+        failed: Tensor,
+        state: tuple[Tensor, ...],
         cache: KVCache,
-        state: tuple[Tensor, ...] = (),
     ):
         limits = torch._dynamo.config  # of graphs per function; each thread has its own
         limits.recompile_limit = max(limits.recompile_limit, 64)  # a sweep over options takes more than 8
         self._offset = model.condition_length - 1
         self._position, self._fed = (torch.zeros(1, dtype=torch.int64, device=tokens.device) for _ in range(2))
-        layers = [layer.at(self._fed) for layer in cache.layers]
+        layers = cache.at(self._fed)
         blocks = blocks_for(model, weights.shape[1] * len(tokens), tokens.device)
         computing = step.with_blocks(model, blocks)
-        inputs = (self._position, self._fed, tokens, uniforms, weights, visible, layers, computing, state)
+        inputs = (self._position, self._fed, tokens, uniforms, weights, failed, cache.visible, layers, state, computing)
         self._run = partial(step, model, options, *inputs)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warm = False

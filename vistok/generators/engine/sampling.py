@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ class DecodingOptions(GuidanceOptions):
         temperature: logits are divided by it; 0 takes the most likely id.
         top_k: only the k most likely ids (and ties with the k-th) can be drawn; 0 is off.
         top_p: only the smallest set of likeliest ids whose probability reaches top_p can be drawn; 1 is off.
+        decoding: how ids are chosen, see ``vistok.generators.engine.decodings``.
 
     The others are as of ``GuidanceOptions``; of the logits. A step is a token.
 
@@ -33,6 +35,7 @@ class DecodingOptions(GuidanceOptions):
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    decoding: Literal["plain"] = "plain"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,9 +66,11 @@ def filter_logits(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, t
     return logits
 
 
-def draw_ids(logits: Tensor, uniforms: Tensor, options: DecodingOptions) -> Tensor:
-    """Draw one id per row of guided logits (B, V) with uniforms (B,); (B,) int64."""
+def draw_ids(logits: Tensor, uniforms: Tensor | None, options: DecodingOptions) -> Tensor:
+    """Draw an id for each row of guided logits (..., V) with uniforms (...), which are not needed at temperature 0;
+    (...) int64. Of logits that are not finite the ids mean nothing, but are ids."""
     if options.temperature == 0:
         return logits.argmax(-1)
     logits = filter_logits(logits, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
-    return inverse_cdf(logits.softmax(-1), uniforms)
+    ids = inverse_cdf(logits.softmax(-1).flatten(0, -2), uniforms.flatten())
+    return ids.clamp_max(logits.shape[-1] - 1).view(logits.shape[:-1])

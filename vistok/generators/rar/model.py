@@ -22,10 +22,10 @@ from vistok.generators.base import weighted_mean
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
 from vistok.generators.engine.cache import Layers
 from vistok.generators.engine.sampling import DecodingOptions
+from vistok.generators.engine.session import AutoregressiveSession
 from vistok.generators.rar import official
 from vistok.generators.rar.networks import Block, FinalModulation
-from vistok.generators.rar.sampling import RARSession
-from vistok.nn.rotary import Rows
+from vistok.nn.rotary import Positions
 from vistok.types import Clock, Condition, Expands, GeneratorOutput, TokenSpec, as_dataclass
 
 SIZES = {
@@ -132,36 +132,24 @@ class RAR(AutoregressiveGenerator):
     def condition_state(self, condition: Condition) -> tuple[Tensor, ...]:
         return (self.class_vector(condition),)
 
-    def embed_condition(self, condition: Condition, upcoming: Tensor | int = 0) -> Tensor:
-        """(R, 2, D): the start token, and the class, which is told the place ``upcoming`` (R,) of the first token."""
+    def embed_condition(self, condition: Condition, upcoming: Tensor) -> Tensor:
+        """(R, 2, D): the start token, and the class, which is told the place of the first token."""
         start = (self.start_token + self.positions[:, :1]).expand(len(condition), -1, -1)
-        upcoming = torch.as_tensor(upcoming, device=self.positions.device).expand(len(condition))
-        target = self.target_positions[0, 2 + upcoming]
-        return torch.cat([start, (self.class_vector(condition) + self.positions[0, 1] + target)[:, None]], 1)
+        target = self.target_positions[0, 2 + upcoming]  # (1 or R, 1, D)
+        return torch.cat([start, self.class_vector(condition)[:, None] + self.positions[0, 1] + target], 1)
 
-    def embed_tokens(self, ids: Tensor, where: Rows) -> Tensor:
-        """(R, n, D) of ids (R, n) at raster positions ``where``, each followed by the next position."""
-        places = torch.arange(self.spec.length, device=ids.device)[where]
-        return self.embed_places(ids, places.expand(ids.shape), (places + 1).expand(ids.shape))
-
-    def embed_places(self, ids: Tensor, places: Tensor, upcoming: Tensor) -> Tensor:
-        """(R, n, D) of ids (R, n) that lie at ``places`` (R, n), and from which those at ``upcoming`` (R, n) are
-        predicted; ``upcoming`` is L behind the last token."""
+    def embed_tokens(self, ids: Tensor, places: Tensor, upcoming: Tensor) -> Tensor:
+        """(R, n, D) of ids (R, n), each told the place that is predicted from it; L behind the last token."""
         last = self.spec.length
         target = self.target_positions[0, (2 + upcoming).clamp_max(1 + last)]
         target = target * (upcoming < last)[..., None]  # from the last token nothing is predicted
         return self.token_embedding(ids) + self.positions[0, 2 + places] + target
 
     def transform(
-        self,
-        x: Tensor,
-        where: Rows,
-        mask: Tensor | None,
-        layers: Layers | None,
-        class_vector: Tensor,
+        self, x: Tensor, positions: Positions, mask: Tensor | None, kv_cache: Layers | None, class_vector: Tensor
     ) -> Tensor:
-        condition = class_vector[:, None] + self.slots[:, where]  # (R, n, D)
-        for block, memory in zip(self.blocks, layers or [None] * len(self.blocks)):
+        condition = class_vector[:, None] + self.slots[0, positions]  # (R, n, D)
+        for block, memory in zip(self.blocks, kv_cache or [None] * len(self.blocks)):
             x = block(x, condition, mask, memory)
         return self.norm(x, condition)
 
@@ -185,7 +173,7 @@ class RAR(AutoregressiveGenerator):
     def logits_in_order(self, ids: Tensor, orders: Tensor, condition: Condition) -> Tensor:
         """Logits (B, L + 1, V) of ids (B, L) that are in order already; the last one predicts nothing."""
         upcoming = F.pad(orders[:, 1:], (0, 1), value=self.spec.length)
-        x = torch.cat([self.embed_condition(condition, orders[:, 0]), self.embed_places(ids, orders, upcoming)], 1)
+        x = torch.cat([self.embed_condition(condition, orders[:, :1]), self.embed_tokens(ids, orders, upcoming)], 1)
         hidden = self.transform(x, slice(0, x.shape[1]), None, None, self.class_vector(condition))
         return self.head(hidden[:, 1:])
 
@@ -239,29 +227,17 @@ class RAR(AutoregressiveGenerator):
         draws: Draws | None = None,
         tokenizer: Expands | None = None,
         known: tuple[Tensor, Tensor] | None = None,
-    ) -> RARSession:
+    ) -> AutoregressiveSession:
         """As of every generator; ``known`` are ids (B, L) and a mask (B, L) bool, True where the id is taken instead of
         drawing one: partly teacher-forced images for the post-training of a tokenizer.
 
         Raises:
             ValueError: as of every generator, or ids and mask of another shape.
         """
-        self.check_tokenizer(tokenizer)
-        options = options or DecodingOptions()
-        self.check_condition(condition)
-        if options.guidance.is_on:
-            self.check_condition(options.guidance.conditions(condition))
-        if draws is None and options.temperature > 0:
-            raise ValueError(
-                "sampling with a temperature above 0 needs draws: pass sampling_draws(Keys.range(seed, B))"
-            )
+        session = super().start(condition, options, draws=draws, tokenizer=tokenizer)
         if known is not None:
-            expected = (len(condition), self.spec.length)
-            if any(tuple(part.shape) != expected for part in known):
-                shapes = " and ".join(str(tuple(part.shape)) for part in known)
-                raise ValueError(f"known ids and their mask must be {expected} each, got {shapes}")
-            self.spec.check_ids(known[0])
-        return RARSession(self, condition, options, draws, known)
+            session.force(*known)
+        return session
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:

@@ -23,11 +23,11 @@ from vistok.checkpoints.official_config import OfficialConfig
 from vistok.draws import Draws, Keys
 from vistok.flow import TimeSampling
 from vistok.generators.base import weighted_mean
-from vistok.generators.engine.cache import KVCache, LayerCache
+from vistok.generators.engine.cache import KVCache
 from vistok.generators.engine.continuous import ContinuousGenerator
 from vistok.generators.xar.layouts import EntityLayout, LayoutConfig
 from vistok.generators.xar.sampling import PATH, XAROptions, XARSession
-from vistok.nn.attention import Attention
+from vistok.nn.attention import Attention, LayerCache
 from vistok.nn.flex import FEWEST_CHANNELS, FlexMask, block_causal
 from vistok.nn.mlp import GatedMLP
 from vistok.nn.modulation import modulate

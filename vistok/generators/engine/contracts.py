@@ -1,0 +1,73 @@
+"""What the parts of the engine know of each other: models, sessions, decodings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from vistok.draws import Draws, Keys
+from vistok.generators.engine.cache import KVCache, Layers
+from vistok.generators.engine.plan import Plan
+from vistok.generators.engine.sampling import DecodingOptions
+from vistok.nn.attention import Mask
+from vistok.nn.rotary import Positions
+from vistok.types import Condition, TokenChunk, TokenSpec
+
+
+class NextTokenModel(Protocol):
+    """What sampling needs of a model; ``AutoregressiveGenerator`` describes it. Its blocks are of one class."""
+
+    spec: TokenSpec
+    condition_length: int
+    num_entries: int
+    blocks: nn.ModuleList
+
+    def plan(self, draws: Draws) -> Plan: ...
+
+    def condition_state(self, condition: Condition) -> tuple[Tensor, ...]: ...
+
+    def embed_condition(self, condition: Condition, upcoming: Tensor) -> Tensor: ...
+
+    def embed_tokens(self, ids: Tensor, places: Tensor, upcoming: Tensor) -> Tensor: ...
+
+    def attention_mask(self, condition: Condition, start: int, stop: int) -> Tensor | None: ...
+
+    def transform(
+        self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: Layers | None, *state: Tensor
+    ) -> Tensor: ...
+
+    def head(self, hidden: Tensor) -> Tensor: ...
+
+    def step_logits(self, hidden: Tensor, count: int) -> Tensor: ...
+
+    def new_cache(self, rows: int, length: int) -> KVCache: ...
+
+
+class SamplingSession(Protocol):
+    """What a decoding needs of a session; ``AutoregressiveSession`` describes it."""
+
+    plan: Plan
+    options: DecodingOptions
+    draws: Draws
+    step: int
+
+    def next_logits(self) -> Tensor: ...
+
+    def commit(self, ids: Tensor) -> TokenChunk: ...
+
+    def run_compiled(self) -> TokenChunk | None: ...
+
+
+class Decoding(Protocol):
+    """A way of choosing ids."""
+
+    def draws(self, keys: Keys, length: int, options: DecodingOptions) -> Draws:
+        """The random tensors that the loop consumes for ``length`` tokens."""
+
+    def check(self, plan: Plan, options: DecodingOptions) -> None:
+        """Raise ValueError if it cannot generate the steps of ``plan``."""
+
+    def run(self, session: SamplingSession, stop: int) -> Iterator[TokenChunk]:
+        """Generate the tokens of all steps from the session's up to ``stop``."""

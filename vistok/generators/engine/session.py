@@ -1,0 +1,238 @@
+"""One sampling run of a discrete autoregressive model: what is known, what the cache has seen, what comes next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from vistok.draws import Draws
+from vistok.generators.engine.compiled import CompiledStep, SessionSteps
+from vistok.generators.engine.contracts import NextTokenModel
+from vistok.generators.engine.decodings import DECODINGS
+from vistok.generators.engine.packed import DecodingCopies, DecodingCopy
+from vistok.generators.engine.sampling import DecodingOptions
+from vistok.guidance import PLAIN
+from vistok.types import Condition, TokenChunk
+
+
+class AutoregressiveSession:
+    """Cached sampling for one batch of conditions; all rows of guidance ride in the same batch of the model.
+
+    Attributes:
+        plan: the steps.
+        step: how many of them are done.
+        rows: the conditions of all rows.
+        kv_cache: what the transformer was fed: the condition, and the tokens of all steps but the last ones.
+        draws: random tensors of the decoding, on the device; empty where sampling is deterministic.
+    """
+
+    # Tensors that outlive a step are made here, outside of inference mode, so that callers may train on the tokens.
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: NextTokenModel,
+        condition: Condition,
+        options: DecodingOptions,
+        draws: Draws | None,
+        *,
+        copies: DecodingCopies,
+        compiled_step: CompiledStep | None = None,
+    ):
+        device = next(model.parameters()).device
+        condition = condition.to(device)
+        self.model, self.options, self._copies, self._compiled_step = model, options, copies, compiled_step
+        self.draws = {name: value.to(device) for name, value in (draws or {}).items()}
+        self.plan = model.plan(self.draws).to(device)
+        self.decoding = DECODINGS[options.decoding]
+        self.decoding.check(self.plan, options)
+        self.guidance = options.guidance
+        self.rows = self.guidance.conditions(condition)
+        self.state = model.condition_state(self.rows)
+        self.kv_cache = model.new_cache(len(self.rows), model.num_entries)
+        self.kv_cache.visible = model.attention_mask(self.rows, model.num_entries - 1, model.num_entries)
+        self.step = 0
+        self._weights = [self.guidance.weights(step, len(self.plan)) for step in range(len(self.plan))]
+        self._combine = self.guidance.start()
+        length = self.plan.order.shape[1]
+        self._sequence = torch.zeros(len(condition), length, dtype=torch.int64, device=device)
+        self._order = self.plan.order.expand(len(condition), length)
+        self._valid = torch.ones(len(condition), length, dtype=torch.bool, device=device)
+        self._forced: tuple[Tensor, Tensor] | None = None
+        self._failed = torch.full((1,), length, device=device)  # the first token whose logits were not finite
+        self._copy = self._decoding_copy()
+        self._seen = 0  # steps whose tokens are in the cache
+        self._logits = self._advance(model.embed_condition(self.rows, self._for_rows(self.plan.places(0))))
+        self._compiled = self._compiled_steps()
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What callers see
+
+    @property
+    def count(self) -> int:
+        """Tokens that are set."""
+        return self.plan.bounds[self.step]
+
+    @property
+    def tokens(self) -> Tensor:
+        """The ids so far: (B, count), or, where the order is not that of the raster, (B, L), 0 where there is none."""
+        if self.plan.is_raster:
+            return self._sequence[:, : self.count]
+        here = slice(0, self.count)
+        return torch.zeros_like(self._sequence).scatter(1, self._order[:, here], self._sequence[:, here])
+
+    def append(self, tokens: Tensor) -> None:
+        """Force ids (B, n) at the next positions (a prefix, a region taken from another image).
+
+        Raises:
+            ValueError: ids out of range, another batch size, more of them than positions left, or not whole steps.
+        """
+        ids = self.model.spec.check_ids(tokens).to(self._sequence.device)
+        if len(ids) != len(self._sequence):
+            raise ValueError(f"the session has {len(self._sequence)} rows, the tokens {len(ids)}")
+        stop = self.count + ids.shape[1]
+        if stop > self._sequence.shape[1]:
+            raise ValueError(
+                f"{self.count} tokens are set and {ids.shape[1]} more exceed the {self._sequence.shape[1]} there are"
+            )
+        step = self._step_at(stop)
+        self._sequence[:, self.count : stop] = ids
+        self.step = step
+
+    def force(self, ids: Tensor, where: Tensor) -> None:
+        """Take ids (B, L) instead of drawing where ``where`` (B, L) is True, both in raster order. What comes before
+        them is generated without looking at them.
+
+        Raises:
+            ValueError: ids out of range, or other shapes.
+        """
+        for values in (ids, where):
+            if values.shape != self._sequence.shape:
+                raise ValueError(f"ids and mask must be {tuple(self._sequence.shape)}, got {tuple(values.shape)}")
+        ids = self.model.spec.check_ids(ids)
+        self._forced = tuple(values.to(self._order.device).gather(1, self._order) for values in (ids, where))
+
+    @torch.inference_mode()
+    def generate(self, num_tokens: int | None = None) -> Iterator[TokenChunk]:
+        """Generate the next ids, one chunk per step.
+
+        Raises:
+            ValueError: more tokens than positions left, not whole steps, or, at the end, logits that were not finite.
+        """
+        left = self._sequence.shape[1] - self.count
+        if num_tokens is not None and num_tokens > left:
+            raise ValueError(f"num_tokens {num_tokens} exceeds the {left} positions left")
+        stop = self._step_at(self.count + (left if num_tokens is None else num_tokens))
+        yield from self.decoding.run(self, stop)
+        self._check_finite()
+
+    def _step_at(self, count: int) -> int:
+        step = self.plan.step_at(count)
+        if step is None:
+            sizes = ", ".join(map(str, self.plan.sizes[self.step :][:8]))
+            raise ValueError(f"{count} tokens end within a step; the next steps have {sizes} tokens")
+        return step
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What decodings use
+
+    def next_logits(self) -> Tensor:
+        """Guided logits (B, n, V) of the tokens of the next step."""
+        while self._seen < self.step:
+            self._logits = self._advance(self._embed_unseen())
+        return self._guided(self._logits, self._weights[self.step], self.count)
+
+    def commit(self, ids: Tensor) -> TokenChunk:
+        """Set the ids (B, n) of the next step."""
+        here = slice(self.plan.bounds[self.step], self.plan.bounds[self.step + 1])
+        self._sequence[:, here] = ids
+        return self._done(here)
+
+    def _done(self, here: slice) -> TokenChunk:
+        self.step += 1
+        return TokenChunk(self._order[:, here], self._sequence[:, here], self._valid[:, here])
+
+    def run_compiled(self) -> TokenChunk | None:
+        """Do the next step by the compiled graph, where there is one for it."""
+        if self._compiled is None or self._forced is not None or self.step - self._seen != 1:
+            return None
+        self._compiled(self.step)
+        self.kv_cache.advance(1)
+        self._seen += 1
+        return self._done(slice(self.count, self.count + 1))
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Passes through the model
+
+    def _embed_unseen(self) -> Tensor:
+        """Embeddings of what the cache lacks: of all tokens in steps of one, else of the next step."""
+        first, bounds = self._seen, self.plan.bounds
+        last = self.step if self.plan.is_single else first + 1
+        here = slice(bounds[first], bounds[last])
+        upcoming = self.plan.order[:, here.start + 1 : here.stop + 1] if self.plan.is_single else self.plan.places(last)
+        self._seen = last
+        places = self._for_rows(self.plan.order[:, here]), self._for_rows(upcoming)
+        return self.model.embed_tokens(self.guidance.repeat(self._sequence[:, here]), *places)
+
+    def _for_rows(self, places: Tensor) -> Tensor:
+        """Places (1 or B, n) for all rows of guidance, (1 or R, n)."""
+        return places if len(places) == 1 else self.guidance.repeat(places)
+
+    @torch.inference_mode()
+    def _advance(self, x: Tensor) -> Tensor:
+        """Logits (R, n, V) of the n tokens of the next step, that follow the embeddings x (R, e, D)."""
+        if not self._copy.has_todays_weights():  # between two chunks of a stream its caller may train the model
+            self._copy = self._decoding_copy()
+        model, cache = self._copy.model, self.kv_cache
+        start, stop = cache.length, cache.length + x.shape[1]
+        hidden = model.transform(x, slice(start, stop), self._mask(start, stop), cache.layers, *self.state)
+        return model.step_logits(hidden, self.plan.sizes[self._seen])
+
+    def _mask(self, start: int, stop: int) -> Tensor | None:
+        """What the entries [start, stop) see of the first ``stop``; None where it is all, or plainly causal."""
+        mask = self.model.attention_mask(self.rows, start, stop)
+        if mask is not None or start == 0 or stop - start == 1:
+            return mask
+        return torch.ones(stop - start, stop, dtype=torch.bool, device=self._sequence.device).tril(start)
+
+    def _guided(self, logits: Tensor, weights: tuple[float, ...], first: int) -> Tensor:
+        """Logits (B, n, V) of the tokens from the one numbered ``first`` on, of logits (R, n, V) of all rows."""
+        logits = self._combine(logits, weights)
+        self._failed.copy_(torch.where(logits.sum().isfinite(), self._failed, self._failed.clamp_max(first)))
+        if self._forced is None:
+            return logits
+        ids, where = (values[:, first : first + logits.shape[1], None] for values in self._forced)
+        return logits.masked_fill(where & (torch.arange(logits.shape[2], device=ids.device) != ids), -torch.inf)
+
+    def _check_finite(self) -> None:
+        """Raise ValueError if logits were not finite: the one time that the host waits for the device."""
+        failed = int(self._failed)
+        if failed < self._sequence.shape[1]:
+            dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+            raise ValueError(
+                f"the logits of token {failed} are not finite in {dtype}: "
+                + ("float16 has too small a range; sample in bfloat16 or float32" if dtype == "float16" else "")
+                + ("" if dtype == "float16" else "the weights hold NaN or infinities, or values grow beyond the range")
+            )
+
+    def _decoding_copy(self) -> DecodingCopy:
+        rows = 1 if self._compiled_step else len(self.rows)  # compilers choose products themselves
+        return self._copies.of(self.model, rows)
+
+    def _compiled_steps(self) -> SessionSteps | None:
+        """Steps of one token, where the model was told to compile them and rows are combined without a memory."""
+        simple = self.plan.is_raster and self.plan.is_single and self.guidance.combination == PLAIN
+        if self._compiled_step is None or not simple:
+            return None
+        return SessionSteps(
+            self._compiled_step,
+            self.model,
+            self.options,
+            tokens=self._sequence,
+            uniforms=self.draws.get("ids"),
+            weights=torch.tensor(self._weights, device=self._sequence.device),
+            failed=self._failed,
+            state=self.state,
+            cache=self.kv_cache,
+        )
