@@ -32,7 +32,7 @@ from vistok.quickstart.scores import (
     score,
 )
 from vistok.quickstart.story import prefix_ladder, score_lines
-from vistok.quickstart.systems import SYSTEMS, config_file
+from vistok.quickstart.systems import config_file, systems
 from vistok.tokenizers.kl_vae import KLVAE
 from vistok.train.config import RunConfig
 from vistok.train.tasks.objective import check_terms
@@ -149,7 +149,7 @@ def test_report_shows_the_scores_and_commands_that_fit(folder):
     result = json.loads((folder / "result.json").read_text())
     scores = Scores(**{f.name: result[f.name] for f in fields(Scores)})
     spec = vistok.load(folder / "tokenizer" / "tokenizer").spec
-    for line in score_lines(scores, result["seconds"], SYSTEMS["vit_vqgan"], spec=spec):
+    for line in score_lines(scores, result["seconds"], systems()["vit_vqgan"], spec=spec):
         assert line.name in report.text
         assert line.value in report.text
     commands = [line for line in report.text.splitlines() if line.startswith("vistok eval")]
@@ -234,7 +234,7 @@ def tiny_kl_vae():
     return KLVAE(image_size=32, in_channels=1, encoder_attention=(), **sizes).eval()
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("system", systems())
 def test_generator_of_every_system_fits_its_tokenizer(system):
     runs = [RunConfig.parse(load_config(config_file(system, stage))) for stage in ("tokenizer", "generator")]
     with torch.device("meta"):

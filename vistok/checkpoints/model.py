@@ -44,6 +44,9 @@ class Model(
 
     registry_name: ClassVar[str]
     sizes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Arguments by the name of a published size."""
+    tiny: ClassVar[Mapping[str, Any]] = {}
+    """Arguments of a model that is small enough for tests."""
     checkpoints: ClassVar[tuple[OfficialCheckpoint, ...]] = ()
     pickled_stand_ins: ClassVar[tuple[tuple[type, str], ...]] = ()
     """Inert classes that take the place of those that released files pickle beside their weights, with the pickled

@@ -10,6 +10,8 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,12 +29,19 @@ class Entry:
     paper: str  # its arXiv number
     # Other systems' official names of the same model, each with where its ``Reference`` is, as "module:NAME".
     references: Mapping[str, str] = field(default_factory=dict)
+    # Formats of token caches that the system's own codebase writes, each with its reader, as "module:Class".
+    token_files: Mapping[str, str] = field(default_factory=dict)
     # Of a generator: the tokenizer whose tokens its paper models, by its name in configs.
     tokenizer: str | None = None
 
     @property
     def official_names(self) -> tuple[str, ...]:
         return (self.official, *self.references)
+
+    @property
+    def room(self) -> Path:
+        """The folder of the model: the one of its own, or that of all single files of its kind."""
+        return Path(find_spec(self.target.partition(":")[0]).origin).parent
 
     def load(self) -> type:
         return _load(self.target)
@@ -49,7 +58,14 @@ class Entry:
 
 ENTRIES = (
     Entry("vit_vqgan", "tokenizer", "vistok.tokenizers.vit_vqgan:ViTVQGAN", "vit_vqgan/tokenizer", "2110.04627"),
-    Entry("llamagen_vq", "tokenizer", "vistok.tokenizers.llamagen_vq:LlamaGenVQ", "llamagen/tokenizer", "2406.06525"),
+    Entry(
+        "llamagen_vq",
+        "tokenizer",
+        "vistok.tokenizers.llamagen_vq:LlamaGenVQ",
+        "llamagen/tokenizer",
+        "2406.06525",
+        token_files={"llamagen": "vistok.tokenizers.llamagen_vq.codes:LlamaGenCodes"},
+    ),
     Entry("kl_vae", "tokenizer", "vistok.tokenizers.kl_vae:KLVAE", "kl_vae/tokenizer", "2112.10752"),
     Entry("flextok", "tokenizer", "vistok.tokenizers.flextok:FlexTok", "flextok/tokenizer", "2502.13967"),
     Entry("dar", "tokenizer", "vistok.tokenizers.dar:DAR", "dar/tokenizer", "2505.23660"),
@@ -68,7 +84,15 @@ ENTRIES = (
         "2110.04627",
         tokenizer="vit_vqgan",
     ),
-    Entry("mar", "generator", "vistok.generators.mar:MAR", "mar/generator", "2406.11838", tokenizer="kl_vae"),
+    Entry(
+        "mar",
+        "generator",
+        "vistok.generators.mar:MAR",
+        "mar/generator",
+        "2406.11838",
+        tokenizer="kl_vae",
+        token_files={"mar": "vistok.generators.mar.moments:MarMoments"},
+    ),
     Entry("xar", "generator", "vistok.generators.xar:XAR", "xar/generator", "2502.20388", tokenizer="kl_vae"),
     Entry(
         "maskgit", "generator", "vistok.generators.maskgit:MaskGIT", "titok/generator", "2202.04200", tokenizer="titok"
@@ -111,6 +135,11 @@ def entry(name: str, kind: str | None = None) -> Entry:
 def official_entry(name: str) -> Entry:
     """Look up a model by the name that its official weights carry, for example "llamagen/gpt"."""
     return _find(name, {official: e for e in ENTRIES for official in e.official_names}, "official model")
+
+
+def token_files() -> dict[str, Any]:
+    """The readers of token caches that systems' own codebases write, by the format's name."""
+    return {name: _load(target) for item in ENTRIES for name, target in item.token_files.items()}
 
 
 def _find(name: str, table: dict[str, Entry], what: str) -> Entry:

@@ -15,7 +15,7 @@ from vistok.cli.console import output, print_table
 
 def convert(
     system: Annotated[
-        str, typer.Argument(metavar="SYSTEM", help="What the file holds, such as llamagen or llamagen/gpt.")
+        str, typer.Argument(metavar="SYSTEM", help="What the file holds: system, or system/part (`vistok models`).")
     ],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The released file: safetensors or torch.")],
     out: Annotated[Path, typer.Option(help="Folder for the converted model; must not exist yet.")],

@@ -36,7 +36,7 @@ def evaluate(
         typer.Option(
             help="torch-fidelity (default), adm, clean-fid, dinov2, or reconstruction (IMAGES are those of the "
             "reference, reconstructed). For a tokenizer: reconstruction adds rFID, perturbation is pFID. For folders "
-            "of clips, FVD: larp-ucf-gen, larp-k600-fp, larp-ucf-rec, stylegan-v and others."
+            "of clips, FVD: stylegan-v and others; a wrong name lists all."
         ),
     ] = None,
     metrics: Annotated[
@@ -184,7 +184,7 @@ def benchmark(
         Path | None, typer.Option(help="Local file with the feature network's weights; downloaded once by default.")
     ] = None,
     eval_size: Annotated[
-        int | None, typer.Option(help="Resize images to this side first (bicubic), as LlamaGen does from 384 to 256.")
+        int | None, typer.Option(help="Resize images to this side first (bicubic), as some papers do from 384 to 256.")
     ] = None,
     save_npz: Annotated[
         bool, typer.Option("--save-npz", help="Also write samples.npz for ADM-style evaluators.")

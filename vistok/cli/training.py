@@ -16,7 +16,9 @@ from vistok.cli.console import Commands, Device, Environment, errors, output, pr
 
 def quickstart(
     out: Annotated[Path, typer.Option(help="Folder for everything it makes; must not exist yet.")] = Path("quickstart"),
-    system: Annotated[str, typer.Option(help="What is trained: vit_vqgan, flextok, dar or xar.")] = "vit_vqgan",
+    system: Annotated[
+        str | None, typer.Option(help="What is trained; a wrong name lists all, and none is the quickest.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of everything.")] = 0,
 ) -> None:
     """The whole chain on embedded digits, in five to ten minutes on a CPU, without a network.
@@ -30,7 +32,7 @@ def quickstart(
 
 
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file: configs/cifar10/vit_vqgan.yaml")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, such as those in configs/")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Changes to it: data.root=photos/ optimizer.lr=2e-4"),
@@ -133,7 +135,7 @@ def tokenize(
     augmentation: Annotated[
         str,
         typer.Option(
-            help="Views stored of each image: none, only itself; flip, also its mirror image; ten_crop, LlamaGen's "
+            help="Views stored of each image: none, only itself; flip, also its mirror image; ten_crop, ten "
             "crops of it at 1.1 times the size, or ten_crop:1.05; or random:K, K of those that training would see."
         ),
     ] = "none",
@@ -202,12 +204,13 @@ def tokenize(
 
 
 def import_tokens(
-    format_name: Annotated[str, typer.Argument(metavar="FORMAT", help="llamagen, mar or jsonl.")],
+    format_name: Annotated[str, typer.Argument(metavar="FORMAT", help="A format below; a wrong name lists all.")],
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="The folder or file that holds the tokens.")],
     tokenizer: Annotated[str, typer.Option(help="What made them: a run, saved or converted tokenizer, or hub id.")],
     out: Annotated[Path, typer.Option(help="Folder for the token cache; must not exist yet.")],
     classes: Annotated[
-        Path | None, typer.Option(help="Text file with a class name a line; MAR's folder names or the ids by default.")
+        Path | None,
+        typer.Option(help="Text file with a class name a line; the cache's or the ids by default."),
     ] = None,
 ) -> None:
     """Turn the tokens that another codebase has cached into a cache that generators train on.

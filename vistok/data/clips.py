@@ -301,7 +301,7 @@ def _rows(path: Path) -> list[tuple[str, str]]:
             for row in rows
         ]
     raise ValueError(
-        f"{path} has the columns {', '.join(sorted(columns))}; expected id, path, action, label (LARP) or label, "
+        f"{path} has the columns {', '.join(sorted(columns))}; expected id, path, action, label, or label, "
         "youtube_id, time_start, time_end (Kinetics)"
     )
 

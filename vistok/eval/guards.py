@@ -106,7 +106,8 @@ def _pair_warnings(protocol: Protocol, sample: Side, real: Side) -> Iterator[str
     if None not in sizes and sizes[0] != sizes[1]:
         yield (
             f"images are {sizes[0]}, reference images {sizes[1]} (height x width); a second resize moves FID (its rule "
-            "alone did: 2.11 instead of 2.19 for LlamaGen's VQ-16), so generate, or crop the reference, at one size"
+            "alone did: 2.11 instead of 2.19 for one published tokenizer), so generate, or crop the "
+            "reference, at one size"
         )
     if sample.extraction is not None and _fingerprint(real) == sample.extraction.fingerprint:
         yield "the images and the reference are the same images"

@@ -34,7 +34,7 @@ HELD_OUT = ("val", "test")
 
 WRONG_REFERENCE = (
     "reconstructions are compared with the held-out images that were reconstructed, generated images with the training "
-    "set. The mix-up is the commonest mistake: LlamaGen's VQ-16 scores rFID 4.28 against the training statistics "
+    "set. The mix-up is the commonest mistake: one tokenizer scores rFID 4.28 against the training statistics "
     "instead of 2.19, VAR's tokenizer 2.70 instead of 0.92, RAE 1.90 instead of 0.577"
 )
 
@@ -126,8 +126,8 @@ class Reference:
         if told.resize is not None and told.resize != network.resize:
             raise InvalidReferenceError(
                 f"{self.source} was made with the resize rule {told.resize!r}, but this protocol's is "
-                f"{network.resize!r} (clean-fid's number for LlamaGen's VQ-16 is 2.11, ADM's 2.19); make the reference "
-                "again by this protocol"
+                f"{network.resize!r} (clean-fid's number for one published tokenizer is 2.11, ADM's 2.19); make the "
+                "reference again by this protocol"
             )
         for name, gaussian in self.gaussians.items():
             if name in features and features[name].shape[1] != len(gaussian.mean):

@@ -113,7 +113,7 @@ def evaluate_tokenizer(
     )
     if data.split == "train":
         result["warnings"].append(
-            "these are training images; papers score held-out ones (MAR's VAE: rFID 1.22 on the training set, about "
+            "these are training images; papers score held-out ones (one: rFID 1.22 on the training set, about "
             "0.55 on the validation set)"
         )
     spec = tokenizer.spec_for(data.input_shape)

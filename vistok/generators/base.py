@@ -141,7 +141,7 @@ class Generator(Model):
         """
         raise ValueError(
             f"{type(self).__name__} generates in an order of its own and cannot keep tokens that come later; editing "
-            "needs a generator that fills in any positions, such as mar"
+            "needs a generator that fills in any positions"
         )
 
     def compile_decoding(self, backend: str = "inductor") -> None:

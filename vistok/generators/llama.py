@@ -19,7 +19,7 @@ from vistok.checkpoints.official_config import OfficialConfig
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
 from vistok.generators.engine.cache import Layer, Layers
 from vistok.nn.attention import Attention
-from vistok.nn.mlp import SwiGLU, llama_hidden_dim
+from vistok.nn.mlp import SwiGLU, rounded_hidden_dim
 from vistok.nn.norms import RMSNorm
 from vistok.nn.positions import sincos_1d
 from vistok.nn.rotary import FixedRotation, Positions, Rotation, grid_positions, rotation_table
@@ -120,6 +120,14 @@ class Llama(AutoregressiveGenerator):
     """
 
     registry_name = "llama"
+    tiny = {
+        "spec": TokenSpec(16, 32, dim=4, grid=(4, 4)),
+        "num_classes": 5,
+        "dim": 16,
+        "num_layers": 2,
+        "num_heads": 2,
+        "multiple_of": 16,
+    }
     sizes = SIZES
     checkpoints = (
         OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_B_256.pt", _official("B", 256)),
@@ -181,7 +189,7 @@ class Llama(AutoregressiveGenerator):
         self.token_embedding = nn.Embedding(self.spec.codebook_size + (condition_tokens > 0), dim)
         self.dropout = nn.Dropout(token_drop)
         self.drop_before_positions = drop_before_positions
-        hidden_dim = llama_hidden_dim(dim, multiple_of, ffn_dim_multiplier)
+        hidden_dim = rounded_hidden_dim(dim, multiple_of, ffn_dim_multiplier)
         self.blocks = nn.ModuleList(
             Block(
                 dim,

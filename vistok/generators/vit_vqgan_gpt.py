@@ -65,6 +65,14 @@ class ViTVQGANGPT(AutoregressiveGenerator):
     """
 
     registry_name = "vit_vqgan_gpt"
+    tiny = {
+        "spec": TokenSpec(16, 32, dim=4, grid=(4, 4)),
+        "num_classes": 5,
+        "dim": 16,
+        "num_layers": 2,
+        "num_heads": 2,
+        "condition_dropout": 0.1,
+    }
     sizes = {
         "base": {"dim": 1536, "num_layers": 24, "num_heads": 16},
         "large": {"dim": 2048, "num_layers": 36, "num_heads": 16},

@@ -76,6 +76,6 @@ class SwiGLU(GatedMLP):
         super().__init__(dim, hidden_dim, F.silu, bias=False, drop=drop)
 
 
-def llama_hidden_dim(dim: int, multiple_of: int = 256, multiplier: float = 1.0) -> int:
+def rounded_hidden_dim(dim: int, multiple_of: int = 256, multiplier: float = 1.0) -> int:
     """Hidden width of Llama's SwiGLU: two thirds of 4 * dim, times ``multiplier``, rounded up to a multiple."""
     return -(-int(multiplier * int(2 * 4 * dim / 3)) // multiple_of) * multiple_of

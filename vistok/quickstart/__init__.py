@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from vistok.pipelines.runs import data_of_run
 from vistok.quickstart.console import Stages, print_summary
 from vistok.quickstart.scores import CLASSES, COPIES, Digits, equal_counts, fit_classifier, load_digits, score
 from vistok.quickstart.story import draw, score_lines, write_story
-from vistok.quickstart.systems import Stage, config_file, find_system
+from vistok.quickstart.systems import Stage, config_file, find_system, systems
 from vistok.train import train
 from vistok.train.environment import environment
 from vistok.train.tokenize import tokenize
@@ -36,7 +36,7 @@ class Recipe:
     """What is trained, and how much of everything.
 
     Attributes:
-        system: a name of ``systems.SYSTEMS``.
+        system: a name of ``systems()``; None is the first.
         seed: of everything.
         tokenizer, generator: ``key=value`` changes to the two configs.
         views: augmented versions of each training digit in the token cache; None takes what the system says.
@@ -44,7 +44,7 @@ class Recipe:
         samples_per_class: generated digits of each class.
     """
 
-    system: str = "vit_vqgan"
+    system: str | None = None
     seed: int = 0
     tokenizer: Sequence[str] = ()
     generator: Sequence[str] = ()
@@ -68,6 +68,7 @@ def quickstart(out: str | Path, recipe: Recipe = Recipe()) -> dict[str, Any]:
         ConfigError: a change in ``recipe`` that does not fit the configs.
     """
     begin = time.monotonic()
+    recipe = replace(recipe, system=recipe.system or next(iter(systems())))
     system = find_system(recipe.system)
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

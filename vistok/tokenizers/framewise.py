@@ -27,6 +27,18 @@ class Framewise(Tokenizer):
     """
 
     registry_name = "framewise"
+    tiny = {
+        "num_frames": 2,
+        "tokenizer": {
+            "name": "vit_vqgan",
+            "image_size": 8,
+            "patch_size": 4,
+            "encoder": {"dim": 32, "num_layers": 1, "num_heads": 1, "mlp_dim": 32},
+            "decoder": {"dim": 32, "num_layers": 1, "num_heads": 1, "mlp_dim": 32},
+            "codebook_size": 32,
+            "codebook_embed_dim": 4,
+        },
+    }
     data_arguments: ClassVar[Mapping[str, str]] = {"num_frames": "num_frames"}
 
     def __init__(self, num_frames: int, tokenizer: Mapping[str, Any]):
@@ -36,9 +48,7 @@ class Framewise(Tokenizer):
         arguments = dict(tokenizer)
         name = arguments.pop("name", None)
         if name is None:
-            raise ValueError(
-                "tokenizer needs the name of an image tokenizer, such as {name: vit_vqgan, image_size: 64}"
-            )
+            raise ValueError("tokenizer needs the name of an image tokenizer, such as {name: …, image_size: 64}")
         self.num_frames = num_frames
         self._wrap(registry.entry(name, "tokenizer").load()(**arguments))
 

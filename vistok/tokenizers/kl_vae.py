@@ -28,7 +28,7 @@ KL16_SCALE = 0.2325
 DIFFUSERS_CONFIG, DIFFUSERS_WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
 
-def _flextok_vae(latent_channels: int) -> dict[str, Any]:
+def _narrow_latents(latent_channels: int) -> dict[str, Any]:
     return {
         "_class_name": "AutoencoderKL",
         "block_out_channels": [128, 256, 512, 512],
@@ -63,15 +63,23 @@ class KLVAE(Tokenizer):
     """
 
     registry_name = "kl_vae"
+    tiny = {
+        "image_size": 16,
+        "block_out_channels": (8, 8, 16),
+        "layers_per_block": 1,
+        "latent_channels": 4,
+        "encoder_attention": (2,),
+        "norm_groups": 4,
+    }
     has_posterior = True
     sizes = {
         "kl16": {"block_out_channels": (128, 128, 256, 256, 512), "latent_channels": 16, "latent_scale": KL16_SCALE},
     }
     checkpoints = (
         OfficialCheckpoint("", "kl16.ckpt", {"embed_dim": 16, "ch_mult": [1, 1, 2, 2, 4]}),
-        OfficialCheckpoint("EPFL-VILAB/flextok_vae_c4", DIFFUSERS_WEIGHTS, _flextok_vae(4)),
-        OfficialCheckpoint("EPFL-VILAB/flextok_vae_c8", DIFFUSERS_WEIGHTS, _flextok_vae(8)),
-        OfficialCheckpoint("EPFL-VILAB/flextok_vae_c16", DIFFUSERS_WEIGHTS, _flextok_vae(16)),
+        OfficialCheckpoint("EPFL-VILAB/flextok_vae_c4", DIFFUSERS_WEIGHTS, _narrow_latents(4)),
+        OfficialCheckpoint("EPFL-VILAB/flextok_vae_c8", DIFFUSERS_WEIGHTS, _narrow_latents(8)),
+        OfficialCheckpoint("EPFL-VILAB/flextok_vae_c16", DIFFUSERS_WEIGHTS, _narrow_latents(16)),
     )
 
     def __init__(

@@ -163,6 +163,15 @@ class MaskGITVQGAN(Tokenizer):
     """
 
     registry_name = "maskgit_vqgan"
+    tiny = {
+        "image_size": 16,
+        "channels": 8,
+        "channel_mult": (1, 1, 2),
+        "res_blocks": 1,
+        "codebook_size": 32,
+        "codebook_embed_dim": 4,
+        "norm_groups": 4,
+    }
     native_range = (0.0, 1.0)
     sizes = {"f16": {}}
     checkpoints = (OfficialCheckpoint("fun-research/TiTok", "maskgit-vqgan-imagenet-f16-256.bin", {}),)

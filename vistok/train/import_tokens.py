@@ -30,9 +30,9 @@ def import_tokens(
     (``vistok train --dry-run`` shows a batch).
 
     Args:
-        format_name: llamagen, mar or jsonl; see :mod:`vistok.data.peers`.
+        format_name: one of :func:`vistok.data.peers.formats`, such as jsonl.
         tokenizer: the one that made the tokens, for example converted from its official checkpoint.
-        classes: names in the order of the labels; None takes MAR's folder names, or the ids as text.
+        classes: names in the order of the labels; None takes those that the cache has, or the ids as text.
 
     Raises:
         FileExistsError: ``out`` exists.

@@ -114,6 +114,17 @@ class MAR(ContinuousGenerator):
     """
 
     registry_name = "mar"
+    tiny = {
+        "spec": TokenSpec(16, None, dim=4, grid=(4, 4)),
+        "num_classes": 5,
+        "dim": 16,
+        "num_encoder_layers": 1,
+        "num_decoder_layers": 1,
+        "num_heads": 2,
+        "num_head_layers": 1,
+        "head_dim": 16,
+        "buffer_size": 2,
+    }
     options_type = MAROptions
     sizes = SIZES
     checkpoints = tuple(OfficialCheckpoint(f"mar_{size}", "checkpoint-last.pth", _official(size)) for size in SIZES)

@@ -46,6 +46,7 @@ class MaskGIT(Generator):
     """
 
     registry_name = "maskgit"
+    tiny = {"spec": TokenSpec(16, 32, dim=4, grid=(4, 4)), "num_classes": 5, "dim": 16, "num_layers": 2, "num_heads": 2}
     options_type = MaskGITOptions
     sizes = {"bert": BERT, "uvit": UVIT}
     checkpoints = (

@@ -113,6 +113,15 @@ class XAR(ContinuousGenerator):
     """
 
     registry_name = "xar"
+    tiny = {
+        "spec": TokenSpec(16, None, dim=4, grid=(4, 4)),
+        "num_classes": 5,
+        "dim": 16,
+        "num_encoder_layers": 1,
+        "num_decoder_layers": 1,
+        "num_heads": 2,
+        "layout": {"entity": "cell", "size": 2},
+    }
     options_type = XAROptions
     sizes = SIZES
     checkpoints = tuple(

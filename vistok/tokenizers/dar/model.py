@@ -76,6 +76,22 @@ class DAR(Tokenizer):
     """
 
     registry_name = "dar"
+    tiny = {
+        "image_size": 16,
+        "encoder_patch_size": 8,
+        "encoder_dim": 64,
+        "num_encoder_layers": 1,
+        "decoder_dim": 64,
+        "num_decoder_layers": 1,
+        "codebook_size": 32,
+        "codebook_embed_dim": 4,
+        "num_tokens": 8,
+        "num_groups": 4,
+        "group_size": 2,
+        "max_tokens": 8,
+        "velocity": {"dim": 64, "num_layers": 1, "patch_size": 8},
+        "num_steps": 4,
+    }
     sizes = {"v1": {}}
     checkpoints = (OfficialCheckpoint("showlab/D-AR", "D-AR-tokenizer_v1.pt", official.V1),)
 

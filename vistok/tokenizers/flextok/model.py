@@ -79,6 +79,16 @@ class FlexTok(Tokenizer):
     """
 
     registry_name = "flextok"
+    tiny = {
+        "image_size": 16,
+        "patch_size": 4,
+        "encoder": {"dim": 32, "num_layers": 1, "head_dim": 16},
+        "decoder": {"dim": 32, "num_layers": 1, "head_dim": 16},
+        "num_tokens": 8,
+        "levels": (4, 4, 2),
+        "time_frequencies": 16,
+        "num_steps": 2,
+    }
     reconstructs = False
     sizes = {
         "d12_d12": {

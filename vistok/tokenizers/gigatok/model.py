@@ -90,6 +90,21 @@ class GigaTok(Tokenizer):
     """
 
     registry_name = "gigatok"
+    tiny = {
+        "image_size": 16,
+        "num_tokens": 8,
+        "encoder_size": {"dim": 16, "num_layers": 1, "num_heads": 2},
+        "decoder_size": {"dim": 24, "num_layers": 2, "num_heads": 2},
+        "alignment": {"dim": 12, "layer": 1},
+        "channels": 8,
+        "encoder_channel_mult": (1, 1, 2),
+        "decoder_channel_mult": (1, 1, 2),
+        "res_blocks": 1,
+        "z_channels": 32,
+        "codebook_size": 32,
+        "codebook_embed_dim": 8,
+        "norm_groups": 4,
+    }
     sizes = {
         "ss": _size(SMALL, SMALL),
         "sb": _size(SMALL, BASE),

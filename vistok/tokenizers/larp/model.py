@@ -56,6 +56,17 @@ class LARP(Tokenizer):
     """
 
     registry_name = "larp"
+    tiny = {
+        "num_frames": 4,
+        "image_size": 8,
+        "temporal_patch_size": 2,
+        "patch_size": 4,
+        "num_tokens": 6,
+        "encoder": {"dim": 16, "num_layers": 1, "num_heads": 2},
+        "decoder": {"dim": 16, "num_layers": 1, "num_heads": 2},
+        "codebook_size": 32,
+        "codebook_dim": 4,
+    }
     native_range = (0.0, 1.0)
     data_arguments: ClassVar[Mapping[str, str]] = Tokenizer.data_arguments | {"num_frames": "num_frames"}
     sizes = {"L": {"encoder": L, "decoder": L}}

@@ -45,6 +45,17 @@ class RobusTok(Tokenizer):
     """
 
     registry_name = "robustok"
+    tiny = {
+        "image_size": 16,
+        "patch_size": 4,
+        "dim": 32,
+        "num_layers": 2,
+        "num_heads": 2,
+        "num_tokens": 16,
+        "codebook_size": 32,
+        "codebook_embed_dim": 4,
+        "drop_path": 0.0,
+    }
     sizes = {"base": official.BACKBONES[official.BASE]}
     checkpoints = tuple(
         OfficialCheckpoint("qiuk6/RobusTok", name, official.RELEASED) for name in ("main-train.pt", "post-train.pt")

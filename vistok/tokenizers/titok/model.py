@@ -78,6 +78,24 @@ class TiTok(Tokenizer):
     """
 
     registry_name = "titok"
+    tiny = {
+        "image_size": 16,
+        "encoder_patch_size": 4,
+        "decoder_patch_size": 4,
+        "encoder": {"dim": 32, "num_layers": 1, "num_heads": 2},
+        "decoder": {"dim": 32, "num_layers": 1, "num_heads": 2},
+        "num_tokens": 8,
+        "token_dim": 4,
+        "codebook_size": 32,
+        "codec": {
+            "codebook_size": 16,
+            "codebook_embed_dim": 4,
+            "channels": 8,
+            "channel_mult": (1, 1, 2),
+            "res_blocks": 1,
+            "norm_groups": 4,
+        },
+    }
     native_range = (0.0, 1.0)
     truncated_normal: ClassVar[tuple[str, ...]] = ("encoder", "decoder", "head")
     """The parts whose weights start so; the others start as torch has them."""

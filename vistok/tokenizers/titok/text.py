@@ -61,6 +61,18 @@ class TATiTok(TiTok):
     """
 
     registry_name = "ta_titok"
+    tiny = {
+        "image_size": 16,
+        "encoder_patch_size": 4,
+        "decoder_patch_size": 4,
+        "encoder": {"dim": 32, "num_layers": 1, "num_heads": 2},
+        "decoder": {"dim": 32, "num_layers": 1, "num_heads": 2},
+        "num_tokens": 8,
+        "token_dim": 4,
+        "codebook_size": 32,
+        "text_dim": 6,
+        "text_length": 5,
+    }
     truncated_normal = ("encoder",)
     sizes = {
         "bl32_vq": _size(BASE, 32, RELEASED_VQ),

@@ -62,6 +62,17 @@ class LlamaGenVQ(Tokenizer):
     """
 
     registry_name = "llamagen_vq"
+    tiny = {
+        "image_size": 16,
+        "channels": 8,
+        "encoder_channel_mult": (1, 1, 2),
+        "decoder_channel_mult": (1, 1, 2),
+        "res_blocks": 1,
+        "z_channels": 8,
+        "codebook_size": 32,
+        "codebook_embed_dim": 4,
+        "norm_groups": 4,
+    }
     sizes = {
         "vq16": {"encoder_channel_mult": VQ16, "decoder_channel_mult": VQ16},
         "vq8": {"encoder_channel_mult": VQ8, "decoder_channel_mult": VQ8},

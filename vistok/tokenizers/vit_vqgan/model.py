@@ -114,6 +114,14 @@ class ViTVQGAN(Tokenizer):
     """
 
     registry_name = "vit_vqgan"
+    tiny = {
+        "image_size": 16,
+        "patch_size": 4,
+        "encoder": {"dim": 32, "num_layers": 1, "num_heads": 1, "mlp_dim": 32},
+        "decoder": {"dim": 32, "num_layers": 1, "num_heads": 1, "mlp_dim": 32},
+        "codebook_size": 32,
+        "codebook_embed_dim": 4,
+    }
     native_range = (0.0, 1.0)
     sizes = {
         "small": {"encoder": SMALL, "decoder": SMALL},
