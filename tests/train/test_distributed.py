@@ -99,6 +99,24 @@ def test_two_processes_train_like_one(tmp_path, one):
     assert_same_curves(one, tmp_path / "two")
 
 
+def with_batch_statistics(folder: Path, batch_size: int) -> dict:
+    """A run whose adversary has batch norms, LeCam's averages and an adaptive weight."""
+    gan = GAN | {"lecam_weight": 0.1, "lecam_compare": "batch_means"}
+    return tokenizer_config(folder, losses={"gan": gan}, data={"batch_size": batch_size})
+
+
+def test_statistics_of_a_batch_are_those_of_all_processes(tmp_path):
+    one = train(with_batch_statistics(tmp_path / "one", 16))
+    run_processes(TORCHRUN, with_batch_statistics(tmp_path / "two", 8))
+    assert_same_curves(one, tmp_path / "two")
+    ours, theirs = (
+        torch.load(folder / "checkpoints" / "step-0000006" / "state.pt", weights_only=True)["players"]["adversary"]
+        for folder in (one, tmp_path / "two")
+    )
+    for key, tensor in ours["weights"].items():
+        assert torch.allclose(theirs["weights"][key].double(), tensor.double(), rtol=1e-3, atol=1e-5), key
+
+
 def test_fsdp2_trains_exports_one_file_and_resumes_in_any_setting(tmp_path, one):
     saving = {"save_every": 2, "keep_checkpoints": 3}
     launch(ACCELERATE, tmp_path / "two", **saving)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vistok.nn.batch_norm import BatchNorm2d
+
 
 class Discriminator(nn.Module, ABC):
     """Judges images (B, C, H, W) or clips (B, C, T, H, W): logits of any shape, the batch first.
@@ -101,7 +103,7 @@ class PatchGAN(Discriminator):
         in_channels: of the images.
         width: channels of the first layer; doubled per layer, at most 8 times as many.
         num_layers: number of strided convolutions, each halving the side.
-        norm: "batch", "group" (32 groups where the width allows) or "none".
+        norm: "batch" (of all processes together), "group" (32 groups where the width allows) or "none".
         kernel_size: side of the convolutions, 3 or 4, padded by 1.
 
     Raises:
@@ -152,7 +154,7 @@ class PatchGAN(Discriminator):
 
 
 _NORMS = {
-    "batch": nn.BatchNorm2d,
+    "batch": BatchNorm2d,
     "group": lambda channels: nn.GroupNorm(math.gcd(32, channels), channels),
     "none": lambda channels: nn.Identity(),
 }

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vistok.utils.processes import mean_over_group
+
 
 @dataclass(frozen=True)
 class _Game:
@@ -152,7 +154,7 @@ class LeCam(nn.Module):
     """The LeCam regulariser (Tseng et al. 2021): keeps logits near running averages of the other side's logits.
 
     value = mean(relu(real - average_fake)^2) + mean(relu(average_real - fake)^2). The averages start at 0, are
-    buffers, and move in training mode only.
+    buffers, and move in training mode only. Means of a batch are those of all processes together.
 
     Args:
         decay: of the running averages, in [0, 1).
@@ -181,13 +183,13 @@ class LeCam(nn.Module):
             before if self.update == "after_use" else (self.average_real.clone(), self.average_fake.clone())
         )
         if self.compare == "batch_means":
-            logits_real, logits_fake = logits_real.mean(), logits_fake.mean()
+            logits_real, logits_fake = (mean_over_group(logits.mean()) for logits in (logits_real, logits_fake))
         return F.relu(logits_real - average_fake).square().mean() + F.relu(average_real - logits_fake).square().mean()
 
     @torch.no_grad()
     def _move_averages(self, logits_real: Tensor, logits_fake: Tensor) -> None:
-        self.average_real.lerp_(logits_real.mean().to(self.average_real), 1 - self.decay)
-        self.average_fake.lerp_(logits_fake.mean().to(self.average_fake), 1 - self.decay)
+        for average, logits in ((self.average_real, logits_real), (self.average_fake, logits_fake)):
+            average.lerp_(mean_over_group(logits.mean()).to(average), 1 - self.decay)
 
 
 def adaptive_weight(
@@ -216,6 +218,8 @@ def adaptive_weight(
         raise ValueError("adaptive_weight needs a last_layer that requires a gradient; this one is frozen")
     (nll_gradient,) = torch.autograd.grad(nll_loss, last_layer, retain_graph=True)
     (gan_gradient,) = torch.autograd.grad(gan_loss, last_layer, retain_graph=True)
+    # Losses are means over a process's batch, so the gradient of the whole batch is the mean of theirs.
+    nll_gradient, gan_gradient = mean_over_group(nll_gradient), mean_over_group(gan_gradient)
     return (nll_gradient.norm() / (gan_gradient.norm() + eps)).clamp(*clamp).detach()
 
 

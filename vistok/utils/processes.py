@@ -74,6 +74,29 @@ def group_size() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
+class _SumOverGroup(torch.autograd.Function):
+    """Every process has a share in the sum that all get, so its gradient is the sum of all of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _SumOverGroup.apply(gradient.contiguous())
+
+
+def sum_over_group(values: Tensor) -> Tensor:
+    """The sum of ``values`` (...) over the process group; every process must call it, and gets the same sum.
+
+    Differentiable, twice too, for parts of a loss that differ from process to process. All of them must compute
+    gradients through it.
+    """
+    return values if group_size() == 1 else _SumOverGroup.apply(values)
+
+
 def mean_over_group(values: Tensor) -> Tensor:
     """The mean of ``values`` (...) over the process group; every process must call it, and gets the same mean.
 
