@@ -442,7 +442,7 @@ def test_a_png_with_a_long_text(tmp_path: Path):
         ("c.png", png_with_chunk(b"iCCP", b"Profile\0\0" + text)),
     ):
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match="MAX_TEXT"):
+    with pytest.raises(ValueError, match=r"(?i)decompressed data too large"):
         Image.open(tmp_path / "z.png").load()
     for seen in training_images(tmp_path).values():
         assert np.array_equal(seen, levels(3))

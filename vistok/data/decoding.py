@@ -143,7 +143,7 @@ def _read(file: IO[bytes], use: Callable[[Image.Image], T]) -> T:
         with Image.open(file) as image:
             return use(image)
     except ValueError as error:
-        if "MAX_TEXT" not in str(error):
+        if "decompressed data too large" not in str(error).lower():  # the versions of Pillow write it differently
             raise
     file.seek(start)
     with Image.open(io.BytesIO(_without_texts(file.read()))) as image:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -411,10 +411,10 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise TokenCacheError(f"{folder}/index.json is not in the format {FORMAT!r} that this version of vistok reads")
     try:
         known = [item.name for item in fields(_Index)]
-        _Index(**check(_Index, {key: value for key, value in index.items() if key in known}, ""))
+        read = _Index(**check(_Index, {key: value for key, value in index.items() if key in known}, ""))
     except (ValueError, TypeError) as error:
         raise TokenCacheError(f"{folder}/index.json is damaged ({error}); make the cache again") from error
-    return index
+    return {**index, "spec": asdict(read.spec) | index["spec"]}  # with what a TokenSpec has by default
 
 
 @dataclass(frozen=True)
