@@ -210,8 +210,8 @@ def pair_scores(
 ) -> dict[str, Tensor]:
     """Scores (B,) of reconstructed clips (B, C, T, H, W) in [-1, 1], clamped.
 
-    ``psnr`` is LARP's, of each clip; ``psnr_frames``, ``ssim_frames`` and, with ``lpips``, ``lpips_frames`` are means over
-    frames. Frames that are smaller than SSIM's window have none.
+    ``psnr`` is LARP's, of each clip; ``psnr_frames``, ``ssim_frames`` and, with ``lpips``, ``lpips_frames`` are means
+    over frames. Frames that are smaller than SSIM's window have none.
     """
     pair = [clips.float().clamp(-1, 1) for clips in (originals, reconstructions)]
     a, b = ((clips + 1) / 2 for clips in pair)
