@@ -12,12 +12,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support.tiny_models import tiny
 from torch import Tensor
 from typer.testing import CliRunner
 
 from vistok.checkpoints import CheckpointError
 from vistok.cli import app
-from vistok.eval.clips import choose_clips, clip_statistics, evaluate_clips, open_videos, pair_scores
+from vistok.data import DataConfig
+from vistok.eval.clips import (
+    choose_clips,
+    clip_statistics,
+    evaluate_clip_tokenizer,
+    evaluate_clips,
+    open_videos,
+    pair_scores,
+)
 from vistok.eval.fvd import ClipStatistics, StatisticsError, frechet_video_distance
 from vistok.eval.i3d import I3DNetwork, InceptionI3D, preprocess, same_padding
 from vistok.eval.metrics import Moments
@@ -241,7 +250,42 @@ def test_command_line_scores_clips(folders, tmp_path):
 
 def test_pairs_are_scored_per_clip_and_per_frame():
     a, b = clips(2, frames=4, size=16), clips(2, seed=1, frames=4, size=16)
-    scores = pair_scores(a, b)
-    assert set(scores) == {"psnr", "psnr_frames", "ssim_frames"}
-    assert scores["psnr"] <= scores["psnr_frames"]
-    assert pair_scores(a * 3, a.clamp(-1, 1) * 3)["ssim_frames"] > 0.5  # clamped first
+    scores = pair_scores(a, b, lambda x, y: (x - y).abs().mean((1, 2, 3)))
+    assert set(scores) == {"psnr", "psnr_frames", "ssim_frames", "lpips_frames"}
+    assert all(values.shape == (2,) for values in scores.values())
+    assert bool((scores["psnr"] <= scores["psnr_frames"]).all())
+    assert "ssim_frames" not in pair_scores(a[..., :8, :8], b[..., :8, :8])  # smaller than the window
+    torch.testing.assert_close(pair_scores(a, 3 * b)["psnr"], pair_scores(a, (3 * b).clamp(-1, 1))["psnr"])
+
+
+def test_a_tokenizer_of_clips_is_scored_alike_by_one_process_and_by_two():
+    model = tiny("larp", num_frames=16, image_size=16, temporal_patch_size=4, in_channels=1)
+    data = DataConfig(16, source="moving_digits", num_frames=16, channels=1, batch_size=3, limit=7, split="test")
+    result = evaluate_clip_tokenizer(model, data)
+    assert set(result["scores"]) == {"psnr", "psnr_frames", "ssim_frames"}
+    assert result["images"]["count"] == 7
+
+    class Share(Exception):
+        pass
+
+    class Part(Processes):
+        def gather(self, value):
+            raise Share(value)
+
+    parts = []
+    for index in range(2):
+        with pytest.raises(Share) as share:
+            evaluate_clip_tokenizer(model, data, processes=Part(index, 2))
+        parts.append(share.value.args[0])
+    total = sum(sums["psnr"] for sums, _, _ in parts) / sum(count for _, count, _ in parts)
+    assert math.isclose(total, result["scores"]["psnr"], rel_tol=1e-6)
+    with pytest.raises(ValueError, match=r"scores clips \(B, C, 16, 128, 128\), got \(3, 1, 16, 16, 16\)"):
+        evaluate_clip_tokenizer(model, data, network=MeanColours())
+
+
+def test_the_distance_of_reconstructions_is_rfvd():
+    model = tiny("larp", num_frames=16, image_size=128, temporal_patch_size=4, patch_size=32, in_channels=1)
+    data = DataConfig(128, source="moving_digits", num_frames=16, channels=1, batch_size=2, limit=4)
+    result = evaluate_clip_tokenizer(model, data, network=MeanColours())
+    assert result["scores"]["rfrechet_distance"] > 0
+    assert result["video_protocol"]["name"] == "larp-ucf-rec"

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from vistok.data.clips import ClipSource, ClipTransform, folder_videos, listed_videos
+from vistok.data.config import DataConfig
+from vistok.data.loader import evaluation_loader
+from vistok.data.opening import open_source
 from vistok.data.videos import UnreadableClipError
 from vistok.draws import Keys
 from vistok.eval.fvd import ClipNetwork, ClipStatistics, frechet_video_distance
 from vistok.eval.i3d import I3DNetwork, TorchScriptI3D
+from vistok.eval.metrics import Moments
 from vistok.eval.record import library_versions
-from vistok.eval.video import psnr, ssim
+from vistok.eval.video import VIDEO_SSIM, psnr, ssim
 from vistok.eval.video_protocols import VideoProtocol, chunks_of, drawn, video_protocol
+from vistok.tokenizers.base import Tokenizer
 from vistok.utils.processes import Processes
 from vistok.utils.progress import track
 
 STATISTICS = ".safetensors"
+MOST_DECIBELS = 100.0  # what an equal clip counts in a mean
 
 
 @dataclass(frozen=True)
@@ -195,12 +202,83 @@ def _warnings(rules: VideoProtocol, generated: int, real: int, left_out: dict[st
     return notes
 
 
-def pair_scores(originals: Tensor, reconstructions: Tensor) -> dict[str, float]:
-    """Mean scores of reconstructed clips (B, C, T, H, W) in [-1, 1], clamped: PSNR as LARP takes it, per clip; the same
-    per frame; and SSIM per frame."""
-    a, b = (((clips.float().clamp(-1, 1) + 1) / 2) for clips in (originals, reconstructions))
-    return {
-        "psnr": float(psnr(a, b).mean()),
-        "psnr_frames": float(psnr(a, b, per="frame").mean()),
-        "ssim_frames": float(ssim(a, b).mean()),
-    }
+PAIR_SCORES = ("psnr", "psnr_frames", "ssim_frames", "lpips_frames")
+
+
+def pair_scores(
+    originals: Tensor, reconstructions: Tensor, lpips: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Scores (B,) of reconstructed clips (B, C, T, H, W) in [-1, 1], clamped.
+
+    ``psnr`` is LARP's, of each clip; ``psnr_frames``, ``ssim_frames`` and, with ``lpips``, ``lpips_frames`` are means
+    over frames. Frames that are smaller than SSIM's window have none.
+    """
+    pair = [clips.float().clamp(-1, 1) for clips in (originals, reconstructions)]
+    a, b = ((clips + 1) / 2 for clips in pair)
+    scores = {"psnr": psnr(a, b), "psnr_frames": psnr(a, b, per="frame").mean(1)}
+    if min(a.shape[-2:]) >= VIDEO_SSIM.window_size:
+        scores["ssim_frames"] = ssim(a, b).mean(1)
+    if lpips is not None:
+        frames = [rearrange(clips, "b c t h w -> (b t) c h w").expand(-1, 3, -1, -1) for clips in pair]
+        scores["lpips_frames"] = lpips(*frames).unflatten(0, (len(a), -1)).mean(1).double()
+    return scores
+
+
+@torch.no_grad()
+def evaluate_clip_tokenizer(
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    *,
+    protocol: str = "larp-ucf-rec",
+    network: ClipNetwork | None = None,
+    lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
+    processes: Processes = Processes(),  # noqa: B008 (immutable)
+) -> dict[str, Any]:
+    """Score the reconstructions of all clips of ``data``: PSNR, SSIM and LPIPS, and with a network the Frechet video
+    distance, all that they depend on beside them.
+
+    Args:
+        protocol: of the distance.
+
+    Raises:
+        ValueError: clips of another shape than the tokenizer's, none that can be read, or not those of the protocol.
+    """
+    tokenizer.spec_for(data.input_shape)
+    source, rules = open_source(data), video_protocol(protocol)
+    loader = evaluation_loader(source, data, rank=processes.index, world_size=processes.count)
+    parameter = next(tokenizer.eval().parameters())
+    sums, count, moments = dict.fromkeys(PAIR_SCORES, 0.0), 0, [None, None]
+    for batch in track(loader, "reconstructions", len(loader)):
+        pixels = batch.pixels.to(parameter.device, parameter.dtype)
+        made = tokenizer.reconstruct(pixels)
+        count += len(pixels)
+        for name, values in pair_scores(pixels, made, lpips).items():
+            sums[name] += float(values.clamp_max(MOST_DECIBELS).sum())
+        for side, clips in enumerate((made, pixels) if network is not None else ()):
+            features = network(rules.prepare(clips))["pool"]
+            moments[side] = moments[side] or Moments(features.shape[1])
+            moments[side].update(features)
+    parts = [part for part in processes.gather((sums, count, moments)) if part[1]]
+    if not parts:
+        raise ValueError(f"no clip of {data.source} can be read")
+    total = sum(part[1] for part in parts)
+    named = [name for name in PAIR_SCORES if any(part[0][name] for part in parts)]
+    scores = {name: sum(part[0][name] for part in parts) / total for name in named}
+    result = {"protocol": protocol, "scores": scores, "warnings": [], "libraries": library_versions()}
+    name = f"{data.name or data.root or data.source} ({data.split or 'all clips'})"
+    result |= {"images": {"source": f"reconstructions of {name}", "count": total}, "reference": {"source": name}}
+    if network is not None:
+        whole = [part[2] for part in parts]
+        sides = []
+        for side in (0, 1):
+            merged = whole[0][side]
+            for other in whole[1:]:
+                merged = merged.merge(other[side])
+            sides.append(ClipStatistics(merged, protocol, network.name, network.weights_sha256, name))
+        distance = frechet_video_distance(*sides)
+        result["scores"] |= {f"r{key}": distance[key] for key in ("fvd", "frechet_distance") if key in distance}
+        result |= {"network": distance["network"], "video_protocol": distance["protocol"]}
+        result["warnings"] = _warnings(rules, total, total, {})
+        if rules.choice == "random_start":
+            result["warnings"].append(f"{protocol} begins clips at random; these are from the middle of their videos")
+    return result

@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from vistok.config import NOTHING, Allowed
+from vistok.data.config import DataConfig
 from vistok.eval import make_reference
 from vistok.eval.perturbation import evaluate_perturbation
 from vistok.eval.protocols import choose_protocol, load_network
 from vistok.eval.references import Provenance, open_reference
 from vistok.eval.tokenizers import evaluate_tokenizer
+from vistok.eval.video_protocols import is_video_protocol
 from vistok.losses import LPIPS
 from vistok.pipelines.folders import load_tokenizer
 from vistok.pipelines.runs import data_of_run
+from vistok.tokenizers.base import Tokenizer
 from vistok.utils.devices import choose_device
 from vistok.utils.processes import Processes
 
@@ -46,7 +49,7 @@ def score_tokenizer(
     Raises:
         ValueError: another protocol, or statistics in place of images.
     """
-    if protocol not in (None, PAIRS, PERTURBATION):
+    if protocol not in (None, PAIRS, PERTURBATION) and not is_video_protocol(protocol):
         raise ValueError(f"a tokenizer is scored by the protocol {PAIRS} or {PERTURBATION}, not by {protocol!r}")
     if reference is not None:
         overrides = [f"data.root={_check_images(reference)}", *overrides]
@@ -54,12 +57,42 @@ def score_tokenizer(
     tokenizer = load_tokenizer(run).to(where)
     overrides = [f"data.batch_size={batch_size}", *overrides]
     data = data_of_run(run, overrides, input_shape=tokenizer.input_shape, split="test", allowed=allowed)
+    if len(tokenizer.input_shape) == 4:
+        return _score_clip_tokenizer(tokenizer, data, protocol, weights, lpips_weights, processes)
+    if is_video_protocol(protocol):
+        raise ValueError(f"{run} is a tokenizer of images; the protocol {protocol} is of clips")
     network = None
     if protocol is not None or weights is not None:
         network = load_network(choose_protocol(PAIRS, None, None), weights=weights, device=where)
     if protocol == PERTURBATION:
         return evaluate_perturbation(tokenizer, data, network, processes=processes)
     return evaluate_tokenizer(tokenizer, data, network=network, lpips=open_lpips(lpips_weights), processes=processes)
+
+
+def _score_clip_tokenizer(
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    protocol: str | None,
+    weights: Path | None,
+    lpips_weights: Path | None,
+    processes: Processes,
+) -> dict[str, Any]:
+    """Reconstructions of clips: with a protocol of clips, or weights of I3D, also by their Frechet video distance."""
+    from vistok.eval.clips import evaluate_clip_tokenizer, load_clip_network
+
+    if protocol == PERTURBATION:
+        raise ValueError("the protocol perturbation is of images; clips are scored by larp-ucf-rec and its kin")
+    where, by_name = next(tokenizer.parameters()).device, is_video_protocol(protocol)
+    network = load_clip_network(weights, device=where) if by_name or weights is not None else None
+    lpips = open_lpips(lpips_weights)
+    return evaluate_clip_tokenizer(
+        tokenizer,
+        data,
+        protocol=protocol if by_name else "larp-ucf-rec",
+        network=network,
+        lpips=None if lpips is None else lpips.to(where),
+        processes=processes,
+    )
 
 
 def score_clips(

@@ -1,0 +1,96 @@
+"""What does the autoregressive prior of LARP (arXiv 2410.21264) buy, and what does it cost? With and without it.
+
+A tokenizer is trained with and without ``losses.ar_prior``, then a generator on its tokens, all at equal steps: the
+generator's loss on held-out tokens in nats, and the PSNR of held-out reconstructions in dB. LARP on moving digits, and
+ViT-VQGAN on CIFAR-10 if its archive is there.
+
+    python benchmarks/ar_prior.py --root ../shared/data/cifar10.zip --out ar_prior/
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from common import ROOT, finish, say
+
+from vistok.config import load_config
+from vistok.data import DataConfig
+from vistok.pipelines.folders import load_tokenizer
+from vistok.pipelines.runs import data_of_run
+from vistok.train import train
+from vistok.train.tokenize import tokenize
+
+PRIOR = {"weight": 0.06, "num_layers": 3, "num_heads": 4, "dim": 128}
+SYSTEMS = {
+    "larp": ("moving_digits/larp_tokenizer.yaml", "moving_digits/larp_ar.yaml"),
+    "vit_vqgan": ("cifar10/vit_vqgan.yaml", "cifar10/llama.yaml"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--root", type=Path, help="cifar10.zip; without it only LARP is tried")
+    parser.add_argument("--out", type=Path, required=True, help="folder of all runs, which must not exist")
+    parser.add_argument("--tokenizer-steps", type=int, default=1000)
+    parser.add_argument("--generator-steps", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, default=2)
+    arguments = parser.parse_args()
+    ratios, figures = {}, {}
+    for system in SYSTEMS if arguments.root else ["larp"]:
+        for prior in (False, True):
+            scores = [measure(system, prior, seed, arguments) for seed in range(arguments.seeds)]
+            for name in scores[0]:
+                values = [score[name] for score in scores]
+                figures[f"{system}_{name}_{'with' if prior else 'without'}"] = statistics.mean(values)
+                say(f"{system:10} {'with' if prior else 'without':8} {name:10} {values}")
+        for name in ("nats", "psnr"):
+            ratios[f"{system}_{name}_with_over_without"] = (
+                figures[f"{system}_{name}_with"] / figures[f"{system}_{name}_without"]
+            )
+    steps = {"tokenizer_steps": arguments.tokenizer_steps, "generator_steps": arguments.generator_steps}
+    finish("ar_prior", ratios, figures | steps | {"seeds": arguments.seeds})
+
+
+def measure(system: str, prior: bool, seed: int, arguments: argparse.Namespace) -> dict[str, float]:
+    """The generator's held-out loss in nats per token, and the tokenizer's held-out PSNR, for one seed."""
+    first, second = SYSTEMS[system]
+    folder = arguments.out / f"{system}-{'with' if prior else 'without'}-{seed}"
+    root = [] if system == "larp" else [f"data.root={arguments.root}"]
+    config = load_config(ROOT / "configs" / first, root)
+    losses = {name: value for name, value in config["losses"].items() if name != "ar_prior"}
+    held_out = {"data": {"split": "test", "limit": 300}}
+    run = train(
+        config
+        | {"losses": losses | ({"ar_prior": PRIOR} if prior else {}), "seed": seed, "validation": held_out}
+        | {"output_dir": str(folder / "tokenizer"), "training": rhythm(config, arguments.tokenizer_steps)}
+    )
+    tokenizer = load_tokenizer(run)
+    for split in ("train", "test"):
+        data: DataConfig = data_of_run(run, [f"data.split={split}"], input_shape=tokenizer.input_shape)
+        tokenize(tokenizer, data, folder / split)
+    config = load_config(ROOT / "configs" / second, [f"tokens={folder / 'train'}"])
+    generator = train(
+        config
+        | {"seed": seed, "validation": {"tokens": str(folder / "test")}}
+        | {"output_dir": str(folder / "generator"), "training": rhythm(config, arguments.generator_steps)}
+    )
+    return {"nats": best(generator, "val_loss", min), "psnr": best(run, "val_psnr", max)}
+
+
+def rhythm(config: dict[str, Any], steps: int) -> dict[str, Any]:
+    """The config's training section for so many steps, measured ten times."""
+    every = max(steps // 10, 1)
+    return config["training"] | {"max_steps": steps, "save_every": every, "log_every": every, "image_every": 0}
+
+
+def best(run: Path, name: str, choose) -> float:
+    rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    return choose(row[name] for row in rows if name in row)
+
+
+if __name__ == "__main__":
+    main()
