@@ -190,6 +190,12 @@ class Tokenizer(Model):
         return None
 
     @property
+    def raster_features(self) -> Mapping[str, int]:
+        """Features that ``forward`` gives as (B, h * w, D) of a raster in the image, each with its D: what the loss
+        "semantic" can compare with those of a frozen encoder."""
+        return {}
+
+    @property
     @abstractmethod
     def loss_terms(self) -> tuple[str, ...]:
         """The names of the terms in ``TokenizerOutput.losses``: what an objective can weight."""
