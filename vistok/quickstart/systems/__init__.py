@@ -33,6 +33,7 @@ SYSTEMS = {
     "flextok": System("FlexTok's ordered tokens and flow decoder, and a Llama: 8 tokens, coarse to fine", 0.75, 10),
     "dar": System("D-AR's groups of tokens, a flow step each, and a Llama: 16 tokens, guided ever more", 0.85, 10),
     "titok": System("TiTok's tokens in a row, and RAR: 12 tokens, learned in many orders", 0.85, 10),
+    "gigatok": System("GigaTok's raster of tokens, and a Llama: 4x4 tokens, one after the other", 0.85, 10),
     "xar": System("A KL autoencoder and xAR: 4x4 latents, generated in four cells by flow matching", 0.8, 10),
 }
 
