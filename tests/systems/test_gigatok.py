@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from golden.harness import Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.tiny_models import pixels, tiny
+from safetensors.torch import save_file
+from support.tiny_models import ARGUMENTS, pixels, tiny
+from support.tiny_runs import tokenizer_config
 from torch.nn import functional as F
 
 import vistok
@@ -21,9 +24,12 @@ from vistok.nn.norms import AdaptiveGroupNorm
 from vistok.tokenizers.gigatok import GigaTok
 from vistok.tokenizers.gigatok.networks import pool_levels
 from vistok.tokenizers.gigatok.official import WITHOUT_EFFECT
+from vistok.train import train
+from vistok.train.monitor import read_metrics
 from vistok.types import Clock
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+TEACHER = "vit_tiny_patch16_224"  # its weights are random here
 PLAIN_2D = {"layout": "2d", "layer_kind": "self_attention"}
 CROSSING_2D = {"layout": "2d", "layer_kind": "cross_attention"}
 LAYOUTS = {"1d": {}, "plain 2d": PLAIN_2D, "crossing 2d": CROSSING_2D, "mean queries": {"query_init": "mean"}}
@@ -126,6 +132,36 @@ def test_images_of_another_size_and_other_numbers_of_tokens_are_refused():
         model.encode(torch.zeros(1, 3, 32, 32))
     with pytest.raises(ValueError, match="8 tokens, got 4"):
         model.decode(torch.zeros(1, 4, dtype=torch.int64))
+
+
+def test_a_run_with_the_terms_of_the_paper(tmp_path):
+    """Direct reconstruction and feature term for two steps, alignment, then an adversary on a frozen transformer."""
+    save_file(timm.create_model(TEACHER, num_classes=0).state_dict(), tmp_path / "vit.safetensors")
+    weights = str(tmp_path / "vit.safetensors")
+    arguments = {key: value for key, value in ARGUMENTS["gigatok"].items() if key != "image_size"}
+    config = tokenizer_config(tmp_path / "run", training={"max_steps": 4}, data={"batch_size": 4})
+    config["model"] = {"name": "gigatok", "direct_until": 2} | arguments | {"alignment": {"dim": 192, "layer": 1}}
+    config["losses"] = {
+        "l2": 1.0,
+        "codebook": 1.0,
+        "commitment": 0.25,
+        "feature": {"weight": 1.0, "until_step": 2},
+        "reconstructions": {"direct": {"until_step": 2}},
+        "repa": {"weight": 0.5, "encoder": {"name": TEACHER, "weights": weights, "image_size": 32}},
+        "gan": {
+            "weight": 0.5,
+            "discriminator": {"name": "dino", "transformer": TEACHER, "weights": weights, "taps": [1]},
+            "augment": {},
+            "start_step": 2,
+        },
+    }
+    rows = read_metrics(train(config) / "metrics.jsonl")
+    early, late = rows[0], rows[3]
+    assert early.keys() >= {"l2", "l2/direct", "feature", "repa"}
+    assert late.keys() >= {"l2", "repa", "g_loss", "d_loss"}
+    assert not late.keys() & {"l2/direct", "feature"}
+    others = early["codebook"] + 0.25 * early["commitment"] + early["feature"] + 0.5 * early["repa"]
+    assert early["loss"] == pytest.approx(early["l2"] + early["l2/direct"] + others, rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

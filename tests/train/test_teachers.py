@@ -102,7 +102,7 @@ def test_the_semantic_term_projects_as_the_tokenizer_does_or_by_itself(name, mon
     guide = VisionTransformer(img_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=2, num_classes=0)
     monkeypatch.setattr(SemanticGuide, "from_config", lambda *_: SemanticGuide(guide))
     model = tiny(name)
-    term = teachers.SemanticTerm("semantic", teachers.SemanticConfig(weight=0.1), model)
+    term = teachers.SemanticContrastTerm("semantic_contrast", teachers.SemanticContrastConfig(weight=0.1), model)
     assert bool(list(term.parameters())) == (name == "vit_vqgan")
     images = torch.rand(3, 3, 16, 16) * 2 - 1
     loss = term(model(images), images, None, {})

@@ -10,6 +10,8 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from support.tiny_models import ARGUMENTS, pixels, tiny
+from support.tiny_runs import tokenizer_config
 
 import vistok
 from vistok.checkpoints import CheckpointError
@@ -19,6 +21,8 @@ from vistok.losses.alignment import FrozenEncoder
 from vistok.losses.efficientnet import efficientnet_lite0
 from vistok.train import train
 from vistok.train.monitor import read_metrics
+from vistok.train.tasks.objective import TokenizerObjective, check_terms
+from vistok.types import Clock
 
 ENCODER = "vit_tiny_patch16_224"  # its weights are random here
 DIM = 192
@@ -257,3 +261,54 @@ def test_time_weighting_of_lpips_counts_late_images_more(monkeypatch):
     given = (output, pixels(model), Clock(0, 1), {})
     torch.testing.assert_close(plain(*given)["lpips"], distances.mean())
     torch.testing.assert_close(weighted(*given)["lpips"], (2 * output.features["time"] * distances).mean())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Semantic regularisation of any tokenizer
+
+
+@pytest.mark.parametrize("name", ["vit_vqgan", "llamagen_vq", "gigatok"])
+def test_semantic_regularisation_trains_a_head_beside_the_tokenizer(name, tmp_path, efficientnet_weights):
+    arguments = {key: value for key, value in ARGUMENTS[name].items() if key != "image_size"}
+    encoder = {"name": "efficientnet_lite0", "weights": efficientnet_weights, "image_size": 64}
+    section = {"weight": 0.5, "encoder": encoder, "hidden_ratio": 1.0}
+    settings = tokenizer_config(tmp_path / "run", training={"max_steps": 2, "save_every": 2})
+    settings |= {"model": {"name": name} | arguments, "losses": {"l2": 1.0, "codebook": 1.0, "semantic": section}}
+    folder = train(settings)
+    row = read_metrics(folder / "metrics.jsonl")[0]
+    assert 0 < row["semantic"] < 2
+    assert row["loss"] == pytest.approx(row["l2"] + row["codebook"] + 0.5 * row["semantic"], rel=1e-4)
+    assert not [key for key in vistok.load(folder / "tokenizer").state_dict() if "semantic" in key]
+
+
+def test_semantic_regularisation_reaches_the_feature_and_trains_its_head(efficientnet_weights):
+    model = tiny("vit_vqgan")
+    encoder = {"name": "efficientnet_lite0", "weights": efficientnet_weights, "image_size": 64}
+    objective = TokenizerObjective(model, {"semantic": {"weight": 1.0, "encoder": encoder}})
+    images = pixels(model)
+    terms = objective(model(images), images, Clock(0, 1), {})
+    objective.total(terms).backward()
+    head = objective.terms["semantic"].head
+    assert all(parameter.grad.abs().sum() > 0 for parameter in head.parameters())
+    assert model.decoder.norm.weight.grad.abs().sum() > 0
+    assert model.to_pixels.weight.grad is None
+    assert list(objective.frozen()) == ["semantic_encoder"]
+    assert not [name for name, _ in objective.named_parameters() if "encoder" in name]
+
+
+@pytest.mark.parametrize(
+    ("name", "section", "message"),
+    [
+        (
+            "vit_vqgan",
+            {"weight": 1.0, "feature": "pixels"},
+            "no raster of features 'pixels'; it names: latents, decoded",
+        ),
+        ("gigatok", {"weight": 1.0, "feature": "latents"}, "no raster of features 'latents'; it names: decoded"),
+        ("flextok", 1.0, "FlexTok provides no such term"),
+        ("vit_vqgan", {"weight": 1.0, "hidden_ratio": 0}, "hidden_ratio must be positive, got 0"),
+    ],
+)
+def test_features_that_a_tokenizer_does_not_name_are_refused(name, section, message):
+    with pytest.raises(ConfigError, match=message):
+        check_terms(tiny(name), {"semantic": section})

@@ -28,7 +28,7 @@ def weights(tmp_path_factory) -> str:
 @pytest.fixture
 def model(weights) -> DINODiscriminator:
     torch.manual_seed(1)
-    return DINODiscriminator(weights, name=NAME, taps=(2, 5))
+    return DINODiscriminator(weights, transformer=NAME, taps=(2, 5))
 
 
 def pixels(count: int, side: int) -> Tensor:
@@ -89,16 +89,16 @@ def test_group_batch_norm_normalises_each_group(batch, group):
 
 def test_bad_arguments_are_named(weights, tmp_path):
     with pytest.raises(CheckpointError, match=r"nowhere\.pt"):
-        DINODiscriminator(str(tmp_path / "nowhere.pt"), name=NAME)
+        DINODiscriminator(str(tmp_path / "nowhere.pt"), transformer=NAME)
     with pytest.raises(ValueError, match=r"0\.\.11"):
-        DINODiscriminator(weights, name=NAME, taps=(2, 12))
+        DINODiscriminator(weights, transformer=NAME, taps=(2, 12))
     with pytest.raises(ValueError, match="odd"):
-        DINODiscriminator(weights, name=NAME, kernel_size=8)
+        DINODiscriminator(weights, transformer=NAME, kernel_size=8)
     with pytest.raises(ValueError, match="in_channels 2"):
-        DINODiscriminator(weights, 2, name=NAME)
+        DINODiscriminator(weights, 2, transformer=NAME)
     Path(tmp_path / "broken.safetensors").write_bytes(b"no weights")
     with pytest.raises(CheckpointError, match=r"losses\.gan\.discriminator\.weights"):
-        DINODiscriminator(str(tmp_path / "broken.safetensors"), name=NAME)
+        DINODiscriminator(str(tmp_path / "broken.safetensors"), transformer=NAME)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

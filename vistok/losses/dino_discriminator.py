@@ -30,7 +30,7 @@ class DINODiscriminator(Discriminator):
     Args:
         weights: a local weights file of the transformer as timm reads it; None downloads the published one.
         in_channels: of the images, 3 or 1.
-        name: of a vision transformer in timm.
+        transformer: name of a vision transformer in timm.
         taps: blocks, counted from 0, after which features are read, beside the embedding.
         kernel_size: of the heads' convolution over patches, which wraps around.
         norm_group: images that the heads' batch norms average over, or all where that does not divide the batch.
@@ -47,7 +47,7 @@ class DINODiscriminator(Discriminator):
         self,
         weights: str | None = None,
         in_channels: int = 3,
-        name: str = "vit_small_patch16_224.dino",
+        transformer: str = "vit_small_patch16_224.dino",
         taps: tuple[int, ...] = (2, 5, 8, 11),
         kernel_size: int = 9,
         norm_group: int = 8,
@@ -58,11 +58,11 @@ class DINODiscriminator(Discriminator):
             raise ValueError(f"DINO sees images of 3 channels, or 1 repeated; got in_channels {in_channels}")
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, so that patches keep their number; got {kernel_size}")
-        config = EncoderConfig(name, weights, IMAGE_SIZE)
+        config = EncoderConfig(transformer, weights, IMAGE_SIZE)
         self.backbone = load_encoder(config, "losses.gan.discriminator.weights", act_layer="gelu_tanh")
         depth = len(self.backbone.blocks)
         if not all(0 <= tap < depth for tap in taps):
-            raise ValueError(f"taps must be blocks 0..{depth - 1} of {name}, got {list(taps)}")
+            raise ValueError(f"taps must be blocks 0..{depth - 1} of {transformer}, got {list(taps)}")
         self.taps, self.crop_probability, self.in_channels = tuple(taps), crop_probability, in_channels
         self._freeze()
         statistics = (self.backbone.pretrained_cfg[key] for key in ("mean", "std"))

@@ -202,8 +202,13 @@ class Tokenizer(Model):
 
     def project_semantic(self, features: Tensor) -> Tensor:
         """Features (B, ``semantic_dim``) of a frozen encoder as the latents are projected, (B, spec.dim), for the loss
-        "semantic"."""
+        "semantic_contrast"."""
         raise ValueError(f"{type(self).__name__} projects no features of a frozen encoder")
+
+    def raster_features(self) -> Mapping[str, int]:
+        """Features that ``forward`` gives as (B, h * w, D) of a raster in the image, each with its D: what the loss
+        "semantic" can compare with those of a frozen encoder."""
+        return {}
 
     @property
     @abstractmethod

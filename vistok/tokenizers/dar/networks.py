@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vistok.nn.attention import Attention, CrossAttention
-from vistok.nn.mlp import MLP
+from vistok.nn.mlp import MLP, AlignmentHead
 from vistok.nn.modulation import modulate
 from vistok.nn.rotary import FixedRotation, Rotation, grid_positions, rotation_table
 from vistok.nn.timesteps import TimestepEmbedding
@@ -202,14 +202,7 @@ class VelocityNetwork(nn.Module):
         if alignment is not None:
             if not 0 <= alignment.layer < config.num_layers:
                 raise ValueError(f"alignment.layer must lie in 0..{config.num_layers - 1}, got {alignment.layer}")
-            hidden = alignment.hidden_dim
-            self.alignment_head = nn.Sequential(
-                nn.Linear(dim, hidden),
-                nn.SiLU(),
-                nn.Linear(hidden, hidden),
-                nn.SiLU(),
-                nn.Linear(hidden, alignment.dim),
-            )
+            self.alignment_head = AlignmentHead(dim, alignment.hidden_dim, alignment.dim)
 
     def forward(self, noisy: Tensor, t: Tensor, tokens: Tensor, *, align: bool = False) -> Velocity:
         """The velocity, data - noise, at noisy pixels and times (B,), or (1,) for all; time 0 is noise.

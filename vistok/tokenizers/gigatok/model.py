@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, Self, get_args
 
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -216,6 +217,11 @@ class GigaTok(Tokenizer):
         return None if self.alignment is None else self.alignment.dim
 
     @property
+    def raster_features(self) -> Mapping[str, int]:
+        on_raster = {} if self.spec.grid is None else {"latents": self.spec.dim}
+        return on_raster | {"decoded": self.decoder.conv_in.in_channels}
+
+    @property
     def last_layer(self) -> nn.Parameter:
         return self.decoder.conv_out.weight
 
@@ -259,7 +265,8 @@ class GigaTok(Tokenizer):
         Before step ``direct_until`` of training there is the reconstruction "direct" beside the main one.
 
         Features: "latents", "quantized" (B, L, code dim); "spatial", "decoded_spatial" (B, z_channels, h, w), the
-        convolutional encoder's map and the one that the tokens gave; "alignment" (B, h * w, D) where there is a head.
+        convolutional encoder's map and the one that the tokens gave, which is "decoded" row by row; "alignment"
+        (B, h * w, D) where there is a head.
         """
         self.check_condition(condition)
         spatial = self.encode_map(pixels)
@@ -271,6 +278,7 @@ class GigaTok(Tokenizer):
             "quantized": quantized.quantized,
             "spatial": spatial,
             "decoded_spatial": decoded.spatial,
+            "decoded": rearrange(decoded.spatial, "b c h w -> b (h w) c"),
         }
         if decoded.aligned is not None:
             features["alignment"] = decoded.aligned

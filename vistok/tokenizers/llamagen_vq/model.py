@@ -139,6 +139,10 @@ class LlamaGenVQ(Tokenizer):
         return self.quantizer.loss_terms
 
     @property
+    def raster_features(self) -> Mapping[str, int]:
+        return {"latents": self.spec.dim, "decoded": self.decoder.conv_in.out_channels}
+
+    @property
     def last_layer(self) -> nn.Parameter:
         return self.decoder.conv_out.weight
 
@@ -197,8 +201,14 @@ class LlamaGenVQ(Tokenizer):
         latents = self.latents(pixels)
         quantized = self.quantizer(latents, draws=draws)
         grid = self.spec_for(pixels.shape[1:]).grid
-        features = {"latents": latents, "quantized": quantized.quantized}
-        reconstruction = self.decode_latents(quantized.quantized, grid)
+        mapped = self.post_quant(rearrange(quantized.quantized, "b (h w) d -> b d h w", h=grid[0]))
+        decoded = self.decoder.begin(mapped)
+        features = {
+            "latents": latents,
+            "quantized": quantized.quantized,
+            "decoded": rearrange(decoded, "b d h w -> b (h w) d"),
+        }
+        reconstruction = self.decoder.finish(decoded, mapped)
         return TokenizerOutput(reconstruction, quantized.ids, quantized.losses, features)
 
     @classmethod

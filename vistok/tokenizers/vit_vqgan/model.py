@@ -199,6 +199,10 @@ class ViTVQGAN(Tokenizer):
         return (*self.quantizer.loss_terms, *(("logit_laplace",) if self.distribution else ()))
 
     @property
+    def raster_features(self) -> Mapping[str, int]:
+        return {"latents": self.spec.dim, "decoded": self.to_pixels.in_channels}
+
+    @property
     def last_layer(self) -> nn.Parameter:
         return self.to_pixels.weight
 
@@ -229,7 +233,10 @@ class ViTVQGAN(Tokenizer):
 
     def decode_latents(self, quantized: Tensor) -> Tensor:
         """Codes (B, L, code dim) to the decoder's raw output in the native range (B, C or 2C, H, W)."""
-        x = self.decoder(self.post_quant(quantized))
+        return self._unpatched(self.decoder(self.post_quant(quantized)))
+
+    def _unpatched(self, x: Tensor) -> Tensor:
+        """The decoder's features (B, L, D) as raw output."""
         return self.to_pixels(rearrange(x, "b (h w) d -> b d h w", h=self.grid[0]))
 
     def _point(self, output: Tensor) -> Tensor:
@@ -250,8 +257,9 @@ class ViTVQGAN(Tokenizer):
         self.check_condition(condition)
         latents = self.latents(pixels)
         quantized = self.quantizer(latents, draws=draws)
-        output = self.decode_latents(quantized.quantized)
-        features = {"latents": latents, "quantized": quantized.quantized}
+        decoded = self.decoder(self.post_quant(quantized.quantized))
+        output = self._unpatched(decoded)
+        features = {"latents": latents, "quantized": quantized.quantized, "decoded": decoded}
         losses = quantized.losses
         if self.distribution:
             mean, log_scale = output.chunk(2, 1)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vistok.config import ConfigError, check, check_least, nearest
 from vistok.draws import Draws, Keys
 from vistok.losses import L1, L2, LPIPS, ARPrior, EncoderConfig, FrozenEncoder, alignment_distance
+from vistok.nn.mlp import AlignmentHead
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import MAIN, Clock, TokenizerOutput
 
@@ -270,12 +271,59 @@ class ARPriorTerm(Term):
         return self.prior(quantized, output.tokens, codes, progress=clock.progress, draws=draws).loss
 
 
+@dataclass(frozen=True)
+class SemanticConfig(TermConfig):
+    """Semantic regularisation (GigaTok, arXiv 2504.08736): features are to tell those of a frozen encoder.
+
+    Attributes:
+        feature: which; the tokenizer names them.
+        encoder: the frozen encoder; "efficientnet_lite0" needs no download.
+        hidden_ratio: width of the head between both, in units of the feature's.
+    """
+
+    feature: str = "decoded"
+    encoder: EncoderConfig = ENCODER
+    hidden_ratio: float = 4.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hidden_ratio <= 0:
+            raise ValueError(f"hidden_ratio must be positive, got {self.hidden_ratio}")
+
+
+class SemanticTerm(Term):
+    """1 - cosine of a feature of the tokenizer, behind a head that is trained with it, and the frozen encoder's patch
+    features. Rasters of other sizes are resized."""
+
+    config_type = SemanticConfig
+    config: SemanticConfig
+
+    @classmethod
+    def fits(cls, tokenizer: Tokenizer) -> bool:
+        return bool(tokenizer.raster_features)
+
+    def __init__(self, name: str, config: SemanticConfig, tokenizer: Tokenizer):
+        super().__init__(name, config)
+        dim = tokenizer.raster_features[config.feature]
+        encoder = FrozenEncoder(config.encoder)
+        self.head = AlignmentHead(dim, round(config.hidden_ratio * dim), encoder.dim)
+        self.encoder = Frozen(encoder)
+
+    def frozen(self) -> dict[str, nn.Module]:
+        return {"semantic_encoder": self.encoder.network}
+
+    def forward(self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws) -> Tensor:
+        aligned = self.head(output.features[self.config.feature])
+        return alignment_distance(aligned, self.encoder.network(target)).mean()
+
+
 TERMS: dict[str, type[Term]] = {
     "l1": DistanceTerm,
     "l2": DistanceTerm,
     "lpips": PerceptualTerm,
     "repa": AlignmentTerm,
     "ar_prior": ARPriorTerm,
+    "semantic": SemanticTerm,
 }
 """Terms that any tokenizer can have which gives what they read; others are the tokenizer's own."""
 OLD_SETTINGS = {"lpips": ("lpips_weights", "lpips_weighting"), "repa": ("repa_encoder",)}
@@ -287,7 +335,8 @@ class TokenizerObjective(nn.Module):
 
     Args:
         losses: by name a weight, or a section (``TermConfig``). Any of l1, l2, lpips, what the tokenizer provides
-            (codebook, commitment, entropy, logit_laplace, flow, ...), and repa where it has a head for it.
+            (codebook, commitment, entropy, logit_laplace, flow, ...), repa where it has a head for it, and semantic
+            where it names features of a raster.
             ``reconstructions`` has a ``ReconstructionConfig`` by name; ``gan`` is read elsewhere.
 
     Raises:
@@ -387,6 +436,7 @@ def check_terms(tokenizer: Tokenizer, losses: Mapping[str, Any]) -> dict[str, Te
             )
         configs[name] = _config(name, value, losses)
     _check_times(tokenizer, losses, configs)
+    _check_feature(tokenizer, configs)
     configs = {name: config for name, config in configs.items() if config.weight}
     if not configs:
         raise ConfigError(
@@ -416,6 +466,15 @@ def _check_times(tokenizer: Tokenizer, losses: Mapping[str, Any], configs: Mappi
     config = configs.get("lpips") or _config("lpips", 0.0, losses)
     if config.weighting == "time" and "flow" not in tokenizer.loss_terms:
         raise ConfigError(f"losses.lpips.weighting: {type(tokenizer).__name__} trains at no time; leave it out")
+
+
+def _check_feature(tokenizer: Tokenizer, configs: Mapping[str, TermConfig]) -> None:
+    config = configs.get("semantic")
+    if isinstance(config, SemanticConfig) and config.feature not in tokenizer.raster_features:
+        raise ConfigError(
+            f"losses.semantic.feature: {type(tokenizer).__name__} names no raster of features {config.feature!r}; it "
+            f"names: {', '.join(tokenizer.raster_features)}"
+        )
 
 
 def _term(name: str, config: TermConfig, tokenizer: Tokenizer) -> Term:

@@ -95,7 +95,7 @@ class CodePredictionTerm(Term):
 
 
 @dataclass(frozen=True)
-class SemanticConfig(TermConfig):
+class SemanticContrastConfig(TermConfig):
     """The semantic loss of RobusTok (arXiv 2509.12474).
 
     Attributes:
@@ -111,17 +111,17 @@ class SemanticConfig(TermConfig):
     normalise: bool = False
 
 
-class SemanticTerm(Term):
+class SemanticContrastTerm(Term):
     """Tell the mean of an image's quantized latents from those of the others, by the class feature of the image.
 
     The class feature is projected as the tokenizer projects features of that width, if it does; else by a linear layer
     of the term's own.
     """
 
-    config_type = SemanticConfig
-    config: SemanticConfig
+    config_type = SemanticContrastConfig
+    config: SemanticContrastConfig
 
-    def __init__(self, name: str, config: SemanticConfig, tokenizer: Tokenizer):
+    def __init__(self, name: str, config: SemanticContrastConfig, tokenizer: Tokenizer):
         super().__init__(name, config)
         guide = SemanticGuide.from_config(config.encoder, config.patch_size)
         self.guide = Frozen(guide)
@@ -134,7 +134,7 @@ class SemanticTerm(Term):
         return tokenizer.spec.discrete
 
     def frozen(self) -> dict[str, nn.Module]:
-        return {"semantic_encoder": self.guide.network}
+        return {"contrast_encoder": self.guide.network}
 
     def forward(self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws) -> Tensor:
         partners = self.project(self.guide.network(target))
@@ -142,4 +142,8 @@ class SemanticTerm(Term):
         return contrastive_loss(mean, partners, scale=self.config.scale, normalise=self.config.normalise)
 
 
-TERMS |= {"classifier": ClassifierTerm, "code_prediction": CodePredictionTerm, "semantic": SemanticTerm}
+TERMS |= {
+    "classifier": ClassifierTerm,
+    "code_prediction": CodePredictionTerm,
+    "semantic_contrast": SemanticContrastTerm,
+}
