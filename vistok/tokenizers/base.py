@@ -205,6 +205,7 @@ class Tokenizer(Model):
         "semantic_contrast"."""
         raise ValueError(f"{type(self).__name__} projects no features of a frozen encoder")
 
+    @property
     def raster_features(self) -> Mapping[str, int]:
         """Features that ``forward`` gives as (B, h * w, D) of a raster in the image, each with its D: what the loss
         "semantic" can compare with those of a frozen encoder."""
