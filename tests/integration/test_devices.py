@@ -64,6 +64,8 @@ SAMPLING = {
     "vit_vqgan_gpt": {"guidance_scale": 2.0},
     "mar": {"guidance_scale": 2.0, "num_iter": 4, "num_steps": 4, "step_spacing": "stride"},
     "xar": {"guidance_scale": 2.0, "num_steps": 3, "context_noise": 0.1},
+    "maskgit": {"guidance_scale": 2.0, "num_steps": 4},
+    "rar": {"guidance_scale": 2.0, "guidance_schedule": "power-cosine"},
 }
 PIPELINES = [("vit_vqgan", "vit_vqgan_gpt"), ("kl_vae", "xar"), ("flextok", "llama")]
 
@@ -303,8 +305,9 @@ def test_a_generator_samples_alike(name, arguments, device):
     streamed = torch.zeros_like(tokens, device=device)
     for chunk in there.stream(condition.to(device), options, draws=draws_on(draws, device)):
         positions = chunk.positions.view(*chunk.positions.shape, *[1] * (tokens.ndim - 2)).expand_as(chunk.tokens)
-        streamed.scatter_(1, positions, chunk.tokens)
-        assert bool(chunk.valid.all())
+        valid = chunk.valid.view(*chunk.valid.shape, *[1] * (tokens.ndim - 2))
+        settled = torch.where(valid, chunk.tokens, streamed.gather(1, positions))
+        streamed.scatter_(1, positions, settled)
     check_same(streamed, tokens)
 
 
@@ -314,12 +317,13 @@ def test_sampling_does_not_wait_between_its_steps(name, arguments, device):
     model = tiny(name, **arguments).to(device)
     options = model.options_type(**SAMPLING[name])
     draws = model.sampling_draws(Keys.range(0, 2), options)
-    model.sample(labels(1, 2), options, draws=draws)  # makes what is kept
+    steps = len(list(model.stream(labels(1, 2), options, draws=draws)))  # makes what is kept
     chunks = model.stream(labels(1, 2).to(device), options, draws=draws)
-    first = next(chunks)
+    next(chunks)
     with no_waiting():
-        rest = list(chunks)
-    assert sum(chunk.tokens.shape[1] for chunk in [first, *rest]) == model.spec.length
+        for _ in range(steps - 1):
+            next(chunks)
+    list(chunks)  # at the end it is read whether all went well
 
 
 @pytest.mark.skipif(not GPU, reason="the stand-in knows no graphs; test_generators.py compiles steps without a GPU")
