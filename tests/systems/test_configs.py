@@ -29,7 +29,11 @@ def test_there_are_configs():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_config_builds(path):
     text = path.read_text()
-    missing = [f"{key}=somewhere" for key in ("data.root", "tokens") if f"{key.split('.')[-1]}: ???" in text]
+    missing = [
+        f"{key}=somewhere"
+        for key in ("data.root", "data.target_root", "tokens")
+        if f"{key.split('.')[-1]}: ???" in text
+    ]
     run = RunConfig.parse(load_config(path, missing))
     with torch.device("meta"):
         if run.task == "tokenizer":

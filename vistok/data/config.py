@@ -55,6 +55,8 @@ class DataConfig:
         captions: what describes an image where texts are wanted: its ``own`` captions, or its class's name
             (``class_names``).
         split: ``train``, ``test``, ``val``, …; None takes a folder as it is.
+        target_root: a folder with an image of the same name for each of ``root``: what a tokenizer is to reconstruct
+            from it, as in post-training on generated images (arXiv 2509.12474). Nothing may be random then.
         download: let torchvision fetch what ``root`` lacks.
         channels: 3 (RGB) or 1 (grey).
         reading: ``photo``: upright as the EXIF data say, transparent parts on white, 16 bits scaled to 8; ``raw``: as
@@ -89,6 +91,7 @@ class DataConfig:
     caption_column: str | None = None
     captions: Literal["own", "class_names"] = "own"
     split: str | None = "train"
+    target_root: str | None = None
     download: bool = False
     channels: Literal[1, 3] = 3
     reading: Reading = "photo"
@@ -125,6 +128,8 @@ class DataConfig:
             raise ValueError(f"frame_stride is {self.frame_stride}, but there are no clips: num_frames is not set")
         if self.source in CLIP_SOURCES:
             self._check_clips()
+        if self.target_root is not None and self.source != "folder":
+            raise ValueError(f"target_root pairs files of folders; source is {self.source!r}, not 'folder'")
 
     def _check_clips(self) -> None:
         if self.num_frames is None:

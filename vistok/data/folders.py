@@ -47,9 +47,9 @@ class FolderSource(FileSource):
             others = tree.others()
             beside = f" (but {len(others)} other files, such as {printable(others[0])})" if others else ""
             raise FileNotFoundError(f"no images in {root}{beside}; {accepted_layouts()}")
-        self._prefix = "" if split is None else _split_prefix(images, split, tree)
-        files = TreeFiles(tree, self._prefix)
-        self.classes, labels = _label(files.paths, self._prefix, tree)
+        self.prefix = "" if split is None else _split_prefix(images, split, tree)
+        files = TreeFiles(tree, self.prefix)
+        self.classes, labels = _label(files.paths, self.prefix, tree)
         super().__init__(files, labels, decoder)
         if files.left_out.count:
             log.warning("%s: %s", tree.root, files.left_out)
@@ -57,7 +57,7 @@ class FolderSource(FileSource):
     def fingerprint(self) -> str:
         files = self.files
         return hash_lines(
-            f"{files.path(index).removeprefix(self._prefix)} {files.size(index)}" for index in range(len(files))
+            f"{files.path(index).removeprefix(self.prefix)} {files.size(index)}" for index in range(len(files))
         )
 
     def captions(self, index: int) -> tuple[str, ...]:
@@ -65,7 +65,7 @@ class FolderSource(FileSource):
 
     @cached_property
     def _captions(self) -> dict[str, tuple[str, ...]]:
-        return folder_captions(self._tree, self._prefix)
+        return folder_captions(self._tree, self.prefix)
 
 
 def _split_prefix(images: Sequence[str], split: str, tree: FileTree) -> str:

@@ -79,7 +79,7 @@ class ImageBatches:
             except UnreadableImageError as error:
                 failures[index] = str(error)
                 continue
-            images.append(_as_array(self.transform.crop_image(image, uniforms)))
+            images.append(as_array(self.transform.crop_image(image, uniforms)))
             labels.append(label)
             read.append(index)
         if images:
@@ -284,7 +284,12 @@ def batch_reader(source: Source, config: DataConfig, *, augmented: bool) -> Imag
     """What reads images or clips of a source as the config says, with its augmentation or without."""
     if isinstance(source, ClipSource):
         return ClipBatches(source, _clip_transform(config, augmented=augmented), seed=config.seed)
-    return ImageBatches(source, _image_transform(config, augmented=augmented), seed=config.seed)
+    transform = _image_transform(config, augmented=augmented)
+    if config.target_root is None:
+        return ImageBatches(source, transform, seed=config.seed)
+    from vistok.data.targets import paired  # which reads as this module does
+
+    return paired(source, config, transform)
 
 
 def _image_transform(config: DataConfig, *, augmented: bool) -> ImageTransform:
@@ -306,7 +311,7 @@ def _clip_transform(config: DataConfig, *, augmented: bool) -> ClipTransform:
     return transform if augmented else transform.without_augmentation()
 
 
-def _as_array(image: Image.Image) -> np.ndarray:
+def as_array(image: Image.Image) -> np.ndarray:
     """uint8 (H, W, C)."""
     array = np.asarray(image)
     return array[..., None] if array.ndim == 2 else array
