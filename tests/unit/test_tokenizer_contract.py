@@ -6,14 +6,18 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from support.tiny_models import labels, names, pixels, tiny
+from support.tiny_models import CAPTIONS, captions, labels, names, pixels, tiny
 from torch import Tensor, nn
 
 from vistok.config import ConfigError
 from vistok.data.config import DataConfig
 from vistok.draws import Draws
+from vistok.generators.engine.sampling import DecodingOptions
+from vistok.pipelines import Pipeline
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import AfterBackward, Condition, Expander, TokenizerOutput, TokenSpec
+
+GREEDY = DecodingOptions(temperature=0)
 
 
 class Cells(Tokenizer):
@@ -170,6 +174,27 @@ def test_a_tokenizer_that_renders_nothing_says_so():
             call()
     with pytest.raises(ValueError, match="previews needs"):
         model.check_renders("previews")
+
+
+def test_a_pipeline_hands_the_text_on_to_a_tokenizer_that_takes_it():
+    tokenizer = tiny("ta_titok")
+    generator = tiny("llama", spec=tokenizer.spec, positions="rope1d", **CAPTIONS)
+    pipe, given = Pipeline(tokenizer, generator), captions(2)
+    output = pipe(condition=given, guidance_scale=1.0)
+    expected = tokenizer.decode(output.tokens, condition=given).clamp(-1, 1)
+    torch.testing.assert_close(output.pixels, expected)
+    assert not torch.allclose(expected, tokenizer.decode(output.tokens).clamp(-1, 1))
+    *_, last = pipe.stream(condition=given, guidance_scale=1.0)
+    assert last.images is not None
+
+
+def test_a_pipeline_without_pixels_says_so_before_it_samples():
+    tokenizer = Silent()
+    pipe = Pipeline(tokenizer, tiny("llama", spec=tokenizer.spec, positions="rope1d"))
+    for call in (lambda: pipe([0]), lambda: next(pipe.stream([0]))):
+        with pytest.raises(ValueError, match="Silent renders no pixels"):
+            call()
+    assert pipe.generator.sample(labels(0), GREEDY).shape == (1, 8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
