@@ -274,7 +274,7 @@ class Pipeline:
         condition = self._condition(request, options)
 
         def sample(rows: slice, draws: Draws) -> Tensor:
-            return self.generator.sample(condition[rows].to(self.device), options, draws=draws)
+            return self.generator.sample(condition[rows].to(self.device), options, draws=draws, tokenizer=self._in_loop)
 
         made = self._run(sample, condition, options, _seed(seed, generator), index_start, batch_size)
         return replace(made, prompts=_prompts(request, len(condition)))
@@ -452,6 +452,11 @@ class Pipeline:
         own = self._own_condition(condition)
         return self.tokenizer.decode(self._to_tokenizer(tokens), condition=own, **options).float().clamp(-1, 1).cpu()
 
+    @property
+    def _in_loop(self) -> Tokenizer | None:
+        """The tokenizer, for a generator that has it in its loop."""
+        return self.tokenizer if self.generator.needs_tokenizer else None
+
     def _own_condition(self, condition: Condition) -> Condition | None:
         """What the tokenizer takes of the generator's condition, on its device."""
         own = self.tokenizer.own_condition(condition)
@@ -463,7 +468,8 @@ class Pipeline:
         tokens, known = None, torch.zeros(len(condition), total, dtype=torch.bool)
         show = self._previewer(self.tokenizer.decoding_draws(keys), condition)
         draws = self.generator.sampling_draws(keys, options)
-        for chunk in self.generator.stream(condition.to(self.device), options, draws=draws):
+        stream = self.generator.stream(condition.to(self.device), options, draws=draws, tokenizer=self._in_loop)
+        for chunk in stream:
             if tokens is None:
                 tokens = torch.zeros(len(condition), total, *chunk.tokens.shape[2:], dtype=chunk.tokens.dtype)
             rows, columns = chunk.valid.cpu().nonzero(as_tuple=True)
