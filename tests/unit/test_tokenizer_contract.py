@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from support.tiny_models import labels, names, pixels, tiny
+from support.tiny_models import CAPTIONS, captions, labels, names, pixels, tiny
 from torch import Tensor, nn
 
 from vistok.config import ConfigError
 from vistok.data.config import DataConfig
-from vistok.draws import Draws
+from vistok.draws import Draws, Keys
+from vistok.generators.base import Generator
+from vistok.generators.engine.sampling import DecodingOptions
+from vistok.pipelines import Pipeline
 from vistok.tokenizers.base import Tokenizer
-from vistok.types import AfterBackward, Condition, Expander, TokenizerOutput, TokenSpec
+from vistok.types import AfterBackward, Condition, Expander, GeneratorOutput, TokenChunk, TokenizerOutput, TokenSpec
+
+GREEDY = DecodingOptions(temperature=0)
 
 
 class Cells(Tokenizer):
@@ -154,10 +160,11 @@ def test_a_condition_is_refused_where_none_is_taken(name):
     model = tiny(name)
     assert model.own_condition(labels(0, 1, 2)) is None
     tokens = model.encode(pixels(model))
+    refusal = "not class labels" if model.condition_spec.parts else "takes no condition"
     for call in (model.encode, model.forward):
-        with pytest.raises(ValueError, match="takes no condition"):
+        with pytest.raises(ValueError, match=refusal):
             call(pixels(model), condition=labels(0, 1, 2))
-    with pytest.raises(ValueError, match="takes no condition"):
+    with pytest.raises(ValueError, match=refusal):
         model.decode(tokens, condition=labels(0, 1, 2))
 
 
@@ -171,6 +178,27 @@ def test_a_tokenizer_that_renders_nothing_says_so():
         model.check_renders("previews")
 
 
+def test_a_pipeline_hands_the_text_on_to_a_tokenizer_that_takes_it():
+    tokenizer = tiny("ta_titok")
+    generator = tiny("llama", spec=tokenizer.spec, positions="rope1d", **CAPTIONS)
+    pipe, given = Pipeline(tokenizer, generator), captions(2)
+    output = pipe(condition=given, guidance_scale=1.0)
+    expected = tokenizer.decode(output.tokens, condition=given).clamp(-1, 1)
+    torch.testing.assert_close(output.pixels, expected)
+    assert not torch.allclose(expected, tokenizer.decode(output.tokens).clamp(-1, 1))
+    *_, last = pipe.stream(condition=given, guidance_scale=1.0)
+    assert last.images is not None
+
+
+def test_a_pipeline_without_pixels_says_so_before_it_samples():
+    tokenizer = Silent()
+    pipe = Pipeline(tokenizer, tiny("llama", spec=tokenizer.spec, positions="rope1d"))
+    for call in (lambda: pipe([0]), lambda: next(pipe.stream([0]))):
+        with pytest.raises(ValueError, match="Silent renders no pixels"):
+            call()
+    assert pipe.generator.sample(labels(0), GREEDY).shape == (1, 8)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # In the loop of a generator
 
@@ -181,6 +209,59 @@ def test_an_expander_gives_in_steps_what_it_gives_at_once():
     stepwise = model.expander()
     parts = [stepwise.step(part) for part in tokens.split([1, 3, 4], 1)]
     assert torch.equal(torch.cat(parts, 1), model.expander().expand(tokens))
+
+
+class Continuing(Generator):
+    """A throw-away generator: the next token is the parity of what the tokenizer makes of those so far."""
+
+    registry_name = "continuing"
+    options_type = DecodingOptions
+    needs_tokenizer = True
+
+    def __init__(self, spec: TokenSpec):
+        super().__init__()
+        self.spec, self.bias = spec, nn.Parameter(torch.zeros(1))
+
+    def forward(
+        self, tokens: Tensor, condition: Condition, *, tokenizer: Any = None, **options: Any
+    ) -> GeneratorOutput:
+        self.check_tokenizer(tokenizer)
+        expected = tokenizer.expander().expand(tokens)[:, :-1, 0] % 2
+        return GeneratorOutput((expected + self.bias - tokens[:, 1:]).square().mean(), expected)
+
+    def training_draws(self, keys: Keys) -> Draws:
+        return {}
+
+    def sampling_draws(self, keys: Keys, options: Any = None) -> Draws:
+        return {}
+
+    def start(self, condition: Condition, options: Any = None, *, draws: Any = None, tokenizer: Any = None) -> Any:
+        self.check_tokenizer(tokenizer)
+        return ContinuingSession(self.spec.length, len(condition), tokenizer.expander())
+
+
+class ContinuingSession:
+    def __init__(self, length: int, rows: int, expander: Expander):
+        self.length, self.expander, self.tokens = length, expander, torch.ones(rows, 0, dtype=torch.long)
+
+    def generate(self) -> Iterator[TokenChunk]:
+        new = torch.ones(len(self.tokens), 1, dtype=torch.long)
+        for place in range(self.length):
+            self.tokens = torch.cat([self.tokens, new], 1)
+            yield TokenChunk(torch.full_like(new, place), new, torch.ones_like(new, dtype=torch.bool))
+            new = (self.expander.step(new)[..., 0] % 2).long()
+
+
+def test_a_generator_with_the_tokenizer_in_its_loop_samples_in_a_pipeline_what_it_was_trained_on():
+    tokenizer = Cells()
+    generator = Continuing(tokenizer.spec)
+    with pytest.raises(ValueError, match="pass tokenizer="):
+        generator.start(Condition.none(2))
+    made = Pipeline(tokenizer, generator)(num_images=2)
+    assert made.tokens.tolist() == [[1, 1, 0, 0, 0, 0, 0, 0]] * 2
+    assert generator(made.tokens, Condition.none(2), tokenizer=tokenizer).loss == 0
+    *_, last = Pipeline(tokenizer, generator).stream(num_images=2)
+    assert torch.equal(last.tokens, made.tokens)
 
 
 @pytest.mark.parametrize("name", names("tokenizer"))

@@ -96,6 +96,7 @@ def evaluate_perturbation(
         ValueError: a tokenizer without single neighbouring codes.
     """
     _check(tokenizer)
+    tokenizer.check_renders("pFID")
     originals = DataImages(data)
     cells = grid.cells(tokenizer.spec.codebook_size)
     passes = _passes(tokenizer, originals, cells, network, seed, processes)

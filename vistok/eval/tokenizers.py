@@ -100,6 +100,7 @@ def evaluate_tokenizer(
         ImageError: an image that cannot be read.
         ValueError: images of another size or other channels than the tokenizer's.
     """
+    tokenizer.check_renders("scoring reconstructions")
     originals = DataImages(data)
     device = next(tokenizer.parameters()).device
     result = evaluate_reconstruction(

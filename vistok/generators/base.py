@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -38,6 +38,9 @@ class Generator(Model):
     """The dataclass of sampling options that ``start`` takes."""
 
     spec: TokenSpec
+
+    plain_sequence: ClassVar[Mapping[str, Any]] = {}
+    """Arguments with which it takes tokens that lie on no (h, w) raster, where it needs others than its defaults."""
 
     needs_tokenizer: ClassVar[bool] = False
     """Whether ``forward`` and ``start`` need the tokenizer, whose ``expander`` makes the inputs of the transformer."""

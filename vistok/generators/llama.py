@@ -120,6 +120,7 @@ class Llama(AutoregressiveGenerator):
     """
 
     registry_name = "llama"
+    plain_sequence = {"positions": "rope1d"}
     tiny = {
         "spec": TokenSpec(16, 32, dim=4, grid=(4, 4)),
         "num_classes": 5,

@@ -274,7 +274,7 @@ class Pipeline:
         condition = self._condition(request, options)
 
         def sample(rows: slice, draws: Draws) -> Tensor:
-            return self.generator.sample(condition[rows].to(self.device), options, draws=draws)
+            return self.generator.sample(condition[rows].to(self.device), options, draws=draws, tokenizer=self._in_loop)
 
         made = self._run(sample, condition, options, _seed(seed, generator), index_start, batch_size)
         return replace(made, prompts=_prompts(request, len(condition)))
@@ -338,13 +338,14 @@ class Pipeline:
         """The images of all rows of ``condition``, whose tokens ``make`` returns for some rows and their draws."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.tokenizer.check_renders("making images")
         tokens, pixels = [], []
         for start in range(0, len(condition), batch_size):
             rows = slice(start, start + batch_size)
             keys = Keys.range(seed, len(condition[rows]), index_start + start)
             batch = make(rows, self.generator.sampling_draws(keys, options))
             tokens.append(batch.cpu())
-            pixels.append(self._decode(batch, self.tokenizer.decoding_draws(keys)))
+            pixels.append(self._decode(batch, self.tokenizer.decoding_draws(keys), condition[rows]))
         pixels = torch.cat(pixels)
         labels = None if condition.labels is None else condition.labels.tolist()
         return PipelineOutput(shown(pixels), torch.cat(tokens), pixels, labels)
@@ -375,6 +376,7 @@ class Pipeline:
         copies = _copies(num_images_per_label, num_images_per_prompt)
         request = Request(class_labels, prompt, negative_prompt, num_images, condition, copies)
         condition = self._condition(request, options)
+        self.tokenizer.check_renders("previews")
         every = self._preview_step() if preview_every is None else preview_every
         if every < 1:
             raise ValueError(f"preview_every must be at least 1, got {every}")
@@ -440,18 +442,34 @@ class Pipeline:
                 raise ValueError(f"negative_prompt has no effect without guidance: guidance_scale is {scale}")
         return condition
 
-    def _decode(self, tokens: Tensor, draws: Draws) -> Tensor:
-        """Whole sequences to pixels (B, C, H, W) in [-1, 1], float32 on the CPU, with ``decoding_draws``."""
+    def _decode(self, tokens: Tensor, draws: Draws, condition: Condition) -> Tensor:
+        """Whole sequences to pixels (B, C, H, W) in [-1, 1], float32 on the CPU, with ``decoding_draws``.
+
+        Args:
+            condition: that the tokens were generated with; the tokenizer takes its part of it.
+        """
         options = self._decode_options | ({"draws": draws} if draws else {})
-        return self.tokenizer.decode(self._to_tokenizer(tokens), **options).float().clamp(-1, 1).cpu()
+        own = self._own_condition(condition)
+        return self.tokenizer.decode(self._to_tokenizer(tokens), condition=own, **options).float().clamp(-1, 1).cpu()
+
+    @property
+    def _in_loop(self) -> Tokenizer | None:
+        """The tokenizer, for a generator that has it in its loop."""
+        return self.tokenizer if self.generator.needs_tokenizer else None
+
+    def _own_condition(self, condition: Condition) -> Condition | None:
+        """What the tokenizer takes of the generator's condition, on its device."""
+        own = self.tokenizer.own_condition(condition)
+        return None if own is None else own.to(next(self.tokenizer.parameters()).device)
 
     @torch.no_grad()
     def _previews(self, condition: Condition, options: Any, keys: Keys, every: int) -> Iterator[Preview]:
         total, shown = self.generator.spec.length, 0
         tokens, known = None, torch.zeros(len(condition), total, dtype=torch.bool)
-        show = self._previewer(self.tokenizer.decoding_draws(keys))
+        show = self._previewer(self.tokenizer.decoding_draws(keys), condition)
         draws = self.generator.sampling_draws(keys, options)
-        for chunk in self.generator.stream(condition.to(self.device), options, draws=draws):
+        stream = self.generator.stream(condition.to(self.device), options, draws=draws, tokenizer=self._in_loop)
+        for chunk in stream:
             if tokens is None:
                 tokens = torch.zeros(len(condition), total, *chunk.tokens.shape[2:], dtype=chunk.tokens.dtype)
             rows, columns = chunk.valid.cpu().nonzero(as_tuple=True)
@@ -463,10 +481,11 @@ class Pipeline:
                 shown = step
                 yield Preview(step, total, tokens.clone(), known.clone(), show(tokens, known))
 
-    def _previewer(self, draws: Draws) -> Callable[[Tensor, Tensor], list[Image.Image] | None]:
+    def _previewer(self, draws: Draws, condition: Condition) -> Callable[[Tensor, Tensor], list[Image.Image] | None]:
         """What shows the tokens of one batch, again and again, as more of them are known."""
         step = self.tokenizer.spec.prefix_step
-        decode_prefix = None if step is None else self.tokenizer.prefix_decoder(draws)
+        own = self._own_condition(condition)
+        decode_prefix = None if step is None else self.tokenizer.prefix_decoder(draws, condition=own)
 
         def show(tokens: Tensor, known: Tensor) -> list[Image.Image] | None:
             if decode_prefix is not None:
@@ -474,10 +493,10 @@ class Pipeline:
                 prefix -= prefix % step
                 return shown(decode_prefix(self._to_tokenizer(tokens[:, :prefix])).float()) if prefix else None
             if bool(known.all()):
-                return shown(self._decode(tokens, draws))
+                return shown(self._decode(tokens, draws, condition))
             if self._grid is None or not bool(known.any(1).all()):
                 return None
-            pixels = self._decode(_fill(tokens, known), draws)
+            pixels = self._decode(_fill(tokens, known), draws, condition)
             mask = known.view(len(known), 1, *self._grid).float()
             return to_pil(pixels * F.interpolate(mask, pixels.shape[2:], mode="nearest"))
 

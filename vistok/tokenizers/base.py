@@ -276,11 +276,11 @@ class Tokenizer(Model):
 
     def own_condition(self, condition: Condition | None) -> Condition | None:
         """The parts that this tokenizer takes of the ``condition`` that its tokens are generated with, or None."""
-        names = self.condition_spec.parts
-        if condition is None or not names:
+        if condition is None:
             return None
+        names = self.condition_spec.parts
         parts = {name: part for name, part in condition.parts.items() if name in names}
-        return Condition(condition.size, parts, condition.device)
+        return Condition(condition.size, parts, condition.device) if parts else None
 
     @torch.no_grad()
     def reconstruct(self, pixels: Tensor, *, condition: Condition | None = None) -> Tensor:

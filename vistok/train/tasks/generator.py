@@ -21,6 +21,7 @@ from vistok.generators.base import Generator
 from vistok.pipelines import Pipeline
 from vistok.pipelines.folders import GENERATOR, TOKENIZER, load_tokenizer, write_settings
 from vistok.text import TEXT, copy_encoders
+from vistok.tokenizers.base import Tokenizer
 from vistok.train.config import MODEL, RunConfig
 from vistok.train.tasks.base import Learner, Task, Turn
 from vistok.types import Clock, Condition, ConditionSpec, GeneratorOutput, TokenSpec, to_json
@@ -53,8 +54,15 @@ class GeneratorLearner(Learner):
 
     model: Generator
 
-    def forward(self, tokens: Tensor, condition: Condition, clock: Clock, draws: Draws) -> GeneratorOutput:
-        return self.model(tokens, condition, draws=draws, clock=clock)
+    def forward(
+        self,
+        tokens: Tensor,
+        condition: Condition,
+        clock: Clock,
+        draws: Draws,
+        tokenizer: Tokenizer | None = None,
+    ) -> GeneratorOutput:
+        return self.model(tokens, condition, draws=draws, clock=clock, tokenizer=tokenizer)
 
 
 class GeneratorTask(Task):
@@ -88,6 +96,10 @@ class GeneratorTask(Task):
         )
         self.held_out = _held_out_tokens(config, cache, condition.parts)
 
+    def frozen(self) -> dict[str, nn.Module]:
+        """The tokenizer, where the generator has it in its loop."""
+        return {TOKENIZER: self.tokenizer} if self.model.needs_tokenizer else {}
+
     def losses(self, players: Mapping[str, nn.Module], batch: TokenBatch, clock: Clock) -> Iterator[Turn]:
         output = self._output(players[MODEL], batch, clock, self._draws(batch, clock.step))
         yield Turn(MODEL, output.loss, {"loss": output.loss.detach()} | output.metrics)
@@ -96,7 +108,8 @@ class GeneratorTask(Task):
         return self.model.training_draws(Keys.of(self.seed, batch.indices, step))
 
     def _output(self, learner: nn.Module, batch: TokenBatch, clock: Clock, draws: Draws) -> GeneratorOutput:
-        return learner(batch.tokens, batch.condition, clock, draws_on(draws, batch.tokens.device))
+        draws, tokenizer = draws_on(draws, batch.tokens.device), self.frozen().get(TOKENIZER)
+        return learner(batch.tokens, batch.condition, clock, draws, tokenizer)
 
     def _held_out_terms(
         self, learner: GeneratorLearner, batch: TokenBatch, clock: Clock, number: int
@@ -114,7 +127,8 @@ class GeneratorTask(Task):
 
     @torch.no_grad()
     def show(self, batch: TokenBatch) -> Tensor:
-        return self.tokenizer.eval().decode(batch.tokens).clamp(-1, 1)
+        condition = self.tokenizer.own_condition(batch.condition)
+        return self.tokenizer.eval().decode(batch.tokens, condition=condition).clamp(-1, 1)
 
     def pipeline(self, model: Generator) -> Pipeline:
         return Pipeline(self.tokenizer, model, class_names=self.classes, sampling=self.config.sampling)
@@ -135,7 +149,8 @@ class GeneratorTask(Task):
         try:
             images = pipe(**what, seed=self.seed).images
         finally:
-            self.tokenizer.to("cpu")  # training needs the memory
+            if TOKENIZER not in self.frozen():
+                self.tokenizer.to("cpu")  # training needs the memory
         return grid(images, columns=columns)
 
     def export(self, folder: Path, model: Generator) -> None:

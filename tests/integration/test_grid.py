@@ -1,0 +1,68 @@
+"""Any tokenizer feeds any generator that fits, and any loss any tokenizer that gives what it reads."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from support.grid import REFUSALS, TOKENIZERS, Pair, all_pairs, in_readme, reason, table, tokenizer
+from support.tiny_models import labels, names, tiny
+
+from vistok.checkpoints import registry
+from vistok.config import ConfigError
+from vistok.draws import Keys
+from vistok.generators.engine.continuous import ContinuousGenerator
+from vistok.generators.engine.decodings import DECODINGS
+from vistok.generators.engine.sampling import DecodingOptions
+from vistok.train.tasks.objective import TERMS, check_terms
+
+
+@pytest.fixture(scope="module")
+def pairs() -> dict[str, dict[str, Pair]]:
+    return all_pairs()
+
+
+def test_every_pair_trains_or_is_refused_for_a_reason_that_holds(pairs):
+    for label, of in pairs.items():
+        spec = tokenizer(label).spec
+        for name, pair in of.items():
+            continuous = issubclass(registry.entry(name).load(), ContinuousGenerator)
+            if pair.refusal is None:
+                assert spec.discrete != continuous, (label, name)
+                assert all(math.isfinite(loss) for loss in pair.losses), (label, name)
+                assert pair.losses[1] != pair.losses[0], (label, name)
+            else:
+                assert REFUSALS[reason(pair)][1](spec, continuous), (label, name, pair.refusal)
+
+
+def test_every_discrete_tokenizer_has_generators_and_so_has_every_continuous_one(pairs):
+    for label, of in pairs.items():
+        if tokenizer(label).spec.depth == 1:
+            assert [name for name, pair in of.items() if pair.refusal is None], label
+
+
+def test_the_readme_has_this_table(pairs):
+    assert in_readme() == table(pairs), "run python tests/support/grid.py"
+
+
+@pytest.mark.parametrize("label", TOKENIZERS)
+def test_every_loss_is_taken_by_the_tokenizers_that_give_what_it_reads(label):
+    model = tokenizer(label)
+    for name, term in TERMS.items():
+        if term.fits(model):
+            assert name in check_terms(model, {name: 1.0})
+        else:
+            with pytest.raises(ConfigError, match="provides no such term"):
+                check_terms(model, {name: 1.0})
+    if not model.reconstructs:
+        assert not [name for name in ("l1", "l2", "lpips") if TERMS[name].fits(model)]
+
+
+@pytest.mark.parametrize("decoding", DECODINGS)
+@pytest.mark.parametrize(
+    "name", [n for n in names("generator") if registry.entry(n).load().options_type is DecodingOptions]
+)
+def test_every_decoding_serves_every_generator_of_ids(name, decoding):
+    model, options = tiny(name), DecodingOptions(decoding=decoding)
+    draws = model.sampling_draws(Keys.range(0, 2), options)
+    assert model.sample(labels(0, 1), options, draws=draws).shape == (2, model.spec.length)

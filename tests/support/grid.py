@@ -1,0 +1,126 @@
+"""Which tokenizer feeds which generator: every pair is tried on tiny models, and the README's table is made of it.
+
+``python tests/support/grid.py`` writes the table into the README.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from support.tiny_models import labels, names, pixels, tiny
+
+from vistok.checkpoints import registry
+from vistok.draws import Keys
+from vistok.generators.base import Generator
+from vistok.tokenizers.base import Tokenizer
+
+README = Path(__file__).parents[2] / "README.md"
+BEGIN, END = "<!-- grid: python tests/support/grid.py -->", "<!-- end of the grid -->"
+
+TOKENIZERS: dict[str, tuple[str, Mapping[str, Any]]] = {name: (name, {}) for name in names("tokenizer")} | {
+    "vit_vqgan, residual": ("vit_vqgan", {"residual_depth": 2}),
+    "titok, vae": ("titok", {"bottleneck": "vae", "output": "pixels"}),
+}
+"""Every tokenizer, and those whose options make tokens of another kind."""
+
+# Why a generator may refuse tokens: what its message says, and what is then true of the tokens.
+REFUSALS = {
+    "kind": (r"discrete|continuous", lambda spec, continuous: spec.discrete == continuous),
+    "depth": (r"one id per position", lambda spec, continuous: spec.depth > 1),
+    "grid": (r"grid|raster", lambda spec, continuous: spec.grid is None or len(spec.grid) != 2),
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A tokenizer and a generator.
+
+    Attributes:
+        refusal: the message of a generator that does not take the tokens; None if it does.
+        arguments: those that it takes them with, besides its tiny ones.
+        losses: of two training steps.
+    """
+
+    refusal: str | None
+    arguments: Mapping[str, Any]
+    losses: tuple[float, ...] = ()
+
+
+def tokenizer(label: str) -> Tokenizer:
+    name, options = TOKENIZERS[label]
+    return tiny(name, **options)
+
+
+def try_pair(tokens: torch.Tensor, made_by: Tokenizer, generator: str) -> Pair:
+    """Train a generator two steps on tokens (3, L[, D])."""
+    kind, refusal = registry.entry(generator).load(), None
+    for arguments in ({}, kind.plain_sequence):
+        try:
+            model = kind(**{**kind.tiny, "spec": made_by.spec, **arguments})
+        except ValueError as error:
+            refusal = refusal or str(error)
+        else:
+            return Pair(None, arguments, tuple(_train(model, tokens)))
+    return Pair(refusal, {})
+
+
+def _train(model: Generator, tokens: torch.Tensor) -> Iterator[float]:
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    for step in range(2):
+        draws = model.training_draws(Keys.range(0, len(tokens)))
+        loss = model(tokens, labels(*range(len(tokens))), draws=draws).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        yield loss.item()
+
+
+def all_pairs() -> dict[str, dict[str, Pair]]:
+    """By tokenizer and generator."""
+    pairs = {}
+    for label in TOKENIZERS:
+        model = tokenizer(label)
+        with torch.no_grad():
+            tokens = model.encode(pixels(model))
+        pairs[label] = {name: try_pair(tokens, model, name) for name in names("generator")}
+    return pairs
+
+
+def reason(pair: Pair) -> str:
+    """Why a pair does not fit, as a key of ``REFUSALS``."""
+    return next(name for name, (pattern, _) in REFUSALS.items() if re.search(pattern, pair.refusal))
+
+
+def table(pairs: Mapping[str, Mapping[str, Pair]]) -> str:
+    """What fits what, as Markdown."""
+    generators = names("generator")
+    rows = [f"| tokenizer | {' | '.join(generators)} |", f"|---{'|---' * len(generators)}|"]
+    for label, of in pairs.items():
+        rows.append(f"| {label} | {' | '.join(_cell(of[name]) for name in generators)} |")
+    return "\n".join(rows)
+
+
+def _cell(pair: Pair) -> str:
+    if pair.refusal is not None:
+        return f"no: {reason(pair)}"
+    return "yes" if not pair.arguments else f"yes, `{next(iter(pair.arguments))}`"
+
+
+def in_readme() -> str:
+    """The table that the README has."""
+    return README.read_text().partition(BEGIN)[2].partition(END)[0].strip()
+
+
+if __name__ == "__main__":
+    before, _, rest = README.read_text().partition(BEGIN)
+    README.write_text(f"{before}{BEGIN}\n{table(all_pairs())}\n{END}{rest.partition(END)[2]}")
