@@ -72,7 +72,7 @@ class Setting:
         """Feed the token before ``position``, and sample the one there."""
         for layer in self.session.kv_cache.layers:  # all of it is filled, so its live part may also grow
             layer.length = self.model.condition_length + position - 1
-        self.session.step, self.session._seen = position, position - 1
+        self.session.step, self.session.seen = position, position - 1
         next(self.session.generate(1))
 
     @torch.inference_mode()

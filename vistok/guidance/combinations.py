@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Weights = Sequence[float] | Tensor
-"""One weight per row, their sum 1; in a tensor (R,) the host does not read them."""
+"""One weight per row, their sum 1; in a tensor (R, ...), which fits the rows, the host does not read them."""
 
 Combine = Callable[[Sequence[Tensor], Weights], Tensor]
 """Outputs (B, ...) of each row and their weights to the combined output (B, ...)."""
@@ -43,7 +43,7 @@ def _weighted_sum_on_device(rows: Sequence[Tensor], weights: Tensor) -> Tensor:
         last = torch.where(counts[i], rows[i], last)
     out = last
     for i, row in enumerate(rows[:-1]):
-        is_other = counts[i] & counts[i + 1 :].any()
+        is_other = counts[i] & counts[i + 1 :].any(0)
         out = torch.where(is_other, out + weights[i] * (row - last), out)
     return out
 

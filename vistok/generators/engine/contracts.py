@@ -52,12 +52,28 @@ class SamplingSession(Protocol):
     options: DecodingOptions
     draws: Draws
     step: int
+    tokens: Tensor
+    sequence: Tensor
+    vocabulary_size: int
+    grid_width: int
 
     def next_logits(self) -> Tensor: ...
 
     def commit(self, ids: Tensor) -> TokenChunk: ...
 
     def run_compiled(self) -> TokenChunk | None: ...
+
+    def open_window(self, size: int) -> WindowPasses: ...
+
+
+class WindowPasses(Protocol):
+    """Passes over guessed tokens; ``Windows`` describes them."""
+
+    def logits(self, ids: Tensor, counts: Tensor) -> Tensor: ...
+
+    def commit(self, ids: Tensor, counts: Tensor, kept: Tensor) -> TokenChunk: ...
+
+    def close(self, step: int) -> None: ...
 
 
 class Decoding(Protocol):

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from vistok.draws import inverse_cdf
 from vistok.guidance import GuidanceOptions
+
+DecodingName = Literal["plain", "jacobi"]
+DraftName = Literal["random", "repeat_left", "repeat_above"]
+CriterionName = Literal["speculative", "exact"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,14 @@ class DecodingOptions(GuidanceOptions):
         temperature: logits are divided by it; 0 takes the most likely id.
         top_k: only the k most likely ids (and ties with the k-th) can be drawn; 0 is off.
         top_p: only the smallest set of likeliest ids whose probability reaches top_p can be drawn; 1 is off.
-        decoding: how ids are chosen, see ``vistok.generators.engine.decodings``.
+        decoding: ``plain`` draws one token after another, ``jacobi`` several in a pass, from the same distribution
+            (see ``vistok.generators.engine.decodings``).
+        window: of ``jacobi``: positions that a pass is fed.
+        draft: of ``jacobi``: the first guess of a token: any id, or the token to the left or above.
+        criterion: of ``jacobi``: ``speculative`` accepts a draft by the ratio of its probabilities, ``exact`` if it is
+            what would be drawn now, which gives the ids of ``plain``.
+        coupled: of ``jacobi``: drafts of a position are drawn with the same Gumbel noise in all passes, so that they
+            change less, and more are accepted.
 
     The others are as of ``GuidanceOptions``; of the logits. A step is a token.
 
@@ -35,7 +46,11 @@ class DecodingOptions(GuidanceOptions):
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
-    decoding: Literal["plain"] = "plain"
+    decoding: DecodingName = "plain"
+    window: int = 16
+    draft: DraftName = "random"
+    criterion: CriterionName = "speculative"
+    coupled: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,6 +58,11 @@ class DecodingOptions(GuidanceOptions):
             raise ValueError(f"temperature must be 0 (greedy) or more, and finite, got {self.temperature}")
         if self.top_k < 0:
             raise ValueError(f"top_k must be 0 (off) or a number of ids, got {self.top_k}")
+        if self.window < 1:
+            raise ValueError(f"window must be at least 1, got {self.window}")
+        for name, names in (("decoding", DecodingName), ("draft", DraftName), ("criterion", CriterionName)):
+            if getattr(self, name) not in get_args(names):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(names))}, got {getattr(self, name)!r}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], 1 is off; got {self.top_p}")
 

@@ -13,6 +13,7 @@ from vistok.generators.engine.contracts import NextTokenModel
 from vistok.generators.engine.decodings import DECODINGS
 from vistok.generators.engine.packed import DecodingCopies, DecodingCopy
 from vistok.generators.engine.sampling import DecodingOptions
+from vistok.generators.engine.windows import Windows, only_forced
 from vistok.guidance import PLAIN
 from vistok.types import Condition, TokenChunk
 
@@ -26,6 +27,11 @@ class AutoregressiveSession:
         rows: the conditions of all rows.
         kv_cache: what the transformer was fed: the condition, and the tokens of all steps but the last ones.
         draws: random tensors of the decoding, on the device; empty where sampling is deterministic.
+        sequence: (B, L) ids in the order of generation, 0 where there are none yet.
+        weights: of the rows of guidance at each step.
+        forced: ids (B, L) in the order of generation, and a mask (B, L) of those that are taken; None is none.
+        seen: steps whose tokens the cache has seen.
+        failed: (1,), the first token whose logits were not finite; L if all were.
     """
 
     # Tensors that outlive a step are made here, outside of inference mode, so that callers may train on the tokens.
@@ -53,16 +59,16 @@ class AutoregressiveSession:
         self.kv_cache = model.new_cache(len(self.rows), model.num_entries)
         self.kv_cache.visible = model.attention_mask(self.rows, model.num_entries - 1, model.num_entries)
         self.step = 0
-        self._weights = [self.guidance.weights(step, len(self.plan)) for step in range(len(self.plan))]
-        self._combine = self.guidance.start()
+        self.weights = [self.guidance.weights(step, len(self.plan)) for step in range(len(self.plan))]
+        self.combine = self.guidance.start()
         length = self.plan.order.shape[1]
-        self._sequence = torch.zeros(len(condition), length, dtype=torch.int64, device=device)
+        self.sequence = torch.zeros(len(condition), length, dtype=torch.int64, device=device)
         self._order = self.plan.order.expand(len(condition), length)
         self._valid = torch.ones(len(condition), length, dtype=torch.bool, device=device)
-        self._forced: tuple[Tensor, Tensor] | None = None
-        self._failed = torch.full((1,), length, device=device)  # the first token whose logits were not finite
+        self.forced: tuple[Tensor, Tensor] | None = None
+        self.failed = torch.full((1,), length, device=device)  # the first token whose logits were not finite
         self._copy = self._decoding_copy()
-        self._seen = 0  # steps whose tokens are in the cache
+        self.seen = 0  # steps whose tokens are in the cache
         self._logits = self._advance(model.embed_condition(self.rows, self._for_rows(self.plan.places(0))))
         self._compiled = self._compiled_steps()
 
@@ -78,9 +84,9 @@ class AutoregressiveSession:
     def tokens(self) -> Tensor:
         """The ids so far: (B, count), or, where the order is not that of the raster, (B, L), 0 where there is none."""
         if self.plan.is_raster:
-            return self._sequence[:, : self.count]
+            return self.sequence[:, : self.count]
         here = slice(0, self.count)
-        return torch.zeros_like(self._sequence).scatter(1, self._order[:, here], self._sequence[:, here])
+        return torch.zeros_like(self.sequence).scatter(1, self._order[:, here], self.sequence[:, here])
 
     def append(self, tokens: Tensor) -> None:
         """Force ids (B, n) at the next positions (a prefix, a region taken from another image).
@@ -88,16 +94,16 @@ class AutoregressiveSession:
         Raises:
             ValueError: ids out of range, another batch size, more of them than positions left, or not whole steps.
         """
-        ids = self.model.spec.check_ids(tokens).to(self._sequence.device)
-        if len(ids) != len(self._sequence):
-            raise ValueError(f"the session has {len(self._sequence)} rows, the tokens {len(ids)}")
+        ids = self.model.spec.check_ids(tokens).to(self.sequence.device)
+        if len(ids) != len(self.sequence):
+            raise ValueError(f"the session has {len(self.sequence)} rows, the tokens {len(ids)}")
         stop = self.count + ids.shape[1]
-        if stop > self._sequence.shape[1]:
+        if stop > self.sequence.shape[1]:
             raise ValueError(
-                f"{self.count} tokens are set and {ids.shape[1]} more exceed the {self._sequence.shape[1]} there are"
+                f"{self.count} tokens are set and {ids.shape[1]} more exceed the {self.sequence.shape[1]} there are"
             )
         step = self._step_at(stop)
-        self._sequence[:, self.count : stop] = ids
+        self.sequence[:, self.count : stop] = ids
         self.step = step
 
     def force(self, ids: Tensor, where: Tensor) -> None:
@@ -108,10 +114,10 @@ class AutoregressiveSession:
             ValueError: ids out of range, or other shapes.
         """
         for values in (ids, where):
-            if values.shape != self._sequence.shape:
-                raise ValueError(f"ids and mask must be {tuple(self._sequence.shape)}, got {tuple(values.shape)}")
+            if values.shape != self.sequence.shape:
+                raise ValueError(f"ids and mask must be {tuple(self.sequence.shape)}, got {tuple(values.shape)}")
         ids = self.model.spec.check_ids(ids)
-        self._forced = tuple(values.to(self._order.device).gather(1, self._order) for values in (ids, where))
+        self.forced = tuple(values.to(self._order.device).gather(1, self._order) for values in (ids, where))
 
     @torch.inference_mode()
     def generate(self, num_tokens: int | None = None) -> Iterator[TokenChunk]:
@@ -120,7 +126,7 @@ class AutoregressiveSession:
         Raises:
             ValueError: more tokens than positions left, not whole steps, or, at the end, logits that were not finite.
         """
-        left = self._sequence.shape[1] - self.count
+        left = self.sequence.shape[1] - self.count
         if num_tokens is not None and num_tokens > left:
             raise ValueError(f"num_tokens {num_tokens} exceeds the {left} positions left")
         stop = self._step_at(self.count + (left if num_tokens is None else num_tokens))
@@ -139,41 +145,58 @@ class AutoregressiveSession:
 
     def next_logits(self) -> Tensor:
         """Guided logits (B, n, V) of the tokens of the next step."""
-        while self._seen < self.step:
+        while self.seen < self.step:
             self._logits = self._advance(self._embed_unseen())
-        return self._guided(self._logits, self._weights[self.step], self.count)
+        return self._guided(self._logits, self.weights[self.step], self.count)
 
     def commit(self, ids: Tensor) -> TokenChunk:
         """Set the ids (B, n) of the next step."""
         here = slice(self.plan.bounds[self.step], self.plan.bounds[self.step + 1])
-        self._sequence[:, here] = ids
+        self.sequence[:, here] = ids
         return self._done(here)
 
     def _done(self, here: slice) -> TokenChunk:
         self.step += 1
-        return TokenChunk(self._order[:, here], self._sequence[:, here], self._valid[:, here])
+        return TokenChunk(self._order[:, here], self.sequence[:, here], self._valid[:, here])
 
     def run_compiled(self) -> TokenChunk | None:
         """Do the next step by the compiled graph, where there is one for it."""
-        if self._compiled is None or self._forced is not None or self.step - self._seen != 1:
+        if self._compiled is None or self.forced is not None or self.step - self.seen != 1:
             return None
         self._compiled(self.step)
         self.kv_cache.advance(1)
-        self._seen += 1
+        self.seen += 1
         return self._done(slice(self.count, self.count + 1))
+
+    @property
+    def vocabulary_size(self) -> int:
+        """How many ids there are."""
+        return self.model.spec.codebook_size
+
+    @property
+    def grid_width(self) -> int:
+        """Tokens in a row of the image; ValueError if they have no raster."""
+        grid = self.model.spec.grid
+        if grid is None:
+            raise ValueError("these tokens lie on no raster, so none is to the left or above; take draft='random'")
+        return grid[-1]
+
+    def open_window(self, size: int) -> Windows:
+        """Passes of ``size`` entries per row, each row at a place of its own. One token has not been fed yet."""
+        return Windows(self, size)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Passes through the model
 
     def _embed_unseen(self) -> Tensor:
         """Embeddings of what the cache lacks: of all tokens in steps of one, else of the next step."""
-        first, bounds = self._seen, self.plan.bounds
+        first, bounds = self.seen, self.plan.bounds
         last = self.step if self.plan.is_single else first + 1
         here = slice(bounds[first], bounds[last])
         upcoming = self.plan.order[:, here.start + 1 : here.stop + 1] if self.plan.is_single else self.plan.places(last)
-        self._seen = last
+        self.seen = last
         places = self._for_rows(self.plan.order[:, here]), self._for_rows(upcoming)
-        return self.model.embed_tokens(self.guidance.repeat(self._sequence[:, here]), *places)
+        return self.model.embed_tokens(self.guidance.repeat(self.sequence[:, here]), *places)
 
     def _for_rows(self, places: Tensor) -> Tensor:
         """Places (1 or B, n) for all rows of guidance, (1 or R, n)."""
@@ -182,39 +205,43 @@ class AutoregressiveSession:
     @torch.inference_mode()
     def _advance(self, x: Tensor) -> Tensor:
         """Logits (R, n, V) of the n tokens of the next step, that follow the embeddings x (R, e, D)."""
-        if not self._copy.has_todays_weights():  # between two chunks of a stream its caller may train the model
-            self._copy = self._decoding_copy()
-        model, cache = self._copy.model, self.kv_cache
+        model, cache = self.network(), self.kv_cache
         start, stop = cache.length, cache.length + x.shape[1]
         hidden = model.transform(x, slice(start, stop), self._mask(start, stop), cache.layers, *self.state)
-        return model.step_logits(hidden, self.plan.sizes[self._seen])
+        return model.step_logits(hidden, self.plan.sizes[self.seen])
 
     def _mask(self, start: int, stop: int) -> Tensor | None:
         """What the entries [start, stop) see of the first ``stop``; None where it is all, or plainly causal."""
         mask = self.model.attention_mask(self.rows, start, stop)
         if mask is not None or start == 0 or stop - start == 1:
             return mask
-        return torch.ones(stop - start, stop, dtype=torch.bool, device=self._sequence.device).tril(start)
+        return torch.ones(stop - start, stop, dtype=torch.bool, device=self.sequence.device).tril(start)
 
     def _guided(self, logits: Tensor, weights: tuple[float, ...], first: int) -> Tensor:
         """Logits (B, n, V) of the tokens from the one numbered ``first`` on, of logits (R, n, V) of all rows."""
-        logits = self._combine(logits, weights)
-        self._failed.copy_(torch.where(logits.sum().isfinite(), self._failed, self._failed.clamp_max(first)))
-        if self._forced is None:
+        logits = self.combine(logits, weights)
+        self.failed.copy_(torch.where(logits.sum().isfinite(), self.failed, self.failed.clamp_max(first)))
+        if self.forced is None:
             return logits
-        ids, where = (values[:, first : first + logits.shape[1], None] for values in self._forced)
-        return logits.masked_fill(where & (torch.arange(logits.shape[2], device=ids.device) != ids), -torch.inf)
+        here = slice(first, first + logits.shape[1])
+        return only_forced(logits, *(values[:, here] for values in self.forced))
 
     def _check_finite(self) -> None:
         """Raise ValueError if logits were not finite: the one time that the host waits for the device."""
-        failed = int(self._failed)
-        if failed < self._sequence.shape[1]:
+        failed = int(self.failed)
+        if failed < self.sequence.shape[1]:
             dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
             raise ValueError(
                 f"the logits of token {failed} are not finite in {dtype}: "
                 + ("float16 has too small a range; sample in bfloat16 or float32" if dtype == "float16" else "")
                 + ("" if dtype == "float16" else "the weights hold NaN or infinities, or values grow beyond the range")
             )
+
+    def network(self) -> NextTokenModel:
+        """The model, or the copy of it that decoding steps compute with."""
+        if not self._copy.has_todays_weights():  # between two chunks of a stream its caller may train the model
+            self._copy = self._decoding_copy()
+        return self._copy.model
 
     def _decoding_copy(self) -> DecodingCopy:
         rows = 1 if self._compiled_step else len(self.rows)  # compilers choose products themselves
@@ -229,10 +256,10 @@ class AutoregressiveSession:
             self._compiled_step,
             self.model,
             self.options,
-            tokens=self._sequence,
+            tokens=self.sequence,
             uniforms=self.draws.get("ids"),
-            weights=torch.tensor(self._weights, device=self._sequence.device),
-            failed=self._failed,
+            weights=torch.tensor(self.weights, device=self.sequence.device),
+            failed=self.failed,
             state=self.state,
             cache=self.kv_cache,
         )
