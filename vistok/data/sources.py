@@ -198,7 +198,7 @@ class Selection(ImageSource):
         return self.source.name(self.indices[index])
 
     def captions(self, index: int) -> tuple[str, ...]:
-        return self._source.captions(self._indices[index])
+        return self.source.captions(self.indices[index])
 
     def fingerprint(self) -> str:
         return hash_lines([self.source.fingerprint(), *map(str, self.indices)])
