@@ -37,7 +37,7 @@ from vistok.tokenizers.kl_vae import KLVAE
 from vistok.train.config import RunConfig
 from vistok.train.tasks.objective import check_terms
 from vistok.train.tokenize import tokenize
-from vistok.types import TokenSpec, to_json
+from vistok.types import ConditionSpec, IdSpec, TokenSpec, to_json
 from vistok.utils.report import (
     Commands,
     Panel,
@@ -239,7 +239,10 @@ def test_generator_of_every_system_fits_its_tokenizer(system):
     runs = [RunConfig.parse(load_config(config_file(system, stage))) for stage in ("tokenizer", "generator")]
     with torch.device("meta"):
         tokenizer = runs[0].build_model(runs[0].model_entry().load().arguments_from(runs[0].data))
-        generator = runs[1].build_model({"spec": to_json(tokenizer.spec), "num_classes": 10})
+        length = systems()[system].text_length
+        condition = ConditionSpec(ids=IdSpec(256, length)) if length else ConditionSpec(num_classes=10)
+        derived = runs[1].model_entry().load().condition_arguments(condition)
+        generator = runs[1].build_model({"spec": to_json(tokenizer.spec), **derived})
     check_terms(tokenizer, runs[0].losses)
     generator.options_type(**runs[1].sampling)
     assert tokenizer.input_shape == (1, 32, 32)

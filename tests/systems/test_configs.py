@@ -13,11 +13,11 @@ from vistok.tokenizers.base import Tokenizer
 from vistok.train.config import RunConfig
 from vistok.train.tasks.objective import check_terms
 from vistok.train.tasks.tokenizer import gan_config
-from vistok.types import ConditionSpec, IdSpec, TokenSpec, to_json
+from vistok.types import ConditionSpec, FeatureSpec, IdSpec, TokenSpec, to_json
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
-GRID = {"cifar10": 8, "imagenet256": 16, "datacomp256": 16}
+GRID = {"cifar10": 8, "emoji": 8, "imagenet256": 16, "datacomp256": 16}
 LENGTH = {"moving_digits": 64, "ucf101": 1024, "k600": 1024}
 """Tokens of a clip."""
 
@@ -42,10 +42,10 @@ def test_config_builds(path):
             if path.parent.name in LENGTH:
                 spec = TokenSpec(LENGTH[path.parent.name], 1024, dim=8)
             else:
-                side = GRID[path.parent.name]
+                side = GRID.get(path.parent.name) or int(path.stem.rpartition("_")[2]) // 16
                 codebook_size = None if issubclass(kind, ContinuousGenerator) else 1024
                 spec = TokenSpec(side * side, codebook_size, dim=8, grid=(side, side))
-            given = ConditionSpec(num_classes=10, given=IdSpec(1024, spec.length))
+            given = ConditionSpec(10, IdSpec(256, 64), FeatureSpec(384, 16), IdSpec(1024, spec.length))
             condition = given.only(("labels",) if run.condition is None else run.condition)
             model = run.build_model({"spec": to_json(spec), **kind.condition_arguments(condition)})
             model.options_type(**run.sampling)

@@ -32,6 +32,7 @@ BUILT_IN = {
     "maskgit_vqgan": {"titok"},
     "rar": {"robustok"},
     "kl_vae": {"flextok"},
+    "token_shuffle": {"llama"},  # its blocks
 }
 # Published measures are called by the papers that set them, and results carry the names.
 MEASURES = {"eval/reconstruction.py": {"llamagen"}, "eval/video_protocols.py": {"larp"}}

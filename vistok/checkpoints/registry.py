@@ -111,6 +111,14 @@ ENTRIES = (
         },
         tokenizer="llamagen_vq",
     ),
+    Entry(
+        "token_shuffle",
+        "generator",
+        "vistok.generators.token_shuffle:TokenShuffle",
+        "token_shuffle/generator",
+        "2504.17789",
+        tokenizer="llamagen_vq",
+    ),
 )
 
 

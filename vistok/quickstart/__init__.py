@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from vistok.config import load_config
+from vistok.data.captions import spell_digit
 from vistok.data.tokens import TokenCache
 from vistok.pipelines import Pipeline, pipeline
 from vistok.pipelines.folders import load_tokenizer
@@ -23,6 +24,7 @@ from vistok.quickstart.console import Stages, print_summary
 from vistok.quickstart.scores import CLASSES, COPIES, Digits, equal_counts, fit_classifier, load_digits, score
 from vistok.quickstart.story import draw, score_lines, write_story
 from vistok.quickstart.systems import Stage, config_file, find_system, systems
+from vistok.text import PromptEncoder, open_text_tokenizer
 from vistok.train import train
 from vistok.train.environment import environment
 from vistok.train.tokenize import tokenize
@@ -74,11 +76,16 @@ def quickstart(out: str | Path, recipe: Recipe = Recipe()) -> dict[str, Any]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists already and is not empty; remove it, or choose another folder with --out")
     stages = Stages(("tokenizer", "tokens", "generator", "samples", "scores", "report"))
-    pipe, cache = _train(out, recipe, system.views if recipe.views is None else recipe.views, stages)
+    views = system.views if recipe.views is None else recipe.views
+    pipe, cache = _train(out, recipe, views, system.text_length, stages)
 
     stages.begin("samples", f"{recipe.samples_per_class} digits of each class")
-    samples = pipe(list(range(CLASSES)), recipe.samples_per_class, seed=recipe.seed, batch_size=250)
-    generated = Digits(samples.pixels, torch.tensor(samples.labels))
+    if system.text_length:
+        what = {"prompt": [spell_digit(digit)[0] for digit in range(CLASSES)]}
+    else:
+        what = {"class_labels": list(range(CLASSES))}
+    samples = pipe(**what, num_images_per_label=recipe.samples_per_class, seed=recipe.seed, batch_size=250)
+    generated = Digits(samples.pixels, torch.arange(CLASSES).repeat_interleave(recipe.samples_per_class))
 
     stages.begin("scores", "by a classifier that is fitted to real digits now")
     real, held_out = load_digits("train"), load_digits("test")
@@ -117,7 +124,7 @@ def quickstart(out: str | Path, recipe: Recipe = Recipe()) -> dict[str, Any]:
     return result
 
 
-def _train(out: Path, recipe: Recipe, views: int, stages: Stages) -> tuple[Pipeline, TokenCache]:
+def _train(out: Path, recipe: Recipe, views: int, text_length: int, stages: Stages) -> tuple[Pipeline, TokenCache]:
     """Both trainings, and the token cache between them."""
     tokenizer_config = _config("tokenizer", out, recipe, recipe.tokenizer)
     generator_config = _config("generator", out, recipe, recipe.generator)
@@ -128,9 +135,11 @@ def _train(out: Path, recipe: Recipe, views: int, stages: Stages) -> tuple[Pipel
     stages.begin("tokens", f"of every training digit in {views} slightly different views")
     tokenizer = load_tokenizer(run)
     data = data_of_run(run, (), input_shape=tokenizer.input_shape)
-    cache = tokenize(tokenizer, data, out / "tokens", augmentation=f"random:{views}")
+    text = PromptEncoder([open_text_tokenizer("bytes", text_length)] if text_length else [])
+    cache = tokenize(tokenizer, data, out / "tokens", augmentation=f"random:{views}", text=text)
 
-    stages.begin("generator", "learns to predict the tokens of each class")
+    given = "text" if text_length else "class"
+    stages.begin("generator", f"learns to predict the tokens of each {given}")
     return pipeline(train(generator_config)), cache
 
 

@@ -26,12 +26,14 @@ class System:
         recognised: share of generated digits that must be recognised, in [0, 1].
         minutes: the whole chain may take, on two cores.
         views: augmented versions of each training digit in the token cache.
+        text_length: bytes of the texts that digits are learned by ("a seven"); 0 is class labels.
     """
 
     summary: str
     recognised: float
     minutes: float
     views: int = 32
+    text_length: int = 0
 
 
 @cache

@@ -29,6 +29,7 @@ from vistok.generators.mar.sampling import MAROptions, MARSession
 from vistok.nn.attention import Attention
 from vistok.nn.diffusion_head import DiffusionHead
 from vistok.nn.mlp import MLP
+from vistok.nn.windows import window_members
 from vistok.types import Clock, Condition, Expands, GeneratorOutput, TokenSpec, as_dataclass
 
 SIZES = {
@@ -430,12 +431,7 @@ def patch_members(spec: TokenSpec, patch_size: int) -> Tensor:
     Raises:
         ValueError: the patch does not divide the grid, or there is none.
     """
-    raster = torch.arange(spec.length)
-    if patch_size == 1:
-        return raster[:, None]
-    if spec.grid is None or len(spec.grid) != 2 or any(side % patch_size for side in spec.grid):
-        raise ValueError(f"patch_size {patch_size} does not divide the token grid {spec.grid}")
-    return rearrange(raster, "(h p w q) -> (h w) (p q)", h=spec.grid[0] // patch_size, p=patch_size, q=patch_size)
+    return window_members(spec.length, spec.grid, patch_size, "patch_size")
 
 
 def truncated_normal(uniforms: Tensor, low: float) -> Tensor:

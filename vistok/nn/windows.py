@@ -1,0 +1,24 @@
+"""Windows of a raster: space to depth and back."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+
+def window_members(length: int, grid: tuple[int, ...] | None, size: int, what: str = "windows") -> Tensor:
+    """The raster indices (L / s^2, s^2) of the tokens of every window of s x s, both in raster order.
+
+    Args:
+        what: the name of the size in messages.
+
+    Raises:
+        ValueError: the size does not divide the grid, or there is none.
+    """
+    raster = torch.arange(length)
+    if size == 1:
+        return raster[:, None]
+    if grid is None or len(grid) != 2 or any(side % size for side in grid):
+        raise ValueError(f"{what} {size} does not divide the token grid {grid}")
+    return rearrange(raster, "(h p w q) -> (h w) (p q)", h=grid[0] // size, p=size, q=size)
