@@ -76,7 +76,7 @@ def try_pair(tokens: torch.Tensor, made_by: Tokenizer, generator: str) -> Pair:
 
 def _train(model: Generator, tokens: torch.Tensor) -> Iterator[float]:
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    for step in range(2):
+    for _ in range(2):
         draws = model.training_draws(Keys.range(0, len(tokens)))
         loss = model(tokens, labels(*range(len(tokens))), draws=draws).loss
         loss.backward()
