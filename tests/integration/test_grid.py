@@ -16,6 +16,8 @@ from vistok.generators.engine.decodings import DECODINGS
 from vistok.generators.engine.sampling import DecodingOptions
 from vistok.train.tasks.objective import TERMS, check_terms
 
+DECODED = [name for name in names("generator") if registry.entry(name).load().options_type is DecodingOptions]
+
 
 @pytest.fixture(scope="module")
 def pairs() -> dict[str, dict[str, Pair]]:
@@ -59,9 +61,7 @@ def test_every_loss_is_taken_by_the_tokenizers_that_give_what_it_reads(label):
 
 
 @pytest.mark.parametrize("decoding", DECODINGS)
-@pytest.mark.parametrize(
-    "name", [n for n in names("generator") if registry.entry(n).load().options_type is DecodingOptions]
-)
+@pytest.mark.parametrize("name", DECODED)
 def test_every_decoding_serves_every_generator_of_ids(name, decoding):
     model, options = tiny(name), DecodingOptions(decoding=decoding)
     draws = model.sampling_draws(Keys.range(0, 2), options)

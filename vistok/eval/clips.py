@@ -22,7 +22,7 @@ from vistok.eval.i3d import I3DNetwork, TorchScriptI3D
 from vistok.eval.metrics import Moments
 from vistok.eval.record import library_versions
 from vistok.eval.video import VIDEO_SSIM, psnr, ssim
-from vistok.eval.video_protocols import VideoProtocol, chunks_of, drawn, video_protocol
+from vistok.eval.video_protocols import RECONSTRUCTION, VideoProtocol, chunks_of, drawn, video_protocol
 from vistok.tokenizers.base import Tokenizer
 from vistok.utils.processes import Processes
 from vistok.utils.progress import track
@@ -229,7 +229,7 @@ def evaluate_clip_tokenizer(
     tokenizer: Tokenizer,
     data: DataConfig,
     *,
-    protocol: str = "larp-ucf-rec",
+    protocol: str = RECONSTRUCTION,
     network: ClipNetwork | None = None,
     lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
     processes: Processes = Processes(),  # noqa: B008 (immutable)

@@ -85,6 +85,9 @@ class VideoProtocol:
         return resized.unflatten(0, frames.shape[:2]).transpose(1, 2)
 
 
+RECONSTRUCTION = "larp-ucf-rec"
+"""The usual protocol of reconstructions."""
+
 VIDEO_PROTOCOLS = {
     protocol.name: protocol
     for protocol in (

@@ -13,7 +13,7 @@ from vistok.eval.perturbation import evaluate_perturbation
 from vistok.eval.protocols import choose_protocol, load_network
 from vistok.eval.references import Provenance, open_reference
 from vistok.eval.tokenizers import evaluate_tokenizer
-from vistok.eval.video_protocols import is_video_protocol
+from vistok.eval.video_protocols import RECONSTRUCTION, is_video_protocol
 from vistok.losses import LPIPS
 from vistok.pipelines.folders import load_tokenizer
 from vistok.pipelines.runs import data_of_run
@@ -81,14 +81,14 @@ def _score_clip_tokenizer(
     from vistok.eval.clips import evaluate_clip_tokenizer, load_clip_network
 
     if protocol == PERTURBATION:
-        raise ValueError("the protocol perturbation is of images; clips are scored by larp-ucf-rec and its kin")
+        raise ValueError("the protocol perturbation is of images; clips are scored by protocols of clips")
     where, by_name = next(tokenizer.parameters()).device, is_video_protocol(protocol)
     network = load_clip_network(weights, device=where) if by_name or weights is not None else None
     lpips = open_lpips(lpips_weights)
     return evaluate_clip_tokenizer(
         tokenizer,
         data,
-        protocol=protocol if by_name else "larp-ucf-rec",
+        protocol=protocol if by_name else RECONSTRUCTION,
         network=network,
         lpips=None if lpips is None else lpips.to(where),
         processes=processes,
