@@ -16,7 +16,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union
+from typing import Any, Literal, TypeVar, Union
 
 from vistok.utils.files import atomic_file
 from vistok.utils.omega import calls_resolver, check_size, escape, escaped
@@ -39,6 +39,7 @@ RENAMED = {
 """Names of arguments up to version 0.1, and today's: configs and saved models of that version are still read."""
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class ConfigError(ValueError):
@@ -353,6 +354,21 @@ def check(target: Callable[..., Any], values: Mapping[str, Any], path: str) -> d
     if problems:
         raise ConfigError(*problems)
     return checked
+
+
+def build(target: Callable[..., T], values: Mapping[str, Any], path: str) -> T:
+    """What a checked config section configures.
+
+    Raises:
+        ConfigError: as :func:`check`; also where the target itself refuses a value.
+    """
+    arguments = check(target, values, path)
+    try:
+        return target(**arguments)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def nearest(name: str, allowed: Sequence[str]) -> str | None:

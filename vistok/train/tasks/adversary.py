@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from vistok.config import ConfigError, check, check_least, nearest
+from vistok.config import ConfigError, build, check_least, nearest
 from vistok.draws import Keys
 from vistok.losses import (
     DiffAugment,
@@ -93,8 +93,7 @@ class Adversary(nn.Module):
         self.discriminator = build_discriminator(config, input_shape)
         self.generator_loss = GeneratorLoss(config.loss)
         self.discriminator_loss = DiscriminatorLoss(config.loss, config.smoothing)
-        augment = None if config.augment is None else check(DiffAugment, config.augment, "losses.gan.augment")
-        self.augment = None if augment is None else DiffAugment(**augment)
+        self.augment = None if config.augment is None else build(DiffAugment, config.augment, "losses.gan.augment")
         options = config.lecam_decay, config.lecam_update, config.lecam_compare
         self.lecam = LeCam(*options) if config.lecam_weight else None
 
@@ -155,4 +154,4 @@ def build_discriminator(config: GanConfig, input_shape: tuple[int, ...]) -> Disc
         hint = f"; did you mean {near!r}?" if near else ""
         raise ConfigError(f"losses.gan.discriminator.name: unknown {name!r}{hint} Known: {', '.join(DISCRIMINATORS)}.")
     kind = DISCRIMINATORS[name]
-    return kind(**check(kind, kind.arguments_for(input_shape) | arguments, "losses.gan.discriminator"))
+    return build(kind, kind.arguments_for(input_shape) | arguments, "losses.gan.discriminator")

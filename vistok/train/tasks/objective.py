@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from vistok.config import ConfigError, check, check_least, nearest
+from vistok.config import ConfigError, build, check, check_least, nearest
 from vistok.draws import Draws, Keys
 from vistok.losses import L1, L2, LPIPS, ARPrior, EncoderConfig, FrozenEncoder, alignment_distance
 from vistok.nn.mlp import AlignmentHead
@@ -452,13 +452,7 @@ def _config(name: str, value: Any, losses: Mapping[str, Any]) -> TermConfig:
     for key in OLD_SETTINGS.get(name, ()):
         if key in losses:
             section.setdefault(key.removeprefix(f"{name}_"), losses[key])
-    kind = TERMS.get(name, Term).config_type
-    try:
-        return kind(**check(kind, section, f"losses.{name}"))
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"losses.{name}: {error}") from error
+    return build(TERMS.get(name, Term).config_type, section, f"losses.{name}")
 
 
 def _check_times(tokenizer: Tokenizer, losses: Mapping[str, Any], configs: Mapping[str, TermConfig]) -> None:
@@ -484,7 +478,7 @@ def _term(name: str, config: TermConfig, tokenizer: Tokenizer) -> Term:
 def _reconstructions(losses: Mapping[str, Any]) -> dict[str, ReconstructionConfig]:
     sections = check(_reconstruction_sections, {"reconstructions": losses.get("reconstructions", {})}, "losses")
     return {
-        name: ReconstructionConfig(**check(ReconstructionConfig, section, f"losses.reconstructions.{name}"))
+        name: build(ReconstructionConfig, section, f"losses.reconstructions.{name}")
         for name, section in sections["reconstructions"].items()
     }
 

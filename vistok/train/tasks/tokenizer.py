@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from PIL import Image
 from torch import Tensor, nn
 
-from vistok.config import ConfigError, check
+from vistok.config import ConfigError, build
 from vistok.data.batches import ImageBatch
 from vistok.data.config import DataConfig
 from vistok.data.loader import training_loader
@@ -231,7 +231,7 @@ def gan_config(tokenizer: Tokenizer, losses: Mapping[str, Any]) -> GanConfig | N
         raise ConfigError(
             f"losses.gan: {type(tokenizer).__name__} is not trained through its pixels, a GAN has no input"
         )
-    return GanConfig(**check(GanConfig, section, "losses.gan"))
+    return build(GanConfig, section, "losses.gan")
 
 
 def _codebook_watch(tokenizer: Tokenizer, config: TokenizerRun, world_size: int) -> CodebookWatch | None:
