@@ -20,9 +20,9 @@ from vistok.data.pictures import to_pil
 from vistok.draws import Keys
 from vistok.generators.engine.sampling import DecodingOptions
 from vistok.generators.llama import Llama
+from vistok.nn.alignment import AlignmentConfig
 from vistok.pipelines import Pipeline
 from vistok.tokenizers.dar.model import DAR
-from vistok.tokenizers.dar.networks import AlignmentConfig
 from vistok.types import Condition
 
 TOKENS, GROUP, STEPS = 8, 2, 4

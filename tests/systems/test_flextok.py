@@ -21,9 +21,9 @@ from vistok.cli import main
 from vistok.data.pictures import from_pil, to_pil
 from vistok.draws import Keys
 from vistok.guidance import APG
+from vistok.nn.alignment import AlignmentConfig
 from vistok.pipelines.samples import reconstruct_prefixes
 from vistok.tokenizers.flextok.model import FlexTok, kept_tokens
-from vistok.tokenizers.flextok.networks import AlignmentConfig
 from vistok.tokenizers.kl_vae import KLVAE
 
 TOKENS = 8

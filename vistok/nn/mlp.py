@@ -69,21 +69,6 @@ class GatedMLP(nn.Module):
         return self.drop(self.down(self.hidden_drop(self.activation(self.gate(x)) * self.up(x))))
 
 
-class AlignmentHead(nn.Sequential):
-    """Three linears with SiLU between, which map a model's features to those of a frozen encoder (REPA, arXiv
-    2410.06940): (..., dim) -> (..., out_dim).
-
-    Args:
-        dim: width of the features.
-        hidden_dim: width of the two hidden layers.
-        out_dim: width of the frozen encoder's features.
-    """
-
-    def __init__(self, dim: int, hidden_dim: int, out_dim: int):
-        hidden = nn.Linear(dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim), nn.SiLU()
-        super().__init__(*hidden, nn.Linear(hidden_dim, out_dim))
-
-
 class SwiGLU(GatedMLP):
     """Llama's gated feed-forward: SiLU, no biases."""
 

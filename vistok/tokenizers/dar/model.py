@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from vistok.checkpoints import OfficialCheckpoint, load_strictly
 from vistok.draws import Draws, Keys
 from vistok.flow import SOLVERS, LinearPath, shift_time
+from vistok.nn.alignment import AlignmentConfig
 from vistok.nn.masks import prefix_causal_mask
 from vistok.quantizers import VectorQuantizer
 from vistok.tokenizers.base import Tokenizer, image_sides, prefix_lengths, times
 from vistok.tokenizers.dar import official
 from vistok.tokenizers.dar.networks import (
     ROPE_BASE,
-    AlignmentConfig,
     Block,
     GridPositions,
     GridRotation,
@@ -69,7 +69,8 @@ class DAR(Tokenizer):
         data_std: pixels are multiplied by it, so that data and noise are alike in scale.
         time_shift: sampling and training times t become t / (t + time_shift (1 - t)).
         num_steps, solver: what ``decode`` does unless it is told otherwise.
-        alignment: head for the "repa" loss; None has none.
+        alignment: head for the "repa" loss, of the input of block 8 (``layer``, counted from 0), for DINOv2-B, with
+            2,048 hidden channels unless it says otherwise; None has none.
 
     Raises:
         ValueError: sizes that do not divide.
@@ -172,7 +173,7 @@ class DAR(Tokenizer):
             in_channels,
             decoder_dim,
             self._grid((height, width), velocity.patch_size),
-            alignment and as_dataclass(AlignmentConfig, alignment),
+            AlignmentConfig.filled(alignment, dim=768, layer=8, hidden_dim=2048),
             absolute_positions=absolute_positions,
         )
 

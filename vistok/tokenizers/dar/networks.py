@@ -12,8 +12,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vistok.nn.alignment import AlignmentConfig, AlignmentHead
 from vistok.nn.attention import Attention, CrossAttention
-from vistok.nn.mlp import MLP, AlignmentHead
+from vistok.nn.mlp import MLP
 from vistok.nn.modulation import modulate
 from vistok.nn.rotary import FixedRotation, Rotation, grid_positions, rotation_table
 from vistok.nn.timesteps import TimestepEmbedding
@@ -109,21 +110,6 @@ class VelocityConfig:
             raise ValueError("modulated_output needs share_time_embedding: there is no other time to modulate by")
 
 
-@dataclass(frozen=True)
-class AlignmentConfig:
-    """The training-only head that maps velocity features to those of a frozen encoder (REPA, arXiv 2410.06940).
-
-    Attributes:
-        dim: channels of the frozen encoder: 768 for DINOv2-B.
-        layer: the block whose input is read, counted from 0.
-        hidden_dim: width of the head's two hidden layers.
-    """
-
-    dim: int = 768
-    layer: int = 8
-    hidden_dim: int = 2048
-
-
 class VelocityBlock(nn.Module):
     """Self-attention and feed-forward of patches (B, P, D), modulated patch by patch.
 
@@ -170,7 +156,7 @@ class VelocityNetwork(nn.Module):
         in_channels: C.
         cond_dim: Dc.
         grid: patches of the usual image; other sizes work too.
-        alignment: the training-only head; None has none.
+        alignment: the training-only head, for the input of block ``layer``, counted from 0; None has none.
         absolute_positions: add learned positions to the patches.
     """
 
@@ -202,7 +188,7 @@ class VelocityNetwork(nn.Module):
         if alignment is not None:
             if not 0 <= alignment.layer < config.num_layers:
                 raise ValueError(f"alignment.layer must lie in 0..{config.num_layers - 1}, got {alignment.layer}")
-            self.alignment_head = AlignmentHead(dim, alignment.hidden_dim, alignment.dim)
+            self.alignment_head = AlignmentHead.of(dim, alignment)
 
     def forward(self, noisy: Tensor, t: Tensor, tokens: Tensor, *, align: bool = False) -> Velocity:
         """The velocity, data - noise, at noisy pixels and times (B,), or (1,) for all; time 0 is noise.

@@ -19,12 +19,12 @@ from vistok.config import check
 from vistok.draws import Draws, Keys
 from vistok.flow import FlowState, TimeSampling, last
 from vistok.guidance import APG, Scale
+from vistok.nn.alignment import AlignmentConfig
 from vistok.quantizers import FSQ
 from vistok.tokenizers.base import Tokenizer, image_sides, prefix_lengths, times
 from vistok.tokenizers.flextok import official
 from vistok.tokenizers.flextok.networks import (
     PATH,
-    AlignmentConfig,
     Encoder,
     FlowDecoder,
     GuidanceName,
@@ -70,7 +70,8 @@ class FlexTok(Tokenizer):
         time_sampling: distribution of training times.
         max_timestep, time_frequencies: of the decoder's time embedding, see ``FlowDecoder``.
         posterior: whether training encodes a "sample" of the autoencoder's posterior or its "mode".
-        alignment: head for the "repa" loss; None has none.
+        alignment: head for the "repa" loss, of patches after the decoder's block 1 (``layer``, counted from 0), for
+            DINOv2-L, with four times the decoder's channels inside unless it says otherwise; None has none.
         num_steps, guidance_scale, guidance: what ``decode`` does unless it is told otherwise.
 
     Raises:
@@ -164,7 +165,7 @@ class FlexTok(Tokenizer):
             streams=adaln_streams,
             max_timestep=max_timestep,
             frequency_dim=time_frequencies,
-            alignment=alignment and as_dataclass(AlignmentConfig, alignment),
+            alignment=alignment,
         )
         self.nested_dropout, self.null_dropout = nested_dropout, null_dropout
         self.quantizer_dropout, self.token_corruption = quantizer_dropout, token_corruption

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from vistok.checkpoints import load_strictly
 from vistok.flow import FlowState, LinearPath, euler, guided
 from vistok.guidance import APG, PLAIN, Scale, at_time, classifier_free
+from vistok.nn.alignment import AlignmentConfig, AlignmentHead
 from vistok.nn.attention import Attention
 from vistok.nn.masks import prefix_causal_mask
 from vistok.nn.mlp import SwiGLU
@@ -52,22 +52,6 @@ class TrunkConfig:
     def hidden_dim(self) -> int:
         """Two thirds of the ungated width, so that gating costs no parameters; rounded down twice, as released."""
         return int(2 * int(self.mlp_ratio * self.dim) / 3)
-
-
-@dataclass(frozen=True)
-class AlignmentConfig:
-    """The training-only head that maps decoder features to those of a frozen encoder (REPA, arXiv 2410.06940).
-
-    Attributes:
-        dim: channels of the frozen encoder: 1024 for DINOv2-L.
-        layer: the decoder block after which patch features are read, counted from 0.
-        num_layers, hidden_dim: linear layers of the head, and their width; None is 4 times the decoder's.
-    """
-
-    dim: int = 1024
-    layer: int = 1
-    num_layers: int = 3
-    hidden_dim: int | None = None
 
 
 class Block(nn.Module):
@@ -198,7 +182,7 @@ class FlowDecoder(nn.Module):
         streams: 2 modulates patches and registers separately, 1 together.
         max_timestep: time 1 is embedded as 1000 / max_timestep.
         frequency_dim: features of the time embedding.
-        alignment: the training-only head; None has none.
+        alignment: the training-only head, for patches after block ``layer``, counted from 0; None has none.
     """
 
     def __init__(
@@ -213,7 +197,7 @@ class FlowDecoder(nn.Module):
         streams: Literal[1, 2] = 2,
         max_timestep: float = 1000.0,
         frequency_dim: int = 256,
-        alignment: AlignmentConfig | None = None,
+        alignment: AlignmentConfig | Mapping[str, Any] | None = None,
     ):
         super().__init__()
         dim = config.dim
@@ -231,8 +215,9 @@ class FlowDecoder(nn.Module):
             zero=[self.modulation, self.to_patches, *(block.modulation for block in self.blocks)],
             normal=[self.register_positions, self.dropped_token, self.null_token],
         )
+        alignment = AlignmentConfig.filled(alignment, dim=1024, layer=1, hidden_dim=4 * dim)
         self.alignment_layer = None if alignment is None else alignment.layer
-        self.alignment_head = None if alignment is None else AlignmentHead(dim, alignment)
+        self.alignment_head = None if alignment is None else NormedAlignmentHead(dim, alignment)
         if alignment is not None and not 0 <= alignment.layer < config.num_layers:
             raise ValueError(f"alignment.layer must lie in 0..{config.num_layers - 1}, got {alignment.layer}")
 
@@ -278,21 +263,19 @@ class FlowDecoder(nn.Module):
         arguments = official.decoder_arguments(config)
         check_keys(config)
         trunk, alignment = TrunkConfig(**arguments.pop("config")), arguments.pop("alignment")
-        model = cls(trunk, **arguments, alignment=alignment and AlignmentConfig(**alignment))
+        model = cls(trunk, **arguments, alignment=alignment)
         state = official.our_names(config, state_dict)
         load_strictly(model, {key.removeprefix("decoder."): tensor for key, tensor in state.items()})
         return model
 
 
-class AlignmentHead(nn.Module):
-    """Norm, linear layers with SiLU between them: (..., D) -> (..., dim of the frozen encoder)."""
+class NormedAlignmentHead(nn.Module):
+    """A norm and the head: (..., D) -> (..., dim of the frozen encoder). ``mlp`` and ``out`` are the released names."""
 
     def __init__(self, dim: int, config: AlignmentConfig):
         super().__init__()
-        widths = [dim, *[config.hidden_dim or 4 * dim] * (config.num_layers - 1)]
-        layers = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.SiLU())]
-        self.mlp = nn.Sequential(layer_norm(dim), *layers)
-        self.out = nn.Linear(widths[-1], config.dim)
+        *hidden, self.out = AlignmentHead.of(dim, config)
+        self.mlp = nn.Sequential(layer_norm(dim), *hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.mlp(x))

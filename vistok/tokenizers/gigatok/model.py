@@ -17,13 +17,13 @@ from torch.nn import functional as F
 
 from vistok.checkpoints import load_strictly
 from vistok.draws import Draws
+from vistok.nn.alignment import AlignmentConfig
 from vistok.nn.conv import ConvDecoder, ConvEncoder, UpsampleKind
 from vistok.quantizers import VectorQuantizer
 from vistok.quantizers.vq import Gradient
 from vistok.tokenizers.base import Tokenizer, image_sides
 from vistok.tokenizers.gigatok import official
 from vistok.tokenizers.gigatok.networks import (
-    AlignmentConfig,
     GridDecoder,
     GridEncoder,
     LayerKind,
@@ -82,7 +82,9 @@ class GigaTok(Tokenizer):
         entropy_temperature: temperature of the "entropy" loss term (0.01 in the paper); None leaves the term out.
         direct_until: in training steps before this one the convolutional decoder decodes the encoder's map, too; its
             image is the reconstruction "direct", which pixel losses apply to as they do to the main one.
-        alignment: the head whose output the loss "repa" compares with a frozen encoder's; None has none.
+        alignment: the head whose output the loss "repa" compares with a frozen encoder's, of the decoder's layer 3
+            (``layer``, counted from 1), for DINOv2-B, with four times the decoder's channels inside unless it says
+            otherwise; None has none.
         dropout: inside the residual blocks, in training.
         norm_groups: groups of all group norms; they must divide every width.
 
@@ -166,7 +168,7 @@ class GigaTok(Tokenizer):
         self._spec = TokenSpec(num_tokens, codebook_size, codebook_embed_dim, grid=grid)
         encoder_size, decoder_size = (as_dataclass(TransformerSize, size) for size in (encoder_size, decoder_size))
         self.direct_until = direct_until
-        self.alignment = None if alignment is None else as_dataclass(AlignmentConfig, alignment)
+        self.alignment = AlignmentConfig.filled(alignment, dim=768, layer=3, hidden_dim=4 * decoder_size.dim)
 
         options = {"norm_groups": norm_groups, "dropout": dropout, "attend": conv_attention}
         self.encoder = ConvEncoder(in_channels, z_channels, channels, encoder_channel_mult, res_blocks, **options)

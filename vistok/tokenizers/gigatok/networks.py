@@ -15,8 +15,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vistok.nn.alignment import AlignmentConfig, AlignmentHead
 from vistok.nn.attention import attend
-from vistok.nn.mlp import MLP, AlignmentHead
+from vistok.nn.mlp import MLP
 
 LayerKind = Literal["self_attention", "cross_attention"]
 QueryInit = Literal["pooled", "mean"]
@@ -37,19 +38,6 @@ class TransformerSize:
     def __post_init__(self) -> None:
         if self.dim % self.num_heads:
             raise ValueError(f"a width of {self.dim} cannot be split into {self.num_heads} heads")
-
-
-@dataclass(frozen=True)
-class AlignmentConfig:
-    """The training-only head that maps the decoder's features to those of a frozen encoder.
-
-    Attributes:
-        dim: channels of the frozen encoder: 768 for DINOv2-B.
-        layer: the decoder layer whose output is read, counted from 1.
-    """
-
-    dim: int = 768
-    layer: int = 3
 
 
 class Decoded(NamedTuple):
@@ -277,7 +265,7 @@ class _Decoder(nn.Module):
         self.positions = learned_positions(math.prod(grid), size.dim)
         self.transformer = Layers(size, kind)
         self.norm_out, self.out = nn.LayerNorm(size.dim), nn.Conv2d(size.dim, channels, 3, padding=1)
-        self.alignment_head = None if alignment is None else AlignmentHead(size.dim, 4 * size.dim, alignment.dim)
+        self.alignment_head = None if alignment is None else AlignmentHead.of(size.dim, alignment)
 
     def forward(self, tokens: Tensor) -> Decoded:
         """Tokens (B, N, C) to a map, and features to align where there is a head for them."""

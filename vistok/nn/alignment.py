@@ -1,0 +1,61 @@
+"""The training-only head that maps a model's features to those of a frozen encoder.
+
+REPA: Representation Alignment for Generation (Yu et al., arXiv 2410.06940). Tokenizers whose released files hold such a
+head have it inside; the loss itself is ``losses.alignment``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any, Self
+
+from torch import nn
+
+from vistok.types import as_dataclass
+
+
+@dataclass(frozen=True)
+class AlignmentConfig:
+    """A head for the loss "repa". What is None is the system's own.
+
+    Attributes:
+        dim: channels of the frozen encoder: 768 for DINOv2-B, 1024 for DINOv2-L.
+        layer: which features are read; each system says how it counts.
+        num_layers, hidden_dim: linear layers of the head, and their width.
+    """
+
+    dim: int | None = None
+    layer: int | None = None
+    num_layers: int = 3
+    hidden_dim: int | None = None
+
+    @classmethod
+    def filled(cls, given: Self | Mapping[str, Any] | None, **own: int) -> Self | None:
+        """A given config with a system's ``own`` values where it says None; None if there is to be no head."""
+        if given is None:
+            return None
+        values = asdict(as_dataclass(cls, given))
+        return cls(**{key: own[key] if value is None and key in own else value for key, value in values.items()})
+
+
+class AlignmentHead(nn.Sequential):
+    """Linear layers with SiLU between: (..., dim) -> (..., out_dim).
+
+    Args:
+        dim: width of the features.
+        hidden_dim: width of the hidden layers.
+        out_dim: width of the frozen encoder's features.
+        num_layers: linear layers.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, out_dim: int, num_layers: int = 3):
+        widths = [dim, *[hidden_dim] * (num_layers - 1)]
+        hidden = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.SiLU())]
+        super().__init__(*hidden, nn.Linear(widths[-1], out_dim))
+
+    @classmethod
+    def of(cls, dim: int, config: AlignmentConfig) -> Self:
+        """The head of a config that leaves nothing open."""
+        return cls(dim, config.hidden_dim, config.dim, config.num_layers)
