@@ -209,7 +209,8 @@ class AlignmentTerm(Term):
         return {"repa_encoder": self.encoder.network}
 
     def forward(self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws) -> Tensor:
-        return alignment_distance(output.features["alignment"], self.encoder.network(target)).mean()
+        weights = output.weight_maps.get("alignment")
+        return alignment_distance(output.features["alignment"], self.encoder.network(target), weights).mean()
 
 
 @dataclass(frozen=True)
@@ -313,8 +314,9 @@ class SemanticTerm(Term):
         return {"semantic_encoder": self.encoder.network}
 
     def forward(self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws) -> Tensor:
-        aligned = self.head(output.features[self.config.feature])
-        return alignment_distance(aligned, self.encoder.network(target)).mean()
+        feature = self.config.feature
+        aligned, weights = self.head(output.features[feature]), output.weight_maps.get(feature)
+        return alignment_distance(aligned, self.encoder.network(target), weights).mean()
 
 
 TERMS: dict[str, type[Term]] = {
