@@ -102,6 +102,17 @@ def test_a_target_beside_the_pixels_is_what_is_reconstructed(tmp_path):
     assert isinstance(batch, ImageBatch)
 
 
+def test_weights_say_which_features_count():
+    from vistok.losses import alignment_distance
+
+    target = torch.randn(2, 4, 8)
+    features = torch.cat([target[:, :2], -target[:, 2:]], 1)
+    first = torch.tensor([1.0, 1.0, 0.0, 0.0]).expand(2, 4)
+    torch.testing.assert_close(alignment_distance(features, target), torch.ones(2))
+    torch.testing.assert_close(alignment_distance(features, target, first), torch.zeros(2))
+    torch.testing.assert_close(alignment_distance(features, target, 1 - first), torch.full((2,), 2.0))
+
+
 class Teacher(nn.Module):
     """A frozen network of a trainable loss."""
 
@@ -110,7 +121,7 @@ class Teacher(nn.Module):
         self.layer = nn.Linear(4, 3)
 
 
-class ProjectionTerm(Term):
+class NoisyTerm(Term):
     """A trainable loss: latents are projected onto what a frozen teacher makes of them, with noise."""
 
     def __init__(self, name, config, tokenizer):
@@ -130,16 +141,16 @@ class ProjectionTerm(Term):
 
 
 @pytest.fixture
-def _projection(monkeypatch):
-    monkeypatch.setitem(objectives.TERMS, "projection", ProjectionTerm)
+def _noisy(monkeypatch):
+    monkeypatch.setitem(objectives.TERMS, "noisy", NoisyTerm)
 
 
-@pytest.mark.usefixtures("_projection")
+@pytest.mark.usefixtures("_noisy")
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_a_trainable_loss_is_optimised_saved_resumed_and_not_exported(tmp_path, ema):
     from support.tiny_runs import killed_at
 
-    losses, training = {"projection": 0.5}, {"ema_decay": ema}
+    losses, training = {"noisy": 0.5}, {"ema_decay": ema}
     validation = {"data": {"split": "test", "limit": 20}}
     whole = train(tokenizer_config(tmp_path / "whole", losses=losses, training=training, validation=validation))
     config = tokenizer_config(tmp_path / "part", losses=losses, training=training, validation=validation)
@@ -152,7 +163,7 @@ def test_a_trainable_loss_is_optimised_saved_resumed_and_not_exported(tmp_path, 
     states = [
         torch.load(whole / "checkpoints" / f"step-000000{step}" / "state.pt", weights_only=True) for step in (3, 6)
     ]
-    key = "objective.terms.projection.projection.weight"
+    key = "objective.terms.noisy.projection.weight"
     first, last = (state["players"]["model"]["weights"] for state in states)
     assert not torch.equal(first[key], last[key]), "it is trained"
     assert first.keys() == {key, key.replace("weight", "bias")}, "the teacher is not saved"
@@ -160,17 +171,17 @@ def test_a_trainable_loss_is_optimised_saved_resumed_and_not_exported(tmp_path, 
     assert len(states[0]["frozen"]["teacher"]) == 64
     from safetensors.torch import load_file
 
-    assert not [name for name in load_file(whole / "tokenizer" / "model.safetensors") if "projection" in name]
-    assert read_metrics(whole / "metrics.jsonl")[2]["val_projection"] > 0
+    assert not [name for name in load_file(whole / "tokenizer" / "model.safetensors") if "noisy" in name]
+    assert read_metrics(whole / "metrics.jsonl")[2]["val_noisy"] > 0
 
 
-@pytest.mark.usefixtures("_projection")
+@pytest.mark.usefixtures("_noisy")
 def test_a_trainable_loss_can_begin_with_a_resume_and_its_teacher_must_stay(tmp_path, caplog, monkeypatch):
     folder = train(tokenizer_config(tmp_path / "run", training={"max_steps": 3}))
-    config = tokenizer_config(folder, losses={"projection": 0.5})
+    config = tokenizer_config(folder, losses={"noisy": 0.5})
     train(config, resume=True)
-    assert "do not share begin afresh: objective.terms.projection" in caplog.text
-    assert "projection" in read_metrics(folder / "metrics.jsonl")[-1]
+    assert "do not share begin afresh: objective.terms.noisy" in caplog.text
+    assert "noisy" in read_metrics(folder / "metrics.jsonl")[-1]
     fill = Teacher.__init__
     monkeypatch.setattr(Teacher, "__init__", lambda self: (fill(self), self.layer.weight.data.zero_())[0])
     config["training"] |= {"max_steps": 7}

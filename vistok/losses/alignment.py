@@ -111,10 +111,13 @@ class Alignment(nn.Module):
         return alignment_distance(features, self.encoder(pixels))
 
 
-def alignment_distance(features: Tensor, target: Tensor) -> Tensor:
+def alignment_distance(features: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
     """1 - the mean over patches of the cosine of two feature maps (B, P, D), (B,); 0 is aligned, 1 unrelated.
 
     Features of another raster are resized to that of the target, bilinear; both must be square.
+
+    Args:
+        weights: (B, P), how much each of the features counts in the mean.
 
     Raises:
         ValueError: unlike channels, or a raster that is not square where it has to be resized.
@@ -122,8 +125,13 @@ def alignment_distance(features: Tensor, target: Tensor) -> Tensor:
     if features.shape[2] != target.shape[2]:
         raise ValueError(f"features have {features.shape[2]} channels, those of the frozen encoder {target.shape[2]}")
     if features.shape[1] != target.shape[1]:
-        features = _resized(features, target.shape[1])
-    return 1 - F.cosine_similarity(features.float(), target.float(), dim=-1).mean(1)
+        count = target.shape[1]
+        features = _resized(features, count)
+        weights = None if weights is None else _resized(weights[..., None], count)[..., 0]
+    cosines = F.cosine_similarity(features.float(), target.float(), dim=-1)  # (B, P)
+    if weights is None:
+        return 1 - cosines.mean(1)
+    return 1 - (cosines * weights).sum(1) / weights.sum(1)
 
 
 def _resized(features: Tensor, count: int) -> Tensor:

@@ -40,8 +40,22 @@ class AlignmentConfig:
         return cls(**{key: own[key] if value is None and key in own else value for key, value in values.items()})
 
 
-def alignment_head(dim: int, config: AlignmentConfig) -> nn.Sequential:
-    """Linear layers with SiLU between them: (..., D) to (..., channels of the frozen encoder)."""
-    widths = [dim, *[config.hidden_dim] * (config.num_layers - 1)]
-    hidden = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.SiLU())]
-    return nn.Sequential(*hidden, nn.Linear(widths[-1], config.dim))
+class AlignmentHead(nn.Sequential):
+    """Linear layers with SiLU between: (..., dim) -> (..., out_dim).
+
+    Args:
+        dim: width of the features.
+        hidden_dim: width of the hidden layers.
+        out_dim: width of the frozen encoder's features.
+        num_layers: linear layers.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, out_dim: int, num_layers: int = 3):
+        widths = [dim, *[hidden_dim] * (num_layers - 1)]
+        hidden = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.SiLU())]
+        super().__init__(*hidden, nn.Linear(widths[-1], out_dim))
+
+    @classmethod
+    def of(cls, dim: int, config: AlignmentConfig) -> Self:
+        """The head of a config that leaves nothing open."""
+        return cls(dim, config.hidden_dim, config.dim, config.num_layers)

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.nn.alignment import AlignmentConfig, alignment_head
+from vistok.nn.alignment import AlignmentConfig, AlignmentHead
 from vistok.nn.attention import Attention, CrossAttention
 from vistok.nn.mlp import MLP
 from vistok.nn.modulation import modulate
@@ -188,7 +188,7 @@ class VelocityNetwork(nn.Module):
         if alignment is not None:
             if not 0 <= alignment.layer < config.num_layers:
                 raise ValueError(f"alignment.layer must lie in 0..{config.num_layers - 1}, got {alignment.layer}")
-            self.alignment_head = alignment_head(dim, alignment)
+            self.alignment_head = AlignmentHead.of(dim, alignment)
 
     def forward(self, noisy: Tensor, t: Tensor, tokens: Tensor, *, align: bool = False) -> Velocity:
         """The velocity, data - noise, at noisy pixels and times (B,), or (1,) for all; time 0 is noise.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vistok.checkpoints import load_strictly
 from vistok.flow import FlowState, LinearPath, euler, guided
 from vistok.guidance import APG, PLAIN, Scale, at_time, classifier_free
-from vistok.nn.alignment import AlignmentConfig, alignment_head
+from vistok.nn.alignment import AlignmentConfig, AlignmentHead
 from vistok.nn.attention import Attention
 from vistok.nn.masks import prefix_causal_mask
 from vistok.nn.mlp import SwiGLU
@@ -217,7 +217,7 @@ class FlowDecoder(nn.Module):
         )
         alignment = AlignmentConfig.filled(alignment, dim=1024, layer=1, hidden_dim=4 * dim)
         self.alignment_layer = None if alignment is None else alignment.layer
-        self.alignment_head = None if alignment is None else AlignmentHead(dim, alignment)
+        self.alignment_head = None if alignment is None else NormedAlignmentHead(dim, alignment)
         if alignment is not None and not 0 <= alignment.layer < config.num_layers:
             raise ValueError(f"alignment.layer must lie in 0..{config.num_layers - 1}, got {alignment.layer}")
 
@@ -269,12 +269,12 @@ class FlowDecoder(nn.Module):
         return model
 
 
-class AlignmentHead(nn.Module):
+class NormedAlignmentHead(nn.Module):
     """A norm and the head: (..., D) -> (..., dim of the frozen encoder). ``mlp`` and ``out`` are the released names."""
 
     def __init__(self, dim: int, config: AlignmentConfig):
         super().__init__()
-        *hidden, self.out = alignment_head(dim, config)
+        *hidden, self.out = AlignmentHead.of(dim, config)
         self.mlp = nn.Sequential(layer_norm(dim), *hidden)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.nn.alignment import AlignmentConfig, alignment_head
+from vistok.nn.alignment import AlignmentConfig, AlignmentHead
 from vistok.nn.attention import attend
 from vistok.nn.mlp import MLP
 
@@ -265,7 +265,7 @@ class _Decoder(nn.Module):
         self.positions = learned_positions(math.prod(grid), size.dim)
         self.transformer = Layers(size, kind)
         self.norm_out, self.out = nn.LayerNorm(size.dim), nn.Conv2d(size.dim, channels, 3, padding=1)
-        self.alignment_head = None if alignment is None else alignment_head(size.dim, alignment)
+        self.alignment_head = None if alignment is None else AlignmentHead.of(size.dim, alignment)
 
     def forward(self, tokens: Tensor) -> Decoded:
         """Tokens (B, N, C) to a map, and features to align where there is a head for them."""

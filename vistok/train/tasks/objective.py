@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from vistok.config import ConfigError, build, check, check_least, nearest
 from vistok.draws import Draws, Keys
 from vistok.losses import L1, L2, LPIPS, ARPrior, EncoderConfig, FrozenEncoder, alignment_distance
-from vistok.nn.alignment import AlignmentConfig, alignment_head
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import MAIN, Clock, TokenizerOutput
 
@@ -209,7 +208,8 @@ class AlignmentTerm(Term):
         return {"repa_encoder": self.encoder.network}
 
     def forward(self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws) -> Tensor:
-        return alignment_distance(output.features["alignment"], self.encoder.network(target)).mean()
+        weights = output.weight_maps.get("alignment")
+        return alignment_distance(output.features["alignment"], self.encoder.network(target), weights).mean()
 
 
 @dataclass(frozen=True)
@@ -306,15 +306,16 @@ class SemanticTerm(Term):
         super().__init__(name, config)
         dim = tokenizer.raster_features[config.feature]
         encoder = FrozenEncoder(config.encoder)
-        self.head = alignment_head(dim, AlignmentConfig(encoder.dim, hidden_dim=round(config.hidden_ratio * dim)))
+        self.head = AlignmentHead(dim, round(config.hidden_ratio * dim), encoder.dim)
         self.encoder = Frozen(encoder)
 
     def frozen(self) -> dict[str, nn.Module]:
         return {"semantic_encoder": self.encoder.network}
 
     def forward(self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws) -> Tensor:
-        aligned = self.head(output.features[self.config.feature])
-        return alignment_distance(aligned, self.encoder.network(target)).mean()
+        feature = self.config.feature
+        aligned, weights = self.head(output.features[feature]), output.weight_maps.get(feature)
+        return alignment_distance(aligned, self.encoder.network(target), weights).mean()
 
 
 TERMS: dict[str, type[Term]] = {
