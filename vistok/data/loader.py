@@ -12,17 +12,17 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from vistok.data.batches import Failures, ImageBatch
 from vistok.data.clips import ClipBatches, ClipSource, ClipTransform, InMemoryClips
 from vistok.data.config import DataConfig
+from vistok.data.image_batches import ImageBatches, InMemory
 from vistok.data.order import Order, ResampledOrder, SequentialOrder, ShuffledOrder
-from vistok.data.sources import ImageSource, UnreadableImageError
-from vistok.data.transforms import ImageTransform, to_pixels
+from vistok.data.sources import ImageSource
+from vistok.data.targets import paired
+from vistok.data.transforms import ImageTransform
 from vistok.data.workers import cause_of_death, end_with_the_parent, leave_signals_to_the_parent
-from vistok.draws import Keys
 
 log = logging.getLogger(__name__)
 
@@ -59,69 +59,6 @@ def listed(failures: Failures) -> str:
     """The first of them in the order of the source, one a line."""
     reasons = [failures[index] for index in sorted(failures)]
     return "\n".join(reasons[:SHOWN] + ["…"] * (len(reasons) > SHOWN))
-
-
-class ImageBatches:
-    """Reads, crops and augments images of a source. Every random choice is keyed by (seed, epoch, index)."""
-
-    def __init__(self, source: ImageSource, transform: ImageTransform, *, seed: int = 0) -> None:
-        self.source, self.transform, self.seed = source, transform, seed
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def load(self, indices: np.ndarray, epoch: int) -> tuple[ImageBatch, Failures]:
-        images, labels, read, failures = [], [], [], {}
-        keys = Keys.of(self.seed, indices, step=epoch)
-        for index, uniforms in zip(keys.indices, self.transform.crop_uniforms(keys), strict=True):
-            try:
-                image, label = self.source[index]
-            except UnreadableImageError as error:
-                failures[index] = str(error)
-                continue
-            images.append(as_array(self.transform.crop_image(image, uniforms)))
-            labels.append(label)
-            read.append(index)
-        if images:
-            pixels = self.transform.augment(to_pixels(np.stack(images)), Keys.of(self.seed, read, step=epoch))
-        else:
-            pixels = torch.empty(0)
-        return ImageBatch(pixels, torch.tensor(labels, dtype=torch.int64), torch.tensor(read)), failures
-
-
-class InMemory(ImageSource):
-    """A source decoded once. Crops that are not random are done once, too, so that only the crop is kept."""
-
-    def __init__(self, source: ImageSource, transform: ImageTransform) -> None:
-        self._source = source
-        self.classes = source.classes
-        log.info("decoding %d images into memory", len(source))
-        self._samples = [self._decode(index, transform) for index in range(len(source))]
-
-    def _decode(self, index: int, transform: ImageTransform) -> tuple[np.ndarray, int] | UnreadableImageError:
-        try:
-            image, label = self._source[index]
-        except UnreadableImageError as error:
-            return error
-        return np.asarray(image if transform.crops_randomly else transform.crop_image(image)), label
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        sample = self._samples[index]
-        if isinstance(sample, UnreadableImageError):
-            raise sample
-        return Image.fromarray(sample[0]), sample[1]
-
-    def name(self, index: int) -> str:
-        return self._source.name(index)
-
-    def fingerprint(self) -> str:
-        return self._source.fingerprint()
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        return self._source.captions(index)
 
 
 class Loader(Generic[B]):
@@ -287,8 +224,6 @@ def batch_reader(source: Source, config: DataConfig, *, augmented: bool) -> Imag
     transform = _image_transform(config, augmented=augmented)
     if config.target_root is None:
         return ImageBatches(source, transform, seed=config.seed)
-    from vistok.data.targets import paired  # which reads as this module does
-
     return paired(source, config, transform)
 
 
@@ -309,12 +244,6 @@ def _clip_transform(config: DataConfig, *, augmented: bool) -> ClipTransform:
         channels=config.channels,
     )
     return transform if augmented else transform.without_augmentation()
-
-
-def as_array(image: Image.Image) -> np.ndarray:
-    """uint8 (H, W, C)."""
-    array = np.asarray(image)
-    return array[..., None] if array.ndim == 2 else array
 
 
 class _WholeBatches(Dataset):

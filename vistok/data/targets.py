@@ -11,7 +11,7 @@ from vistok.data.batches import Failures, ImageBatch
 from vistok.data.config import DataConfig
 from vistok.data.decoding import Decoder
 from vistok.data.folders import FolderSource
-from vistok.data.loader import ImageBatches, as_array
+from vistok.data.image_batches import ImageBatches, as_array
 from vistok.data.sources import ImageSource, UnreadableImageError
 from vistok.data.transforms import ImageTransform, to_pixels
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vistok.data.config import DataConfig
-from vistok.data.loader import ImageBatches
+from vistok.data.image_batches import ImageBatches
 from vistok.data.opening import open_source
 from vistok.data.pictures import to_uint8
 from vistok.data.transforms import ImageTransform

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vistok.config import ConfigError, build, check, check_least, nearest
 from vistok.draws import Draws, Keys
 from vistok.losses import L1, L2, LPIPS, ARPrior, EncoderConfig, FrozenEncoder, alignment_distance
+from vistok.nn.alignment import AlignmentHead
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import MAIN, Clock, TokenizerOutput
 
