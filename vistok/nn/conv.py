@@ -260,7 +260,14 @@ class ConvDecoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
-        x = self.middle(self.conv_in(latents))
+        return self.finish(self.begin(latents), latents)
+
+    def begin(self, latents: Tensor) -> Tensor:
+        """The deepest features, as fine as the map: (B, in_channels, h, w) to (B, widest, h, w)."""
+        return self.middle(self.conv_in(latents))
+
+    def finish(self, x: Tensor, latents: Tensor) -> Tensor:
+        """The deepest features of a map to its pixels."""
         for i, level in enumerate(self.levels):
             x = level(x if self.styles is None else self.styles[i](x, latents))
         return self.conv_out(F.silu(self.norm_out(x)))
