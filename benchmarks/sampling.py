@@ -6,7 +6,8 @@ The model has 111 M random weights and samples a batch of 4 with guidance, 8 row
 the same run, in turn with it, so that a busy machine slows both alike: the bare matrix products of the same weights
 with 8 rows, in PyTorch's layout, plus bare scaled dot-product attention over the live part of the same cache. Sampling
 packs its weights for a few rows, so it can go below that floor; packing takes as long as a few steps, and is not in
-these times.
+these times. Beside it stand a bare sum over the bytes that a step reads, weights and live cache, and LlamaGen's own loop
+in float32, rebuilt from its description.
 
 A step grows linearly with the cache. So the mean over a sequence is the mean over a few evenly spaced stretches of it,
 and only those are measured: the cache is filled with random keys and values, and rewound. A stretch is some steps one
@@ -36,6 +37,7 @@ from torch.nn import functional as F
 from vistok.draws import Keys
 from vistok.generators.engine.sampling import DecodingOptions
 from vistok.generators.llama import Llama
+from vistok.nn.rotary import rotate
 from vistok.types import Condition, TokenSpec
 
 BATCH, CODES = 4, 16384
@@ -63,6 +65,7 @@ class Setting:
             layer.append(*(torch.randn(shape, dtype=dtype) for _ in range(2))) for layer in self.session.kv_cache.layers
         ]  # keys and values (R, H, T + length, h) of each layer
         self.inputs = {width: torch.randn(rows, width, dtype=dtype) for width in self._widths()}
+        self.weights = [linear.weight for linear in self.model.modules() if isinstance(linear, nn.Linear)]
         self.query = torch.randn(rows, attention.num_heads, 1, attention.head_dim, dtype=dtype)
 
     def _widths(self) -> set[int]:
@@ -88,6 +91,38 @@ class Setting:
 
     def _product(self, linear: nn.Linear) -> None:
         F.linear(self.inputs[linear.in_features], linear.weight)
+
+    @torch.inference_mode()
+    def bytes(self, position: int) -> None:
+        """A bare sum over what a step has to read: the weights, and the live part of the cache."""
+        live = self.model.condition_length + position
+        for weight in self.weights:
+            weight.sum()
+        for key, value in self.memory:
+            key.narrow(2, 0, live).sum()
+            value.narrow(2, 0, live).sum()
+
+    @torch.inference_mode()
+    def reference(self, position: int) -> None:
+        """A step as LlamaGen's own loop does it: the whole padded cache under a boolean mask, gate and up apart, and a
+        sort of the vocabulary before the draw."""
+        model, entry = self.model, slice(position, position + 1)
+        x = model.embed_tokens(self.ids[:, position - 1 : position].repeat(2, 1), None, None)
+        seen = torch.arange(self.memory[0][0].shape[2]) <= position
+        rotation = model.rotation(entry)
+        for block, (key, value) in zip(model.blocks, self.memory, strict=True):
+            attention = block.attn
+            q, k, v = attention.qkv(block.norm1(x)).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            key[:, :, entry], value[:, :, entry] = rotate(k, rotation), v
+            mixed = F.scaled_dot_product_attention(rotate(q, rotation), key, value, attn_mask=seen[None])
+            x = x + attention.out(mixed.transpose(1, 2).flatten(2))
+            x = x + block.ffn(block.norm2(x))
+        conditional, null = model.head(x[:, -1]).chunk(2)
+        logits = null + 2.0 * (conditional - null)
+        ordered, order = logits.sort(descending=True)
+        excluded = ordered.softmax(-1).cumsum(-1) > 1.0
+        probabilities = logits.masked_fill(excluded.scatter(1, order, excluded), -torch.inf).softmax(-1)
+        torch.multinomial(probabilities, 1)
 
     @torch.inference_mode()
     def recompute(self, position: int) -> None:
@@ -118,7 +153,8 @@ def measure(settings: dict[str, Setting], where: Sequence[int], repeats: int) ->
     """Milliseconds of a step and of its floor, "fp32", "fp32_floor", ...: everything in turn, medians."""
     works = {}
     for name, setting in settings.items():
-        works |= {name: setting.step, f"{name}_floor": setting.floor}
+        works |= {name: setting.step, f"{name}_floor": setting.floor, f"{name}_bytes": setting.bytes}
+    works["reference"] = settings["fp32"].reference
     for work in works.values():
         work(where[-1])  # first calls are slower
     measured = {name: {position: [] for position in where} for name in works}
@@ -156,16 +192,20 @@ def main() -> None:
             figures["ms_per_step_recompute_1024"] = slow
         for name in DTYPES:
             ratios[f"over_floor_{name}{suffix}"] = took[name] / took[f"{name}_floor"]
+            ratios[f"over_bytes_{name}{suffix}"] = took[name] / took[f"{name}_bytes"]
+            ratios[f"over_reference_{name}{suffix}"] = took[name] / took["reference"]
         for name, setting in settings.items():
             figures |= {
                 f"ms_per_step_{name}{suffix}": took[name],
                 f"ms_floor_{name}{suffix}": took[f"{name}_floor"],
+                f"ms_bytes_{name}{suffix}": took[f"{name}_bytes"],
                 f"tokens_per_second_{name}{suffix}": 1e3 * BATCH / took[name],
                 f"cache_mb_{name}{suffix}": setting.session.kv_cache.nbytes / 2**20,
             }
-            say(f"{length} tokens, {name}: {took[name]:.1f} ms, floor {took[f'{name}_floor']:.1f} ms")
-        if length == 256:
-            ratios["fp32_over_bf16"] = took["fp32"] / took["bf16"]
+            others = ", ".join(f"{what} {took[f'{name}_{what}']:.1f} ms" for what in ("floor", "bytes"))
+            say(f"{length} tokens, {name}: {took[name]:.1f} ms, {others}, reference {took['reference']:.1f} ms")
+        figures[f"ms_per_step_reference{suffix}"] = took["reference"]
+        ratios[f"fp32_over_bf16{suffix}"] = took["fp32"] / took["bf16"]
     figures["peak_memory_mb"] = peak_memory_mb()
     continuous_ratios, continuous_figures = compare_all(repeats=1)
     finish("sampling", ratios | continuous_ratios, figures | continuous_figures)
