@@ -81,14 +81,10 @@ def tokenize(run: Path, out: Path) -> Path:
 
 def score(run: Path, texts: dict[str, list[tuple[str, list[str]]]], out: Path, count: int) -> dict[str, float]:
     """Retrieval of each kind of prompts, and a sheet of pictures with their prompts."""
-    import torch
-
     from vistok.data.pictures import from_pil, open_picture
     from vistok.pipelines import pipeline
 
     pipe, network = pipeline(run), features()
-    pixels = {split: from_pil([open_picture(file) for file, _ in rows], (32, 32), 3) for split, rows in texts.items()}
-    real = {split: network(values) for split, values in pixels.items()}
     again = [i for i, (_, wordings) in enumerate(texts["train"]) if len(wordings) > 1]
     kinds = {
         "seen": ("train", spread(range(len(texts["train"])), count), 0),
@@ -97,12 +93,12 @@ def score(run: Path, texts: dict[str, list[tuple[str, list[str]]]], out: Path, c
     }
     figures, shown = {}, []
     for name, (split, rows, wording) in kinds.items():
-        prompts = [texts[split][row][1][wording] for row in rows]
-        made = pipe(prompt=prompts, seed=0)
-        target = torch.tensor(rows)
-        figures[f"retrieved_{name}"] = retrieval(network(made.pixels), real[split], target)
-        decoded = pipe.tokenizer.reconstruct(pixels[split][target])
-        figures[f"reachable_{name}"] = retrieval(network(decoded), real[split], target)
+        chosen = [texts[split][row] for row in rows]
+        prompts = [wordings[wording] for _, wordings in chosen]
+        pixels = from_pil([open_picture(file) for file, _ in chosen], (32, 32), 3)
+        made, real = pipe(prompt=prompts, seed=0), network(pixels)
+        figures[f"retrieved_{name}"] = retrieval(network(made.pixels), real)
+        figures[f"reachable_{name}"] = retrieval(network(pipe.tokenizer.reconstruct(pixels)), real)
         say(
             f"{name}: {figures[f'retrieved_{name}']:.1%} of {len(rows)} nearer than {RIVALS} others "
             f"(chance {1 / (RIVALS + 1):.0%}; through the tokenizer {figures[f'reachable_{name}']:.1%})"
@@ -137,14 +133,14 @@ def features():
     return run
 
 
-def retrieval(made, real, target) -> float:
-    """Share of features (N, D) nearer to their target's (row of (M, D)) than to ``RIVALS`` others, drawn at random."""
+def retrieval(made, real) -> float:
+    """Share of features (N, D) nearer to their own row of (N, D) than to ``RIVALS`` others, drawn at random."""
     import torch
     from torch.nn import functional as F
 
-    likeness = F.normalize(made - real.mean(0), dim=1) @ F.normalize(real - real.mean(0), dim=1).T  # (N, M)
+    likeness = F.normalize(made - real.mean(0), dim=1) @ F.normalize(real - real.mean(0), dim=1).T  # (N, N)
     generator, hits = torch.Generator().manual_seed(0), 0
-    for row, own in zip(likeness, target.tolist(), strict=True):
+    for own, row in enumerate(likeness):
         others = torch.randperm(len(row) - 1, generator=generator)[:RIVALS]
         hits += int(row[own] > row[others + (others >= own)].max())
     return hits / len(likeness)

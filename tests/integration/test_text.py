@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import tarfile
@@ -29,6 +30,7 @@ from vistok.train.tokenize import tokenize
 from vistok.types import FeatureSpec, IdSpec
 
 DIGITS = DataConfig(16, source="digits", channels=1, limit=60)
+DIGITS_20 = dataclasses.replace(DIGITS, limit=20)
 LENGTH = 6
 
 
@@ -229,6 +231,21 @@ def test_the_command_line_samples_prompts(runs, tmp_path):
     assert record["prompts"] == ["a seven", "two", "three"]
     assert record["negative_prompt"] == "one"
     assert (tmp_path / "out" / "000002.png").exists()
+
+
+def test_the_command_line_stores_captions(t5, tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    arguments = ["tokenize", str(tmp_path / "tokenizer"), "data.source=digits", "data.limit=20"]
+    arguments += ["--out", str(tmp_path / "tokens"), "--text-encoder", str(t5), "--text-tokenizer", "bytes"]
+    result = CliRunner().invoke(app, [*arguments, "--text-length", "4", "--text-dtype", "float32"])
+    assert result.exit_code == 0, result.output
+    assert "40 captions as ids, 25 of them cut; 0 images without one" in " ".join(result.output.split())
+    cache = TokenCache(tmp_path / "tokens")
+    assert cache.condition_spec.parts == ("labels", "ids", "features")
+    text = PromptEncoder.load(tmp_path / "tokens" / "text_encoder")
+    condition = cache.condition(np.arange(20), np.zeros(20, int), np.zeros(20))
+    expected = text.condition([open_source(DIGITS_20).captions(index)[0] for index in range(20)])
+    torch.testing.assert_close(condition.features, expected.features)
 
 
 def test_a_pipeline_folder_carries_its_text_encoder(runs, tmp_path):
