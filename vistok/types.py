@@ -272,11 +272,13 @@ class Expander(ABC):
 
     @abstractmethod
     def expand(self, tokens: Tensor) -> Tensor:
-        """Inputs (B, L, E) of whole sequences of tokens (B, L[, D]); no input depends on a later token."""
+        """Inputs (B, L, E) of whole sequences of tokens (B, L[, D]); no input depends on a later token. Where steps have
+        several tokens, those of all steps but the first, which has none before it."""
 
     @abstractmethod
     def step(self, tokens: Tensor) -> Tensor:
-        """Inputs (B, n, E) of the next n tokens (B, n[, D]); those of earlier calls are remembered."""
+        """Inputs (B, n, E) of the next n tokens (B, n[, D]); those of earlier calls are remembered. Where steps have
+        several tokens, n is how many the step after has."""
 
 
 class Expands(Protocol):

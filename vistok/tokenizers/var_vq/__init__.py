@@ -1,0 +1,5 @@
+"""VAR's multi-scale image tokenizer."""
+
+from vistok.tokenizers.var_vq.model import VARVQ
+
+__all__ = ["VARVQ"]

@@ -1,0 +1,207 @@
+"""VAR's image tokenizer: a convolutional autoencoder whose map is coded on growing grids.
+
+Paper: Visual Autoregressive Modeling: Scalable Image Generation via Next-Scale Prediction (arXiv 2404.02905), section
+3.2. Official weights: github.com/FoundationVision/VAR (MIT), which has no training code of the tokenizer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from vistok.checkpoints import OfficialCheckpoint, load_strictly
+from vistok.draws import Draws
+from vistok.nn.conv import ConvDecoder, ConvEncoder
+from vistok.quantizers.multiscale import MultiScaleQuantizer, ScaleExpander
+from vistok.tokenizers.base import Tokenizer, image_sides
+from vistok.tokenizers.var_vq import official
+from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec
+
+
+class VARVQ(Tokenizer):
+    """Ids of growing grids: the first id means the whole image, later grids add what the earlier ones left.
+
+    Tokens are (B, L), smallest scale first, in raster order inside a scale. The tokens of the first scales decode, too.
+
+    Args:
+        image_size: side of the images, or (height, width).
+        in_channels: 3, or 1 for grey images.
+        channels: base width of encoder and decoder.
+        channel_mult: width of each level, finest first, in units of ``channels``; the stride is 2 ** (levels - 1).
+        res_blocks: residual blocks per level of the encoder; the decoder has one more.
+        z_channels: channels of the map, and of a code.
+        codebook_size: number of codes, which all scales share.
+        scales: grids, smallest first, as sides of squares or (height, width); the last is that of the map.
+        num_refiners: convolutions that refine what a scale adds, shared by neighbouring scales.
+        refiner_share: how much a refinement counts beside the plain map; 0 leaves them out.
+        quant_conv_kernel: side of the convolutions before and after quantization, odd.
+        cosine_codes: choose codes by the angle, not by the distance.
+        codebook_restart_after: steps after which an unused code is moved onto a residual; 0 is never.
+        dropout: inside the residual blocks, in training.
+        norm_groups: groups of all group norms; they must divide every width.
+
+    Raises:
+        ValueError: sides that are no multiple of the stride, scales that do not end at the map, an even kernel, or
+            widths that norm_groups does not divide.
+    """
+
+    registry_name = "var_vq"
+    tiny = {
+        "image_size": 16,
+        "channels": 8,
+        "channel_mult": (1, 1, 2),
+        "res_blocks": 1,
+        "z_channels": 4,
+        "codebook_size": 32,
+        "scales": (1, 2, 3, 4),
+        "norm_groups": 4,
+    }
+    sizes = {
+        "256": {},
+        "512": {"image_size": 512, "scales": official.SCALES_512},
+    }
+    checkpoints = (OfficialCheckpoint("FoundationVision/var", "vae_ch160v4096z32.pth", official.config()),)
+
+    def __init__(
+        self,
+        image_size: int | tuple[int, int] = 256,
+        in_channels: int = 3,
+        channels: int = 160,
+        channel_mult: tuple[int, ...] = official.CHANNEL_MULT,
+        res_blocks: int = 2,
+        z_channels: int = 32,
+        codebook_size: int = 4096,
+        scales: tuple[int | tuple[int, int], ...] = official.SCALES_256,
+        num_refiners: int = 4,
+        refiner_share: float = 0.5,
+        quant_conv_kernel: int = 3,
+        cosine_codes: bool = False,
+        codebook_restart_after: int = 0,
+        dropout: float = 0.0,
+        norm_groups: int = 32,
+    ):
+        super().__init__()
+        self.stride = 2 ** (len(channel_mult) - 1)
+        height, width = image_sides(image_size)
+        if height < 1 or width < 1 or height % self.stride or width % self.stride:
+            raise ValueError(f"image sides must be multiples of {self.stride}, got {height}x{width}")
+        if quant_conv_kernel < 1 or quant_conv_kernel % 2 == 0:
+            raise ValueError(f"quant_conv_kernel must be odd, so that maps keep their size; got {quant_conv_kernel}")
+        self._input_shape = (in_channels, height, width)
+        self.quantizer = MultiScaleQuantizer(
+            codebook_size,
+            z_channels,
+            scales,
+            num_refiners=num_refiners,
+            refiner_share=refiner_share,
+            cosine=cosine_codes,
+            restart_after=codebook_restart_after,
+        )
+        self.grid = (height // self.stride, width // self.stride)
+        if self.quantizer.scales[-1] != self.grid:
+            raise ValueError(
+                f"the scales end at {self.quantizer.scales[-1]}, but images of {height}x{width} have a map of "
+                f"{self.grid}: the last scale must be the whole map"
+            )
+        options = {"norm_groups": norm_groups, "dropout": dropout}
+        kernel = {"kernel_size": quant_conv_kernel, "padding": quant_conv_kernel // 2}
+        self.encoder = ConvEncoder(in_channels, z_channels, channels, channel_mult, res_blocks, **options)
+        self.pre_quant = nn.Conv2d(z_channels, z_channels, **kernel)
+        self.post_quant = nn.Conv2d(z_channels, z_channels, **kernel)
+        self.decoder = ConvDecoder(z_channels, in_channels, channels, channel_mult, res_blocks, **options)
+
+    @property
+    def spec(self) -> TokenSpec:
+        scales = self.quantizer.scales
+        return TokenSpec(sum(map(math.prod, scales)), self.quantizer.codebook_size, self.quantizer.dim, scales=scales)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        return self._input_shape
+
+    @property
+    def loss_terms(self) -> tuple[str, ...]:
+        return self.quantizer.loss_terms
+
+    @property
+    def raster_features(self) -> Mapping[str, int]:
+        return {"latents": self.quantizer.dim, "decoded": self.decoder.conv_in.out_channels}
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        return self.decoder.conv_out.weight
+
+    def latents(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, C, H, W) in [-1, 1] to the map (B, D, h, w) before quantization."""
+        self.check_pixels(pixels)
+        return self.pre_quant(self.encoder(pixels))
+
+    def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
+        self.check_condition(condition)
+        return self.quantizer.encode(self.latents(pixels))
+
+    def decode(self, tokens: Tensor, *, condition: Condition | None = None) -> Tensor:
+        """Ids (B, n) of the first scales, or of all, to pixels; or code vectors (B, n, D), as smooth sampling gives.
+
+        Raises:
+            ValueError: ids out of range, or tokens that end within a scale.
+        """
+        self.check_condition(condition)
+        self._check_tokens(tokens)
+        return self.decode_map(self.quantizer.decode(tokens))
+
+    def decode_scales(self, tokens: Tensor) -> Tensor:
+        """The images (S, B, C, H, W) of the first scale, of the first two, and so on, of tokens as of ``decode``."""
+        self._check_tokens(tokens)
+        return torch.stack([self.decode_map(so_far) for so_far in self.quantizer.maps(tokens)])
+
+    def decode_map(self, quantized: Tensor) -> Tensor:
+        """A quantized map (B, D, h, w) to pixels."""
+        return self.decoder(self.post_quant(quantized))
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        if not tokens.is_floating_point():
+            self.spec.check_ids(tokens)
+        elif tokens.ndim != 3 or tokens.shape[2] != self.quantizer.dim:
+            raise ValueError(f"code vectors must be (B, n, {self.quantizer.dim}), got {tuple(tokens.shape)}")
+
+    def expander(self) -> ScaleExpander:
+        return ScaleExpander(self.quantizer)
+
+    def forward(
+        self,
+        pixels: Tensor,
+        *,
+        condition: Condition | None = None,
+        target: Tensor | None = None,
+        clock: Clock | None = None,
+        draws: Draws | None = None,
+    ) -> TokenizerOutput:
+        self.check_condition(condition)
+        latents = self.latents(pixels)
+        quantized = self.quantizer(latents, draws=draws)
+        mapped = self.post_quant(quantized.quantized)
+        decoded = self.decoder.begin(mapped)
+        maps = {"latents": latents, "quantized": quantized.quantized, "decoded": decoded}
+        features = {name: rearrange(x, "b d h w -> b (h w) d") for name, x in maps.items()}
+        reconstruction = self.decoder.finish(decoded, mapped)
+        return TokenizerOutput(reconstruction, quantized.ids, quantized.losses, features)
+
+    def encode_scales(self, pixels: Tensor, scales: Sequence[int | Sequence[int]]) -> Tensor:
+        """Ids of a schedule of grids of its own, of any image whose sides are multiples of the stride.
+
+        Raises:
+            ValueError: the last scale is not the map's.
+        """
+        return self.quantizer.encode(self.pre_quant(self.encoder(pixels)), scales)
+
+    @classmethod
+    def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
+        model = cls(**official.arguments(config))
+        load_strictly(model, official.our_names(state_dict), source="the official state dict")
+        return model
