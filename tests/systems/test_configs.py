@@ -17,7 +17,7 @@ from vistok.types import ConditionSpec, FeatureSpec, IdSpec, TokenSpec, to_json
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
-GRID = {"cifar10": 8, "emoji": 8, "imagenet256": 16, "datacomp256": 16}
+GRID = {"cifar10": 8, "emoji": 8, "imagenet256": 16, "imagenet512": 16, "datacomp256": 16}
 LENGTH = {"moving_digits": 64, "ucf101": 1024, "k600": 1024}
 """Tokens of a clip."""
 

@@ -30,6 +30,8 @@ BUILT_IN = {
     "llama": {"llamagen"},  # one system, by its model's name and by its paper's
     "maskgit": {"titok"},  # the hub's names of its weights
     "maskgit_vqgan": {"titok"},
+    "ming_univision": {"mingtok"},  # the tokenizer in its loop; one file holds both
+    "mingtok": {"ming_univision"},
     "rar": {"robustok"},
     "kl_vae": {"flextok"},
     "token_shuffle": {"llama"},  # its blocks

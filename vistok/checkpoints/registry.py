@@ -77,6 +77,7 @@ ENTRIES = (
     Entry("titok", "tokenizer", "vistok.tokenizers.titok:TiTok", "titok/tokenizer", "2406.07550"),
     Entry("ta_titok", "tokenizer", "vistok.tokenizers.titok:TATiTok", "tatitok/tokenizer", "2501.07730"),
     Entry("robustok", "tokenizer", "vistok.tokenizers.robustok:RobusTok", "robustok/tokenizer", "2509.12474"),
+    Entry("mingtok", "tokenizer", "vistok.tokenizers.mingtok:MingTok", "mingtok/tokenizer", "2510.06590"),
     Entry(
         "vit_vqgan_gpt",
         "generator",

@@ -24,6 +24,21 @@ class LayerCache(Protocol):
         """Store (B, H, n, h) new keys and values; return all of them, (B, H, past + n, h)."""
 
 
+class GrowingCache:
+    """The keys and values of one layer, as many as it has seen: for sequences whose length nobody knows before."""
+
+    def __init__(self) -> None:
+        self._seen: tuple[Tensor, Tensor] | None = None
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store (B, H, n, h) keys and values; return all so far."""
+        new = (key, value)
+        if self._seen is not None:
+            new = tuple(torch.cat(pair, 2) for pair in zip(self._seen, new, strict=True))
+        self._seen = new
+        return new
+
+
 class Attention(nn.Module):
     """Self-attention over (B, N, D) with one fused projection, its rows ordered query, key, value.
 

@@ -79,3 +79,8 @@ class SwiGLU(GatedMLP):
 def rounded_hidden_dim(dim: int, multiple_of: int = 256, multiplier: float = 1.0) -> int:
     """Hidden width of Llama's SwiGLU: two thirds of 4 * dim, times ``multiplier``, rounded up to a multiple."""
     return -(-int(multiplier * int(2 * 4 * dim / 3)) // multiple_of) * multiple_of
+
+
+def two_thirds(hidden_dim: int, multiple_of: int) -> int:
+    """Hidden width of a gated layer with as many weights as a plain one of ``hidden_dim``, rounded up to a multiple."""
+    return -(-int(hidden_dim * 2 / 3) // multiple_of) * multiple_of

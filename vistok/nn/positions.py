@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vistok.nn.rotary import grid_positions
 
@@ -78,3 +79,19 @@ class LearnedClipPositions(nn.Module):
         """(t * h * w, dim) of the first ``t`` steps of time."""
         cells = self.time[:t, None, None] + self.rows[:, None] + self.columns  # (t, h, w, dim)
         return cells.flatten(0, 2)
+
+
+def resized_grid(table: Tensor, own: tuple[int, int], grid: tuple[int, int], *, offset: float) -> Tensor:
+    """A learned table (1, h * w, D) of the cells of a grid ``own``, for another grid: (1, h' * w', D).
+
+    Bicubic, in float32. Sampling points lie as if the other grid had ``offset`` more rows and columns, as DINO
+    (arXiv 2104.14294) has it; ``offset`` 0 is plain resizing. The same grid leaves the table as it is.
+    """
+    if own == grid:
+        return table
+    cells = table.float().unflatten(1, own).permute(0, 3, 1, 2)  # (1, h * w, D) -> (1, D, h, w)
+    factors = tuple((new + offset) / old for new, old in zip(grid, own, strict=True))
+    cells = F.interpolate(cells, scale_factor=factors, mode="bicubic", align_corners=False)
+    if tuple(cells.shape[2:]) != tuple(grid):
+        raise ValueError(f"a table of {own[0]}x{own[1]} positions cannot be resized to {grid[0]}x{grid[1]}")
+    return cells.flatten(2).mT.to(table.dtype)  # (1, D, h', w') -> (1, h' * w', D)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.nn.attention import Attention
-from vistok.nn.mlp import MLP
+from vistok.nn.attention import Attention, LayerCache
+from vistok.nn.mlp import MLP, GatedMLP, two_thirds
+
+FeedForward = Literal["gelu", "swiglu"]
 
 
 class DropPath(nn.Module):
@@ -42,12 +46,14 @@ class LayerScale(nn.Module):
 
 
 class ViTBlock(nn.Module):
-    """Layer norm and attention, layer norm and feed-forward (exact GELU), each with a residual: (B, N, D) -> same.
+    """Layer norm and attention, layer norm and feed-forward, each with a residual: (B, N, D) -> same.
 
     Args:
         dim: width D.
         num_heads: heads; they divide dim.
         mlp_ratio: hidden width of the feed-forward, in units of dim.
+        feed_forward: "gelu" has one hidden layer with exact GELU; "swiglu" a gated one with biases, of two thirds of
+            that width, rounded up to a multiple of 8.
         eps: of the layer norms.
         qkv_bias: whether queries, keys and values have biases.
         layer_scale: first value of the learned factors of both branches; None leaves them out.
@@ -61,6 +67,7 @@ class ViTBlock(nn.Module):
         num_heads: int,
         *,
         mlp_ratio: float = 4.0,
+        feed_forward: FeedForward = "gelu",
         eps: float = 1e-6,
         qkv_bias: bool = True,
         layer_scale: float | None = None,
@@ -72,12 +79,21 @@ class ViTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps)
         self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop)
         self.norm2 = nn.LayerNorm(dim, eps)
-        self.mlp = MLP(dim, int(dim * mlp_ratio), F.gelu, drop=proj_drop)
+        hidden_dim = int(dim * mlp_ratio)
+        if feed_forward == "gelu":
+            self.mlp = MLP(dim, hidden_dim, F.gelu, drop=proj_drop)
+        elif feed_forward == "swiglu":
+            self.mlp = GatedMLP(dim, two_thirds(hidden_dim, 8), F.silu, drop=proj_drop)
+        else:
+            raise ValueError(f"feed_forward must be 'gelu' or 'swiglu', got {feed_forward!r}")
         self.scale1, self.scale2 = (
             nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale) for _ in range(2)
         )
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        x = x + self.drop_path(self.scale1(self.attn(self.norm1(x), mask=mask)))
+    def forward(
+        self, x: Tensor, *, mask: Tensor | None = None, causal: bool = False, cache: LayerCache | None = None
+    ) -> Tensor:
+        """``mask``, ``causal`` and ``cache`` are as of ``Attention``."""
+        x = x + self.drop_path(self.scale1(self.attn(self.norm1(x), mask=mask, causal=causal, cache=cache)))
         return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))

@@ -13,13 +13,12 @@ LOG_VARIANCE = (-30.0, 20.0)
 """What log-variances are clamped to."""
 
 
-class GaussianLatents(nn.Module):
-    """The distribution of latents, drawing from it, and the scale in which generators see what is drawn.
+class LatentScale(nn.Module):
+    """The scale in which generators see continuous latents: a latent z counts as (z - mean) * scale.
 
     Args:
         dim: channels D of a latent.
-        mean, scale: numbers, or one for each channel: a latent z counts as (z - mean) * scale outside. They belong to
-            the config, not to the weights.
+        mean, scale: numbers, or one for each channel. They belong to the config, not to the weights.
 
     Raises:
         ValueError: another number of means or scales than channels.
@@ -31,6 +30,21 @@ class GaussianLatents(nn.Module):
         self.register_buffer("mean", _per_channel("latent_mean", mean, dim), persistent=False)
         self.register_buffer("scale", _per_channel("latent_scale", scale, dim), persistent=False)
 
+    def standardise(self, latents: Tensor) -> Tensor:
+        """The autoencoder's latents (..., D) as generators see them."""
+        return (latents - self.mean) * self.scale
+
+    def restore(self, latents: Tensor) -> Tensor:
+        """The inverse of ``standardise``."""
+        return latents / self.scale + self.mean
+
+
+class GaussianLatents(LatentScale):
+    """The distribution of latents, drawing from it, and the scale in which generators see what is drawn.
+
+    Its arguments and errors are those of ``LatentScale``.
+    """
+
     def moments(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and clamped log-variance, (B, L, D) each, of what an encoder gives, (B, L, 2D)."""
         mean, log_variance = hidden.chunk(2, -1)
@@ -40,17 +54,9 @@ class GaussianLatents(nn.Module):
         """A sample made with the normal numbers "posterior" (B, L, D) of ``draws``; without draws, the mean."""
         return mean if draws is None else mean + (log_variance / 2).exp() * draws["posterior"]
 
-    def standardise(self, latents: Tensor) -> Tensor:
-        """The autoencoder's latents (..., D) as generators see them."""
-        return (latents - self.mean) * self.scale
-
     def standardised_moments(self, mean: Tensor, log_variance: Tensor) -> Tensor:
         """Means and log-variances of the standardised latents, (..., 2D)."""
         return torch.cat([self.standardise(mean), log_variance + 2 * self.scale.abs().log()], -1)
-
-    def restore(self, latents: Tensor) -> Tensor:
-        """The inverse of ``standardise``."""
-        return latents / self.scale + self.mean
 
     @torch.no_grad()
     def fit(self, mean: Tensor, log_variance: Tensor) -> None:

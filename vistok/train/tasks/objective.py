@@ -311,7 +311,7 @@ class SemanticTerm(Term):
         self.encoder = Frozen(encoder)
 
     def frozen(self) -> dict[str, nn.Module]:
-        return {"semantic_encoder": self.encoder.network}
+        return {f"{self.name}_encoder": self.encoder.network}
 
     def forward(self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws) -> Tensor:
         feature = self.config.feature
@@ -326,6 +326,7 @@ TERMS: dict[str, type[Term]] = {
     "repa": AlignmentTerm,
     "ar_prior": ARPriorTerm,
     "semantic": SemanticTerm,
+    "low_level": SemanticTerm,  # a second one, for another feature and another encoder
 }
 """Terms that any tokenizer can have which gives what they read; others are the tokenizer's own."""
 OLD_SETTINGS = {"lpips": ("lpips_weights", "lpips_weighting"), "repa": ("repa_encoder",)}
@@ -465,10 +466,11 @@ def _check_times(tokenizer: Tokenizer, losses: Mapping[str, Any], configs: Mappi
 
 
 def _check_feature(tokenizer: Tokenizer, configs: Mapping[str, TermConfig]) -> None:
-    config = configs.get("semantic")
-    if isinstance(config, SemanticConfig) and config.feature not in tokenizer.raster_features:
+    for name, config in configs.items():
+        if not isinstance(config, SemanticConfig) or config.feature in tokenizer.raster_features:
+            continue
         raise ConfigError(
-            f"losses.semantic.feature: {type(tokenizer).__name__} names no raster of features {config.feature!r}; it "
+            f"losses.{name}.feature: {type(tokenizer).__name__} names no raster of features {config.feature!r}; it "
             f"names: {', '.join(tokenizer.raster_features)}"
         )
 
