@@ -1,7 +1,9 @@
 """Quantizers: latents to codes and back."""
 
 from vistok.quantizers.fsq import FSQ
+from vistok.quantizers.index import IndexQuantizer
+from vistok.quantizers.lfq import LFQ
 from vistok.quantizers.stochastic import StochasticQuantizer
 from vistok.quantizers.vq import ResidualQuantizer, VectorQuantizer
 
-__all__ = ["FSQ", "ResidualQuantizer", "StochasticQuantizer", "VectorQuantizer"]
+__all__ = ["FSQ", "LFQ", "IndexQuantizer", "ResidualQuantizer", "StochasticQuantizer", "VectorQuantizer"]
