@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vistok.quantizers import ResidualQuantizer, VectorQuantizer
+from vistok.losses import BitEntropyLoss, EntropyLoss
+from vistok.quantizers import LFQ, IndexQuantizer, ResidualQuantizer, VectorQuantizer
 from vistok.quantizers.vq import rotate_to
 
 
@@ -172,3 +173,98 @@ def test_entropy_is_offered_only_if_asked_for():
     assert VectorQuantizer(8, 4).loss_terms == ("codebook", "commitment")
     quantizer = VectorQuantizer(8, 4, entropy_temperature=0.1)
     assert set(quantizer(latents()).losses) == set(quantizer.loss_terms) == {"codebook", "commitment", "entropy"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Signs as codes
+
+
+@settings(max_examples=25, deadline=None)
+@given(bits=st.integers(1, 20), seed=st.integers(0, 1000))
+def test_ids_of_signs_come_back_as_themselves(bits, seed):
+    quantizer = LFQ(bits)
+    ids = torch.randint(2**bits, (2, 5), generator=torch.Generator().manual_seed(seed))
+    codes = quantizer.ids_to_latents(ids)
+    assert codes.abs().eq(1).all()
+    assert torch.equal(quantizer.encode(codes), ids)
+    assert torch.equal(quantizer(0.3 * codes).ids, ids)
+    assert torch.equal(codes[..., 0] > 0, ids % 2 == 1)  # the first channel is the lowest bit
+
+
+def test_a_latent_of_zero_is_negative():
+    assert LFQ(3).encode(torch.tensor([0.0, -0.0, 1e-30])) == 4
+
+
+def sign_distances(z):
+    """Minus twice the products (..., K) of latents (..., d) and all sign vectors, in the order of their ids."""
+    return -2 * z @ LFQ(z.shape[-1]).ids_to_latents(torch.arange(2 ** z.shape[-1])).to(z).T
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    bits=st.integers(1, 10), scale=st.sampled_from([1e-3, 0.01, 0.1, 1.0]), weights=st.tuples(*[st.floats(0, 2)] * 2)
+)
+def test_the_entropy_of_bits_is_that_of_all_codes(bits, scale, weights):
+    z = scale * latents(dim=bits)
+    options = dict(zip(("position_weight", "usage_weight"), weights))
+    found = []
+    for loss, of in ((BitEntropyLoss, lambda x: x), (EntropyLoss, lambda x: sign_distances(x.double()))):
+        x = z.clone().requires_grad_()
+        value = loss(0.01, **options)(of(x))
+        found.append((value.detach().float(), *torch.autograd.grad(value, x)))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+def test_the_entropy_of_many_codes_takes_little_memory():
+    z = latents(n=1024, dim=18).requires_grad_()  # as of 8 images of 256 tokens
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: sizes.append(t.untyped_storage().nbytes()) or t, lambda t: t
+    ):
+        BitEntropyLoss(0.01)(0.01 * z).backward()
+    assert sum(sizes) < 64 * 2**20
+
+
+@settings(max_examples=25, deadline=None)
+@given(bits=st.integers(1, 7), k=st.integers(1, 9), seed=st.integers(0, 100))
+def test_neighbours_of_signs_are_the_nearest_of_all_codes(bits, k, seed):
+    z, k = latents(seed, n=4, dim=bits), min(k, 2**bits)
+    nearest = LFQ(bits).neighbours(z, k)
+    expected = sign_distances(z).topk(k, dim=-1, largest=False)
+    torch.testing.assert_close(sign_distances(z).gather(-1, nearest), expected.values, rtol=1e-5, atol=1e-5)
+    assert torch.equal(nearest[..., 0], LFQ(bits).encode(z))
+
+
+@pytest.mark.parametrize("dim", [0, 63])
+def test_bits_that_no_id_can_hold_are_refused(dim):
+    with pytest.raises(ValueError, match=rf"1 to 62 bits, got dim {dim}"):
+        LFQ(dim)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients through the index
+
+
+def test_the_index_hands_gradients_to_all_codes():
+    torch.manual_seed(0)
+    quantizer, z, weight = IndexQuantizer(16, 4), latents().requires_grad_(), latents(seed=1)
+    output = quantizer(z)
+    (output.quantized * weight).sum().backward()
+    codes = quantizer.embedding.weight.detach().clone().requires_grad_()
+    x = latents().requires_grad_()
+    scores = x @ codes.T
+    soft, hard = scores.softmax(-1), torch.nn.functional.one_hot(scores.argmax(-1), 16).float()
+    (((hard - soft.detach() + soft) @ codes) * weight).sum().backward()
+    torch.testing.assert_close(z.grad, x.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(quantizer.embedding.weight.grad, codes.grad, rtol=1e-4, atol=1e-5)
+    assert quantizer.embedding.weight.grad.abs().amin(-1).gt(0).all()
+    assert torch.equal(output.quantized, quantizer.ids_to_latents(output.ids))  # to the last bit
+
+
+def test_ids_by_products_under_autocast_are_those_of_float32():
+    torch.manual_seed(0)
+    quantizer, z = IndexQuantizer(512, 8), latents(n=500, dim=8)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = quantizer(z)
+    assert torch.equal(mixed.ids, quantizer(z).ids)
+    assert all(term.dtype == torch.float32 for term in mixed.losses.values())

@@ -10,7 +10,15 @@ from vistok.checkpoints.official import (
     known_config,
     official_name,
 )
-from vistok.checkpoints.weights import CheckpointError, fuse, load_strictly, read_weights, rename, unwrap
+from vistok.checkpoints.weights import (
+    CheckpointError,
+    fuse,
+    load_strictly,
+    read_weights,
+    rename,
+    unwrap,
+    with_averages,
+)
 
 __all__ = [
     "CONFIG",
@@ -31,4 +39,5 @@ __all__ = [
     "rename",
     "snapshot",
     "unwrap",
+    "with_averages",
 ]

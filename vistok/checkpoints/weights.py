@@ -116,6 +116,25 @@ def fuse(state: Mapping[str, Tensor], parts: Sequence[str], whole: str) -> dict[
     return fused
 
 
+def with_averages(state: Mapping[str, Tensor], prefix: str = "model_ema.") -> dict[str, Tensor]:
+    """The weights of a training checkpoint, each replaced by its moving average where the file has averages.
+
+    Averages are named ``prefix`` and the weight's name without its dots, as in latent diffusion's code; their own
+    entries go.
+
+    Raises:
+        CheckpointError: some weights have averages and others have none.
+    """
+    averages = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+    weights = {key: tensor for key, tensor in state.items() if not key.startswith(prefix)}
+    if not averages:
+        return weights
+    lacking = [key for key in weights if key.replace(".", "") not in averages]
+    if lacking:
+        raise CheckpointError(f"the file has moving averages, but none of {len(lacking)} weights: {listing(lacking)}")
+    return {key: averages[key.replace(".", "")] for key in weights}
+
+
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, source: str = "the state dict") -> None:
     """Load ``state`` into ``model``: every key must be there, none may be left over, every shape and kind of number
     must fit, and every number must be one.

@@ -6,7 +6,7 @@ from vistok.losses.augment import DiffAugment
 from vistok.losses.classifier import ClassifierDistance
 from vistok.losses.dino_discriminator import DINODiscriminator
 from vistok.losses.discriminators import Discriminator, PatchGAN, StyleGANDiscriminator
-from vistok.losses.entropy import EntropyLoss
+from vistok.losses.entropy import BitEntropyLoss, EntropyLoss
 from vistok.losses.gan import (
     GAN_LOSSES,
     DiscriminatorLoss,
@@ -28,6 +28,7 @@ __all__ = [
     "L2",
     "LPIPS",
     "ARPrior",
+    "BitEntropyLoss",
     "Alignment",
     "DINODiscriminator",
     "ClassifierDistance",

@@ -1,14 +1,15 @@
 """The convolutional autoencoder of VQGAN (Esser et al., arXiv 2012.09841), as LlamaGen and latent diffusion use it.
 
 Group norm, SiLU, residual blocks of two 3x3 convolutions, single-head attention over all pixels where the map is
-smallest; every level but the deepest halves the side. GigaTok (arXiv 2504.08736) leaves attention out, upsamples by
-depth to space, and lets the decoder's input set the scale of every level's norm.
+smallest; every level but the deepest halves the side. MAGVIT-v2 (arXiv 2310.05737) and after it GigaTok (arXiv
+2504.08736) leave attention out, upsample by depth to space, and let the decoder's input set the scale of every level's
+norm.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from vistok.nn.norms import AdaptiveGroupNorm
 
 UpsampleKind = Literal["nearest", "depth_to_space"]
+Padding = Literal["after", "around"]
 
 
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:
@@ -34,17 +36,22 @@ def group_norm(channels: int, groups: int) -> nn.GroupNorm:
 
 
 class ResBlock(nn.Module):
-    """Two normalised 3x3 convolutions around a shortcut: (B, C_in, h, w) -> (B, C_out, h, w)."""
+    """Two normalised 3x3 convolutions around a shortcut: (B, C_in, h, w) -> (B, C_out, h, w).
 
-    def __init__(self, in_channels: int, out_channels: int, *, norm_groups: int = 32, dropout: float = 0.0):
+    ``bias`` is that of all convolutions.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, norm_groups: int = 32, dropout: float = 0.0, bias: bool = True
+    ):
         super().__init__()
         self.norm1 = group_norm(in_channels, norm_groups)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=bias)
         self.norm2 = group_norm(out_channels, norm_groups)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=bias)
         same = in_channels == out_channels
-        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(F.silu(self.norm1(x)))
@@ -71,15 +78,21 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the sides with a strided convolution: (B, C, h, w) -> (B, C, h / 2, w / 2)."""
+    """Halve the sides with a strided convolution: (B, C, h, w) -> (B, C, h / 2, w / 2).
 
-    def __init__(self, channels: int):
+    ``padding`` is where zeros go: "after" is at the right and the bottom only, as in VQGAN, "around" on all sides, as
+    in MAGVIT-v2. They differ by a shift of the grid.
+    """
+
+    def __init__(self, channels: int, padding: Padding = "after"):
         super().__init__()
+        if padding not in get_args(Padding):
+            raise ValueError(f"padding must be 'after' or 'around', got {padding!r}")
+        self.pads = (0, 1, 0, 1) if padding == "after" else (1, 1, 1, 1)
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Zeros at the right and the bottom only, as in the original: symmetric padding shifts the grid.
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return self.conv(F.pad(x, self.pads))
 
 
 class Upsample(nn.Module):
@@ -124,11 +137,12 @@ class Level(nn.Module):
         attend: bool,
         norm_groups: int,
         dropout: float,
+        bias: bool,
     ):
         super().__init__()
         widths = [in_channels] + [out_channels] * (blocks - 1)
         self.blocks = nn.ModuleList(
-            ResBlock(width, out_channels, norm_groups=norm_groups, dropout=dropout) for width in widths
+            ResBlock(width, out_channels, norm_groups=norm_groups, dropout=dropout, bias=bias) for width in widths
         )
         self.attentions = nn.ModuleList(
             AttnBlock(out_channels, norm_groups=norm_groups) if attend else nn.Identity() for _ in widths
@@ -141,12 +155,26 @@ class Level(nn.Module):
         return self.resample(x)
 
 
-def _middle(channels: int, norm_groups: int, dropout: float, attend: bool) -> nn.Sequential:
-    blocks: list[nn.Module] = [ResBlock(channels, channels, norm_groups=norm_groups, dropout=dropout)]
+def _middle(channels: int, blocks: int, *, attend: bool, norm_groups: int, dropout: float, bias: bool) -> nn.Sequential:
+    modules: list[nn.Module] = [
+        ResBlock(channels, channels, norm_groups=norm_groups, dropout=dropout, bias=bias) for _ in range(blocks)
+    ]
     if attend:
-        blocks.append(AttnBlock(channels, norm_groups=norm_groups))
-    blocks.append(ResBlock(channels, channels, norm_groups=norm_groups, dropout=dropout))
-    return nn.Sequential(*blocks)
+        modules.insert(1, AttnBlock(channels, norm_groups=norm_groups))
+    return nn.Sequential(*modules)
+
+
+def _attending(levels: Sequence[int] | None, attend: bool, count: int) -> set[int]:
+    """The numbers of the levels with attention, 0 the finest, of ``count``.
+
+    Raises:
+        ValueError: there is no such level.
+    """
+    if levels is None:
+        return {count - 1} if attend else set()
+    if not all(0 <= level < count for level in levels):
+        raise ValueError(f"attention_levels {tuple(levels)} must be among the levels 0 (the finest) to {count - 1}")
+    return set(levels)
 
 
 class ConvEncoder(nn.Module):
@@ -160,6 +188,15 @@ class ConvEncoder(nn.Module):
         norm_groups: groups of all group norms; must divide every width.
         dropout: inside the residual blocks, in training.
         attend: attention over all pixels, in the deepest level and in the middle.
+        attention_levels: the levels with attention, 0 the finest, in place of the deepest.
+        middle_blocks: residual blocks in the middle; attention, if there is any, follows the first.
+        bias: whether the residual blocks' convolutions and the first of all have biases.
+        padding: of the strided convolutions, see ``Downsample``.
+        out_kernel: side of the last convolution, 1 or 3.
+
+    Raises:
+        ValueError: attention in a level that does not exist, widths that norm_groups does not divide, or an unknown
+            ``padding``.
     """
 
     def __init__(
@@ -173,26 +210,32 @@ class ConvEncoder(nn.Module):
         norm_groups: int = 32,
         dropout: float = 0.0,
         attend: bool = True,
+        attention_levels: Sequence[int] | None = None,
+        middle_blocks: int = 2,
+        bias: bool = True,
+        padding: Padding = "after",
+        out_kernel: int = 3,
     ):
         super().__init__()
         widths = [channels * mult for mult in channel_mult]
         deepest = len(widths) - 1
-        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
+        attending = _attending(attention_levels, attend, len(widths))
+        options = {"norm_groups": norm_groups, "dropout": dropout, "bias": bias}
+        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1, bias=bias)
         self.levels = nn.ModuleList(
             Level(
                 widths[i - 1] if i else channels,
                 width,
                 res_blocks,
-                nn.Identity() if i == deepest else Downsample(width),
-                attend=attend and i == deepest,
-                norm_groups=norm_groups,
-                dropout=dropout,
+                nn.Identity() if i == deepest else Downsample(width, padding),
+                attend=i in attending,
+                **options,
             )
             for i, width in enumerate(widths)
         )
-        self.middle = _middle(widths[-1], norm_groups, dropout, attend)
+        self.middle = _middle(widths[-1], middle_blocks, attend=attend, **options)
         self.norm_out = group_norm(widths[-1], norm_groups)
-        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], out_channels, out_kernel, padding=out_kernel // 2)
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = self.conv_in(pixels)
@@ -204,17 +247,20 @@ class ConvEncoder(nn.Module):
 class ConvDecoder(nn.Module):
     """A map (B, in_channels, h, w) to pixels (B, out_channels, s * h, s * w); the mirror of ConvEncoder.
 
-    ``channel_mult`` is given finest first too; ``levels[0]`` is the deepest. A level has one residual block more than
-    the encoder's.
+    ``channel_mult`` is given finest first too; ``levels[0]`` is the deepest.
 
     Args:
-        in_channels, out_channels, channels, channel_mult, res_blocks, norm_groups, dropout, attend: as of ConvEncoder.
+        in_channels, out_channels, channels, channel_mult, norm_groups, dropout, attend, attention_levels,
+            middle_blocks: as of ConvEncoder.
+        res_blocks: residual blocks per level of the encoder.
+        extra_blocks: how many more a level of the decoder has.
+        bias: whether the residual blocks' convolutions have biases.
         upsample: "nearest" repeats pixels and convolves; "depth_to_space" convolves and spreads channels.
         adaptive_norm: each level begins with a norm whose scale and shift are read from the decoder's input
             (``AdaptiveGroupNorm``).
 
     Raises:
-        ValueError: an unknown ``upsample``.
+        ValueError: an unknown ``upsample``, or as of ConvEncoder.
     """
 
     def __init__(
@@ -228,6 +274,10 @@ class ConvDecoder(nn.Module):
         norm_groups: int = 32,
         dropout: float = 0.0,
         attend: bool = True,
+        attention_levels: Sequence[int] | None = None,
+        middle_blocks: int = 2,
+        extra_blocks: int = 1,
+        bias: bool = True,
         upsample: UpsampleKind = "nearest",
         adaptive_norm: bool = False,
     ):
@@ -237,17 +287,18 @@ class ConvDecoder(nn.Module):
         widths = [channels * mult for mult in reversed(channel_mult)]
         inputs = [widths[0], *widths[:-1]]  # channels that enter each level
         finest = len(widths) - 1
+        attending = _attending(attention_levels, attend, len(widths))
+        options = {"norm_groups": norm_groups, "dropout": dropout, "bias": bias}
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
-        self.middle = _middle(widths[0], norm_groups, dropout, attend)
+        self.middle = _middle(widths[0], middle_blocks, attend=attend, **options)
         self.levels = nn.ModuleList(
             Level(
                 inputs[i],
                 width,
-                res_blocks + 1,
+                res_blocks + extra_blocks,
                 nn.Identity() if i == finest else UPSAMPLES[upsample](width),
-                attend=attend and i == 0,
-                norm_groups=norm_groups,
-                dropout=dropout,
+                attend=finest - i in attending,
+                **options,
             )
             for i, width in enumerate(widths)
         )

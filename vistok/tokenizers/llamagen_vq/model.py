@@ -9,17 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Self
 
-from einops import rearrange
 from torch import Tensor, nn
 
 from vistok.checkpoints import OfficialCheckpoint, load_strictly, rename
 from vistok.checkpoints.official_config import OfficialConfig
-from vistok.draws import Draws
 from vistok.nn.conv import ConvDecoder, ConvEncoder
 from vistok.quantizers import VectorQuantizer
 from vistok.quantizers.vq import Gradient
-from vistok.tokenizers.base import Tokenizer, image_sides
-from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec
+from vistok.tokenizers.convolutional import ConvTokenizer
 
 VQ16, VQ8 = (1, 1, 2, 2, 4), (1, 2, 2, 4)
 ENTROPY_TEMPERATURE = 0.01
@@ -35,7 +32,7 @@ def _official(channel_mult: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
-class LlamaGenVQ(Tokenizer):
+class LlamaGenVQ(ConvTokenizer):
     """A raster of ids from a convolutional encoder; any image whose sides are multiples of the stride encodes.
 
     The stride is 2 ** (levels - 1): 16 for five levels (VQ-16), 8 for four (VQ-8).
@@ -101,115 +98,28 @@ class LlamaGenVQ(Tokenizer):
         norm_groups: int = 32,
         quantizer_gradient: Gradient = "normalised",
     ):
-        super().__init__()
+        super().__init__(image_size, in_channels, len(encoder_channel_mult))
         if len(encoder_channel_mult) != len(decoder_channel_mult):
             raise ValueError(
                 f"the encoder has {len(encoder_channel_mult)} levels and the decoder {len(decoder_channel_mult)}; "
                 "images come back at their own size only if both have as many"
             )
-        self.stride = 2 ** (len(encoder_channel_mult) - 1)
-        height, width = image_sides(image_size)
-        self._input_shape = (in_channels, height, width)
         options = {"norm_groups": norm_groups, "dropout": dropout}
-        self.encoder = ConvEncoder(in_channels, z_channels, channels, encoder_channel_mult, res_blocks, **options)
-        self.pre_quant = nn.Conv2d(z_channels, codebook_embed_dim, 1)
-        self.quantizer = VectorQuantizer(
-            codebook_size,
-            codebook_embed_dim,
-            normalize=codebook_l2_norm,
-            gradient=quantizer_gradient,
-            init="uniform",
-            entropy_temperature=entropy_temperature,
-            restart_after=codebook_restart_after,
+        self.build(
+            ConvEncoder(in_channels, z_channels, channels, encoder_channel_mult, res_blocks, **options),
+            nn.Conv2d(z_channels, codebook_embed_dim, 1),
+            VectorQuantizer(
+                codebook_size,
+                codebook_embed_dim,
+                normalize=codebook_l2_norm,
+                gradient=quantizer_gradient,
+                init="uniform",
+                entropy_temperature=entropy_temperature,
+                restart_after=codebook_restart_after,
+            ),
+            nn.Conv2d(codebook_embed_dim, z_channels, 1),
+            ConvDecoder(z_channels, in_channels, channels, decoder_channel_mult, res_blocks, **options),
         )
-        self.post_quant = nn.Conv2d(codebook_embed_dim, z_channels, 1)
-        self.decoder = ConvDecoder(z_channels, in_channels, channels, decoder_channel_mult, res_blocks, **options)
-        self._spec = self.spec_for(self._input_shape)
-
-    @property
-    def spec(self) -> TokenSpec:
-        return self._spec
-
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        return self._input_shape
-
-    @property
-    def loss_terms(self) -> tuple[str, ...]:
-        return self.quantizer.loss_terms
-
-    @property
-    def raster_features(self) -> Mapping[str, int]:
-        return {"latents": self.spec.dim, "decoded": self.decoder.conv_in.out_channels}
-
-    @property
-    def last_layer(self) -> nn.Parameter:
-        return self.decoder.conv_out.weight
-
-    def _spec_for_sides(self, sides: tuple[int, ...]) -> TokenSpec:
-        height, width = sides
-        if height < 1 or width < 1 or height % self.stride or width % self.stride:
-            raise ValueError(
-                f"image sides must be multiples of {self.stride}, got {height}x{width}; resize or crop the images"
-            )
-        grid = (height // self.stride, width // self.stride)
-        return TokenSpec(grid[0] * grid[1], self.quantizer.codebook_size, self.quantizer.dim, grid=grid)
-
-    def latents(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, C, H, W) in [-1, 1] to latents (B, L, code dim) in raster order, before quantization."""
-        self.check_pixels(pixels)
-        return rearrange(self.pre_quant(self.encoder(pixels)), "b d h w -> b (h w) d")
-
-    def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
-        self.check_condition(condition)
-        return self.quantizer.encode(self.latents(pixels))
-
-    def decode(
-        self, tokens: Tensor, *, condition: Condition | None = None, grid: tuple[int, int] | None = None
-    ) -> Tensor:
-        """Ids (B, h * w) to pixels (B, C, h * stride, w * stride).
-
-        Args:
-            grid: (h, w) of the ids; None for the grid of ``spec``.
-
-        Raises:
-            ValueError: ids out of range, or not h * w of them.
-        """
-        self.check_condition(condition)
-        h, w = grid or self.spec.grid
-        self.spec.check_ids(tokens)
-        if tokens.shape[1] != h * w:
-            raise ValueError(
-                f"a grid of {h}x{w} has {h * w} tokens, got {tokens.shape[1]}; pass grid=(h, w) for other image sizes"
-            )
-        return self.decode_latents(self.quantizer.ids_to_latents(tokens), (h, w))
-
-    def decode_latents(self, quantized: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Codes (B, h * w, code dim) on a grid (h, w) to pixels."""
-        return self.decoder(self.post_quant(rearrange(quantized, "b (h w) d -> b d h w", h=grid[0], w=grid[1])))
-
-    def forward(
-        self,
-        pixels: Tensor,
-        *,
-        condition: Condition | None = None,
-        target: Tensor | None = None,
-        clock: Clock | None = None,
-        draws: Draws | None = None,
-    ) -> TokenizerOutput:
-        self.check_condition(condition)
-        latents = self.latents(pixels)
-        quantized = self.quantizer(latents, draws=draws)
-        grid = self.spec_for(pixels.shape[1:]).grid
-        mapped = self.post_quant(rearrange(quantized.quantized, "b (h w) d -> b d h w", h=grid[0]))
-        decoded = self.decoder.begin(mapped)
-        features = {
-            "latents": latents,
-            "quantized": quantized.quantized,
-            "decoded": rearrange(decoded, "b d h w -> b (h w) d"),
-        }
-        reconstruction = self.decoder.finish(decoded, mapped)
-        return TokenizerOutput(reconstruction, quantized.ids, quantized.losses, features)
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:

@@ -1,0 +1,45 @@
+"""Ids in parts: an id of many bits as a tuple of ids of fewer, which small heads can predict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SubTokens:
+    """An id of sum(bits) bits in parts of ``bits`` bits each, the lowest first (arXiv 2409.04410, section 3.2).
+
+    Raises:
+        ValueError: fewer than two parts, or a part without bits.
+    """
+
+    bits: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bits", tuple(self.bits))
+        if len(self.bits) < 2 or min(self.bits) < 1:
+            raise ValueError(f"factorized_bits must be two or more numbers of at least 1, got {self.bits}")
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The alphabet of each part."""
+        return tuple(2**count for count in self.bits)
+
+    def split(self, ids: Tensor) -> list[Tensor]:
+        """The parts (...) of ids (...)."""
+        parts = []
+        for size, count in zip(self.sizes, self.bits):
+            parts.append(ids % size)
+            ids = ids >> count
+        return parts
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """Ids (...) of their parts (...)."""
+        ids, shift = torch.zeros_like(parts[0]), 0
+        for part, count in zip(parts, self.bits, strict=True):
+            ids, shift = ids | (part << shift), shift + count
+        return ids

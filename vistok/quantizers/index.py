@@ -1,0 +1,86 @@
+"""Vector quantization whose gradient passes through the index, and so reaches every code.
+
+Paper: Scalable Image Tokenization with Index Backpropagation Quantization (Shi et al., arXiv 2412.02692), section 3.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vistok.draws import Draws
+from vistok.losses.entropy import EntropyLoss
+from vistok.types import QuantizerOutput
+
+
+class IndexQuantizer(nn.Module):
+    """Replace each latent z by the code e of the largest product z.e.
+
+    The choice is differentiated as softmax(z.e): latents and all codes get a gradient. There is none straight through
+    to the latents.
+
+    Loss terms: "quantization" is the squared distance of latents and quantized latents, which trains both through the
+    index; "commitment" and "codebook" are those of ``VectorQuantizer``, with the code itself.
+
+    Args:
+        codebook_size: number of codes K.
+        dim: channels D of a code.
+        entropy_temperature: softmax temperature of the "entropy" term; None leaves the term out.
+        position_weight, usage_weight: of both entropies in it.
+    """
+
+    def __init__(
+        self,
+        codebook_size: int,
+        dim: int,
+        *,
+        entropy_temperature: float | None = 0.01,
+        position_weight: float = 1.0,
+        usage_weight: float = 1.0,
+    ):
+        super().__init__()
+        self.codebook_size, self.dim = codebook_size, dim
+        self.embedding = nn.Embedding(codebook_size, dim)
+        weights = {"position_weight": position_weight, "usage_weight": usage_weight}
+        self.entropy = None if entropy_temperature is None else EntropyLoss(entropy_temperature, **weights)
+
+    @property
+    def loss_terms(self) -> tuple[str, ...]:
+        return ("quantization", "codebook", "commitment", *(("entropy",) if self.entropy else ()))
+
+    def scores(self, latents: Tensor) -> Tensor:
+        """Products (..., K) of latents (..., D) with every code, in float32 whatever the precision around."""
+        with torch.autocast(latents.device.type, enabled=False):
+            return latents.float() @ self.embedding.weight.float().T
+
+    def encode(self, latents: Tensor) -> Tensor:
+        """Ids (...) of the codes with the largest products with latents (..., D); the first of equals wins."""
+        return self.scores(latents).argmax(-1)
+
+    def neighbours(self, latents: Tensor, k: int) -> Tensor:
+        """Ids (..., k) of the codes with the k largest products, the largest first."""
+        return self.scores(latents).topk(k, dim=-1).indices
+
+    def ids_to_latents(self, ids: Tensor) -> Tensor:
+        """Codes (..., D) of ids (...)."""
+        return self.embedding(ids)
+
+    def forward(self, latents: Tensor, *, draws: Draws | None = None) -> QuantizerOutput:
+        """Quantize latents (B, L, D). Nothing is random: ``draws`` are not read."""
+        scores = self.scores(latents)
+        ids = scores.argmax(-1)
+        codes = self.embedding(ids)
+        with torch.autocast(latents.device.type, enabled=False):
+            # Paper: onehot(argmax) + soft - sg(soft), times the codebook. The chosen code gets the codebook's own share
+            # of the gradient, the index the other; as a sum of both the value is the code to the last bit.
+            blend = scores.softmax(-1) @ self.embedding.weight.detach().float()
+            quantized = codes + (blend - blend.detach())
+            z = latents.float()
+            losses = {
+                "quantization": (quantized - z).square().mean(-1),
+                "codebook": (codes - z.detach()).square().mean(-1),
+                "commitment": (codes.detach() - z).square().mean(-1),
+            }
+            if self.entropy is not None:
+                losses["entropy"] = self.entropy(-scores)
+        return QuantizerOutput(quantized, ids, losses, self.codebook_size)

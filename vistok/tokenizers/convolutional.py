@@ -1,0 +1,134 @@
+"""What convolutional tokenizers with a quantizer on a raster have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from vistok.draws import Draws
+from vistok.nn.conv import ConvDecoder, ConvEncoder
+from vistok.tokenizers.base import Tokenizer, image_sides
+from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec
+
+
+class ConvTokenizer(Tokenizer):
+    """A raster of ids from a convolutional encoder; any image whose sides are multiples of the stride encodes.
+
+    A subclass builds the parts and hands them over.
+    """
+
+    encoder: ConvEncoder
+    decoder: ConvDecoder
+
+    def __init__(self, image_size: int | tuple[int, int], in_channels: int, num_levels: int):
+        super().__init__()
+        self.stride = 2 ** (num_levels - 1)
+        height, width = image_sides(image_size)
+        self._input_shape = (in_channels, height, width)
+
+    def build(
+        self,
+        encoder: ConvEncoder,
+        pre_quant: nn.Module,
+        quantizer: nn.Module,
+        post_quant: nn.Module,
+        decoder: ConvDecoder,
+    ) -> None:
+        """Take the parts, in the order of computation.
+
+        Args:
+            pre_quant, post_quant: maps of the encoder's channels to the code's, and of those to the decoder's.
+
+        Raises:
+            ValueError: image sides that are no multiples of the stride.
+        """
+        self.encoder, self.pre_quant, self.quantizer = encoder, pre_quant, quantizer
+        self.post_quant, self.decoder = post_quant, decoder
+        self._spec = self.spec_for(self._input_shape)
+
+    @property
+    def spec(self) -> TokenSpec:
+        return self._spec
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        return self._input_shape
+
+    @property
+    def loss_terms(self) -> tuple[str, ...]:
+        return self.quantizer.loss_terms
+
+    @property
+    def raster_features(self) -> Mapping[str, int]:
+        return {"latents": self.spec.dim, "decoded": self.decoder.conv_in.out_channels}
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        return self.decoder.conv_out.weight
+
+    def _spec_for_sides(self, sides: tuple[int, ...]) -> TokenSpec:
+        height, width = sides
+        if height < 1 or width < 1 or height % self.stride or width % self.stride:
+            raise ValueError(
+                f"image sides must be multiples of {self.stride}, got {height}x{width}; resize or crop the images"
+            )
+        grid = (height // self.stride, width // self.stride)
+        return TokenSpec(grid[0] * grid[1], self.quantizer.codebook_size, self.quantizer.dim, grid=grid)
+
+    def latents(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, C, H, W) in [-1, 1] to latents (B, L, code dim) in raster order, before quantization."""
+        self.check_pixels(pixels)
+        return rearrange(self.pre_quant(self.encoder(pixels)), "b d h w -> b (h w) d")
+
+    def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
+        self.check_condition(condition)
+        return self.quantizer.encode(self.latents(pixels))
+
+    def decode(
+        self, tokens: Tensor, *, condition: Condition | None = None, grid: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Ids (B, h * w) to pixels (B, C, h * stride, w * stride).
+
+        Args:
+            grid: (h, w) of the ids; None for the grid of ``spec``.
+
+        Raises:
+            ValueError: ids out of range, or not h * w of them.
+        """
+        self.check_condition(condition)
+        h, w = grid or self.spec.grid
+        self.spec.check_ids(tokens)
+        if tokens.shape[1] != h * w:
+            raise ValueError(
+                f"a grid of {h}x{w} has {h * w} tokens, got {tokens.shape[1]}; pass grid=(h, w) for other image sizes"
+            )
+        return self.decode_latents(self.quantizer.ids_to_latents(tokens), (h, w))
+
+    def decode_latents(self, quantized: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Codes (B, h * w, code dim) on a grid (h, w) to pixels."""
+        return self.decoder(self.post_quant(rearrange(quantized, "b (h w) d -> b d h w", h=grid[0], w=grid[1])))
+
+    def forward(
+        self,
+        pixels: Tensor,
+        *,
+        condition: Condition | None = None,
+        target: Tensor | None = None,
+        clock: Clock | None = None,
+        draws: Draws | None = None,
+    ) -> TokenizerOutput:
+        self.check_condition(condition)
+        latents = self.latents(pixels)
+        quantized = self.quantizer(latents, draws=draws)
+        grid = self.spec_for(pixels.shape[1:]).grid
+        mapped = self.post_quant(rearrange(quantized.quantized, "b (h w) d -> b d h w", h=grid[0]))
+        decoded = self.decoder.begin(mapped)
+        features = {
+            "latents": latents,
+            "quantized": quantized.quantized,
+            "decoded": rearrange(decoded, "b d h w -> b (h w) d"),
+        }
+        reconstruction = self.decoder.finish(decoded, mapped)
+        return TokenizerOutput(reconstruction, quantized.ids, quantized.losses, features)
