@@ -1,7 +1,8 @@
 """Training steps per second, and how much of the machine's matrix product rate they reach.
 
 The rate is measured in the same run, in turn with the steps, by square matrix products in the same type. A step is
-forward, backward, clipping and AdamW on random data; its operations are those that torch counts in the first two.
+draws, forward, backward, clipping and AdamW on random data; its operations are those that torch counts in forward and
+backward. ``draws_share`` is the share of a step that its draws take.
 
     python benchmarks/training.py --model llama_b --batch-size 8
     python benchmarks/training.py --model vit_vqgan_small --batch-size 4
@@ -23,8 +24,11 @@ from common import finish, say, use_threads
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vistok.draws import Keys
+from vistok.draws import Draws, Keys, draws_on
 from vistok.generators.llama import Llama
+from vistok.generators.mar import MAR
+from vistok.generators.xar import XAR
+from vistok.tokenizers.dar import DAR
 from vistok.tokenizers.llamagen_vq import LlamaGenVQ
 from vistok.tokenizers.vit_vqgan import ViTVQGAN
 from vistok.types import Condition, TokenSpec
@@ -35,12 +39,17 @@ class Workload(NamedTuple):
     """A model with the loss of one random batch.
 
     Attributes:
+        loss: of the draws of a step.
+        draws: by the keys of a step.
+        batch: samples of the batch.
         units: what one step trains on: images, or tokens.
         unit: their name.
     """
 
     model: nn.Module
-    loss: Callable[[], Tensor]
+    loss: Callable[[Draws], Tensor]
+    draws: Callable[[Keys], Draws]
+    batch: int
     units: int
     unit: str
 
@@ -52,8 +61,29 @@ def generator(size: str, batch: int, device: str, length: int = 256) -> Workload
     model.train().to(device)
     tokens = torch.randint(16384, (batch, length), device=device)
     labels = Condition.from_labels(torch.zeros(batch, dtype=torch.int64, device=device))
-    draws = {name: value.to(device) for name, value in model.training_draws(Keys.range(0, batch)).items()}
-    return Workload(model, lambda: model(tokens, labels, draws=draws).loss, batch * length, "tokens")
+    return Workload(
+        model,
+        lambda draws: model(tokens, labels, draws=draws).loss,
+        model.training_draws,
+        batch,
+        batch * length,
+        "tokens",
+    )
+
+
+def continuous(model: nn.Module, batch: int, device: str) -> Workload:
+    """A generator on random latents."""
+    model.train().to(device)
+    latents = torch.randn(batch, model.spec.length, model.spec.dim, device=device)
+    labels = Condition.from_labels(torch.zeros(batch, dtype=torch.int64, device=device))
+    return Workload(
+        model,
+        lambda draws: model(latents, labels, draws=draws).loss,
+        model.training_draws,
+        batch,
+        batch * model.spec.length,
+        "tokens",
+    )
 
 
 def tokenizer(model: nn.Module, batch: int, device: str) -> Workload:
@@ -61,11 +91,11 @@ def tokenizer(model: nn.Module, batch: int, device: str) -> Workload:
     model.train().to(device)
     pixels = torch.rand(batch, 3, 256, 256, device=device) * 2 - 1
 
-    def loss() -> Tensor:
-        output = model(pixels)
+    def loss(draws: Draws) -> Tensor:
+        output = model(pixels, draws=draws)
         return (output.reconstruction - pixels).square().mean() + sum(term.mean() for term in output.losses.values())
 
-    return Workload(model, loss, batch, "images")
+    return Workload(model, loss, model.training_draws, batch, batch, "images")
 
 
 WORKLOADS: dict[str, Callable[[int, str], Workload]] = {
@@ -75,7 +105,11 @@ WORKLOADS: dict[str, Callable[[int, str], Workload]] = {
     "vit_vqgan_small": lambda batch, device: tokenizer(ViTVQGAN(**ViTVQGAN.sizes["small"]), batch, device),
     "vit_vqgan_base": lambda batch, device: tokenizer(ViTVQGAN(**ViTVQGAN.sizes["base"]), batch, device),
     "llamagen_vq": lambda batch, device: tokenizer(LlamaGenVQ(), batch, device),
+    "dar": lambda batch, device: tokenizer(DAR(), batch, device),
+    "mar_base": lambda batch, device: continuous(MAR(KL16, num_classes=1000, **MAR.sizes["base"]), batch, device),
+    "xar_base": lambda batch, device: continuous(XAR(KL16, num_classes=1000, **XAR.sizes["base"]), batch, device),
 }
+KL16 = TokenSpec(256, None, dim=16, grid=(16, 16))
 
 
 class Step:
@@ -84,6 +118,20 @@ class Step:
     def __init__(self, workload: Workload, device: str, dtype: torch.dtype):
         self.workload, self.device, self.dtype = workload, device, dtype
         self.optimizer = torch.optim.AdamW(workload.model.parameters(), fused=device != "cpu")
+        self.number = 0
+
+    def draws(self) -> Draws:
+        """Those of the next step."""
+        self.number += 1
+        device = torch.device(self.device)
+        return draws_on(self.workload.draws(Keys.range(0, self.workload.batch, step=self.number).on(device)), device)
+
+    def draw(self) -> float:
+        """Draw as for a step; the seconds that it took."""
+        begin = time.perf_counter()
+        self.draws()
+        synchronise(self.device)
+        return time.perf_counter() - begin
 
     def __call__(self) -> float:
         """Do it; the seconds that it took."""
@@ -98,7 +146,7 @@ class Step:
     def gradients(self) -> None:
         kind = torch.device(self.device).type
         with torch.autocast(kind, self.dtype, enabled=self.dtype != torch.float32):
-            loss = self.workload.loss()
+            loss = self.workload.loss(self.draws())
         loss.backward()
 
     def operations(self) -> int:
@@ -151,11 +199,13 @@ def main() -> None:
     operations = step.operations()
     if arguments.compile:
         workload.model.compile()
-    seconds, rates = [], []
+    seconds, rates, drawing = [], [], []
     for number in range(arguments.steps + 2):
         rates.append(matmul_rate(arguments.matrix, device, dtype))
+        drawing.append(step.draw())
         seconds.append(step())
-        say(f"step {number}: {seconds[-1]:.3f} s; matrix products {rates[-1] / 1e9:,.0f} GFLOP/s")
+        share = drawing[-1] / seconds[-1]
+        say(f"step {number}: {seconds[-1]:.3f} s, draws {share:.2%}; matrix products {rates[-1] / 1e9:,.0f} GFLOP/s")
     machine = torch.cuda.get_device_name() if device.startswith("cuda") else f"{torch.get_num_threads()} threads"
     second, rate = statistics.median(seconds[2:]), statistics.median(rates[2:])
     finish(
@@ -164,6 +214,7 @@ def main() -> None:
         {
             f"{workload.unit}_per_second": workload.units / second,
             "ms_per_step": 1000 * second,
+            "draws_share": statistics.median(drawing[2:]) / second,
             "operations_per_step": float(operations),
             "matmul_gflops": rate / 1e9,
             "peak_memory_gib": peak_memory(device),

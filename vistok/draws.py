@@ -5,14 +5,16 @@ are a function of (seed, sample index, step, name) alone. So one seed gives one 
 in, the order, or the number of processes; and a test passes the draws it wants.
 
 The generator is NumPy's Philox (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): counter
-based, the same on every platform.
+based, the same on every platform. Training draws too much for that: ``Keys.on(device)`` draws on the device, by torch's
+generator, whose numbers are those of the device's type.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -51,6 +53,15 @@ class Keys:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def on(self, device: torch.device) -> Keys:
+        """The same keys for draws that are made on ``device``: other numbers, independent of batches and processes
+        alike. Where torch has no generator for such a device, they are made on the CPU."""
+        return DeviceKeys(self.seed, self.indices, self.step, device if device.type in GENERATORS else CPU)
+
+    def at(self, indices: Iterable[int]) -> Self:
+        """The same keys for other samples."""
+        return replace(self, indices=tuple(map(int, indices)))
+
     def uniform(self, name: str, *shape: int) -> Tensor:
         """Uniform float32 numbers in [0, 1), (B, *shape)."""
         return self._draw(name, lambda rng: rng.random(shape, dtype=np.float32))
@@ -74,6 +85,57 @@ class Keys:
         counter = np.array([0, 0, self.step & mask, zlib.crc32(name.encode())], dtype=np.uint64)
         key = np.array([self.seed & mask, index & mask], dtype=np.uint64)
         return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+CPU = torch.device("cpu")
+GENERATORS = ("cpu", "cuda", "xpu")
+"""Types of devices that torch can seed a generator for."""
+
+
+@dataclass(frozen=True)
+class DeviceKeys(Keys):
+    """Keys whose draws are made where they are needed, for the noise of training: a torch generator is seeded for each
+    sample and name.
+
+    On a CPU torch takes 32 bits of a seed, so that one in four thousand million pairs of streams is one stream.
+    """
+
+    device: torch.device = CPU
+
+    def uniform(self, name: str, *shape: int) -> Tensor:
+        return self._filled(name, shape, torch.float32, Tensor.uniform_)
+
+    def normal(self, name: str, *shape: int) -> Tensor:
+        return self._filled(name, shape, torch.float32, Tensor.normal_)
+
+    def permutation(self, name: str, length: int) -> Tensor:
+        return self._filled(name, (length,), torch.int64, Tensor.random_).argsort(1)
+
+    def _filled(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, fill: Callable[..., Tensor]) -> Tensor:
+        rows = torch.empty((len(self), *shape), dtype=dtype, device=self.device)
+        generator = torch.Generator(self.device)
+        for row, seed in zip(rows.unbind(), self._seeds(name)):
+            fill(row, generator=generator.manual_seed(seed))
+        return rows
+
+    def _seeds(self, name: str) -> list[int]:
+        """One per sample, mixed from all that a draw depends on."""
+        mask = (1 << 64) - 1
+        state = np.array([self.seed & mask, zlib.crc32(name.encode()), self.step & mask], dtype=np.uint64)
+        indices = np.array([index & mask for index in self.indices], dtype=np.uint64)
+        mixed = np.uint64(0)
+        for value in (*state, indices):
+            mixed = _mixed(mixed ^ value)
+        return np.atleast_1d(mixed).tolist()
+
+
+def _mixed(values: np.ndarray | np.uint64) -> np.ndarray | np.uint64:
+    """SplitMix64's function of 64-bit numbers (Steele et al., OOPSLA 2014): neighbours become unrelated."""
+    with np.errstate(over="ignore"):
+        values = values + np.uint64(0x9E3779B97F4A7C15)
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return values ^ (values >> np.uint64(31))
 
 
 def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:

@@ -159,7 +159,7 @@ class Framewise(Tokenizer):
     def _draws(self, make, keys: Keys) -> Draws:
         """Draws (B, T, …) of all frames, each with its own."""
         indices = [index * self.num_frames + frame for index in keys.indices for frame in range(self.num_frames)]
-        draws = make(Keys.of(keys.seed, indices, keys.step))
+        draws = make(keys.at(indices))
         return {name: value.unflatten(0, (len(keys), self.num_frames)) for name, value in draws.items()}
 
     def _joined(self, values: Tensor, count: int) -> Tensor:

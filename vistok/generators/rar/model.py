@@ -216,7 +216,7 @@ class RAR(AutoregressiveGenerator):
     def training_draws(self, keys: Keys) -> Draws:
         """ "drop" (B,) uniform; "order" (B, L), the raster positions of the tokens in the order of each sample."""
         random = keys.uniform("random_order") < self.random_share(keys.step)
-        raster = torch.arange(self.spec.length).expand(len(keys), -1)
+        raster = torch.arange(self.spec.length, device=random.device).expand(len(keys), -1)
         order = torch.where(random[:, None], keys.permutation("order", self.spec.length), raster)
         return {"drop": keys.uniform("drop"), "order": order}
 

@@ -105,7 +105,7 @@ class GeneratorTask(Task):
         yield Turn(MODEL, output.loss, {"loss": output.loss.detach()} | output.metrics)
 
     def _draws(self, batch: TokenBatch, step: int) -> Draws:
-        return self.model.training_draws(Keys.of(self.seed, batch.indices, step))
+        return self.model.training_draws(Keys.of(self.seed, batch.indices, step).on(batch.tokens.device))
 
     def _output(self, learner: nn.Module, batch: TokenBatch, clock: Clock, draws: Draws) -> GeneratorOutput:
         draws, tokenizer = draws_on(draws, batch.tokens.device), self.frozen().get(TOKENIZER)

@@ -134,7 +134,7 @@ class TokenizerTask(Task):
             raise ConfigError("losses.gan.balance=adaptive reads a whole weight, which FSDP2 shards; use fixed, or DDP")
 
     def losses(self, players: Mapping[str, nn.Module], batch: ImageBatch, clock: Clock) -> Iterator[Turn]:
-        keys = Keys.of(self.seed, batch.indices, clock.step)
+        keys = Keys.of(self.seed, batch.indices, clock.step).on(batch.pixels.device)
         output, terms = self._output(players[MODEL], batch, clock, keys)
         self.codebook.add(output.tokens)
         if self.gan is None or clock.step < self.gan.start_step:
@@ -183,7 +183,8 @@ class TokenizerTask(Task):
     def _held_out_terms(
         self, learner: TokenizerLearner, batch: ImageBatch, clock: Clock, number: int
     ) -> dict[str, Tensor]:
-        keys = Keys.of(self.seed, batch.indices, 0)  # each image has draws of its own, in whichever batch
+        # Each image has draws of its own, in whichever batch.
+        keys = Keys.of(self.seed, batch.indices, 0).on(batch.pixels.device)
         output, terms = self._output(learner, batch, clock, keys)
         return {"loss": learner.objective.total(terms)} | terms | _psnr_of(output, _target(batch))
 
