@@ -26,6 +26,7 @@ LATENT_NORMS = {
 WITHOUT_EFFECT = {
     "bottleneck.args.regularizer.args.commitment_loss_weight": "a weight of training, losses.commitment",
     "bottleneck.args.regularizer.args.codebook_loss_weight": "a weight of training, losses.codebook",
+    "bottleneck.args.regularizer.args.entropy_loss_temperature": "of the entropy term, which is off",
     "prior_model": "no prior",
     "prior_model.*": "the prior is a loss of training, build_prior makes it",
 }
@@ -110,7 +111,6 @@ def _quantizer(given: OfficialConfig) -> dict[str, Any]:
     stochastic = given.take(f"{section}.args.stochastic", True)
     temperature = given.take(f"{section}.args.stochastic_temperature", 0.03)
     entropy_weight = given.take(f"{section}.args.entropy_loss_weight", 0.0)
-    entropy_temperature = given.take(f"{section}.args.entropy_loss_temperature", 0.01)
     if entropy_weight and stochastic:
         raise CheckpointError(
             f"{section}.args.entropy_loss_weight is {entropy_weight}; the reference has this term for nearest codes "
@@ -124,7 +124,9 @@ def _quantizer(given: OfficialConfig) -> dict[str, Any]:
         "assignment": "stochastic" if stochastic else "nearest",
         # The reference writes a learned temperature as a negative one.
         "temperature": "learned" if temperature < 0 else temperature,
-        "entropy_temperature": entropy_temperature if entropy_weight else None,
+        "entropy_temperature": (
+            given.take(f"{section}.args.entropy_loss_temperature", 0.01) if entropy_weight else None
+        ),
     }
 
 

@@ -319,7 +319,7 @@ class TiTok(Tokenizer):
                 "not the codes that such a decoder reads; set one of them to the other value"
             )
         output = "pixels" if not legacy else "codec" if finetuned else "codes"
-        codec = official.codec(given)
+        codec = CodecConfig() if output == "pixels" else official.codec(given)
         model = cls(**arguments, output=output, codec=codec)
         given.finish()
         state = official.with_clustering(state_dict, arguments)

@@ -19,6 +19,11 @@ NAMES = {config: name for name, config in WIDTHS.items()}
 WITHOUT_EFFECT = {
     "model.vq_model.commitment_cost": "a weight of the loss, which the run's config names",
     "model.vq_model.pretrained_tokenizer_weight": "where the reference finds the codec's file",
+    "model.vq_model.codebook_size": "of a codebook, which a VAE does not have",
+    "model.vq_model.use_l2_norm": "of a codebook, which a VAE does not have",
+    "model.vq_model.clustering_vq": "of a codebook, which a VAE does not have",
+    "overrides.proxy_codes": "of the codec, which single-stage models do not have",
+    "overrides.pixel.*": "of the codec, which single-stage models do not have",
     "model.generator.*": "of the generator",
     "model.maskgen.*": "of the generator",
     "losses.*": "weights of losses, which the run's config names",
@@ -56,9 +61,7 @@ def config(size: Mapping[str, Any]) -> dict[str, Any]:
 
 def arguments(given: OfficialConfig) -> dict[str, Any]:
     """Our constructor's arguments, those that TiTok and TA-TiTok share."""
-    widths = {
-        name: ViTConfig(*sizes) for name, sizes in given.take("overrides.widths", {}).items()
-    } or WIDTHS  # overrides are those of shrunken models
+    widths = _widths(given)
 
     def transformer(key: str) -> ViTConfig:
         name = given.take(f"model.vq_model.{key}")
@@ -79,12 +82,24 @@ def arguments(given: OfficialConfig) -> dict[str, Any]:
         "token_dim": given.take("model.vq_model.token_size"),
         "bottleneck": bottleneck,
     }
-    codebook = {
+    if bottleneck == "vae":
+        return taken
+    return taken | {
         "codebook_size": given.take("model.vq_model.codebook_size", 4096),
         "codebook_l2_norm": given.take("model.vq_model.use_l2_norm", False),
         "codebook_clustering": given.take("model.vq_model.clustering_vq", False),
     }
-    return taken | codebook if bottleneck == "vq" else taken  # a vae has no codebook, whatever the config says of one
+
+
+def _widths(given: OfficialConfig) -> dict[str, ViTConfig]:
+    """The transformers by name; overrides are those of shrunken models."""
+    overrides = given.take("overrides.widths", {})
+    for name, sizes in overrides.items():
+        if name not in WIDTHS or not isinstance(sizes, list | tuple) or len(sizes) != 3:
+            raise CheckpointError(
+                f"overrides.widths.{name} is {sizes!r}; expected width, layers and heads of one of {', '.join(WIDTHS)}"
+            )
+    return {name: ViTConfig(*sizes) for name, sizes in overrides.items()} or WIDTHS
 
 
 def codec(given: OfficialConfig) -> CodecConfig:

@@ -149,7 +149,6 @@ class TATiTok(TiTok):
         arguments = official.arguments(given)
         given.require("model.vq_model.is_legacy", False, why="TA-TiTok is single-stage")
         given.require("model.vq_model.finetune_decoder", False, why="TA-TiTok is single-stage")
-        official.codec(given)  # sizes of a codec that single-stage models do not have
         model = cls(
             **arguments,
             text_dim=given.take("model.vq_model.text_embed_dim", 768),
