@@ -162,8 +162,8 @@ class VAR(AutoregressiveGenerator):
         )
         self.norm = FinalModulation(dim, norm_eps)
         self.output = nn.Linear(dim, self.spec.codebook_size)
-        scales = torch.repeat_interleave(torch.arange(len(self.scale_sizes)), torch.tensor(self.scale_sizes))
-        self.register_buffer("scales", scales, persistent=False)  # (L,), the scale of each token
+        scales = [k for k, size in enumerate(self.scale_sizes) for _ in range(size)]
+        self.register_buffer("scales", torch.tensor(scales), persistent=False)  # (L,), the scale of each token
         self._initialise(dim, gate_init)
 
     @torch.no_grad()
