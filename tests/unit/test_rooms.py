@@ -39,7 +39,11 @@ BUILT_IN = {
 # Names that are ordinary words of code, too (a variance, ClassVar), by what means the system.
 WRITTEN = {"var": r"(?<![A-Za-z])VAR(?![A-Za-z_])|generators\.var(?!\w)|(?<!\w)var/"}
 # Published measures are called by the papers that set them, and results carry the names.
-MEASURES = {"eval/reconstruction.py": {"llamagen"}, "eval/video_protocols.py": {"larp"}}
+MEASURES = {
+    "eval/guards.py": {"var"},
+    "eval/reconstruction.py": {"llamagen"},
+    "eval/video_protocols.py": {"larp"},
+}
 
 
 def room_of(file: Path) -> str | None:

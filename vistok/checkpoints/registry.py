@@ -102,6 +102,7 @@ ENTRIES = (
         "maskgit", "generator", "vistok.generators.maskgit:MaskGIT", "titok/generator", "2202.04200", tokenizer="titok"
     ),
     Entry("rar", "generator", "vistok.generators.rar:RAR", "rar/generator", "2411.00776", tokenizer="maskgit_vqgan"),
+    Entry("var", "generator", "vistok.generators.var:VAR", "var/gpt", "2404.02905", tokenizer="var_vq"),
     Entry(
         "llama",
         "generator",

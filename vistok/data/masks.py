@@ -48,3 +48,35 @@ def token_masks(masks: Tensor, grid: tuple[int, int]) -> Tensor:
     if height % rows or width % columns:
         raise ValueError(f"a grid of {rows}x{columns} tokens does not divide masks of {height}x{width}")
     return F.max_pool2d(masks[:, None].float(), (height // rows, width // columns)).flatten(1) > 0
+
+
+def scale_masks(regenerate: Tensor, scales: Sequence[tuple[int, int]], *, whole: int = 3) -> Tensor:
+    """Masks (B, h, w) of the largest grid as bool (B, L) of all scales: True where a token is generated anew.
+
+    What is kept is scaled down bilinearly to each grid, and a token is kept if more than half of it is. Grids of at
+    most ``whole`` tokens are kept: they mean all of the image. (VAR, arXiv 2404.02905, section 5.2.)
+
+    Raises:
+        ValueError: masks of another grid than the last.
+    """
+    if regenerate.ndim != 3 or tuple(regenerate.shape[1:]) != tuple(scales[-1]):
+        raise ValueError(f"masks must be (B, {scales[-1][0]}, {scales[-1][1]}), got {tuple(regenerate.shape)}")
+    keep, parts = (~regenerate.bool())[:, None].float(), []
+    for height, width in scales:
+        small = F.interpolate(keep, size=(height, width), mode="bilinear") > 0.5
+        parts.append((small if height * width > whole else torch.ones_like(small)).flatten(1))
+    return ~torch.cat(parts, 1)
+
+
+def box_mask(box: Sequence[float], grid: tuple[int, int]) -> Tensor:
+    """A bool mask (h, w) of a grid, True inside a box [top, left, bottom, right] given in shares of the sides.
+
+    Raises:
+        ValueError: a box that is none.
+    """
+    top, left, bottom, right = box
+    if not (0 <= top <= bottom <= 1 and 0 <= left <= right <= 1):
+        raise ValueError(f"a box is [top, left, bottom, right] in shares of the sides, 0 to 1; got {list(box)}")
+    mask = torch.zeros(grid, dtype=torch.bool)
+    mask[round(top * grid[0]) : round(bottom * grid[0]), round(left * grid[1]) : round(right * grid[1])] = True
+    return mask

@@ -42,6 +42,8 @@ class OptimizerConfig:
         decayed: what it applies to: tensors of two or more dimensions (``matrices``), or ``all``.
         no_decay: patterns of names of parameters that it does not apply to.
         groups: parameters with a rate or decay of their own; where several match, the last one wins.
+        final_weight_decay: the decay at the last step, which ``weight_decay`` reaches along half a cosine; others
+            change in proportion. None keeps it constant.
     """
 
     name: Literal["adamw", "adam"] = "adamw"
@@ -52,30 +54,43 @@ class OptimizerConfig:
     decayed: Literal["matrices", "all"] = "matrices"
     no_decay: tuple[str, ...] = ()
     groups: tuple[GroupConfig, ...] = ()
+    final_weight_decay: float | None = None
 
     def __post_init__(self) -> None:
         check_least(self, lr=0, weight_decay=0, eps=0)
+        if self.final_weight_decay is not None:
+            check_least(self, final_weight_decay=0)
+            if not self.weight_decay:
+                raise ValueError(
+                    f"final_weight_decay {self.final_weight_decay} changes weight_decay, which is 0; set that, too"
+                )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
 
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """Factor on the learning rates: linear warmup, then constant, cosine, or warmup-stable-decay (wsd).
+    """Factor on the learning rates: linear warmup, then one of
+
+    - constant, cosine, or warmup-stable-decay (wsd);
+    - linear or exponential, from 1 at the share ``hold`` of the steps after the warmup;
+    - bent: two lines that meet at the share ``bend``, of which the first falls half as far as one line would.
 
     Attributes:
         warmup_steps: steps of the linear rise.
         warmup_from: the factor at step 0. By default the rise begins one step above 0, since a step at rate 0 would
             be wasted.
-        final_factor: the factor at the last step of cosine and wsd.
+        final_factor: the factor at the last step of all but constant.
         final_lr: the rate at the last step, in place of ``final_factor``.
         decay_share: share of all steps that the tail of wsd takes.
         decay_shape: of the tail at the share p of it that is done: ``linear`` falls as 1 - p, ``sqrt`` as 1 - sqrt(p)
             (arXiv 2405.18392).
         start_step: the step at which the schedule begins, for a player that joins later.
+        hold: of linear and exponential.
+        bend: of bent.
     """
 
-    name: Literal["constant", "cosine", "wsd"] = "constant"
+    name: Literal["constant", "cosine", "wsd", "linear", "exponential", "bent"] = "constant"
     warmup_steps: int = 0
     final_factor: float = 0.0
     decay_share: float = 0.2
@@ -83,9 +98,15 @@ class SchedulerConfig:
     decay_shape: Literal["linear", "sqrt"] = "linear"
     final_lr: float | None = None
     start_step: int = 0
+    hold: float = 0.0
+    bend: float = 0.5
 
     def __post_init__(self) -> None:
         check_least(self, warmup_steps=0, final_factor=0, start_step=0)
+        if not 0 <= self.hold < 1:
+            raise ValueError(f"hold must lie in [0, 1), a share of the steps; got {self.hold}")
+        if not 0 < self.bend < 1:
+            raise ValueError(f"bend must lie in (0, 1), a share of the steps; got {self.bend}")
         if not 0 < self.decay_share <= 1:
             raise ValueError(f"decay_share must lie in (0, 1], got {self.decay_share}")
         if self.warmup_from is not None and not 0 <= self.warmup_from <= 1:

@@ -39,7 +39,13 @@ def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: Optimizer
                 weight_decay = weight_decay if group.weight_decay is None else group.weight_decay
         groups.setdefault((lr, weight_decay), []).append(parameter)
     sections = [
-        {"params": members, "lr": lr, "initial_lr": lr, "weight_decay": weight_decay}
+        {
+            "params": members,
+            "lr": lr,
+            "initial_lr": lr,
+            "weight_decay": weight_decay,
+            "initial_weight_decay": weight_decay,
+        }
         for (lr, weight_decay), members in groups.items()
     ]
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
@@ -107,6 +113,14 @@ def lr_factor(config: SchedulerConfig, max_steps: int, lr: float = 1.0) -> Calla
         if config.name == "wsd":
             left = min((1 - step / max(last, 1)) / config.decay_share, 1.0)
             return final + (1 - final) * (left if config.decay_shape == "linear" else 1 - math.sqrt(1 - left))
+        if config.name in ("linear", "exponential"):
+            left = min((1 - progress) / (1 - config.hold), 1.0)
+            return final + (1 - final) * left if config.name == "linear" else final ** (1 - left)
+        if config.name == "bent":
+            knee = (2 - (1 - final) * config.bend) / 2
+            if progress < config.bend:
+                return 1 - (1 - knee) * progress / config.bend
+            return final + (knee - final) * (1 - progress) / (1 - config.bend)
         return 1.0
 
     def rise(step: int) -> float:
@@ -119,6 +133,14 @@ def lr_factor(config: SchedulerConfig, max_steps: int, lr: float = 1.0) -> Calla
         return rise(step) if step < warmup else shape(step)
 
     return factor
+
+
+def decay_factor(config: OptimizerConfig, max_steps: int) -> Callable[[int], float]:
+    """The factor on weight decays at each step 0 .. max_steps - 1: 1 at first, at last what makes the final one."""
+    if config.final_weight_decay is None:
+        return lambda step: 1.0
+    last = config.final_weight_decay / config.weight_decay
+    return lambda step: last + (1 - last) * 0.5 * (1 + math.cos(math.pi * step / max(max_steps - 1, 1)))
 
 
 class AveragedModel:

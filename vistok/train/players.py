@@ -17,7 +17,14 @@ from vistok.checkpoints import CheckpointError
 from vistok.checkpoints.weights import hash_weights, listing
 from vistok.config import ConfigError
 from vistok.train.config import MODEL, PlayerConfig, TrainingConfig
-from vistok.train.optim import AveragedModel, build_optimizer, load_named_state, lr_factor, named_state
+from vistok.train.optim import (
+    AveragedModel,
+    build_optimizer,
+    decay_factor,
+    load_named_state,
+    lr_factor,
+    named_state,
+)
 from vistok.train.parallel import (
     checkpoint_activations,
     clip_grad_norm,
@@ -60,6 +67,7 @@ class Player:
         self.module, self.wrapped, self.prefix = module, wrapped, prefix
         self._max_norm = config.max_grad_norm
         self._lr_factor = lr_factor(config.lr_scheduler, training.max_steps, config.optimizer.lr)
+        self._decay_factor = decay_factor(config.optimizer, training.max_steps)
         self.optimizer = build_optimizer(_names(module).items(), config.optimizer)
         fp16 = training.mixed_precision == "fp16"
         self.scaler = torch.amp.GradScaler(device.type) if fp16 else None
@@ -69,9 +77,10 @@ class Player:
         return self.optimizer.param_groups[0]["lr"]
 
     def begin(self, step: int) -> None:
-        """Learning rates become those of ``step``."""
+        """Learning rates and weight decays become those of ``step``."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self._lr_factor(step)
+            group["weight_decay"] = group["initial_weight_decay"] * self._decay_factor(step)
 
     def backward(self, loss: Tensor) -> None:
         """Add up the gradients of a loss."""

@@ -64,7 +64,8 @@ class AutoregressiveGenerator(Generator):
         """The entries (R, e, D) that the transformer is fed of tokens, one for each unless the model says otherwise.
 
         Args:
-            ids: (R, n), of one step, or of several steps of one token each.
+            ids: (R, n), of one step, or of several steps of one token each; where the model ``needs_tokenizer``, what
+                its expander makes of them.
             places: (1 or R, n) int64, where in the image they lie.
             upcoming: the places that are predicted from them: (1 or R, n), of one after each, where steps have one
                 token; else (1 or R, m), of all tokens of the next step.
@@ -189,7 +190,7 @@ class AutoregressiveGenerator(Generator):
         return {"drop": keys.uniform("drop")}
 
     def sampling_draws(self, keys: Keys, options: DecodingOptions | None = None) -> Draws:
-        options = options or DecodingOptions()
+        options = options or self.options_type()
         return DECODINGS[options.decoding].draws(keys, self.spec.length, options)
 
     def start(
@@ -201,7 +202,7 @@ class AutoregressiveGenerator(Generator):
         tokenizer: Expands | None = None,
     ) -> AutoregressiveSession:
         self.check_tokenizer(tokenizer)
-        options = options or DecodingOptions()
+        options = options or self.options_type()
         self.check_condition(condition)
         guidance = options.guidance
         if guidance.is_on:
@@ -211,4 +212,10 @@ class AutoregressiveGenerator(Generator):
                 "sampling with a temperature above 0 needs draws: pass sampling_draws(Keys.range(seed, B))"
             )
         copies, compiled = self.decoding_copies, self.compiled_step
-        return AutoregressiveSession(self, condition, options, draws, copies=copies, compiled_step=compiled)
+        expander = None if tokenizer is None else tokenizer.expander()
+        session = self.session_type(options)
+        return session(self, condition, options, draws, copies=copies, compiled_step=compiled, expander=expander)
+
+    def session_type(self, options: DecodingOptions) -> type[AutoregressiveSession]:
+        """The sessions that sample with these options."""
+        return AutoregressiveSession

@@ -130,7 +130,7 @@ class KVCache:
             )
             for _ in range(num_layers)
         ]
-        self.capacity = length
+        self.capacity, self.dtype = length, dtype
         self.nbytes = num_layers * rows * (2 * num_heads * length * head_dim + shift_dim) * dtype.itemsize
         self.visible: Tensor | None = None
         self.offsets: Tensor | None = None

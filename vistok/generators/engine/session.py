@@ -15,7 +15,7 @@ from vistok.generators.engine.packed import DecodingCopies, DecodingCopy
 from vistok.generators.engine.sampling import DecodingOptions
 from vistok.generators.engine.windows import Windows, only_forced
 from vistok.guidance import PLAIN
-from vistok.types import Condition, TokenChunk
+from vistok.types import Condition, Expander, TokenChunk
 
 
 class AutoregressiveSession:
@@ -32,6 +32,7 @@ class AutoregressiveSession:
         forced: ids (B, L) in the order of generation, and a mask (B, L) of those that are taken; None is none.
         seen: steps whose tokens the cache has seen.
         failed: (1,), the first token whose logits were not finite; L if all were.
+        expander: what makes the model's inputs of tokens, where it has its tokenizer in the loop.
     """
 
     # Tensors that outlive a step are made here, outside of inference mode, so that callers may train on the tokens.
@@ -45,10 +46,12 @@ class AutoregressiveSession:
         *,
         copies: DecodingCopies,
         compiled_step: CompiledStep | None = None,
+        expander: Expander | None = None,
     ):
         device = next(model.parameters()).device
         condition = condition.to(device)
         self.model, self.options, self._copies, self._compiled_step = model, options, copies, compiled_step
+        self.expander = expander
         self.draws = {name: value.to(device) for name, value in (draws or {}).items()}
         self.plan = model.plan(self.draws).to(device)
         self.decoding = DECODINGS[options.decoding]
@@ -196,7 +199,16 @@ class AutoregressiveSession:
         upcoming = self.plan.order[:, here.start + 1 : here.stop + 1] if self.plan.is_single else self.plan.places(last)
         self.seen = last
         places = self._for_rows(self.plan.order[:, here]), self._for_rows(upcoming)
-        return self.model.embed_tokens(self.guidance.repeat(self.sequence[:, here]), *places)
+        return self.model.embed_tokens(self.guidance.repeat(self._inputs(here)), *places)
+
+    def _inputs(self, here: slice) -> Tensor:
+        """What the model reads of tokens that are set: the ids (B, n), or what the expander makes of them."""
+        ids = self.sequence[:, here]
+        return ids if self.expander is None else self._expanded(ids)
+
+    def _expanded(self, tokens: Tensor) -> Tensor:
+        """Inputs (B, m, E) that follow the next tokens, as the model computes."""
+        return self.expander.step(tokens).to(self.sequence.device, self.kv_cache.dtype)
 
     def _for_rows(self, places: Tensor) -> Tensor:
         """Places (1 or B, n) for all rows of guidance, (1 or R, n)."""

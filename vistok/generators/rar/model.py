@@ -24,7 +24,8 @@ from vistok.generators.engine.cache import Layers
 from vistok.generators.engine.sampling import DecodingOptions
 from vistok.generators.engine.session import AutoregressiveSession
 from vistok.generators.rar import official
-from vistok.generators.rar.networks import Block, FinalModulation
+from vistok.generators.rar.networks import Block
+from vistok.nn.modulation import FinalModulation
 from vistok.nn.rotary import Positions
 from vistok.types import Clock, Condition, Expands, GeneratorOutput, TokenSpec, as_dataclass
 

@@ -10,15 +10,10 @@ from torch.nn import functional as F
 from vistok.generators.engine.cache import Layer
 from vistok.nn.attention import Attention
 from vistok.nn.mlp import MLP
-from vistok.nn.modulation import modulate
+from vistok.nn.modulation import modulate, modulation
 
 NORM_EPS = 1e-6
 layer_norm = partial(nn.LayerNorm, eps=NORM_EPS)
-
-
-def modulation(dim: int, parts: int) -> nn.Sequential:
-    """What a condition (..., D) is turned into: ``parts`` vectors (..., parts D)."""
-    return nn.Sequential(nn.SiLU(), nn.Linear(dim, parts * dim))
 
 
 class Block(nn.Module):
@@ -38,16 +33,3 @@ class Block(nn.Module):
         attended = self.attn(modulate(self.norm1(x), shift1, scale1), mask=mask, causal=mask is None, cache=cache)
         x = x + gate1 * attended
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
-
-
-class FinalModulation(nn.Module):
-    """The norm before the logits, without weights of its own."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.norm = layer_norm(dim, elementwise_affine=False)
-        self.modulation = modulation(dim, 2)
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        scale, shift = self.modulation(condition).chunk(2, -1)  # in this order, unlike in the blocks
-        return modulate(self.norm(x), shift, scale)

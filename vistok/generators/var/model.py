@@ -1,0 +1,374 @@
+"""VAR: a transformer that predicts all tokens of a scale at once, from the map of the smaller scales.
+
+Paper: Visual Autoregressive Modeling: Scalable Image Generation via Next-Scale Prediction (arXiv 2404.02905), section
+3. Official weights and conventions: github.com/FoundationVision/VAR (MIT).
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vistok.checkpoints import OfficialCheckpoint, load_strictly
+from vistok.draws import Draws, Keys
+from vistok.generators.base import weighted_mean
+from vistok.generators.engine.autoregressive import AutoregressiveGenerator
+from vistok.generators.engine.cache import Layers
+from vistok.generators.engine.plan import Plan
+from vistok.generators.engine.sampling import DecodingOptions
+from vistok.generators.engine.session import AutoregressiveSession
+from vistok.generators.var import official
+from vistok.generators.var.networks import Block, SharedModulation
+from vistok.generators.var.smooth import GUMBEL, SmoothSession
+from vistok.nn.modulation import FinalModulation, modulation
+from vistok.nn.rotary import Positions
+from vistok.types import Clock, Condition, Expands, GeneratorOutput, TokenSpec, as_dataclass
+
+DEPTHS = (16, 20, 24, 30, 36)
+GATE_INITS = {16: 1e-3, 20: 1e-3, 24: 1e-4, 30: 1e-5, 36: 5e-6}
+
+
+@dataclass(frozen=True)
+class VAROptions(DecodingOptions):
+    """How scales are drawn; a step of guidance is a scale.
+
+    The paper's guidance t of its ramp is ``guidance_scale`` 1 + t with ``guidance_schedule`` "linear".
+
+    Attributes:
+        more_smooth: mix the codes of each place by their probabilities, with noise that falls from scale to scale,
+            instead of drawing one: smoother pictures, whose tokens are code vectors (B, L, D).
+
+    The others are as of ``DecodingOptions``.
+    """
+
+    more_smooth: bool = False
+
+
+class VAR(AutoregressiveGenerator):
+    """A transformer over the tokens of growing grids, modulated by the class; a scale sees the smaller ones and itself.
+
+    The tokens of a scale are read from the map that its tokenizer makes of the smaller ones, so training and sampling
+    need the tokenizer.
+
+    Args:
+        spec: the tokens to model: ids of several scales.
+        num_classes: number of classes; 0 for unconditional generation.
+        dim, num_layers, num_heads: width, blocks, heads; heads divide dim.
+        mlp_ratio: hidden width of the feed-forward, in units of dim.
+        shared_modulation: one layer reads the class for all blocks, each of which adds offsets.
+        l2_norm: compare queries and keys by their angle.
+        condition_dropout: share of training samples whose class is dropped, for guidance; 0 is no null class.
+        attn_drop: dropout of the attention weights, in training.
+        proj_drop: dropout of the outputs of attention and feed-forward, and of the latter's hidden layer.
+        drop_path: share of samples that leave out the last block in training; earlier blocks less, the first none.
+        norm_eps: of all norms.
+        gate_init: factor on the initial weights of the branches' gates (the paper's alng); small for deep models.
+        label_smoothing: of the cross entropy.
+        progressive_share: share of the run in which scales join one after another; 0 trains all from the beginning.
+        progressive_from: the last scale, counted from 0, in use at first.
+        progressive_after: steps before others join: those of the learning rate's warm-up.
+        stage_warmup: steps in which the weight of a scale that joined rises.
+
+    Raises:
+        ValueError: a spec without ids or scales, or scales to begin with that there are not.
+    """
+
+    registry_name = "var"
+    options_type = VAROptions
+    needs_tokenizer = True
+    tiny = {
+        "spec": official.spec_of((1, 2, 3, 4), 32, 4),
+        "num_classes": 5,
+        "dim": 16,
+        "num_layers": 2,
+        "num_heads": 2,
+        "gate_init": 0.5,
+    }
+    sizes = {
+        f"d{depth}": {k: v for k, v in official.size(depth).items() if k != "spec"} | {"gate_init": GATE_INITS[depth]}
+        for depth in DEPTHS
+    }
+    checkpoints = tuple(
+        OfficialCheckpoint("FoundationVision/var", f"var_d{depth}.pth", official.config(depth)) for depth in DEPTHS
+    )
+
+    def __init__(
+        self,
+        spec: TokenSpec,
+        num_classes: int = 1000,
+        dim: int = 1024,
+        num_layers: int = 16,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        shared_modulation: bool = False,
+        l2_norm: bool = True,
+        condition_dropout: float = 0.1,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+        norm_eps: float = 1e-6,
+        gate_init: float = 1e-3,
+        label_smoothing: float = 0.0,
+        progressive_share: float = 0.0,
+        progressive_from: int = 4,
+        progressive_after: int = 0,
+        stage_warmup: int = 0,
+    ):
+        super().__init__()
+        self.spec = self.check_spec(as_dataclass(TokenSpec, spec), type(self).__name__)
+        if not self.spec.scales:
+            raise ValueError(
+                "VAR predicts one scale after another; these tokens have no scales: take a multi-scale tokenizer"
+            )
+        if not 0 <= progressive_share <= 1:
+            raise ValueError(f"progressive_share must lie in [0, 1], got {progressive_share}")
+        if progressive_share and not 0 <= progressive_from < len(self.spec.scales):
+            raise ValueError(
+                f"progressive_from {progressive_from} is no scale: these tokens have scales 0..{len(spec.scales) - 1}"
+            )
+        self.num_classes, self.condition_dropout = num_classes or None, condition_dropout
+        self.has_null = condition_dropout > 0 or not num_classes  # its row is there, but untrained otherwise
+        self.label_smoothing = label_smoothing
+        self.progressive_share, self.progressive_from = progressive_share, progressive_from
+        self.progressive_after, self.stage_warmup = progressive_after, stage_warmup
+        self.scale_sizes = tuple(math.prod(scale) for scale in self.spec.scales)
+        self.condition_length = self.scale_sizes[0]
+        self.input = nn.Linear(self.spec.dim, dim)
+        self.class_embedding = nn.Embedding(num_classes + 1, dim)
+        self.start_positions = nn.Parameter(torch.zeros(1, self.scale_sizes[0], dim))
+        self.positions = nn.Parameter(torch.zeros(1, self.spec.length, dim))
+        self.scale_embedding = nn.Embedding(len(self.scale_sizes), dim)
+        self.shared_modulation = modulation(dim, 6) if shared_modulation else None
+        self.blocks = nn.ModuleList(
+            Block(
+                dim,
+                num_heads,
+                mlp_ratio=mlp_ratio,
+                shared_modulation=shared_modulation,
+                l2_norm=l2_norm,
+                attn_drop=attn_drop,
+                proj_drop=proj_drop,
+                drop_path=drop_path * i / max(num_layers - 1, 1),
+                eps=norm_eps,
+            )
+            for i in range(num_layers)
+        )
+        self.norm = FinalModulation(dim, norm_eps)
+        self.output = nn.Linear(dim, self.spec.codebook_size)
+        scales = [k for k, size in enumerate(self.scale_sizes) for _ in range(size)]
+        self.register_buffer("scales", torch.tensor(scales), persistent=False)  # (L,), the scale of each token
+        self._initialise(dim, gate_init)
+
+    @torch.no_grad()
+    def _initialise(self, dim: int, gate_init: float) -> None:
+        std = math.sqrt(1 / (3 * dim))
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.trunc_normal_(module.weight, std=std)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for table in (self.start_positions, self.positions):
+            nn.init.trunc_normal_(table, std=std)
+        self.output.weight.mul_(0.02)
+        self.norm.modulation[1].weight.mul_(0.5)
+        for block in self.blocks:
+            for layer in (block.attn.out, block.mlp.down):
+                layer.weight.div_(math.sqrt(2 * len(self.blocks)))
+            if isinstance(block.modulation, SharedModulation):
+                offsets = block.modulation.offsets
+                nn.init.normal_(offsets, std=1 / math.sqrt(dim))
+                parts = offsets.flatten(0, -2)  # (6, D)
+                parts[:2].mul_(gate_init)
+                parts[2:].mul_(0.5)
+            else:
+                weight = block.modulation.modulation[1].weight
+                weight[: 2 * dim].mul_(gate_init)
+                weight[2 * dim :].mul_(0.5)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # What the engine asks for
+
+    @property
+    def num_entries(self) -> int:
+        """One for each token: the class takes the places of the first scale, the last scale is read from nothing."""
+        return self.spec.length
+
+    def plan(self, draws: Draws) -> Plan:
+        return Plan(torch.arange(self.spec.length)[None], self.scale_sizes, is_raster=True)
+
+    def class_vector(self, condition: Condition) -> Tensor:
+        """(R, D) embeddings of the condition, which modulate every position of a row."""
+        null = torch.full_like(condition.dropped, self.num_classes or 0, dtype=torch.int64)
+        labels = null if condition.labels is None else torch.where(condition.dropped, null, condition.labels)
+        return self.class_embedding(labels)
+
+    def condition_state(self, condition: Condition) -> tuple[Tensor, ...]:
+        return (self.class_vector(condition),)
+
+    def embed_condition(self, condition: Condition, upcoming: Tensor) -> Tensor:
+        """(R, n, D): the class at every place of the first scale."""
+        return self.class_vector(condition)[:, None] + self.start_positions + self._places(upcoming)
+
+    def embed_tokens(self, ids: Tensor, places: Tensor, upcoming: Tensor) -> Tensor:
+        """(R, m, D) of the map so far on the next grid, ``ids`` (R, m, E); each told its scale and its place."""
+        return self.input(ids) + self._places(upcoming)
+
+    def _places(self, places: Tensor) -> Tensor:
+        return self.scale_embedding(self.scales[places]) + self.positions[0, places]
+
+    def attention_mask(self, condition: Condition, start: int, stop: int) -> Tensor | None:
+        """A scale sees itself and the smaller ones."""
+        return (self.scales[start:stop, None] >= self.scales[None, :stop])[None, None]
+
+    def transform(
+        self, x: Tensor, positions: Positions, mask: Tensor | None, kv_cache: Layers | None, class_vector: Tensor
+    ) -> Tensor:
+        shared = self.shared_modulation
+        condition = class_vector if shared is None else shared(class_vector)
+        if kv_cache is not None:  # a step is a scale: it sees all that is there
+            mask = None
+        for block, memory in zip(self.blocks, kv_cache or [None] * len(self.blocks)):
+            x = block(x, condition, mask, memory)
+        return self.norm(x, class_vector[:, None])
+
+    def head(self, hidden: Tensor) -> Tensor:
+        return self.output(hidden).float()
+
+    def compile_decoding(self, backend: str = "inductor") -> None:
+        raise ValueError("VAR has no compiled decoding: its few steps are large, and each has a size of its own")
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Training
+
+    def logits(self, ids: Tensor, condition: Condition, tokenizer: Expands) -> Tensor:
+        """Teacher-forced logits (B, L, V) of ids (B, L), each from all smaller scales."""
+        return self.logits_of(tokenizer.expander().expand(ids), condition)
+
+    def logits_of(self, inputs: Tensor, condition: Condition, num_scales: int | None = None) -> Tensor:
+        """Logits (B, l, V) of the first ``num_scales`` scales (None: of all), from the inputs (B, L - n, E) of all
+        scales but the first, of n tokens."""
+        length = sum(self.scale_sizes[:num_scales])
+        first, places = self.condition_length, torch.arange(length, device=inputs.device)[None]
+        inputs = inputs[:, : length - first].to(self.input.weight.dtype)
+        x = self.embed_condition(condition, places[:, :first])
+        x = torch.cat([x, self.embed_tokens(inputs, places[:, :first], places[:, first:])], 1)
+        mask = self.attention_mask(condition, 0, length)
+        return self.head(self.transform(x, slice(0, length), mask, None, self.class_vector(condition)))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        condition: Condition,
+        *,
+        draws: Draws | None = None,
+        weights: Tensor | None = None,
+        clock: Clock | None = None,
+        tokenizer: Expands | None = None,
+    ) -> GeneratorOutput:
+        """Cross entropy in nats per token. Metrics: "accuracy", and "last_loss" and "last_accuracy" of the largest
+        scale in use.
+
+        In progressive training scales beyond the stage are left out, and the others weigh as little as they do among
+        all.
+        """
+        self.check_tokenizer(tokenizer)
+        if draws and "drop" in draws:
+            condition = condition.drop(draws["drop"] < self.condition_dropout)
+        with torch.autocast(tokens.device.type, enabled=False):
+            inputs = tokenizer.expander().expand(tokens).to(tokens.device)
+        stage, warmth = self._stage(clock)
+        logits = self.logits_of(inputs, condition, stage + 1)
+        tokens = tokens[:, : logits.shape[1]]
+        per_token = self.cross_entropy(logits, tokens)
+        per_sample = per_token @ self.token_weights(stage, warmth)
+        loss = per_sample.mean() if weights is None else weighted_mean(per_sample, weights)
+        right, last = (logits.detach().argmax(-1) == tokens).float(), self.scale_sizes[stage]
+        metrics = {
+            "accuracy": right.mean(),
+            "last_loss": per_token.detach()[:, -last:].mean(),
+            "last_accuracy": right[:, -last:].mean(),
+        }
+        return GeneratorOutput(loss, logits, metrics)
+
+    def cross_entropy(self, logits: Tensor, tokens: Tensor) -> Tensor:
+        """(B, l) of logits (B, l, V)."""
+        smoothing = self.label_smoothing if self.training else 0.0
+        return F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none", label_smoothing=smoothing)
+
+    def token_weights(self, stage: int, warmth: float = 1.0) -> Tensor:
+        """(l,) weights in the loss of the tokens up to scale ``stage``: one over the number of all, times ``warmth``
+        for those of that scale."""
+        scales = self.scales[: sum(self.scale_sizes[: stage + 1])]
+        return torch.where(scales == stage, warmth, 1.0) / self.spec.length
+
+    def stage_at(self, step: int, max_steps: int) -> int:
+        """The last scale in use at an optimisation step."""
+        last, first = len(self.scale_sizes) - 1, self.progressive_from
+        end = self.progressive_share * max_steps
+        if step >= end:
+            return last
+        if step <= self.progressive_after:
+            return first
+        return first + round((step - self.progressive_after) / (end - self.progressive_after) * (last - first))
+
+    def _stage(self, clock: Clock | None) -> tuple[int, float]:
+        """The last scale in use, and how much its tokens count beside the others."""
+        if clock is None or not self.training or not self.progressive_share:
+            return len(self.scale_sizes) - 1, 1.0
+        stage = self.stage_at(clock.step, clock.max_steps)
+        if stage == self.progressive_from or not self.stage_warmup:
+            return stage, 1.0
+        begun = bisect_left(range(clock.step), stage, key=lambda step: self.stage_at(step, clock.max_steps))
+        return stage, stage_warmth(clock.step - begun, self.stage_warmup)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Sampling
+
+    def sampling_draws(self, keys: Keys, options: DecodingOptions | None = None) -> Draws:
+        """ "ids" (B, L) uniform, in order; for smooth sampling also "gumbel" (B, L, V) of Gumbel's distribution."""
+        options = options or VAROptions()
+        draws = super().sampling_draws(keys, options)
+        if options.more_smooth:
+            uniforms = keys.uniform("gumbel", self.spec.length, self.spec.codebook_size)
+            draws[GUMBEL] = -(-uniforms.clamp_min(torch.finfo(torch.float32).tiny).log()).log()
+        return draws
+
+    def session_type(self, options: DecodingOptions) -> type[AutoregressiveSession]:
+        return SmoothSession if options.more_smooth else super().session_type(options)
+
+    @torch.no_grad()
+    def edit(
+        self,
+        tokens: Tensor,
+        regenerate: Tensor,
+        condition: Condition,
+        options: VAROptions | None = None,
+        *,
+        draws: Draws | None = None,
+        tokenizer: Expands | None = None,
+    ) -> Tensor:
+        """Generate some tokens of all scales anew, those where ``regenerate`` (B, L) is True; see
+        ``vistok.data.masks.scale_masks``. What is kept is kept as codes: the decoder blends it with what is new."""
+        session = self.start(condition, options, draws=draws, tokenizer=tokenizer)
+        session.force(tokens, ~regenerate)
+        for _ in session.generate():
+            pass
+        return session.tokens
+
+    @classmethod
+    def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
+        model = cls(**official.arguments(config, state_dict))
+        load_strictly(model, official.our_names(state_dict), source="the official state dict")
+        return model
+
+
+def stage_warmth(steps: int, warmup: int) -> float:
+    """How much the tokens of a scale count ``steps`` after it joined."""
+    return min(max(steps / warmup, 0.01), 1.0)

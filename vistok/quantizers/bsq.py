@@ -1,0 +1,274 @@
+"""Binary spherical quantization over growing grids: every channel of a code is one bit.
+
+Infinity: Han et al., arXiv 2412.04431, sections 3.1 to 3.3. Binary spherical quantization: Zhao et al., arXiv
+2406.07548. Conventions: github.com/FoundationVision/Infinity (MIT).
+
+A code is a vector of d values +-1 / sqrt(d), which has length one; there is no codebook. Bits of all grids are one
+sequence (B, L, d), smallest grid first, in raster order inside a grid: d ids of an alphabet of two at each position.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vistok.draws import Draws, Keys
+from vistok.types import QuantizerOutput
+
+Grid3 = tuple[int, int, int]
+Resize = Literal["area", "trilinear"]
+MOST_FLIPS = 100
+"""The strength of flips is drawn in hundredths."""
+
+
+@dataclass(frozen=True)
+class BitLevel:
+    """What quantization knows of one scale.
+
+    Attributes:
+        residual: (B, D, t, h, w) on the grid, before it is normalised.
+        bits: (B, t * h * w, D) bool.
+        so_far: the map (B, D, T, H, W) after this scale.
+    """
+
+    residual: Tensor
+    bits: Tensor
+    so_far: Tensor
+
+
+@dataclass(frozen=True)
+class Corrected:
+    """Training data with flipped bits (bitwise self-correction, section 3.3).
+
+    Attributes:
+        inputs: (B, l, E) of all scales but the first: the map so far, whose bits were partly flipped.
+        targets: (B, L, E) bool: the bits of what is really left, which repair the flips of earlier scales.
+        flipped: (B, L', D) bool: the bits of which the map was made.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    flipped: Tensor
+
+
+def as_boxes(scales: Sequence[Sequence[int]]) -> tuple[Grid3, ...]:
+    """Grids given as (height, width) or (time, height, width), all with a time.
+
+    Raises:
+        ValueError: none, or a side below 1.
+    """
+    boxes = tuple((1, *scale) if len(scale) == 2 else tuple(scale) for scale in scales)
+    if not boxes or any(len(box) != 3 or min(box) < 1 for box in boxes):
+        raise ValueError(
+            f"scales must be (height, width) or (time, height, width) of at least 1, got {[tuple(s) for s in scales]}"
+        )
+    return boxes
+
+
+class MultiScaleBSQ(nn.Module):
+    """Quantize a map (B, D, h, w) on growing grids to signs; the last grid is that of the map. It has no weights.
+
+    Each grid codes what the smaller ones left: the residual is averaged down to the grid and divided by its length;
+    the signs of its channels are the code, which is scaled up trilinearly and subtracted.
+
+    The gradient passes straight through the signs, and really through the normalisation and both resizings; residuals
+    of later scales count as constant, so every scale sees the gradient of the latents.
+
+    Args:
+        dim: channels D, bits of a position.
+        scales: grids, smallest first, as (height, width) or (time, height, width).
+        decay: the code of scale k counts max(0.1, 1 - 0.1 k).
+    """
+
+    loss_terms: tuple[str, ...] = ()
+    codebook_size = 2
+
+    def __init__(self, dim: int, scales: Sequence[Sequence[int]], *, decay: bool = False):
+        super().__init__()
+        if dim < 1:
+            raise ValueError(f"a code needs at least one bit, got dim {dim}")
+        self.dim, self.scales, self.decay = dim, as_boxes(scales), decay
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # From a map to bits
+
+    def levels(self, latents: Tensor) -> Iterator[BitLevel]:
+        """Scale by scale.
+
+        Raises:
+            ValueError: a map of other channels, or not of the last grid.
+        """
+        x = self._checked(latents)
+        residual, so_far = x, torch.zeros_like(x)
+        for k in range(len(self.scales)):
+            on_grid = self._shrunk(residual, k)
+            unit = F.normalize(on_grid, dim=1)
+            code = self._signs(unit > 0)
+            part = self._enlarged(unit + (code - unit).detach(), k)
+            residual, so_far = residual - part.detach(), so_far + part
+            yield BitLevel(on_grid, _sequence(unit > 0), so_far)
+
+    def encode(self, latents: Tensor) -> Tensor:
+        """Bits (B, L, D) int64 of maps (B, D, h, w)."""
+        return torch.cat([level.bits for level in self.levels(latents)], 1).long()
+
+    def forward(self, latents: Tensor, *, draws: Draws | None = None) -> QuantizerOutput:
+        """Quantize maps (B, D, h, w) to ``quantized`` maps and ``ids`` (B, L, D) of 0 and 1; there are no losses."""
+        with torch.autocast(latents.device.type, enabled=False):
+            levels = list(self.levels(latents.float()))
+        ids = torch.cat([level.bits for level in levels], 1).long()
+        return QuantizerOutput(levels[-1].so_far.view(latents.shape), ids, {}, 2)
+
+    @torch.no_grad()
+    def near_zero(self, latents: Tensor, threshold: float) -> Tensor:
+        """(S,), the share of the residual's components at each scale that are smaller than ``threshold``: bits that
+        noise would turn."""
+        return torch.stack([(level.residual.abs() < threshold).float().mean() for level in self.levels(latents)])
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # From bits to maps
+
+    def ids_to_latents(self, ids: Tensor) -> Tensor:
+        """Codes (..., D) of bits (..., D)."""
+        return self._signs(ids > 0)
+
+    def maps(self, bits: Tensor) -> Iterator[Tensor]:
+        """The map (B, D, T, H, W) after each scale of bits (B, n, D) of the first scales, or of all.
+
+        Raises:
+            ValueError: other channels, or bits that end within a scale.
+        """
+        sizes = [math.prod(box) for box in self.scales]
+        ends = torch.tensor(sizes).cumsum(0).tolist()
+        if bits.ndim != 3 or bits.shape[2] != self.dim or bits.shape[1] not in ends:
+            raise ValueError(f"bits must be (B, n, {self.dim}), n of {ends}: whole scales; got {tuple(bits.shape)}")
+        so_far = 0.0
+        for k, part in enumerate(bits.split(sizes[: ends.index(bits.shape[1]) + 1], 1)):
+            so_far = so_far + self._enlarged(self._signs(self._gridded(part, k) > 0), k)
+            yield so_far
+
+    def decode(self, bits: Tensor) -> Tensor:
+        """The sum of the codes (B, D, h, w), or (B, D, T, H, W) of clips, of bits (B, n, D)."""
+        *_, last = self.maps(bits)
+        return last.squeeze(2)
+
+    def next_inputs(self, bits: Tensor, *, resize: Resize = "trilinear", patch: int = 1) -> Tensor:
+        """What a transformer reads before each scale but the first: the map so far on that scale's grid, (B, l, E).
+
+        Args:
+            bits: (B, L, D) of all scales.
+            resize: "trilinear", without smoothing, in training and sampling of the released transformer; "area" in
+                the module itself.
+            patch: positions that are p x p neighbours go together, as (B, l / p^2, D p^2).
+
+        Raises:
+            ValueError: as of ``maps``, or grids that p does not divide.
+        """
+        maps = list(self.maps(bits))[: len(self.scales) - 1]
+        return self._inputs(maps, resize, patch)
+
+    def _inputs(self, maps: Sequence[Tensor], resize: Resize, patch: int) -> Tensor:
+        return torch.cat([grouped(_resized(m, self.scales[k + 1], resize), patch) for k, m in enumerate(maps)], 1)
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Bitwise self-correction
+
+    def correction_draws(self, keys: Keys) -> Draws:
+        """ "flips" (B, L, D) uniform; "strengths" (B, S) uniform, of which the first row is the batch's."""
+        length = sum(math.prod(box) for box in self.scales)
+        return {
+            "flips": keys.uniform("flips", length, self.dim),
+            "strengths": keys.uniform("strengths", len(self.scales)),
+        }
+
+    def drawn_strengths(self, draws: Draws, most: float, num_scales: int) -> Tensor:
+        """(S,) the probability of a flip at each scale: hundredths from 0 to ``most``, 0 behind ``num_scales``."""
+        strengths = (draws["strengths"][0] * (math.floor(MOST_FLIPS * most + 1e-9) + 1)).floor() / MOST_FLIPS
+        return torch.where(torch.arange(len(strengths), device=strengths.device) < num_scales, strengths, 0.0)
+
+    @torch.no_grad()
+    def self_correct(
+        self, latents: Tensor, flips: Tensor, strengths: Tensor, *, requantize: bool = True, patch: int = 1
+    ) -> Corrected:
+        """Inputs and targets of a transformer that learns to repair its own mistakes.
+
+        Args:
+            latents: maps (B, D, h, w).
+            flips: (B, L, D) uniform numbers: a bit is flipped where its number is below the strength of its scale.
+            strengths: (S,) in [0, 1].
+            requantize: the flipped code is what the map is made of, so that later scales repair it. Without it flips
+                leave no trace in the map.
+            patch: as of ``next_inputs``.
+
+        Raises:
+            ValueError: draws of another shape, or as of ``next_inputs``.
+        """
+        x, sizes = self._checked(latents), [math.prod(box) for box in self.scales]
+        if flips.shape != (len(x), sum(sizes), self.dim) or len(strengths) != len(sizes):
+            raise ValueError(
+                f"flips must be ({len(x)}, {sum(sizes)}, {self.dim}) and strengths ({len(sizes)},), got "
+                f"{tuple(flips.shape)} and {tuple(strengths.shape)}"
+            )
+        so_far, maps, targets, flipped = torch.zeros_like(x), [], [], []
+        for k, draws in enumerate(flips.split(sizes, 1)):
+            bits = F.normalize(self._shrunk(x - so_far, k), dim=1) > 0
+            turned = bits ^ self._gridded(draws < strengths[k], k)
+            so_far = so_far + self._enlarged(self._signs(turned if requantize else bits), k)
+            maps.append(so_far)
+            targets.append(grouped(bits.float(), patch) > 0)
+            flipped.append(_sequence(turned))
+        return Corrected(self._inputs(maps[:-1], "trilinear", patch), torch.cat(targets, 1), torch.cat(flipped, 1))
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _checked(self, latents: Tensor) -> Tensor:
+        """A map as float (B, D, T, H, W)."""
+        x = latents[:, :, None] if latents.ndim == 4 else latents
+        if x.ndim != 5 or x.shape[1] != self.dim or tuple(x.shape[2:]) != self.scales[-1]:
+            raise ValueError(
+                f"the scales end at {self.scales[-1]} and codes have {self.dim} channels, but the map is "
+                f"{tuple(latents.shape)}: the last scale must be the whole map"
+            )
+        return x
+
+    def _signs(self, bits: Tensor) -> Tensor:
+        return torch.where(bits, 1.0, -1.0) / math.sqrt(self.dim)
+
+    def _shrunk(self, x: Tensor, k: int) -> Tensor:
+        return _resized(x, self.scales[k], "area")
+
+    def _enlarged(self, code: Tensor, k: int) -> Tensor:
+        """What scale k adds to the map."""
+        part = _resized(code, self.scales[-1], "trilinear")
+        return part * max(0.1, 1 - 0.1 * k) if self.decay else part
+
+    def _gridded(self, sequence: Tensor, k: int) -> Tensor:
+        t, h, _ = self.scales[k]
+        return rearrange(sequence, "b (t h w) d -> b d t h w", t=t, h=h)
+
+
+def _sequence(x: Tensor) -> Tensor:
+    return rearrange(x, "b d t h w -> b (t h w) d")
+
+
+def _resized(x: Tensor, box: Grid3, mode: Resize) -> Tensor:
+    return x if tuple(x.shape[2:]) == box else F.interpolate(x, size=box, mode=mode)
+
+
+def grouped(x: Tensor, patch: int) -> Tensor:
+    """A map (B, D, t, h, w) as a sequence (B, t h w / p^2, D p^2), of which a position is p x p neighbours, channels
+    first: channel d, row y, column x at d p^2 + y p + x.
+
+    Raises:
+        ValueError: p does not divide the sides.
+    """
+    if x.shape[3] % patch or x.shape[4] % patch:
+        raise ValueError(f"patches of {patch} do not divide a grid of {x.shape[3]}x{x.shape[4]}")
+    return rearrange(x, "b d t (h p) (w q) -> b (t h w) (d p q)", p=patch, q=patch)
