@@ -87,4 +87,3 @@ def test_standardised_latents_have_mean_0_and_deviation_1_and_mean_the_same_pixe
     torch.testing.assert_close(model.decode(tokens), before, rtol=1e-4, atol=1e-4)
     model.save_pretrained(tmp_path / "model")
     torch.testing.assert_close(type(model).from_pretrained(tmp_path / "model").encode(images), tokens)
-
