@@ -6,8 +6,8 @@ The model has 111 M random weights and samples a batch of 4 with guidance, 8 row
 the same run, in turn with it, so that a busy machine slows both alike: the bare matrix products of the same weights
 with 8 rows, in PyTorch's layout, plus bare scaled dot-product attention over the live part of the same cache. Sampling
 packs its weights for a few rows, so it can go below that floor; packing takes as long as a few steps, and is not in
-these times. Beside it stand a bare sum over the bytes that a step reads, weights and live cache, and LlamaGen's own loop
-in float32, rebuilt from its description.
+these times. Beside it stand a bare sum over the bytes that a step reads, weights and live cache, and LlamaGen's own
+loop in float32, rebuilt from its description.
 
 A step grows linearly with the cache. So the mean over a sequence is the mean over a few evenly spaced stretches of it,
 and only those are measured: the cache is filled with random keys and values, and rewound. A stretch is some steps one

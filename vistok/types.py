@@ -272,8 +272,10 @@ class Expander(ABC):
 
     @abstractmethod
     def expand(self, tokens: Tensor) -> Tensor:
-        """Inputs (B, L, E) of whole sequences of tokens (B, L[, D]); no input depends on a later token. Where steps have
-        several tokens, those of all steps but the first, which has none before it."""
+        """Inputs (B, L, E) of whole sequences of tokens (B, L[, D]); no input depends on a later token.
+
+        Where steps have several tokens, those of all steps but the first, which has none before it.
+        """
 
     @abstractmethod
     def step(self, tokens: Tensor) -> Tensor:

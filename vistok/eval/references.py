@@ -35,7 +35,7 @@ HELD_OUT = ("val", "test")
 WRONG_REFERENCE = (
     "reconstructions are compared with the held-out images that were reconstructed, generated images with the training "
     "set. The mix-up is the commonest mistake: one tokenizer scores rFID 4.28 against the training statistics "
-    "instead of 2.19, VAR's tokenizer 2.70 instead of 0.92, RAE 1.90 instead of 0.577"
+    "instead of 2.19, another 2.70 instead of 0.92, RAE 1.90 instead of 0.577"
 )
 
 
