@@ -274,7 +274,7 @@ class Expander(ABC):
     def expand(self, tokens: Tensor) -> Tensor:
         """Inputs (B, L, E) of whole sequences of tokens (B, L[, D]); no input depends on a later token.
 
-        Where steps have several tokens: those of all steps but the first, which has none before it.
+        Where steps have several tokens, those of all steps but the first, which has none before it.
         """
 
     @abstractmethod

@@ -52,7 +52,10 @@ def test_every_loss_is_taken_by_the_tokenizers_that_give_what_it_reads(label):
     model = tokenizer(label)
     for name, term in TERMS.items():
         if term.fits(model):
-            assert name in check_terms(model, {name: 1.0})
+            try:
+                assert name in check_terms(model, {name: 1.0})
+            except ConfigError as error:  # the defaults of its settings are another tokenizer's
+                assert f"losses.{name}." in str(error)  # noqa: PT017
         else:
             with pytest.raises(ConfigError, match="provides no such term"):
                 check_terms(model, {name: 1.0})

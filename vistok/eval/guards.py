@@ -45,7 +45,7 @@ def _side_warnings(name: str, side: Side) -> Iterator[str]:
         copies = extraction.count - extraction.distinct
         yield (
             f"{name}: {copies:,} of {extraction.count:,} images are exact copies of others; one seed for every batch "
-            "or process does that (VAR-d16 was seen at FID 4.24 that way)"
+            "or process does that (a published model was seen at FID 4.24 that way)"
         )
     images = side.reference.images
     if images is not None and images.files_read is not None:
