@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.tiny_models import names, tiny, training_loss
-from support.tiny_runs import GAN, tokenizer_config
+from support.tiny_runs import GAN, generator_config, tokenizer_config, write_tokens
 from torch import distributed
 
 import vistok
@@ -115,6 +115,23 @@ def test_statistics_of_a_batch_are_those_of_all_processes(tmp_path):
     )
     for key, tensor in ours["weights"].items():
         assert torch.allclose(theirs["weights"][key].double(), tensor.double(), rtol=1e-3, atol=1e-5), key
+
+
+def test_dropout_is_keyed_by_process_and_all_else_by_sample(tmp_path):
+    tokens = write_tokens(tmp_path / "tokens")
+
+    def curve(name: str, processes: int, drop: float) -> list[float]:
+        model = dict.fromkeys(("token_drop", "proj_drop", "ffn_drop"), drop) | {"condition_dropout": 0.5}
+        training = {"max_steps": 2, "batch_size": 16 // processes, "image_every": 0}
+        values = generator_config(tmp_path / name, tokens, model=model, training=training)
+        if processes == 1:
+            train(values)
+        else:
+            run_processes(TORCHRUN, values)
+        return [row["grad_norm"] for row in read_metrics(tmp_path / name / "metrics.jsonl")]
+
+    assert curve("two", 2, 0.0) == pytest.approx(curve("one", 1, 0.0), rel=1e-4)
+    assert curve("two with dropout", 2, 0.5) != pytest.approx(curve("one with dropout", 1, 0.5), rel=1e-3)
 
 
 def test_fsdp2_trains_exports_one_file_and_resumes_in_any_setting(tmp_path, one):
