@@ -22,6 +22,7 @@ from vistok.cli import app
 from vistok.config import ConfigError
 from vistok.data import DataConfig, TokenBatches, TokenCache, TokenCacheError, TokenMixture, open_source
 from vistok.data.captions import CaptionError
+from vistok.eval.benchmark import benchmark
 from vistok.pipelines.samples import write_samples
 from vistok.text import PromptEncoder, TextError, open_text_encoder, open_text_tokenizer
 from vistok.tokenizers.vit_vqgan import ViTConfig, ViTVQGAN
@@ -280,6 +281,12 @@ def test_what_a_pipeline_cannot_be_asked_for(runs, part, what, message):
 def test_writing_samples_of_no_prompt_is_refused(runs, tmp_path):
     with pytest.raises(ValueError, match="the list of prompts is empty"):
         write_samples(vistok.pipeline(runs["features"]), tmp_path / "out", 2, prompts=[])
+
+
+def test_a_benchmark_of_prompts_is_no_silent_score_of_unconditional_images(runs, tmp_path):
+    network = {"features": lambda images: images.flatten(1).float(), "network": "pixels", "protocol": "torch-fidelity"}
+    with pytest.raises(ValueError, match='takes text features .*labels="none" to score unconditional images'):
+        benchmark(vistok.pipeline(runs["features"]), tmp_path / "out", num_images=2, **network)
 
 
 def test_a_generator_refuses_conditions_that_it_cannot_combine(cache, tmp_path):

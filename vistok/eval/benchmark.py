@@ -210,7 +210,13 @@ def _plan(
 ) -> Plan:
     options = to_json(dataclasses.asdict(pipe.options(**sampling)))
     options.pop("guidance_scale", None)
-    num_classes = pipe.generator.condition_spec.num_classes
+    spec = pipe.generator.condition_spec
+    num_classes = spec.num_classes
+    if labels is None and spec.parts and not num_classes:
+        raise ValueError(
+            f"this generator takes {spec.describe()}, and a benchmark generates by class labels or by nothing: say "
+            'labels="none" to score unconditional images'
+        )
     return Plan(
         num_images=num_images,
         labels=labels or ("balanced" if num_classes else "none"),
