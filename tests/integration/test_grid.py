@@ -16,7 +16,12 @@ from vistok.generators.engine.decodings import DECODINGS
 from vistok.generators.engine.sampling import DecodingOptions
 from vistok.train.tasks.objective import TERMS, check_terms
 
-DECODED = [name for name in names("generator") if registry.entry(name).load().options_type is DecodingOptions]
+DECODED = [
+    name
+    for name in names("generator")
+    for kind in [registry.entry(name).load()]
+    if kind.options_type is DecodingOptions and not kind.needs_tokenizer
+]
 
 
 @pytest.fixture(scope="module")

@@ -37,6 +37,7 @@ TOKENIZERS: dict[str, tuple[str, Mapping[str, Any]]] = {name: (name, {}) for nam
 REFUSALS = {
     "kind": (r"discrete|continuous", lambda spec, continuous: spec.discrete == continuous),
     "depth": (r"one id per position", lambda spec, continuous: spec.depth > 1),
+    "scales": (r"scales", lambda spec, continuous: not spec.scales),
     "grid": (r"grid|raster", lambda spec, continuous: spec.grid is None or len(spec.grid) != 2),
 }
 
@@ -70,15 +71,16 @@ def try_pair(tokens: torch.Tensor, made_by: Tokenizer, generator: str) -> Pair:
         except ValueError as error:
             refusal = refusal or str(error)
         else:
-            return Pair(None, arguments, tuple(_train(model, tokens)))
+            loop = {"tokenizer": made_by} if model.needs_tokenizer else {}
+            return Pair(None, arguments, tuple(_train(model, tokens, loop)))
     return Pair(refusal, {})
 
 
-def _train(model: Generator, tokens: torch.Tensor) -> Iterator[float]:
+def _train(model: Generator, tokens: torch.Tensor, loop: Mapping[str, Tokenizer]) -> Iterator[float]:
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     for _ in range(2):
         draws = model.training_draws(Keys.range(0, len(tokens)))
-        loss = model(tokens, labels(*range(len(tokens))), draws=draws).loss
+        loss = model(tokens, labels(*range(len(tokens))), draws=draws, **loop).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

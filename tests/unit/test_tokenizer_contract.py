@@ -278,14 +278,16 @@ def test_tokenizers_whose_tokens_are_read_as_they_are_have_no_expander(name):
 
 
 @pytest.mark.parametrize("name", names("generator"))
-def test_a_tokenizer_is_refused_where_none_is_needed(name):
+def test_a_tokenizer_is_refused_where_none_is_needed_and_missed_where_one_is(name):
     model = tiny(name)
     spec = model.spec
     tokens = torch.zeros(1, spec.length, dtype=torch.long) if spec.discrete else torch.zeros(1, spec.length, spec.dim)
-    with pytest.raises(ValueError, match="leave tokenizer= out"):
-        model(tokens, labels(0), draws={}, tokenizer=Cells())
-    with pytest.raises(ValueError, match="leave tokenizer= out"):
-        model.start(labels(0), tokenizer=Cells())
+    wrong = {} if model.needs_tokenizer else {"tokenizer": Cells()}
+    refusal = "pass tokenizer=" if model.needs_tokenizer else "leave tokenizer= out"
+    with pytest.raises(ValueError, match=refusal):
+        model(tokens, labels(0), draws={}, **wrong)
+    with pytest.raises(ValueError, match=refusal):
+        model.start(labels(0), **wrong)
 
 
 def test_a_codebook_that_moves_is_known_by_its_method():
