@@ -43,8 +43,9 @@ def single_token_generators() -> dict[str, dict[str, Any]]:
     """Those that can generate one token after another in raster order, with the arguments by which they do."""
     found = {}
     for name in next_token_generators():
-        constructor = inspect.signature(registry.entry(name).load())
-        found[name] = {"window": 1} if "window" in constructor.parameters else {}
+        model_class = registry.entry(name).load()
+        if not model_class.needs_tokenizer:
+            found[name] = {"window": 1} if "window" in inspect.signature(model_class).parameters else {}
     return found
 
 
