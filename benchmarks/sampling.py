@@ -61,9 +61,10 @@ class Setting:
         self.session.append(self.ids)
         rows, attention = len(self.session.rows), self.model.blocks[0].attn
         shape = (rows, attention.num_heads, length, attention.head_dim)
-        self.memory = [
-            layer.append(*(torch.randn(shape, dtype=dtype) for _ in range(2))) for layer in self.session.kv_cache.layers
-        ]  # keys and values (R, H, T + length, h) of each layer
+        for layer in self.session.kv_cache.layers:
+            layer.append(*(torch.randn(shape) for _ in range(2)))
+        shape = (rows, attention.num_heads, 1 + length, attention.head_dim)
+        self.memory = [[torch.randn(shape, dtype=dtype) for _ in range(2)] for _ in self.model.blocks]
         self.inputs = {width: torch.randn(rows, width, dtype=dtype) for width in self._widths()}
         self.weights = [linear.weight for linear in self.model.modules() if isinstance(linear, nn.Linear)]
         self.query = torch.randn(rows, attention.num_heads, 1, attention.head_dim, dtype=dtype)

@@ -5,6 +5,7 @@ Their arguments are the models' own, ``Model.tiny``.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,6 +37,16 @@ def names(kind: str) -> list[str]:
 def next_token_generators() -> list[str]:
     """Those generators that predict one id after another."""
     return [name for name in names("generator") if issubclass(registry.entry(name).load(), AutoregressiveGenerator)]
+
+
+def single_token_generators() -> dict[str, dict[str, Any]]:
+    """Those that can generate one token after another in raster order, with the arguments by which they do."""
+    found = {}
+    for name in next_token_generators():
+        model_class = registry.entry(name).load()
+        if not model_class.needs_tokenizer:
+            found[name] = {"window": 1} if "window" in inspect.signature(model_class).parameters else {}
+    return found
 
 
 def tiny(name: str, **arguments: Any) -> Tokenizer | Generator:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from support.tiny_models import labels, next_token_generators, tiny
+from support.tiny_models import labels, tiny
 from torch import Tensor, nn
 
 from vistok.conditions import PARTS, Condition, ConditionSpec, IdSpec
@@ -176,7 +176,7 @@ def test_plans_hold_every_token():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", next_token_generators())
+@pytest.mark.parametrize("name", ["llama", "vit_vqgan_gpt", "rar"])
 def test_rows_of_different_lengths_compute_what_rows_alone_do(name):
     model, condition = tiny(name), labels(0, 4, 2)
     ids = torch.randint(32, (3, 16), generator=torch.Generator().manual_seed(0))
@@ -184,6 +184,7 @@ def test_rows_of_different_lengths_compute_what_rows_alone_do(name):
     first, state = torch.zeros(1, 1, dtype=torch.int64), model.condition_state(condition)
     x, length = model.embed_condition(condition, first), model.condition_length
     model.transform(x, slice(0, length), model.attention_mask(condition, 0, length), cache.layers, *state)
+    cache.visible = model.attention_mask(condition, model.num_entries - 1, model.num_entries)
     slots = torch.zeros(3, 4, dtype=torch.int64)
     layers, count = cache.at(slots), torch.zeros(3, dtype=torch.int64)
     expected = model.logits(ids, condition)
@@ -192,7 +193,7 @@ def test_rows_of_different_lengths_compute_what_rows_alone_do(name):
         slots.copy_(places + length)
         entries = model.embed_tokens(ids.gather(1, places), places, places + 1)
         hidden = model.transform(entries, cache.positions(slots), cache.seen_from(slots), layers, *state)
-        logits = model.head(hidden)
+        logits = model.entry_logits(hidden)
         torch.testing.assert_close(
             logits, expected.gather(1, (places + 1)[..., None].expand_as(logits)), rtol=1e-4, atol=1e-4
         )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tiny_models import labels, next_token_generators, tiny
+from support.tiny_models import labels, single_token_generators, tiny
 from torch import Tensor
 
 from vistok.draws import Keys, inverse_cdf
@@ -98,9 +98,9 @@ def passes(model, condition, options, draws) -> tuple[Tensor, int]:
 
 @pytest.mark.parametrize("draft", ["random", "repeat_left", "repeat_above"])
 @pytest.mark.parametrize("window", [1, 2, 5, 40])
-@pytest.mark.parametrize("name", next_token_generators())
-def test_the_likeliest_ids_are_those_of_plain_decoding(name, window, draft):
-    model, condition = tiny(name), labels(0, 4, 2, 1)
+@pytest.mark.parametrize(("name", "arguments"), single_token_generators().items())
+def test_the_likeliest_ids_are_those_of_plain_decoding(name, arguments, window, draft):
+    model, condition = tiny(name, **arguments), labels(0, 4, 2, 1)
     options = DecodingOptions(temperature=0, guidance_scale=(1.0, 3.0), decoding="jacobi", window=window, draft=draft)
     expected = model.sample(condition, DecodingOptions(temperature=0, guidance_scale=(1.0, 3.0)))
     ids, count = passes(model, condition, options, None)
@@ -108,9 +108,9 @@ def test_the_likeliest_ids_are_those_of_plain_decoding(name, window, draft):
     assert count <= model.spec.length + 1
 
 
-@pytest.mark.parametrize("name", next_token_generators())
-def test_exact_agreement_gives_the_ids_of_plain_decoding(name):
-    model, condition = tiny(name), labels(0, 4, 2, 1)
+@pytest.mark.parametrize(("name", "arguments"), single_token_generators().items())
+def test_exact_agreement_gives_the_ids_of_plain_decoding(name, arguments):
+    model, condition = tiny(name, **arguments), labels(0, 4, 2, 1)
     options = {"guidance_scale": 2.0, "top_k": 9}
     plain, exact = DecodingOptions(**options), DecodingOptions(decoding="jacobi", criterion="exact", **options)
     draws = model.sampling_draws(Keys.range(3, 4), exact)
@@ -154,9 +154,9 @@ def test_chunks_hold_every_token_once_though_rows_commit_unevenly():
     assert torch.equal(ids, model.sample(condition, options, draws=draws))
 
 
-@pytest.mark.parametrize("name", next_token_generators())
-def test_parts_forced_tokens_and_prefixes(name):
-    model, condition = tiny(name), labels(0, 4, 2)
+@pytest.mark.parametrize(("name", "arguments"), single_token_generators().items())
+def test_parts_forced_tokens_and_prefixes(name, arguments):
+    model, condition = tiny(name, **arguments), labels(0, 4, 2)
     options = DecodingOptions(temperature=0, decoding="jacobi", window=5)
     whole = model.sample(condition, options)
     session = model.start(condition, options)
@@ -250,6 +250,8 @@ def test_settings_that_do_not_fit_are_refused():
         (name,) = wrong
         with pytest.raises(ValueError, match=name):
             DecodingOptions(**wrong)
+    with pytest.raises(ValueError, match="Tokens of one step are independent: take decoding 'plain'"):
+        tiny("token_shuffle").sample(labels(0), DecodingOptions(temperature=0, decoding="jacobi"))
     model = tiny("llama", spec=TokenSpec(8, 32, dim=4), positions="rope1d")
     with pytest.raises(ValueError, match="no raster"):
         model.sample(labels(0), DecodingOptions(temperature=0, decoding="jacobi", draft="repeat_left"))

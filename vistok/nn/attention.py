@@ -168,15 +168,12 @@ def attend(
     if causal and q.shape[2] != k.shape[2]:
         raise ValueError(f"{q.shape[2]} causal queries over {k.shape[2]} keys need an explicit mask")
     options = {"attn_mask": mask, "dropout_p": dropout, "is_causal": causal, "scale": scale}
-    is_half = q.dtype in (torch.bfloat16, torch.float16)
     if q.device.type == "cpu" and q.requires_grad and torch.is_autocast_enabled("cpu"):
         # The backward pass of the processor's bfloat16 kernel takes several times as long as in float32.
         with torch.autocast("cpu", enabled=False):
             out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
-    elif q.device.type == "cpu" and is_half and q.shape[2] == 1 and not q.requires_grad:
-        # For a single query it takes twice as long as turning keys and values to float32 and attending there.
-        with torch.autocast("cpu", enabled=False):
-            out = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options).to(q.dtype)
+    elif q.dtype != k.dtype:  # a cache may be more precise
+        out = F.scaled_dot_product_attention(q.to(k.dtype), k, v, **options).to(q.dtype)
     else:
         out = F.scaled_dot_product_attention(q, k, v, **options)
     return out.transpose(1, 2).flatten(2)

@@ -34,7 +34,7 @@ class LayerBuffer:
 
     def shift(self, x: Tensor) -> Tensor:
         """x (R, n, D) delayed by one position: row i becomes x[i - 1], row 0 the last x of the previous call."""
-        shifted = torch.cat([self._shift, x[:, :-1]], 1)
+        shifted = torch.cat([self._shift.to(x), x[:, :-1]], 1)
         self._shift.copy_(x[:, -1:])
         return shifted
 
@@ -69,9 +69,9 @@ class IndexedBuffer:
         buffers = self._layer._key, self._layer._value
         for buffer, new in zip(buffers, (key, value)):
             if self._slots.ndim == 1:
-                buffer[:, :, self._slots] = new
+                buffer[:, :, self._slots] = new.to(buffer)
             else:
-                buffer.scatter_(2, self._slots[:, None, :, None].expand_as(new), new)
+                buffer.scatter_(2, self._slots[:, None, :, None].expand_as(new), new.to(buffer))
         return buffers
 
     def shift(self, x: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class IndexedBuffer:
         memory = self._layer._shift
         if self._slots.ndim == 1:
             return self._layer.shift(x)
-        self._recent = torch.cat([memory, x], 1)
+        self._recent = torch.cat([memory.to(x), x], 1)
         return self._recent[:, :-1]
 
     def cut(self, kept: Tensor) -> None:

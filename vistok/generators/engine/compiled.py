@@ -128,7 +128,7 @@ def embed_last(
 
 def next_logits(model: NextTokenModel, hidden: Tensor, position: Tensor, weights: Tensor) -> Tensor:
     """Guided logits (B, V) for ``position`` from hidden states (R, 1, D)."""
-    return weighted_sum(model.head(hidden[:, -1]).chunk(weights.shape[1]), weights[position].squeeze(0))
+    return weighted_sum(model.entry_logits(hidden[:, -1:])[:, 0].chunk(weights.shape[1]), weights[position].squeeze(0))
 
 
 class SessionSteps:

@@ -59,7 +59,7 @@ class Windows:
         hidden = model.transform(x, positions, cache.seen_from(self._slots), self._layers, *session.state)
         predicted = (places + 1).clamp_max(self._length - 1)
         weights = self._weights[predicted].permute(2, 0, 1)[..., None]  # (rows, B, n, 1)
-        logits = session.combine(model.head(hidden), weights)
+        logits = session.combine(model.entry_logits(hidden), weights)
         failed = torch.where(logits.sum(-1).isfinite(), self._length, predicted).amin()
         session.failed.copy_(torch.minimum(session.failed, failed))
         if session.forced is None:

@@ -355,6 +355,10 @@ class TokenShuffle(AutoregressiveGenerator):
         """Logits (R, s^2, K) of the ids of the window that follows the last of hidden states (R, n, D)."""
         return self._image_part(self.window_logits(hidden[:, -1:]))[:, 0]
 
+    def entry_logits(self, hidden: Tensor) -> Tensor:
+        """Logits (R, n, K) of the id after each entry, where windows have one."""
+        return self._image_part(self.window_logits(hidden))[:, :, 0]
+
     def transform(
         self,
         x: Tensor,
