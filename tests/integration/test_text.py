@@ -285,7 +285,7 @@ def test_writing_samples_of_no_prompt_is_refused(runs, tmp_path):
 
 def test_a_benchmark_of_prompts_is_no_silent_score_of_unconditional_images(runs, tmp_path):
     network = {"features": lambda images: images.flatten(1).float(), "network": "pixels", "protocol": "torch-fidelity"}
-    with pytest.raises(ValueError, match='takes text features .*labels="none" to score unconditional images'):
+    with pytest.raises(ValueError, match=r'takes text features .*labels="none" to score unconditional images'):
         benchmark(vistok.pipeline(runs["features"]), tmp_path / "out", num_images=2, **network)
 
 
