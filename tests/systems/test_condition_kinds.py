@@ -63,15 +63,16 @@ def test_it_trains_and_samples_or_says_why_not(name, kind):
     model = tiny(name, **arguments).train()
     assert model.condition_spec.only(spec.parts) == spec
     condition = model.condition_spec.check(condition_of(spec))
+    loop = {"tokenizer": tiny(registry.entry(name).tokenizer)} if model.needs_tokenizer else {}
     tokens = token_ids(model) if model.spec.discrete else torch.randn(BATCH, model.spec.length, model.spec.dim)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(2):
-        loss = model(tokens, condition, draws=model.training_draws(Keys.range(0, BATCH, step))).loss
+        loss = model(tokens, condition, draws=model.training_draws(Keys.range(0, BATCH, step)), **loop).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         assert loss.isfinite()
     model.eval()
     draws = model.sampling_draws(Keys.range(0, BATCH), model.options_type())
-    sampled = model.sample(condition, draws=draws)
+    sampled = model.sample(condition, draws=draws, **loop)
     assert sampled.shape == tokens.shape
