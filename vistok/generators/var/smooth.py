@@ -26,8 +26,8 @@ class SmoothSession(AutoregressiveSession):
     @torch.no_grad()
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._codes = self.expander.codes.to(self._sequence.device, torch.float32)  # (V, D)
-        self._vectors = self._codes.new_zeros(*self._sequence.shape, self._codes.shape[1])
+        self._codes = self.expander.codes.to(self.sequence.device, torch.float32)  # (V, D)
+        self._vectors = self._codes.new_zeros(*self.sequence.shape, self._codes.shape[1])
 
     @property
     def tokens(self) -> Tensor:
@@ -37,7 +37,7 @@ class SmoothSession(AutoregressiveSession):
     def append(self, tokens: Tensor) -> None:
         first = self.count
         super().append(tokens)
-        self._vectors[:, first : self.count] = self._codes[self._sequence[:, first : self.count]]
+        self._vectors[:, first : self.count] = self._codes[self.sequence[:, first : self.count]]
 
     def next_logits(self) -> Tensor:
         logits = super().next_logits()  # (B, n, V)
