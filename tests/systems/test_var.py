@@ -7,13 +7,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tiny_models import labels, pixels, tiny, token_ids
+from support.tiny_runs import generator_config, tokenizer_config
 from torch import Tensor
 
+import vistok
+from vistok.data import DataConfig
 from vistok.data.masks import box_mask, scale_masks
 from vistok.draws import Keys
 from vistok.generators.engine.sampling import draw_ids
 from vistok.generators.var import VAR, VAROptions
 from vistok.pipelines import Pipeline
+from vistok.tokenizers.var_vq import VARVQ
+from vistok.train import train
+from vistok.train.config import OptimizerConfig, SchedulerConfig
+from vistok.train.monitor import read_metrics
+from vistok.train.optim import lr_factor
+from vistok.train.tokenize import tokenize
 from vistok.types import Clock, Condition, TokenSpec
 
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
@@ -268,3 +277,47 @@ def test_a_new_model_starts_with_small_gates():
     assert weight[:128].std().item() == pytest.approx(1e-3 * (1 / 192) ** 0.5, rel=0.1)
     assert weight[128:].std().item() == pytest.approx(0.5 * (1 / 192) ** 0.5, rel=0.1)
     assert model.blocks[0].attn.out.weight.std().item() == pytest.approx((1 / 192) ** 0.5 / 8**0.5, rel=0.1)
+
+
+def test_tokenizer_and_transformer_train_and_the_run_is_a_pipeline(tmp_path):
+    model = {name: value for name, value in VARVQ.tiny.items() if name != "image_size"}
+    config = tokenizer_config(tmp_path / "tokenizer")
+    train(config | {"model": {"name": "var_vq", "codebook_restart_after": 2, **model}})
+    data = DataConfig(16, source="digits", channels=1, limit=64)
+    tokenize(vistok.load(tmp_path / "tokenizer" / "tokenizer"), data, tmp_path / "tokens")
+    model = {name: value for name, value in VAR.tiny.items() if name not in ("spec", "num_classes")}
+    progressive = {"progressive_share": 0.8, "progressive_from": 1, "stage_warmup": 2}
+    run = generator_config(tmp_path / "run", tmp_path / "tokens", sampling=RAMP)
+    run["model"] = {"name": "var", **model, **progressive}
+    run["optimizer"] = {"weight_decay": 0.05, "final_weight_decay": 0.08, "no_decay": ["positions"]}
+    run["lr_scheduler"] = {"name": "linear", "hold": 0.05, "warmup_from": 0.005, "warmup_steps": 2}
+    train(run)
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert all(torch.tensor([row["loss"], row["last_loss"]]).isfinite().all() for row in rows)
+    assert len(vistok.pipeline(tmp_path / "run", device="cpu")([3], seed=1).images) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hold": 1.0}, r"hold must lie in \[0, 1\)"),
+        ({"bend": 0.0}, r"bend must lie in \(0, 1\)"),
+    ],
+)
+def test_schedules_that_never_fall_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        SchedulerConfig(**options)
+
+
+def test_a_decay_of_zero_has_no_final_one():
+    with pytest.raises(ValueError, match="changes weight_decay, which is 0"):
+        OptimizerConfig(final_weight_decay=0.08)
+
+
+@pytest.mark.parametrize("name", ["linear", "exponential", "bent"])
+def test_schedules_fall_to_their_last_factor(name):
+    factor = lr_factor(SchedulerConfig(name, warmup_steps=4, final_factor=0.1, hold=0.2, bend=0.3), 40)
+    values = [factor(step) for step in range(40)]
+    assert values[4:] == sorted(values[4:], reverse=True)
+    assert values[4] == pytest.approx(1)
+    assert values[-1] == pytest.approx(0.1)
