@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from itertools import accumulate
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
@@ -70,6 +71,18 @@ class TokenSpec:
         if self.scales and sum(map(math.prod, self.scales)) != self.length:
             total = sum(map(math.prod, self.scales))
             raise ValueError(f"scales {self.scales} hold {total} tokens, but length is {self.length}")
+
+    @property
+    def prefixes_decode(self) -> bool:
+        """Whether there are prefixes that decode: of ordered tokens, or the first of several scales."""
+        return self.prefix_step is not None or bool(self.scales)
+
+    def decodable(self, count: int) -> int:
+        """How many of the first ``count`` tokens decode; 0 if none do."""
+        if self.prefix_step is not None:
+            return count - count % self.prefix_step
+        ends = accumulate(map(math.prod, self.scales)) if self.scales else (self.length,)
+        return max((end for end in ends if end <= count), default=0)
 
     @property
     def discrete(self) -> bool:

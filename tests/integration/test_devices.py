@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from PIL import Image
 from support.eval_data import as_tensor, colour_statistics, smooth_images
 from support.other_device import other_device, recorded_waits
-from support.tiny_models import CAPTIONS, captions, labels, names, pixels, tiny, token_ids
+from support.tiny_models import CAPTIONS, captions, in_loop, labels, names, pixels, tiny, token_ids
 from support.tiny_runs import GAN, generator_config, tokenizer_config, write_tokens
 from torch import Tensor, nn
 
@@ -66,6 +66,7 @@ SAMPLING = {
     "xar": {"guidance_scale": 2.0, "num_steps": 3, "context_noise": 0.1},
     "maskgit": {"guidance_scale": 2.0, "num_steps": 4},
     "rar": {"guidance_scale": 2.0, "guidance_schedule": "power-cosine"},
+    "var": {"guidance_scale": 2.0, "guidance_schedule": "linear", "top_k": 8},
 }
 PIPELINES = [("vit_vqgan", "vit_vqgan_gpt"), ("kl_vae", "xar"), ("flextok", "llama")]
 
@@ -271,9 +272,16 @@ def some_tokens(model: Generator) -> Tensor:
     return Keys.range(0, 3).normal("latents", model.spec.length, model.spec.dim)
 
 
-def generator_loss(model: Generator, tokens: Tensor, condition: Condition, draws: Draws) -> Tensor:
+def tokenizer_in_loop(model: Generator, device: torch.device | str = "cpu") -> dict[str, Tokenizer]:
+    """The argument ``tokenizer``, on the device, of a generator that has one in its loop."""
+    return {name: tokenizer.to(device) for name, tokenizer in in_loop(model).items()}
+
+
+def generator_loss(
+    model: Generator, tokens: Tensor, condition: Condition, draws: Draws, loop: dict[str, Tokenizer]
+) -> Tensor:
     weights = torch.arange(3.0, device=tokens.device)
-    return model(tokens, condition, draws=draws, weights=weights).loss
+    return model(tokens, condition, draws=draws, weights=weights, **loop).loss
 
 
 @pytest.mark.parametrize(("name", "arguments"), [*GENERATORS, ("llama", CAPTIONS)])
@@ -281,9 +289,9 @@ def test_a_generator_trains_alike_and_never_waits(name, arguments, device):
     here = tiny(name, **arguments)
     there, condition = moved(here, device), captions() if arguments is CAPTIONS else labels(0, 4, -1)
     tokens, draws = some_tokens(here), here.training_draws(Keys.range(0, 3))
-    loss = generator_loss(here, tokens, condition, draws)
+    loss = generator_loss(here, tokens, condition, draws, tokenizer_in_loop(here))
     loss.backward()
-    batch = tokens.to(device), condition.to(device), draws_on(draws, device)
+    batch = tokens.to(device), condition.to(device), draws_on(draws, device), tokenizer_in_loop(here, device)
     other = generator_loss(there, *batch)
     other.backward()
     check_same(other, loss)
@@ -300,10 +308,11 @@ def test_a_generator_samples_alike(name, arguments, device):
     there, condition = moved(here, device), captions() if arguments is CAPTIONS else labels(0, 4, -1)
     options = here.options_type(**SAMPLING[name])
     draws = here.sampling_draws(Keys.range(0, 3), options)
-    tokens = here.sample(condition, options, draws=draws)
-    check_same(there.sample(condition.to(device), options, draws=draws), tokens)
+    tokens = here.sample(condition, options, draws=draws, **tokenizer_in_loop(here))
+    loop = tokenizer_in_loop(here, device)
+    check_same(there.sample(condition.to(device), options, draws=draws, **loop), tokens)
     streamed = torch.zeros_like(tokens, device=device)
-    for chunk in there.stream(condition.to(device), options, draws=draws_on(draws, device)):
+    for chunk in there.stream(condition.to(device), options, draws=draws_on(draws, device), **loop):
         positions = chunk.positions.view(*chunk.positions.shape, *[1] * (tokens.ndim - 2)).expand_as(chunk.tokens)
         valid = chunk.valid.view(*chunk.valid.shape, *[1] * (tokens.ndim - 2))
         settled = torch.where(valid, chunk.tokens, streamed.gather(1, positions))
@@ -317,8 +326,9 @@ def test_sampling_does_not_wait_between_its_steps(name, arguments, device):
     model = tiny(name, **arguments).to(device)
     options = model.options_type(**SAMPLING[name])
     draws = model.sampling_draws(Keys.range(0, 2), options)
-    steps = len(list(model.stream(labels(1, 2), options, draws=draws)))  # makes what is kept
-    chunks = model.stream(labels(1, 2).to(device), options, draws=draws)
+    loop = tokenizer_in_loop(model, device)
+    steps = len(list(model.stream(labels(1, 2), options, draws=draws, **loop)))  # makes what is kept
+    chunks = model.stream(labels(1, 2).to(device), options, draws=draws, **loop)
     next(chunks)
     with no_waiting():
         for _ in range(steps - 1):

@@ -36,7 +36,17 @@ def names(kind: str) -> list[str]:
 
 def next_token_generators() -> list[str]:
     """Those generators that predict one id after another."""
-    return [name for name in names("generator") if issubclass(registry.entry(name).load(), AutoregressiveGenerator)]
+    kinds = {name: registry.entry(name).load() for name in names("generator")}
+    return [
+        name
+        for name, kind in kinds.items()
+        if issubclass(kind, AutoregressiveGenerator) and not kind.needs_tokenizer  # whose steps are scales
+    ]
+
+
+def in_loop(model: Generator) -> dict[str, Tokenizer]:
+    """The argument ``tokenizer`` of a generator that has one in its loop."""
+    return {"tokenizer": tiny(registry.entry(model.registry_name).tokenizer)} if model.needs_tokenizer else {}
 
 
 def single_token_generators() -> dict[str, dict[str, Any]]:
@@ -88,7 +98,7 @@ def training_loss(model: Tokenizer | Generator) -> torch.Tensor:
         return sum(terms if output.reconstruction is None else [*terms, output.reconstruction.square().mean()])
     spec = model.spec
     tokens = token_ids(model) if spec.discrete else Keys.range(0, 3).normal("x", spec.length, spec.dim)
-    return model(tokens, labels(0, 1, 2), draws=draws).loss
+    return model(tokens, labels(0, 1, 2), draws=draws, **in_loop(model)).loss
 
 
 def labels(*classes: int) -> Condition:

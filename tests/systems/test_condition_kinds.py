@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.tiny_models import names, tiny, token_ids
+from support.tiny_models import in_loop, names, tiny, token_ids
 
 from vistok.checkpoints import registry
 from vistok.draws import Keys
@@ -63,7 +63,7 @@ def test_it_trains_and_samples_or_says_why_not(name, kind):
     model = tiny(name, **arguments).train()
     assert model.condition_spec.only(spec.parts) == spec
     condition = model.condition_spec.check(condition_of(spec))
-    loop = {"tokenizer": tiny(registry.entry(name).tokenizer)} if model.needs_tokenizer else {}
+    loop = in_loop(model)
     tokens = token_ids(model) if model.spec.discrete else torch.randn(BATCH, model.spec.length, model.spec.dim)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(2):

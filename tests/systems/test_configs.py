@@ -20,6 +20,8 @@ FILES = sorted(CONFIGS.rglob("*.yaml"))
 GRID = {"cifar10": 8, "emoji": 8, "imagenet256": 16, "imagenet512": 16, "datacomp256": 16}
 LENGTH = {"moving_digits": 64, "ucf101": 1024, "k600": 1024}
 """Tokens of a clip."""
+SCALES = {8: (1, 2, 3, 4, 6, 8), 16: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 32: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
+"""Of multi-scale tokens, by the side of the last grid."""
 
 
 def test_there_are_configs():
@@ -49,6 +51,9 @@ def test_config_builds(path):
                 side = GRID.get(path.parent.name) or int(path.stem.rpartition("_")[2]) // 16
                 codebook_size = None if issubclass(kind, ContinuousGenerator) else 1024
                 spec = TokenSpec(side * side, codebook_size, dim=8, grid=(side, side))
+                if kind.needs_tokenizer:
+                    scales = [(n, n) for n in SCALES[side]]
+                    spec = TokenSpec(sum(n * n for n, _ in scales), 1024, dim=8, scales=scales)
             given = ConditionSpec(10, IdSpec(256, 64), FeatureSpec(384, 16), IdSpec(1024, spec.length))
             condition = given.only(("labels",) if run.condition is None else run.condition)
             model = run.build_model({"spec": to_json(spec), **kind.condition_arguments(condition)})

@@ -137,7 +137,8 @@ class Generator(Model):
         *,
         draws: Draws | None = None,
     ) -> Tensor:
-        """Generate some positions of tokens (B, L[, D]) anew, those where ``regenerate`` (B, L) is True.
+        """Generate some positions of tokens (B, L[, D]) anew, those where ``regenerate`` (B, L) is True. A generator
+        that needs its tokenizer takes ``tokenizer=``, too.
 
         Raises:
             ValueError: this generator cannot, because it has an order of its own.

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from vistok.config import check
 from vistok.data.clips import repeat_last
-from vistok.data.masks import pixel_masks, token_masks
+from vistok.data.masks import pixel_masks, scale_masks, token_masks
 from vistok.data.movies import Movie, frames_to_pixels, shown, to_frames
 from vistok.data.pictures import from_pil, to_pil
 from vistok.draws import Draws, Keys
@@ -297,6 +297,7 @@ class Pipeline:
         """Generate a part of each image anew: inpainting, or class-conditional editing if the class is another one.
 
         A token that the mask touches is generated, the others are kept; what is kept looks as ``reconstruct`` has it.
+        Of tokens in scales, those of the last are, and of smaller ones that lie mostly in the mask (``scale_masks``).
 
         Args:
             images: as of :meth:`reconstruct`.
@@ -308,20 +309,26 @@ class Pipeline:
         The others are as of :meth:`__call__`.
 
         Raises:
-            ValueError: a generator that cannot fill in any positions (``mar`` can), masks or classes that do not fit
-                the images, tokens without a place in the image, and as of :meth:`__call__`.
+            ValueError: a generator that cannot fill in any positions (``mar`` and ``var`` can), masks or classes that
+                do not fit the images, tokens without a place in the image, and as of :meth:`__call__`.
         """
         options, pixels = self.options(**sampling), self._pixels(images)
-        if self._grid is None:
+        scales = self.tokenizer.spec.scales
+        grid = scales[-1] if scales else self._grid
+        if grid is None:
             raise ValueError("the tokens of this tokenizer have no place in the image, so a part of it has none either")
         masks = pixel_masks(masks, len(pixels), (pixels.shape[2], pixels.shape[3]))
-        regenerate = token_masks(masks, self._grid).to(self.device)
+        regenerate = token_masks(masks, grid).to(self.device)
+        if scales:
+            regenerate = scale_masks(regenerate.unflatten(1, grid), scales)
+        in_loop = {"tokenizer": self.tokenizer} if self.generator.needs_tokenizer else {}
         request = Request(class_labels, prompt, negative_prompt)
         condition = self._checked(self._conditions.of_images(request, len(pixels)), request, options)
 
         def edit(rows: slice, draws: Draws) -> Tensor:
             tokens = self.tokenizer.encode(self._to_tokenizer(pixels[rows])).to(self.device)
-            return self.generator.edit(tokens, regenerate[rows], condition[rows].to(self.device), options, draws=draws)
+            given = condition[rows].to(self.device)
+            return self.generator.edit(tokens, regenerate[rows], given, options, draws=draws, **in_loop)
 
         made = self._run(edit, condition, options, _seed(seed, generator), index_start, batch_size)
         return replace(made, prompts=_prompts(request, len(condition)))
@@ -483,14 +490,13 @@ class Pipeline:
 
     def _previewer(self, draws: Draws, condition: Condition) -> Callable[[Tensor, Tensor], list[Image.Image] | None]:
         """What shows the tokens of one batch, again and again, as more of them are known."""
-        step = self.tokenizer.spec.prefix_step
+        spec = self.tokenizer.spec
         own = self._own_condition(condition)
-        decode_prefix = None if step is None else self.tokenizer.prefix_decoder(draws, condition=own)
+        decode_prefix = self.tokenizer.prefix_decoder(draws, condition=own) if spec.prefixes_decode else None
 
         def show(tokens: Tensor, known: Tensor) -> list[Image.Image] | None:
             if decode_prefix is not None:
-                prefix = int(known.int().cumprod(1).sum(1).min())  # the longest that all images have
-                prefix -= prefix % step
+                prefix = spec.decodable(int(known.int().cumprod(1).sum(1).min()))  # the longest that all images have
                 return shown(decode_prefix(self._to_tokenizer(tokens[:, :prefix])).float()) if prefix else None
             if bool(known.all()):
                 return shown(self._decode(tokens, draws, condition))
@@ -509,6 +515,8 @@ class Pipeline:
 
     def _preview_step(self) -> int:
         spec = self.tokenizer.spec
+        if spec.scales:
+            return 1  # every scale shows
         return spec.prefix_step or (self._grid[-1] if self._grid else max(1, spec.length // 8))
 
 

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from vistok.draws import Draws, Keys
 from vistok.types import QuantizerOutput
+from vistok.utils.devices import without_autocast
 
 Grid3 = tuple[int, int, int]
 Resize = Literal["area", "trilinear"]
@@ -121,7 +122,7 @@ class MultiScaleBSQ(nn.Module):
 
     def forward(self, latents: Tensor, *, draws: Draws | None = None) -> QuantizerOutput:
         """Quantize maps (B, D, h, w) to ``quantized`` maps and ``ids`` (B, L, D) of 0 and 1; there are no losses."""
-        with torch.autocast(latents.device.type, enabled=False):
+        with without_autocast(latents.device):
             levels = list(self.levels(latents.float()))
         ids = torch.cat([level.bits for level in levels], 1).long()
         return QuantizerOutput(levels[-1].so_far.view(latents.shape), ids, {}, 2)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from vistok.draws import Draws
 from vistok.quantizers.vq import VectorQuantizer
 from vistok.types import Expander, QuantizerOutput
+from vistok.utils.devices import without_autocast
 
 Grid = tuple[int, int]
 NO_SHARE = 1e-6
@@ -149,7 +150,7 @@ class MultiScaleQuantizer(nn.Module):
 
     def encode(self, latents: Tensor, scales: Sequence[Grid] | None = None) -> Tensor:
         """Ids (B, L) of the scales of maps (B, D, h, w), in float32 whatever the precision around."""
-        with torch.autocast(latents.device.type, enabled=False):
+        with without_autocast(latents.device):
             return torch.cat([ids for _, ids, _ in self.levels(latents, scales)], 1)
 
     def forward(self, latents: Tensor, *, draws: Draws | None = None) -> QuantizerOutput:
@@ -158,7 +159,7 @@ class MultiScaleQuantizer(nn.Module):
         The gradient of ``quantized`` reaches the latents alone. Codes and refiners learn from the term "codebook",
         which compares the map after every scale with the latents.
         """
-        with torch.autocast(latents.device.type, enabled=False):
+        with without_autocast(latents.device):
             latents = latents.float()
             levels = list(self.levels(latents))
             ids = torch.cat([ids for _, ids, _ in levels], 1)

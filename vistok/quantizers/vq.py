@@ -18,6 +18,7 @@ from vistok.quantizers.clustering import CodeClustering
 from vistok.quantizers.perturbation import EXCHANGE, Perturbation, perturb
 from vistok.quantizers.restart import CodeRestart
 from vistok.types import AfterBackward, QuantizerOutput
+from vistok.utils.devices import without_autocast
 
 Gradient = Literal["raw", "normalised", "rotation"]
 Init = Literal["normal", "uniform"]
@@ -95,7 +96,7 @@ class VectorQuantizer(nn.Module, AfterBackward):
     def distances(self, latents: Tensor) -> Tensor:
         """Squared distances (..., K) of latents (..., D) to every code, in float32 whatever the precision around:
         in bfloat16 several percent of the latents would be nearest to another code."""
-        with torch.autocast(latents.device.type, enabled=False):
+        with without_autocast(latents.device):
             z, codes = self._norm(latents.float()), self._norm(self.embedding.weight.float())
             squares = z.pow(2).sum(-1, keepdim=True) + codes.pow(2).sum(-1)
             return squares - 2 * z @ codes.T

@@ -66,7 +66,7 @@ def draw(
         samples=grid([image for row in shown for image in to_pil(row)], columns=min(COLUMNS, len(shown[0]))),
         nearest=comparison(firsts, train.pixels[nearest(firsts, train.pixels)], COLUMNS),
         reconstructions=comparison(originals, reconstruct(tokenizer, originals), COLUMNS),
-        prefixes=None if tokenizer.spec.prefix_step is None else _prefixes(tokenizer, held_out),
+        prefixes=_prefixes(tokenizer, held_out) if tokenizer.spec.prefixes_decode else None,
         curves=draw_curves(_panels(tokenizer_rows, generator_rows, tokenizer.spec)),
     )
 
@@ -90,7 +90,9 @@ def _prefixes(tokenizer: Tokenizer, digits: Digits, rows: int = 5) -> Image.Imag
 
 
 def prefix_ladder(spec: TokenSpec) -> list[int]:
-    """Numbers of tokens that decode, each twice the last, up to all of them."""
+    """Numbers of tokens that decode, each twice the last, up to all of them; of scales, after each."""
+    if spec.prefix_step is None:
+        return sorted({spec.decodable(count) for count in range(1, spec.length + 1)})
     steps = [spec.prefix_step << power for power in range((spec.length // spec.prefix_step).bit_length())]
     return sorted({*steps, spec.length})
 

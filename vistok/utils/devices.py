@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import nn
 
@@ -42,3 +44,10 @@ def choose_device(device: torch.device | str | None) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"there is no CUDA GPU for device {str(device)!r}; leave the device out, or take cpu")
     return device
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """A context in which operations on ``device`` compute in the precision of their inputs, whatever is around."""
+    if not torch.amp.is_autocast_available(device.type):  # torch.autocast raises for such a device
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

@@ -25,20 +25,24 @@ from vistok.types import Condition
 from ..decoding import refuse
 from ..harness import Case, GoldenFailure, Step, runner
 
-TOKENIZER_PREFIX = "vae."
 CONFIG = Path(__file__).parents[3] / "configs" / "imagenet256" / "var_d16.yaml"
 
 
+def _prefix(case: Case) -> str:
+    """What the keys of the tokenizer begin with."""
+    return next(prefix for prefix, name in case.build["state_prefixes"].items() if name == "var/tokenizer")
+
+
 def _model(case: Case, step: Step) -> VAR:
-    state = {key: value for key, value in case.state.items() if not key.startswith(TOKENIZER_PREFIX)}
+    state = {key: value for key, value in case.state.items() if not key.startswith(_prefix(case))}
     model = case.once("var", lambda: vistok.from_official("var/gpt", case.config, state))
     model.label_smoothing = step.args.get("label_smoothing", 0.0)
-    return model.train(step.args.get("train", False))
+    return model.train(step.args.get("train", model.label_smoothing > 0))
 
 
 def _tokenizer(case: Case) -> VARVQ:
-    prefixed = {key: value for key, value in case.state.items() if key.startswith(TOKENIZER_PREFIX)}
-    state = {key.removeprefix(TOKENIZER_PREFIX): value for key, value in prefixed.items()}
+    prefix = _prefix(case)
+    state = {key.removeprefix(prefix): value for key, value in case.state.items() if key.startswith(prefix)}
     return case.once(
         "tokenizer", lambda: vistok.from_official("var/tokenizer", case.build["tokenizer_config"], state)
     ).eval()
@@ -111,7 +115,7 @@ def progressive_loss(case: Case, step: Step) -> dict[str, Tensor]:
 def _parameters(case: Case, step: Step) -> dict[str, Tensor]:
     """Our parameters by the reference's keys."""
     ours = dict(_model(case, step).named_parameters())
-    keys = [key for key in case.shapes if not key.startswith(TOKENIZER_PREFIX)]
+    keys = [key for key in case.shapes if not key.startswith(_prefix(case))]
     names = {key: list(our_names({key: torch.empty(0, device="meta")})) for key in keys}
     return {key: ours[name[0]] for key, name in names.items() if name and name[0] in ours}
 
@@ -261,7 +265,7 @@ def _scheduler(step: Step) -> SchedulerConfig:
 
 def _optimizer_config(step: Step, **more) -> OptimizerConfig:
     args = step.args
-    decay = {"weight_decay": args["wd"], "final_weight_decay": args.get("wd_end", args["wd"]) or None}
+    decay = {"weight_decay": args["wd"], "final_weight_decay": args.get("wd_end") if args["wd"] else None}
     return OptimizerConfig(lr=args["base_lr"] * args["batch_size"] / 256, **decay, **more)
 
 

@@ -208,7 +208,7 @@ class AutoregressiveSession:
 
     def _expanded(self, tokens: Tensor) -> Tensor:
         """Inputs (B, m, E) that follow the next tokens, as the model computes."""
-        return self.expander.step(tokens).to(self.sequence.device, self.kv_cache.dtype)
+        return self.expander.step(tokens).to(self.sequence.device).to(self.kv_cache.dtype)
 
     def _for_rows(self, places: Tensor) -> Tensor:
         """Places (1 or B, n) for all rows of guidance, (1 or R, n)."""

@@ -30,6 +30,7 @@ from vistok.generators.var.smooth import GUMBEL, SmoothSession
 from vistok.nn.modulation import FinalModulation, modulation
 from vistok.nn.rotary import Positions
 from vistok.types import Clock, Condition, Expands, GeneratorOutput, TokenSpec, as_dataclass
+from vistok.utils.devices import without_autocast
 
 DEPTHS = (16, 20, 24, 30, 36)
 GATE_INITS = {16: 1e-3, 20: 1e-3, 24: 1e-4, 30: 1e-5, 36: 5e-6}
@@ -281,7 +282,7 @@ class VAR(AutoregressiveGenerator):
         self.check_tokenizer(tokenizer)
         if draws and "drop" in draws:
             condition = condition.drop(draws["drop"] < self.condition_dropout)
-        with torch.autocast(tokens.device.type, enabled=False):
+        with without_autocast(tokens.device):
             inputs = tokenizer.expander().expand(tokens).to(tokens.device)
         stage, warmth = self._stage(clock)
         logits = self.logits_of(inputs, condition, stage + 1)

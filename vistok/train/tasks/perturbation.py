@@ -57,9 +57,11 @@ class LatentPerturbation:
 
     def __init__(self, config: PerturbationConfig, tokenizer: Tokenizer):
         self.config = config
-        if not tokenizer.spec.discrete or tokenizer.spec.depth != 1 or len(quantizers(tokenizer)) != 1:
+        spec = tokenizer.spec
+        if not spec.discrete or spec.depth != 1 or spec.scales or len(quantizers(tokenizer)) != 1:
             raise ConfigError(
-                f"perturbation: {type(tokenizer).__name__} has no codebook of one code per token; leave the section out"
+                f"perturbation: {type(tokenizer).__name__} has no codebook of one code per token and place; "
+                "leave the section out"
             )
 
     def set(self, tokenizer: Tokenizer, clock: Clock) -> None:
