@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from PIL import Image
 from support.eval_data import as_tensor, colour_statistics, smooth_images
 from support.other_device import other_device, recorded_waits
-from support.tiny_models import CAPTIONS, captions, labels, names, pixels, tiny, token_ids
+from support.tiny_models import CAPTIONS, captions, in_loop, labels, names, pixels, tiny, token_ids
 from support.tiny_runs import GAN, generator_config, tokenizer_config, write_tokens
 from torch import Tensor, nn
 
@@ -65,6 +65,7 @@ SAMPLING = {
     "mar": {"guidance_scale": 2.0, "num_iter": 4, "num_steps": 4, "step_spacing": "stride"},
     "xar": {"guidance_scale": 2.0, "num_steps": 3, "context_noise": 0.1},
     "maskgit": {"guidance_scale": 2.0, "num_steps": 4},
+    "ming_univision": {"num_steps": 3},
     "rar": {"guidance_scale": 2.0, "guidance_schedule": "power-cosine"},
 }
 PIPELINES = [("vit_vqgan", "vit_vqgan_gpt"), ("kl_vae", "xar"), ("flextok", "llama")]
@@ -273,7 +274,7 @@ def some_tokens(model: Generator) -> Tensor:
 
 def generator_loss(model: Generator, tokens: Tensor, condition: Condition, draws: Draws) -> Tensor:
     weights = torch.arange(3.0, device=tokens.device)
-    return model(tokens, condition, draws=draws, weights=weights).loss
+    return model(tokens, condition, draws=draws, weights=weights, **in_loop(model)).loss
 
 
 @pytest.mark.parametrize(("name", "arguments"), [*GENERATORS, ("llama", CAPTIONS)])
@@ -288,8 +289,9 @@ def test_a_generator_trains_alike_and_never_waits(name, arguments, device):
     other.backward()
     check_same(other, loss)
     check_gradients(there, here)
+    weights, loop = torch.arange(3.0, device=device), in_loop(there)
     with no_waiting():
-        loss = generator_loss(there.train(), *batch)
+        loss = there.train()(*batch[:2], draws=batch[2], weights=weights, **loop).loss
         loss.backward()
     assert loss.isfinite()
 
@@ -300,10 +302,10 @@ def test_a_generator_samples_alike(name, arguments, device):
     there, condition = moved(here, device), captions() if arguments is CAPTIONS else labels(0, 4, -1)
     options = here.options_type(**SAMPLING[name])
     draws = here.sampling_draws(Keys.range(0, 3), options)
-    tokens = here.sample(condition, options, draws=draws)
-    check_same(there.sample(condition.to(device), options, draws=draws), tokens)
+    tokens = here.sample(condition, options, draws=draws, **in_loop(here))
+    check_same(there.sample(condition.to(device), options, draws=draws, **in_loop(there)), tokens)
     streamed = torch.zeros_like(tokens, device=device)
-    for chunk in there.stream(condition.to(device), options, draws=draws_on(draws, device)):
+    for chunk in there.stream(condition.to(device), options, draws=draws_on(draws, device), **in_loop(there)):
         positions = chunk.positions.view(*chunk.positions.shape, *[1] * (tokens.ndim - 2)).expand_as(chunk.tokens)
         valid = chunk.valid.view(*chunk.valid.shape, *[1] * (tokens.ndim - 2))
         settled = torch.where(valid, chunk.tokens, streamed.gather(1, positions))
@@ -317,8 +319,9 @@ def test_sampling_does_not_wait_between_its_steps(name, arguments, device):
     model = tiny(name, **arguments).to(device)
     options = model.options_type(**SAMPLING[name])
     draws = model.sampling_draws(Keys.range(0, 2), options)
-    steps = len(list(model.stream(labels(1, 2), options, draws=draws)))  # makes what is kept
-    chunks = model.stream(labels(1, 2).to(device), options, draws=draws)
+    loop = in_loop(model)
+    steps = len(list(model.stream(labels(1, 2), options, draws=draws, **loop)))  # makes what is kept
+    chunks = model.stream(labels(1, 2).to(device), options, draws=draws, **loop)
     next(chunks)
     with no_waiting():
         for _ in range(steps - 1):

@@ -44,6 +44,14 @@ def tiny(name: str, **arguments: Any) -> Tokenizer | Generator:
     return randomise(model).eval()
 
 
+def in_loop(model: Tokenizer | Generator) -> dict[str, Tokenizer]:
+    """The argument ``tokenizer`` of a generator that needs one, the tiny one of its system; else nothing."""
+    if not isinstance(model, Generator) or not model.needs_tokenizer:
+        return {}
+    tokenizer = tiny(registry.entry(model.registry_name).tokenizer).requires_grad_(False)
+    return {"tokenizer": tokenizer.to(next(model.parameters()).device)}
+
+
 def randomise(model: nn.Module) -> nn.Module:
     """Give every trained parameter random values: parameters that start at zero would hide mistakes."""
     generator = torch.Generator().manual_seed(0)
@@ -77,7 +85,7 @@ def training_loss(model: Tokenizer | Generator) -> torch.Tensor:
         return sum(terms if output.reconstruction is None else [*terms, output.reconstruction.square().mean()])
     spec = model.spec
     tokens = token_ids(model) if spec.discrete else Keys.range(0, 3).normal("x", spec.length, spec.dim)
-    return model(tokens, labels(0, 1, 2), draws=draws).loss
+    return model(tokens, labels(0, 1, 2), draws=draws, **in_loop(model)).loss
 
 
 def labels(*classes: int) -> Condition:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.tiny_models import names, tiny, token_ids
+from support.tiny_models import in_loop, names, tiny, token_ids
 
 from vistok.checkpoints import registry
 from vistok.draws import Keys
@@ -66,12 +66,13 @@ def test_it_trains_and_samples_or_says_why_not(name, kind):
     tokens = token_ids(model) if model.spec.discrete else torch.randn(BATCH, model.spec.length, model.spec.dim)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(2):
-        loss = model(tokens, condition, draws=model.training_draws(Keys.range(0, BATCH, step))).loss
+        draws = model.training_draws(Keys.range(0, BATCH, step))
+        loss = model(tokens, condition, draws=draws, **in_loop(model)).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         assert loss.isfinite()
     model.eval()
     draws = model.sampling_draws(Keys.range(0, BATCH), model.options_type())
-    sampled = model.sample(condition, draws=draws)
+    sampled = model.sample(condition, draws=draws, **in_loop(model))
     assert sampled.shape == tokens.shape

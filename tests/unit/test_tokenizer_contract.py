@@ -278,8 +278,12 @@ def test_tokenizers_whose_tokens_are_read_as_they_are_have_no_expander(name):
 
 
 @pytest.mark.parametrize("name", names("generator"))
-def test_a_tokenizer_is_refused_where_none_is_needed(name):
+def test_a_tokenizer_is_refused_where_none_is_needed_and_asked_for_where_one_is(name):
     model = tiny(name)
+    if model.needs_tokenizer:
+        with pytest.raises(ValueError, match="pass tokenizer="):
+            model.start(labels(0))
+        return
     spec = model.spec
     tokens = torch.zeros(1, spec.length, dtype=torch.long) if spec.discrete else torch.zeros(1, spec.length, spec.dim)
     with pytest.raises(ValueError, match="leave tokenizer= out"):

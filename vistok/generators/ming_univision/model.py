@@ -34,7 +34,6 @@ from vistok.generators.ming_univision.networks import (
 from vistok.generators.ming_univision.sampling import (
     ALWAYS,
     IMAGE,
-    KINDS,
     TEXT,
     Context,
     MingOptions,
@@ -65,6 +64,7 @@ class MingUniVision(ContinuousGenerator):
     Args:
         spec: of the tokens.
         feature_dim: channels of what the tokenizer makes of a token.
+        num_classes: number of classes; a class is one entry that stands for a text. 0 takes none.
         text_vocabulary_size, text_length: texts are at most so many ids below that.
         given_length: the most latents of an image that comes before; 0 takes none.
         vocabulary_size: ids of the language model; None adds four marks to those of texts.
@@ -83,10 +83,10 @@ class MingUniVision(ContinuousGenerator):
     registry_name = "ming_univision"
     options_type = MingOptions
     needs_tokenizer = True
-    num_classes = None
     tiny = {
-        "spec": {"length": 16, "codebook_size": None, "dim": 4, "grid": (4, 4)},
+        "spec": TokenSpec(16, None, dim=4, grid=(4, 4)),
         "feature_dim": 24,
+        "num_classes": 5,
         "text_vocabulary_size": 20,
         "text_length": 5,
         "given_length": 16,
@@ -97,10 +97,8 @@ class MingUniVision(ContinuousGenerator):
             "num_layers": 2,
             "num_heads": 4,
             "num_kv_heads": 2,
-            "num_experts": 4,
-            "experts_per_token": 2,
-            "expert_dim": 16,
-            "num_shared_experts": 1,
+            "mlp_dim": 48,
+            "num_experts": 0,
             "max_length": 128,
         },
         "head": {"dim": 32, "num_layers": 2},
@@ -123,6 +121,7 @@ class MingUniVision(ContinuousGenerator):
         self,
         spec: TokenSpec,
         feature_dim: int = 1024,
+        num_classes: int = 0,
         text_vocabulary_size: int = 0,
         text_length: int = 0,
         given_length: int = 0,
@@ -151,12 +150,16 @@ class MingUniVision(ContinuousGenerator):
             setattr(self, name, mark)
         if not 0 <= condition_dropout <= 1:
             raise ValueError(f"condition_dropout must lie in [0, 1], got {condition_dropout}")
+        self.num_classes = num_classes or None
         self.text = IdSpec(text_vocabulary_size, text_length) if text_length else None
         self.given = FeatureSpec(self.spec.dim, given_length) if given_length else None
-        self.feature_dim, self.human, self.assistant = feature_dim, tuple(human), tuple(assistant)
+        self.feature_dim = feature_dim
+        for name, ids in (("human", human), ("assistant", assistant)):
+            self.register_buffer(name, torch.tensor(tuple(ids), dtype=torch.int64), persistent=False)
         self.condition_dropout, self.end_weight = condition_dropout, end_weight
         self.embedding = nn.Embedding(size, config.dim)
         nn.init.normal_(self.embedding.weight, std=0.02)
+        self.classes = nn.Embedding(num_classes, config.dim) if num_classes else None
         self.backbone = Backbone(config)
         self.output = nn.Linear(config.dim, size, bias=False)
         self.projection = projection(feature_dim, config.dim, num_projection_layers)
@@ -165,15 +168,16 @@ class MingUniVision(ContinuousGenerator):
 
     @property
     def condition_spec(self) -> ConditionSpec:
-        return ConditionSpec(ids=self.text, given=self.given)
+        return ConditionSpec(num_classes=self.num_classes or 0, ids=self.text, given=self.given)
 
     @classmethod
     def condition_arguments(cls, spec: ConditionSpec) -> dict[str, Any]:
-        cls.refuse_parts(spec, "ids", "given")
+        cls.refuse_parts(spec, "labels", "ids", "given")
         given = spec.given
         if isinstance(given, IdSpec):
-            raise ValueError(f"{cls.registry_name} reads latents of an image that came before, these data have ids")
+            raise ValueError(f"{cls.registry_name} takes latents of an image that came before; these data have ids")
         return {
+            "num_classes": spec.num_classes,
             "text_vocabulary_size": spec.ids.vocabulary_size if spec.ids else 0,
             "text_length": spec.ids.length if spec.ids else 0,
             "given_length": given.length if given else 0,
@@ -229,6 +233,12 @@ class MingUniVision(ContinuousGenerator):
             ):
                 kinds = torch.full(where.shape, IMAGE, device=device)
                 parts.append(Prompt(x, where, kinds, torch.full_like(where, is_image)))
+        if (label := condition.part("labels")) is not None:
+            valid = ~label.dropped[:, None]
+            embeddings = self.classes(label.values.where(valid[:, 0], 0))[:, None]
+            parts.append(
+                Prompt(embeddings, valid, torch.full(valid.shape, TEXT, device=device), torch.zeros_like(valid))
+            )
         if (text := condition.part("ids")) is not None:
             valid = text.valid() & ~text.dropped[:, None]
             embeddings = self.embedding(text.values.where(valid, 0))
@@ -240,9 +250,9 @@ class MingUniVision(ContinuousGenerator):
     def _mark(self, mark: int, rows: int) -> Tensor:
         return self.embedding.weight[mark].expand(rows, 1, -1)
 
-    def _fixed(self, ids: tuple[int, ...], rows: int, device: torch.device) -> Prompt:
-        """Ids that all rows have, and always see."""
-        embeddings = self.embedding(torch.tensor(ids, dtype=torch.int64, device=device)).expand(rows, -1, -1)
+    def _fixed(self, ids: Tensor, rows: int, device: torch.device) -> Prompt:
+        """Ids (n,) that all rows have, and always see."""
+        embeddings = self.embedding(ids).expand(rows, -1, -1)
         shape = (rows, len(ids))
         valid = torch.ones(shape, dtype=torch.bool, device=device)
         return Prompt(embeddings, valid, torch.full(shape, ALWAYS, device=device), torch.zeros_like(valid))
@@ -321,9 +331,9 @@ class MingUniVision(ContinuousGenerator):
         seen = torch.cat([prompt.valid, prompt.valid.new_ones(own.shape[:2])], 1)
         hidden = torch.zeros_like(prompt.valid)
         if drop is not None:
-            for part, share in (("ids", 1.0), ("given", 0.5)):
+            for kind, share in ((TEXT, 1.0), (IMAGE, 0.5)):
                 dropped = (drop < share * self.condition_dropout)[:, None]
-                hidden = hidden | (dropped & (prompt.kinds == KINDS[part]))
+                hidden = hidden | (dropped & (prompt.kinds == kind))
         left = torch.cat([prompt.valid & ~hidden, seen[:, start:]], 1)
         # The prompt is read as a whole, as in sampling; what follows does without, and closes the gap.
         mask = torch.cat([attention_mask(seen, 0)[:, :, :start], attention_mask(left, start)], 2)

@@ -19,6 +19,8 @@ from vistok.generators.ming_univision.networks import BackboneConfig, FlowHeadCo
 from vistok.types import TokenSpec
 
 OF_THE_TOKENIZER = (
+    "low_level_encoder.img_size",
+    "low_level_encoder.patch_size",
     "low_level_encoder.depth",
     "low_level_encoder.embed_dim",
     "low_level_encoder.ffn_layer",
@@ -99,8 +101,9 @@ def arguments(given: OfficialConfig) -> dict[str, Any]:
 
 def _spec(given: OfficialConfig) -> TokenSpec:
     encoder = "mingtok.low_level_encoder"
-    side = given.take(f"{encoder}.img_size") // given.take(f"{encoder}.patch_size")
-    count = given.take("llm_config.num_image_tokens_for_gen", side**2)
+    count = given.take("llm_config.num_image_tokens_for_gen", None)
+    if count is None:  # else it is what counts
+        count = (given.take(f"{encoder}.img_size") // given.take(f"{encoder}.patch_size")) ** 2
     if math.isqrt(count) ** 2 != count:
         raise CheckpointError(f"llm_config.num_image_tokens_for_gen is {count}; the images that are drawn are square")
     side = math.isqrt(count)

@@ -17,7 +17,7 @@ from vistok.types import Condition, Expander, Expands, TokenChunk, TokenSpec
 
 ALWAYS, TEXT, IMAGE = 0, 1, 2
 """Kinds of entries: those that every row of guidance sees, the user's text, and images that came before."""
-KINDS = {"ids": TEXT, "given": IMAGE}
+KINDS = {"labels": TEXT, "ids": TEXT, "given": IMAGE}
 """Which entries a row does without that drops a part of the condition."""
 
 
@@ -65,9 +65,10 @@ class MingOptions:
         """The rows and their scales, with or without an image that came before."""
         combination = PLAIN if self.combination == "sum" else ChannelNorm()
         text, image = constant(self.guidance_scale), constant(self.image_guidance_scale)
-        nothing = ("ids", "given")
+        wish = ("labels", "ids")
+        nothing = (*wish, "given")
         if has_image and not self.guidance_scale == self.image_guidance_scale == 1:
-            return Guidance(((), ("ids",), nothing), (text, image), combination)
+            return Guidance(((), wish, nothing), (text, image), combination)
         return OFF if self.guidance_scale == 1 or has_image else Guidance(((), nothing), (text,), combination)
 
 
@@ -107,6 +108,8 @@ class JointModel(Protocol):
     to_condition: nn.Module
     projection: nn.Module
     output: nn.Linear
+
+    def check_condition(self, condition: Condition) -> None: ...
 
     def prompt(self, condition: Condition, tokenizer: Expands | None) -> Prompt: ...
 
@@ -337,6 +340,7 @@ class MingSession:
         Args:
             noise: as of the session.
         """
+        self.model.check_condition(condition)
         self.finish()
         context, start = self.context, self._kept.shape[1]
         context.kinds = torch.where(context.kinds == TEXT, ALWAYS, context.kinds)
