@@ -65,6 +65,7 @@ SAMPLING = {
     "mar": {"guidance_scale": 2.0, "num_iter": 4, "num_steps": 4, "step_spacing": "stride"},
     "xar": {"guidance_scale": 2.0, "num_steps": 3, "context_noise": 0.1},
     "maskgit": {"guidance_scale": 2.0, "num_steps": 4},
+    "ming_univision": {"num_steps": 3},
     "rar": {"guidance_scale": 2.0, "guidance_schedule": "power-cosine"},
     "var": {"guidance_scale": 2.0, "guidance_schedule": "linear", "top_k": 8},
 }
@@ -296,8 +297,9 @@ def test_a_generator_trains_alike_and_never_waits(name, arguments, device):
     other.backward()
     check_same(other, loss)
     check_gradients(there, here)
+    weights, loop = torch.arange(3.0, device=device), in_loop(there)
     with no_waiting():
-        loss = generator_loss(there.train(), *batch)
+        loss = there.train()(*batch[:2], draws=batch[2], weights=weights, **loop).loss
         loss.backward()
     assert loss.isfinite()
 

@@ -65,6 +65,14 @@ def tiny(name: str, **arguments: Any) -> Tokenizer | Generator:
     return randomise(model).eval()
 
 
+def in_loop(model: Tokenizer | Generator) -> dict[str, Tokenizer]:
+    """The argument ``tokenizer`` of a generator that needs one, the tiny one of its system; else nothing."""
+    if not isinstance(model, Generator) or not model.needs_tokenizer:
+        return {}
+    tokenizer = tiny(registry.entry(model.registry_name).tokenizer).requires_grad_(False)
+    return {"tokenizer": tokenizer.to(next(model.parameters()).device)}
+
+
 def randomise(model: nn.Module) -> nn.Module:
     """Give every trained parameter random values: parameters that start at zero would hide mistakes."""
     generator = torch.Generator().manual_seed(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from pathlib import Path
 
@@ -103,7 +104,18 @@ def as_fsdp(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
+def write_shards(folder: Path, state: dict[str, Tensor]) -> Path:
+    """Two safetensors files with their index."""
+    names = {key: f"model-{1 + number % 2:05d}-of-00002.safetensors" for number, key in enumerate(state)}
+    for name in set(names.values()):
+        save_file({key: tensor for key, tensor in state.items() if names[key] == name}, folder / name)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": names}))
+    return index
+
+
 FILES = {
+    "shards": write_shards,
     "bare": write_torch(lambda state: state),
     "before 1.6": write_torch(lambda state: state, _use_new_zipfile_serialization=False),
     "data parallel": write_torch(lambda state: {"model": state, "steps": 10, "args": argparse.Namespace(lr=1e-4)}),
@@ -121,6 +133,45 @@ FILES = {
 def test_convert_reads_every_kind_of_file(write, tmp_path, case):
     model = convert("llamagen/gpt", write(tmp_path, case.state), case.config)
     assert model.fingerprint() == case.build_model().fingerprint()
+
+
+def rewritten(index: Path, change) -> Path:
+    """An index after ``change`` of its file names."""
+    content = json.loads(index.read_text())
+    content["weight_map"] = change(content["weight_map"])
+    index.write_text(json.dumps(content))
+    return index
+
+
+def test_shards_that_do_not_fit_their_index_are_refused(tmp_path, case):
+    index = write_shards(tmp_path, case.state)
+    first, *others = json.loads(index.read_text())["weight_map"]
+    before = index.read_text()
+    for change, message in (
+        (lambda names: names | {first: "../elsewhere.safetensors"}, r"no safetensors file beside it"),
+        (lambda names: names | {first: "weights.bin"}, r"weights\.bin', which is no safetensors file"),
+        (lambda names: names | {"invented": names[first]}, r"lack: model-00001-of-00002\.safetensors: invented"),
+        (lambda names: {key: names[key] for key in others}, r"does not name: model-00001"),
+        (lambda names: list(names), r"no safetensors file beside it"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            convert("llamagen/gpt", rewritten(index, change), case.config)
+        index.write_text(before)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"not beside it: model-00002-of-00002\.safetensors; fetch them too"):
+        convert("llamagen/gpt", index, case.config)
+    index.write_text("[]")
+    with pytest.raises(CheckpointError, match="no index of safetensors files"):
+        convert("llamagen/gpt", index, case.config)
+
+
+def test_a_file_of_tokenizer_and_generator_gives_both(tmp_path):
+    case = Case(GOLDEN / "cases" / "mingtok_univision_t2i")
+    index = write_shards(tmp_path, case.state)
+    generator = convert("ming_univision/generator", index, case.config)
+    tokenizer = convert("mingtok/tokenizer", index, case.config["mingtok"])
+    assert generator.spec == tokenizer.spec
+    assert generator.feature_dim == tokenizer.raster_features["semantic"]
 
 
 @pytest.mark.parametrize("with_counter", [True, False])

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vistok.checkpoints.weights import CheckpointError
+from vistok.checkpoints.weights import INDEX_SUFFIX, CheckpointError, shard_names
 
 
 def download(repo: str, filename: str, options: Mapping[str, Any]) -> Path:
-    """Fetch one file of a hub repository; the local path.
+    """Fetch one file of a hub repository, and of an index file all files that it names; the local path.
 
     Raises:
         CheckpointError: a file that is not on the hub, an unreachable hub, or no such repository.
@@ -22,7 +22,16 @@ def download(repo: str, filename: str, options: Mapping[str, Any]) -> Path:
         raise CheckpointError(
             f"{filename} is not on the hub: fetch it as its authors describe, then `vistok convert` the local file"
         )
-    return _reach(f"{repo}/{filename}", lambda: hf_hub_download(repo, filename, **options))
+
+    def fetch(name: str) -> Path:
+        return _reach(f"{repo}/{name}", lambda: hf_hub_download(repo, name, **options))
+
+    path = fetch(filename)
+    if filename.endswith(INDEX_SUFFIX):
+        folder = filename.rpartition("/")[0]
+        for shard in sorted(set(shard_names(path).values())):
+            fetch(f"{folder}/{shard}".lstrip("/"))
+    return path
 
 
 def snapshot(repo: str, files: Sequence[str], **hub_options: Any) -> Path:

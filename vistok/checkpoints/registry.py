@@ -117,6 +117,14 @@ ENTRIES = (
         tokenizer="llamagen_vq",
     ),
     Entry(
+        "ming_univision",
+        "generator",
+        "vistok.generators.ming_univision:MingUniVision",
+        "ming_univision/generator",
+        "2510.06590",
+        tokenizer="mingtok",
+    ),
+    Entry(
         "token_shuffle",
         "generator",
         "vistok.generators.token_shuffle:TokenShuffle",

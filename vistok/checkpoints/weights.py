@@ -6,6 +6,7 @@ Files are read as safetensors, or by torch with ``weights_only=True``; nothing i
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,17 +31,21 @@ class CheckpointError(ValueError):
 
 
 def read_weights(path: str | Path, *, stand_ins: Sequence[tuple[type, str]] = ()) -> dict[str, Any]:
-    """Read a safetensors file, or a torch file with ``weights_only=True``.
+    """Read a safetensors file, the index file of several (``*.safetensors.index.json``), or a torch file with
+    ``weights_only=True``.
 
     Args:
         stand_ins: inert classes, each with the name of a pickled class that it takes the place of.
 
     Raises:
-        CheckpointError: the file is absent, damaged, or would need unpickling of arbitrary objects.
+        CheckpointError: the file is absent, damaged, or would need unpickling of arbitrary objects; or an index that
+            does not say what its files hold.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"there is no weights file {path}")
+    if path.name.endswith(INDEX_SUFFIX):
+        return _read_shards(path)
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
@@ -68,6 +73,47 @@ def read_weights(path: str | Path, *, stand_ins: Sequence[tuple[type, str]] = ()
     if not isinstance(found, Mapping):
         raise CheckpointError(f"{path} holds a {type(found).__name__}, no state dict")
     return dict(found)
+
+
+INDEX_SUFFIX = ".safetensors.index.json"
+
+
+def shard_names(index: Path) -> dict[str, str]:
+    """The name of the file that holds each tensor, as an index file says; all lie in its folder.
+
+    Raises:
+        CheckpointError: no index file, or names that lead out of the folder.
+    """
+    try:
+        names = json.loads(index.read_text())["weight_map"]
+        proper = isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{index} is no index of safetensors files (no weight_map): {error!r}") from error
+    odd = [name for name in names.values() if not _is_shard(name)] if proper else [names]
+    if odd:
+        raise CheckpointError(f"{index} names {odd[0]!r}, which is no safetensors file beside it")
+    return names
+
+
+def _is_shard(name: str) -> bool:
+    return name.endswith(".safetensors") and name == Path(name).name and "\\" not in name
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """The tensors of all files that an index names, each in the file that it says."""
+    names, found = shard_names(index), {}
+    absent = sorted({name for name in names.values() if not (index.parent / name).is_file()})
+    if absent:
+        raise CheckpointError(f"{index} names files that are not beside it: {listing(absent)}; fetch them too")
+    for shard in sorted(set(names.values())):
+        found |= {(shard, key): tensor for key, tensor in read_weights(index.parent / shard).items()}
+    named = {(shard, key) for key, shard in names.items()}
+    missing, surplus = named - found.keys(), found.keys() - named
+    if missing or surplus:
+        wrong = listing(f"{shard}: {key}" for shard, key in (missing or surplus))
+        what = "tensors that their files lack" if missing else "files with tensors that it does not name"
+        raise CheckpointError(f"{index} names {what}: {wrong}; its files are of another checkpoint, or incomplete")
+    return {key: tensor for (_, key), tensor in found.items()}
 
 
 WRAPPERS = ("ema", "model_ema", "model", "module", "state_dict")

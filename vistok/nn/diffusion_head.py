@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.nn.mlp import MLP
+from vistok.nn.mlp import MLP, GatedMLP
 from vistok.nn.modulation import modulate
 from vistok.nn.timesteps import TimestepEmbedding
 
@@ -13,10 +13,10 @@ from vistok.nn.timesteps import TimestepEmbedding
 class Block(nn.Module):
     """Residual block, modulated by the condition: (M, W) -> (M, W)."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, gated_dim: int | None):
         super().__init__()
         self.norm = nn.LayerNorm(dim, 1e-6)
-        self.mlp = MLP(dim, dim, F.silu)
+        self.mlp = MLP(dim, dim, F.silu) if gated_dim is None else GatedMLP(dim, gated_dim, F.silu)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 3 * dim))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -25,24 +25,35 @@ class Block(nn.Module):
 
 
 class DiffusionHead(nn.Module):
-    """The network that denoises single tokens, (M, d) -> (M, 2d): noise, then variance values.
+    """The network that denoises single tokens, (M, d) -> (M, output_dim).
 
     Args:
         token_dim: channels d of a token.
         condition_dim: channels of the vectors that it is conditioned on.
         dim: width W.
         num_layers: residual blocks.
+        output_dim: what it predicts; None is 2d, noise, then variance values.
+        gated_dim: hidden width of gated feed-forwards in the blocks; None has plain ones of width W.
     """
 
-    def __init__(self, token_dim: int, condition_dim: int, dim: int, num_layers: int):
+    def __init__(
+        self,
+        token_dim: int,
+        condition_dim: int,
+        dim: int,
+        num_layers: int,
+        *,
+        output_dim: int | None = None,
+        gated_dim: int | None = None,
+    ):
         super().__init__()
         self.time_embedding = TimestepEmbedding(dim, 256)
         self.condition = nn.Linear(condition_dim, dim)
         self.input = nn.Linear(token_dim, dim)
-        self.blocks = nn.ModuleList(Block(dim) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(Block(dim, gated_dim) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim, 1e-6, elementwise_affine=False)
         self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
-        self.output = nn.Linear(dim, 2 * token_dim)
+        self.output = nn.Linear(dim, 2 * token_dim if output_dim is None else output_dim)
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
         """Denoise.

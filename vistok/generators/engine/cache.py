@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class LayerBuffer:
@@ -41,6 +42,12 @@ class LayerBuffer:
     def at(self, slots: Tensor) -> IndexedBuffer:
         """The same memory for entries whose slots are in a tensor."""
         return IndexedBuffer(self, slots)
+
+    def reserve(self, length: int) -> None:
+        """Make room for ``length`` entries in all."""
+        more = length - self._key.shape[2]
+        if more > 0:
+            self._key, self._value = (F.pad(kept, (0, 0, 0, more)) for kept in (self._key, self._value))
 
     def choose(self, rows: Tensor) -> None:
         """Keep these rows, in this order; a row may be listed more than once."""
@@ -159,6 +166,12 @@ class KVCache:
         """Say that all rows have ``length`` entries, after each was written at its own slots."""
         for layer in self.layers:
             layer.length = length
+
+    def reserve(self, length: int) -> None:
+        """Make room for ``length`` entries in all, where a sequence turns out longer than was known."""
+        for layer in self.layers:
+            layer.reserve(length)
+        self.capacity = max(self.capacity, length)
 
     def choose(self, rows: Tensor) -> None:
         """Keep these rows, in this order; a row may be listed more than once (branches, trials)."""

@@ -1,0 +1,389 @@
+"""Ming-UniVision: one autoregressive model over text and continuous image tokens.
+
+Paper: Ming-UniVision: Joint Image Understanding and Generation with a Unified Continuous Tokenizer (arXiv 2510.06590,
+section 3). Official weights and conventions: github.com/inclusionAI/Ming-UniVision (MIT).
+
+The model reads what its tokenizer makes of latents (semantic features) and writes latents, by a flow head for each
+token. A latent that it has written is expanded and read at once, so drawing and reading share one input space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from vistok.checkpoints import load_strictly
+from vistok.checkpoints.official_config import OfficialConfig
+from vistok.draws import Draws, Keys
+from vistok.generators.base import weighted_mean
+from vistok.generators.engine.continuous import ContinuousGenerator
+from vistok.generators.ming_univision import official
+from vistok.generators.ming_univision.networks import (
+    EPS,
+    Backbone,
+    BackboneConfig,
+    FlowHead,
+    FlowHeadConfig,
+    end_losses,
+    projection,
+)
+from vistok.generators.ming_univision.sampling import (
+    ALWAYS,
+    IMAGE,
+    TEXT,
+    Context,
+    MingOptions,
+    MingSession,
+    Prompt,
+    attention_mask,
+    write_text,
+)
+from vistok.types import (
+    Clock,
+    Condition,
+    ConditionSpec,
+    Expands,
+    FeatureSpec,
+    GeneratorOutput,
+    IdSpec,
+    TokenSpec,
+    as_dataclass,
+)
+
+
+class MingUniVision(ContinuousGenerator):
+    """Text to image, image and text to image, image to text.
+
+    A context is: the human's role, an image that came before, the human's text, the model's role, and the image that
+    is written. Guidance and training do without the text, or without text and image; roles and marks always stay.
+
+    Args:
+        spec: of the tokens.
+        feature_dim: channels of what the tokenizer makes of a token.
+        num_classes: number of classes; a class is one entry that stands for a text. 0 takes none.
+        text_vocabulary_size, text_length: texts are at most so many ids below that.
+        given_length: the most latents of an image that comes before; 0 takes none.
+        vocabulary_size: ids of the language model; None adds four marks to those of texts.
+        image_start, image_patch, image_end, end: ids of the marks; None takes the four behind those of texts.
+        human, assistant: ids of the roles, before and behind what the human says.
+        backbone: the language model.
+        head: the network that draws latents.
+        num_projection_layers: linear layers between features and the language model.
+        condition_dropout: share of the samples that are trained without their text, half of them without an image too.
+        end_weight: weight of the loss of the mark behind an image.
+
+    Raises:
+        ValueError: discrete tokens, or a mark that is no id.
+    """
+
+    registry_name = "ming_univision"
+    options_type = MingOptions
+    needs_tokenizer = True
+    tiny = {
+        "spec": TokenSpec(16, None, dim=4, grid=(4, 4)),
+        "feature_dim": 24,
+        "num_classes": 5,
+        "text_vocabulary_size": 20,
+        "text_length": 5,
+        "given_length": 16,
+        "human": (1,),
+        "assistant": (2, 3),
+        "backbone": {
+            "dim": 32,
+            "num_layers": 2,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "mlp_dim": 48,
+            "num_experts": 0,
+            "max_length": 128,
+        },
+        "head": {"dim": 32, "num_layers": 2},
+    }
+    sizes = {
+        "16b_a3b": {
+            "text_vocabulary_size": 126464,
+            "text_length": 512,
+            "vocabulary_size": 126464,
+            "image_start": 126347,
+            "image_patch": 126346,
+            "image_end": 126348,
+            "end": 126081,
+            "backbone": asdict(BackboneConfig()),
+            "head": asdict(FlowHeadConfig()),
+        }
+    }
+
+    def __init__(
+        self,
+        spec: TokenSpec,
+        feature_dim: int = 1024,
+        num_classes: int = 0,
+        text_vocabulary_size: int = 0,
+        text_length: int = 0,
+        given_length: int = 0,
+        vocabulary_size: int | None = None,
+        image_start: int | None = None,
+        image_patch: int | None = None,
+        image_end: int | None = None,
+        end: int | None = None,
+        human: tuple[int, ...] = (),
+        assistant: tuple[int, ...] = (),
+        backbone: BackboneConfig = BackboneConfig(),  # noqa: B008 (immutable)
+        head: FlowHeadConfig = FlowHeadConfig(),  # noqa: B008
+        num_projection_layers: int = 2,
+        condition_dropout: float = 0.1,
+        end_weight: float = 0.1,
+    ):
+        super().__init__()
+        self.spec = self.check_spec(as_dataclass(TokenSpec, spec), "MingUniVision")
+        config, head = as_dataclass(BackboneConfig, backbone), as_dataclass(FlowHeadConfig, head)
+        size = text_vocabulary_size + 4 if vocabulary_size is None else vocabulary_size
+        marks = {"image_start": image_start, "image_patch": image_patch, "image_end": image_end, "end": end}
+        for number, (name, mark) in enumerate(marks.items()):
+            mark = text_vocabulary_size + number if mark is None else mark
+            if not 0 <= mark < size:
+                raise ValueError(f"{name} {mark} is no id of a vocabulary of {size}")
+            setattr(self, name, mark)
+        if not 0 <= condition_dropout <= 1:
+            raise ValueError(f"condition_dropout must lie in [0, 1], got {condition_dropout}")
+        self.num_classes = num_classes or None
+        self.text = IdSpec(text_vocabulary_size, text_length) if text_length else None
+        self.given = FeatureSpec(self.spec.dim, given_length) if given_length else None
+        self.feature_dim = feature_dim
+        for name, ids in (("human", human), ("assistant", assistant)):
+            self.register_buffer(name, torch.tensor(tuple(ids), dtype=torch.int64), persistent=False)
+        self.condition_dropout, self.end_weight = condition_dropout, end_weight
+        self.embedding = nn.Embedding(size, config.dim)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.classes = nn.Embedding(num_classes, config.dim) if num_classes else None
+        self.backbone = Backbone(config)
+        self.output = nn.Linear(config.dim, size, bias=False)
+        self.projection = projection(feature_dim, config.dim, num_projection_layers)
+        self.to_condition = nn.Sequential(nn.Linear(config.dim, head.dim), nn.LayerNorm(head.dim, EPS))
+        self.flow_head = FlowHead(self.spec.dim, head.dim, head)
+
+    @property
+    def condition_spec(self) -> ConditionSpec:
+        return ConditionSpec(num_classes=self.num_classes or 0, ids=self.text, given=self.given)
+
+    @classmethod
+    def condition_arguments(cls, spec: ConditionSpec) -> dict[str, Any]:
+        cls.refuse_parts(spec, "labels", "ids", "given")
+        given = spec.given
+        if isinstance(given, IdSpec):
+            raise ValueError(f"{cls.registry_name} takes latents of an image that came before; these data have ids")
+        return {
+            "num_classes": spec.num_classes,
+            "text_vocabulary_size": spec.ids.vocabulary_size if spec.ids else 0,
+            "text_length": spec.ids.length if spec.ids else 0,
+            "given_length": given.length if given else 0,
+        }
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Reading
+
+    def embed_features(self, features: Tensor) -> Tensor:
+        """Semantic features (B, N, E) as the language model reads them, (B, N, D).
+
+        Raises:
+            ValueError: features of another width.
+        """
+        if features.shape[-1] != self.feature_dim:
+            raise ValueError(
+                f"this model reads features of {self.feature_dim} channels, the tokenizer makes {features.shape[-1]}; "
+                "build it with feature_dim of the tokenizer that it is to have"
+            )
+        return self.projection(features)
+
+    def embed_ids(self, ids: Tensor, features: Tensor | None = None) -> Prompt:
+        """Ids (B, n) of the language model as a prompt in which nothing is hidden from any row.
+
+        Args:
+            features: (B, N, E) or None; they take the places of the patch marks, in their order.
+
+        Raises:
+            ValueError: another number of marks than features.
+        """
+        embeddings, images = self.embedding(ids), ids == self.image_patch
+        count = 0 if features is None else features.shape[0] * features.shape[1]
+        if int(images.sum()) != count:
+            raise ValueError(f"the ids have {int(images.sum())} patch marks for {count} features of images")
+        if features is not None:
+            embedded = self.embed_features(features)
+            embeddings = embeddings.masked_scatter(images[..., None], embedded.to(embeddings))
+        everywhere = torch.ones_like(images)
+        return Prompt(embeddings, everywhere, torch.zeros_like(ids), images)
+
+    def prompt(self, condition: Condition, tokenizer: Expands | None) -> Prompt:
+        """The prompt of a condition, padding inside it hidden."""
+        rows, device = len(condition), self.output.weight.device
+        parts = [self._fixed(self.human, rows, device)]
+        if (given := condition.part("given")) is not None:
+            features = self.embed_features(tokenizer.expander().expand(given.values.to(self.output.weight.dtype)))
+            valid = given.valid() & ~given.dropped[:, None]
+            ends = valid.any(1, keepdim=True)
+            for x, where, is_image in (
+                (self._mark(self.image_start, rows), ends, False),
+                (features, valid, True),
+                (self._mark(self.image_end, rows), ends, False),
+            ):
+                kinds = torch.full(where.shape, IMAGE, device=device)
+                parts.append(Prompt(x, where, kinds, torch.full_like(where, is_image)))
+        if (label := condition.part("labels")) is not None:
+            valid = ~label.dropped[:, None]
+            embeddings = self.classes(label.values.where(valid[:, 0], 0))[:, None]
+            parts.append(
+                Prompt(embeddings, valid, torch.full(valid.shape, TEXT, device=device), torch.zeros_like(valid))
+            )
+        if (text := condition.part("ids")) is not None:
+            valid = text.valid() & ~text.dropped[:, None]
+            embeddings = self.embedding(text.values.where(valid, 0))
+            parts.append(
+                Prompt(embeddings, valid, torch.full(valid.shape, TEXT, device=device), torch.zeros_like(valid))
+            )
+        return Prompt.cat([*parts, self._fixed(self.assistant, rows, device)])
+
+    def _mark(self, mark: int, rows: int) -> Tensor:
+        return self.embedding.weight[mark].expand(rows, 1, -1)
+
+    def _fixed(self, ids: Tensor, rows: int, device: torch.device) -> Prompt:
+        """Ids (n,) that all rows have, and always see."""
+        embeddings = self.embedding(ids).expand(rows, -1, -1)
+        shape = (rows, len(ids))
+        valid = torch.ones(shape, dtype=torch.bool, device=device)
+        return Prompt(embeddings, valid, torch.full(shape, ALWAYS, device=device), torch.zeros_like(valid))
+
+    def logits(self, prompt: Prompt) -> Tensor:
+        """Logits (B, n, V) of the word behind each entry of a prompt, all in one pass."""
+        positions = (prompt.valid.cumsum(1) - 1).clamp_min(0)
+        hidden = self.backbone(prompt.embeddings, positions, attention_mask(prompt.valid, 0), images=prompt.images)
+        return self.output(hidden).float()
+
+    @torch.no_grad()
+    def describe(self, condition: Condition, max_tokens: int, *, tokenizer: Expands) -> Tensor:
+        """Answer in text: ids (B, n), n <= max_tokens, the likeliest each time, filled up with the end mark.
+
+        Args:
+            condition: an image (``given``), a question (``ids``), or both.
+        """
+        self.check_condition(condition)
+        prompt = self.prompt(condition.to(self.output.weight.device), tokenizer)
+        count = prompt.embeddings.shape[1]
+        if not count:
+            raise ValueError("there is nothing to describe: the condition has neither an image nor a text")
+        context = Context(self, len(condition), count + max_tokens)
+        hidden = context.read(prompt.embeddings, prompt.valid, prompt.kinds, prompt.images)
+        return write_text(self, context, self.output(hidden[:, -1]).float(), max_tokens, [])
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Training
+
+    def forward(
+        self,
+        tokens: Tensor,
+        condition: Condition,
+        *,
+        draws: Draws | None = None,
+        weights: Tensor | None = None,
+        clock: Clock | None = None,
+        tokenizer: Expands | None = None,
+    ) -> GeneratorOutput:
+        """Mean squared error of the velocity, and ``end_weight`` times the cross entropy of the mark behind the image;
+        metrics "flow" and "image_end". All places in one pass; the tokenizer is not trained.
+
+        Raises:
+            ValueError: latents of another tokenizer, a missing tokenizer, or missing draws.
+        """
+        self.check_tokenizer(tokenizer)
+        self.spec.check_latents(tokens)
+        if not draws or not {"time", "noise"} <= draws.keys():
+            raise ValueError("training needs the draws 'time' and 'noise'; see training_draws")
+        with torch.no_grad():
+            features = tokenizer.expander().expand(tokens)
+        prompt = self.prompt(condition, tokenizer)
+        hidden = self._image_states(prompt, self.embed_features(features), draws.get("drop"))
+        z = self.to_condition(hidden[:, :-1]).flatten(0, 1)
+        flow = self.flow_head.losses(
+            tokens.flatten(0, 1), z, draws["time"].flatten(), draws["noise"].flatten(0, 1)
+        ).unflatten(0, tokens.shape[:2])
+        end = end_losses(self.output(hidden[:, -1]), self.image_end)
+        per_sample = {"flow": flow.mean(1), "image_end": end}
+        terms = {
+            name: values.mean() if weights is None else weighted_mean(values, weights)
+            for name, values in per_sample.items()
+        }
+        loss = terms["flow"] + self.end_weight * terms["image_end"]
+        return GeneratorOutput(loss, flow, {name: term.detach() for name, term in terms.items()})
+
+    def _image_states(self, prompt: Prompt, image: Tensor, drop: Tensor | None) -> Tensor:
+        """Hidden states (B, N + 1, D) of the start mark and of the image (B, N, D) behind a prompt.
+
+        Args:
+            drop: (B,) uniform numbers that say which rows do without their text, or without text and image.
+        """
+        rows, start = prompt.valid.shape
+        own = torch.cat([self._mark(self.image_start, rows), image], 1)
+        x = torch.cat([prompt.embeddings, own], 1)
+        seen = torch.cat([prompt.valid, prompt.valid.new_ones(own.shape[:2])], 1)
+        hidden = torch.zeros_like(prompt.valid)
+        if drop is not None:
+            for kind, share in ((TEXT, 1.0), (IMAGE, 0.5)):
+                dropped = (drop < share * self.condition_dropout)[:, None]
+                hidden = hidden | (dropped & (prompt.kinds == kind))
+        left = torch.cat([prompt.valid & ~hidden, seen[:, start:]], 1)
+        # The prompt is read as a whole, as in sampling; what follows does without, and closes the gap.
+        mask = torch.cat([attention_mask(seen, 0)[:, :, :start], attention_mask(left, start)], 2)
+        positions = torch.cat([seen.cumsum(1)[:, :start], left.cumsum(1)[:, start:]], 1) - 1
+        images = torch.cat([prompt.images, torch.zeros_like(seen[:, start:])], 1)
+        return self.backbone(x, positions.clamp_min(0), mask, images=images)[:, start:]
+
+    def training_draws(self, keys: Keys) -> Draws:
+        """ "drop" (B,) and "time" (B, L) uniform, "noise" (B, L, C) normal."""
+        return {
+            "drop": keys.uniform("drop"),
+            "time": keys.uniform("time", self.spec.length),
+            "noise": keys.normal("noise", self.spec.length, self.spec.dim),
+        }
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Sampling
+
+    def sampling_draws(self, keys: Keys, options: MingOptions | None = None) -> Draws:
+        """ "noise" (B, L, C) normal."""
+        return {"noise": keys.normal("noise", self.spec.length, self.spec.dim)}
+
+    def start(
+        self,
+        condition: Condition,
+        options: MingOptions | None = None,
+        *,
+        draws: Draws | None = None,
+        tokenizer: Expands | None = None,
+    ) -> MingSession:
+        self.check_tokenizer(tokenizer)
+        self.check_condition(condition)
+        if not draws or "noise" not in draws:
+            raise ValueError("latents are drawn from noise: pass draws=sampling_draws(Keys.range(seed, B))")
+        options = options or MingOptions()
+        condition = condition.to(self.output.weight.device)
+        with torch.no_grad():
+            prompt = self.prompt(condition, tokenizer)
+        guidance = options.guidance(has_image=condition.part("given") is not None)
+        return MingSession(self, prompt, options, guidance, draws["noise"], tokenizer)
+
+    @staticmethod
+    def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return official.own_keys(state)
+
+    @classmethod
+    def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
+        given = OfficialConfig(config, official.WITHOUT_EFFECT)
+        arguments = official.arguments(given)
+        given.finish()
+        model = cls(**arguments)
+        load_strictly(model, official.our_names(state_dict, arguments["backbone"]), source="the official state dict")
+        return model

@@ -1,0 +1,222 @@
+"""The language model of Ming-UniVision, and the head that writes latents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vistok.flow import LinearPath, euler, guided, last, shift_time
+from vistok.guidance import Guidance
+from vistok.nn.attention import Attention, LayerCache
+from vistok.nn.diffusion_head import DiffusionHead
+from vistok.nn.mlp import SwiGLU, two_thirds
+from vistok.nn.moe import MixtureOfExperts
+from vistok.nn.norms import RMSNorm
+from vistok.nn.rotary import FixedRotation, Rotation, rotation_table
+
+EPS = 1e-6
+TIME_SCALE = 1000.0
+PATH = LinearPath(noise_at=0)
+"""In u = 1 - t, where t is the time that the network is told: the head's velocity points from noise to data."""
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """A causal language model: pre-norm blocks with rotary positions and grouped heads, experts or plain layers.
+
+    Attributes:
+        dim, num_layers, num_heads: the usual sizes.
+        num_kv_heads: heads of keys and values; None is ``num_heads``.
+        head_dim: None is ``dim // num_heads``.
+        mlp_dim: hidden width of a plain feed-forward.
+        num_experts: 0 has plain feed-forwards in all blocks.
+        experts_per_token, expert_dim, num_shared_experts, renormalise_experts: see ``MixtureOfExperts``.
+        has_image_router: whether the positions of images that are read have a router of their own.
+        num_dense_layers: the first blocks that have plain feed-forwards beside later experts.
+        qkv_bias, out_bias: whether the projections of attention have biases.
+        norm_eps: of the RMS norms.
+        rope_base: of the rotary frequencies.
+        max_length: the most positions of a context.
+    """
+
+    dim: int = 2048
+    num_layers: int = 28
+    num_heads: int = 16
+    num_kv_heads: int | None = 4
+    head_dim: int | None = None
+    mlp_dim: int = 5632
+    num_experts: int = 64
+    experts_per_token: int = 6
+    expert_dim: int = 1408
+    num_shared_experts: int = 2
+    renormalise_experts: bool = True
+    has_image_router: bool = True
+    num_dense_layers: int = 0
+    qkv_bias: bool = False
+    out_bias: bool = False
+    norm_eps: float = 1e-5
+    rope_base: float = 600000.0
+    max_length: int = 32768
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each behind an RMS norm and with a residual."""
+
+    def __init__(self, config: BackboneConfig, *, dense: bool):
+        super().__init__()
+        self.norm1, self.norm2 = (RMSNorm(config.dim, config.norm_eps) for _ in range(2))
+        self.attn = Attention(
+            config.dim,
+            config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            qkv_bias=config.qkv_bias,
+            out_bias=config.out_bias,
+        )
+        if dense:
+            self.mlp = SwiGLU(config.dim, config.mlp_dim)
+        else:
+            self.mlp = MixtureOfExperts(
+                config.dim,
+                config.expert_dim,
+                config.num_experts,
+                config.experts_per_token,
+                num_shared_experts=config.num_shared_experts,
+                renormalise=config.renormalise_experts,
+                num_routers=2 if config.has_image_router else 1,
+            )
+
+    def forward(
+        self, x: Tensor, mask: Tensor, rotation: Rotation, cache: LayerCache | None, images: Tensor | None
+    ) -> Tensor:
+        x = x + self.attn(self.norm1(x), mask=mask, rotation=rotation, cache=cache)
+        h = self.norm2(x)
+        return x + (self.mlp(h, images) if isinstance(self.mlp, MixtureOfExperts) else self.mlp(h))
+
+
+class Backbone(nn.Module):
+    """Embeddings (R, n, D) to normed hidden states (R, n, D)."""
+
+    def __init__(self, config: BackboneConfig):
+        super().__init__()
+        self.config = config
+        self.blocks = nn.ModuleList(
+            Block(config, dense=not config.num_experts or index < config.num_dense_layers)
+            for index in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        places, head_dim = torch.arange(config.max_length)[:, None], self.blocks[0].attn.head_dim
+        self.rotation = FixedRotation(rotation_table(places, head_dim, base=config.rope_base))
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        mask: Tensor,
+        caches: Sequence[LayerCache] | None = None,
+        images: Tensor | None = None,
+    ) -> Tensor:
+        """
+        Args:
+            positions: (R, n) int64.
+            mask: bool (R, 1, n, keys), True where attention is allowed.
+            caches: of each block.
+            images: (R, n) bool, True at positions of images that are read; None for none.
+        """
+        rotation = self.rotation(positions)
+        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
+            x = block(x, mask, rotation, cache, images)
+        return self.norm(x)
+
+
+@dataclass(frozen=True)
+class FlowHeadConfig:
+    """The head that draws a latent.
+
+    Attributes:
+        dim, num_layers: width and residual blocks.
+        mlp_ratio: of its gated feed-forwards: as many weights as plain ones of so many times the width.
+    """
+
+    dim: int = 3072
+    num_layers: int = 12
+    mlp_ratio: float = 4.0
+
+
+class FlowHead(nn.Module):
+    """Rectified flow (arXiv 2209.03003) of single latents (M, C), conditioned on vectors (M, Z).
+
+    x_t = (1 - t) latent + t noise, and the network predicts the velocity latent - noise.
+
+    Args:
+        token_dim: C.
+        condition_dim: Z.
+        config: the network.
+    """
+
+    def __init__(self, token_dim: int, condition_dim: int, config: FlowHeadConfig):
+        super().__init__()
+        self.network = DiffusionHead(
+            token_dim,
+            condition_dim,
+            config.dim,
+            config.num_layers,
+            output_dim=token_dim,
+            gated_dim=two_thirds(int(config.dim * config.mlp_ratio), 8),
+        )
+        for module in self.network.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        self.network.initialise()
+
+    def velocity(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """The velocity (M, C) of x (M, C) at times t (M,) or (1,) in [0, 1], 1 being noise, under (M, Z)."""
+        return self.network(x, TIME_SCALE * t, self.network.condition(condition))
+
+    def losses(self, latents: Tensor, condition: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """Mean squared error of the velocity (M,), for latents and noise (M, C) at times t (M,)."""
+        x = PATH.interpolate(latents, noise, 1 - t)
+        return (self.velocity(x, t, condition) - PATH.velocity(latents, noise)).square().mean(-1)
+
+    def sample(
+        self,
+        condition: Tensor,
+        noise: Tensor,
+        guidance: Guidance,
+        *,
+        num_steps: int,
+        time_shift: float = 1.0,
+    ) -> Tensor:
+        """Latents (B, C), by Euler's method.
+
+        Args:
+            condition: (R * B, Z), row by row of the guidance.
+            noise: (B, C), times the temperature.
+            num_steps: network calls.
+            time_shift: more than 1 spends more of the steps near the noise.
+        """
+        projected = self.network.condition(condition)
+
+        def field(x: Tensor, u: float) -> Tensor:
+            return self.network(x, torch.full((1,), TIME_SCALE * (1 - u), device=x.device), projected)
+
+        times = [shift_time(u, time_shift) for u in PATH.times(num_steps)]
+        return last(euler(guided(field, guidance), noise, times)).x
+
+
+def projection(in_dim: int, dim: int, num_layers: int) -> nn.Sequential:
+    """Linear layers with GELU between them."""
+    layers: list[nn.Module] = [nn.Linear(in_dim, dim)]
+    for _ in range(num_layers - 1):
+        layers += [nn.GELU(), nn.Linear(dim, dim)]
+    return nn.Sequential(*layers)
+
+
+def end_losses(logits: Tensor, wanted: int) -> Tensor:
+    """Cross entropy (B,) in nats of one id under logits (B, V)."""
+    return F.cross_entropy(logits.float(), torch.full_like(logits[:, 0], wanted, dtype=torch.int64), reduction="none")

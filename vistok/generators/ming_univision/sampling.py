@@ -1,0 +1,363 @@
+"""What Ming-UniVision has read and written so far, and how it goes on: the next latent, or the next word."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vistok.generators.engine.cache import KVCache
+from vistok.generators.ming_univision.networks import Backbone, FlowHead
+from vistok.guidance import OFF, PLAIN, ChannelNorm, Guidance, constant
+from vistok.types import Condition, Expander, Expands, TokenChunk, TokenSpec
+
+ALWAYS, TEXT, IMAGE = 0, 1, 2
+"""Kinds of entries: those that every row of guidance sees, the user's text, and images that came before."""
+KINDS = {"labels": TEXT, "ids": TEXT, "given": IMAGE}
+"""Which entries a row does without that drops a part of the condition."""
+
+
+@dataclass(frozen=True)
+class MingOptions:
+    """How images are sampled.
+
+    With the velocities v of the whole condition, of the image without the text, and of neither, a step goes along
+
+        v_none + image_guidance_scale (v_image - v_none) + guidance_scale (v_all - v_image)
+
+    Where no image came before, the first scale does not count. The released code always uses 3 and 1.1.
+
+    Attributes:
+        guidance_scale: of the text; 1 is off, if that of the image is 1 too.
+        image_guidance_scale: of an image that came before.
+        combination: "channel_norm" scales a velocity down that is longer than v_all (``ChannelNorm``).
+        num_steps: network calls of the head per token.
+        temperature: factor of the noise that a token starts from.
+        time_shift: more than 1 spends more of the steps near the noise.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    guidance_scale: float = 3.0
+    image_guidance_scale: float = 1.1
+    combination: Literal["sum", "channel_norm"] = "sum"
+    num_steps: int = 16
+    temperature: float = 1.0
+    time_shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("guidance_scale", "image_guidance_scale", "temperature"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
+        if not 0 < self.time_shift < math.inf:
+            raise ValueError(f"time_shift must be finite and positive, got {self.time_shift}")
+        if self.combination not in ("sum", "channel_norm"):
+            raise ValueError(f"combination must be 'sum' or 'channel_norm', got {self.combination!r}")
+        if not isinstance(self.num_steps, int) or self.num_steps < 1:
+            raise ValueError(f"num_steps must be an integer of at least 1, got {self.num_steps!r}")
+
+    def guidance(self, *, has_image: bool) -> Guidance:
+        """The rows and their scales, with or without an image that came before."""
+        combination = PLAIN if self.combination == "sum" else ChannelNorm()
+        text, image = constant(self.guidance_scale), constant(self.image_guidance_scale)
+        wish = ("labels", "ids")
+        nothing = (*wish, "given")
+        if has_image and not self.guidance_scale == self.image_guidance_scale == 1:
+            return Guidance(((), wish, nothing), (text, image), combination)
+        return OFF if self.guidance_scale == 1 or has_image else Guidance(((), nothing), (text,), combination)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is read before an image is written.
+
+    Attributes:
+        embeddings: (B, n, D).
+        valid: (B, n) bool, False in padding.
+        kinds: (B, n) int64, see ``ALWAYS``.
+        images: (B, n) bool, True where the features of an image are read.
+    """
+
+    embeddings: Tensor
+    valid: Tensor
+    kinds: Tensor
+    images: Tensor
+
+    @classmethod
+    def cat(cls, parts: list[Prompt]) -> Prompt:
+        """One after another."""
+        names = ("embeddings", "valid", "kinds", "images")
+        return cls(*(torch.cat([getattr(part, name) for part in parts], 1) for name in names))
+
+
+class JointModel(Protocol):
+    """What a session needs of MingUniVision; see there."""
+
+    spec: TokenSpec
+    image_start: int
+    image_end: int
+    end: int
+    backbone: Backbone
+    flow_head: FlowHead
+    embedding: nn.Embedding
+    to_condition: nn.Module
+    projection: nn.Module
+    output: nn.Linear
+
+    def check_condition(self, condition: Condition) -> None: ...
+
+    def prompt(self, condition: Condition, tokenizer: Expands | None) -> Prompt: ...
+
+
+class Context:
+    """A batch of growing sequences with their cache. Later entries see those before, unless a row does without.
+
+    Attributes:
+        rows: the number of sequences.
+        visible: (rows, length) bool, which entries later ones see.
+        kinds: (rows, length) int64, see ``ALWAYS``.
+    """
+
+    def __init__(self, model: JointModel, rows: int, length: int):
+        weight, attention = model.output.weight, model.backbone.blocks[0].attn
+        self.model, self.rows = model, rows
+        self.cache = KVCache(
+            len(model.backbone.blocks),
+            rows,
+            attention.num_kv_heads,
+            length,
+            attention.head_dim,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+        self.visible = torch.zeros(rows, 0, dtype=torch.bool, device=weight.device)
+        self.kinds = torch.zeros(rows, 0, dtype=torch.int64, device=weight.device)
+
+    def read(
+        self, x: Tensor, valid: Tensor | None = None, kinds: Tensor | None = None, images: Tensor | None = None
+    ) -> Tensor:
+        """Append entries (R, n, D); their normed hidden states (R, n, D).
+
+        Raises:
+            ValueError: the context would be longer than the model's.
+        """
+        rows, count = x.shape[:2]
+        start, limit = self.visible.shape[1], self.model.backbone.config.max_length
+        if start + count > limit:
+            raise ValueError(
+                f"the context has {start} entries and {count} more exceed the {limit} that this model is built for; "
+                "begin a new one, or build the model with a larger max_length"
+            )
+        if valid is None:
+            valid = torch.ones(rows, count, dtype=torch.bool, device=x.device)
+        if kinds is None:
+            kinds = torch.full_like(valid, ALWAYS, dtype=torch.int64)
+        self.cache.reserve(start + count)
+        self.visible, self.kinds = torch.cat([self.visible, valid], 1), torch.cat([self.kinds, kinds], 1)
+        positions = (self.visible.cumsum(1)[:, start:] - 1).clamp_min(0)
+        return self.model.backbone(x, positions, attention_mask(self.visible, start), self.cache.layers, images)
+
+    def branch(self, hidden: list[Tensor]) -> None:
+        """Repeat all sequences, once for each of ``hidden`` (rows, length) bool: what that branch no longer sees."""
+        chosen = torch.arange(self.rows, device=self.visible.device).repeat(len(hidden))
+        self.cache.choose(chosen)
+        self.visible = self.visible[chosen] & ~torch.cat(hidden)
+        self.kinds = self.kinds[chosen]
+
+    def join(self, visible: Tensor) -> None:
+        """Keep the first branch alone, which sees again what is ``visible`` (rows, n) of its first n entries."""
+        first = torch.arange(self.rows, device=self.visible.device)
+        self.cache.choose(first)
+        self.visible = torch.cat([visible, self.visible[: self.rows, visible.shape[1] :]], 1)
+        self.kinds = self.kinds[: self.rows]
+
+
+def attention_mask(visible: Tensor, start: int) -> Tensor:
+    """What entries from ``start`` on see of all: bool (R, 1, n, keys), for (R, keys) that are visible at all.
+
+    Every entry sees itself, so that padding has something to attend to.
+    """
+    keys = visible.shape[1]
+    causal = torch.ones(keys - start, keys, dtype=torch.bool, device=visible.device).tril(start)
+    itself = torch.eye(keys, dtype=torch.bool, device=visible.device)[start:]
+    return (causal & visible[:, None] | itself)[:, None]
+
+
+class MingSession:
+    """One context for a batch: a prompt, an image, and then more text, or another prompt and another image.
+
+    Args:
+        prompt: what is read first.
+        guidance: which rows there are.
+        noise: (B, L, C) normal numbers, one for each latent.
+        hidden: of each row of guidance what it does without, (B, n) bool of the prompt; None goes by the kinds.
+
+    Attributes:
+        context: what was read and written.
+        hidden: (R * B, D), the state that the next latent, or the next word, is drawn from.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: JointModel,
+        prompt: Prompt,
+        options: MingOptions,
+        guidance: Guidance,
+        noise: Tensor,
+        tokenizer: Expands,
+        *,
+        hidden: list[Tensor] | None = None,
+    ):
+        self.model, self.options, self._tokenizer = model, options, tokenizer
+        rows = len(prompt.embeddings)
+        self.context = Context(model, rows, prompt.embeddings.shape[1] + model.spec.length + 2)
+        self._begin(prompt, guidance, noise, hidden)
+
+    def _begin(self, prompt: Prompt, guidance: Guidance, noise: Tensor, hidden: list[Tensor] | None) -> None:
+        """Read a prompt and the mark that an image starts."""
+        model, context, weight = self.model, self.context, self.model.output.weight
+        self.guidance, self._noise = guidance, noise.to(weight)
+        if prompt.embeddings.shape[1]:
+            context.read(prompt.embeddings, prompt.valid, prompt.kinds, prompt.images)
+        if hidden is None:
+            hidden = [self._without(parts) for parts in guidance.rows]
+        self._kept = context.visible
+        context.branch(hidden)
+        self._expander: Expander = self._tokenizer.expander()
+        self.tokens = weight.new_zeros(context.rows, 0, model.spec.dim)
+        self._read = 0  # latents that the context has read
+        self.hidden = context.read(self._mark(model.image_start, len(context.visible)))[:, -1]
+
+    def _without(self, parts: tuple[str, ...]) -> Tensor:
+        hidden = torch.zeros_like(self.context.visible)
+        for part in parts:
+            hidden = hidden | (self.context.kinds == KINDS[part])
+        return hidden
+
+    def _mark(self, mark: int, rows: int) -> Tensor:
+        """(rows, 1, D), the embedding of a special id."""
+        return self.model.embedding.weight[mark].expand(rows, 1, -1)
+
+    @torch.no_grad()
+    def append(self, tokens: Tensor) -> None:
+        """Set given latents (B, n, C) at the next places, instead of drawing them.
+
+        Raises:
+            ValueError: latents of another tokenizer, another batch size, or more than places left.
+        """
+        self.model.spec.check_latents(tokens)
+        if len(tokens) != len(self.tokens):
+            raise ValueError(f"the session has {len(self.tokens)} rows, the tokens {len(tokens)}")
+        if tokens.shape[1] > self.left:
+            raise ValueError(f"{tokens.shape[1]} latents exceed the {self.left} places that are left in the image")
+        self.tokens = torch.cat([self.tokens, tokens.to(self.tokens)], 1)
+
+    @property
+    def left(self) -> int:
+        """Latents that are still to be drawn."""
+        return self.model.spec.length - self.tokens.shape[1]
+
+    @torch.no_grad()
+    def generate(self, num_tokens: int | None = None) -> Iterator[TokenChunk]:
+        """Draw the next latents, one chunk for each place.
+
+        Raises:
+            ValueError: more than places left.
+        """
+        count = self.left if num_tokens is None else num_tokens
+        if not 0 <= count <= self.left:
+            raise ValueError(f"{count} latents were asked for, and the image has {self.left} places left")
+        for _ in range(count):
+            self.advance()
+            place, options = self.tokens.shape[1], self.options
+            latents = self.model.flow_head.sample(
+                self.model.to_condition(self.hidden),
+                self._noise[:, place] * options.temperature,
+                self.guidance,
+                num_steps=options.num_steps,
+                time_shift=options.time_shift,
+            )[:, None]
+            self.tokens = torch.cat([self.tokens, latents], 1)
+            places = torch.full((len(latents), 1), place, device=latents.device)
+            yield TokenChunk(places, latents, torch.ones_like(places, dtype=torch.bool))
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Read the latents that the context has not read yet."""
+        new = self.tokens[:, self._read :]
+        if new.shape[1]:
+            features = self.model.projection(self._expander.step(new))
+            kinds = torch.full(features.shape[:2], ALWAYS, device=features.device)
+            self.hidden = self.context.read(self.guidance.repeat(features), kinds=self.guidance.repeat(kinds))[:, -1]
+            self._read = self.tokens.shape[1]
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # After the image
+
+    @torch.no_grad()
+    def finish(self) -> Tensor:
+        """Leave guidance behind once the image is whole; logits (B, V) of the word that follows it.
+
+        Raises:
+            ValueError: the image is not whole.
+        """
+        if self.left:
+            raise ValueError(f"the image lacks {self.left} of its {self.model.spec.length} latents; generate them")
+        self.advance()
+        if len(self.hidden) > self.context.rows or self.guidance.is_on:
+            self.hidden = self.hidden[: self.context.rows]
+            self.context.join(self._kept)
+            self.guidance = OFF
+        return self.model.output(self.hidden).float()
+
+    @torch.no_grad()
+    def tell(self, ids: Tensor) -> Tensor:
+        """Read given ids (B, n) after the image; logits (B, V) of the word that follows them."""
+        self.finish()
+        self.hidden = self.context.read(self.model.embedding(ids))[:, -1]
+        return self.model.output(self.hidden).float()
+
+    @torch.no_grad()
+    def write(self, max_tokens: int) -> Tensor:
+        """Write text after the image, the likeliest word each time: ids (B, n), n <= max_tokens, filled up with the end
+        mark where a row ended before the others."""
+        logits, ids = self.finish(), []
+        return write_text(self.model, self.context, logits, max_tokens, ids)
+
+    @torch.no_grad()
+    def turn(self, condition: Condition, noise: Tensor) -> None:
+        """Another turn in the same context: read another text, and begin another image. Nothing is read twice.
+
+        Text of earlier turns stays in all rows of guidance; images of earlier turns are what ``image_guidance_scale``
+        is of.
+
+        Args:
+            noise: as of the session.
+        """
+        self.model.check_condition(condition)
+        self.finish()
+        context, start = self.context, self._kept.shape[1]
+        context.kinds = torch.where(context.kinds == TEXT, ALWAYS, context.kinds)
+        context.kinds[:, start:] = IMAGE
+        context.read(self._mark(self.model.image_end, context.rows))
+        prompt = self.model.prompt(condition.to(context.visible.device), self._tokenizer)
+        self._begin(prompt, self.options.guidance(has_image=True), noise, None)
+
+
+@torch.no_grad()
+def write_text(model: JointModel, context: Context, logits: Tensor, max_tokens: int, ids: list[Tensor]) -> Tensor:
+    """Greedy ids (B, n) after logits (B, V) of the first; rows that have ended see what they write no more."""
+    ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    for _ in range(max_tokens):
+        new = torch.where(ended, model.end, logits.argmax(-1))
+        ids.append(new)
+        ended = ended | (new == model.end)
+        hidden = context.read(model.embedding(new)[:, None], valid=~ended[:, None])[:, -1]
+        logits = model.output(hidden).float()
+    return torch.stack(ids, 1) if ids else torch.zeros(len(logits), 0, dtype=torch.int64, device=logits.device)
