@@ -34,8 +34,14 @@ def names(kind: str) -> list[str]:
 
 
 def next_token_generators() -> list[str]:
-    """Those generators that predict one id after another."""
-    return [name for name in names("generator") if issubclass(registry.entry(name).load(), AutoregressiveGenerator)]
+    """Those generators that predict one id after another, each as a whole."""
+    kinds = {name: registry.entry(name).load() for name in names("generator")}
+    return [name for name, kind in kinds.items() if issubclass(kind, AutoregressiveGenerator) and not parts(kind)]
+
+
+def parts(kind: type[Generator]) -> bool:
+    """Whether a generator draws ids in parts."""
+    return kind(**kind.tiny).num_parts > 1
 
 
 def tiny(name: str, **arguments: Any) -> Tokenizer | Generator:
