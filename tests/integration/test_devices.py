@@ -66,6 +66,8 @@ SAMPLING = {
     "xar": {"guidance_scale": 2.0, "num_steps": 3, "context_noise": 0.1},
     "maskgit": {"guidance_scale": 2.0, "num_steps": 4},
     "rar": {"guidance_scale": 2.0, "guidance_schedule": "power-cosine"},
+    "open_magvit2_gpt": {"guidance_scale": 2.0, "later_guidance_scale": 3.0, "later_top_k": 4},
+    "ibq_gpt": {"guidance_scale": 2.0},
 }
 PIPELINES = [("vit_vqgan", "vit_vqgan_gpt"), ("kl_vae", "xar"), ("flextok", "llama")]
 
