@@ -81,7 +81,7 @@ class SchedulerConfig:
         warmup_steps: steps of the linear rise.
         warmup_from: the factor at step 0. By default the rise begins one step above 0, since a step at rate 0 would
             be wasted.
-        final_factor: the factor at the last step of all but constant.
+        final_factor: the factor at the last step of all but constant and steps.
         final_lr: the rate at the last step, in place of ``final_factor``.
         decay_share: share of all steps that the tail of wsd takes.
         decay_shape: of the tail at the share p of it that is done: ``linear`` falls as 1 - p, ``sqrt`` as 1 - sqrt(p)
