@@ -68,6 +68,8 @@ SAMPLING = {
     "ming_univision": {"num_steps": 3},
     "rar": {"guidance_scale": 2.0, "guidance_schedule": "power-cosine"},
     "var": {"guidance_scale": 2.0, "guidance_schedule": "linear", "top_k": 8},
+    "open_magvit2_gpt": {"guidance_scale": 2.0, "later_guidance_scale": 3.0, "later_top_k": 4},
+    "ibq_gpt": {"guidance_scale": 2.0},
 }
 PIPELINES = [("vit_vqgan", "vit_vqgan_gpt"), ("kl_vae", "xar"), ("flextok", "llama")]
 

@@ -35,18 +35,18 @@ def names(kind: str) -> list[str]:
 
 
 def next_token_generators() -> list[str]:
-    """Those generators that predict one id after another."""
+    """Those generators that predict one id after another, each as a whole."""
     kinds = {name: registry.entry(name).load() for name in names("generator")}
     return [
         name
         for name, kind in kinds.items()
-        if issubclass(kind, AutoregressiveGenerator) and not kind.needs_tokenizer  # whose steps are scales
+        if issubclass(kind, AutoregressiveGenerator) and not kind.needs_tokenizer and not draws_parts(kind)
     ]
 
 
-def in_loop(model: Generator) -> dict[str, Tokenizer]:
-    """The argument ``tokenizer`` of a generator that has one in its loop."""
-    return {"tokenizer": tiny(registry.entry(model.registry_name).tokenizer)} if model.needs_tokenizer else {}
+def draws_parts(kind: type[Generator]) -> bool:
+    """Whether a generator draws ids in parts."""
+    return kind(**kind.tiny).num_parts > 1
 
 
 def single_token_generators() -> dict[str, dict[str, Any]]:
@@ -54,8 +54,7 @@ def single_token_generators() -> dict[str, dict[str, Any]]:
     found = {}
     for name in next_token_generators():
         model_class = registry.entry(name).load()
-        if not model_class.needs_tokenizer:
-            found[name] = {"window": 1} if "window" in inspect.signature(model_class).parameters else {}
+        found[name] = {"window": 1} if "window" in inspect.signature(model_class).parameters else {}
     return found
 
 

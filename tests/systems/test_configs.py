@@ -49,7 +49,8 @@ def test_config_builds(path):
                 spec = TokenSpec(LENGTH[path.parent.name], 1024, dim=8)
             else:
                 side = GRID.get(path.parent.name) or int(path.stem.rpartition("_")[2]) // 16
-                codebook_size = None if issubclass(kind, ContinuousGenerator) else 1024
+                bits = sum(run.model.get("factorized_bits", (10,)))
+                codebook_size = None if issubclass(kind, ContinuousGenerator) else 2**bits
                 spec = TokenSpec(side * side, codebook_size, dim=8, grid=(side, side))
                 if kind.needs_tokenizer:
                     scales = [(n, n) for n in SCALES[side]]

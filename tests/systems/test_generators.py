@@ -39,6 +39,8 @@ SETUPS = {
     "llama-captions": lambda: (tiny("llama", **CAPTIONS), captions()),
     "llama-captions-unmasked": lambda: (tiny("llama", **CAPTIONS), Condition.from_features(captions().features)),
     "llama-captions-null": lambda: (tiny("llama", **CAPTIONS), Condition.none(3)),
+    "ibq_gpt": lambda: (tiny("ibq_gpt"), labels(0, 4, -1)),
+    "ibq_gpt-unconditional": lambda: (tiny("ibq_gpt", num_classes=0), Condition.none(3)),
     "rar": lambda: (tiny("rar"), labels(0, 4, -1)),
     "rar-unconditional": lambda: (tiny("rar", num_classes=0), Condition.none(3)),
     "vit_vqgan_gpt": lambda: (tiny("vit_vqgan_gpt"), labels(0, 4, -1)),

@@ -284,6 +284,15 @@ def test_schedules(name):
     assert all(a >= b for a, b in pairwise(values[10:]))
 
 
+def test_rates_fall_at_milestones():
+    config = SchedulerConfig("steps", warmup_steps=2, milestones=(4, 6), step_factor=0.5)
+    factor = lr_factor(config, 8)
+    assert [factor(step) for step in range(8)] == pytest.approx([1 / 3, 2 / 3, 1, 1, 0.5, 0.5, 0.25, 0.25])
+    for name, milestones in (("steps", ()), ("steps", (6, 4)), ("cosine", (4,))):
+        with pytest.raises(ValueError, match=r"milestones are the rising steps .* got \["):
+            SchedulerConfig(name, milestones=milestones)
+
+
 def test_a_rise_may_begin_anywhere_and_a_tail_fall_with_the_square_root():
     config = SchedulerConfig("wsd", warmup_steps=4, warmup_from=0.2, decay_share=0.5, decay_shape="sqrt")
     values = [lr_factor(config, 9)(step) for step in range(9)]

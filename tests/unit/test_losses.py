@@ -19,6 +19,7 @@ from vistok.losses import (
     L1,
     L2,
     LPIPS,
+    BlurDiscriminator,
     DiscriminatorLoss,
     EntropyLoss,
     GeneratorLoss,
@@ -29,6 +30,7 @@ from vistok.losses import (
     adaptive_weight,
     r1_penalty,
 )
+from vistok.losses.blur_discriminator import Blur
 
 
 @pytest.fixture(autouse=True)
@@ -406,3 +408,29 @@ def test_lpips_downloads_what_is_missing_or_says_which_file_to_give(lpips, image
     files = {"vgg16-397923af.pth": _torchvision_vgg(lpips), "weights-vgg16-lpips.pth": _taming_heads(lpips)}
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **_: files[url.rsplit("/", 1)[1]])
     assert torch.equal(LPIPS.from_pretrained()(images, -images), lpips(images, -images))
+
+
+def test_the_game_of_image_means_differs_from_that_of_patches():
+    logits = torch.tensor([[[[3.0, -1.0]]], [[[0.0, 2.0]]]])
+    expected = torch.nn.functional.softplus(torch.tensor([-1.0, -1.0])).mean()
+    torch.testing.assert_close(GeneratorLoss("non_saturating_mean")(logits), expected)
+    assert GeneratorLoss("non_saturating")(logits) > expected
+    single = GeneratorLoss("non_saturating_mean")(logits.flatten())
+    torch.testing.assert_close(single, GeneratorLoss("non_saturating")(logits))
+
+
+@pytest.mark.parametrize("side", [(16, 16), (9, 14)])
+@pytest.mark.parametrize("kernel_size", [3, 4, 5])
+def test_a_blur_keeps_flat_images_flat_and_halves_the_side(side, kernel_size):
+    out = Blur(kernel_size)(torch.ones(1, 2, *side))
+    assert out.shape[2:] == tuple(-(-length // 2) for length in side)
+    torch.testing.assert_close(out[:, :, 1:-1, 1:-1], torch.ones_like(out[:, :, 1:-1, 1:-1]))
+
+
+def test_a_blur_discriminator_refuses_what_it_cannot_judge():
+    model = BlurDiscriminator(3, 32, 2)
+    assert model(torch.zeros(2, 3, 10, 7)).shape == (2, 1, 3, 2)
+    with pytest.raises(ValueError, match=r"sides of at least 4 px, got \(1, 3, 3, 8\)"):
+        model(torch.zeros(1, 3, 3, 8))
+    with pytest.raises(ValueError, match="width 40"):
+        BlurDiscriminator(width=40)

@@ -6,7 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.tiny_models import pixels, tiny
 
+import vistok
 from vistok.losses import BitEntropyLoss, EntropyLoss
 from vistok.quantizers import LFQ, IndexQuantizer, ResidualQuantizer, VectorQuantizer
 from vistok.quantizers.vq import rotate_to
@@ -268,3 +270,43 @@ def test_ids_by_products_under_autocast_are_those_of_float32():
         mixed = quantizer(z)
     assert torch.equal(mixed.ids, quantizer(z).ids)
     assert all(term.dtype == torch.float32 for term in mixed.losses.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Quantizers by name
+
+BY_NAME = {
+    "lfq": ({}, 16),
+    "index": ({"codebook_size": 10}, 10),
+    "fsq": ({"levels": [3, 3, 2, 2]}, 36),
+    "vq": ({"codebook_size": 12, "normalize": False}, 12),
+}
+
+
+@pytest.mark.parametrize("tokenizer", ["llamagen_vq", "vit_vqgan"])
+@pytest.mark.parametrize("name", BY_NAME)
+def test_tokenizers_take_quantizers_by_name(name, tokenizer, tmp_path):
+    options, size = BY_NAME[name]
+    model = tiny(tokenizer, codebook_embed_dim=4, quantizer={"name": name, **options})
+    assert (model.spec.codebook_size, model.spec.dim) == (size, 4)
+    assert model.loss_terms[: len(model.quantizer.loss_terms)] == model.quantizer.loss_terms
+    images = pixels(model)
+    output = model.train()(images)
+    sum([output.reconstruction.square().mean(), *(term.mean() for term in output.losses.values())]).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+    model.eval().save_pretrained(tmp_path / "saved")
+    assert torch.equal(vistok.load(tmp_path / "saved").encode(images), model.encode(images))
+
+
+def test_quantizers_that_do_not_fit_are_refused():
+    for quantizer, problem in (
+        ({"name": "lfg"}, r"unknown 'lfg'; did you mean 'lfq'"),
+        ({}, "unknown None"),
+        ({"name": "lfq", "dim": 5}, "codes of 5 channels, the latents have 4"),
+        ({"name": "fsq", "levels": [3, 3]}, "codes of 2 channels, the latents have 4"),
+        ({"name": "index", "size": 3}, r"quantizer\.size"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            tiny("llamagen_vq", codebook_embed_dim=4, quantizer=quantizer)
+    with pytest.raises(ValueError, match="residual_depth 2"):
+        tiny("vit_vqgan", residual_depth=2, quantizer={"name": "lfq"})

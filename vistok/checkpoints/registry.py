@@ -104,6 +104,15 @@ ENTRIES = (
     Entry("rar", "generator", "vistok.generators.rar:RAR", "rar/generator", "2411.00776", tokenizer="maskgit_vqgan"),
     Entry("var", "generator", "vistok.generators.var:VAR", "var/gpt", "2404.02905", tokenizer="var_vq"),
     Entry(
+        "open_magvit2_gpt",
+        "generator",
+        "vistok.generators.open_magvit2_gpt:OpenMAGVIT2GPT",
+        "magvit2/gpt",
+        "2409.04410",
+        tokenizer="open_magvit2",
+    ),
+    Entry("ibq_gpt", "generator", "vistok.generators.ibq_gpt:IBQGPT", "ibq/gpt", "2412.02692", tokenizer="ibq"),
+    Entry(
         "llama",
         "generator",
         "vistok.generators.llama:Llama",

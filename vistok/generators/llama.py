@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -119,6 +119,8 @@ class Llama(AutoregressiveGenerator):
             condition tokens together; or too few positions.
     """
 
+    block_type: ClassVar[type[nn.Module]] = Block
+    norm_type: ClassVar[type[nn.Module]] = RMSNorm
     registry_name = "llama"
     plain_sequence = {"positions": "rope1d"}
     tiny = {
@@ -186,13 +188,12 @@ class Llama(AutoregressiveGenerator):
             self.register_buffer("null_caption", torch.randn(caption_length, caption_dim) / math.sqrt(caption_dim))
         elif not condition_tokens:
             self.class_embedding = nn.Embedding(num_classes + self.has_null, dim)
-        # The separator is the last row.
-        self.token_embedding = nn.Embedding(self.spec.codebook_size + (condition_tokens > 0), dim)
+        self.token_embedding = self.build_embedding(dim)
         self.dropout = nn.Dropout(token_drop)
         self.drop_before_positions = drop_before_positions
         hidden_dim = rounded_hidden_dim(dim, multiple_of, ffn_dim_multiplier)
         self.blocks = nn.ModuleList(
-            Block(
+            self.block_type(
                 dim,
                 num_heads,
                 hidden_dim,
@@ -205,8 +206,8 @@ class Llama(AutoregressiveGenerator):
             )
             for _ in range(num_layers)
         )
-        self.norm = RMSNorm(dim, norm_eps)
-        self.output = nn.Linear(dim, self.spec.codebook_size, bias=False)
+        self.norm = self.norm_type(dim, norm_eps)
+        self.output = self.build_output(dim)
         if positions in ("learned", "sincos"):
             self.rotation = None
             rows = absolute_rows(num_positions, self.condition_length + self.spec.length)
@@ -220,7 +221,16 @@ class Llama(AutoregressiveGenerator):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=init_std)
-        nn.init.zeros_(self.output.weight)
+        for parameter in self.output.parameters():
+            nn.init.zeros_(parameter)
+
+    def build_embedding(self, dim: int) -> nn.Module:
+        """The embedding of ids; the separator is the last row, where there is one."""
+        return nn.Embedding(self.spec.codebook_size + (self.condition_tokens > 0), dim)
+
+    def build_output(self, dim: int) -> nn.Module:
+        """The layer of the logits."""
+        return nn.Linear(dim, self.spec.codebook_size, bias=False)
 
     @property
     def condition_spec(self) -> ConditionSpec:
@@ -285,11 +295,19 @@ class Llama(AutoregressiveGenerator):
         offset = queries[:, None] - keys  # (stop - start, stop)
         return (offset > 0) & visible[:, None, None] | (offset == 0)  # (R, 1, stop - start, stop)
 
-    def transform(self, x: Tensor, positions: Positions, mask: Tensor | None, kv_cache: Layers | None) -> Tensor:
-        return self._run(self.blocks, x, positions, mask, kv_cache)
+    def transform(
+        self, x: Tensor, positions: Positions, mask: Tensor | None, kv_cache: Layers | None, *state: Tensor
+    ) -> Tensor:
+        return self._run(self.blocks, x, positions, mask, kv_cache, *state)
 
     def _run(
-        self, blocks: nn.ModuleList, x: Tensor, positions: Positions, mask: Tensor | None, kv_cache: Layers | None
+        self,
+        blocks: nn.ModuleList,
+        x: Tensor,
+        positions: Positions,
+        mask: Tensor | None,
+        kv_cache: Layers | None,
+        *state: Tensor,
     ) -> Tensor:
         if self.drop_before_positions:
             x = self.dropout(x)
@@ -299,7 +317,7 @@ class Llama(AutoregressiveGenerator):
             x = self.dropout(x)
         rotation = None if self.rotation is None else self.rotation(positions)
         for block, memory in zip(blocks, kv_cache or [None] * len(blocks)):
-            x = block(x, rotation, mask, memory)
+            x = block(x, rotation, mask, memory, *state)
         return x
 
     def hidden_states(self, ids: Tensor, condition: Condition, layer: int) -> Tensor:
@@ -317,8 +335,8 @@ class Llama(AutoregressiveGenerator):
         if not 1 <= layer <= len(self.blocks):
             raise ValueError(f"layer must be one of the blocks 1..{len(self.blocks)}, got {layer}")
         x = self.embed_sequence(ids[:, :-1], condition)
-        mask = self.attention_mask(condition, 0, x.shape[1])
-        return self._run(self.blocks[:layer], x, slice(0, x.shape[1]), mask, None)
+        mask, state = self.attention_mask(condition, 0, x.shape[1]), self.condition_state(condition)
+        return self._run(self.blocks[:layer], x, slice(0, x.shape[1]), mask, None, *state)
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:

@@ -3,6 +3,7 @@
 from vistok.losses.alignment import Alignment, EncoderConfig, FrozenEncoder, alignment_distance
 from vistok.losses.ar_prior import ARPrior
 from vistok.losses.augment import DiffAugment
+from vistok.losses.blur_discriminator import BlurDiscriminator
 from vistok.losses.classifier import ClassifierDistance
 from vistok.losses.dino_discriminator import DINODiscriminator
 from vistok.losses.discriminators import Discriminator, PatchGAN, StyleGANDiscriminator
@@ -29,6 +30,7 @@ __all__ = [
     "LPIPS",
     "ARPrior",
     "BitEntropyLoss",
+    "BlurDiscriminator",
     "Alignment",
     "DINODiscriminator",
     "ClassifierDistance",

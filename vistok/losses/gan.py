@@ -1,6 +1,7 @@
 """Adversarial losses by name, and what steadies them: R1, LeCam, and the adaptive weight.
 
-Discriminator logits may have any shape (one logit per image, patch or token); losses average over all of them.
+Discriminator logits may have any shape (one logit per image, patch or token); losses average over all of them, some
+over those of an image first.
 """
 
 from __future__ import annotations
@@ -23,6 +24,11 @@ class _Game:
     discriminator: Callable[[Tensor, Tensor], Tensor]
 
 
+def _image_means(logits: Tensor) -> Tensor:
+    """The mean logit (B,) of each image, of logits (B, ...)."""
+    return logits.flatten(1).mean(1) if logits.ndim > 1 else logits
+
+
 GAN_LOSSES = {
     # Lim & Ye 2017, with the factor 1/2 of VQGAN.
     "hinge": _Game(
@@ -39,6 +45,11 @@ GAN_LOSSES = {
         generator=lambda fake: F.softplus(-fake).mean(),
         discriminator=lambda real, fake: F.softplus(-real).mean() + F.softplus(fake).mean(),
     ),
+    # The same of each image's mean logit, as in Open-MAGVIT2.
+    "non_saturating_mean": _Game(
+        generator=lambda fake: F.softplus(-_image_means(fake)).mean(),
+        discriminator=lambda real, fake: F.softplus(-_image_means(real)).mean() + F.softplus(_image_means(fake)).mean(),
+    ),
     # LSGAN (Mao et al. 2017) with targets 1 for real, -1 for fake, and 0 for the generator.
     "least_squares": _Game(
         generator=lambda fake: fake.square().mean(),
@@ -51,7 +62,7 @@ class GeneratorLoss(nn.Module):
     """The generator's side of an adversarial game.
 
     Args:
-        kind: a key of ``GAN_LOSSES``: "hinge", "vanilla", "non_saturating" or "least_squares".
+        kind: a key of ``GAN_LOSSES``: "hinge", "vanilla", "non_saturating", "non_saturating_mean" or "least_squares".
     """
 
     def __init__(self, kind: str = "hinge"):
@@ -96,7 +107,7 @@ class DiscriminatorLoss(nn.Module):
     """The discriminator's side of an adversarial game.
 
     Args:
-        kind: a key of ``GAN_LOSSES``: "hinge", "vanilla", "non_saturating" or "least_squares".
+        kind: a key of ``GAN_LOSSES``: "hinge", "vanilla", "non_saturating", "non_saturating_mean" or "least_squares".
         smoothing: soft targets of the cross entropy, for "vanilla" and "non_saturating".
 
     Raises:

@@ -74,13 +74,14 @@ class SchedulerConfig:
 
     - constant, cosine, or warmup-stable-decay (wsd);
     - linear or exponential, from 1 at the share ``hold`` of the steps after the warmup;
-    - bent: two lines that meet at the share ``bend``, of which the first falls half as far as one line would.
+    - bent: two lines that meet at the share ``bend``, of which the first falls half as far as one line would;
+    - steps: from each milestone on it is ``step_factor`` times what it was.
 
     Attributes:
         warmup_steps: steps of the linear rise.
         warmup_from: the factor at step 0. By default the rise begins one step above 0, since a step at rate 0 would
             be wasted.
-        final_factor: the factor at the last step of all but constant.
+        final_factor: the factor at the last step of all but constant and steps.
         final_lr: the rate at the last step, in place of ``final_factor``.
         decay_share: share of all steps that the tail of wsd takes.
         decay_shape: of the tail at the share p of it that is done: ``linear`` falls as 1 - p, ``sqrt`` as 1 - sqrt(p)
@@ -88,9 +89,10 @@ class SchedulerConfig:
         start_step: the step at which the schedule begins, for a player that joins later.
         hold: of linear and exponential.
         bend: of bent.
+        milestones, step_factor: of steps.
     """
 
-    name: Literal["constant", "cosine", "wsd", "linear", "exponential", "bent"] = "constant"
+    name: Literal["constant", "cosine", "wsd", "linear", "exponential", "bent", "steps"] = "constant"
     warmup_steps: int = 0
     final_factor: float = 0.0
     decay_share: float = 0.2
@@ -100,9 +102,16 @@ class SchedulerConfig:
     start_step: int = 0
     hold: float = 0.0
     bend: float = 0.5
+    milestones: tuple[int, ...] = ()
+    step_factor: float = 0.1
 
     def __post_init__(self) -> None:
-        check_least(self, warmup_steps=0, final_factor=0, start_step=0)
+        check_least(self, warmup_steps=0, final_factor=0, start_step=0, step_factor=0)
+        if bool(self.milestones) != (self.name == "steps") or list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(
+                "milestones are the rising steps of the schedule 'steps', and of no other; got "
+                f"{list(self.milestones)} for {self.name!r}"
+            )
         if not 0 <= self.hold < 1:
             raise ValueError(f"hold must lie in [0, 1), a share of the steps; got {self.hold}")
         if not 0 < self.bend < 1:

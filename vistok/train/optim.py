@@ -98,7 +98,8 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 
 def lr_factor(config: SchedulerConfig, max_steps: int, lr: float = 1.0) -> Callable[[int], float]:
-    """The factor on the learning rate at each step 0 .. max_steps - 1; the last one's is ``final_factor``.
+    """The factor on the learning rate at each step 0 .. max_steps - 1; of cosine and wsd the last one's is
+    ``final_factor``.
 
     Args:
         lr: the peak rate, of which ``final_lr`` is a share.
@@ -121,7 +122,7 @@ def lr_factor(config: SchedulerConfig, max_steps: int, lr: float = 1.0) -> Calla
             if progress < config.bend:
                 return 1 - (1 - knee) * progress / config.bend
             return final + (knee - final) * (1 - progress) / (1 - config.bend)
-        return 1.0
+        return config.step_factor ** sum(step >= milestone for milestone in config.milestones)
 
     def rise(step: int) -> float:
         if config.warmup_from is None:  # step 0 already learns: a factor of exactly zero would waste it

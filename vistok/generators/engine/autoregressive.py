@@ -7,6 +7,7 @@ and cached sampling follow from that, here and once.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Self
 
 import torch
@@ -20,7 +21,7 @@ from vistok.generators.engine.compiled import CompiledStep
 from vistok.generators.engine.decodings import DECODINGS
 from vistok.generators.engine.packed import DecodingCopies
 from vistok.generators.engine.plan import Plan
-from vistok.generators.engine.sampling import DecodingOptions
+from vistok.generators.engine.sampling import DecodingOptions, part_draws
 from vistok.generators.engine.session import AutoregressiveSession
 from vistok.nn.rotary import Positions
 from vistok.types import Clock, Condition, Expands, GeneratorOutput, TokenSpec
@@ -39,6 +40,7 @@ class AutoregressiveGenerator(Generator):
     condition_dropout: float
     num_classes: int | None
     blocks: nn.ModuleList
+    num_parts: int = 1  # how many parts an id is drawn in, one after another
     shift_dim: int = 0  # width of the token shift's memory in the cache; 0 without one
     compiled_step: CompiledStep | None = None
 
@@ -98,6 +100,24 @@ class AutoregressiveGenerator(Generator):
         steps have one token."""
         return self.head(hidden)
 
+    def part_logits(self, hidden: Tensor, count: int, parts: Sequence[Tensor]) -> Tensor:
+        """Float32 logits (R, count, V_p) of the next part of the tokens of the next step, given the first parts
+        (R, count) each; of models that draw an id in several parts. ``step_logits`` is of the first one.
+
+        Args:
+            hidden: as of ``step_logits``.
+        """
+        raise ValueError(f"{type(self).__name__} draws whole ids, which have no parts")
+
+    def split_ids(self, ids: Tensor) -> Sequence[Tensor]:
+        """The parts (...) of ids (...), in the order in which they are drawn."""
+        return (ids,)
+
+    def join_ids(self, parts: Sequence[Tensor]) -> Tensor:
+        """The ids (...) of all their parts (...)."""
+        (ids,) = parts
+        return ids
+
     def plan(self, draws: Draws) -> Plan:
         """The steps of a sample: one token after another in raster order, unless the model says otherwise.
 
@@ -122,7 +142,8 @@ class AutoregressiveGenerator(Generator):
         It has the type of the weights, but float32 on a CPU: a single query attends there in half the time that it
         takes over keys in half precision.
         """
-        attention, weight = self.blocks[0].attn, self.output.weight
+        attention = self.blocks[0].attn
+        weight = attention.qkv.weight
         is_half_on_cpu = weight.is_cpu and weight.dtype in (torch.bfloat16, torch.float16)
         return KVCache(
             len(self.blocks),
@@ -201,7 +222,8 @@ class AutoregressiveGenerator(Generator):
 
     def sampling_draws(self, keys: Keys, options: DecodingOptions | None = None) -> Draws:
         options = options or self.options_type()
-        return DECODINGS[options.decoding].draws(keys, self.spec.length, options)
+        draws = DECODINGS[options.decoding].draws(keys, self.spec.length, options)
+        return draws | {name: keys.uniform(name, self.spec.length) for name in part_draws(self.num_parts)[1:]}
 
     def start(
         self,
@@ -217,7 +239,7 @@ class AutoregressiveGenerator(Generator):
         guidance = options.guidance
         if guidance.is_on:
             self.check_condition(guidance.conditions(condition))
-        if draws is None and options.temperature > 0:
+        if draws is None and any(options.of_part(part).temperature > 0 for part in range(self.num_parts)):
             raise ValueError(
                 "sampling with a temperature above 0 needs draws: pass sampling_draws(Keys.range(seed, B))"
             )

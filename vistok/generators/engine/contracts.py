@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ class NextTokenModel(Protocol):
     spec: TokenSpec
     condition_length: int
     num_entries: int
+    num_parts: int
     blocks: nn.ModuleList
 
     def plan(self, draws: Draws) -> Plan: ...
@@ -42,6 +43,12 @@ class NextTokenModel(Protocol):
 
     def step_logits(self, hidden: Tensor, count: int) -> Tensor: ...
 
+    def part_logits(self, hidden: Tensor, count: int, parts: Sequence[Tensor]) -> Tensor: ...
+
+    def split_ids(self, ids: Tensor) -> Sequence[Tensor]: ...
+
+    def join_ids(self, parts: Sequence[Tensor]) -> Tensor: ...
+
     def new_cache(self, rows: int, length: int) -> KVCache: ...
 
 
@@ -56,10 +63,11 @@ class SamplingSession(Protocol):
     sequence: Tensor
     vocabulary_size: int
     grid_width: int
+    num_parts: int
 
-    def next_logits(self) -> Tensor: ...
+    def next_logits(self, parts: Sequence[Tensor] = ()) -> Tensor: ...
 
-    def commit(self, ids: Tensor) -> TokenChunk: ...
+    def commit(self, parts: Sequence[Tensor]) -> TokenChunk: ...
 
     def run_compiled(self) -> TokenChunk | None: ...
 
@@ -82,8 +90,8 @@ class Decoding(Protocol):
     def draws(self, keys: Keys, length: int, options: DecodingOptions) -> Draws:
         """The random tensors that the loop consumes for ``length`` tokens."""
 
-    def check(self, plan: Plan, options: DecodingOptions) -> None:
-        """Raise ValueError if it cannot generate the steps of ``plan``."""
+    def check(self, plan: Plan, options: DecodingOptions, num_parts: int) -> None:
+        """Raise ValueError if it cannot generate the steps of ``plan``, or ids that are drawn in so many parts."""
 
     def run(self, session: SamplingSession, stop: int) -> Iterator[TokenChunk]:
         """Generate the tokens of all steps from the session's up to ``stop``."""

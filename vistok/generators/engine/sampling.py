@@ -66,6 +66,16 @@ class DecodingOptions(GuidanceOptions):
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], 1 is off; got {self.top_p}")
 
+    def of_part(self, part: int) -> DecodingOptions:
+        """How the part number ``part`` of an id is drawn, where a model draws ids in parts: all alike, unless
+        the options say otherwise."""
+        return self
+
+
+def part_draws(num_parts: int) -> tuple[str, ...]:
+    """The names of the uniform numbers that each part of an id is drawn with."""
+    return ("ids", *(f"ids_{part}" for part in range(1, num_parts)))
+
 
 def filter_logits(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Divide by the temperature, then set what top-k and then top-p exclude to -inf; (..., V) -> (..., V).

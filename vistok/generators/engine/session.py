@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from vistok.generators.engine.decodings import DECODINGS
 from vistok.generators.engine.packed import DecodingCopies, DecodingCopy
 from vistok.generators.engine.sampling import DecodingOptions
 from vistok.generators.engine.windows import Windows, only_forced
-from vistok.guidance import PLAIN
+from vistok.guidance import PLAIN, Guidance
 from vistok.types import Condition, Expander, TokenChunk
 
 
@@ -28,7 +28,7 @@ class AutoregressiveSession:
         kv_cache: what the transformer was fed: the condition, and the tokens of all steps but the last ones.
         draws: random tensors of the decoding, on the device; empty where sampling is deterministic.
         sequence: (B, L) ids in the order of generation, 0 where there are none yet.
-        weights: of the rows of guidance at each step.
+        weights: of the rows of guidance at each step, for the first part of an id.
         forced: ids (B, L) in the order of generation, and a mask (B, L) of those that are taken; None is none.
         seen: steps whose tokens the cache has seen.
         failed: (1,), the first token whose logits were not finite; L if all were.
@@ -55,15 +55,17 @@ class AutoregressiveSession:
         self.draws = {name: value.to(device) for name, value in (draws or {}).items()}
         self.plan = model.plan(self.draws).to(device)
         self.decoding = DECODINGS[options.decoding]
-        self.decoding.check(self.plan, options)
+        self.num_parts = model.num_parts
+        self.decoding.check(self.plan, options, self.num_parts)
         self.guidance = options.guidance
         self.rows = self.guidance.conditions(condition)
         self.state = model.condition_state(self.rows)
         self.kv_cache = model.new_cache(len(self.rows), model.num_entries)
         self.kv_cache.visible = model.attention_mask(self.rows, model.num_entries - 1, model.num_entries)
         self.step = 0
-        self.weights = [self.guidance.weights(step, len(self.plan)) for step in range(len(self.plan))]
-        self.combine = self.guidance.start()
+        self._part_weights = [self._weights_of(options.of_part(part).guidance) for part in range(self.num_parts)]
+        self._combines = [self.guidance.start() for _ in range(self.num_parts)]
+        self.weights, self.combine = self._part_weights[0], self._combines[0]
         length = self.plan.order.shape[1]
         self.sequence = torch.zeros(len(condition), length, dtype=torch.int64, device=device)
         self._order = self.plan.order.expand(len(condition), length)
@@ -72,8 +74,15 @@ class AutoregressiveSession:
         self.failed = torch.full((1,), length, device=device)  # the first token whose logits were not finite
         self._copy = self._decoding_copy()
         self.seen = 0  # steps whose tokens are in the cache
-        self._logits = self._advance(model.embed_condition(self.rows, self._for_rows(self.plan.places(0))))
+        self._hidden, self._logits = self._advance(
+            model.embed_condition(self.rows, self._for_rows(self.plan.places(0)))
+        )
         self._compiled = self._compiled_steps()
+
+    def _weights_of(self, guidance: Guidance) -> list[tuple[float, ...]]:
+        """Of the session's rows at each step; those that ``guidance`` has not count 0."""
+        lacking = (0.0,) * (len(self.guidance.rows) - len(guidance.rows))
+        return [guidance.weights(step, len(self.plan)) + lacking for step in range(len(self.plan))]
 
     # -----------------------------------------------------------------------------------------------------------------
     # What callers see
@@ -146,16 +155,21 @@ class AutoregressiveSession:
     # -----------------------------------------------------------------------------------------------------------------
     # What decodings use
 
-    def next_logits(self) -> Tensor:
-        """Guided logits (B, n, V) of the tokens of the next step."""
+    def next_logits(self, parts: Sequence[Tensor] = ()) -> Tensor:
+        """Guided logits (B, n, V) of the tokens of the next step, or of the part of them that follows the given ones
+        (B, n)."""
         while self.seen < self.step:
-            self._logits = self._advance(self._embed_unseen())
-        return self._guided(self._logits, self.weights[self.step], self.count)
+            self._hidden, self._logits = self._advance(self._embed_unseen())
+        if not parts:
+            return self._guided(self._logits, self.weights[self.step], self.count)
+        given = [self.guidance.repeat(part) for part in parts]
+        logits = self.network().part_logits(self._hidden, self.plan.sizes[self.step], given)
+        return self._guided(logits, self._part_weights[len(parts)][self.step], self.count, len(parts))
 
-    def commit(self, ids: Tensor) -> TokenChunk:
-        """Set the ids (B, n) of the next step."""
+    def commit(self, parts: Sequence[Tensor]) -> TokenChunk:
+        """Set the ids of the next step, given by their parts (B, n)."""
         here = slice(self.plan.bounds[self.step], self.plan.bounds[self.step + 1])
-        self.sequence[:, here] = ids
+        self.sequence[:, here] = self.model.join_ids(parts)
         return self._done(here)
 
     def _done(self, here: slice) -> TokenChunk:
@@ -215,12 +229,13 @@ class AutoregressiveSession:
         return places if len(places) == 1 else self.guidance.repeat(places)
 
     @torch.inference_mode()
-    def _advance(self, x: Tensor) -> Tensor:
-        """Logits (R, n, V) of the n tokens of the next step, that follow the embeddings x (R, e, D)."""
+    def _advance(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states (R, e, D) of the embeddings x (R, e, D), and logits (R, n, V) of the n tokens of the next step,
+        that follow them."""
         model, cache = self.network(), self.kv_cache
         start, stop = cache.length, cache.length + x.shape[1]
         hidden = model.transform(x, slice(start, stop), self._mask(start, stop), cache.layers, *self.state)
-        return model.step_logits(hidden, self.plan.sizes[self.seen])
+        return hidden, model.step_logits(hidden, self.plan.sizes[self.seen])
 
     def _mask(self, start: int, stop: int) -> Tensor | None:
         """What the entries [start, stop) see of the first ``stop``; None where it is all, or plainly causal."""
@@ -229,14 +244,15 @@ class AutoregressiveSession:
             return mask
         return torch.ones(stop - start, stop, dtype=torch.bool, device=self.sequence.device).tril(start)
 
-    def _guided(self, logits: Tensor, weights: tuple[float, ...], first: int) -> Tensor:
-        """Logits (B, n, V) of the tokens from the one numbered ``first`` on, of logits (R, n, V) of all rows."""
-        logits = self.combine(logits, weights)
+    def _guided(self, logits: Tensor, weights: tuple[float, ...], first: int, part: int = 0) -> Tensor:
+        """Logits (B, n, V) of a part of the tokens from the one numbered ``first`` on, of those (R, n, V) of all
+        rows."""
+        logits = self._combines[part](logits, weights)
         self.failed.copy_(torch.where(logits.sum().isfinite(), self.failed, self.failed.clamp_max(first)))
         if self.forced is None:
             return logits
-        here = slice(first, first + logits.shape[1])
-        return only_forced(logits, *(values[:, here] for values in self.forced))
+        ids, where = (values[:, first : first + logits.shape[1]] for values in self.forced)
+        return only_forced(logits, self.model.split_ids(ids)[part], where)
 
     def _check_finite(self) -> None:
         """Raise ValueError if logits were not finite: the one time that the host waits for the device."""

@@ -23,6 +23,7 @@ from vistok.nn.attention import Attention
 from vistok.nn.mlp import MLP
 from vistok.nn.positions import sincos_2d
 from vistok.quantizers import ResidualQuantizer, VectorQuantizer
+from vistok.quantizers.named import build_quantizer
 from vistok.quantizers.vq import Gradient
 from vistok.tokenizers.base import Tokenizer, image_sides
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec, as_dataclass
@@ -105,12 +106,15 @@ class ViTVQGAN(Tokenizer):
         entropy_temperature: offers the "entropy" loss term, with this softmax temperature; None does not.
         codebook_restart_after: steps after which an unused code is moved onto a latent; 0 is never.
         quantizer_gradient: how the gradient passes the quantizer ("raw" in ViT-VQGAN); see ``VectorQuantizer``.
+        quantizer: another quantizer, {name: lfq | index | fsq | vq, ...its arguments}, for codes of
+            ``codebook_embed_dim`` channels; what is said of codebooks above is of ViT-VQGAN's own.
         in_channels: 3, or 1 for grey images.
         pixel_distribution: "point" predicts pixels; "logit_laplace" predicts mean and scale of a Laplace distribution
             in logit space (the paper's loss, after DALL-E, arXiv 2102.12092, appendix A.3).
 
     Raises:
-        ValueError: a size that patches do not divide, or a width that is not divisible by 4.
+        ValueError: a size that patches do not divide, a width that is not divisible by 4, or a residual quantizer by
+            name.
     """
 
     registry_name = "vit_vqgan"
@@ -148,6 +152,7 @@ class ViTVQGAN(Tokenizer):
         in_channels: int = 3,
         pixel_distribution: Literal["point", "logit_laplace"] = "point",
         quantizer_gradient: Gradient = "raw",
+        quantizer: dict[str, Any] | None = None,
     ):
         super().__init__()
         encoder, decoder = as_dataclass(ViTConfig, encoder), as_dataclass(ViTConfig, decoder)
@@ -171,13 +176,19 @@ class ViTVQGAN(Tokenizer):
         # These two keep torch's default initialisation, as in the reference.
         self.pre_quant = nn.Linear(encoder.dim, codebook_embed_dim)
         self.post_quant = nn.Linear(codebook_embed_dim, decoder.dim)
-        vector_quantizer = VectorQuantizer(
-            codebook_size,
-            codebook_embed_dim,
-            normalize=codebook_l2_norm,
-            gradient=quantizer_gradient,
-            entropy_temperature=entropy_temperature,
-            restart_after=codebook_restart_after,
+        if quantizer is not None and residual_depth > 1:
+            raise ValueError(f"only ViT-VQGAN's own quantizer is residual; leave residual_depth {residual_depth} out")
+        vector_quantizer = (
+            VectorQuantizer(
+                codebook_size,
+                codebook_embed_dim,
+                normalize=codebook_l2_norm,
+                gradient=quantizer_gradient,
+                entropy_temperature=entropy_temperature,
+                restart_after=codebook_restart_after,
+            )
+            if quantizer is None
+            else build_quantizer(quantizer, codebook_embed_dim)
         )
         self.depth = residual_depth
         self.quantizer = (

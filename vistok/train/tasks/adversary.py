@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vistok.config import ConfigError, build, check_least, nearest
 from vistok.draws import Keys
 from vistok.losses import (
+    BlurDiscriminator,
     DiffAugment,
     DINODiscriminator,
     Discriminator,
@@ -31,7 +32,11 @@ DISCRIMINATORS: dict[str, type[Discriminator]] = {
     "dino": DINODiscriminator,
     "pooled": PooledDiscriminator,
     "vit": ViTDiscriminator,
+    "blur": BlurDiscriminator,
 }
+
+
+GameName = Literal["vanilla", "non_saturating", "non_saturating_mean", "hinge", "least_squares"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,9 @@ class GanConfig:
     Attributes:
         weight: of the generator's loss, from ``start_step`` on.
         loss: vanilla (binary cross entropy, halved as in VQGAN), non_saturating (not halved, as in StyleGAN2 and LARP),
-            hinge, or least_squares.
-        discriminator: {name: patchgan | stylegan | dino | vit | pooled, ...arguments of that discriminator}.
+            non_saturating_mean (of each image's mean logit, as in Open-MAGVIT2), hinge, or least_squares.
+        generator_loss: the generator's side of another game than the discriminator's; None is ``loss``.
+        discriminator: {name: patchgan | stylegan | dino | vit | pooled | blur, ...arguments of that discriminator}.
         start_step: the first step at which the adversary takes part.
         every_n_steps: the adversary learns on every n-th step only.
         order: who moves first.
@@ -57,7 +63,8 @@ class GanConfig:
     """
 
     weight: float
-    loss: Literal["vanilla", "non_saturating", "hinge", "least_squares"] = "hinge"
+    loss: GameName = "hinge"
+    generator_loss: GameName | None = None
     discriminator: dict[str, Any] = field(default_factory=lambda: {"name": "patchgan"})
     start_step: int = 0
     every_n_steps: int = 1
@@ -91,7 +98,7 @@ class Adversary(nn.Module):
         super().__init__()
         self.config = config
         self.discriminator = build_discriminator(config, input_shape)
-        self.generator_loss = GeneratorLoss(config.loss)
+        self.generator_loss = GeneratorLoss(config.generator_loss or config.loss)
         self.discriminator_loss = DiscriminatorLoss(config.loss, config.smoothing)
         self.augment = None if config.augment is None else build(DiffAugment, config.augment, "losses.gan.augment")
         options = config.lecam_decay, config.lecam_update, config.lecam_compare

@@ -93,7 +93,12 @@ class Jacobi:
         a rejected one, "draft" makes the first draft, and "coupling" stands for noise of all ids."""
         return {name: keys.uniform(name, length) for name in ("ids", "accept", "redraw", "draft", "coupling")}
 
-    def check(self, plan: Plan, options: DecodingOptions) -> None:
+    def check(self, plan: Plan, options: DecodingOptions, num_parts: int) -> None:
+        if num_parts > 1:
+            raise ValueError(
+                f"decoding 'jacobi' guesses whole ids, and this model draws them in {num_parts} parts: take decoding "
+                "'plain'"
+            )
         if not (plan.is_single and plan.is_raster):
             raise ValueError(
                 f"decoding 'jacobi' guesses tokens that follow each other; this model generates {plan.sizes[:4]}… "

@@ -1,0 +1,39 @@
+"""Quantizers by name, which tokenizers of a raster or a sequence take in place of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from vistok.config import build, nearest
+from vistok.quantizers.fsq import FSQ
+from vistok.quantizers.index import IndexQuantizer
+from vistok.quantizers.lfq import LFQ
+from vistok.quantizers.vq import VectorQuantizer
+
+QUANTIZERS: dict[str, type[nn.Module]] = {"vq": VectorQuantizer, "lfq": LFQ, "fsq": FSQ, "index": IndexQuantizer}
+
+
+def build_quantizer(config: Mapping[str, Any], dim: int) -> nn.Module:
+    """The quantizer of one id per position that a config describes: ``name``, and the arguments of the class.
+
+    Args:
+        dim: channels of the latents; the class's ``dim``, which the config leaves out.
+
+    Raises:
+        ValueError: an unknown name, arguments that the class does not take, or another number of channels.
+    """
+    arguments = dict(config)
+    name = arguments.pop("name", None)
+    if name not in QUANTIZERS:
+        near = nearest(str(name), tuple(QUANTIZERS))
+        hint = f"; did you mean {near!r}?" if near else ""
+        raise ValueError(f"quantizer.name: unknown {name!r}{hint} Known: {', '.join(QUANTIZERS)}.")
+    kind = QUANTIZERS[name]
+    given = {"dim": arguments.pop("dim", dim)} if kind is not FSQ else {}
+    quantizer = build(kind, arguments | given, "quantizer")
+    if quantizer.dim != dim:
+        raise ValueError(f"the quantizer {name!r} has codes of {quantizer.dim} channels, the latents have {dim}")
+    return quantizer
