@@ -159,7 +159,7 @@ def _run(session, uniforms: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         found = session.next_logits()
         here = slice(session.count, session.count + found.shape[1])
         drawn = draw_ids(found, None if uniforms is None else uniforms[:, here], session.options)
-        session.commit(drawn)
+        session.commit([drawn])
         ids.append(drawn)
         guided.append(found)
     return torch.cat(ids, 1), torch.cat(guided, 1), session.tokens

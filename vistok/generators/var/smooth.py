@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,8 +40,8 @@ class SmoothSession(AutoregressiveSession):
         super().append(tokens)
         self._vectors[:, first : self.count] = self._codes[self.sequence[:, first : self.count]]
 
-    def next_logits(self) -> Tensor:
-        logits = super().next_logits()  # (B, n, V)
+    def next_logits(self, parts: Sequence[Tensor] = ()) -> Tensor:
+        logits = super().next_logits(parts)  # (B, n, V)
         options, steps, here = self.options, len(self.plan), self._upcoming()
         ratio = self.step / (steps - 1) if steps > 1 else 1.0
         kept = filter_logits(logits, temperature=options.temperature or 1.0, top_k=options.top_k, top_p=options.top_p)
@@ -49,8 +50,8 @@ class SmoothSession(AutoregressiveSession):
         self._vectors[:, here] = shares @ self._codes
         return logits
 
-    def commit(self, ids: Tensor) -> TokenChunk:
-        vectors, chunk = self._vectors[:, self._upcoming()], super().commit(ids)
+    def commit(self, parts: Sequence[Tensor]) -> TokenChunk:
+        vectors, chunk = self._vectors[:, self._upcoming()], super().commit(parts)
         return TokenChunk(chunk.positions, vectors, chunk.valid)
 
     def _upcoming(self) -> slice:
