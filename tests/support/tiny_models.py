@@ -16,6 +16,7 @@ from vistok.checkpoints import registry
 from vistok.draws import Keys
 from vistok.generators.base import Generator
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
+from vistok.generators.engine.queries import QueryGenerator
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import Condition, TokenSpec
 
@@ -40,7 +41,10 @@ def next_token_generators() -> list[str]:
     return [
         name
         for name, kind in kinds.items()
-        if issubclass(kind, AutoregressiveGenerator) and not kind.needs_tokenizer and not draws_parts(kind)
+        if issubclass(kind, AutoregressiveGenerator)
+        and not issubclass(kind, QueryGenerator)
+        and not kind.needs_tokenizer
+        and not draws_parts(kind)
     ]
 
 

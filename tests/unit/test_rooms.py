@@ -33,6 +33,7 @@ BUILT_IN = {
     "ming_univision": {"mingtok"},  # the tokenizer in its loop; one file holds both
     "mingtok": {"ming_univision"},
     "rar": {"robustok"},
+    "randar": {"llama", "llamagen", "maskgit"},  # its blocks; the hub's names of its weights
     "kl_vae": {"flextok"},
     "token_shuffle": {"llama"},  # its blocks
 }

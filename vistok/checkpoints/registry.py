@@ -141,6 +141,10 @@ ENTRIES = (
         "2504.17789",
         tokenizer="llamagen_vq",
     ),
+    Entry(
+        "randar", "generator", "vistok.generators.randar:RandAR", "randar/gpt", "2412.01827", tokenizer="llamagen_vq"
+    ),
+    Entry("lpd", "generator", "vistok.generators.lpd:LPD", "lpd/generator", "2507.01957", tokenizer="llamagen_vq"),
 )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vistok.conditions import PARTS, Condition
 from vistok.guidance.combinations import PLAIN, Combination, Weights
-from vistok.guidance.schedules import Schedule, constant, linear, named, within
+from vistok.guidance.schedules import Schedule, constant, linear, linear_done, named, within
 
 Parts = tuple[str, ...]
 """The parts of the condition that a row drops, by name."""
@@ -103,7 +103,8 @@ def classifier_free(
     """Guidance by rows with the whole condition and with none of it.
 
     Args:
-        scale: s in ``null + s (conditional - null)``; 1 is off. A pair (first, last) rises linearly. Or a schedule.
+        scale: s in ``null + s (conditional - null)``; 1 is off. A pair (first, last) rises linearly, as "linear"
+            or "linear-done" does. Or a schedule.
         schedule, power, window: see ``named``.
         interval: (start, stop), the steps that are guided; None is all.
 
@@ -114,11 +115,11 @@ def classifier_free(
         chosen = scale
     else:
         ends = check_scale(scale)
-        if len(ends) == 2 and schedule not in ("constant", "linear"):
+        if len(ends) == 2 and schedule not in ("constant", "linear", "linear-done"):
             raise ValueError(f"guidance_scale {scale} rises linearly; it takes no guidance_schedule {schedule!r}")
         chosen = named(schedule, ends[-1], power=power, window=window)
         if len(ends) == 2:
-            chosen = linear(ends[1], ends[0])
+            chosen = (linear_done if schedule == "linear-done" else linear)(ends[1], ends[0])
         if set(ends) == {1}:
             return OFF
     return Guidance(((), PARTS), (within(chosen, *interval) if interval else chosen,), combination)

@@ -28,9 +28,9 @@ def linear(scale: float, first: float = 1.0) -> Schedule:
     return lambda step, steps: first + (scale - first) * (step / (steps - 1) if steps > 1 else 1.0)
 
 
-def linear_done(scale: float) -> Schedule:
-    """1 + (s - 1) i / n: the share that is done before the step. MaskGIT as TiTok has it (arXiv 2406.07550)."""
-    return lambda step, steps: 1 + (scale - 1) * (step / steps)
+def linear_done(scale: float, first: float = 1.0) -> Schedule:
+    """first + (s - first) i / n: the share that is done before the step. MaskGIT as TiTok has it (arXiv 2406.07550)."""
+    return lambda step, steps: first + (scale - first) * (step / steps)
 
 
 def cosine(scale: float) -> Schedule:

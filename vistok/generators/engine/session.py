@@ -12,9 +12,10 @@ from vistok.generators.engine.compiled import CompiledStep, SessionSteps
 from vistok.generators.engine.contracts import NextTokenModel
 from vistok.generators.engine.decodings import DECODINGS
 from vistok.generators.engine.packed import DecodingCopies, DecodingCopy
+from vistok.generators.engine.plan import Plan
 from vistok.generators.engine.sampling import DecodingOptions
 from vistok.generators.engine.windows import Windows, only_forced
-from vistok.guidance import PLAIN, Guidance
+from vistok.guidance import PLAIN, Guidance, Weights
 from vistok.types import Condition, Expander, TokenChunk
 
 
@@ -53,7 +54,7 @@ class AutoregressiveSession:
         self.model, self.options, self._copies, self._compiled_step = model, options, copies, compiled_step
         self.expander = expander
         self.draws = {name: value.to(device) for name, value in (draws or {}).items()}
-        self.plan = model.plan(self.draws).to(device)
+        self.plan = self._plan().to(device)
         self.decoding = DECODINGS[options.decoding]
         self.num_parts = model.num_parts
         self.decoding.check(self.plan, options, self.num_parts)
@@ -74,12 +75,10 @@ class AutoregressiveSession:
         self.failed = torch.full((1,), length, device=device)  # the first token whose logits were not finite
         self._copy = self._decoding_copy()
         self.seen = 0  # steps whose tokens are in the cache
-        self._hidden, self._logits = self._advance(
-            model.embed_condition(self.rows, self._for_rows(self.plan.places(0)))
-        )
+        self._hidden, self._logits = self._begin()
         self._compiled = self._compiled_steps()
 
-    def _weights_of(self, guidance: Guidance) -> list[tuple[float, ...]]:
+    def _weights_of(self, guidance: Guidance) -> list[Weights]:
         """Of the session's rows at each step; those that ``guidance`` has not count 0."""
         lacking = (0.0,) * (len(self.guidance.rows) - len(guidance.rows))
         return [guidance.weights(step, len(self.plan)) + lacking for step in range(len(self.plan))]
@@ -159,7 +158,7 @@ class AutoregressiveSession:
         """Guided logits (B, n, V) of the tokens of the next step, or of the part of them that follows the given ones
         (B, n)."""
         while self.seen < self.step:
-            self._hidden, self._logits = self._advance(self._embed_unseen())
+            self._hidden, self._logits = self._catch_up()
         if not parts:
             return self._guided(self._logits, self.weights[self.step], self.count)
         given = [self.guidance.repeat(part) for part in parts]
@@ -205,6 +204,17 @@ class AutoregressiveSession:
     # -----------------------------------------------------------------------------------------------------------------
     # Passes through the model
 
+    def _plan(self) -> Plan:
+        return self.model.plan(self.draws)
+
+    def _begin(self) -> tuple[Tensor, Tensor]:
+        """Hidden states of the condition, and logits of the first step's tokens."""
+        return self._advance(self.model.embed_condition(self.rows, self._for_rows(self.plan.places(0))))
+
+    def _catch_up(self) -> tuple[Tensor, Tensor]:
+        """Feed the cache what it lacks, or a part of it; its hidden states, and logits of the step after that."""
+        return self._advance(self._embed_unseen())
+
     def _embed_unseen(self) -> Tensor:
         """Embeddings of what the cache lacks: of all tokens in steps of one, else of the next step."""
         first, bounds = self.seen, self.plan.bounds
@@ -244,7 +254,7 @@ class AutoregressiveSession:
             return mask
         return torch.ones(stop - start, stop, dtype=torch.bool, device=self.sequence.device).tril(start)
 
-    def _guided(self, logits: Tensor, weights: tuple[float, ...], first: int, part: int = 0) -> Tensor:
+    def _guided(self, logits: Tensor, weights: Weights, first: int, part: int = 0) -> Tensor:
         """Logits (B, n, V) of a part of the tokens from the one numbered ``first`` on, of those (R, n, V) of all
         rows."""
         logits = self._combines[part](logits, weights)

@@ -1,0 +1,316 @@
+"""Generators that ask for places: a query per token says where it lies, which allows any order and many at once.
+
+A step feeds the tokens of the step before and the queries of its own. Queries are there for their answers; once the
+tokens are known these take their slots in the cache.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vistok.draws import Draws, Keys
+from vistok.generators.base import weighted_mean
+from vistok.generators.engine.autoregressive import AutoregressiveGenerator
+from vistok.generators.engine.plan import Plan
+from vistok.generators.engine.sampling import DecodingOptions
+from vistok.generators.engine.session import AutoregressiveSession
+from vistok.guidance import Guidance, Weights
+from vistok.types import Clock, Condition, Expands, GeneratorOutput
+
+
+def cosine_groups(num_steps: int, length: int) -> tuple[int, ...]:
+    """How many of ``length`` tokens each step generates: one at first, and then more and more (arXiv 2412.01827).
+
+    After step s = 1, 2, ... there are min(int((1 - cos(pi/2 (s + 1) / num_steps)) length + 1), length) tokens, at least
+    one more than before. The last step that is asked for completes them; 1 takes two, because the first has one token.
+
+    Raises:
+        ValueError: fewer than one step, or more steps than tokens.
+    """
+    if not 1 <= num_steps <= length:
+        raise ValueError(f"num_steps must lie in 1..{length}, one for each token at most; got {num_steps}")
+    if num_steps == length:
+        return (1,) * length
+    sizes, done = [1], 1
+    while done < length:
+        share = 1 - math.cos(math.pi / 2 * min((len(sizes) + 1) / num_steps, 1.0))
+        target = min(int(share * length + 1), length)
+        sizes.append(max(target - done, 1))
+        done += sizes[-1]
+    return tuple(sizes)
+
+
+@dataclass(frozen=True)
+class QueryOptions(DecodingOptions):
+    """How ids are drawn, and how many in each step.
+
+    Attributes:
+        num_steps: passes through the model; None is the model's own number, as many as there are tokens is one by one.
+        group_sizes: how many tokens each step generates, instead of ``num_steps``; their sum is the number of tokens.
+
+    The others are as of ``DecodingOptions``. Schedules of guidance count tokens: step i of n is the i-th of n tokens.
+
+    Raises:
+        ValueError: both, or sizes below 1.
+    """
+
+    num_steps: int | None = None
+    group_sizes: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.group_sizes is None:
+            return
+        if self.num_steps is not None:
+            raise ValueError("group_sizes say how many steps there are; leave num_steps out")
+        object.__setattr__(self, "group_sizes", tuple(self.group_sizes))
+        if not self.group_sizes or min(self.group_sizes) < 1:
+            raise ValueError(f"group_sizes must be numbers of tokens from 1 on, got {self.group_sizes}")
+
+
+class QuerySession(AutoregressiveSession):
+    """Cached sampling in groups: the cache keeps known tokens, and of queries what training has in their place."""
+
+    def _plan(self) -> Plan:
+        return self.model.steps(self.draws, self.options)
+
+    def _weights_of(self, guidance: Guidance) -> list[Weights]:
+        return self.model.guidance_weights(guidance, self.plan)
+
+    def _compiled_steps(self) -> None:
+        return None
+
+    def _begin(self) -> tuple[Tensor, Tensor]:
+        upcoming = self._for_rows(self.plan.places(0))
+        return self._run(self.model.embed_condition(self.rows, upcoming), None, upcoming)
+
+    def _catch_up(self) -> tuple[Tensor, Tensor]:
+        first, bounds = self.seen, self.plan.bounds
+        known, upcoming = (self._for_rows(self.plan.places(step)) for step in (first, first + 1))
+        ids = self.guidance.repeat(self.sequence[:, bounds[first] : bounds[first + 1]])
+        self.kv_cache.truncate(self.kv_cache.length - (ids.shape[1] - self.model.kept_queries))
+        self.seen = first + 1
+        return self._run(self.model.embed_tokens(ids, known, upcoming), known, upcoming)
+
+    @torch.inference_mode()
+    def _run(self, x: Tensor, known: Tensor | None, upcoming: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states (R, e, D), and logits (R, n, V) of the places ``upcoming``, whose queries are last in x."""
+        model, cache, count = self.network(), self.kv_cache, upcoming.shape[1]
+        mask = model.step_mask(x.shape[1] - count, count, cache.length, x.device)
+        hidden = model.transform(x, model.entry_positions(known, upcoming), mask, cache.layers, *self.state)
+        return hidden, model.step_logits(hidden, count)
+
+
+class QueryGenerator(AutoregressiveGenerator):
+    """A transformer over [condition, tokens, queries].
+
+    ``embed_condition`` gives the condition's entries and the queries of the first step, ``embed_tokens`` the entries of
+    one step's tokens and the queries of the next. A subclass further defines what is abstract here.
+    """
+
+    options_type = QueryOptions
+    condition_length = 1
+    kept_queries: int
+    """How many queries of each step stay in the cache."""
+
+    @property
+    @abstractmethod
+    def default_steps(self) -> int:
+        """Steps of a sample where the options name none."""
+
+    @abstractmethod
+    def entry_positions(self, known: Tensor | None, upcoming: Tensor) -> Tensor | slice:
+        """What ``transform`` is told of where the entries of a step lie: of tokens at the places ``known`` (1 or R, m),
+        None for the condition, and of queries at ``upcoming`` (1 or R, n)."""
+
+    @abstractmethod
+    def step_mask(self, known: int, queries: int, start: int, device: torch.device) -> Tensor | None:
+        """What ``known`` entries of a step and then its queries see of the ``start`` entries before and of each other:
+        bool (known + queries, start + known + queries); None is plainly causal attention without any before."""
+
+    @abstractmethod
+    def predict(self, ids: Tensor, orders: Tensor, condition: Condition, draws: Draws) -> Tensor:
+        """Teacher-forced logits (B, L, V) in the order of generation.
+
+        Args:
+            ids: (B, L), already in that order.
+            orders: (B, L), the places of these tokens.
+            draws: of ``training_draws``, or none.
+        """
+
+    def group_sizes(self, options: QueryOptions) -> tuple[int, ...]:
+        """How many tokens each step generates.
+
+        Raises:
+            ValueError: group sizes that are not all tokens, or more steps than tokens.
+        """
+        length = self.spec.length
+        if options.group_sizes is None:
+            return self.scheduled_groups(self.default_steps if options.num_steps is None else options.num_steps)
+        if sum(options.group_sizes) != length:
+            raise ValueError(
+                f"group_sizes {options.group_sizes} sum to {sum(options.group_sizes)}, not to {length} tokens"
+            )
+        return options.group_sizes
+
+    def scheduled_groups(self, num_steps: int) -> tuple[int, ...]:
+        """The group sizes of so many steps: ``cosine_groups``, unless the model says otherwise."""
+        return cosine_groups(num_steps, self.spec.length)
+
+    def steps(self, draws: Draws, options: QueryOptions) -> Plan:
+        """Groups of the order that was drawn, of raster order without one.
+
+        Raises:
+            ValueError: an order that is no permutation of the places, or group sizes that are not all tokens.
+        """
+        length = self.spec.length
+        order = self._check_orders(draws["order"]) if "order" in draws else torch.arange(length)[None]
+        return Plan(order, self.group_sizes(options))
+
+    def _check_orders(self, orders: Tensor) -> Tensor:
+        places = torch.arange(self.spec.length, device=orders.device)
+        if (
+            orders.ndim != 2
+            or orders.shape[1] != len(places)
+            or not torch.equal(orders.sort(1).values, places.expand(orders.shape))
+        ):
+            raise ValueError(
+                f"an order names each of the places 0..{len(places) - 1} once; got orders {tuple(orders.shape)} that "
+                "are no permutations"
+            )
+        return orders
+
+    def guidance_weights(self, guidance: Guidance, plan: Plan) -> list[Weights]:
+        """How much each row counts in each step: a schedule's step is the first token of the group."""
+        length = self.spec.length
+        return [guidance.weights(plan.bounds[step], length) for step in range(len(plan))]
+
+    def session_type(self, options: QueryOptions) -> type[QuerySession]:
+        """Sessions whose cache keeps known tokens and few queries."""
+        return QuerySession
+
+    def compile_decoding(self, backend: str = "inductor") -> None:
+        """Raises ValueError: steps of several tokens have no compiled form."""
+        raise ValueError(f"{type(self).__name__} has no compiled decoding: its steps generate several tokens")
+
+    def edit(
+        self,
+        tokens: Tensor,
+        regenerate: Tensor,
+        condition: Condition,
+        options: QueryOptions | None = None,
+        *,
+        draws: Draws | None = None,
+    ) -> Tensor:
+        """Generate some positions anew and keep the others: inpainting, where tokens have a place.
+
+        What is kept comes first in the order, so that all that is generated sees it.
+
+        Args:
+            tokens: (B, L) ids of the images.
+            regenerate: (L,) or (B, L) bool, True where tokens are generated.
+            condition: the class of what is generated.
+            options: ``num_steps`` is for whole images; parts take their share of it.
+            draws: of ``sampling_draws``.
+
+        Returns:
+            (B, L) ids.
+
+        Raises:
+            ValueError: ids of another tokenizer, another shape of ``regenerate``, group sizes, or no draws.
+        """
+        self.spec.check_ids(tokens)
+        options, length = options or self.options_type(), self.spec.length
+        if regenerate.shape not in (tokens.shape, tokens.shape[1:]) or tokens.shape[1] != length:
+            raise ValueError(
+                f"tokens must be (B, {length}) and regenerate ({length},) or (B, {length}), got {tuple(tokens.shape)} "
+                f"and {tuple(regenerate.shape)}"
+            )
+        if options.group_sizes is not None:
+            raise ValueError("an edit generates as many tokens as it is asked for; give num_steps, not group_sizes")
+        if draws is None and options.temperature > 0:
+            raise ValueError(
+                "sampling with a temperature above 0 needs draws: pass sampling_draws(Keys.range(seed, B), options)"
+            )
+        kept, edited = ~regenerate.expand(tokens.shape), tokens.clone()
+        for count in kept.sum(1).unique().tolist():  # images with as many kept tokens have the same steps
+            rows = (kept.sum(1) == count).nonzero()[:, 0]
+            part = {name: value[rows.to(value.device)] for name, value in (draws or {}).items()}
+            if count < length:
+                edited[rows] = self._edit(tokens[rows], kept[rows], count, condition[rows], options, part)
+        return edited
+
+    def _edit(
+        self, ids: Tensor, kept: Tensor, count: int, condition: Condition, options: QueryOptions, draws: Draws
+    ) -> Tensor:
+        """Ids (B, L), of which ``count`` in each row are kept, those where ``kept`` is True."""
+        length = self.spec.length
+        order = draws.get("order", torch.arange(length).expand(ids.shape)).to(ids.device)
+        order = order.gather(1, kept.gather(1, order).long().argsort(dim=1, descending=True, stable=True))
+        num_steps, left = self.default_steps if options.num_steps is None else options.num_steps, length - count
+        sizes = cosine_groups(math.ceil(num_steps * left / length), left)
+        options = replace(options, num_steps=None, group_sizes=(count, *sizes) if count else sizes)
+        session = self.start(condition, options, draws=draws | {"order": order})
+        session.append(ids.gather(1, order)[:, :count])
+        for _ in session.generate():
+            pass
+        return session.tokens.to(ids.device)
+
+    def logits(self, ids: Tensor, condition: Condition, orders: Tensor | None = None, **draws: Tensor) -> Tensor:
+        """Teacher-forced logits (B, L, V): the i-th one predicts the i-th token in order.
+
+        Args:
+            ids: (B, L) in raster order.
+            orders: (B, L), the places of the tokens in order; None is raster order.
+            **draws: others of ``training_draws``.
+        """
+        return self.predict(*self._in_order(ids, orders), condition, draws)
+
+    def _in_order(self, ids: Tensor, orders: Tensor | None) -> tuple[Tensor, Tensor]:
+        if orders is None:
+            return ids, torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        return ids.gather(1, orders), orders
+
+    def forward(
+        self,
+        tokens: Tensor,
+        condition: Condition,
+        *,
+        draws: Draws | None = None,
+        weights: Tensor | None = None,
+        clock: Clock | None = None,
+        tokenizer: Expands | None = None,
+    ) -> GeneratorOutput:
+        """Cross entropy in nats per token; metric "accuracy". Predictions (B, L, V) are in the order of ``draws``.
+
+        Raises:
+            ValueError: orders of another shape than the tokens.
+        """
+        self.check_tokenizer(tokenizer)
+        draws = draws or {}
+        if "drop" in draws:
+            condition = condition.drop(draws["drop"] < self.condition_dropout)
+        orders = draws.get("order")
+        if orders is not None and orders.shape != tokens.shape:
+            raise ValueError(f"orders must be {tuple(tokens.shape)}, one of all tokens each; got {tuple(orders.shape)}")
+        tokens, orders = self._in_order(tokens, orders)
+        logits = self.predict(tokens, orders, condition, draws)
+        per_sample = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none").mean(1)
+        loss = per_sample.mean() if weights is None else weighted_mean(per_sample, weights)
+        accuracy = (logits.detach().argmax(-1) == tokens).float().mean()
+        return GeneratorOutput(loss, logits, {"accuracy": accuracy})
+
+    def training_draws(self, keys: Keys) -> Draws:
+        """ "drop" (B,) uniform; "order" (B, L), a random order of each sample."""
+        return {"drop": keys.uniform("drop"), "order": keys.permutation("order", self.spec.length)}
+
+    def sampling_draws(self, keys: Keys, options: Any = None) -> Draws:
+        """ "ids" (B, L), a uniform number for each token; "order" (B, L), a random order of each sample."""
+        return super().sampling_draws(keys, options) | {"order": keys.permutation("order", self.spec.length)}

@@ -1,0 +1,214 @@
+"""RandAR: next-token prediction in random orders, where an instruction token says which place comes next.
+
+Paper: RandAR: Decoder-only Autoregressive Visual Generation in Random Orders (arXiv 2412.01827). Official weights and
+conventions: github.com/ziqipang/RandAR (MIT).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self, get_args
+
+import torch
+from torch import Tensor, nn
+
+from vistok.checkpoints import OfficialCheckpoint, load_strictly
+from vistok.draws import Draws, Keys
+from vistok.generators.engine.cache import Layers
+from vistok.generators.engine.queries import QueryGenerator
+from vistok.generators.llama import Block, position_table
+from vistok.generators.randar import official
+from vistok.nn.mlp import rounded_hidden_dim
+from vistok.nn.norms import RMSNorm
+from vistok.nn.rotary import FixedRotation, rotate
+from vistok.types import Condition, TokenSpec, as_dataclass
+
+SIZES = {
+    "L": {"dim": 1024, "num_layers": 24, "num_heads": 16},
+    "XL": {"dim": 1280, "num_layers": 36, "num_heads": 20},
+}
+RELEASED = {"0.3b_llamagen": ("L", 16384), "0.3b_maskgit": ("L", 1024), "0.7b_llamagen": ("XL", 16384)}
+OrderKind = Literal["random", "raster"]
+PlaceKind = Literal["rope2d", "rope1d"]
+
+
+class RandAR(QueryGenerator):
+    """A causal transformer over [class, P, x, P, x, ...]: before each token x the instruction P for its place.
+
+    An instruction is one learned vector, rotated in every head by the angles of the place. Tokens and instructions are
+    rotated once more in attention, both by the token's place; the class is not seen by its position (see
+    ``position_table`` of Llama). Parallel decoding appends the instructions of several tokens; when these are known,
+    the cache is brought into the order of training.
+
+    Args:
+        spec: the tokens to model (one id per position).
+        num_classes: number of classes; 0 for unconditional generation.
+        dim, num_layers, num_heads: width, blocks, heads; heads divide dim.
+        num_kv_heads: heads of keys and values, which divides num_heads; None for as many.
+        multiple_of: the feed-forward width, 8/3 of dim, is rounded up to a multiple of this.
+        position_order: training orders, "random" or "raster".
+        positions: "rope2d" rotates by row and column, "rope1d", for tokens on no raster, by their number.
+        condition_dropout: share of training samples whose class is dropped, for guidance; with 0 there is no null
+            class, and guidance is refused.
+        token_drop, attn_drop, proj_drop, ffn_drop: dropout of the embedded image tokens, the attention weights, the
+            attention output and the feed-forward output, in training.
+        rope_base: base of the rotary frequencies.
+        norm_eps: eps of the RMS norms.
+
+    Raises:
+        ValueError: a spec without ids, with several per position, or without a raster for "rope2d"; or an
+            unknown order or kind of positions.
+    """
+
+    registry_name = "randar"
+    plain_sequence = {"positions": "rope1d"}
+    tiny = {
+        "spec": TokenSpec(16, 32, dim=4, grid=(4, 4)),
+        "num_classes": 5,
+        "dim": 16,
+        "num_layers": 2,
+        "num_heads": 2,
+        "multiple_of": 16,
+    }
+    sizes = SIZES
+    checkpoints = tuple(
+        OfficialCheckpoint(
+            "ziqipang/RandAR",
+            f"randar_{name}_360k_bs_1024_lr_0.0004.safetensors",
+            official.config(SIZES[size], codebook_size),
+        )
+        for name, (size, codebook_size) in RELEASED.items()
+    )
+    kept_queries = 1
+
+    def __init__(
+        self,
+        spec: TokenSpec,
+        num_classes: int = 1000,
+        dim: int = 1024,
+        num_layers: int = 24,
+        num_heads: int = 16,
+        num_kv_heads: int | None = None,
+        multiple_of: int = 256,
+        position_order: OrderKind = "random",
+        positions: PlaceKind = "rope2d",
+        condition_dropout: float = 0.1,
+        token_drop: float = 0.1,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.1,
+        ffn_drop: float = 0.1,
+        rope_base: float = 10000.0,
+        norm_eps: float = 1e-5,
+    ):
+        super().__init__()
+        self.spec = self.check_spec(as_dataclass(TokenSpec, spec), type(self).__name__)
+        if position_order not in get_args(OrderKind):
+            raise ValueError(f"position_order must be 'random' or 'raster', got {position_order!r}")
+        if positions not in get_args(PlaceKind):
+            raise ValueError(f"positions must be 'rope2d' or 'rope1d', got {positions!r}")
+        self.position_order, self.condition_dropout = position_order, condition_dropout
+        self.num_classes, self.num_heads = num_classes or None, num_heads
+        self.has_null = condition_dropout > 0 or not num_classes
+        self.class_embedding = nn.Embedding(num_classes + self.has_null, dim)
+        self.token_embedding = nn.Embedding(self.spec.codebook_size, dim)
+        self.position_instruction = nn.Parameter(torch.randn(1, dim) * 0.02)
+        self.dropout = nn.Dropout(token_drop)
+        self.blocks = nn.ModuleList(
+            Block(
+                dim,
+                num_heads,
+                rounded_hidden_dim(dim, multiple_of),
+                num_kv_heads=num_kv_heads,
+                qk_norm=False,
+                eps=norm_eps,
+                attn_drop=attn_drop,
+                proj_drop=proj_drop,
+                ffn_drop=ffn_drop,
+            )
+            for _ in range(num_layers)
+        )
+        self.norm = RMSNorm(dim, norm_eps)
+        self.output = nn.Linear(dim, self.spec.codebook_size, bias=False)
+        self.rotation = FixedRotation(position_table(self.spec, 1, dim // num_heads, positions, rope_base))
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(self.output.weight)
+
+    @property
+    def num_entries(self) -> int:
+        """The class, and an instruction with each token."""
+        return 1 + 2 * self.spec.length
+
+    @property
+    def default_steps(self) -> int:
+        """88 for 256 tokens, as published, and in proportion for others."""
+        return max(1, round(88 / 256 * self.spec.length))
+
+    def instructions(self, places: Tensor) -> Tensor:
+        """The instruction tokens (R, n, D) for places (R, n)."""
+        vector = self.position_instruction.view(1, self.num_heads, 1, -1)  # (1, H, 1, h)
+        return rotate(vector, self.rotation(1 + places)).transpose(1, 2).flatten(2)  # (R, H, n, h) to (R, n, D)
+
+    def _embed_class(self, condition: Condition) -> Tensor:
+        """(R, 1, D); the null class, if there is one, is the last row of the table."""
+        ids = condition.labels
+        if self.has_null:
+            null = torch.full_like(condition.dropped, self.num_classes or 0, dtype=torch.int64)
+            ids = null if ids is None else torch.where(condition.dropped, null, ids)
+        return self.class_embedding(ids)[:, None]
+
+    def embed_condition(self, condition: Condition, upcoming: Tensor) -> Tensor:
+        """(R, 1 + n, D): the class, and the instructions of the first step."""
+        queries = self.instructions(upcoming).expand(len(condition), -1, -1)
+        return torch.cat([self._embed_class(condition), queries], 1)
+
+    def embed_tokens(self, ids: Tensor, places: Tensor, upcoming: Tensor) -> Tensor:
+        """(R, 2 m - 1 + n, D): x, P, x, ..., P, x of one step, without its first P, and instructions of the next."""
+        queries = self.instructions(upcoming).expand(len(ids), -1, -1)
+        return torch.cat([self._embed_pairs(ids, places)[:, 1:], queries], 1)
+
+    def _embed_pairs(self, ids: Tensor, places: Tensor) -> Tensor:
+        """P, x, P, x, ...: (R, 2 m, D) of ids (R, m)."""
+        tokens = self.dropout(self.token_embedding(ids))
+        return torch.stack([self.instructions(places).expand_as(tokens), tokens], 2).flatten(1, 2)
+
+    def entry_positions(self, known: Tensor | None, upcoming: Tensor) -> Tensor:
+        """Rows of the table of rotations: 0 of the class, 1 + place of all others."""
+        before = upcoming.new_full((len(upcoming), 1), -1) if known is None else known.repeat_interleave(2, 1)[:, 1:]
+        return 1 + torch.cat([before, upcoming], 1)
+
+    def step_mask(self, known: int, queries: int, start: int, device: torch.device) -> Tensor | None:
+        """Causal, among the queries too."""
+        stop = known + queries
+        return None if start == 0 else torch.ones(stop, start + stop, dtype=torch.bool, device=device).tril(start)
+
+    def transform(self, x: Tensor, positions: Tensor, mask: Tensor | None, kv_cache: Layers | None) -> Tensor:
+        rotation = self.rotation(positions)
+        for block, memory in zip(self.blocks, kv_cache or [None] * len(self.blocks)):
+            x = block(x, rotation, mask, memory)
+        return x
+
+    def predict(self, ids: Tensor, orders: Tensor, condition: Condition, draws: Draws) -> Tensor:
+        # Nothing is predicted from the last token.
+        x = torch.cat([self._embed_class(condition), self._embed_pairs(ids, orders)[:, :-1]], 1)  # (B, 2 L, D)
+        positions = torch.cat([torch.zeros_like(orders[:, :1]), 1 + orders.repeat_interleave(2, 1)[:, :-1]], 1)
+        return self.head(self.transform(x, positions, None, None)[:, 1::2])
+
+    def training_draws(self, keys: Keys) -> Draws:
+        """ "drop" (B,) uniform; "order" (B, L), the places of the tokens in the order of each sample."""
+        draws = super().training_draws(keys)
+        if self.position_order == "raster":
+            draws["order"] = torch.arange(self.spec.length).expand(len(keys), -1)
+        return draws
+
+    @classmethod
+    def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
+        model = cls(**official.arguments(config))
+        load_strictly(model, official.our_names(state_dict), source="the official state dict")
+        return model
+
+    @staticmethod
+    def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Drop the sampling cache of a model that has generated."""
+        return {key: tensor for key, tensor in state.items() if ".attention.kv_cache." not in key}
