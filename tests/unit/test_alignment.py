@@ -16,6 +16,7 @@ from support.tiny_runs import tokenizer_config
 import vistok
 from vistok.checkpoints import CheckpointError
 from vistok.config import ConfigError
+from vistok.draws import Keys
 from vistok.losses import Alignment, EncoderConfig, alignment_distance
 from vistok.losses.alignment import FrozenEncoder
 from vistok.losses.efficientnet import efficientnet_lite0
@@ -245,7 +246,6 @@ def test_bad_configs_are_refused_before_work(model, losses, message, tmp_path, w
 def test_time_weighting_of_lpips_counts_late_images_more(monkeypatch):
     from support.tiny_models import pixels, tiny
 
-    from vistok.draws import Keys
     from vistok.losses import LPIPS
     from vistok.train.tasks.objective import TokenizerObjective
     from vistok.types import Clock
