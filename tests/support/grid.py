@@ -38,6 +38,7 @@ REFUSALS = {
     "kind": (r"discrete|continuous", lambda spec, continuous: spec.discrete == continuous),
     "depth": (r"one id per position", lambda spec, continuous: spec.depth > 1),
     "scales": (r"scales", lambda spec, continuous: not spec.scales),
+    "loop": (r"no expander", lambda spec, continuous: spec.discrete != continuous),
     "grid": (r"grid|raster", lambda spec, continuous: spec.grid is None or len(spec.grid) != 2),
 }
 
@@ -68,10 +69,12 @@ def try_pair(tokens: torch.Tensor, made_by: Tokenizer, generator: str) -> Pair:
     for arguments in ({}, kind.plain_sequence):
         try:
             model = kind(**{**kind.tiny, "spec": made_by.spec, **arguments})
+            loop = {"tokenizer": made_by} if kind.needs_tokenizer else {}
+            if loop:
+                made_by.expander()
         except ValueError as error:
             refusal = refusal or str(error)
         else:
-            loop = {"tokenizer": made_by} if model.needs_tokenizer else {}
             return Pair(None, arguments, tuple(_train(model, tokens, loop)))
     return Pair(refusal, {})
 

@@ -52,7 +52,7 @@ def test_config_builds(path):
                 bits = sum(run.model.get("factorized_bits", (10,)))
                 codebook_size = None if issubclass(kind, ContinuousGenerator) else 2**bits
                 spec = TokenSpec(side * side, codebook_size, dim=8, grid=(side, side))
-                if kind.needs_tokenizer:
+                if kind.needs_tokenizer and codebook_size:
                     scales = [(n, n) for n in SCALES[side]]
                     spec = TokenSpec(sum(n * n for n, _ in scales), 1024, dim=8, scales=scales)
             given = ConditionSpec(10, IdSpec(256, 64), FeatureSpec(384, 16), IdSpec(1024, spec.length))

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from golden.harness import Case
 from support.tiny_models import randomise, tiny
 
+import vistok
+from vistok.checkpoints import CheckpointError
 from vistok.draws import Keys
 from vistok.generators.ming_univision import MingOptions, MingUniVision
 from vistok.nn.moe import MixtureOfExperts
 from vistok.types import Condition, TokenSpec
 
+CASE = Path(__file__).parents[1] / "golden" / "cases" / "mingtok_univision_t2i"
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 OPTIONS = MingOptions(num_steps=3)
 EXPERTS = {
@@ -218,3 +224,35 @@ def test_the_published_size_has_the_published_count():
     assert head / 1e9 == pytest.approx(1.285, abs=0.01)
     whole = sum(p.numel() for p in model.parameters())
     assert (whole - head) / 1e9 == pytest.approx(16.8, abs=0.05)
+
+
+VARIANTS = {
+    "one router": ({"multi_gate": False}, ".mlp.image_gate.", {}),
+    "no shared experts": ({"num_shared_experts": 0}, ".shared_experts.", {}),
+    "biases": ({"use_qkv_bias": True}, None, {"model.model.layers.{}.attention.query_key_value.bias": (128,)}),
+    "plain layers": (
+        {"num_experts": 0},
+        ".mlp.",
+        {
+            "model.model.layers.{}.mlp.gate_proj.weight": (96, 64),
+            "model.model.layers.{}.mlp.up_proj.weight": (96, 64),
+            "model.model.layers.{}.mlp.down_proj.weight": (64, 96),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "without", "added"), VARIANTS.values(), ids=VARIANTS)
+def test_other_language_models_of_the_reference_load(change, without, added):
+    case = Case(CASE)
+    config = case.config | {"llm_config": case.config["llm_config"] | change}
+    state = {
+        key: tensor
+        for key, tensor in MingUniVision.clean_official(case.state).items()
+        if not (without and without in key and ".layers." in key)
+    }
+    state |= {key.format(layer): torch.randn(shape) for key, shape in added.items() for layer in range(2)}
+    model = vistok.from_official(case.model, config, state)
+    assert model.logits(model.embed_ids(torch.tensor([[1, 2, 3]]))).isfinite().all()
+    with pytest.raises(CheckpointError, match="surplus"):
+        vistok.from_official(case.model, config, state | {"model.model.layers.0.other.weight": torch.zeros(1)})

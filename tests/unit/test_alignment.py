@@ -16,6 +16,7 @@ from support.tiny_runs import tokenizer_config
 import vistok
 from vistok.checkpoints import CheckpointError
 from vistok.config import ConfigError
+from vistok.draws import Keys
 from vistok.losses import Alignment, EncoderConfig, alignment_distance
 from vistok.losses.alignment import FrozenEncoder
 from vistok.losses.efficientnet import efficientnet_lite0
@@ -245,7 +246,6 @@ def test_bad_configs_are_refused_before_work(model, losses, message, tmp_path, w
 def test_time_weighting_of_lpips_counts_late_images_more(monkeypatch):
     from support.tiny_models import pixels, tiny
 
-    from vistok.draws import Keys
     from vistok.losses import LPIPS
     from vistok.train.tasks.objective import TokenizerObjective
     from vistok.types import Clock
@@ -294,6 +294,25 @@ def test_semantic_regularisation_reaches_the_feature_and_trains_its_head(efficie
     assert model.to_pixels.weight.grad is None
     assert list(objective.frozen()) == ["semantic_encoder"]
     assert not [name for name, _ in objective.named_parameters() if "encoder" in name]
+
+
+def test_two_teachers_teach_two_features_where_patches_were_masked(efficientnet_weights):
+    model = tiny("mingtok", mask_ratio=0.5)
+    encoder = {"name": "efficientnet_lite0", "weights": efficientnet_weights, "image_size": 64}
+    sections = {"low_level": "latents", "semantic": "semantic"}
+    losses = {name: {"weight": 1.0, "feature": feature, "encoder": encoder} for name, feature in sections.items()}
+    objective, images = TokenizerObjective(model, losses), pixels(model)
+    output = model(images, draws=model.training_draws(Keys.range(0, 3)))
+    terms = objective(output, images, Clock(0, 1), {})
+    assert terms.keys() == sections.keys()
+    assert sorted(objective.frozen()) == ["low_level_encoder", "semantic_encoder"]
+    objective.total(terms).backward()
+    for name in sections:
+        assert all(parameter.grad.abs().sum() > 0 for parameter in objective.terms[name].head.parameters())
+    assert model.encoder.mask_token.grad.abs().sum() > 0
+    assert model.pixel_decoder.head.weight.grad is None
+    with pytest.raises(ConfigError, match=r"losses\.low_level\.feature: MingTok names no raster of features 'decoded'"):
+        check_terms(model, {"low_level": 1.0})
 
 
 @pytest.mark.parametrize(

@@ -277,7 +277,7 @@ class MingUniVision(ContinuousGenerator):
             raise ValueError("there is nothing to describe: the condition has neither an image nor a text")
         context = Context(self, len(condition), count + max_tokens)
         hidden = context.read(prompt.embeddings, prompt.valid, prompt.kinds, prompt.images)
-        return write_text(self, context, self.output(hidden[:, -1]).float(), max_tokens, [])
+        return write_text(self, context, hidden[:, -1], max_tokens)[0]
 
     # -----------------------------------------------------------------------------------------------------------------
     # Training

@@ -76,7 +76,6 @@ GEN_METHOD = re.compile(r"flow_matching_swiglu-(\d+(?:\.\d+)?)")
 def arguments(given: OfficialConfig) -> dict[str, Any]:
     """Our constructor's arguments."""
     given.require("llm_config.hidden_act", "silu", why="the feed-forwards have SiLU")
-    given.require("llm_config.use_bias", False, None, why="the feed-forwards have no biases")
     given.require("llm_config.norm_head", False, None, why="the head of words is not normalised")
     given.require("llm_config.tie_word_embeddings", False, None, why="the head of words has weights of its own")
     given.require("llm_config.rope_scaling", None, why="positions are rotated as they are")
@@ -134,6 +133,7 @@ def _backbone(given: OfficialConfig) -> BackboneConfig:
         mlp_dim=take("intermediate_size", 1),
         **experts,
         qkv_bias=take("use_qkv_bias", False),
+        out_bias=take("use_bias", False),
         norm_eps=take("rms_norm_eps", 1e-6),
         rope_base=take("rope_theta", 10000.0),
         max_length=take("max_position_embeddings", 2048),

@@ -232,6 +232,7 @@ class MingSession:
         self._expander: Expander = self._tokenizer.expander()
         self.tokens = weight.new_zeros(context.rows, 0, model.spec.dim)
         self._read = 0  # latents that the context has read
+        self._image_stop = 0  # entries of the context at the end of its last image
         self.hidden = context.read(self._mark(model.image_start, len(context.visible)))[:, -1]
 
     def _without(self, parts: tuple[str, ...]) -> Tensor:
@@ -296,6 +297,7 @@ class MingSession:
             kinds = torch.full(features.shape[:2], ALWAYS, device=features.device)
             self.hidden = self.context.read(self.guidance.repeat(features), kinds=self.guidance.repeat(kinds))[:, -1]
             self._read = self.tokens.shape[1]
+            self._image_stop = self.context.visible.shape[1]
 
     # -----------------------------------------------------------------------------------------------------------------
     # After the image
@@ -327,15 +329,16 @@ class MingSession:
     def write(self, max_tokens: int) -> Tensor:
         """Write text after the image, the likeliest word each time: ids (B, n), n <= max_tokens, filled up with the end
         mark where a row ended before the others."""
-        logits, ids = self.finish(), []
-        return write_text(self.model, self.context, logits, max_tokens, ids)
+        self.finish()
+        ids, self.hidden = write_text(self.model, self.context, self.hidden, max_tokens)
+        return ids
 
     @torch.no_grad()
     def turn(self, condition: Condition, noise: Tensor) -> None:
         """Another turn in the same context: read another text, and begin another image. Nothing is read twice.
 
-        Text of earlier turns stays in all rows of guidance; images of earlier turns are what ``image_guidance_scale``
-        is of.
+        The image's end mark is read first, unless text was told or written behind it. Text of earlier turns stays in
+        all rows of guidance; images of earlier turns are what ``image_guidance_scale`` is of.
 
         Args:
             noise: as of the session.
@@ -345,19 +348,21 @@ class MingSession:
         context, start = self.context, self._kept.shape[1]
         context.kinds = torch.where(context.kinds == TEXT, ALWAYS, context.kinds)
         context.kinds[:, start:] = IMAGE
-        context.read(self._mark(self.model.image_end, context.rows))
+        if context.visible.shape[1] == self._image_stop:  # nothing was told or written since
+            context.read(self._mark(self.model.image_end, context.rows))
         prompt = self.model.prompt(condition.to(context.visible.device), self._tokenizer)
         self._begin(prompt, self.options.guidance(has_image=True), noise, None)
 
 
 @torch.no_grad()
-def write_text(model: JointModel, context: Context, logits: Tensor, max_tokens: int, ids: list[Tensor]) -> Tensor:
-    """Greedy ids (B, n) after logits (B, V) of the first; rows that have ended see what they write no more."""
-    ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+def write_text(model: JointModel, context: Context, hidden: Tensor, max_tokens: int) -> tuple[Tensor, Tensor]:
+    """Greedy ids (B, n) from the state (B, D) that the first is drawn from, and the state behind the last; what rows
+    that have ended are filled up with is hidden from them."""
+    ended = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
+    ids = [torch.zeros(len(hidden), 0, dtype=torch.int64, device=hidden.device)]
     for _ in range(max_tokens):
-        new = torch.where(ended, model.end, logits.argmax(-1))
-        ids.append(new)
-        ended = ended | (new == model.end)
+        new = torch.where(ended, model.end, model.output(hidden).argmax(-1))
+        ids.append(new[:, None])
         hidden = context.read(model.embedding(new)[:, None], valid=~ended[:, None])[:, -1]
-        logits = model.output(hidden).float()
-    return torch.stack(ids, 1) if ids else torch.zeros(len(logits), 0, dtype=torch.int64, device=logits.device)
+        ended = ended | (new == model.end)
+    return torch.cat(ids, 1), hidden
