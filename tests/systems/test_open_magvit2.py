@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.tiny_models import labels, tiny, token_ids
+from support.tiny_models import labels, pixels, tiny, token_ids
 
 from vistok.checkpoints import CheckpointError, with_averages
 from vistok.draws import Keys
@@ -144,3 +144,38 @@ def test_files_with_moving_averages_give_those():
 def test_images_of_one_token_are_refused():
     with pytest.raises(ValueError, match="a single token"):
         tiny("open_magvit2", image_size=4)
+
+
+@torch.no_grad()
+def test_convolutions_of_clips_do_not_look_ahead():
+    down = tiny("open_magvit2_video").encoder.levels[1].resample
+    x = torch.randn(1, 16, 5, 4, 4, generator=torch.Generator().manual_seed(0))
+    y = x.clone()
+    y[:, :, 3:] += 1
+    assert down(x).shape[2:] == (3, 2, 2)
+    assert torch.equal(down(x)[:, :, :2], down(y)[:, :, :2])
+    assert not torch.equal(down(x)[:, :, 2], down(y)[:, :, 2])
+
+
+@pytest.mark.parametrize(("frames", "steps"), [(1, 1), (3, 2), (5, 3)])
+def test_clips_come_back_with_their_frames(frames, steps):
+    model = tiny("open_magvit2_video")  # one of its levels halves time
+    spec = model.spec_for((3, frames, 16, 16))
+    assert spec.grid == (steps, 4, 4)
+    ids = model.encode(pixels(model)[:, :, :frames])
+    assert model.decode(ids, grid=spec.grid).shape == (3, 3, frames, 16, 16)
+    with pytest.raises(ValueError, match=r"a multiple of 2 more, got 4; take 3 frames"):
+        model.spec_for((3, 4, 16, 16))
+
+
+@torch.no_grad()
+def test_with_weights_of_images_in_the_last_time_slice_a_frame_is_coded_as_an_image():
+    image, clip = tiny("open_magvit2", channel_mult=(1, 2, 2)), tiny("open_magvit2_video", num_frames=1)
+    state = clip.encoder.state_dict()
+    for key, flat in image.encoder.state_dict().items():
+        state[key] = torch.zeros_like(state[key]) if flat.ndim == 4 else flat
+        if flat.ndim == 4:
+            state[key][:, :, -1] = flat
+    clip.encoder.load_state_dict(state)
+    frames = pixels(image)
+    torch.testing.assert_close(clip.latents(frames[:, :, None]), image.latents(frames), rtol=1e-4, atol=1e-4)

@@ -36,6 +36,8 @@ BUILT_IN = {
     "randar": {"llama", "llamagen", "maskgit"},  # its blocks; the hub's names of its weights
     "kl_vae": {"flextok"},
     "token_shuffle": {"llama"},  # its blocks
+    "open_magvit2_gpt": {"llama"},  # the transformer that it extends
+    "ibq_gpt": {"llama"},
 }
 # Names that are ordinary words of code, too (a variance, ClassVar), by what means the system.
 WRITTEN = {"var": r"(?<![A-Za-z])VAR(?![A-Za-z_])|generators\.var(?!\w)|(?<!\w)var/"}

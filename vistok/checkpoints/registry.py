@@ -79,6 +79,13 @@ ENTRIES = (
     Entry("robustok", "tokenizer", "vistok.tokenizers.robustok:RobusTok", "robustok/tokenizer", "2509.12474"),
     Entry("mingtok", "tokenizer", "vistok.tokenizers.mingtok:MingTok", "mingtok/tokenizer", "2510.06590"),
     Entry("open_magvit2", "tokenizer", "vistok.tokenizers.open_magvit2:OpenMAGVIT2", "magvit2/tokenizer", "2409.04410"),
+    Entry(
+        "open_magvit2_video",
+        "tokenizer",
+        "vistok.tokenizers.open_magvit2:OpenMAGVIT2Video",
+        "magvit2/video_tokenizer",
+        "2409.04410",
+    ),
     Entry("ibq", "tokenizer", "vistok.tokenizers.ibq:IBQ", "ibq/tokenizer", "2412.02692"),
     Entry(
         "vit_vqgan_gpt",

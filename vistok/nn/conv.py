@@ -8,17 +8,22 @@ norm.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vistok.nn.causal_conv import CausalConv3d
 from vistok.nn.norms import AdaptiveGroupNorm
 
 UpsampleKind = Literal["nearest", "depth_to_space"]
 Padding = Literal["after", "around"]
+ConvKind = type[nn.Conv2d] | type[CausalConv3d]
+"""Of images, or of clips."""
+Resample = Callable[[int, int], nn.Module]
+"""What ends the level of a number, 0 the finest, and of a width."""
 
 
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:
@@ -38,20 +43,27 @@ def group_norm(channels: int, groups: int) -> nn.GroupNorm:
 class ResBlock(nn.Module):
     """Two normalised 3x3 convolutions around a shortcut: (B, C_in, h, w) -> (B, C_out, h, w).
 
-    ``bias`` is that of all convolutions.
+    ``bias`` is that of all convolutions, and ``conv`` their kind.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, norm_groups: int = 32, dropout: float = 0.0, bias: bool = True
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        norm_groups: int = 32,
+        dropout: float = 0.0,
+        bias: bool = True,
+        conv: ConvKind = nn.Conv2d,
     ):
         super().__init__()
         self.norm1 = group_norm(in_channels, norm_groups)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=bias)
+        self.conv1 = conv(in_channels, out_channels, 3, padding=1, bias=bias)
         self.norm2 = group_norm(out_channels, norm_groups)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=bias)
+        self.conv2 = conv(out_channels, out_channels, 3, padding=1, bias=bias)
         same = in_channels == out_channels
-        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1, bias=bias)
+        self.shortcut = nn.Identity() if same else conv(in_channels, out_channels, 1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(F.silu(self.norm1(x)))
@@ -138,11 +150,13 @@ class Level(nn.Module):
         norm_groups: int,
         dropout: float,
         bias: bool,
+        conv: ConvKind,
     ):
         super().__init__()
         widths = [in_channels] + [out_channels] * (blocks - 1)
         self.blocks = nn.ModuleList(
-            ResBlock(width, out_channels, norm_groups=norm_groups, dropout=dropout, bias=bias) for width in widths
+            ResBlock(width, out_channels, norm_groups=norm_groups, dropout=dropout, bias=bias, conv=conv)
+            for width in widths
         )
         self.attentions = nn.ModuleList(
             AttnBlock(out_channels, norm_groups=norm_groups) if attend else nn.Identity() for _ in widths
@@ -155,9 +169,12 @@ class Level(nn.Module):
         return self.resample(x)
 
 
-def _middle(channels: int, blocks: int, *, attend: bool, norm_groups: int, dropout: float, bias: bool) -> nn.Sequential:
+def _middle(
+    channels: int, blocks: int, *, attend: bool, norm_groups: int, dropout: float, bias: bool, conv: ConvKind
+) -> nn.Sequential:
     modules: list[nn.Module] = [
-        ResBlock(channels, channels, norm_groups=norm_groups, dropout=dropout, bias=bias) for _ in range(blocks)
+        ResBlock(channels, channels, norm_groups=norm_groups, dropout=dropout, bias=bias, conv=conv)
+        for _ in range(blocks)
     ]
     if attend:
         modules.insert(1, AttnBlock(channels, norm_groups=norm_groups))
@@ -193,6 +210,8 @@ class ConvEncoder(nn.Module):
         bias: whether the residual blocks' convolutions and the first of all have biases.
         padding: of the strided convolutions, see ``Downsample``.
         out_kernel: side of the last convolution, 1 or 3.
+        conv: the kind of all convolutions.
+        resample: what ends all levels but the deepest; None is ``Downsample``.
 
     Raises:
         ValueError: attention in a level that does not exist, widths that norm_groups does not divide, or an unknown
@@ -215,19 +234,22 @@ class ConvEncoder(nn.Module):
         bias: bool = True,
         padding: Padding = "after",
         out_kernel: int = 3,
+        conv: ConvKind = nn.Conv2d,
+        resample: Resample | None = None,
     ):
         super().__init__()
         widths = [channels * mult for mult in channel_mult]
         deepest = len(widths) - 1
         attending = _attending(attention_levels, attend, len(widths))
-        options = {"norm_groups": norm_groups, "dropout": dropout, "bias": bias}
-        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1, bias=bias)
+        options = {"norm_groups": norm_groups, "dropout": dropout, "bias": bias, "conv": conv}
+        resample = resample or (lambda _, width: Downsample(width, padding))
+        self.conv_in = conv(in_channels, channels, 3, padding=1, bias=bias)
         self.levels = nn.ModuleList(
             Level(
                 widths[i - 1] if i else channels,
                 width,
                 res_blocks,
-                nn.Identity() if i == deepest else Downsample(width, padding),
+                nn.Identity() if i == deepest else resample(i, width),
                 attend=i in attending,
                 **options,
             )
@@ -235,7 +257,7 @@ class ConvEncoder(nn.Module):
         )
         self.middle = _middle(widths[-1], middle_blocks, attend=attend, **options)
         self.norm_out = group_norm(widths[-1], norm_groups)
-        self.conv_out = nn.Conv2d(widths[-1], out_channels, out_kernel, padding=out_kernel // 2)
+        self.conv_out = conv(widths[-1], out_channels, out_kernel, padding=out_kernel // 2)
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = self.conv_in(pixels)
@@ -256,6 +278,8 @@ class ConvDecoder(nn.Module):
         extra_blocks: how many more a level of the decoder has.
         bias: whether the residual blocks' convolutions have biases.
         upsample: "nearest" repeats pixels and convolves; "depth_to_space" convolves and spreads channels.
+        conv: as of ConvEncoder.
+        resample: what ends all levels but the finest, in place of ``upsample``.
         adaptive_norm: each level begins with a norm whose scale and shift are read from the decoder's input
             (``AdaptiveGroupNorm``).
 
@@ -280,6 +304,8 @@ class ConvDecoder(nn.Module):
         bias: bool = True,
         upsample: UpsampleKind = "nearest",
         adaptive_norm: bool = False,
+        conv: ConvKind = nn.Conv2d,
+        resample: Resample | None = None,
     ):
         super().__init__()
         if upsample not in UPSAMPLES:
@@ -288,15 +314,16 @@ class ConvDecoder(nn.Module):
         inputs = [widths[0], *widths[:-1]]  # channels that enter each level
         finest = len(widths) - 1
         attending = _attending(attention_levels, attend, len(widths))
-        options = {"norm_groups": norm_groups, "dropout": dropout, "bias": bias}
-        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        options = {"norm_groups": norm_groups, "dropout": dropout, "bias": bias, "conv": conv}
+        resample = resample or (lambda _, width: UPSAMPLES[upsample](width))
+        self.conv_in = conv(in_channels, widths[0], 3, padding=1)
         self.middle = _middle(widths[0], middle_blocks, attend=attend, **options)
         self.levels = nn.ModuleList(
             Level(
                 inputs[i],
                 width,
                 res_blocks + extra_blocks,
-                nn.Identity() if i == finest else UPSAMPLES[upsample](width),
+                nn.Identity() if i == finest else resample(finest - i, width),
                 attend=finest - i in attending,
                 **options,
             )
@@ -308,7 +335,7 @@ class ConvDecoder(nn.Module):
             else None
         )
         self.norm_out = group_norm(widths[-1], norm_groups)
-        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+        self.conv_out = conv(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
         return self.finish(self.begin(latents), latents)

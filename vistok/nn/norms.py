@@ -20,7 +20,7 @@ class RMSNorm(nn.Module):
 
 
 class AdaptiveGroupNorm(nn.Module):
-    """Group norm whose scale and shift are read from a style map: (B, C, h, w) -> (B, C, h, w).
+    """Group norm whose scale and shift are read from a style map: (B, C, h, w) -> (B, C, h, w), or of clips.
 
     scale = gamma(sqrt(var + eps)) and shift = beta(mean), mean and unbiased variance being those of the style's
     channels over its area. The output is norm(x) * scale + shift.
@@ -38,6 +38,7 @@ class AdaptiveGroupNorm(nn.Module):
         self.gamma, self.beta = (nn.Linear(style_channels, channels) for _ in range(2))
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        variance, mean = torch.var_mean(style, (2, 3), correction=1)  # (B, S)
+        variance, mean = torch.var_mean(style.flatten(2), 2, correction=1)  # (B, S)
         scale, shift = self.gamma((variance + self.eps).sqrt()), self.beta(mean)  # (B, C)
-        return F.group_norm(x, self.groups, eps=self.eps) * scale[..., None, None] + shift[..., None, None]
+        scale, shift = (y.view(*y.shape, *[1] * (x.ndim - 2)) for y in (scale, shift))
+        return F.group_norm(x, self.groups, eps=self.eps) * scale + shift

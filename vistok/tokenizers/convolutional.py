@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
-from einops import rearrange
 from torch import Tensor, nn
 
 from vistok.draws import Draws
 from vistok.nn.conv import ConvDecoder, ConvEncoder
-from vistok.tokenizers.base import Tokenizer, image_sides
+from vistok.tokenizers.base import Tokenizer, image_sides, times
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec
 
 
@@ -26,7 +26,7 @@ class ConvTokenizer(Tokenizer):
         super().__init__()
         self.stride = 2 ** (num_levels - 1)
         height, width = image_sides(image_size)
-        self._input_shape = (in_channels, height, width)
+        self._input_shape: tuple[int, ...] = (in_channels, height, width)
 
     def build(
         self,
@@ -53,7 +53,7 @@ class ConvTokenizer(Tokenizer):
         return self._spec
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
+    def input_shape(self) -> tuple[int, ...]:
         return self._input_shape
 
     @property
@@ -80,14 +80,14 @@ class ConvTokenizer(Tokenizer):
     def latents(self, pixels: Tensor) -> Tensor:
         """Pixels (B, C, H, W) in [-1, 1] to latents (B, L, code dim) in raster order, before quantization."""
         self.check_pixels(pixels)
-        return rearrange(self.pre_quant(self.encoder(pixels)), "b d h w -> b (h w) d")
+        return self.pre_quant(self.encoder(pixels)).flatten(2).transpose(1, 2)
 
     def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
         self.check_condition(condition)
         return self.quantizer.encode(self.latents(pixels))
 
     def decode(
-        self, tokens: Tensor, *, condition: Condition | None = None, grid: tuple[int, int] | None = None
+        self, tokens: Tensor, *, condition: Condition | None = None, grid: tuple[int, ...] | None = None
     ) -> Tensor:
         """Ids (B, h * w) to pixels (B, C, h * stride, w * stride).
 
@@ -98,17 +98,18 @@ class ConvTokenizer(Tokenizer):
             ValueError: ids out of range, or not h * w of them.
         """
         self.check_condition(condition)
-        h, w = grid or self.spec.grid
+        grid = grid or self.spec.grid
         self.spec.check_ids(tokens)
-        if tokens.shape[1] != h * w:
+        if tokens.shape[1] != math.prod(grid):
             raise ValueError(
-                f"a grid of {h}x{w} has {h * w} tokens, got {tokens.shape[1]}; pass grid=(h, w) for other image sizes"
+                f"a grid of {times(grid)} has {math.prod(grid)} tokens, got {tokens.shape[1]}; pass grid=(h, w) for "
+                "other image sizes"
             )
-        return self.decode_latents(self.quantizer.ids_to_latents(tokens), (h, w))
+        return self.decode_latents(self.quantizer.ids_to_latents(tokens), grid)
 
-    def decode_latents(self, quantized: Tensor, grid: tuple[int, int]) -> Tensor:
+    def decode_latents(self, quantized: Tensor, grid: tuple[int, ...]) -> Tensor:
         """Codes (B, h * w, code dim) on a grid (h, w) to pixels."""
-        return self.decoder(self.post_quant(rearrange(quantized, "b (h w) d -> b d h w", h=grid[0], w=grid[1])))
+        return self.decoder(self.post_quant(quantized.transpose(1, 2).unflatten(2, grid)))
 
     def forward(
         self,
@@ -123,12 +124,12 @@ class ConvTokenizer(Tokenizer):
         latents = self.latents(pixels)
         quantized = self.quantizer(latents, draws=draws)
         grid = self.spec_for(pixels.shape[1:]).grid
-        mapped = self.post_quant(rearrange(quantized.quantized, "b (h w) d -> b d h w", h=grid[0]))
+        mapped = self.post_quant(quantized.quantized.transpose(1, 2).unflatten(2, grid))
         decoded = self.decoder.begin(mapped)
         features = {
             "latents": latents,
             "quantized": quantized.quantized,
-            "decoded": rearrange(decoded, "b d h w -> b (h w) d"),
+            "decoded": decoded.flatten(2).transpose(1, 2),
         }
         reconstruction = self.decoder.finish(decoded, mapped)
         return TokenizerOutput(reconstruction, quantized.ids, quantized.losses, features)

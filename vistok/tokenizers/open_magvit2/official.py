@@ -84,6 +84,11 @@ def our_names(state: Mapping[str, Tensor], num_levels: int) -> dict[str, Tensor]
     return rename(rename(state, turned), OFFICIAL_NAMES)
 
 
+def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The keys of the reference's clips as those of its images: each causal convolution is wrapped there."""
+    return rename(state, [(r"(.+)\.conv_1\.(\w+)", r"\1.\2")])
+
+
 OFFICIAL_NAMES = [
     (r"(\w+)\.(?:down|up)\.(\d+)\.block\.(\d+)\.nin_shortcut\.(\w+)", r"\1.levels.\2.blocks.\3.shortcut.\4"),
     (r"(\w+)\.(?:down|up)\.(\d+)\.block\.(\d+)\.(\w+)\.(\w+)", r"\1.levels.\2.blocks.\3.\4.\5"),

@@ -1,0 +1,135 @@
+"""Open-MAGVIT2's tokenizer of clips: that of images with causal convolutions in time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, nn
+
+from vistok.checkpoints import OfficialCheckpoint, load_strictly
+from vistok.nn.causal_conv import CausalConv3d, CausalDepthToSpace, CausalDownsample
+from vistok.nn.conv import ConvDecoder, ConvEncoder
+from vistok.quantizers import LFQ
+from vistok.tokenizers.base import Tokenizer
+from vistok.tokenizers.convolutional import ConvTokenizer
+from vistok.tokenizers.open_magvit2 import official
+from vistok.types import TokenSpec
+
+
+class OpenMAGVIT2Video(ConvTokenizer):
+    """A box (t, h, w) of 2 ** bits ids without a codebook, of clips (B, C, T, H, W).
+
+    A level whose ``channel_mult`` is 1 halves the sides alone, and the others time, too, but for the deepest, which
+    halves nothing. With n levels that halve time a clip has 1 + k 2 ** n frames and 1 + k tokens in time. Convolutions
+    do not look ahead; group norms read the whole clip.
+
+    Args:
+        num_frames: frames of the clips that ``spec`` describes.
+        image_size, in_channels, channels, channel_mult, res_blocks, bits, entropy_temperature, position_weight,
+            usage_weight, norm_groups: as of ``OpenMAGVIT2``.
+
+    Raises:
+        ValueError: sides that are no multiple of the stride, another number of frames, or widths that norm_groups does
+            not divide.
+    """
+
+    registry_name = "open_magvit2_video"
+    data_arguments: ClassVar[Mapping[str, str]] = Tokenizer.data_arguments | {"num_frames": "num_frames"}
+    tiny = {
+        "num_frames": 5,
+        "image_size": 16,
+        "channels": 8,
+        "channel_mult": (1, 2, 2),
+        "res_blocks": 1,
+        "bits": 5,
+        "norm_groups": 4,
+    }
+    sizes = {"f4x8": {}}
+    checkpoints = (
+        OfficialCheckpoint(
+            "TencentARC/Open-MAGVIT2-Tokenizer-262144-Video", "video_128_262144.ckpt", official.config(official.F8, 18)
+        ),
+    )
+
+    def __init__(
+        self,
+        num_frames: int = 17,
+        image_size: int | tuple[int, int] = 128,
+        in_channels: int = 3,
+        channels: int = 128,
+        channel_mult: tuple[int, ...] = official.F8,
+        res_blocks: int = 4,
+        bits: int = 18,
+        entropy_temperature: float | None = 0.01,
+        position_weight: float = 1.0,
+        usage_weight: float = 1.0,
+        norm_groups: int = 32,
+    ):
+        super().__init__(image_size, in_channels, len(channel_mult))
+        self._input_shape = (in_channels, num_frames, *self._input_shape[1:])
+        in_time = [mult != 1 for mult in channel_mult[:-1]]
+        self.time_stride = 2 ** sum(in_time)
+        sizes = (channels, channel_mult, res_blocks)
+        options = {"norm_groups": norm_groups, "attend": False, "middle_blocks": res_blocks, "bias": False}
+        options["conv"] = CausalConv3d
+        self.build(
+            ConvEncoder(
+                in_channels,
+                bits,
+                *sizes,
+                **options,
+                out_kernel=1,
+                resample=lambda level, width: CausalDownsample(width, in_time=in_time[level]),
+            ),
+            nn.Identity(),
+            LFQ(
+                bits,
+                entropy_temperature=entropy_temperature,
+                position_weight=position_weight,
+                usage_weight=usage_weight,
+            ),
+            nn.Identity(),
+            ConvDecoder(
+                bits,
+                in_channels,
+                *sizes,
+                **options,
+                extra_blocks=0,
+                adaptive_norm=True,
+                resample=lambda level, width: CausalDepthToSpace(width, in_time=in_time[level - 1]),
+            ),
+        )
+
+    @property
+    def raster_features(self) -> Mapping[str, int]:
+        """None: tokens lie in a box, not on a raster of one image."""
+        return {}
+
+    def _spec_for_sides(self, sides: tuple[int, ...]) -> TokenSpec:
+        frames, height, width = sides
+        if frames < 1 or (frames - 1) % self.time_stride:
+            raise ValueError(
+                f"clips must have one frame and a multiple of {self.time_stride} more, got {frames}; take "
+                f"{1 + self.time_stride * max((frames - 1) // self.time_stride, 1)} frames"
+            )
+        flat = super()._spec_for_sides((height, width))
+        steps = 1 + (frames - 1) // self.time_stride
+        if steps * flat.length == 1:
+            raise ValueError(
+                f"clips of {frames}x{height}x{width} have a single token, and the decoder reads the variance of the "
+                "tokens; take larger ones"
+            )
+        return TokenSpec(steps * flat.length, flat.codebook_size, flat.dim, grid=(steps, *flat.grid))
+
+    @classmethod
+    def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
+        model = cls(**official.arguments(config))
+        names = official.our_names(official.without_wrappers(state_dict), len(model.decoder.levels))
+        load_strictly(model, names, source="the official state dict")
+        return model
+
+    @staticmethod
+    def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The moving averages where the file has them, as in the published scores; without the losses' networks."""
+        return official.tokenizer_part(state)
