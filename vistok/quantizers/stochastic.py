@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from vistok.draws import Draws, inverse_cdf
 from vistok.types import QuantizerOutput
+from vistok.utils.devices import without_autocast
 
 
 class StochasticQuantizer(nn.Module):
@@ -57,7 +58,7 @@ class StochasticQuantizer(nn.Module):
 
     def similarities(self, latents: Tensor) -> Tensor:
         """Products (..., K) of latents (..., D) with every code: cosines if the quantizer normalises."""
-        with torch.autocast(latents.device.type, enabled=False):
+        with without_autocast(latents.device):
             return self._norm(latents) @ self.codes().T
 
     def assignment_probabilities(self, latents: Tensor) -> Tensor:
@@ -92,7 +93,7 @@ class StochasticQuantizer(nn.Module):
 
     def assign(self, latents: Tensor, ids: Tensor) -> QuantizerOutput:
         """Quantize latents (B, L, D) to the codes of given ids (B, L)."""
-        with torch.autocast(latents.device.type, enabled=False):
+        with without_autocast(latents.device):
             normalised, codes = self._norm(latents), self.ids_to_latents(ids)
             losses = {
                 "codebook": (codes - normalised.detach()).square().mean(-1),

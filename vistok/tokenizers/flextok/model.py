@@ -33,6 +33,7 @@ from vistok.tokenizers.flextok.networks import (
 )
 from vistok.tokenizers.kl_vae import KLVAE
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec, as_dataclass
+from vistok.utils.devices import without_autocast
 
 D12 = TrunkConfig(dim=768, num_layers=12)
 TIMES = TimeSampling("mode", mode_scale=0.25)
@@ -220,7 +221,7 @@ class FlexTok(Tokenizer):
         if self.vae is None:
             return pixels
         self._check_vae()
-        with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(pixels.device):
             latents = self.vae.encode(pixels, draws=draws if draws and "posterior" in draws else None)
         return rearrange(latents, "b (h w) c -> b c h w", h=pixels.shape[2] // self.vae.stride)
 
@@ -230,7 +231,7 @@ class FlexTok(Tokenizer):
             return maps
         self._check_vae()
         weight = next(self.vae.parameters())
-        with torch.autocast(maps.device.type, enabled=False):
+        with without_autocast(maps.device):
             latents = rearrange(maps, "b c h w -> b (h w) c").to(weight.dtype)
             return self.vae.decode(latents, grid=tuple(maps.shape[2:]))
 

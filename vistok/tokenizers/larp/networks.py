@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vistok.nn.positions import FixedClipPositions, LearnedClipPositions, sincos_1d
 from vistok.nn.vit import ViTBlock
+from vistok.utils.devices import without_autocast
 
 LatentNorm = Literal["none", "layer_channels", "layer_tokens", "batch_channels", "batch_tokens"]
 Table = Literal["fixed", "learned"]
@@ -180,7 +181,7 @@ class NormOfLatents(nn.Module):
         self.kind, self.norm = kind, makers[kind]()
 
     def forward(self, latents: Tensor) -> Tensor:
-        with torch.autocast(latents.device.type, enabled=False):
+        with without_autocast(latents.device):
             x = latents.float()
             if self.kind == "batch_channels":
                 return self.norm(x.flatten(0, 1)).view(x.shape)

@@ -39,6 +39,7 @@ from vistok.tokenizers.titok.networks import (
     learned,
 )
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec, as_dataclass
+from vistok.utils.devices import without_autocast
 
 Bottleneck = Literal["vq", "vae"]
 Output = Literal["pixels", "codes", "codec"]
@@ -289,7 +290,7 @@ class TiTok(Tokenizer):
     @staticmethod
     def _in_full_precision(function, latents: Tensor):
         """Codes are compared in float32, whatever the networks compute in."""
-        with torch.autocast(latents.device.type, enabled=False):
+        with without_autocast(latents.device):
             return function(latents.float())
 
     def training_draws(self, keys: Keys) -> Draws:
