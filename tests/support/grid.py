@@ -33,12 +33,14 @@ TOKENIZERS: dict[str, tuple[str, Mapping[str, Any]]] = {name: (name, {}) for nam
 }
 """Every tokenizer, and those whose options make tokens of another kind."""
 
+TINY_CODES = 32  # of generators that split ids into parts of given bits
 # Why a generator may refuse tokens: what its message says, and what is then true of the tokens.
 REFUSALS = {
     "kind": (r"discrete|continuous", lambda spec, continuous: spec.discrete == continuous),
     "depth": (r"one id per position", lambda spec, continuous: spec.depth > 1),
     "scales": (r"scales", lambda spec, continuous: not spec.scales),
     "loop": (r"no expander", lambda spec, continuous: spec.discrete != continuous),
+    "bits": (r"bits", lambda spec, continuous: spec.codebook_size != TINY_CODES),
     "grid": (r"grid|raster", lambda spec, continuous: spec.grid is None or len(spec.grid) != 2),
 }
 

@@ -7,11 +7,16 @@ import torch
 from support.tiny_models import ARGUMENTS, names, pixels, tiny
 
 import vistok
+from vistok.checkpoints import registry
 from vistok.draws import Keys
 from vistok.tokenizers.framewise import Framewise
 from vistok.types import Clock
 
-IMAGES = [name for name in names("tokenizer") if name not in ("larp", "framewise")]
+IMAGES = [
+    name
+    for name in names("tokenizer")
+    if "num_frames" not in registry.entry(name).load().data_arguments.values() and not tiny(name).spec.scales
+]
 
 
 @pytest.mark.parametrize("name", IMAGES)

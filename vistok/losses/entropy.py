@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vistok.utils.devices import without_autocast
 from vistok.utils.processes import mean_over_group
 
 
@@ -72,7 +73,7 @@ class BitEntropyLoss(EntropyLoss):
 
     def entropies(self, latents: Tensor) -> Entropies:
         """Both entropies from latents (..., d), computed in float32."""
-        with torch.autocast(latents.device.type, enabled=False):
+        with without_autocast(latents.device):
             odds = 4 / self.temperature * latents.float().flatten(0, -2)  # (positions, d), of the sign + against -
             positive, negative = odds.sigmoid(), (-odds).sigmoid()
             position = (positive * F.softplus(-odds) + negative * F.softplus(odds)).sum(-1).mean()

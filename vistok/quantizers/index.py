@@ -5,12 +5,12 @@ Paper: Scalable Image Tokenization with Index Backpropagation Quantization (Shi 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from vistok.draws import Draws
 from vistok.losses.entropy import EntropyLoss
 from vistok.types import QuantizerOutput
+from vistok.utils.devices import without_autocast
 
 
 class IndexQuantizer(nn.Module):
@@ -50,7 +50,7 @@ class IndexQuantizer(nn.Module):
 
     def scores(self, latents: Tensor) -> Tensor:
         """Products (..., K) of latents (..., D) with every code, in float32 whatever the precision around."""
-        with torch.autocast(latents.device.type, enabled=False):
+        with without_autocast(latents.device):
             return latents.float() @ self.embedding.weight.float().T
 
     def encode(self, latents: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class IndexQuantizer(nn.Module):
         scores = self.scores(latents)
         ids = scores.argmax(-1)
         codes = self.embedding(ids)
-        with torch.autocast(latents.device.type, enabled=False):
+        with without_autocast(latents.device):
             # Paper: onehot(argmax) + soft - sg(soft), times the codebook. The chosen code gets the codebook's own share
             # of the gradient, the index the other; as a sum of both the value is the code to the last bit.
             blend = scores.softmax(-1) @ self.embedding.weight.detach().float()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ class IBQGPT(Llama):
     """A causal transformer over [class, image tokens], every norm of which the class modulates, too.
 
     Args:
-        spec: the tokens to model: one id per position, on a raster.
+        spec: the tokens to model: one id per position.
         num_classes: number of classes; 0 for unconditional generation.
         dim, num_layers, num_heads: width, blocks, heads; heads divide dim.
         multiple_of: the feed-forward width, 8/3 of dim, is rounded up to a multiple of this.
@@ -82,9 +82,10 @@ class IBQGPT(Llama):
             class, and guidance is refused.
         token_drop, attn_drop, proj_drop, ffn_drop: as of ``Llama``.
         rope_base, norm_eps: base of the rotary frequencies, eps of the RMS norms.
+        positions: "rope2d" for tokens on a raster, as released; "rope1d" for others.
 
     Raises:
-        ValueError: a spec without ids, with several ids per position, or without a raster.
+        ValueError: a spec without ids, with several ids per position, or, with "rope2d", without a raster.
     """
 
     block_type = ModulatedBlock
@@ -119,6 +120,7 @@ class IBQGPT(Llama):
         ffn_drop: float = 0.1,
         rope_base: float = 10000.0,
         norm_eps: float = 1e-5,
+        positions: Literal["rope2d", "rope1d"] = "rope2d",
     ):
         super().__init__(
             spec,
@@ -134,6 +136,7 @@ class IBQGPT(Llama):
             ffn_drop=ffn_drop,
             rope_base=rope_base,
             norm_eps=norm_eps,
+            positions=positions,
             init_std=INIT_STD,
         )
         with torch.no_grad():

@@ -7,7 +7,7 @@ section 3.2. Official weights and conventions: github.com/TencentARC/SEED-Voken 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ class OpenMAGVIT2GPT(Llama):
     embeddings of the sub-tokens drawn so far, is what the small one reads; it has a head for each sub-token.
 
     Args:
-        spec: the tokens to model: one id per position, on a raster.
+        spec: the tokens to model: one id per position.
         num_classes: number of classes; 0 for unconditional generation.
         dim, num_heads: width and heads of both transformers; heads divide dim.
         num_layers, num_intra_layers: blocks of the large and of the small one.
@@ -47,9 +47,11 @@ class OpenMAGVIT2GPT(Llama):
             class, and guidance is refused.
         token_drop, attn_drop, proj_drop, ffn_drop: as of ``Llama``.
         rope_base, norm_eps: base of the rotary frequencies, eps of the RMS norms.
+        positions: "rope2d" for tokens on a raster, as released; "rope1d" for others.
 
     Raises:
-        ValueError: a spec without ids, with several ids per position, or without a raster; or sub-tokens that have not
+        ValueError: a spec without ids, with several ids per position, or, with
+            "rope2d", without a raster; or sub-tokens that have not
             as many bits as the ids.
     """
 
@@ -90,6 +92,7 @@ class OpenMAGVIT2GPT(Llama):
         ffn_drop: float = 0.1,
         rope_base: float = 10000.0,
         norm_eps: float = 1e-5,
+        positions: Literal["rope2d", "rope1d"] = "rope2d",
     ):
         self.sub_tokens = SubTokens(factorized_bits)  # which the embeddings that the base builds depend on
         self.num_parts = len(self.sub_tokens.bits)
@@ -112,6 +115,7 @@ class OpenMAGVIT2GPT(Llama):
             token_drop=token_drop,
             rope_base=rope_base,
             norm_eps=norm_eps,
+            positions=positions,
             **drops,
         )
         hidden_dim = rounded_hidden_dim(dim, multiple_of)
