@@ -13,7 +13,7 @@ from vistok.config import ConfigError
 from vistok.data import DataConfig
 from vistok.draws import Keys
 from vistok.train import train
-from vistok.train.tasks.objective import TokenizerObjective
+from vistok.train.tasks.objective import ARPriorTerm, TokenizerObjective
 from vistok.train.tasks.tokenizer import TokenizerLearner
 from vistok.train.tokenize import tokenize
 from vistok.types import Clock
@@ -83,10 +83,11 @@ def test_the_prior_is_trained_and_resumed_with_the_run(tmp_path):
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("name", [name for name in names("tokenizer") if tiny(name).spec.discrete])
-def test_every_tokenizer_of_one_id_per_position_can_have_the_prior(name):
-    if tiny(name).spec.depth != 1:
-        return
+WITH_PRIOR = [name for name in names("tokenizer") if ARPriorTerm.fits(tiny(name))]
+
+
+@pytest.mark.parametrize("name", WITH_PRIOR)
+def test_every_tokenizer_of_one_code_per_position_can_have_the_prior(name):
     model = tiny(name).train()
     options = {"normalize": name not in ("flextok",)}
     learner = TokenizerLearner(model, TokenizerObjective(model, {"ar_prior": PRIOR | options}))

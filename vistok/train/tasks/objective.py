@@ -260,7 +260,8 @@ class ARPriorTerm(Term):
 
     @classmethod
     def fits(cls, tokenizer: Tokenizer) -> bool:
-        return tokenizer.spec.discrete and tokenizer.spec.depth == 1
+        spec = tokenizer.spec
+        return spec.discrete and spec.depth == 1 and not spec.scales  # whose places are sums of several codes
 
     def __init__(self, name: str, config: ARPriorConfig, tokenizer: Tokenizer):
         super().__init__(name, config)
