@@ -1,5 +1,11 @@
 """Settings of the whole suite."""
 
+import os
+
+# Each worker of pytest-xdist has one core; set before torch is imported, also for the processes that tests start.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from hypothesis import settings
 
