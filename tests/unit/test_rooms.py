@@ -42,7 +42,7 @@ BUILT_IN = {
 # Names that are ordinary words of code, too (a variance, ClassVar, a random seed), by what means the system.
 WRITTEN = {
     "var": r"(?<![A-Za-z])VAR(?![A-Za-z_])|generators\.var(?!\w)|(?<!\w)var/",
-    "seed": r"(?<![A-Za-z])SEED(?![A-Za-z_])|tokenizers\.seed(?!\w)|(?<!\w)seed/",
+    "seed": r"(?<![A-Za-z_])SEED(?![A-Za-z_])|tokenizers\.seed(?!\w)|(?<!\w)seed/",
 }
 # Published measures are called by the papers that set them, and results carry the names.
 MEASURES = {
