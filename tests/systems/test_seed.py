@@ -8,10 +8,14 @@ from golden.harness import Case
 from safetensors.torch import save_file
 from support.key_lists import FOLDER
 from support.tiny_models import pixels, tiny
+from support.tiny_runs import generator_config, tokenizer_config
 
 import vistok
 from vistok.checkpoints import CheckpointError
+from vistok.data.config import DataConfig
 from vistok.draws import Keys
+from vistok.train import train
+from vistok.train.tokenize import tokenize
 
 NAME = "seed/tokenizer"
 
@@ -166,3 +170,15 @@ def test_the_image_term_is_the_distance_to_the_target_towers_embedding():
         model.decode_features(output.tokens[:, 1:])
     with pytest.raises(ValueError, match="SEED renders no pixels"):
         model.decode(output.tokens)
+
+
+def test_a_run_trains_it_and_its_tokens_feed_a_generator(tmp_path):
+    arguments = {key: value for key, value in type(tiny("seed")).tiny.items() if key != "image_size"}
+    terms = {"commitment": 5.0, "codebook": 1.25, "query": 2.0, "image": 0.5}
+    config = tokenizer_config(tmp_path / "run", training={"max_steps": 2, "image_every": 1, "save_every": 2})
+    config |= {"model": {"name": "seed", **arguments}, "losses": terms, "data": config["data"] | {"channels": 3}}
+    model = vistok.load(train(config) / "tokenizer")
+    tokenize(model, DataConfig(**config["data"]), tmp_path / "tokens")
+    changes = {"model": {"positions": "rope1d"}, "training": {"max_steps": 2, "save_every": 2}}
+    generator = train(generator_config(tmp_path / "gpt", tmp_path / "tokens", **changes))
+    assert vistok.load(generator / "generator").spec == model.spec
