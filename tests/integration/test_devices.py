@@ -233,6 +233,8 @@ def test_a_tokenizer_encodes_and_decodes_alike(name, arguments, device):
     there, images = moved(here, device), pixels(here)
     tokens = here.encode(images)
     check_same(there.encode(images.to(device)), tokens)
+    if not here.renders:
+        return
     check_same(there.reconstruct(images.to(device)), here.reconstruct(images))
     draws, ids = here.decoding_draws(Keys.range(0, 3)), tokens.to(device)
     options = {"draws": draws} if draws else {}  # draws may be anywhere

@@ -64,7 +64,9 @@ def single_token_generators() -> dict[str, dict[str, Any]]:
 
 def tiny(name: str, **arguments: Any) -> Tokenizer | Generator:
     """The tiny model of a registered name, in eval mode; ``arguments`` replace some of its own."""
-    model = registry.entry(name).load()(**ARGUMENTS[name] | arguments)
+    with torch.random.fork_rng(devices=[]):  # frozen weights, which stay as they are built, are alike in every call
+        torch.manual_seed(0)
+        model = registry.entry(name).load()(**ARGUMENTS[name] | arguments)
     return randomise(model).eval()
 
 

@@ -39,8 +39,11 @@ BUILT_IN = {
     "open_magvit2_gpt": {"llama"},  # the transformer that it extends
     "ibq_gpt": {"llama"},
 }
-# Names that are ordinary words of code, too (a variance, ClassVar), by what means the system.
-WRITTEN = {"var": r"(?<![A-Za-z])VAR(?![A-Za-z_])|generators\.var(?!\w)|(?<!\w)var/"}
+# Names that are ordinary words of code, too (a variance, ClassVar, a random seed), by what means the system.
+WRITTEN = {
+    "var": r"(?<![A-Za-z])VAR(?![A-Za-z_])|generators\.var(?!\w)|(?<!\w)var/",
+    "seed": r"(?<![A-Za-z_])SEED(?![A-Za-z_])|tokenizers\.seed(?!\w)|(?<!\w)seed/",
+}
 # Published measures are called by the papers that set them, and results carry the names.
 MEASURES = {
     "eval/guards.py": {"var"},

@@ -87,6 +87,7 @@ ENTRIES = (
         "2409.04410",
     ),
     Entry("ibq", "tokenizer", "vistok.tokenizers.ibq:IBQ", "ibq/tokenizer", "2412.02692"),
+    Entry("seed", "tokenizer", "vistok.tokenizers.seed:SEED", "seed/tokenizer", "2307.08041"),
     Entry(
         "vit_vqgan_gpt",
         "generator",

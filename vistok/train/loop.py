@@ -325,8 +325,10 @@ class Trainer:
     def _picture(self) -> None:
         with self.players.best() as learner:
             if self.accelerator.is_main_process:
-                with self.checkpoints.disk_errors("a picture"):
-                    save_png(self.task.picture(learner.model), self.folder / "images" / f"step-{self.step:07d}.png")
+                picture = self.task.picture(learner.model)
+                if picture is not None:
+                    with self.checkpoints.disk_errors("a picture"):
+                        save_png(picture, self.folder / "images" / f"step-{self.step:07d}.png")
 
     def export(self) -> None:
         """Write what users load."""

@@ -191,8 +191,8 @@ class Task(ABC):
         """The pixels (B, C, H, W) in [-1, 1] that a batch stands for."""
 
     @abstractmethod
-    def picture(self, model: Model) -> Image.Image:
-        """A picture of what the model can do now."""
+    def picture(self, model: Model) -> Image.Image | None:
+        """A picture of what the model can do now; None where it makes no pixels."""
 
     @abstractmethod
     def export(self, folder: Path, model: Model) -> None:

@@ -133,8 +133,11 @@ class GeneratorTask(Task):
     def pipeline(self, model: Generator) -> Pipeline:
         return Pipeline(self.tokenizer, model, class_names=self.classes, sampling=self.config.sampling)
 
-    def picture(self, model: Generator) -> Image.Image:
-        """Samples, one row per class of the first eight, or per sample of the cache whose condition it has."""
+    def picture(self, model: Generator) -> Image.Image | None:
+        """Samples, one row per class of the first eight, or per sample of the cache whose condition it has; None if the
+        tokenizer renders none."""
+        if not self.tokenizer.renders:
+            return None
         rows, columns = min(len(self.classes), 8) or 4, 8
         reader = self.loader.reader
         if reader.parts == ("labels",):

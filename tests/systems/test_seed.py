@@ -1,0 +1,184 @@
+"""SEED: the causal Q-Former, both decoders, the towers, and the training terms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from golden.harness import Case
+from safetensors.torch import save_file
+from support.key_lists import FOLDER
+from support.tiny_models import pixels, tiny
+from support.tiny_runs import generator_config, tokenizer_config
+
+import vistok
+from vistok.checkpoints import CheckpointError
+from vistok.data.config import DataConfig
+from vistok.draws import Keys
+from vistok.train import train
+from vistok.train.tokenize import tokenize
+
+NAME = "seed/tokenizer"
+
+
+@pytest.fixture(scope="module")
+def reference() -> Case:
+    return Case(FOLDER.parent / "cases" / "seed_tokenizer")
+
+
+def narrowed(reference: Case) -> tuple[dict, dict]:
+    """The reference's config and weights in the form without a reverse Q-Former."""
+    state = {key: value for key, value in reference.state.items() if not key.lower().startswith("reverse_")}
+    generator = torch.Generator().manual_seed(0)
+    for key, shape in {"0": (24, 48), "2": (12, 24), "4": (6, 12)}.items():
+        state[f"image_down.{key}.weight"] = torch.randn(shape, generator=generator)
+    state["distill_image_proj.weight"] = torch.randn(20, 32 * 6, generator=generator)
+    config = {key: value for key, value in reference.config.items() if not key.startswith("reverse")}
+    return config, state
+
+
+def test_a_query_sees_no_later_one():
+    model = tiny("seed")
+    features = Keys.range(0, 2).normal("features", 5, 8)
+    before = model.query_features(features)
+    with torch.no_grad():
+        model.qformer.queries[:, 5] += 1
+    after = model.query_features(features)
+    assert torch.equal(before[:, :5], after[:, :5])
+    assert (before[:, 5:] != after[:, 5:]).any(-1).all()
+
+
+def test_the_keys_tell_how_the_embedding_is_made(reference):
+    config, state = narrowed(reference)
+    model = vistok.from_official(NAME, config, state)
+    assert (model.config["reverse_layers"], model.config["image_down"]) == (None, [24, 12, 6])
+    ids = torch.arange(64).view(2, 32)
+    x = model.image_blocks(model.from_latents(model.quantizer.embedding(ids)))
+    for key in ("0", "2", "4"):
+        x = x @ state[f"image_down.{key}.weight"].T
+        x = x.relu() if key != "4" else x
+    expected = x.flatten(1) @ state["distill_image_proj.weight"].T + state["distill_image_proj.bias"]
+    torch.testing.assert_close(model.decode_features(ids), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(CheckpointError, match="reverse is True; only False is supported: the weights are of that form"):
+        vistok.from_official(NAME, config | {"reverse": True}, state)
+    with pytest.raises(CheckpointError, match="has both of reverse_tokens and image_down"):
+        vistok.from_official(NAME, config, reference.state | state)
+    del state["image_down.0.weight"]
+    with pytest.raises(CheckpointError, match="has neither of"):
+        vistok.from_official(NAME, config, state)
+
+
+def test_a_missing_key_is_reported(reference):
+    state = dict(reference.state)
+    del state["Reverse_Qformer.bert.encoder.layer.1.output_query.dense.bias"]
+    with pytest.raises(CheckpointError, match=r"missing: reverse\.layers\.1\.mlp\.down\.bias"):
+        vistok.from_official(NAME, reference.config, state)
+
+
+def test_what_reads_text_is_dropped(reference):
+    text = {
+        "Qformer.bert.embeddings.word_embeddings.weight": (5, 48),
+        "Qformer.bert.encoder.layer.0.intermediate.dense.weight": (96, 48),
+        "Qformer.bert.encoder.layer.0.output.LayerNorm.weight": (48,),
+        "Qformer.cls.predictions.bias": (5,),
+        "text_proj.weight": (4, 48),
+        "temp": (),
+    }
+    model = vistok.from_official(NAME, reference.config, reference.state | {k: torch.ones(s) for k, s in text.items()})
+    assert model.fingerprint() == vistok.from_official(NAME, reference.config, reference.state).fingerprint()
+
+
+def test_pixels_without_a_tower_are_refused_with_the_remedy(reference):
+    model = vistok.from_official(NAME, reference.config, reference.state)
+    with pytest.raises(ValueError, match=r"build it with tower=.* read_tower\(FILE\), or give the features"):
+        model.encode(torch.zeros(1, 3, 224, 224))
+    with pytest.raises(ValueError, match="no vision transformer"):
+        model.read_tower("weights.safetensors")
+    with pytest.raises(ValueError, match=r"features must be \(B, T, 40\), got \(1, 4, 39\)"):
+        model.encode_features(torch.zeros(1, 4, 39))
+
+
+def test_the_released_vision_transformer_comes_in_with_the_rest(reference):
+    from vistok.tokenizers.seed.networks import Tower, TowerConfig
+
+    sizes = {"dim": 32, "num_layers": 1, "num_heads": 16, "patch_size": 4}
+    tower = Tower(TowerConfig("eva_giant_patch14_224", **sizes), (8, 8))
+    state = {f"visual_encoder.{key}": value for key, value in tower.model.state_dict().items()}
+    own = {key: value for key, value in reference.state.items() if key not in ("ln_vision.weight", "ln_vision.bias")}
+    own |= {"ln_vision.weight": torch.ones(32), "ln_vision.bias": torch.zeros(32)}
+    own |= {key: value[:, :32] for key, value in own.items() if "crossattention.self" in key and value.shape[-1] == 40}
+    model = vistok.from_official(NAME, reference.config | {"vision_width": 32}, own | state)
+    images = Keys.range(0, 2).uniform("pixels", 3, 8, 8) * 2 - 1
+    assert model.features(images).shape == (2, 5, 32)
+    assert torch.equal(model.features(images), tower.eval()(images))
+    assert torch.equal(model.encode(images), model.encode_features(model.features(images)))
+
+
+def test_a_tower_reads_a_local_file(tmp_path):
+    import timm
+
+    vit = timm.create_model("test_vit", img_size=16, embed_dim=8, depth=1, num_heads=2, patch_size=4, num_classes=3)
+    save_file(vit.state_dict(), tmp_path / "vit.safetensors")
+    model = tiny("seed")
+    model.read_tower(tmp_path / "vit.safetensors")
+    assert torch.equal(model.tower.model.blocks[0].attn.qkv.weight, vit.blocks[0].attn.qkv.weight)
+    statistics = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in statistics)
+    images = pixels(model)
+    x = vit.pos_drop(vit._pos_embed(vit.patch_embed(((images + 1) / 2 - mean) / std)))
+    torch.testing.assert_close(model.features(images), vit.blocks(vit.norm_pre(x)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"context_dim": 7}, "context_dim is 7, but the tower's tokens have 8 channels"),
+        ({"in_channels": 1}, "3 channels, got in_channels 1"),
+        ({"tower": {"name": "vitt"}}, "timm has no model 'vitt'"),
+        ({"tower": {"name": "resnet18"}}, "resnet18 is no vision transformer"),
+        ({"image_down": []}, "image_down is empty"),
+        ({"cross_attention_every": 0}, "at least 1, got 0"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiny("seed", **arguments)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("reverse_layers", [None, 2])
+def test_all_but_what_is_frozen_learns(frozen, reverse_layers):
+    model = tiny("seed", freeze_qformer=frozen, reverse_layers=reverse_layers).train()
+    output = model(pixels(model))
+    assert set(output.losses) == set(model.loss_terms)
+    assert output.reconstruction is None
+    sum(term.mean() for term in output.losses.values()).backward()
+    learns = {name for name, p in model.named_parameters() if p.grad is not None}
+    still = {"tower", "target_tower", *(("qformer", "vision_norm") if frozen else ())}
+    assert {name for name, _ in model.named_parameters() if name.split(".")[0] not in still} == learns
+
+
+def test_the_image_term_is_the_distance_to_the_target_towers_embedding():
+    model = tiny("seed")
+    images = pixels(model)
+    output = model(images)
+    embedding = model.decode_features(output.tokens)
+    torch.testing.assert_close(output.features["image_embedding"], embedding)
+    expected = (embedding - model.target_tower(images)).square().mean(-1)
+    torch.testing.assert_close(output.losses["image"], expected)
+    assert "image" not in tiny("seed", target_tower=None)(images).losses
+    with pytest.raises(ValueError, match="an image has 8 tokens, got 7"):
+        model.decode_features(output.tokens[:, 1:])
+    with pytest.raises(ValueError, match="SEED renders no pixels"):
+        model.decode(output.tokens)
+
+
+def test_a_run_trains_it_and_its_tokens_feed_a_generator(tmp_path):
+    arguments = {key: value for key, value in type(tiny("seed")).tiny.items() if key != "image_size"}
+    terms = {"commitment": 5.0, "codebook": 1.25, "query": 2.0, "image": 0.5}
+    config = tokenizer_config(tmp_path / "run", training={"max_steps": 2, "image_every": 1, "save_every": 2})
+    config |= {"model": {"name": "seed", **arguments}, "losses": terms, "data": config["data"] | {"channels": 3}}
+    model = vistok.load(train(config) / "tokenizer")
+    tokenize(model, DataConfig(**config["data"]), tmp_path / "tokens")
+    changes = {"model": {"positions": "rope1d"}, "training": {"max_steps": 2, "save_every": 2}}
+    generator = train(generator_config(tmp_path / "gpt", tmp_path / "tokens", **changes))
+    assert vistok.load(generator / "generator").spec == model.spec

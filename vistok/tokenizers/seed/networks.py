@@ -1,0 +1,218 @@
+"""The parts of SEED: frozen towers, the Q-Former, and the blocks behind the codes (arXiv 2307.08041, section 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vistok.checkpoints import load_strictly, read_weights
+from vistok.nn.attention import attend
+from vistok.nn.mlp import MLP
+from vistok.nn.vit import ViTBlock
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+BERT_EPS = 1e-12
+
+
+@dataclass(frozen=True)
+class TowerConfig:
+    """A vision transformer of timm, built without weights; those are part of the saved model.
+
+    Attributes:
+        name: its name in timm.
+        dim, num_layers, num_heads, patch_size: in place of the model's own.
+    """
+
+    name: str
+    dim: int | None = None
+    num_layers: int | None = None
+    num_heads: int | None = None
+    patch_size: int | None = None
+
+
+class Tower(nn.Module):
+    """A frozen vision transformer that reads pixels in [-1, 1] with the colour statistics of CLIP (arXiv 2103.00020).
+
+    Args:
+        config: the transformer.
+        image_size: (height, width) of the pixels.
+        embedding_dim: channels E of the pooled and projected embedding that it gives; None gives the tokens before
+            the final norm instead.
+
+    Raises:
+        ValueError: timm knows no such model, or it is no vision transformer.
+    """
+
+    def __init__(self, config: TowerConfig, image_size: tuple[int, int], embedding_dim: int | None = None):
+        super().__init__()
+        import timm
+
+        if not timm.is_model(config.name):
+            raise ValueError(f"timm has no model {config.name!r}; timm.list_models('*vit*') names those there are")
+        sizes = {
+            "embed_dim": config.dim,
+            "depth": config.num_layers,
+            "num_heads": config.num_heads,
+            "patch_size": config.patch_size,
+        }
+        own = {name: value for name, value in sizes.items() if value is not None}
+        try:
+            self.model = timm.create_model(config.name, img_size=image_size, num_classes=embedding_dim or 0, **own)
+        except TypeError as error:  # other networks have other arguments
+            raise ValueError(f"{config.name} is no vision transformer of such sizes: {error}") from error
+        if not hasattr(self.model, "num_prefix_tokens"):
+            raise ValueError(f"{config.name} is no vision transformer; its tokens are needed")
+        self.gives_tokens = embedding_dim is None
+        if self.gives_tokens:
+            self.model.norm = self.model.fc_norm = nn.Identity()
+        self.requires_grad_(False)
+        for name, values in (("mean", CLIP_MEAN), ("std", CLIP_STD)):
+            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
+
+    @property
+    def dim(self) -> int:
+        """Channels of a token."""
+        return self.model.num_features
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in evaluation mode."""
+        return super().train(False)
+
+    def read(self, file: str | Path) -> None:
+        """Read weights from a local ``file`` (safetensors or torch) under timm's names.
+
+        What follows the last block may be in the file where this tower has no use for it.
+
+        Raises:
+            CheckpointError: the file is absent, damaged, or of another transformer.
+        """
+        unused = ("norm.", "fc_norm.", "head.") if self.gives_tokens else ()
+        state = {key: value for key, value in read_weights(Path(file)).items() if not key.startswith(unused)}
+        load_strictly(self.model, state, source=str(file))
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1] to all tokens (B, T, D), or to embeddings (B, E)."""
+        pixels = ((pixels + 1) / 2 - self.mean) / self.std
+        return self.model.forward_features(pixels) if self.gives_tokens else self.model(pixels)
+
+
+class PostNormAttention(nn.Module):
+    """Attention of BERT (arXiv 1810.04805), the norm behind the residual: (B, N, D) -> same.
+
+    Args:
+        dim: width D.
+        num_heads: heads; they divide dim.
+        context_dim: channels of what keys and values are made of; D if None.
+    """
+
+    def __init__(self, dim: int, num_heads: int, context_dim: int | None = None):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.query = nn.Linear(dim, dim)
+        self.key, self.value = (nn.Linear(context_dim or dim, dim) for _ in range(2))
+        self.out, self.norm = nn.Linear(dim, dim), nn.LayerNorm(dim, BERT_EPS)
+
+    def forward(self, x: Tensor, context: Tensor, *, causal: bool = False) -> Tensor:
+        projected = self.query(x), self.key(context), self.value(context)
+        q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.num_heads) for part in projected)
+        return self.norm(self.out(attend(q, k, v, None, causal)) + x)
+
+
+class QFormerLayer(nn.Module):
+    """Self-attention, cross-attention in some layers, feed-forward; the norms follow the residuals.
+
+    Args:
+        dim, num_heads: width D and heads.
+        mlp_dim: hidden width of the feed-forward.
+        context_dim: channels C of the context; None leaves the cross-attention out.
+        causal: whether a query sees only itself and earlier ones.
+    """
+
+    def __init__(self, dim: int, num_heads: int, mlp_dim: int, context_dim: int | None, causal: bool):
+        super().__init__()
+        self.causal = causal
+        self.attention = PostNormAttention(dim, num_heads)
+        self.cross_attention = None if context_dim is None else PostNormAttention(dim, num_heads, context_dim)
+        self.mlp, self.norm = MLP(dim, mlp_dim, F.gelu), nn.LayerNorm(dim, BERT_EPS)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = self.attention(x, x, causal=self.causal)
+        if self.cross_attention is not None:
+            x = self.cross_attention(x, context)
+        return self.norm(self.mlp(x) + x)
+
+
+class QFormer(nn.Module):
+    """Learned queries that read a context (BLIP-2, arXiv 2301.12597): (B, T, C) -> (B, N, D).
+
+    Args:
+        num_queries: N.
+        dim, num_layers, num_heads: width D, layers and heads.
+        mlp_dim: hidden width of the feed-forward.
+        context_dim: channels C.
+        cross_attention_every: k: layers 0, k, 2k, ... read the context.
+        causal: whether a query sees only itself and earlier ones.
+    """
+
+    def __init__(
+        self,
+        num_queries: int,
+        dim: int,
+        num_layers: int,
+        num_heads: int,
+        *,
+        mlp_dim: int,
+        context_dim: int,
+        cross_attention_every: int,
+        causal: bool,
+    ):
+        super().__init__()
+        self.queries = nn.Parameter(0.02 * torch.randn(1, num_queries, dim))
+        self.norm = nn.LayerNorm(dim, BERT_EPS)
+        self.layers = nn.ModuleList(
+            QFormerLayer(dim, num_heads, mlp_dim, None if i % cross_attention_every else context_dim, causal)
+            for i in range(num_layers)
+        )
+
+    def forward(self, context: Tensor) -> Tensor:
+        x = self.norm(self.queries).expand(len(context), -1, -1)  # (B, N, D)
+        for layer in self.layers:
+            x = layer(x, context)
+        return x
+
+
+class PositionedBlocks(nn.Module):
+    """Learned positions and pre-norm transformer blocks, without a final norm: (B, N, D) -> same."""
+
+    def __init__(self, length: int, dim: int, num_layers: int, num_heads: int):
+        super().__init__()
+        self.positions = nn.Parameter(0.02 * torch.randn(1, length, dim))
+        self.blocks = nn.ModuleList(ViTBlock(dim, num_heads) for _ in range(num_layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.positions
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def bottleneck(dim: int, inner: int, out: int) -> nn.Sequential:
+    """Linear, tanh, linear."""
+    return nn.Sequential(nn.Linear(dim, inner), nn.Tanh(), nn.Linear(inner, out))
+
+
+def narrowing(dim: int, widths: tuple[int, ...]) -> nn.Sequential:
+    """Linears without biases from ``dim`` to each of ``widths`` in turn, with ReLU between them."""
+    layers: list[nn.Module] = []
+    for wide, narrow in zip((dim, *widths), widths):
+        layers += [nn.Linear(wide, narrow, bias=False), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
