@@ -13,7 +13,8 @@ from vistok.config import ConfigError
 from vistok.data import DataConfig
 from vistok.draws import Keys
 from vistok.train import train
-from vistok.train.tasks.objective import ARPriorTerm, TokenizerObjective
+from vistok.train.tasks.objective import TokenizerObjective
+from vistok.train.tasks.terms import ARPriorTerm
 from vistok.train.tasks.tokenizer import TokenizerLearner
 from vistok.train.tokenize import tokenize
 from vistok.types import Clock

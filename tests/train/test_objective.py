@@ -16,7 +16,8 @@ from vistok.train.config import RunConfig
 from vistok.train.monitor import read_metrics
 from vistok.train.tasks import objective as objectives
 from vistok.train.tasks.adversary import Adversary, GanConfig
-from vistok.train.tasks.objective import Term, TokenizerObjective
+from vistok.train.tasks.objective import TokenizerObjective
+from vistok.train.tasks.terms import Frozen, Term
 from vistok.train.tasks.tokenizer import TokenizerTask
 from vistok.types import Clock, TokenizerOutput
 
@@ -126,7 +127,7 @@ class NoisyTerm(Term):
 
     def __init__(self, name, config, tokenizer):
         super().__init__(name, config)
-        self.projection, self.teacher = nn.Linear(tokenizer.spec.dim, 3), objectives.Frozen(Teacher())
+        self.projection, self.teacher = nn.Linear(tokenizer.spec.dim, 3), Frozen(Teacher())
 
     def frozen(self):
         return {"teacher": self.teacher.network}

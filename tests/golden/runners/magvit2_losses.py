@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vistok.losses import L1, L2, BlurDiscriminator, DiscriminatorLoss, GeneratorLoss, LeCam, PatchGAN
-from vistok.train.tasks.objective import TermConfig
+from vistok.train.tasks.terms import TermConfig
 
 from ..decoding import refuse
 from ..expressions import named

@@ -9,13 +9,22 @@ from torch.nn import functional as F
 
 from vistok.config import ConfigError
 from vistok.draws import Draws
-from vistok.losses import ClassifierDistance, EncoderConfig, SemanticGuide, contrastive_loss
+from vistok.losses import (
+    ClassifierDistance,
+    EncoderConfig,
+    FrozenEncoder,
+    SemanticGuide,
+    alignment_distance,
+    contrastive_loss,
+)
+from vistok.nn.alignment import AlignmentHead
 from vistok.pipelines.folders import load_tokenizer
 from vistok.tokenizers.base import Tokenizer
-from vistok.train.tasks.objective import TERMS, Frozen, PixelTerm, Term, TermConfig
+from vistok.train.tasks.terms import Frozen, PixelTerm, Term, TermConfig
 from vistok.types import Clock, TokenizerOutput
 
-SEMANTIC_ENCODER = EncoderConfig(image_size=256)
+ENCODER = EncoderConfig()
+CONTRAST_ENCODER = EncoderConfig(image_size=256)
 
 
 @dataclass(frozen=True)
@@ -105,7 +114,7 @@ class SemanticContrastConfig(TermConfig):
         normalise: compare l2-normalised vectors.
     """
 
-    encoder: EncoderConfig = SEMANTIC_ENCODER
+    encoder: EncoderConfig = CONTRAST_ENCODER
     patch_size: int | None = None
     scale: float = 1.0
     normalise: bool = False
@@ -142,8 +151,87 @@ class SemanticContrastTerm(Term):
         return contrastive_loss(mean, partners, scale=self.config.scale, normalise=self.config.normalise)
 
 
-TERMS |= {
-    "classifier": ClassifierTerm,
-    "code_prediction": CodePredictionTerm,
-    "semantic_contrast": SemanticContrastTerm,
-}
+@dataclass(frozen=True)
+class AlignmentTermConfig(TermConfig):
+    """Alignment with a frozen encoder (REPA, arXiv 2410.06940).
+
+    Attributes:
+        encoder: the frozen encoder.
+    """
+
+    encoder: EncoderConfig = ENCODER
+
+
+class AlignmentTerm(Term):
+    """1 - cosine of the tokenizer's feature "alignment" and the frozen encoder's patch features."""
+
+    config_type = AlignmentTermConfig
+    config: AlignmentTermConfig
+
+    def __init__(self, name: str, config: AlignmentTermConfig, tokenizer: Tokenizer):
+        super().__init__(name, config)
+        encoder = FrozenEncoder(config.encoder)
+        if encoder.dim != tokenizer.alignment_dim:
+            raise ConfigError(
+                f"model.alignment.dim is {tokenizer.alignment_dim}, but {config.encoder.name} has {encoder.dim} "
+                "channels"
+            )
+        self.encoder = Frozen(encoder)
+
+    @classmethod
+    def fits(cls, tokenizer: Tokenizer) -> bool:
+        return tokenizer.alignment_dim is not None
+
+    def frozen(self) -> dict[str, nn.Module]:
+        return {"repa_encoder": self.encoder.network}
+
+    def forward(self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws) -> Tensor:
+        weights = output.weight_maps.get("alignment")
+        return alignment_distance(output.features["alignment"], self.encoder.network(target), weights).mean()
+
+
+@dataclass(frozen=True)
+class SemanticConfig(TermConfig):
+    """Semantic regularisation (GigaTok, arXiv 2504.08736): features are to tell those of a frozen encoder.
+
+    Attributes:
+        feature: which; the tokenizer names them.
+        encoder: the frozen encoder; "efficientnet_lite0" needs no download.
+        hidden_ratio: width of the head between both, in units of the feature's.
+    """
+
+    feature: str = "decoded"
+    encoder: EncoderConfig = ENCODER
+    hidden_ratio: float = 4.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hidden_ratio <= 0:
+            raise ValueError(f"hidden_ratio must be positive, got {self.hidden_ratio}")
+
+
+class SemanticTerm(Term):
+    """1 - cosine of a feature of the tokenizer, behind a head that is trained with it, and the frozen encoder's patch
+    features. Rasters of other sizes are resized."""
+
+    config_type = SemanticConfig
+    config: SemanticConfig
+
+    @classmethod
+    def fits(cls, tokenizer: Tokenizer) -> bool:
+        return bool(tokenizer.raster_features)
+
+    def __init__(self, name: str, config: SemanticConfig, tokenizer: Tokenizer):
+        super().__init__(name, config)
+        dim = tokenizer.raster_features[config.feature]
+        encoder = FrozenEncoder(config.encoder)
+        self.head = AlignmentHead(dim, round(config.hidden_ratio * dim), encoder.dim)
+        self.encoder = Frozen(encoder)
+
+    def frozen(self) -> dict[str, nn.Module]:
+        return {f"{self.name}_encoder": self.encoder.network}
+
+    def forward(self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws) -> Tensor:
+        feature = self.config.feature
+        aligned, weights = self.head(output.features[feature]), output.weight_maps.get(feature)
+        return alignment_distance(aligned, self.encoder.network(target), weights).mean()

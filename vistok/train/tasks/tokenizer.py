@@ -24,7 +24,6 @@ from vistok.quantizers.perturbation import perturbation_draws
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.config import MODEL, PlayerConfig, RunConfig
 from vistok.train.monitor import CodebookMonitor, CodebookWatch
-from vistok.train.tasks import teachers  # noqa: F401  registers its terms
 from vistok.train.tasks.adversary import Adversary, GanConfig
 from vistok.train.tasks.base import Learner, Task, Turn
 from vistok.train.tasks.images import example_images, held_out_images, psnr
