@@ -70,6 +70,7 @@ SAMPLING = {
     "var": {"guidance_scale": 2.0, "guidance_schedule": "linear", "top_k": 8},
     "open_magvit2_gpt": {"guidance_scale": 2.0, "later_guidance_scale": 3.0, "later_top_k": 4},
     "ibq_gpt": {"guidance_scale": 2.0},
+    "token_shuffle": {"guidance_scale": 2.0},
     "randar": {"guidance_scale": 2.0, "num_steps": 6},
     "lpd": {"guidance_scale": 2.0, "guidance_schedule": "linear-done"},
 }

