@@ -79,7 +79,7 @@ def run_processes(launcher: tuple[str, ...], values: dict, *options: str) -> Non
     save_config(values, folder.with_suffix(".yaml"))
     command = [*launcher, "-m", "vistok", "train", str(folder.with_suffix(".yaml")), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, f"{done.stderr[:4000]}\n…\n{done.stderr[-1000:]}"
 
 
 def assert_same_curves(one: Path, two: Path) -> None:
@@ -192,7 +192,7 @@ def test_what_does_not_train_speaks_once_per_job(tmp_path, option):
     save_config(config(tmp_path / "run"), tmp_path / "run.yaml")
     command = [*TORCHRUN, "-m", "vistok", "train", str(tmp_path / "run.yaml"), option]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, f"{done.stderr[:4000]}\n…\n{done.stderr[-1000:]}"
     what = "The first batch is in" if option == "--dry-run" else "the trace is in"
     assert done.stdout.count(what) == 1
 

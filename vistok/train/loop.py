@@ -87,6 +87,7 @@ def _train(config: Mapping[str, Any], run: RunConfig, folder: Path, resume: bool
             write_json(folder / "environment.json", environment())
         start_trackers(accelerator, folder, run.training.trackers)
         trainer.run()
+        accelerator.wait_for_everyone()  # who leaves while others still write what is exported breaks their group off
     finally:
         accelerator.end_training()
 
