@@ -1,18 +1,23 @@
-"""What generators of continuous latents share: the tokens they take, and their classes."""
+"""What generators of continuous latents share: the tokens they take, their classes, and how sampling begins."""
 
 from __future__ import annotations
+
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from vistok.generators.base import Generator
-from vistok.types import Condition, TokenSpec
+from vistok.draws import Draws
+from vistok.generators.base import Generator, Session
+from vistok.types import Condition, Expands, TokenSpec
 
 
 class ContinuousGenerator(Generator):
     """A generator of standardised latents (B, L, D), unconditional or conditioned on a class."""
 
     num_classes: int | None
+    session_type: ClassVar[type]
+    """What samples: made of the model, the condition, the options and the draws."""
 
     @staticmethod
     def check_spec(spec: TokenSpec, model: str) -> TokenSpec:
@@ -27,3 +32,18 @@ class ContinuousGenerator(Generator):
         """(R,) int64: the class of every row, ``num_classes`` for dropped ones."""
         null = torch.full_like(condition.dropped, self.num_classes or 0, dtype=torch.int64)
         return null if condition.labels is None else torch.where(condition.dropped, null, condition.labels)
+
+    def start(
+        self,
+        condition: Condition,
+        options: Any = None,
+        *,
+        draws: Draws | None = None,
+        tokenizer: Expands | None = None,
+    ) -> Session:
+        self.check_tokenizer(tokenizer)
+        options = options or self.options_type()
+        self.check_condition(condition)
+        if draws is None:
+            raise ValueError("sampling starts from noise: pass sampling_draws(Keys.range(seed, B), options)")
+        return self.session_type(self, condition, options, draws)

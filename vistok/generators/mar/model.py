@@ -127,6 +127,8 @@ class MAR(ContinuousGenerator):
         "buffer_size": 2,
     }
     options_type = MAROptions
+    session_type = MARSession
+    """Its ``append`` also takes known tokens at any positions, for inpainting and editing."""
     sizes = SIZES
     checkpoints = tuple(OfficialCheckpoint(f"mar_{size}", "checkpoint-last.pth", _official(size)) for size in SIZES)
 
@@ -301,22 +303,6 @@ class MAR(ContinuousGenerator):
         options = options or MAROptions()
         noise = keys.normal("noise", 1 + options.num_steps, self.length, self.token_dim)
         return {"order": keys.permutation("order", self.length), "noise": noise}
-
-    def start(
-        self,
-        condition: Condition,
-        options: MAROptions | None = None,
-        *,
-        draws: Draws | None = None,
-        tokenizer: Expands | None = None,
-    ) -> MARSession:
-        """Begin a session; its ``append`` also takes known tokens at any positions, for inpainting and editing."""
-        self.check_tokenizer(tokenizer)
-        options = options or MAROptions()
-        self.check_condition(condition)
-        if draws is None:
-            raise ValueError("sampling starts from noise: pass sampling_draws(Keys.range(seed, B), options)")
-        return MARSession(self, condition, options, draws)
 
     def edit(
         self,

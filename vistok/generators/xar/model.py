@@ -123,6 +123,7 @@ class XAR(ContinuousGenerator):
         "layout": {"entity": "cell", "size": 2},
     }
     options_type = XAROptions
+    session_type = XARSession
     sizes = SIZES
     checkpoints = tuple(
         OfficialCheckpoint("OliverRen/xAR", f"xAR-{size}.pth", _official(size)) for size in ("B", "L", "H")
@@ -278,21 +279,6 @@ class XAR(ContinuousGenerator):
         if options.context_noise:
             draws["context"] = keys.normal("context", *shape)
         return draws
-
-    def start(
-        self,
-        condition: Condition,
-        options: XAROptions | None = None,
-        *,
-        draws: Draws | None = None,
-        tokenizer: Expands | None = None,
-    ) -> XARSession:
-        self.check_tokenizer(tokenizer)
-        options = options or XAROptions()
-        self.check_condition(condition)
-        if draws is None:
-            raise ValueError("sampling starts from noise: pass sampling_draws(Keys.range(seed, B), options)")
-        return XARSession(self, condition, options, draws)
 
     def new_cache(self, rows: int) -> KVCache:
         """An empty cache of the whole sequence."""
