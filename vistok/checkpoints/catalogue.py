@@ -40,7 +40,7 @@ def catalogue() -> list[CatalogueEntry]:
 
 
 def _describe(item: registry.Entry) -> CatalogueEntry:
-    model_class = item.load()
+    model_class: Any = item.load()
     build = model_class if item.kind == "tokenizer" else partial(model_class, _spec(item))
     sizes = {name: _parameters(build, arguments) for name, arguments in model_class.sizes.items()}
     checkpoints = tuple(checkpoint.id for _, checkpoint in item.released())

@@ -217,6 +217,7 @@ def _plan(
             f"this generator takes {spec.describe()}, and a benchmark generates by class labels or by nothing: say "
             'labels="none" to score unconditional images'
         )
+    _, height, width = pipe.tokenizer.image_shape("the benchmark of a pipeline")
     return Plan(
         num_images=num_images,
         labels=labels or ("balanced" if num_classes else "none"),
@@ -227,7 +228,7 @@ def _plan(
         generator=pipe.generator.fingerprint(),
         network=network,
         dtype=dtype_of(pipe.generator),
-        image_size=tuple(pipe.tokenizer.image_shape("the benchmark of a pipeline")[1:]),
+        image_size=(height, width),
         eval_size=eval_size,
     )
 
@@ -257,15 +258,14 @@ def _scales(pipe: ImagePipeline, scales: Sequence[float] | None, sampling: Mappi
         ValueError: a sweep of a generator without guidance, or a scale that it refuses.
     """
     own = getattr(pipe.options(**sampling), "guidance_scale", None)
-    if scales is None:
-        scales = [own]
-    elif own is None:
+    swept: Sequence[Any] = [own] if scales is None else scales
+    if scales is not None and own is None:
         raise ValueError(f"{type(pipe.generator).__name__} has no guidance scale to sweep")
-    if not scales:
+    if not swept:
         raise ValueError("the sweep names no guidance scale")
-    for scale in scales:
+    for scale in swept:
         pipe.options(**_with_scale(sampling, scale))
-    return [(scale, _folder_name(scale)) for scale in dict.fromkeys(map(_hashable, scales))]
+    return [(scale, _folder_name(scale)) for scale in dict.fromkeys(map(_hashable, swept))]
 
 
 def _hashable(scale: Any) -> Any:

@@ -132,7 +132,7 @@ def make_reference_file(
     where = processes.device() if device is None else choose_device(device)
     rules = choose_protocol(protocol, None, None)
     network = load_network(rules, weights=weights, device=where)
-    options = {"split": split, "crop": crop, "reading": rules.reading, "batch_size": batch_size}
+    options: dict[str, Any] = {"split": split, "crop": crop, "reading": rules.reading, "batch_size": batch_size}
     made = make_reference(images, path, network, **options, processes=processes)
     return made.provenance
 

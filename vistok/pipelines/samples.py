@@ -83,10 +83,10 @@ def write_samples(
     clips = len(pipe.tokenizer.input_shape) == 4
     if clips and npz:
         raise ValueError("samples.npz holds images for their evaluators; clips are scored from folders, without --npz")
-    sampling = dict(sampling or {})
+    sampling: dict[str, Any] = dict(sampling or {})
     what = _what(pipe, classes, prompts, num_images)
     named = {} if prompts is None else {"prompts": what["prompt"], "text": pipe.text.identities}
-    negative = {} if negative_prompt is None else {"negative_prompt": negative_prompt}
+    negative: dict[str, Any] = {} if negative_prompt is None else {"negative_prompt": negative_prompt}
     settings = {
         "num_images": num_images,
         "seed": seed,
@@ -106,7 +106,9 @@ def write_samples(
         files = [unfinished(out) / f"{index:06d}.png" for index in range(num_images)]
         try:
             for start, stop in track(*_batches(files, batch_size, processes)):
-                part = {name: values[start:stop] for name, values in what.items()} or {"num_images": stop - start}
+                part: dict[str, Any] = {name: values[start:stop] for name, values in what.items()} or {
+                    "num_images": stop - start
+                }
                 made = pipe(**part, **negative, seed=seed, index_start=start, batch_size=batch_size, **sampling)
                 _write(made, files[start:stop])
             processes.wait()

@@ -83,7 +83,7 @@ def quickstart(out: str | Path, recipe: Recipe = Recipe()) -> dict[str, Any]:
     if system.text_length:
         what = {"prompt": [spell_digit(digit)[0] for digit in range(CLASSES)]}
     else:
-        what = {"class_labels": list(range(CLASSES))}
+        what: dict[str, Any] = {"class_labels": list(range(CLASSES))}
     samples = pipe(**what, num_images_per_label=recipe.samples_per_class, seed=recipe.seed, batch_size=250)
     generated = Digits(samples.pixels, torch.arange(CLASSES).repeat_interleave(recipe.samples_per_class))
 

@@ -66,8 +66,10 @@ def import_tokens(
 
 
 def _check_ids(tokenizer: Tokenizer, samples: Sequence[PeerSample]) -> None:
-    size = tokenizer.spec.codebook_size
-    for sample in samples if size is not None else ():
+    if not tokenizer.spec.discrete:
+        return
+    size = tokenizer.spec.num_ids
+    for sample in samples:
         wrong = sample.values[(sample.values < 0) | (sample.values >= size)]
         if wrong.size:
             raise PeerCacheError(f"{sample.where}: token id {wrong.flat[0]} is out of range 0..{size - 1}")
@@ -85,4 +87,5 @@ def _tokens(tokenizer: Tokenizer, samples: Sequence[PeerSample]) -> Tensor:
     if not tokenizer.has_posterior:
         return values
     mean, log_variance = values.float().flatten(3).transpose(2, 3).chunk(2, -1)  # (B, V, L, D) each
-    return tokenizer.standardised_moments(mean, log_variance.clamp(-30, 20))
+    standardised: Tensor = tokenizer.standardised_moments(mean, log_variance.clamp(-30, 20))
+    return standardised

@@ -160,6 +160,9 @@ class AveragedModel:
         self.updates = 0
         for own, other in zip(self.model.parameters(), model.parameters()):
             local(own).copy_(local(other.detach()))
+        self._copy_buffers(model)
+
+    def _copy_buffers(self, model: nn.Module) -> None:
         for own, other in zip(self.model.buffers(), model.buffers()):
             own.copy_(other)
 
@@ -169,5 +172,4 @@ class AveragedModel:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         own = [local(p.detach()) for p in self.model.parameters()]
         torch._foreach_lerp_(own, [local(p.detach()) for p in model.parameters()], 1 - decay)
-        for own, other in zip(self.model.buffers(), model.buffers()):
-            own.copy_(other)
+        self._copy_buffers(model)

@@ -93,7 +93,8 @@ def shard(model: nn.Module, device: torch.device, *, mixed_precision: str = "no"
         else:
             fully_shard(block, mesh=mesh)
     model.register_forward_hook(_return_no_views)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
 def _norms(block: nn.Module) -> list[nn.Module] | None:
@@ -117,7 +118,7 @@ def _map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """``value`` with its tensors replaced, in data classes, dictionaries, tuples and lists."""
     if isinstance(value, Tensor):
         return function(value)
-    if is_dataclass(value):
+    if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{name: _map_tensors(function, part) for name, part in vars(value).items()})
     if isinstance(value, dict):
         return {name: _map_tensors(function, part) for name, part in value.items()}

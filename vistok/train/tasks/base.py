@@ -143,19 +143,23 @@ class Task(ABC):
     def validate(self, learner: Learner, clock: Clock, stopping: Callable[[], bool]) -> dict[str, float]:
         """Means over the held-out samples, as "val_loss", ...; the draws are those of every time before. Nothing if
         the run is ``stopping`` before all are measured."""
-        device, totals, count = next(learner.parameters()).device, {}, 0
+        if self.held_out is None:
+            return {}
+        device, count = learner.model.device, 0
+        totals: dict[str, Tensor] = {}
         self.held_out.epoch = 0  # of a token cache with several views, the same ones
         for number, batch in enumerate(self.held_out):
             if stopping():
                 return {}
             batch = on_device(batch, device)
             for name, value in self._held_out_terms(learner, batch, clock, number).items():
-                totals[name] = totals.get(name, 0) + value.float() * len(batch.indices)
+                value = value.float() * len(batch.indices)
+                totals[name] = totals[name] + value if name in totals else value
             count += len(batch.indices)
         return {f"val_{name}": (total / count).item() for name, total in totals.items()}
 
     @abstractmethod
-    def _held_out_terms(self, learner: Learner, batch: Any, clock: Clock, number: int) -> dict[str, Tensor]:
+    def _held_out_terms(self, learner: Any, batch: Any, clock: Clock, number: int) -> dict[str, Tensor]:
         """Means over one batch, "loss" among them; it is batch ``number`` of the held-out ones."""
 
     def dead_worker(self) -> str | None:
@@ -191,11 +195,11 @@ class Task(ABC):
         """The pixels (B, C, H, W) in [-1, 1] that a batch stands for."""
 
     @abstractmethod
-    def picture(self, model: Model) -> Image.Image | None:
+    def picture(self, model: Any) -> Image.Image | None:
         """A picture of what the model can do now; None where it makes no pixels."""
 
     @abstractmethod
-    def export(self, folder: Path, model: Model) -> None:
+    def export(self, folder: Path, model: Any) -> None:
         """Write what users load into the run folder."""
 
 

@@ -74,7 +74,7 @@ class GeneratorTask(Task):
     unit = "tokens_per_second"
 
     def __init__(self, config: GeneratorRun, rank: int, world_size: int):
-        folders = [config.tokens] if isinstance(config.tokens, str) else config.tokens
+        folders = [config.tokens] if isinstance(config.tokens, str) else config.tokens or ()
         cache = TokenMixture([TokenCache(folder) for folder in folders], config.token_weights)
         self.tokenizer = load_tokenizer(cache.folder)
         cache.check_tokenizer(self.tokenizer.fingerprint())
@@ -86,6 +86,7 @@ class GeneratorTask(Task):
         self.learner = GeneratorLearner(config.build_model({"spec": to_json(spec), **derived}))
         check(self.model.options_type, config.sampling, "sampling")
         self.cache_folder = cache.folder
+        self.parts = condition.parts
         self.loader = token_loader(
             cache,
             config.training.batch_size,
@@ -95,6 +96,10 @@ class GeneratorTask(Task):
             parts=condition.parts,
         )
         self.held_out = _held_out_tokens(config, cache, condition.parts)
+
+    @property
+    def model(self) -> Generator:
+        return self.learner.model
 
     def frozen(self) -> dict[str, nn.Module]:
         """The tokenizer, where the generator has it in its loop."""
@@ -140,9 +145,10 @@ class GeneratorTask(Task):
             return None
         rows, columns = min(len(self.classes), 8) or 4, 8
         reader = self.loader.reader
-        if reader.parts == ("labels",):
+        what: dict[str, Any]
+        if self.parts == ("labels",):
             what = {"class_labels": range(rows), "num_images_per_label": columns}
-        elif reader.parts:
+        elif self.parts:
             shown = np.arange(rows) * len(reader) // rows
             what = {"condition": reader.load(shown, 0)[0].condition, "num_images_per_label": columns}
         else:
@@ -161,7 +167,7 @@ class GeneratorTask(Task):
         if not (folder / TOKENIZER).exists():
             self.tokenizer.save_pretrained(folder / TOKENIZER)
         if not (folder / TEXT).exists():
-            copy_encoders(self.cache_folder / TEXT, folder / TEXT, self.loader.reader.parts)
+            copy_encoders(self.cache_folder / TEXT, folder / TEXT, self.parts)
         write_settings(folder, class_names=self.classes, sampling=self.config.sampling)
 
 
@@ -178,7 +184,7 @@ def _chosen_parts(cache: TokenMixture, chosen: Sequence[str] | None) -> Conditio
 
 
 def _held_out_tokens(config: GeneratorRun, trained: TokenMixture, parts: Sequence[str]) -> Loader[TokenBatch] | None:
-    if config.validation is None:
+    if config.validation is None or config.validation.tokens is None:
         return None
     cache = TokenCache(config.validation.tokens)
     cache.check_tokenizer(trained.tokenizer_hash)

@@ -60,7 +60,7 @@ class Frozen:
     """Holds a network that is never trained: no part of the module that asks it, and shared by that module's copies."""
 
     def __init__(self, network: nn.Module):
-        self.network = network.eval().requires_grad_(False)
+        self.network: Any = network.eval().requires_grad_(False)
 
     def __deepcopy__(self, memo: Any) -> Frozen:
         return self
@@ -70,9 +70,9 @@ class Term(nn.Module):
     """A named term. Its parameters, if it has any, are trained with the tokenizer, and end with the run."""
 
     config_type: ClassVar[type[TermConfig]] = TermConfig
-    compares_pixels: ClassVar[bool] = False
+    compares_pixels: bool = False
     """Whether the adaptive weight of a GAN is balanced against it."""
-    reads_codes: ClassVar[bool] = False
+    reads_codes: bool = False
     """Whether it reads the feature "codes", the tokenizer's whole codebook."""
 
     def __init__(self, name: str, config: TermConfig):
