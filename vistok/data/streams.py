@@ -188,7 +188,8 @@ class StreamBatches:
             if len(rows):
                 parts.append(self._streams(TEMPLATES[name], batch, rows))
                 places.append(rows)
-        return batch._replace(tokens=Streams.cat(parts)[torch.cat(places).argsort()]), failures
+        streams: Any = Streams.cat(parts)[torch.cat(places).argsort()]  # in the place of tokens
+        return batch._replace(tokens=streams), failures
 
     def _streams(self, template: Sequence[Segment], batch: TokenBatch, rows: Tensor) -> Streams:
         condition, segments = batch.condition[rows], []

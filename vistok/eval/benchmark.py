@@ -44,13 +44,15 @@ class ImagePipeline(Protocol):
 
     tokenizer: Tokenizer
     generator: Generator
-    class_names: tuple[str, ...]
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
 
     def options(self, **sampling: Any) -> Any:
         """The dataclass of sampling options that a call with these would use."""
         ...
 
-    def __call__(self, class_labels: Any = None, **options: Any) -> Any:
+    def __call__(self, *, class_labels: Any = None, num_images: int | None = None, **sampling: Any) -> Any:
         """Generate; the result has ``pixels`` (B, C, H, W) in [-1, 1]."""
         ...
 
@@ -235,7 +237,8 @@ def _plan(
 
 def _choose_metrics(rules: Rules, plan: Plan, real: Reference) -> tuple[list[str], list[str]]:
     # The samples' side allows everything that so many images allow: all features of the network are kept.
-    samples = Reference("the benchmark", _PlannedImages(plan.num_images, plan.scored_size))
+    planned: Any = _PlannedImages(plan.num_images, plan.scored_size)
+    samples = Reference("the benchmark", planned)
     return choose_metrics(None, rules, samples, real)
 
 

@@ -34,9 +34,14 @@ class FeatureNetwork(Protocol):
         weights_sha256: of the weights file, or None where the network did not come from a file.
     """
 
-    name: str
-    resize: str
-    weights_sha256: str | None
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def resize(self) -> str: ...
+
+    @property
+    def weights_sha256(self) -> str | None: ...
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """uint8 (B, 3, H, W) -> float32 features: ``pool`` (B, D), and if it has them ``spatial`` (B, D') and
@@ -73,8 +78,8 @@ class InceptionV3Compat:
         weights_sha256: str | None = None,
         device: torch.device | str = "cpu",
     ):
-        self.network: Any = _build_inception(state_dict).to(device)
-        self.network.to(memory_format=torch.channels_last)
+        self.network: Any = _build_inception(state_dict)
+        self.network.to(device, memory_format=torch.channels_last)
         self.resize = resize
         self.weights_sha256 = weights_sha256
         self.device = torch.device(device)

@@ -154,4 +154,4 @@ def load_network(
         return CallableNetwork(features, str(network))
     if protocol.network == DINOV2:
         return DINOv2.load(weights, device=device)
-    return InceptionV3Compat.load(weights, resize=protocol.resize, device=device)
+    return InceptionV3Compat.load(weights, resize=protocol.resize or "tf1-bilinear", device=device)

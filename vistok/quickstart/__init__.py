@@ -70,8 +70,8 @@ def quickstart(out: str | Path, recipe: Recipe = Recipe()) -> dict[str, Any]:
         ConfigError: a change in ``recipe`` that does not fit the configs.
     """
     begin = time.monotonic()
-    recipe = replace(recipe, system=recipe.system or next(iter(systems())))
-    system = find_system(recipe.system)
+    name = recipe.system or next(iter(systems()))
+    recipe, system = replace(recipe, system=name), find_system(name)
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists already and is not empty; remove it, or choose another folder with --out")
@@ -80,10 +80,9 @@ def quickstart(out: str | Path, recipe: Recipe = Recipe()) -> dict[str, Any]:
     pipe, cache = _train(out, recipe, views, system.text_length, stages)
 
     stages.begin("samples", f"{recipe.samples_per_class} digits of each class")
+    what: dict[str, Any] = {"class_labels": list(range(CLASSES))}
     if system.text_length:
         what = {"prompt": [spell_digit(digit)[0] for digit in range(CLASSES)]}
-    else:
-        what: dict[str, Any] = {"class_labels": list(range(CLASSES))}
     samples = pipe(**what, num_images_per_label=recipe.samples_per_class, seed=recipe.seed, batch_size=250)
     generated = Digits(samples.pixels, torch.arange(CLASSES).repeat_interleave(recipe.samples_per_class))
 
@@ -145,7 +144,7 @@ def _train(out: Path, recipe: Recipe, views: int, text_length: int, stages: Stag
 
 def _config(stage: Stage, out: Path, recipe: Recipe, overrides: Sequence[str]) -> dict[str, Any]:
     """The config of a stage, with everything it reads and writes inside ``out``."""
-    config = load_config(config_file(recipe.system, stage), overrides)
+    config = load_config(config_file(str(recipe.system), stage), overrides)
     config |= {"output_dir": str(out / stage), "seed": recipe.seed}
     if stage == "tokenizer":
         config["data"] = {**config["data"], "seed": recipe.seed}

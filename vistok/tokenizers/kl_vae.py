@@ -279,7 +279,7 @@ class KLVAE(Tokenizer):
 
     @classmethod
     def _from_diffusers(
-        cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor], image_size: int = 256
+        cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor], image_size: int | tuple[int, int] = 256
     ) -> Self:
         given = OfficialConfig(config, DIFFUSERS_WITHOUT_EFFECT)
         given.require("_class_name", "AutoencoderKL", why="other classes are other models")

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,5 +88,5 @@ def _tokens(tokenizer: Tokenizer, samples: Sequence[PeerSample]) -> Tensor:
     if not tokenizer.has_posterior:
         return values
     mean, log_variance = values.float().flatten(3).transpose(2, 3).chunk(2, -1)  # (B, V, L, D) each
-    standardised: Tensor = tokenizer.standardised_moments(mean, log_variance.clamp(-30, 20))
-    return standardised
+    with_posterior: Any = tokenizer
+    return with_posterior.standardised_moments(mean, log_variance.clamp(-30, 20))

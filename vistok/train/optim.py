@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vistok.checkpoints import CheckpointError
+from vistok.checkpoints import CheckpointError, Model
 from vistok.config import ConfigError
 from vistok.train.config import OptimizerConfig, SchedulerConfig
 from vistok.train.names import matching
@@ -150,7 +150,7 @@ class AveragedModel:
     The decay starts low, (1 + n) / (10 + n) at update n, so that the initial weights are forgotten.
     """
 
-    def __init__(self, model: nn.Module, decay: float):
+    def __init__(self, model: Model, decay: float):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay, self.updates = decay, 0
 

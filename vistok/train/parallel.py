@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import is_dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -165,10 +165,11 @@ def spread(tensor: Tensor, like: Tensor) -> Tensor:
     """
     if not hasattr(like, "full_tensor") or tensor.shape != like.shape:
         return tensor
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
     source = tensor if distributed.get_rank() == 0 else torch.empty_like(tensor, device=like.device)
-    return distribute_tensor(source, like.device_mesh, like.placements)
+    sharded = cast(DTensor, like)
+    return distribute_tensor(source, sharded.device_mesh, sharded.placements)
 
 
 def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:

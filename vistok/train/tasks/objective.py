@@ -72,7 +72,7 @@ class TokenizerObjective(nn.Module):
         self.terms: Any = nn.ModuleDict({name: _term(name, configs[name], tokenizer) for name in order})
         self.reconstructions = _reconstructions(losses)
 
-    def _active(self, step: int) -> Iterator[Term]:
+    def _active(self, step: int) -> Iterator[Any]:
         return (term for term in self.terms.values() if term.config.active(step))
 
     @property

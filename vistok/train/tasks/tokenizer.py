@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from PIL import Image
 from torch import Tensor, nn
@@ -147,7 +147,8 @@ class TokenizerTask(Task):
         if self.gan is None or clock.step < self.gan.start_step:
             yield self._model_turn(output, terms, batch)
             return
-        real, fake = (self.model.to_native(pixels) for pixels in (_target(batch), output.reconstruction))
+        reconstruction = cast(Tensor, output.reconstruction)  # a GAN has one
+        real, fake = self.model.to_native(_target(batch)), self.model.to_native(reconstruction)
         learns = (clock.step - self.gan.start_step) % self.gan.every_n_steps == 0
         if learns and self.gan.order == "adversary_first":
             yield self._adversary_turn(players, real, fake, keys)
