@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vistok._version import __version__
 from vistok.checkpoints import registry
+from vistok.checkpoints.bounds import bounded
 from vistok.checkpoints.hub import download, snapshot
 from vistok.checkpoints.official import OfficialCheckpoint, convert
 from vistok.checkpoints.weights import CheckpointError, hash_weights, load_strictly, read_weights
@@ -156,14 +157,16 @@ def load(source: str | Path, **hub_options: Any) -> Model:
         folder = snapshot(str(source), [CONFIG, WEIGHTS], **hub_options)
     saved = read_config(folder)
     model_class = registry.entry(saved["model"]).load()
+    weights = read_weights(folder / WEIGHTS)
     try:
         arguments = with_todays_names(model_class, saved["arguments"])
         check(model_class, arguments, "")
-        model = model_class(**arguments)
+        with bounded(arguments, weights):
+            model = model_class(**arguments)
     except CONSTRUCTION_ERRORS as error:  # a ConfigError, the constructor's own, or what wrong sizes do to torch
         raise CheckpointError(f"{folder / CONFIG} does not describe a {saved['model']}: {error}") from error
     model._saved_arguments = saved["arguments"]
-    load_strictly(model, read_weights(folder / WEIGHTS), source=str(folder))
+    load_strictly(model, weights, source=str(folder))
     return model.eval()
 
 

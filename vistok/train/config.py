@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar, Literal
 
 from vistok.checkpoints import registry
+from vistok.checkpoints.bounds import bounded
 from vistok.config import ConfigError, KeysOf, check, check_least
 from vistok.data.config import DataConfig
 
@@ -331,7 +332,8 @@ class RunConfig:
                 raise ConfigError(f"model.{key} is {given[key]!r}, but the data say {value!r}; leave the key out")
         arguments = check(model_class, given, "model")
         try:
-            return model_class(**arguments)
+            with bounded(arguments):
+                return model_class(**arguments)
         except (TypeError, LookupError, ArithmeticError, AssertionError, RuntimeError, MemoryError) as error:
             # What sizes that no model has do to torch, such as a negative one.
             raise ConfigError(f"model: no {self.model['name']} can be built of these arguments: {error}") from error

@@ -156,8 +156,8 @@ class Adversary(nn.Module):
 def build_discriminator(config: GanConfig, input_shape: tuple[int, ...]) -> Discriminator:
     arguments = dict(config.discriminator)
     name = arguments.pop("name", "patchgan")
-    if name not in DISCRIMINATORS:
-        near = nearest(name, tuple(DISCRIMINATORS))
+    if not isinstance(name, str) or name not in DISCRIMINATORS:
+        near = nearest(str(name), tuple(DISCRIMINATORS))
         hint = f"; did you mean {near!r}?" if near else ""
         raise ConfigError(f"losses.gan.discriminator.name: unknown {name!r}{hint} Known: {', '.join(DISCRIMINATORS)}.")
     kind = DISCRIMINATORS[name]
