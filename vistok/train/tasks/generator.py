@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vistok.config import ConfigError, check
-from vistok.data.loader import Loader
+from vistok.data.loader import Loader, no_samples
 from vistok.data.pictures import grid
 from vistok.data.tokens import TokenBatch, TokenCache, TokenMixture, token_evaluation_loader, token_loader
 from vistok.draws import Draws, Keys, draws_on
@@ -133,11 +133,11 @@ class GeneratorTask(Task):
     def pipeline(self, model: Generator) -> Pipeline:
         return Pipeline(self.tokenizer, model, class_names=self.classes, sampling=self.config.sampling)
 
-    def picture(self, model: Generator) -> Image.Image | None:
-        """Samples, one row per class of the first eight, or per sample of the cache whose condition it has; None if the
-        tokenizer renders none."""
+    def pictures(self, model: Generator) -> list[Image.Image]:
+        """Samples, one row per class of the first eight, or per sample of the cache whose condition it has; none if
+        the tokenizer renders none."""
         if not self.tokenizer.renders:
-            return None
+            return []
         rows, columns = min(len(self.classes), 8) or 4, 8
         reader = self.loader.reader
         if reader.parts == ("labels",):
@@ -154,7 +154,7 @@ class GeneratorTask(Task):
         finally:
             if TOKENIZER not in self.frozen():
                 self.tokenizer.to("cpu")  # training needs the memory
-        return grid(images, columns=columns)
+        return [grid(images, columns=columns)]
 
     def export(self, folder: Path, model: Generator) -> None:
         model.save_pretrained(folder / GENERATOR)
@@ -177,9 +177,9 @@ def _chosen_parts(cache: TokenMixture, chosen: Sequence[str] | None) -> Conditio
     return cache.condition_spec.only(parts)
 
 
-def _held_out_tokens(config: GeneratorRun, trained: TokenMixture, parts: Sequence[str]) -> Loader[TokenBatch] | None:
+def _held_out_tokens(config: GeneratorRun, trained: TokenMixture, parts: Sequence[str]) -> Loader[TokenBatch]:
     if config.validation is None:
-        return None
+        return no_samples()
     cache = TokenCache(config.validation.tokens)
     cache.check_tokenizer(trained.tokenizer_hash)
     if cache.classes != trained.classes:

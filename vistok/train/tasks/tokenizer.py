@@ -208,12 +208,12 @@ class TokenizerTask(Task):
     def show(self, batch: ImageBatch) -> Tensor:
         return batch.pixels
 
-    def picture(self, model: Tokenizer) -> Image.Image:
+    def pictures(self, model: Tokenizer) -> list[Image.Image]:
         """Originals over reconstructions; the originals alone of a tokenizer that renders none."""
         if not model.renders:
-            return grid(to_pil(self._examples))
+            return [grid(to_pil(self._examples))]
         examples = self._examples.to(next(model.parameters()).device)
-        return compared(examples, model.reconstruct(examples))
+        return [compared(examples, model.reconstruct(examples))]
 
     def export(self, folder: Path, model: Tokenizer) -> None:
         if not model.spec.discrete:
