@@ -124,7 +124,11 @@ class Task(ABC):
         return self.config.player(name)
 
     def frozen(self) -> dict[str, nn.Module]:
-        """Networks that losses ask, by name. The loop moves them to the device; they are never trained or saved."""
+        """Networks that losses ask, by name. The loop moves them to the device; they are never trained or saved.
+
+        Their weights keep their type, and they compute in the run's mixed precision by autocast, as players do: what a
+        network keeps out of autocast, such as the distances of a codec's codes, stays exact.
+        """
         return {}
 
     @property
