@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from vistok.config import ConfigError, check
 from vistok.data.loader import Loader, no_samples
+from vistok.data.overlap import shared_tokens
 from vistok.data.pictures import grid
 from vistok.data.tokens import TokenBatch, TokenCache, TokenMixture, token_evaluation_loader, token_loader
 from vistok.draws import Draws, Keys, draws_on
@@ -25,6 +27,8 @@ from vistok.tokenizers.base import Tokenizer
 from vistok.train.config import MODEL, RunConfig
 from vistok.train.tasks.base import Learner, Task, Turn
 from vistok.types import Clock, Condition, ConditionSpec, GeneratorOutput, TokenSpec, to_json
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -194,11 +198,14 @@ def _held_out_tokens(config: GeneratorRun, trained: TokenMixture, parts: Sequenc
             f"validation.tokens: {cache.folder} is not conditioned as {trained.folder} is: by other parts, or by texts "
             "of another encoder"
         )
-    if any(_of_the_same_images(cache, other) for other in trained.caches):
+    shared = shared_tokens(trained.caches, cache)
+    if shared.is_whole or any(_of_the_same_images(cache, other) for other in trained.caches):
         raise ConfigError(
             f"validation.tokens: {cache.folder} holds the images that the run trains on; make a cache of others: "
             "vistok tokenize … data.split=test"
         )
+    if shared.found:
+        log.warning("%s", shared)
     return token_evaluation_loader(cache, config.training.batch_size, seed=config.seed, parts=parts)
 
 

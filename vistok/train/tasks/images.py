@@ -41,7 +41,7 @@ def held_out_images(trained: DataConfig, trained_source: Source, changes: dict |
     if all(getattr(data, key) == getattr(trained, key) for key in ("source", "root", "name", "split")):
         raise ConfigError("validation.data names the images that the run trains on; name others: split=test, or a root")
     shared = shared_images(trained_source, source)
-    if shared.found == shared.looked_at:
+    if shared.is_whole:
         raise ConfigError(
             "validation.data names the images that the run trains on, by another name or in a copy "
             f"(such as {shared.example}); name others: split=test, or a root"
