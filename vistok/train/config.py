@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from vistok.checkpoints import registry
 from vistok.checkpoints.bounds import bounded
-from vistok.config import ConfigError, KeysOf, check, check_least
+from vistok.config import ConfigError, KeysOf, annotations, check, check_least
 from vistok.data.config import DataConfig
 
 log = logging.getLogger(__name__)
@@ -238,6 +238,14 @@ class InitFrom:
     strict: bool = True
 
 
+def _model_keys(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The types of the keys of a ``model`` section; a name that is none is told later."""
+    try:
+        return {"name": str, **annotations(registry.entry(section.get("name", "")).load())}
+    except registry.UnknownModelError:
+        return {"name": str}
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """A whole training run, as its YAML has it. Each task adds sections of its own.
@@ -261,7 +269,7 @@ class RunConfig:
 
     task: str
     output_dir: str
-    model: dict[str, Any]
+    model: Annotated[dict[str, Any], KeysOf(_model_keys)]
     training: TrainingConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     lr_scheduler: SchedulerConfig = SchedulerConfig()

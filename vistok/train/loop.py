@@ -177,7 +177,7 @@ class Trainer:
                 last = self.step == config.max_steps
                 stopped = stop.agreed(self.step, self.accelerator) and not last
                 saving = _due(self.step, config.save_every) or last
-                validating = self.task.held_out is not None and saving and not stopped  # whose time may be short
+                validating = self.task.validates and saving and not stopped  # whose time may be short
                 held_out = {}
                 if _due(self.step, config.log_every) or last or validating:
                     self._check_finite()
@@ -256,7 +256,7 @@ class Trainer:
         with record_function("optimizer"):
             norms = self.players.move(player)
         self.meter.add(norms)
-        if self.players[player].scaler is None:  # which expects infinite gradients now and then
+        if not self.players[player].scales_loss:  # which makes gradients infinite now and then
             for name, norm in norms.items():
                 self.trail.add(self.step + 1, name, norm)
 
@@ -265,7 +265,7 @@ class Trainer:
         means = self.meter.means(partial(self.accelerator.reduce, reduction="mean"))
         self.seconds += elapsed
         means |= held_out
-        awaited = "val_" if self.task.held_out is not None and not held_out else ""
+        awaited = "val_" if self.task.validates and not held_out else ""
         self.checkpoints.check_metric(means, prefix=awaited)
         row = {"step": self.step, **means, "lr": self.players.lr}
         row |= {self.task.unit: round(units / elapsed, 2), "seconds": round(self.seconds, 2)}
@@ -326,8 +326,7 @@ class Trainer:
     def _picture(self) -> None:
         with self.players.best() as learner:
             if self.accelerator.is_main_process:
-                picture = self.task.picture(learner.model)
-                if picture is not None:
+                for picture in self.task.pictures(learner.model):
                     with self.checkpoints.disk_errors("a picture"):
                         save_png(picture, self.folder / "images" / f"step-{self.step:07d}.png")
 
@@ -345,7 +344,7 @@ class Trainer:
         self._check_finite()
         self.task.loader.count_failures(self._unreadable())  # the state of one process is saved, for all
         state = self._state()
-        judged_by = self.row if validated or self.task.held_out is None else None
+        judged_by = self.row if validated or not self.task.validates else None
         if self.accelerator.is_main_process:
             self.checkpoints.save(self.step, state, judged_by)
         self.export()
@@ -375,8 +374,7 @@ class Trainer:
 
     def _name_unreadable(self) -> None:
         """Say once more, at the end, which samples no step or no validation has seen."""
-        held_out = self.task.held_out.failures if self.task.held_out is not None else {}
-        for failures, use in ((self._unreadable(), "training"), (held_out, "validation")):
+        for failures, use in ((self._unreadable(), "training"), (self.task.held_out.failures, "validation")):
             if failures and self.accelerator.is_main_process:
                 shown = listed(failures)
                 log.warning("%d samples could not be read and were left out of %s:\n%s", len(failures), use, shown)
