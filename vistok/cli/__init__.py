@@ -16,7 +16,7 @@ from vistok.cli.console import errors, output
 from vistok.cli.models import convert, models
 from vistok.cli.sampling import reconstruct, sample
 from vistok.cli.scoring import benchmark, evaluate
-from vistok.cli.training import import_tokens, quickstart, tokenize, train
+from vistok.cli.training import import_tokens, quickstart, report, tokenize, train
 
 __all__ = ["app", "main"]
 
@@ -41,11 +41,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         threading.excepthook = _name_failed_thread
     try:
         app(arguments, prog_name="vistok")
+    except SystemExit as end:
+        _advise_after_interruption(end)
+        raise
     except Exception as error:
         if os.environ.get("VISTOK_DEBUG") or not _is_for_users(error):
             raise
         errors.print(f"[bold red]Error:[/] {escape(_message(error))}")
         sys.exit(2)
+
+
+def _advise_after_interruption(end: SystemExit) -> None:
+    """After Ctrl-C, which typer turns into an exit: what the interrupted work says about going on."""
+    cause: BaseException | None = end
+    while cause is not None and not isinstance(cause, KeyboardInterrupt):
+        cause = cause.__cause__ or cause.__context__
+    for note in getattr(cause, "__notes__", ()):
+        errors.print(f"[yellow]Note:[/] {escape(note)}")
 
 
 def _name_failed_thread(failure: threading.ExceptHookArgs) -> None:
@@ -91,6 +103,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
 COMMANDS = {
     "quickstart": quickstart,
     "train": train,
+    "report": report,
     "tokenize": tokenize,
     "import-tokens": import_tokens,
     "sample": sample,

@@ -125,6 +125,18 @@ def _profile(config: dict[str, Any]) -> None:
     output.print(f"{found.units_per_second:,.0f} {unit}/s; the trace is in {escape(str(found.trace))}")
 
 
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run.")],
+) -> None:
+    """Make the report.html of a training run again: of an interrupted one, or after images were added.
+
+    Training writes it at its end.
+    """
+    from vistok.train.report import write_run_report
+
+    output.print(f"Pictures, curves and codes are shown in {escape(str(write_run_report(run)))}")
+
+
 def tokenize(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Run of a tokenizer, saved tokenizer, or hub id.")],
     out: Annotated[Path, typer.Option(help="Folder for the token cache; must not exist yet.")],

@@ -27,6 +27,7 @@ from vistok.eval.references import Reference, open_reference
 from vistok.eval.report import write_report
 from vistok.eval.scoring import Side, choose_metrics, extract_side
 from vistok.eval.store import FeatureStore
+from vistok.eval.sweep import Setting
 from vistok.generators.base import Generator
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json
@@ -34,7 +35,7 @@ from vistok.utils.devices import dtype_of
 from vistok.utils.files import read_json
 from vistok.utils.locks import locked
 from vistok.utils.processes import Processes
-from vistok.utils.progress import track
+from vistok.utils.progress import Bar
 
 NO_REFERENCE = Reference("no reference")
 
@@ -63,6 +64,7 @@ def benchmark(
     labels: Labels | None = None,
     seed: int = 0,
     guidance_scales: Sequence[float] | None = None,
+    temperatures: Sequence[float] | None = None,
     sampling: Mapping[str, Any] | None = None,
     reference: Source | None = None,
     protocol: str = "adm",
@@ -80,13 +82,13 @@ def benchmark(
 
     Image i depends on the seed and on i alone. Features are written range by range. Called again with the same
     arguments (batch size, processes, reference, and protocol of the same network may differ), the benchmark goes on
-    where it stopped, and further guidance scales reuse what is there.
+    where it stopped, and further settings reuse what is there.
 
     Args:
         out: folder for features, ``result.json`` and ``report.html``; new, or that of the same benchmark.
         labels: "balanced" (class i modulo the number of classes: 50 each of 50,000 ImageNet images), "random"
             (uniform), or "none"; by default balanced if the generator has classes.
-        guidance_scales: one benchmark per scale; by default the pipeline's own.
+        guidance_scales, temperatures: one benchmark for each pair of them; by default the pipeline's own.
         sampling: options that differ from the pipeline's.
         reference, protocol, weights, features, network, device, processes: as for ``evaluate``. Without a reference
             only the Inception Score can be computed.
@@ -97,7 +99,7 @@ def benchmark(
         command: the command line that this call stands for, for the report.
 
     Returns:
-        what ``result.json`` holds: ``benchmark`` (the plan), ``protocol``, ``runs`` (one per scale: ``scores``,
+        what ``result.json`` holds: ``benchmark`` (the plan), ``protocol``, ``runs`` (one per setting: ``scores``,
         ``warnings``, ``classes``, … as ``evaluate`` returns them), ``generated``, ``seconds``, ``command``.
 
     Raises:
@@ -117,7 +119,7 @@ def benchmark(
     example = net(torch.zeros(1, 3, *plan.scored_size, dtype=torch.uint8))
     metrics, skipped = _choose_metrics(rules, plan, real)
     real.check_network(net, example)
-    scales = _scales(pipe, guidance_scales, sampling or {})
+    settings = _settings(pipe, guidance_scales, temperatures, sampling or {}, plan)
 
     out = Path(out)
     with locked(out) if processes.is_first else nullcontext():
@@ -127,18 +129,22 @@ def benchmark(
         started = time.perf_counter()
         sampler = _Sampler(pipe, plan, dict(sampling or {}))
         stores = [
-            (scale, FeatureStore(out / name, plan.shards, plan.scored_size, keep_images=save_npz))
-            for scale, name in scales
+            (setting, FeatureStore(out / setting.folder, plan.shards, plan.scored_size, keep_images=save_npz))
+            for setting in settings
         ]
         stores = _earlier(out, plan, stores) + stores
-        made = [_generate(sampler, scale, store, net, tuple(example), batch_size, processes) for scale, store in stores]
+        try:
+            made = [_generate(sampler, *each, net, tuple(example), batch_size, processes) for each in stores]
+        except BaseException as error:
+            error.add_note(f"What was generated is in {out}: the same command goes on from there")
+            raise
         seconds = time.perf_counter() - started
         generated = sum(processes.gather(sum(made)))  # also waits for the others
         if processes.is_first:
             real_side = _extract_reference(real, net, metrics, batch_size)
             runs = []
-            for scale, store in stores:
-                run = {"guidance_scale": scale} | _score(rules, net, metrics, store, sampler, real_side, device)
+            for setting, store in stores:
+                run = setting.describe(plan.sampling) | _score(rules, net, metrics, store, sampler, real_side, device)
                 run["warnings"] = skipped + plan.warnings + run["warnings"]
                 runs.append(run)
             result = {
@@ -156,7 +162,7 @@ def benchmark(
         return read_json(out / RESULT_FILE)
 
 
-def _earlier(out: Path, plan: Plan, stores: list[tuple[Any, FeatureStore]]) -> list[tuple[Any, FeatureStore]]:
+def _earlier(out: Path, plan: Plan, stores: list[tuple[Setting, FeatureStore]]) -> list[tuple[Setting, FeatureStore]]:
     """What earlier sweeps into the same folder have finished, and this one does not name: it is scored again with it.
 
     Raises:
@@ -166,16 +172,16 @@ def _earlier(out: Path, plan: Plan, stores: list[tuple[Any, FeatureStore]]) -> l
     if not path.exists():
         return []
     try:
-        scales = [_hashable(run["guidance_scale"]) for run in read_json(path)["runs"]]
-        names = {scale: _folder_name(scale) for scale in scales}
+        settings = dict.fromkeys(Setting.read(run, plan.sampling) for run in read_json(path)["runs"])
+        names = {setting: setting.folder for setting in settings}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BenchmarkError(f"{path} is damaged ({error!r}); remove it and run the benchmark again") from error
     asked = {store.folder.name for _, store in stores}
     found = []
-    for scale, name in names.items():
+    for setting, name in names.items():
         store = FeatureStore(out / name, plan.shards, plan.scored_size, keep_images=False)
         if name not in asked and not store.missing():
-            found.append((scale, store))
+            found.append((setting, store))
     return found
 
 
@@ -187,11 +193,12 @@ class _Sampler:
     plan: Plan
     sampling: dict[str, Any]
 
-    def images(self, start: int, stop: int, scale: Any) -> Tensor:
-        """Images ``start`` to ``stop`` with one guidance scale, uint8 (B, 3, H, W)."""
+    def images(self, start: int, stop: int, setting: Setting, bar: Bar, done: int) -> Tensor:
+        """Images ``start`` to ``stop`` with one setting, uint8 (B, 3, H, W), while ``bar``, of which so many are
+        ``done``, shows the steps."""
         labels = self.plan.labels_of(start, stop)
         what = {"num_images": stop - start} if labels is None else {"class_labels": labels}
-        options = _with_scale(self.sampling, scale)
+        options = setting.options(self.sampling) | bar.of_batch(done, stop - start, self.pipe.generator.spec.length)
         output = self.pipe(**what, seed=self.plan.seed, index_start=start, batch_size=stop - start, **options)
         pixels = output.pixels
         if self.plan.eval_size is not None:
@@ -250,41 +257,35 @@ class _PlannedImages:
     files_read: ClassVar[None] = None
 
 
-def _scales(pipe: ImagePipeline, scales: Sequence[float] | None, sampling: Mapping[str, Any]) -> list[tuple[Any, str]]:
-    """Guidance scales with the names of their folders; a single None where the generator knows no guidance.
+def _settings(
+    pipe: ImagePipeline,
+    scales: Sequence[float] | None,
+    temperatures: Sequence[float] | None,
+    sampling: Mapping[str, Any],
+    plan: Plan,
+) -> list[Setting]:
+    """Every guidance scale with every temperature; those of the pipeline where no others are named.
 
     Raises:
-        ValueError: a sweep of a generator without guidance, or a scale that it refuses.
+        ValueError: a sweep of what the generator does not know, or a value that it refuses.
     """
-    own = getattr(pipe.options(**sampling), "guidance_scale", None)
-    if scales is None:
-        scales = [own]
-    elif own is None:
-        raise ValueError(f"{type(pipe.generator).__name__} has no guidance scale to sweep")
-    if not scales:
-        raise ValueError("the sweep names no guidance scale")
-    for scale in scales:
-        pipe.options(**_with_scale(sampling, scale))
-    return [(scale, _folder_name(scale)) for scale in dict.fromkeys(map(_hashable, scales))]
-
-
-def _hashable(scale: Any) -> Any:
-    return tuple(scale) if isinstance(scale, list) else scale
-
-
-def _folder_name(scale: Any) -> str:
-    if scale is None:
-        return "samples"
-    return "guidance-" + "-to-".join(f"{part:g}" for part in (scale if isinstance(scale, tuple) else (scale,)))
-
-
-def _with_scale(sampling: Mapping[str, Any], scale: Any) -> dict[str, Any]:
-    return dict(sampling) if scale is None else {**sampling, "guidance_scale": scale}
+    options, swept = pipe.options(**sampling), []
+    for name, values in (("guidance_scale", scales), ("temperature", temperatures)):
+        own, word = getattr(options, name, None), name.replace("_", " ")
+        if values is not None and own is None:
+            raise ValueError(f"{type(pipe.generator).__name__} has no {word} to sweep")
+        if values is not None and not values:
+            raise ValueError(f"the sweep names no {word}")
+        swept.append([own] if values is None else values)
+    settings = Setting.over(*swept, plan.sampling)
+    for setting in settings:
+        pipe.options(**setting.options(sampling))
+    return settings
 
 
 def _generate(
     sampler: _Sampler,
-    scale: Any,
+    setting: Setting,
     store: FeatureStore,
     network: FeatureNetwork,
     names: Sequence[str],
@@ -294,14 +295,18 @@ def _generate(
     """Make this process's share of the missing ranges; returns the number of images."""
     mine = set(store.shards[processes.index :: processes.count])
     todo = [shard for shard in store.missing() if shard in mine]
-    for shard in track(todo, f"{sampler.plan.num_images:,} samples, {store.folder.name}", len(todo)):
-        features = FeaturePass(network, "the generated images", keep=names)
-        images = []
-        for start in range(*shard, batch_size):
-            images.append(sampler.images(start, min(start + batch_size, shard[1]), scale))
-            features.add(images[-1])
-        store.write(shard, torch.cat(images), features.result())
-    return sum(stop - start for start, stop in todo)
+    count, done = sum(stop - start for start, stop in todo), 0
+    with Bar(f"{sampler.plan.num_images:,} samples, {store.folder.name}", count) as bar:
+        for shard in todo:
+            features = FeaturePass(network, "the generated images", keep=names)
+            images = []
+            for start in range(*shard, batch_size):
+                images.append(sampler.images(start, min(start + batch_size, shard[1]), setting, bar, done))
+                features.add(images[-1])
+                done += len(images[-1])
+                bar.show(done)
+            store.write(shard, torch.cat(images), features.result())
+    return count
 
 
 def _extract_reference(real: Reference, network: FeatureNetwork, metrics: Sequence[str], batch_size: int) -> Side:
@@ -319,7 +324,7 @@ def _score(
     real: Side,
     device: torch.device,
 ) -> dict[str, Any]:
-    """What ``evaluate`` would return for the images of one guidance scale, and a table of classes."""
+    """What ``evaluate`` would return for the images of one setting, and a table of classes."""
     samples = store.read(keep=_kept(metrics), moments=_summed(metrics))
     side = Side(Reference(f"generated images ({store.folder.name})"), samples)
     result, scores = score_sides(rules, network, metrics, side, real, device=device)

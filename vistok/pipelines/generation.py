@@ -36,6 +36,7 @@ from vistok.pipelines.folders import (
     write_settings,
 )
 from vistok.pipelines.requests import Conditions, Prompt, Request
+from vistok.pipelines.steps import StepCallback, every_step
 from vistok.text import TEXT, PromptEncoder
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import Condition, TokenSpec, to_json
@@ -235,6 +236,7 @@ class Pipeline:
         generator: torch.Generator | None = None,
         index_start: int = 0,
         batch_size: int = 64,
+        callback_on_step_end: StepCallback | None = None,
         **sampling: Any,
     ) -> PipelineOutput:
         """Generate images, or clips.
@@ -256,6 +258,7 @@ class Pipeline:
             generator: the source of the seed, as in diffusers.
             index_start: the number of the first image among those of its seed.
             batch_size: images generated at a time.
+            callback_on_step_end: called after each step of a batch; see ``vistok.pipelines.steps.every_step``.
             **sampling: options of ``self.generator.options_type``, such as ``temperature`` or ``guidance_scale``;
                 they override ``self.sampling``.
 
@@ -274,7 +277,9 @@ class Pipeline:
         condition = self._condition(request, options)
 
         def sample(rows: slice, draws: Draws) -> Tensor:
-            return self.generator.sample(condition[rows].to(self.device), options, draws=draws, tokenizer=self._in_loop)
+            given = condition[rows].to(self.device)
+            on_step = every_step(self, callback_on_step_end)
+            return self.generator.sample(given, options, draws=draws, tokenizer=self._in_loop, on_step=on_step)
 
         made = self._run(sample, condition, options, _seed(seed, generator), index_start, batch_size)
         return replace(made, prompts=_prompts(request, len(condition)))

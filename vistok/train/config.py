@@ -11,6 +11,7 @@ from vistok.checkpoints import registry
 from vistok.checkpoints.bounds import bounded
 from vistok.config import ConfigError, KeysOf, annotations, check, check_least
 from vistok.data.config import DataConfig
+from vistok.train.curves import curve_file
 
 log = logging.getLogger(__name__)
 
@@ -260,6 +261,8 @@ class RunConfig:
         init_from: weights that training starts from: a folder, an ``InitFrom``, or several, of which later ones win.
         freeze: patterns of names of parameters that are not trained; modules that have no others stay in evaluation
             mode.
+        curve: what report.html draws the run's curves over: a shipped reference curve (``vistok/train/curves``), or
+            the metrics.jsonl of another run.
     """
 
     needed: ClassVar[Literal["data", "tokens"]]
@@ -278,6 +281,7 @@ class RunConfig:
     seed: int = 0
     init_from: str | InitFrom | tuple[str | InitFrom, ...] | None = None
     freeze: tuple[str, ...] = ()
+    curve: str | None = None
 
     @staticmethod
     def parse(values: Mapping[str, Any]) -> RunConfig:
@@ -306,6 +310,8 @@ class RunConfig:
         """Raise ConfigError where sections do not go together."""
         if not getattr(self, self.needed):
             raise ConfigError(f"task {self.task} needs {self.needed!r}; for example {EXAMPLES[self.needed]}")
+        if self.curve is not None:
+            curve_file(self.curve)
         if self.validation is not None:
             self.validation.check(self.needed)
         elif (self.training.best_metric or "").startswith("val_"):

@@ -213,6 +213,9 @@ class TokenizerTask(Task):
     def show(self, batch: ImageBatch) -> Tensor:
         return batch.pixels
 
+    def examples(self, count: int) -> Tensor:
+        return example_images(self._source, self.config.data, count)
+
     def pictures(self, model: Tokenizer) -> list[Image.Image]:
         """Originals over reconstructions; the originals alone of a tokenizer that renders none."""
         if not model.renders:
