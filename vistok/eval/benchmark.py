@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -26,6 +28,7 @@ from vistok.eval.record import RESULT_FILE, save_result
 from vistok.eval.references import Reference, open_reference
 from vistok.eval.report import write_report
 from vistok.eval.scoring import Side, choose_metrics, extract_side
+from vistok.eval.search import LOWEST_SCALE, local_minimum
 from vistok.eval.store import FeatureStore
 from vistok.generators.base import Generator
 from vistok.tokenizers.base import Tokenizer
@@ -63,6 +66,7 @@ def benchmark(
     labels: Labels | None = None,
     seed: int = 0,
     guidance_scales: Sequence[float] | None = None,
+    search_from: float | None = None,
     sampling: Mapping[str, Any] | None = None,
     reference: Source | None = None,
     protocol: str = "adm",
@@ -87,6 +91,9 @@ def benchmark(
         labels: "balanced" (class i modulo the number of classes: 50 each of 50,000 ImageNet images), "random"
             (uniform), or "none"; by default balanced if the generator has classes.
         guidance_scales: one benchmark per scale; by default the pipeline's own.
+        search_from: a scale from which to search the lowest Frechet distance, in steps of 0.25 to a scale
+            whose neighbours are both worse (but not below 1, which is no guidance); all that were tried are in
+            ``runs``, and ``found`` is that scale. In place of ``guidance_scales``.
         sampling: options that differ from the pipeline's.
         reference, protocol, weights, features, network, device, processes: as for ``evaluate``. Without a reference
             only the Inception Score can be computed.
@@ -103,8 +110,12 @@ def benchmark(
     Raises:
         BenchmarkError: ``out`` belongs to another benchmark or is damaged.
         FolderInUseError: another process writes ``out``.
+        ValueError: a search with scales, without a reference to measure distances from, or from below 1.
         ValueError, ConfigError, CheckpointError, ImageError, InvalidReferenceError: as the pipeline and ``evaluate``.
     """
+    if search_from is not None:
+        _check_search(search_from, guidance_scales, reference)
+        guidance_scales = [search_from]
     rules = choose_protocol(protocol, features, network)
     if protocol == "reconstruction":
         raise ValueError("the protocol 'reconstruction' compares images with their originals; generated ones have none")
@@ -116,6 +127,8 @@ def benchmark(
     plan = _plan(pipe, num_images, labels, seed, sampling or {}, rules.describe(net), eval_size)
     example = net(torch.zeros(1, 3, *plan.scored_size, dtype=torch.uint8))
     metrics, skipped = _choose_metrics(rules, plan, real)
+    if search_from is not None and "fid" not in metrics:
+        raise ValueError(f"a search needs a Frechet distance, and there is none: {'; '.join(skipped)}")
     real.check_network(net, example)
     scales = _scales(pipe, guidance_scales, sampling or {})
 
@@ -126,34 +139,106 @@ def benchmark(
         processes.wait()
         started = time.perf_counter()
         sampler = _Sampler(pipe, plan, dict(sampling or {}))
-        stores = [
-            (scale, FeatureStore(out / name, plan.shards, plan.scored_size, keep_images=save_npz))
-            for scale, name in scales
-        ]
-        stores = _earlier(out, plan, stores) + stores
-        made = [_generate(sampler, scale, store, net, tuple(example), batch_size, processes) for scale, store in stores]
+        scoring = _Scoring(rules, net, tuple(example), metrics, real, batch_size, device, processes)
+        stores = [(scale, _store(out, name, plan, keep_images=save_npz)) for scale, name in scales]
+        runs = [scoring.run(sampler, scale, store) for scale, store in _earlier(out, plan, stores) + stores]
+        found = None
+        if search_from is not None:
+
+            def try_scale(scale: float) -> _Run:
+                return scoring.run(sampler, scale, _store(out, _folder_name(scale), plan, keep_images=save_npz))
+
+            found = _search(search_from, runs, try_scale)
         seconds = time.perf_counter() - started
-        generated = sum(processes.gather(sum(made)))  # also waits for the others
+        generated = sum(processes.gather(sum(run.generated for run in runs)))
         if processes.is_first:
-            real_side = _extract_reference(real, net, metrics, batch_size)
-            runs = []
-            for scale, store in stores:
-                run = {"guidance_scale": scale} | _score(rules, net, metrics, store, sampler, real_side, device)
-                run["warnings"] = skipped + plan.warnings + run["warnings"]
-                runs.append(run)
+            noted = [run.result | {"warnings": skipped + plan.warnings + run.result["warnings"]} for run in runs]
             result = {
                 "benchmark": plan.to_json(),
                 "protocol": rules.name,
-                "runs": runs,
+                "runs": noted,
                 "generated": generated,
                 "seconds": round(seconds, 2),
                 "processes": processes.count,
                 "command": command,
             }
+            result |= {} if found is None else {"found": found}
             save_result(result, out)
-            write_report(result, [store.previews() for _, store in stores], out)
+            write_report(result, [run.store.previews() for run in runs], out)
         processes.wait()
         return read_json(out / RESULT_FILE)
+
+
+def _check_search(start: float, scales: Sequence[float] | None, reference: Source | None) -> None:
+    if scales is not None:
+        raise ValueError("a search tries scales by itself: leave out the scales to compare, or the search")
+    if reference is None:
+        raise ValueError("a search needs a reference, from which distances are measured")
+    if not LOWEST_SCALE <= start < math.inf:
+        raise ValueError(f"a search begins at a scale of at least {LOWEST_SCALE:g}, which is no guidance; got {start}")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One guidance scale: what was generated, and how it scored.
+
+    Attributes:
+        generated: number of images that this process made now.
+        distance: the Frechet distance, on all processes; None without a reference.
+        result: of ``evaluate``, on the first process.
+    """
+
+    scale: Any
+    store: FeatureStore
+    generated: int
+    distance: float | None
+    result: dict[str, Any]
+
+
+@dataclass
+class _Scoring:
+    """Generates what a scale lacks, on all processes, and scores it on the first."""
+
+    rules: Rules
+    network: FeatureNetwork
+    features: tuple[str, ...]
+    metrics: Sequence[str]
+    reference: Reference
+    batch_size: int
+    device: torch.device
+    processes: Processes
+
+    @cached_property
+    def _real(self) -> Side:
+        return _extract_reference(self.reference, self.network, self.metrics, self.batch_size)
+
+    def run(self, sampler: _Sampler, scale: Any, store: FeatureStore) -> _Run:
+        made = _generate(sampler, scale, store, self.network, self.features, self.batch_size, self.processes)
+        self.processes.wait()
+        result: dict[str, Any] = {}
+        if self.processes.is_first:
+            scored = _score(self.rules, self.network, self.metrics, store, sampler, self._real, self.device)
+            result = {"guidance_scale": scale} | scored
+        name = self.rules.score_names.get("fid", "fid")
+        distance = self.processes.gather(result.get("scores", {}).get(name))[0]
+        return _Run(scale, store, made, distance, result)
+
+
+def _search(start: float, runs: list[_Run], try_scale: Callable[[float], _Run]) -> float:
+    """The scale that a search finds; the runs of scales that it tried are added to ``runs``."""
+
+    def distance(scale: float) -> float:
+        known = next((one for one in runs if one.store.folder.name == _folder_name(scale)), None)
+        if known is None:
+            known = try_scale(scale)
+            runs.append(known)
+        return known.distance
+
+    return local_minimum(distance, start)
+
+
+def _store(out: Path, name: str, plan: Plan, *, keep_images: bool) -> FeatureStore:
+    return FeatureStore(out / name, plan.shards, plan.scored_size, keep_images=keep_images)
 
 
 def _earlier(out: Path, plan: Plan, stores: list[tuple[Any, FeatureStore]]) -> list[tuple[Any, FeatureStore]]:
@@ -173,7 +258,7 @@ def _earlier(out: Path, plan: Plan, stores: list[tuple[Any, FeatureStore]]) -> l
     asked = {store.folder.name for _, store in stores}
     found = []
     for scale, name in names.items():
-        store = FeatureStore(out / name, plan.shards, plan.scored_size, keep_images=False)
+        store = _store(out, name, plan, keep_images=False)
         if name not in asked and not store.missing():
             found.append((scale, store))
     return found

@@ -71,6 +71,8 @@ def write_report(result: Mapping[str, Any], previews: Sequence[Sequence[Image.Im
     runs, plan = result["runs"], result["benchmark"]
     notes = list(dict.fromkeys(note for run in runs for note in run["warnings"]))
     best = _best(runs)
+    if "found" in result:
+        best = f"The search ended at guidance {result['found']:g}. {best}".strip()
     sections = [Section("Scores", [Table([_score_row(run) for run in runs]), *([Paragraph(best)] if best else [])])]
     if len(runs) > 1:
         curves = Picture(
