@@ -29,6 +29,10 @@ Network = Annotated[
 ]
 Weights = Annotated[Path | None, typer.Option(help="Local file with that network's weights.")]
 LpipsWeights = Annotated[Path | None, typer.Option(help="Local file with all LPIPS weights; no LPIPS without.")]
+Generator = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY=VALUE", help="Changes to the small generator's config: model.dim=512 optimizer.lr=3e-4"),
+]
 Seed = Annotated[int, typer.Option(help="Of the small generator.")]
 
 
@@ -47,6 +51,7 @@ def probe(
     network: Network = "efficientnet_lite0",
     weights: Weights = None,
     lpips_weights: LpipsWeights = None,
+    generator: Generator = None,
     seed: Seed = 0,
     allow_commands: Commands = False,
     allow_environment: Environment = False,
@@ -63,7 +68,16 @@ def probe(
         out,
         overrides or (),
         settings=_settings(
-            steps, train_images, test_images, train_split, test_split, network, weights, lpips_weights, seed
+            weights,
+            lpips_weights,
+            generator,
+            steps=steps,
+            train_images=train_images,
+            test_images=test_images,
+            train_split=train_split,
+            test_split=test_split,
+            network=network,
+            seed=seed,
         ),
         device=device,
         command=_command(),
@@ -84,6 +98,7 @@ def compare(
     network: Network = "efficientnet_lite0",
     weights: Weights = None,
     lpips_weights: LpipsWeights = None,
+    generator: Generator = None,
     seed: Seed = 0,
     allow_commands: Commands = False,
     allow_environment: Environment = False,
@@ -100,7 +115,16 @@ def compare(
         out,
         overrides or (),
         settings=_settings(
-            steps, train_images, test_images, train_split, test_split, network, weights, lpips_weights, seed
+            weights,
+            lpips_weights,
+            generator,
+            steps=steps,
+            train_images=train_images,
+            test_images=test_images,
+            train_split=train_split,
+            test_split=test_split,
+            network=network,
+            seed=seed,
         ),
         device=device,
         command=_command(),
@@ -109,29 +133,14 @@ def compare(
     _print(result["tokenizers"], out)
 
 
-def _settings(
-    steps: int,
-    train_images: int,
-    test_images: int,
-    train_split: str,
-    test_split: str,
-    network: str,
-    weights: Path | None,
-    lpips_weights: Path | None,
-    seed: int,
-) -> Any:
+def _settings(weights: Path | None, lpips_weights: Path | None, generator: list[str] | None, **others: Any) -> Any:
     from vistok.probing import ProbeSettings
 
     return ProbeSettings(
-        steps=steps,
-        train_images=train_images,
-        test_images=test_images,
-        train_split=train_split,
-        test_split=test_split,
-        network=network,
         weights=None if weights is None else str(weights),
         lpips_weights=None if lpips_weights is None else str(lpips_weights),
-        seed=seed,
+        generator=tuple(generator or ()),
+        **others,
     )
 
 

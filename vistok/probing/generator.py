@@ -41,7 +41,7 @@ def probe_generator(train_tokens: Path, test_tokens: Path, out: Path, settings: 
     spec = TokenSpec(**cache.spec)
     if spec.depth > 1:
         return {"refused": f"no small generator takes {spec.depth} ids per token"}
-    config = load_config(CONFIGS / ("discrete.yaml" if spec.discrete else "continuous.yaml"))
+    config = load_config(CONFIGS / ("discrete.yaml" if spec.discrete else "continuous.yaml"), settings.generator)
     rhythm = {"max_steps": settings.steps, "batch_size": min(settings.batch_size, len(cache)), "image_every": 0}
     rhythm |= {"save_every": settings.steps, "log_every": max(settings.steps // 20, 1), "keep_checkpoints": 1}
     folder = train(

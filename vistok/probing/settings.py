@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vistok.config import check_least
+from vistok.types import to_json
 from vistok.utils.files import read_json, write_json
 from vistok.utils.locks import holds_files
 
@@ -24,6 +25,7 @@ class ProbeSettings:
         test_images: images that everything is scored on; None takes all.
         train_split, test_split: of the data.
         batch_size: of the generator.
+        generator: ``key=value`` changes to its config, discrete.yaml or continuous.yaml of this folder.
         network: of the distance of reconstructions: "efficientnet_lite0", whose weights come with the extra
             ``teachers``; "inception", the network of all published FIDs; or "none". Clips have "i3d" in its place.
         weights: local file of that network's weights.
@@ -37,6 +39,7 @@ class ProbeSettings:
     train_split: str | None = "train"
     test_split: str | None = "test"
     batch_size: int = 64
+    generator: tuple[str, ...] = ()
     network: str = "efficientnet_lite0"
     weights: str | None = None
     lpips_weights: str | None = None
@@ -66,7 +69,7 @@ def claim(folder: Path, settings: ProbeSettings, what: Mapping[str, Any]) -> Non
     Raises:
         ProbeFolderError: it holds another probe, or other files.
     """
-    path, wanted = folder / PLAN, asdict(settings) | dict(what)
+    path, wanted = folder / PLAN, to_json(asdict(settings) | dict(what))
     if not path.exists():
         if folder.is_dir() and holds_files(folder):
             raise ProbeFolderError(f"{folder} holds other files; choose a new folder with --out")
