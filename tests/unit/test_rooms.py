@@ -15,6 +15,7 @@ REGISTRY = PACKAGE / "checkpoints" / "registry.py"
 NAMES = {entry.name for entry in registry.ENTRIES} | {
     name.partition("/")[0] for entry in registry.ENTRIES for name in entry.official_names
 }
+NAMES -= {"framewise"}  # no system, but what puts any tokenizer of images on clips
 # Parts of one system that are built into another.
 BUILT_IN = {
     "flextok": {"kl_vae"},  # its frozen autoencoder

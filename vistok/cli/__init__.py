@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from vistok.cli.console import errors, output
 from vistok.cli.models import convert, models
+from vistok.cli.probing import compare, probe
 from vistok.cli.sampling import reconstruct, sample
 from vistok.cli.scoring import benchmark, evaluate
 from vistok.cli.training import import_tokens, quickstart, report, tokenize, train
@@ -110,6 +111,8 @@ COMMANDS = {
     "reconstruct": reconstruct,
     "eval": evaluate,
     "benchmark": benchmark,
+    "probe": probe,
+    "compare": compare,
     "convert": convert,
     "models": models,
 }

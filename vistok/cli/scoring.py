@@ -179,6 +179,16 @@ def benchmark(
     temperature_sweep: Annotated[
         str | None, typer.Option(help="Temperatures to compare, each with every scale, such as 0.9,1.0.")
     ] = None,
+    guidance_search: Annotated[
+        bool,
+        typer.Option(
+            "--guidance-search",
+            help="Walk in steps of 0.25 to the scale of a local minimum of FID; goes on if stopped.",
+        ),
+    ] = False,
+    guidance_start: Annotated[
+        float | None, typer.Option(help="Where the search begins; the pipeline's own scale by default.")
+    ] = None,
     reference: Annotated[
         str | None, typer.Option(help="As for vistok eval; without one only the Inception Score is computed.")
     ] = None,
@@ -210,15 +220,19 @@ def benchmark(
 
     processes = Processes.join()
     device = device or str(processes.device())
+    if guidance_start is not None and not guidance_search:
+        raise typer.BadParameter("it is where a search begins; add --guidance-search", param_hint="--guidance-start")
+    pipe, sampling = pipeline(run, device=device, dtype=dtype), override({}, options or ())
     result = measure(
-        pipeline(run, device=device, dtype=dtype),
+        pipe,
         out,
         num_images=num,
         labels=labels,
         seed=seed,
         guidance_scales=_numbers(guidance_sweep) if guidance_sweep is not None else None,
         temperatures=_numbers(temperature_sweep) if temperature_sweep is not None else None,
-        sampling=override({}, options or ()),
+        search_from=_search_start(pipe, sampling, guidance_start) if guidance_search else None,
+        sampling=sampling,
         reference=reference,
         protocol=protocol,
         weights=weights,
@@ -233,7 +247,19 @@ def benchmark(
         return
     _print_sweep(result)
     _print_notes(dict.fromkeys(note for scored in result["runs"] for note in scored["warnings"]))
+    if "found" in result:
+        output.print(f"the search ends at guidance scale {result['found']:g}")
     output.print(f"Scores, samples and classes are shown in {escape(str(out / 'report.html'))}")
+
+
+def _search_start(pipe: Any, sampling: dict[str, Any], start: float | None) -> float:
+    """Where a search of the guidance scale begins."""
+    own = getattr(pipe.options(**sampling), "guidance_scale", None)
+    if own is None:
+        raise ValueError(f"{type(pipe.generator).__name__} has no guidance scale to search")
+    if start is None and not isinstance(own, int | float):
+        raise ValueError(f"the pipeline's guidance scale is {own}; say where the search begins with --guidance-start")
+    return float(own if start is None else start)
 
 
 def _numbers(text: str) -> list[float]:

@@ -46,7 +46,8 @@ def write_report(result: Mapping[str, Any], previews: Sequence[Sequence[Image.Im
     """
     runs, plan = result["runs"], result["benchmark"]
     notes = list(dict.fromkeys(note for run in runs for note in run["warnings"]))
-    sections = [Section("Scores", list(_scores(runs)))]
+    found = [Paragraph(f"The search ended at guidance {result['found']:g}.")] if "found" in result else []
+    sections = [Section("Scores", [*_scores(runs), *found])]
     if len(runs) > 1:
         sections += _sweep(runs)
     if notes:
