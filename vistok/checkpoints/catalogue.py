@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -50,10 +50,10 @@ def _describe(item: registry.Entry) -> CatalogueEntry:
 def _spec(item: registry.Entry) -> TokenSpec:
     """The tokens that a generator's paper models, at its tokenizer's default size."""
     with torch.device("meta"):
-        return registry.entry(item.tokenizer, "tokenizer").load()().spec
+        return registry.entry(str(item.tokenizer), "tokenizer").load()().spec
 
 
-def _parameters(build, arguments: Mapping[str, Any]) -> int:
+def _parameters(build: Callable[..., Model], arguments: Mapping[str, Any]) -> int:
     with torch.device("meta"):
         model: Model = build(**arguments)
     return sum(parameter.numel() for parameter in model.parameters())

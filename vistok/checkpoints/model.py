@@ -53,6 +53,7 @@ class Model(
     """Inert classes that take the place of those that released files pickle beside their weights, with the pickled
     names."""
 
+    _arguments: dict[str, Any]  # of the constructor, defaults included
     _saved_arguments: Mapping[str, Any] | None = None  # of a loaded model, as its config.json has them
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
