@@ -85,6 +85,7 @@ def _train(config: Mapping[str, Any], run: RunConfig, folder: Path, resume: bool
             clean(folder)
             save_config(config, folder / "config.yaml")
             write_json(folder / "environment.json", environment())
+            task.accompany(folder)
         start_trackers(accelerator, folder, run.training.trackers)
         trainer.run()
         accelerator.wait_for_everyone()  # who leaves while others still write what is exported breaks their group off
@@ -347,7 +348,7 @@ class Trainer:
         state = self._state()
         judged_by = self.row if validated or self.task.held_out is None else None
         if self.accelerator.is_main_process:
-            self.checkpoints.save(self.step, state, judged_by)
+            self.checkpoints.save(self.step, state, judged_by, self.task.model)
         self.export()
 
     def _state(self) -> dict[str, Any]:

@@ -194,6 +194,9 @@ class Task(ABC):
     def picture(self, model: Model) -> Image.Image | None:
         """A picture of what the model can do now; None where it makes no pixels."""
 
+    def accompany(self, folder: Path) -> None:  # noqa: B027 (most models stand alone)
+        """Write what goes with the model into the run folder, before it is trained: checkpoints are used with it."""
+
     @abstractmethod
     def export(self, folder: Path, model: Model) -> None:
         """Write what users load into the run folder."""
