@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from vistok.checkpoints import registry
+from vistok.checkpoints import imagenet, registry
 from vistok.checkpoints.bounds import OversizedError, bounded
 from vistok.checkpoints.weights import CheckpointError, listing, read_weights, unwrap
 
@@ -101,7 +101,10 @@ def convert(
     dropped = {key for key, tensor in state.items() if all(tensor is not other for other in kept.values())}
     if dropped:
         log.info("%s: %d entries are no part of the model and were dropped: %s", file, len(dropped), listing(dropped))
-    return from_official(name, config, kept)
+    model = from_official(name, config, kept)
+    if getattr(model, "num_classes", None) == imagenet.NUM_CLASSES:  # no other data set of theirs has so many
+        model.class_names = imagenet.class_names()
+    return model
 
 
 def official_name(system: str, filename: str) -> str:

@@ -12,8 +12,9 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from vistok.cli.configs import configs
 from vistok.cli.console import errors, output
-from vistok.cli.models import convert, models
+from vistok.cli.models import convert, models, pipeline
 from vistok.cli.probing import compare, probe
 from vistok.cli.sampling import reconstruct, sample
 from vistok.cli.scoring import benchmark, evaluate
@@ -114,7 +115,9 @@ COMMANDS = {
     "probe": probe,
     "compare": compare,
     "convert": convert,
+    "pipeline": pipeline,
     "models": models,
+    "configs": configs,
 }
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)

@@ -32,7 +32,9 @@ def quickstart(
 
 
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, such as those in configs/")],
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="YAML file, or the name of one that ships: `vistok configs`.")
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Changes to it: data.root=photos/ optimizer.lr=2e-4"),
@@ -60,9 +62,10 @@ def train(
         raise typer.BadParameter("--resume, --dry-run and --profile exclude each other")
     from vistok.config import Allowed, load_config
     from vistok.train.tasks import any_config
+    from vistok.utils.recipes import find_recipe
 
     allowed = Allowed(commands=allow_commands, environment=allow_environment)
-    values = load_config(config, overrides or (), target=any_config(), allowed=allowed)
+    values = load_config(find_recipe(config), overrides or (), target=any_config(), allowed=allowed)
     if dry_run:
         _dry_run(values)
     elif profile:

@@ -113,7 +113,7 @@ class Pipeline:
 
     Args:
         tokenizer, generator: they must agree on the tokens.
-        class_names: in the order of the ids; empty if classes have no names.
+        class_names: in the order of the ids; by default those that the generator has itself, if any.
         sampling: default options, by the names of ``generator.options_type``.
         text: what turns prompts into conditions of the generator; without encoders there are no prompts.
 
@@ -135,7 +135,8 @@ class Pipeline:
         self.tokenizer, self.generator = tokenizer.eval(), generator.eval()
         self._decode_options = _decode_options(tokenizer, generator.spec)
         spec = generator.condition_spec
-        self.text, self._classes = text, ClassNames(spec.num_classes, class_names)
+        names = class_names or (generator.class_names if spec.num_classes else ())
+        self.text, self._classes = text, ClassNames(spec.num_classes, names)
         self._conditions = Conditions(spec, self._classes, text)
         self.sampling = dict(sampling or {})
         generator.options_type(**check(generator.options_type, self.sampling, "sampling"))
@@ -523,10 +524,6 @@ class Pipeline:
         if spec.scales:
             return 1  # every scale shows
         return spec.prefix_step or (self._grid[-1] if self._grid else max(1, spec.length // 8))
-
-
-pipeline = Pipeline.from_pretrained
-"""``vistok.pipeline(path, *, device=None, dtype=None)``: load a pipeline from a folder or a hub id."""
 
 
 def _decode_options(tokenizer: Tokenizer, spec: TokenSpec) -> dict[str, Any]:

@@ -88,6 +88,7 @@ def _train(config: Mapping[str, Any], run: RunConfig, folder: Path, resume: bool
             clean(folder)
             save_config(config, folder / "config.yaml")
             write_json(folder / "environment.json", environment())
+            task.accompany(folder)
         start_trackers(accelerator, folder, run.training.trackers)
         trainer.run()
         if accelerator.is_main_process:
@@ -383,7 +384,7 @@ class Trainer:
         state = self._state()
         judged_by = self.row if validated or not self.task.validates else None
         if self.accelerator.is_main_process:
-            self.checkpoints.save(self.step, state, judged_by)
+            self.checkpoints.save(self.step, state, judged_by, self.task.model)
         self.export()
 
     def _state(self) -> dict[str, Any]:

@@ -210,6 +210,9 @@ class Task(ABC):
     def pictures(self, model: Model) -> list[Image.Image]:
         """Pictures of what the model can do now: one, or none where it makes no pixels."""
 
+    def accompany(self, folder: Path) -> None:  # noqa: B027 (most models stand alone)
+        """Write what goes with the model into the run folder, before it is trained: checkpoints are used with it."""
+
     @abstractmethod
     def export(self, folder: Path, model: Model) -> None:
         """Write what users load into the run folder."""
