@@ -31,6 +31,15 @@ class Discriminator(nn.Module, ABC):
     def arguments_for(cls, input_shape: tuple[int, ...]) -> dict[str, Any]:
         """The constructor's arguments that follow from the data, of shape (C, H, W) or (C, T, H, W)."""
 
+    @classmethod
+    def arguments_for_range(cls, value_range: tuple[float, float]) -> dict[str, Any]:
+        """The constructor's arguments that follow from the range of pixel values; most discriminators read any."""
+        return {}
+
+    def frozen(self) -> dict[str, nn.Module]:
+        """Networks that it asks, by name, which are never trained and are no part of its state."""
+        return {}
+
 
 class StyleGANDiscriminator(Discriminator):
     """StyleGAN2's discriminator (Karras et al. 2020), as ViT-VQGAN uses it.
