@@ -113,7 +113,8 @@ class Decoder:
         if large and image.format in ("JPEG", "MPO"):
             image.draft(None, (2 * self.side, 2 * self.side))
         image.load()
-        orientation = _orientation(image)
+        # Pillow turns TIFF files while it decodes; its versions of 2023 leave the tag as it was.
+        orientation = None if image.format == "TIFF" else _orientation(image)
         transparent = _is_transparent(image)
         if image.mode in DEEP_MODES:
             _check_levels(image)
