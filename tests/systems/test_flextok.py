@@ -19,7 +19,8 @@ from support.tiny_models import ARGUMENTS, pixels, tiny
 import vistok
 from vistok.checkpoints import CheckpointError, convert
 from vistok.cli import main
-from vistok.data.pictures import from_pil, to_pil
+from vistok.data.pictures import GAP, from_pil, to_pil
+from vistok.data.sheets import LINE
 from vistok.draws import Keys
 from vistok.flow import euler, last
 from vistok.guidance import APG
@@ -198,11 +199,13 @@ def test_reconstruct_shows_a_strip_of_prefixes(model, tmp_path):
         main([*command, str(tmp_path / "strip.png")])
     assert done.value.code == 0
     strip = np.asarray(Image.open(tmp_path / "strip.png"))
-    assert strip.shape == (2 * 16 + 2, 4 * 16 + 3 * 2, 3)  # the image and three reconstructions, per file
-    assert np.array_equal(strip[:16, :16], np.asarray(Image.open(files[0])))
+    row, column = 8 * 16 + LINE + GAP, 8 * 16 + GAP  # of images eight times as large, with labels
+    assert strip.shape == (LINE + 2 * row - GAP, 4 * column - GAP, 3)  # the image and three reconstructions, per file
+    assert np.array_equal(strip[LINE : LINE + 8 * 16 : 8, : 8 * 16 : 8], np.asarray(Image.open(files[0])))
     original = from_pil([Image.open(files[1])], (16, 16), 3)
     [four] = to_pil(model.decode(model.encode(original)[:, :4]))
-    assert np.array_equal(strip[18:, 36:52], np.asarray(four))
+    place = strip[LINE + row : LINE + row + 8 * 16 : 8, 2 * column : 2 * column + 8 * 16 : 8]
+    assert np.array_equal(place, np.asarray(four))
 
 
 @pytest.mark.parametrize(

@@ -101,17 +101,22 @@ class Adversary(nn.Module):
     Args:
         config: the ``losses.gan`` section.
         input_shape: (C, H, W) of the images, or (C, T, H, W) of the clips.
+        value_range: the tokenizer's native range.
     """
 
-    def __init__(self, config: GanConfig, input_shape: tuple[int, ...]):
+    def __init__(self, config: GanConfig, input_shape: tuple[int, ...], value_range: tuple[float, float] = (-1.0, 1.0)):
         super().__init__()
         self.config = config
-        self.discriminator = build_discriminator(config, input_shape)
+        self.discriminator = build_discriminator(config, input_shape, value_range)
         self.generator_loss = GeneratorLoss(config.generator_loss or config.loss)
         self.discriminator_loss = DiscriminatorLoss(config.loss, config.smoothing)
         self.augment = None if config.augment is None else build(DiffAugment, config.augment, "losses.gan.augment")
         options = config.lecam_decay, config.lecam_update, config.lecam_compare
         self.lecam = LeCam(*options) if config.lecam_weight else None
+
+    def frozen(self) -> dict[str, nn.Module]:
+        """Networks that the discriminator asks, by name."""
+        return self.discriminator.frozen()
 
     def fool(self, fake: Tensor, keys: Keys) -> Tensor:
         """The generator's loss for reconstructions (B, C, H, W); the discriminator gets no gradient.
@@ -162,12 +167,15 @@ class Adversary(nn.Module):
         return self.discriminator_loss(logits_real, logits_fake, noise=noise)
 
 
-def build_discriminator(config: GanConfig, input_shape: tuple[int, ...]) -> Discriminator:
+def build_discriminator(
+    config: GanConfig, input_shape: tuple[int, ...], value_range: tuple[float, float] = (-1.0, 1.0)
+) -> Discriminator:
     arguments = dict(config.discriminator)
     name = arguments.pop("name", "patchgan")
-    if name not in DISCRIMINATORS:
-        near = nearest(name, tuple(DISCRIMINATORS))
+    if not isinstance(name, str) or name not in DISCRIMINATORS:
+        near = nearest(str(name), tuple(DISCRIMINATORS))
         hint = f"; did you mean {near!r}?" if near else ""
         raise ConfigError(f"losses.gan.discriminator.name: unknown {name!r}{hint} Known: {', '.join(DISCRIMINATORS)}.")
     kind = DISCRIMINATORS[name]
-    return build(kind, kind.arguments_for(input_shape) | arguments, "losses.gan.discriminator")
+    derived = kind.arguments_for(input_shape) | kind.arguments_for_range(value_range)
+    return build(kind, derived | arguments, "losses.gan.discriminator")

@@ -198,9 +198,20 @@ class Task(ABC):
     def show(self, batch: Any) -> Tensor:
         """The pixels (B, C, H, W) in [-1, 1] that a batch stands for."""
 
+    def examples(self, count: int) -> Tensor:
+        """So many images of the data, or clips, evenly spread over it, (n, C, [T,] H, W) in [-1, 1].
+
+        Raises:
+            ValueError: the data are no images.
+        """
+        raise ValueError("this run trains on tokens, not on images")
+
     @abstractmethod
     def pictures(self, model: Model) -> list[Image.Image]:
         """Pictures of what the model can do now: one, or none where it makes no pixels."""
+
+    def accompany(self, folder: Path) -> None:  # noqa: B027 (most models stand alone)
+        """Write what goes with the model into the run folder, before it is trained: checkpoints are used with it."""
 
     @abstractmethod
     def export(self, folder: Path, model: Model) -> None:

@@ -160,13 +160,16 @@ class GeneratorTask(Task):
                 self.tokenizer.to("cpu")  # training needs the memory
         return [grid(images, columns=columns)]
 
-    def export(self, folder: Path, model: Generator) -> None:
-        model.save_pretrained(folder / GENERATOR)
+    def accompany(self, folder: Path) -> None:
         if not (folder / TOKENIZER).exists():
             self.tokenizer.save_pretrained(folder / TOKENIZER)
         if not (folder / TEXT).exists():
             copy_encoders(self.cache_folder / TEXT, folder / TEXT, self.loader.reader.parts)
         write_settings(folder, class_names=self.classes, sampling=self.config.sampling)
+
+    def export(self, folder: Path, model: Generator) -> None:
+        model.save_pretrained(folder / GENERATOR)
+        self.accompany(folder)
 
 
 def _chosen_parts(cache: TokenMixture, chosen: Sequence[str] | None) -> ConditionSpec:

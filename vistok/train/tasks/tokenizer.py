@@ -109,7 +109,7 @@ class TokenizerTask(Task):
         perturbation = LatentPerturbation(config.perturbation, model) if config.perturbation else None
         self.learner = TokenizerLearner(model, TokenizerObjective(model, config.losses), perturbation)
         self.gan = gan_config(model, config.losses)
-        self.adversary = Adversary(self.gan, model.input_shape) if self.gan else None
+        self.adversary = Adversary(self.gan, model.input_shape, model.native_range) if self.gan else None
         self.loader = training_loader(source, config.data, rank=rank, world_size=world_size)
         self.held_out = held_out_images(config.data, source, config.validation and config.validation.data)
         self.codebook = CodebookMonitor(model.spec.codebook_size, _codebook_watch(model, config, world_size))
@@ -127,7 +127,7 @@ class TokenizerTask(Task):
         return self.config.player(name, **own)
 
     def frozen(self) -> dict[str, nn.Module]:
-        return self.learner.objective.frozen()
+        return self.learner.objective.frozen() | (self.adversary.frozen() if self.adversary is not None else {})
 
     @property
     def complete_from(self) -> int:
@@ -212,6 +212,9 @@ class TokenizerTask(Task):
 
     def show(self, batch: ImageBatch) -> Tensor:
         return batch.pixels
+
+    def examples(self, count: int) -> Tensor:
+        return example_images(self._source, self.config.data, count)
 
     def pictures(self, model: Tokenizer) -> list[Image.Image]:
         """Originals over reconstructions; the originals alone of a tokenizer that renders none."""
