@@ -121,6 +121,7 @@ class TokenShuffle(AutoregressiveGenerator):
         ValueError: tokens without ids, a grid that windows do not divide, or a width that s^2 does not divide.
     """
 
+    trains_in_sequence = False
     registry_name = "token_shuffle"
     options_type = TokenShuffleOptions
     sizes = SIZES

@@ -81,6 +81,7 @@ class VAR(AutoregressiveGenerator):
         ValueError: a spec without ids or scales, or scales to begin with that there are not.
     """
 
+    trains_in_sequence = False
     registry_name = "var"
     options_type = VAROptions
     needs_tokenizer = True
