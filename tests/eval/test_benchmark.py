@@ -154,7 +154,8 @@ def test_a_guidance_search_reuses_the_features_of_scales_that_were_tried(pipe, t
 
 def test_a_search_is_refused_where_it_makes_no_sense(pipe, tmp_path):
     for options, message in (
-        ({"guidance_scales": [1.5]}, "leave out the scales to compare, or the search"),
+        ({"guidance_scales": [1.5]}, "leave out what a sweep compares, or the search"),
+        ({"temperatures": [0.9]}, "leave out what a sweep compares, or the search"),
         ({"reference": None}, "needs a reference"),
         ({"search_from": 0.5}, "at least 1, which is no guidance; got 0.5"),
     ):
@@ -223,7 +224,26 @@ def test_a_sweep_reuses_scales_and_draws_its_curves(pipe, finished, tmp_path):
     more = benchmark(pipe, tmp_path / "out", guidance_scales=[1.0, 1.5, 4.0], **CALL)
     assert more["generated"] == NUM
     assert [run["guidance_scale"] for run in more["runs"]] == [1.0, 1.5, 4.0]
-    assert (tmp_path / "out" / "report.html").read_text().count("data:image/png;base64,") == 4  # curves and three grids
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3  # a grid for each
+    assert page.count('aria-label="precision against recall over recall"') == 1
+    assert "The lowest frechet_distance is" in page
+
+
+def test_a_sweep_of_temperatures_joins_those_of_guidance(pipe, finished, tmp_path):
+    out = tmp_path / "out"
+    first = benchmark(pipe, out, guidance_scales=[1.0, 1.5], **CALL)
+    both = benchmark(pipe, out, guidance_scales=[1.5], temperatures=[1.0, 0.5], **CALL)
+    assert both["generated"] == NUM  # at temperature 1 they are there already
+    settings = [(run["guidance_scale"], run["temperature"]) for run in both["runs"]]
+    assert settings == [(1.0, 1.0), (1.5, 1.0), (1.5, 0.5)]
+    assert fingerprints(both)[:2] == fingerprints(first)
+    assert fingerprints(both)[2] != fingerprints(both)[1]
+    page = (out / "report.html").read_text()
+    assert "frechet_distance: guidance" in page
+    assert page.count('class="number best"') == 2  # in the table of scores, and in that of guidance and temperature
+    with pytest.raises(ValueError, match="the sweep names no temperature"):
+        benchmark(pipe, out, temperatures=[], **CALL)
 
 
 def test_a_folder_belongs_to_one_plan(pipe, finished, tmp_path):

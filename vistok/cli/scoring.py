@@ -176,6 +176,9 @@ def benchmark(
     guidance_sweep: Annotated[
         str | None, typer.Option(help="Scales to compare, such as 1.0,1.5,2.0; features of earlier ones are reused.")
     ] = None,
+    temperature_sweep: Annotated[
+        str | None, typer.Option(help="Temperatures to compare, each with every scale, such as 0.9,1.0.")
+    ] = None,
     guidance_search: Annotated[
         bool,
         typer.Option(
@@ -227,6 +230,7 @@ def benchmark(
         labels=labels,
         seed=seed,
         guidance_scales=_numbers(guidance_sweep) if guidance_sweep is not None else None,
+        temperatures=_numbers(temperature_sweep) if temperature_sweep is not None else None,
         search_from=_search_start(pipe, sampling, guidance_start) if guidance_search else None,
         sampling=sampling,
         reference=reference,
@@ -241,10 +245,7 @@ def benchmark(
     )
     if not processes.is_first:
         return
-    for scored in result["runs"]:
-        if scored["guidance_scale"] is not None:
-            output.print(f"guidance scale {scored['guidance_scale']}")
-        _print_scores(scored)
+    _print_sweep(result)
     _print_notes(dict.fromkeys(note for scored in result["runs"] for note in scored["warnings"]))
     if "found" in result:
         output.print(f"the search ends at guidance scale {result['found']:g}")
@@ -278,10 +279,34 @@ def _print_scores(result: dict[str, Any]) -> None:
     print_table(table)
 
 
-def _number(value: float | None) -> str:
+def _print_sweep(result: dict[str, Any]) -> None:
+    """One table: a row for each setting, the best one marked."""
+    from vistok.eval.report import best_run, score_rows
+
+    runs = result["runs"]
+    count, reference = runs[0]["images"]["count"], runs[0]["reference"]["source"]
+    output.print(f"{count:,} images per setting against {escape(reference)}, protocol {result['protocol']}")
+    rows, best = score_rows(runs), best_run(runs)
+    table = Table(*rows[0], *([""] if best is not None else []), box=SIMPLE)
+    for index, row in enumerate(rows):
+        spreads = {name: runs[index]["scores"].get(f"{name}_std") for name in row}
+        cells = [
+            (value if isinstance(value, str) else _number(value, "–"))
+            + ("" if spreads[name] is None else f" ± {_number(spreads[name])}")
+            for name, value in row.items()
+        ]
+        marked = best is not None and best[0] == index
+        mark = [f"lowest {best[1]}" if marked else ""] if best is not None else []
+        table.add_row(*cells, *mark, style="bold" if marked else None)
+    print_table(table)
+
+
+def _number(value: float | None, absent: str = "infinite") -> str:
     """Four decimals, and more of what is small, such as kernel distances."""
     if value is None:
-        return "infinite"
+        return absent
+    if isinstance(value, int):
+        return f"{value:,}"
     return f"{value:.4f}" if abs(value) >= 0.1 or value == 0 else f"{value:#.4g}"
 
 

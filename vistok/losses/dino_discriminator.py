@@ -46,6 +46,10 @@ class DINODiscriminator(Discriminator):
         CheckpointError: the weights file is absent, damaged or of another model, or the download failed.
     """
 
+    backbone: Any  # timm's models do not declare their attributes
+    mean: Tensor
+    std: Tensor
+
     num_uniforms = 3
 
     def __init__(

@@ -8,8 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from vistok.eval.report import REPORT_FILE, Notes, Table
-from vistok.utils.report import Commands, Paragraph, Picture, Section, write_report
+from vistok.utils.report import REPORT_FILE, Commands, Notes, Paragraph, Picture, Section, Table, write_report
 
 SCORES = (
     "psnr",

@@ -22,7 +22,7 @@ from vistok.pipelines.folders import load_tokenizer
 from vistok.pipelines.runs import data_of_run
 from vistok.quickstart.console import Stages, print_summary
 from vistok.quickstart.scores import CLASSES, COPIES, Digits, equal_counts, fit_classifier, load_digits, score
-from vistok.quickstart.story import draw, score_lines, write_story
+from vistok.quickstart.story import curves, draw, score_lines, write_story
 from vistok.quickstart.systems import Stage, config_file, find_system, systems
 from vistok.text import PromptEncoder, open_text_tokenizer
 from vistok.train import train
@@ -100,7 +100,7 @@ def quickstart(out: str | Path, recipe: Recipe = Recipe()) -> dict[str, Any]:
     )
 
     stages.begin("report", "pictures and curves")
-    pictures = draw(generated, real, held_out, tokenizer=pipe.tokenizer, runs=(out / "tokenizer", out / "generator"))
+    pictures = draw(generated, real, held_out, tokenizer=pipe.tokenizer)
     pictures.save(out)
     protocol = {
         "data": "scikit-learn's digits, 8x8 resized to 32x32; the last fifth of each class is held out",
@@ -116,7 +116,16 @@ def quickstart(out: str | Path, recipe: Recipe = Recipe()) -> dict[str, Any]:
     }
     seconds = time.monotonic() - begin
     lines = score_lines(scores, seconds, system, spec=pipe.tokenizer.spec)
-    write_story(out / "report.html", pictures, lines, system=system, spec=pipe.tokenizer.spec, protocol=protocol)
+    spec = pipe.tokenizer.spec
+    write_story(
+        out / "report.html",
+        pictures,
+        lines,
+        curves=curves((out / "tokenizer", out / "generator"), spec),
+        system=system,
+        spec=spec,
+        protocol=protocol,
+    )
     result = {name: round(value, 4) for name, value in asdict(scores).items()}
     result |= {"seconds": round(seconds, 1), "protocol": protocol}
     write_json(out / "result.json", result)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from torch import Tensor, nn
 
-from vistok.config import ConfigError, build, check_least, nearest
+from vistok.config import ConfigError, KeysOf, annotations, build, check_least, nearest
 from vistok.draws import Keys
 from vistok.losses import (
     BlurDiscriminator,
@@ -39,6 +40,12 @@ DISCRIMINATORS: dict[str, type[Discriminator]] = {
 GameName = Literal["vanilla", "non_saturating", "non_saturating_mean", "hinge", "least_squares"]
 
 
+def _discriminator_keys(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The types of the keys of a ``discriminator`` section; a name that is none is told later."""
+    kind = DISCRIMINATORS.get(section.get("name", "patchgan"))
+    return {"name": str, **({} if kind is None else annotations(kind))}
+
+
 @dataclass(frozen=True)
 class GanConfig:
     """The adversarial part of a tokenizer's objective.
@@ -65,7 +72,9 @@ class GanConfig:
     weight: float
     loss: GameName = "hinge"
     generator_loss: GameName | None = None
-    discriminator: dict[str, Any] = field(default_factory=lambda: {"name": "patchgan"})
+    discriminator: Annotated[dict[str, Any], KeysOf(_discriminator_keys)] = field(
+        default_factory=lambda: {"name": "patchgan"}
+    )
     start_step: int = 0
     every_n_steps: int = 1
     order: Literal["model_first", "adversary_first"] = "model_first"
@@ -163,8 +172,8 @@ def build_discriminator(
 ) -> Discriminator:
     arguments = dict(config.discriminator)
     name = arguments.pop("name", "patchgan")
-    if name not in DISCRIMINATORS:
-        near = nearest(name, tuple(DISCRIMINATORS))
+    if not isinstance(name, str) or name not in DISCRIMINATORS:
+        near = nearest(str(name), tuple(DISCRIMINATORS))
         hint = f"; did you mean {near!r}?" if near else ""
         raise ConfigError(f"losses.gan.discriminator.name: unknown {name!r}{hint} Known: {', '.join(DISCRIMINATORS)}.")
     kind = DISCRIMINATORS[name]
