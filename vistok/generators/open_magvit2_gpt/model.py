@@ -55,6 +55,7 @@ class OpenMAGVIT2GPT(Llama):
             as many bits as the ids.
     """
 
+    trains_in_sequence = False
     registry_name = "open_magvit2_gpt"
     options_type = SubTokenOptions
     tiny = {

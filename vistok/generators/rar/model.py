@@ -62,6 +62,7 @@ class RAR(AutoregressiveGenerator):
         ValueError: a spec without ids, or with several per position; or steps that do not rise.
     """
 
+    trains_in_sequence = False
     registry_name = "rar"
     tiny = {"spec": TokenSpec(16, 32, dim=4, grid=(4, 4)), "num_classes": 5, "dim": 16, "num_layers": 2, "num_heads": 2}
     sizes = SIZES

@@ -83,6 +83,7 @@ class VAR(AutoregressiveGenerator):
 
     scales: Tensor
 
+    trains_in_sequence = False
     registry_name = "var"
     options_type = VAROptions
     needs_tokenizer = True
