@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vistok.data.clips import ClipBatches, ClipTransform, VideoSource, folder_videos, listed_videos, survey
+from vistok.data.clips import ClipBatches, ClipTransform
 from vistok.data.config import DataConfig
 from vistok.data.loader import Loader, evaluation_loader, training_loader
 from vistok.data.moving_digits import MovingDigitsSource
 from vistok.data.opening import open_source
 from vistok.data.order import SequentialOrder
+from vistok.data.video_files import VideoSource, folder_videos, listed_videos, survey
 from vistok.data.videos import DecoderMissingError, FrameFolder, UnreadableClipError, VideoFile, open_video
 
 av = pytest.importorskip("av")

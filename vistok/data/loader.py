@@ -15,7 +15,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vistok.data.batches import Failures, ImageBatch
-from vistok.data.clips import ClipBatches, ClipSource, ClipTransform, InMemoryClips
+from vistok.data.clip_sources import ClipSource, InMemoryClips
+from vistok.data.clips import ClipBatches, ClipTransform
 from vistok.data.config import DataConfig
 from vistok.data.image_batches import ImageBatches, InMemory
 from vistok.data.order import Order, ResampledOrder, SequentialOrder, ShuffledOrder

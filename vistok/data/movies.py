@@ -90,9 +90,23 @@ def _encode(frames: np.ndarray, file: IO[bytes], fps: float) -> None:
 
 def save_gif(frames: np.ndarray, path: str | Path, fps: float = FPS) -> None:
     """Write frames (T, H, W, C) uint8 as a GIF that repeats; the file appears whole or not at all."""
-    first, *rest = to_images(frames)
     with atomic_file(path, durable=False) as temporary:
-        first.save(temporary, format="GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+        temporary.write_bytes(gif_bytes(frames, fps))
+
+
+def gif_bytes(frames: np.ndarray, fps: float = FPS) -> bytes:
+    """The content of a GIF file that repeats."""
+    first, *rest = to_images(frames)
+    buffer = io.BytesIO()
+    first.save(buffer, format="GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+    return buffer.getvalue()
+
+
+def side_by_side(clips: Sequence[np.ndarray], columns: int | None = None) -> np.ndarray:
+    """Clips (T, H, W, C) uint8 of one size as one clip that shows all at once, in a grid; see ``grid``."""
+    sheets = [grid(list(frames), columns) for frames in zip(*map(to_images, clips), strict=True)]
+    frames = np.stack([np.asarray(sheet) for sheet in sheets])
+    return frames if frames.ndim == 4 else frames[..., None]
 
 
 def contact_sheet(clips: Sequence[np.ndarray], columns: int = 8) -> Image.Image:

@@ -11,10 +11,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from vistok.data.clips import ClipSource, ClipTransform, folder_videos, listed_videos
+from vistok.data.clip_sources import ClipSource
+from vistok.data.clips import ClipTransform
 from vistok.data.config import DataConfig
 from vistok.data.loader import evaluation_loader
 from vistok.data.opening import open_source
+from vistok.data.video_files import folder_videos, listed_videos
 from vistok.data.videos import UnreadableClipError
 from vistok.draws import Keys
 from vistok.eval.fvd import ClipNetwork, ClipStatistics, frechet_video_distance

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from vistok.config import nearest
 from vistok.data.captions import class_caption
-from vistok.data.clips import ClipBatches, ClipSource, InMemoryClips, repeat_last
+from vistok.data.clip_sources import ClipSource, InMemoryClips
+from vistok.data.clips import ClipBatches, repeat_last
 from vistok.data.config import DataConfig
 from vistok.data.loader import (
     Failures,

@@ -57,6 +57,29 @@ class Picture(Block):
 
 
 @dataclass(frozen=True)
+class Animation(Block):
+    """A GIF that plays by itself, with sharp-edged pixels and a caption.
+
+    Attributes:
+        gif: the file's content.
+        width: in CSS pixels.
+        description: for readers who do not see it.
+    """
+
+    gif: bytes
+    width: int
+    caption: str
+    description: str
+
+    def html(self) -> str:
+        source = f"data:image/gif;base64,{base64.b64encode(self.gif).decode('ascii')}"
+        return (
+            f'<figure><img class="pixels" src="{source}" width="{self.width}" alt="{escape(self.description)}">'
+            f"<figcaption>{escape(self.caption)}</figcaption></figure>"
+        )
+
+
+@dataclass(frozen=True)
 class Score:
     """A line of a score table.
 
