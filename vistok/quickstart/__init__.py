@@ -29,7 +29,10 @@ from vistok.utils.files import write_json
 __all__ = ["Recipe", "quickstart"]
 
 
-def quickstart(out: str | Path, recipe: Recipe = Recipe()) -> dict[str, Any]:
+def quickstart(
+    out: str | Path,
+    recipe: Recipe = Recipe(),  # noqa: B008 (immutable)
+) -> dict[str, Any]:
     """Train, sample, score, and report in the folder ``out``, and say so on standard output.
 
     ``out`` gets the runs ``tokenizer/`` and ``generator/`` (which is a pipeline), of clips also ``predictor/``, the

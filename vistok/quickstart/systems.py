@@ -1,4 +1,4 @@
-"""What the quickstart can show: systems whose room has a folder ``quickstart`` of their configs and what they promise."""
+"""What the quickstart can show: systems whose room has a folder ``quickstart`` of configs and what they promise."""
 
 from __future__ import annotations
 
