@@ -167,7 +167,14 @@ def benchmark(
         list[str] | None,
         typer.Argument(metavar="OPTION=VALUE", help="Sampling options that differ from the pipeline's: top_k=100"),
     ] = None,
-    num: Annotated[int, typer.Option("--num", "--num-images", help="Images per guidance scale.")] = 50_000,
+    num: Annotated[
+        int | None,
+        typer.Option(
+            "--num",
+            "--num-images",
+            help="Images or clips per guidance scale; 50,000 images, or as many clips as the protocol has.",
+        ),
+    ] = None,
     labels: Annotated[
         str | None,
         typer.Option(help="balanced (classes in turn), random (uniform) or none; balanced if there are classes."),
@@ -179,7 +186,13 @@ def benchmark(
     reference: Annotated[
         str | None, typer.Option(help="As for vistok eval; without one only the Inception Score is computed.")
     ] = None,
-    protocol: Annotated[str, typer.Option(help="adm, torch-fidelity, clean-fid or dinov2.")] = "adm",
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="adm (the default), torch-fidelity, clean-fid or dinov2; of clips larp-ucf-gen, larp-k600-fp, "
+            "stylegan-v, tats, videogpt, …, or own-FRAMESxSIDE for other sizes."
+        ),
+    ] = None,
     weights: Annotated[
         Path | None, typer.Option(help="Local file with the feature network's weights; downloaded once by default.")
     ] = None,
@@ -193,7 +206,7 @@ def benchmark(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Generate many images and score them, with features instead of images kept; the same command continues it.
+    """Generate many images or clips, keep their features, and score them; the same command continues it.
 
     Several processes share the work: torchrun --nproc-per-node 8 -m vistok benchmark … (with --num-images: torchrun
     takes --num for an option of its own).
@@ -202,29 +215,43 @@ def benchmark(
 
     from vistok.config import override
     from vistok.eval.benchmark import benchmark as measure
+    from vistok.eval.video_protocols import is_video_protocol
     from vistok.pipelines import pipeline
+    from vistok.pipelines.evaluations import measure_clips
     from vistok.utils.processes import Processes
 
     processes = Processes.join()
     device = device or str(processes.device())
-    result = measure(
-        pipeline(run, device=device, dtype=dtype),
-        out,
-        num_images=num,
-        labels=labels,
-        seed=seed,
-        guidance_scales=_numbers(guidance_sweep) if guidance_sweep is not None else None,
-        sampling=override({}, options or ()),
-        reference=reference,
-        protocol=protocol,
-        weights=weights,
-        eval_size=eval_size,
-        save_npz=save_npz,
-        batch_size=batch_size,
-        device=device,
-        processes=processes,
-        command=f"vistok {shlex.join(sys.argv[1:])}",
-    )
+    pipe = pipeline(run, device=device, dtype=dtype)
+    given: dict[str, Any] = {
+        "seed": seed,
+        "guidance_scales": _numbers(guidance_sweep) if guidance_sweep is not None else None,
+        "sampling": override({}, options or ()),
+        "reference": reference,
+        "weights": weights,
+        "batch_size": batch_size,
+        "device": device,
+        "processes": processes,
+        "command": f"vistok {shlex.join(sys.argv[1:])}",
+    }
+    if len(pipe.tokenizer.input_shape) == 4:
+        for option, value in (("--labels", labels), ("--eval-size", eval_size), ("--save-npz", save_npz or None)):
+            if value is not None:
+                raise typer.BadParameter("it is for images; this pipeline generates clips", param_hint=option)
+        if not is_video_protocol(protocol):
+            raise typer.BadParameter(_clip_protocols(pipe.tokenizer.input_shape), param_hint="--protocol")
+        result = measure_clips(pipe, out, num_clips=num, protocol=protocol, **given)
+    else:
+        result = measure(
+            pipe,
+            out,
+            num_images=50_000 if num is None else num,
+            labels=labels,
+            protocol=protocol or "adm",
+            eval_size=eval_size,
+            save_npz=save_npz,
+            **given,
+        )
     if not processes.is_first:
         return
     for scored in result["runs"]:
@@ -233,6 +260,13 @@ def benchmark(
         _print_scores(scored)
     _print_notes(dict.fromkeys(note for scored in result["runs"] for note in scored["warnings"]))
     output.print(f"Scores, samples and classes are shown in {escape(str(out / 'report.html'))}")
+
+
+def _clip_protocols(shape: tuple[int, ...]) -> str:
+    from vistok.eval.video_protocols import VIDEO_PROTOCOLS
+
+    known = ", ".join(VIDEO_PROTOCOLS)
+    return f"this pipeline generates clips; take one of {known}, or own-{shape[1]}x{shape[2]}"
 
 
 def _numbers(text: str) -> list[float]:
@@ -245,7 +279,8 @@ def _numbers(text: str) -> list[float]:
 def _print_scores(result: dict[str, Any]) -> None:
     images, reference = result["images"], result["reference"]
     count = "an unknown number of" if images["count"] is None else f"{images['count']:,}"
-    output.print(f"{count} images ({escape(images['source'])}) against {escape(reference['source'])}")
+    what = "clips" if "video_protocol" in result or "network" in result else "images"
+    output.print(f"{count} {what} ({escape(images['source'])}) against {escape(reference['source'])}")
     table = Table("score", "value", title=f"protocol: {result['protocol']}", title_justify="left", box=SIMPLE)
     for name, value in result["scores"].items():
         table.add_row(name, _number(value))

@@ -75,6 +75,8 @@ def folder_videos(
 ) -> VideoSource:
     """All videos below a folder. Folders right below it are classes, if videos lie in them.
 
+    A GIF beside another video file of its name is a preview of that, as ``vistok sample`` writes them, and no video.
+
     Args:
         split: the folder of that name, where the root is divided into train/, val/ and so on; an undivided root is all
             training videos. None takes the root as it is.
@@ -114,6 +116,7 @@ def folder_videos(
 def _videos_below(root: Path) -> list[Path]:
     """Video files, and folders that hold images and no folders."""
     found = []
+    names = {path.stem for path in root.iterdir() if path.suffix.lower() in VIDEO_EXTENSIONS and not _is_gif(path)}
     for path in sorted(root.iterdir()):
         if path.name.startswith("."):
             continue
@@ -121,9 +124,13 @@ def _videos_below(root: Path) -> list[Path]:
             inside = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
             is_video = any(map(is_frame, inside)) and not any(entry.is_dir() for entry in inside)
             found += [path] if is_video else _videos_below(path)
-        elif path.suffix.lower() in VIDEO_EXTENSIONS:
+        elif path.suffix.lower() in VIDEO_EXTENSIONS and not (_is_gif(path) and path.stem in names):
             found.append(path)
     return found
+
+
+def _is_gif(path: Path) -> bool:
+    return path.suffix.lower() == ".gif"
 
 
 def listed_videos(

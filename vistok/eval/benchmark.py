@@ -27,6 +27,7 @@ from vistok.eval.references import Reference, open_reference
 from vistok.eval.report import write_report
 from vistok.eval.scoring import Side, choose_metrics, extract_side
 from vistok.eval.store import FeatureStore
+from vistok.eval.sweep import choose_scales, folder_name, hashable, with_scale
 from vistok.generators.base import Generator
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json
@@ -117,7 +118,7 @@ def benchmark(
     example = net(torch.zeros(1, 3, *plan.scored_size, dtype=torch.uint8))
     metrics, skipped = _choose_metrics(rules, plan, real)
     real.check_network(net, example)
-    scales = _scales(pipe, guidance_scales, sampling or {})
+    scales = choose_scales(pipe, guidance_scales, sampling or {})
 
     out = Path(out)
     with locked(out) if processes.is_first else nullcontext():
@@ -166,8 +167,8 @@ def _earlier(out: Path, plan: Plan, stores: list[tuple[Any, FeatureStore]]) -> l
     if not path.exists():
         return []
     try:
-        scales = [_hashable(run["guidance_scale"]) for run in read_json(path)["runs"]]
-        names = {scale: _folder_name(scale) for scale in scales}
+        scales = [hashable(run["guidance_scale"]) for run in read_json(path)["runs"]]
+        names = {scale: folder_name(scale) for scale in scales}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BenchmarkError(f"{path} is damaged ({error!r}); remove it and run the benchmark again") from error
     asked = {store.folder.name for _, store in stores}
@@ -191,7 +192,7 @@ class _Sampler:
         """Images ``start`` to ``stop`` with one guidance scale, uint8 (B, 3, H, W)."""
         labels = self.plan.labels_of(start, stop)
         what = {"num_images": stop - start} if labels is None else {"class_labels": labels}
-        options = _with_scale(self.sampling, scale)
+        options = with_scale(self.sampling, scale)
         output = self.pipe(**what, seed=self.plan.seed, index_start=start, batch_size=stop - start, **options)
         pixels = output.pixels
         if self.plan.eval_size is not None:
@@ -248,38 +249,6 @@ class _PlannedImages:
     names: ClassVar[None] = None
     lossy: ClassVar[int] = 0
     files_read: ClassVar[None] = None
-
-
-def _scales(pipe: ImagePipeline, scales: Sequence[float] | None, sampling: Mapping[str, Any]) -> list[tuple[Any, str]]:
-    """Guidance scales with the names of their folders; a single None where the generator knows no guidance.
-
-    Raises:
-        ValueError: a sweep of a generator without guidance, or a scale that it refuses.
-    """
-    own = getattr(pipe.options(**sampling), "guidance_scale", None)
-    if scales is None:
-        scales = [own]
-    elif own is None:
-        raise ValueError(f"{type(pipe.generator).__name__} has no guidance scale to sweep")
-    if not scales:
-        raise ValueError("the sweep names no guidance scale")
-    for scale in scales:
-        pipe.options(**_with_scale(sampling, scale))
-    return [(scale, _folder_name(scale)) for scale in dict.fromkeys(map(_hashable, scales))]
-
-
-def _hashable(scale: Any) -> Any:
-    return tuple(scale) if isinstance(scale, list) else scale
-
-
-def _folder_name(scale: Any) -> str:
-    if scale is None:
-        return "samples"
-    return "guidance-" + "-to-".join(f"{part:g}" for part in (scale if isinstance(scale, tuple) else (scale,)))
-
-
-def _with_scale(sampling: Mapping[str, Any], scale: Any) -> dict[str, Any]:
-    return dict(sampling) if scale is None else {**sampling, "guidance_scale": scale}
 
 
 def _generate(

@@ -71,7 +71,7 @@ def write_report(result: Mapping[str, Any], previews: Sequence[Sequence[Image.Im
     runs, plan = result["runs"], result["benchmark"]
     notes = list(dict.fromkeys(note for run in runs for note in run["warnings"]))
     best = _best(runs)
-    sections = [Section("Scores", [Table([_score_row(run) for run in runs]), *([Paragraph(best)] if best else [])])]
+    sections = [Section("Scores", [Table([score_row(run) for run in runs]), *([Paragraph(best)] if best else [])])]
     if len(runs) > 1:
         curves = Picture(
             _curves(runs),
@@ -100,12 +100,14 @@ def write_report(result: Mapping[str, Any], previews: Sequence[Sequence[Image.Im
     return path
 
 
-def _score_row(run: Mapping[str, Any]) -> dict[str, Any]:
+def score_row(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The row of a run in the table of scores."""
     scores = {name: value for name, value in run["scores"].items() if not name.endswith("_std")}
-    return {"guidance": _scale_text(run)} | scores | {"distinct": run["images"]["distinct"]}
+    return {"guidance": scale_text(run)} | scores | {"distinct": run["images"]["distinct"]}
 
 
-def _scale_text(run: Mapping[str, Any]) -> str:
+def scale_text(run: Mapping[str, Any]) -> str:
+    """The guidance scale of a run."""
     scale = run["guidance_scale"]
     if scale is None:
         return "none"
@@ -117,7 +119,7 @@ def _best(runs: Sequence[Mapping[str, Any]]) -> str:
     if len(runs) < 2 or name is None:
         return ""
     best = min(runs, key=lambda run: run["scores"][name])
-    return f"The lowest {name} is {best['scores'][name]:.4g}, at guidance {_scale_text(best)}."
+    return f"The lowest {name} is {best['scores'][name]:.4g}, at guidance {scale_text(best)}."
 
 
 def _curves(runs: Sequence[Mapping[str, Any]]) -> Image.Image:
@@ -152,7 +154,7 @@ def _scale(run: Mapping[str, Any]) -> float:
 def _grid(run: Mapping[str, Any], images: Sequence[Image.Image]) -> Picture:
     sheet = grid(images)
     scale = max(1, GRID_WIDTH // sheet.width) if sheet.width < GRID_WIDTH else GRID_WIDTH / sheet.width
-    text = f"The first {len(images)} images, guidance {_scale_text(run)}."
+    text = f"The first {len(images)} images, guidance {scale_text(run)}."
     return Picture(sheet, text, text, scale)
 
 
@@ -161,28 +163,33 @@ def _classes(run: Mapping[str, Any]) -> Folded:
     rows = sorted(run["classes"], key=lambda row: (row["precision"] is None, row["precision"], row["class"]))
     counts = [row["images"] for row in rows]
     each = f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
-    text = f"guidance {_scale_text(run)}: {len(rows):,} classes of {each} images; the farthest from the real ones first"
+    text = f"guidance {scale_text(run)}: {len(rows):,} classes of {each} images; the farthest from the real ones first"
     return Folded(text, Table(rows))
 
 
 def _repeat(result: Mapping[str, Any]) -> Iterator[Block]:
+    run = result["runs"][0]
+    recorded = {"plan": result["benchmark"]} | {name: run[name] for name in ("reference", "settings", "versions")}
+    return repeat_blocks(result, recorded, "images")
+
+
+def repeat_blocks(result: Mapping[str, Any], recorded: Mapping[str, Any], what: str) -> Iterator[Block]:
+    """The command, what it did, and all that the scores of ``what`` depend on."""
     if result["command"]:
         yield Commands([result["command"]])
     yield Paragraph(
-        f"{_work(result)} Image i of a seed is the same in any number of processes, so the same command gives the same "
-        "scores."
+        f"{_work(result, what)} Number i of a seed is the same in any number of processes, so the same command gives "
+        "the same scores."
     )
-    run = result["runs"][0]
-    recorded = {"plan": result["benchmark"]} | {name: run[name] for name in ("reference", "settings", "versions")}
     rows = [{"setting": name, "value": _text(value)} for name, value in _flatten(recorded)]
     yield Folded("Everything that these scores depend on", Table(rows))
 
 
-def _work(result: Mapping[str, Any]) -> str:
+def _work(result: Mapping[str, Any], what: str) -> str:
     if not result["generated"]:
         return "All features were there from earlier calls."
     processes = "one process" if result["processes"] == 1 else f"{result['processes']:,} processes"
-    return f"This call generated {result['generated']:,} images in {result['seconds']:,.0f} s, in {processes}."
+    return f"This call generated {result['generated']:,} {what} in {result['seconds']:,.0f} s, in {processes}."
 
 
 def _class(numeric: bool) -> str:
