@@ -133,13 +133,13 @@ def test_what_does_not_go_together_is_refused(pipe, predictor, videos, tmp_path)
     for which, options, message in (
         (pipe, {"protocol": "larp-ucf-gen"}, r"scores clips \(B, C, 16, 128, 128\)"),
         (pipe, {"protocol": "own-4x16-given2"}, "gives 2 frames; this generator takes"),
-        (predictor, {}, "goes on from given frames, and the protocol 'own-4x16' gives none"),
+        (predictor, {}, "goes on from given frames; 'own-4x16' gives none: take larp-k600-fp"),
         (pipe, {"num_clips": 21}, "21 clips are asked for, but they follow real ones"),
         (pipe, {"protocol": "own-9"}, "unknown video protocol 'own-9'"),
         (pipe, {"reference": tmp_path}, "no videos in"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
-            run(which, tmp_path / "out", **({"videos": videos} | {}), **options)
+            run(which, tmp_path / "out", videos, **options)
     assert not (tmp_path / "out").exists()
 
 

@@ -48,6 +48,11 @@ def shown(pixels: Tensor) -> list[Image.Image]:
     return [contact_sheet([frames]) for frames in to_frames(pixels)]
 
 
+def overview(pixels: Tensor) -> Image.Image:
+    """A picture of all images (B, C, H, W) in a grid, or of all clips (B, C, T, H, W), a row each."""
+    return grid(shown(pixels), columns=1 if pixels.ndim == 5 else None)
+
+
 def compared(originals: Tensor, reconstructions: Tensor) -> Image.Image:
     """A picture of images (B, C, H, W) over their reconstructions, or of clips (B, C, T, H, W) over theirs."""
     if originals.ndim != 5:
@@ -178,8 +183,11 @@ class Movie:
         writers[extension](self.frames, path, self.fps)
 
     def _repr_html_(self) -> str:
+        return self.html(max(self.frames.shape[2], 128))
+
+    def html(self, width: int) -> str:
+        """A video element of ``width`` CSS pixels that plays by itself."""
         content = base64.b64encode(mp4_bytes(self.frames, self.fps)).decode()
-        width = max(self.frames.shape[2], 128)
         return (
             f'<video controls loop autoplay muted width="{width}" style="image-rendering: pixelated">'
             f'<source src="data:video/mp4;base64,{content}" type="video/mp4"></video>'

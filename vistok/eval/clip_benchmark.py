@@ -200,8 +200,8 @@ class _Requests:
         if spec.parts == ("given",):
             if not rules.given_frames:
                 raise ValueError(
-                    f"this generator goes on from given frames, and the protocol {rules.name!r} gives none; larp-k600-fp "
-                    "and own-FRAMESxSIDE-givenN do"
+                    f"this generator goes on from given frames; {rules.name!r} gives none: take "
+                    "larp-k600-fp, or own-FRAMESxSIDE-givenN"
                 )
             if real is None:
                 raise ValueError(f"frames are given from real clips, but {reference} holds statistics only")
