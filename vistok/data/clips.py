@@ -90,7 +90,7 @@ class ClipTransform:
         ``uniforms`` are three numbers in [0, 1): for the left and the top edge, and mirroring.
         """
         clip = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float()  # (T, C, H, W)
-        clip = _resize(clip, self.image_size, keep_aspect=self.crop != "resize")
+        clip = resize_frames(clip, self.image_size, keep_aspect=self.crop != "resize")
         height, width = clip.shape[-2:]
         random = uniforms[:2] if self.crop == "random" else (None, None)
         left, top = (_edge(side, self.image_size, u) for side, u in zip((width, height), random, strict=True))
@@ -122,7 +122,8 @@ def _edge(side: int, size: int, uniform: float | None) -> int:
     return round((side - size) / 2) if uniform is None else int(uniform * (side - size + 1))
 
 
-def _resize(clip: Tensor, size: int, *, keep_aspect: bool) -> Tensor:
+def resize_frames(clip: Tensor, size: int, *, keep_aspect: bool) -> Tensor:
+    """Frames (T, C, H, W), bilinear and antialiased, to the short side ``size``, or to a square."""
     height, width = clip.shape[-2:]
     if keep_aspect:
         short = min(height, width)

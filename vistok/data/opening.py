@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vistok.data.clip_shards import ClipShardSource
 from vistok.data.clip_sources import ClipSource, SelectedClips
 from vistok.data.config import CLIP_SOURCES, DataConfig
 from vistok.data.decoding import Decoder
@@ -37,10 +38,10 @@ def open_source(config: DataConfig) -> ImageSource | ClipSource:
 
 
 def _open(config: DataConfig) -> ImageSource | ClipSource:
-    if config.num_frames is not None and config.source not in CLIP_SOURCES:
+    if config.num_frames is not None and config.source not in (*CLIP_SOURCES, "webdataset"):
         raise ValueError(
             f"data.source={config.source} holds images; leave data.num_frames out, or take clips from "
-            f"{', '.join(CLIP_SOURCES)}"
+            f"{', '.join(CLIP_SOURCES)}, or shards (webdataset)"
         )
     decoder = Decoder(config.channels, config.reading, side=config.image_size)
     if config.source == "digits":
@@ -64,6 +65,8 @@ def _open(config: DataConfig) -> ImageSource | ClipSource:
         return FolderSource(config.root, split=config.split, decoder=decoder)
     if config.source == "videos":
         return folder_videos(config.root, split=config.split, decoder=decoder)
+    if config.source == "webdataset" and config.num_frames is not None:
+        return ClipShardSource(config.root, split=config.split)
     if config.source == "webdataset":
         return ShardSource(config.root, split=config.split, decoder=decoder)
     if config.name is None:
