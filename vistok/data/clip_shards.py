@@ -15,6 +15,7 @@ from vistok.data.remote import Shard
 from vistok.data.shards import check_samples, class_names, local_shards, samples_of
 from vistok.data.sources import hash_lines
 from vistok.data.tar import Kind, open_member
+from vistok.data.video_decoders import video_file
 from vistok.data.videos import VIDEO_EXTENSIONS, VideoFile
 from vistok.utils.files import cache_folder
 
@@ -50,7 +51,7 @@ class ClipShardSource(ClipSource):
         if self._last is None or self._last[0] != index:
             sample = self._samples[index]
             opens = partial(open_member, self._paths[sample.shard], sample.offset, sample.size)
-            self._last = index, VideoFile(Path(self.name(index)), opens)
+            self._last = index, video_file(Path(self.name(index)), opens)
         return self._last[1]
 
     def length(self, index: int) -> int:

@@ -16,7 +16,8 @@ from vistok.data.decoding import Decoder
 from vistok.data.files import SPLITS
 from vistok.data.sources import hash_lines
 from vistok.data.tar import UNCONDITIONAL
-from vistok.data.videos import VIDEO_EXTENSIONS, UnreadableClipError, Video, is_frame, open_video
+from vistok.data.video_decoders import open_video
+from vistok.data.videos import VIDEO_EXTENSIONS, UnreadableClipError, Video, is_frame
 
 _LAYOUTS = f"videos are files ({' '.join(VIDEO_EXTENSIONS)}) or folders of images, in <class>/ folders or side by side"
 

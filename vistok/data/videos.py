@@ -1,7 +1,8 @@
 """Frames of video files and of folders of frames, by index.
 
-Files are decoded by PyAV (``pip install vistok[video]``). Frames are counted from the packets of the file, so that
-frame i is the same whatever was read before it, and no time stamp of a variable frame rate is guessed.
+Files are decoded by PyAV (``pip install vistok[video]``); ``video_decoders`` takes torchcodec where it is there. Frames
+are counted from the packets of the file, so that frame i is the same whatever was read before it, and no time stamp of
+a variable frame rate is guessed.
 """
 
 from __future__ import annotations
@@ -179,12 +180,6 @@ class FrameFolder(Video):
         if len(sizes) > 1:
             raise UnreadableClipError(str(self.path), f"its frames are of unlike sizes: {sizes}")
         return np.stack(images)
-
-
-def open_video(path: str | Path, decoder: Decoder = Decoder()) -> Video:  # noqa: B008 (immutable)
-    """A video file, or a folder of frames, which ``decoder`` reads."""
-    path = Path(path)
-    return FrameFolder(path, decoder) if path.is_dir() else VideoFile(path)
 
 
 def is_frame(path: Path) -> bool:
