@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -14,8 +12,9 @@ from vistok.train.config import RunConfig
 from vistok.train.tasks.objective import check_terms
 from vistok.train.tasks.tokenizer import gan_config
 from vistok.types import ConditionSpec, FeatureSpec, IdSpec, TokenSpec, to_json
+from vistok.utils.recipes import FOLDER
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = FOLDER
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 GRID = {"cifar10": 8, "emoji": 8, "imagenet256": 16, "imagenet512": 16, "datacomp256": 16}
 LENGTH = {"moving_digits": 64, "ucf101": 1024, "k600": 1024}

@@ -25,6 +25,7 @@ from vistok.tokenizers.gigatok import GigaTok
 from vistok.tokenizers.gigatok.networks import pool_levels
 from vistok.tokenizers.gigatok.official import WITHOUT_EFFECT
 from vistok.train import train
+from vistok.train.checkpoints import Checkpoints
 from vistok.train.monitor import read_metrics
 from vistok.types import Clock
 
@@ -155,13 +156,18 @@ def test_a_run_with_the_terms_of_the_paper(tmp_path):
             "start_step": 2,
         },
     }
-    rows = read_metrics(train(config) / "metrics.jsonl")
+    run = train(config)
+    rows = read_metrics(run / "metrics.jsonl")
     early, late = rows[0], rows[3]
     assert early.keys() >= {"l2", "l2/direct", "feature", "repa"}
     assert late.keys() >= {"l2", "repa", "g_loss", "d_loss"}
     assert not late.keys() & {"l2/direct", "feature"}
     others = early["codebook"] + 0.25 * early["commitment"] + early["feature"] + 0.5 * early["repa"]
     assert early["loss"] == pytest.approx(early["l2"] + early["l2/direct"] + others, rel=1e-4)
+    # Teachers are told by their hashes in a checkpoint, and are not in it.
+    state = Checkpoints(run / "checkpoints", 1, None).load()
+    assert state["frozen"].keys() == {"repa_encoder", "discriminator_transformer"}
+    assert {name.split(".")[1] for name in state["players"]["adversary"]["weights"]} == {"heads"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

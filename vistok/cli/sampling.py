@@ -12,11 +12,21 @@ from vistok.cli.console import Device, Dtype, output
 
 
 def sample(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Run of a generator, pipeline folder, or hub id.")],
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN",
+            help="Run of a generator or its checkpoint, pipeline folder, or hub id; see --tokenizer.",
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the samples; must not exist yet, or be empty.")],
     options: Annotated[
         list[str] | None,
         typer.Argument(metavar="OPTION=VALUE", help="More sampling options: guidance_interval=[0,64]"),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="RUN is a generator alone (converted, or an official id), whose tokens this one decodes."),
     ] = None,
     classes: Annotated[
         str | None,
@@ -57,7 +67,8 @@ def sample(
     named = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
     sampling = override({key: value for key, value in named.items() if value is not None}, options or ())
     processes = Processes.join()
-    pipe = pipeline(run, device=device or processes.device(), dtype=dtype)
+    parts = (run,) if tokenizer is None else (tokenizer, run)
+    pipe = pipeline(*parts, device=device or processes.device(), dtype=dtype)
     write_samples(
         pipe.compile() if compiled else pipe,
         out,

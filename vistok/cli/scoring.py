@@ -172,7 +172,7 @@ def benchmark(
         typer.Option(
             "--num",
             "--num-images",
-            help="Images or clips per guidance scale; 50,000 images, or as many clips as the protocol has.",
+            help="Images or clips per setting; 50,000 images, or as many clips as the protocol has.",
         ),
     ] = None,
     labels: Annotated[
@@ -182,6 +182,19 @@ def benchmark(
     seed: Annotated[int, typer.Option(help="Image i of a seed is always the same.")] = 0,
     guidance_sweep: Annotated[
         str | None, typer.Option(help="Scales to compare, such as 1.0,1.5,2.0; features of earlier ones are reused.")
+    ] = None,
+    temperature_sweep: Annotated[
+        str | None, typer.Option(help="Temperatures to compare, each with every scale, such as 0.9,1.0.")
+    ] = None,
+    guidance_search: Annotated[
+        bool,
+        typer.Option(
+            "--guidance-search",
+            help="Walk in steps of 0.25 to the scale of a local minimum of FID; goes on if stopped.",
+        ),
+    ] = False,
+    guidance_start: Annotated[
+        float | None, typer.Option(help="Where the search begins; the pipeline's own scale by default.")
     ] = None,
     reference: Annotated[
         str | None, typer.Option(help="As for vistok eval; without one only the Inception Score is computed.")
@@ -222,11 +235,14 @@ def benchmark(
 
     processes = Processes.join()
     device = device or str(processes.device())
-    pipe = pipeline(run, device=device, dtype=dtype)
+    if guidance_start is not None and not guidance_search:
+        raise typer.BadParameter("it is where a search begins; add --guidance-search", param_hint="--guidance-start")
+    pipe, sampling = pipeline(run, device=device, dtype=dtype), override({}, options or ())
     given: dict[str, Any] = {
         "seed": seed,
         "guidance_scales": _numbers(guidance_sweep) if guidance_sweep is not None else None,
-        "sampling": override({}, options or ()),
+        "temperatures": _numbers(temperature_sweep) if temperature_sweep is not None else None,
+        "sampling": sampling,
         "reference": reference,
         "weights": weights,
         "batch_size": batch_size,
@@ -235,7 +251,12 @@ def benchmark(
         "command": f"vistok {shlex.join(sys.argv[1:])}",
     }
     if len(pipe.tokenizer.input_shape) == 4:
-        for option, value in (("--labels", labels), ("--eval-size", eval_size), ("--save-npz", save_npz or None)):
+        for option, value in (
+            ("--labels", labels),
+            ("--eval-size", eval_size),
+            ("--save-npz", save_npz or None),
+            ("--guidance-search", guidance_search or None),
+        ):
             if value is not None:
                 raise typer.BadParameter("it is for images; this pipeline generates clips", param_hint=option)
         if not is_video_protocol(protocol):
@@ -248,17 +269,17 @@ def benchmark(
             num_images=50_000 if num is None else num,
             labels=labels,
             protocol=protocol or "adm",
+            search_from=_search_start(pipe, sampling, guidance_start) if guidance_search else None,
             eval_size=eval_size,
             save_npz=save_npz,
             **given,
         )
     if not processes.is_first:
         return
-    for scored in result["runs"]:
-        if scored["guidance_scale"] is not None:
-            output.print(f"guidance scale {scored['guidance_scale']}")
-        _print_scores(scored)
+    _print_sweep(result)
     _print_notes(dict.fromkeys(note for scored in result["runs"] for note in scored["warnings"]))
+    if "found" in result:
+        output.print(f"the search ends at guidance scale {result['found']:g}")
     output.print(f"Scores, samples and classes are shown in {escape(str(out / 'report.html'))}")
 
 
@@ -267,6 +288,16 @@ def _clip_protocols(shape: tuple[int, ...]) -> str:
 
     known = ", ".join(VIDEO_PROTOCOLS)
     return f"this pipeline generates clips; take one of {known}, or own-{shape[1]}x{shape[2]}"
+
+
+def _search_start(pipe: Any, sampling: dict[str, Any], start: float | None) -> float:
+    """Where a search of the guidance scale begins."""
+    own = getattr(pipe.options(**sampling), "guidance_scale", None)
+    if own is None:
+        raise ValueError(f"{type(pipe.generator).__name__} has no guidance scale to search")
+    if start is None and not isinstance(own, int | float):
+        raise ValueError(f"the pipeline's guidance scale is {own}; say where the search begins with --guidance-start")
+    return float(own if start is None else start)
 
 
 def _numbers(text: str) -> list[float]:
@@ -287,10 +318,35 @@ def _print_scores(result: dict[str, Any]) -> None:
     print_table(table)
 
 
-def _number(value: float | None) -> str:
+def _print_sweep(result: dict[str, Any]) -> None:
+    """One table: a row for each setting, the best one marked."""
+    from vistok.eval.report import best_run, score_rows
+
+    runs = result["runs"]
+    count, reference = runs[0]["images"]["count"], runs[0]["reference"]["source"]
+    what = "clips" if "network" in runs[0] else "images"
+    output.print(f"{count:,} {what} per setting against {escape(reference)}, protocol {result['protocol']}")
+    rows, best = score_rows(runs), best_run(runs)
+    table = Table(*rows[0], *([""] if best is not None else []), box=SIMPLE)
+    for index, row in enumerate(rows):
+        spreads = {name: runs[index]["scores"].get(f"{name}_std") for name in row}
+        cells = [
+            (value if isinstance(value, str) else _number(value, "–"))
+            + ("" if spreads[name] is None else f" ± {_number(spreads[name])}")
+            for name, value in row.items()
+        ]
+        marked = best is not None and best[0] == index
+        mark = [f"lowest {best[1]}" if marked else ""] if best is not None else []
+        table.add_row(*cells, *mark, style="bold" if marked else None)
+    print_table(table)
+
+
+def _number(value: float | None, absent: str = "infinite") -> str:
     """Four decimals, and more of what is small, such as kernel distances."""
     if value is None:
-        return "infinite"
+        return absent
+    if isinstance(value, int):
+        return f"{value:,}"
     return f"{value:.4f}" if abs(value) >= 0.1 or value == 0 else f"{value:#.4g}"
 
 

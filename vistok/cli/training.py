@@ -32,7 +32,9 @@ def quickstart(
 
 
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, such as those in configs/")],
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="YAML file, or the name of one that ships: `vistok configs`.")
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Changes to it: data.root=photos/ optimizer.lr=2e-4"),
@@ -60,9 +62,10 @@ def train(
         raise typer.BadParameter("--resume, --dry-run and --profile exclude each other")
     from vistok.config import Allowed, load_config
     from vistok.train.tasks import any_config
+    from vistok.utils.recipes import find_recipe
 
     allowed = Allowed(commands=allow_commands, environment=allow_environment)
-    values = load_config(config, overrides or (), target=any_config(), allowed=allowed)
+    values = load_config(find_recipe(config), overrides or (), target=any_config(), allowed=allowed)
     if dry_run:
         _dry_run(values)
     elif profile:
@@ -123,6 +126,18 @@ def _profile(config: dict[str, Any]) -> None:
     print_table(table)
     unit = found.unit.removesuffix("_per_second")
     output.print(f"{found.units_per_second:,.0f} {unit}/s; the trace is in {escape(str(found.trace))}")
+
+
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run.")],
+) -> None:
+    """Make the report.html of a training run again: of an interrupted one, or after images were added.
+
+    Training writes it at its end.
+    """
+    from vistok.train.report import write_run_report
+
+    output.print(f"Pictures, curves and codes are shown in {escape(str(write_run_report(run)))}")
 
 
 def tokenize(

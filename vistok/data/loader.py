@@ -182,6 +182,21 @@ class Loader(Generic[B]):
         self.count_failures(failures)
 
 
+class _Nothing:
+    """Reads the batches of no samples, of which there are none."""
+
+    def __len__(self) -> int:
+        return 0
+
+    def load(self, indices: np.ndarray, epoch: int) -> tuple[Any, Failures]:
+        raise IndexError(f"there are no samples, and so none at {indices}")
+
+
+def no_samples() -> Loader[Any]:
+    """The loader of no samples: every epoch is over at once."""
+    return Loader(_Nothing(), SequentialOrder(0, 1))
+
+
 Source = ImageSource | ClipSource
 
 

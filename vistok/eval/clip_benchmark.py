@@ -22,7 +22,7 @@ from vistok.eval.fvd import ClipNetwork, ClipStatistics, frechet_video_distance
 from vistok.eval.plan import claim, shards_of
 from vistok.eval.record import library_versions, save_result
 from vistok.eval.store import FeatureStore
-from vistok.eval.sweep import choose_scales, with_scale
+from vistok.eval.sweep import Setting, choose_settings
 from vistok.eval.video_protocols import VideoProtocol, video_protocol
 from vistok.generators.base import Generator
 from vistok.tokenizers.base import Tokenizer
@@ -95,6 +95,7 @@ def benchmark_clips(
     num_clips: int | None = None,
     seed: int = 0,
     guidance_scales: Sequence[float] | None = None,
+    temperatures: Sequence[float] | None = None,
     sampling: Mapping[str, Any] | None = None,
     batch_size: int = 8,
     processes: Processes = Processes(),  # noqa: B008 (immutable)
@@ -103,8 +104,8 @@ def benchmark_clips(
     """Generate clips, keep their features, and score them against real ones as a protocol says.
 
     Clip i depends on the seed and on i, and where the protocol says so on the class or the first frames of real clip i.
-    Features are written range by range: called again with the same arguments (batch size, processes and guidance
-    scales may differ), the benchmark goes on where it stopped.
+    Features are written range by range: called again with the same arguments (batch size, processes and settings
+    may differ), the benchmark goes on where it stopped.
 
     Args:
         out: folder for features, ``result.json`` and ``report.html``; new, or that of the same benchmark.
@@ -112,7 +113,7 @@ def benchmark_clips(
         protocol: one of ``VIDEO_PROTOCOLS``.
         network: from ``load_clip_network``.
         num_clips: None takes the protocol's count, or as many as there are real clips.
-        guidance_scales: one benchmark per scale; by default the pipeline's own.
+        guidance_scales, temperatures: one benchmark for each pair; by default the pipeline's own.
         sampling: options that differ from the pipeline's.
 
     Returns:
@@ -142,7 +143,7 @@ def benchmark_clips(
             f"{count} clips are asked for, but they follow real ones, of which {reference} has {len(real)}"
         )
     plan = _plan(pipe, rules, network, source, count, seed, sampling)
-    scales = choose_scales(pipe, guidance_scales, sampling)
+    settings = choose_settings(pipe, guidance_scales, temperatures, sampling, plan.sampling)
     with locked(out) if processes.is_first else nullcontext():
         if processes.is_first:
             claim(out, to_json(plan.to_json()))
@@ -150,18 +151,19 @@ def benchmark_clips(
         started, shards = time.perf_counter(), shards_of(count)
         made, runs, previews = 0, [], []
         stores = [
-            (scale, FeatureStore(out / name, shards, (shape[1], shape[2]), keep_images=False)) for scale, name in scales
+            (setting, FeatureStore(out / setting.folder, shards, (shape[1], shape[2]), keep_images=False))
+            for setting in settings
         ]
-        for scale, store in stores:
-            made += _generate(pipe, plan, source, rules, scale, store, network, batch_size, processes)
+        for setting, store in stores:
+            made += _generate(pipe, plan, source, rules, setting, store, network, batch_size, processes)
         generated = sum(processes.gather(made))  # also waits for the others
         if real is None:
             theirs = ClipStatistics.load(reference)
         else:
             theirs = statistics_of(real, rules, network, batch_size=batch_size, processes=processes)
         if processes.is_first:
-            for scale, store in stores:
-                runs.append({"guidance_scale": scale} | _score(store, plan, rules, network, theirs, real))
+            for setting, store in stores:
+                runs.append(setting.describe(plan.sampling) | _score(store, plan, rules, network, theirs, real))
                 previews.append(store.previews())
             result = {
                 "benchmark": to_json(plan.to_json()),
@@ -262,7 +264,7 @@ def _generate(
     plan: ClipPlan,
     source: _Requests,
     rules: VideoProtocol,
-    scale: Any,
+    setting: Setting,
     store: FeatureStore,
     network: ClipNetwork,
     batch_size: int,
@@ -271,7 +273,7 @@ def _generate(
     """Make this process's share of the missing ranges; returns the number of clips."""
     mine = set(store.shards[processes.index :: processes.count])
     todo = [shard for shard in store.missing() if shard in mine]
-    options = with_scale(plan.sampling, scale)
+    options = setting.options(plan.sampling)
     for shard in track(todo, f"{plan.num_images:,} clips, {store.folder.name}", len(todo)):
         features, hashes, columns = [], [], []
         groups = Regrouper(GROUP)

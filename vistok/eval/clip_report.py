@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from vistok.data.movies import contact_sheet, gif_bytes, side_by_side
-from vistok.eval.report import REPORT_FILE, Notes, Table, repeat_blocks, scale_text, score_row
-from vistok.utils.report import Animation, Block, Picture, Section
+from vistok.eval.report import repeat_blocks, score_blocks, setting_text, sweep_sections
+from vistok.utils.report import REPORT_FILE, Animation, Block, Notes, Picture, Section
 from vistok.utils.report import write_report as write_page
 
 PLAYED, SHEETS = 16, 4
@@ -29,12 +29,12 @@ def write_clip_report(
     """
     runs, plan = result["runs"], result["benchmark"]
     notes = list(dict.fromkeys(note for run in runs for note in run["warnings"]))
-    sections = [Section("Scores", [Table([score_row(run) for run in runs])])]
+    sections = [Section("Scores", list(score_blocks(runs))), *(sweep_sections(runs) if len(runs) > 1 else ())]
     if notes:
         sections.append(Section("Before you compare", [Notes(notes)]))
     for run, columns in zip(runs, previews):
         clips = [np.asarray(column).reshape(num_frames, -1, column.width, 3) for column in columns[:PLAYED]]
-        sections.append(Section(f"Clips, guidance {scale_text(run)}", list(_clips(clips))))
+        sections.append(Section(f"Clips, {setting_text(run)}", list(_clips(clips))))
     recorded = {"plan": plan} | {name: runs[0][name] for name in ("reference", "network", "libraries")}
     sections.append(Section("How to repeat it", list(repeat_blocks(result, recorded, "clips"))))
     path = Path(folder) / REPORT_FILE
@@ -43,7 +43,7 @@ def write_clip_report(
         title="Generation benchmark",
         kicker=f"protocol {result['protocol']}",
         lead=(
-            f"{plan['num_images']:,} clips per guidance scale, from {plan['labels']}, seed {plan['seed']}, against "
+            f"{plan['num_images']:,} clips per setting, from {plan['labels']}, seed {plan['seed']}, against "
             f"{runs[0]['reference']['source']}."
         ),
         sections=sections,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -121,11 +121,17 @@ class Generator(Model):
         *,
         draws: Draws | None = None,
         tokenizer: Expands | None = None,
+        on_step: Callable[[TokenChunk], None] | None = None,
     ) -> Tensor:
-        """Generate whole sequences: tokens (B, L[, D])."""
+        """Generate whole sequences: tokens (B, L[, D]).
+
+        Args:
+            on_step: is given the tokens of each step.
+        """
         session = self.start(condition, options, draws=draws, tokenizer=tokenizer)
-        for _ in session.generate():
-            pass
+        for chunk in session.generate():
+            if on_step is not None:
+                on_step(chunk)
         return session.tokens
 
     def edit(

@@ -119,6 +119,9 @@ class Llama(AutoregressiveGenerator):
             condition tokens together; or too few positions.
     """
 
+    null_caption: Tensor
+    positions: Tensor
+
     block_type: ClassVar[type[nn.Module]] = Block
     norm_type: ClassVar[type[nn.Module]] = RMSNorm
     registry_name = "llama"

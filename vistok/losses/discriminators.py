@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any, ClassVar, Self
 
@@ -29,6 +29,15 @@ class Discriminator(nn.Module, ABC):
     @abstractmethod
     def arguments_for(cls, input_shape: tuple[int, ...]) -> dict[str, Any]:
         """The constructor's arguments that follow from the data, of shape (C, H, W) or (C, T, H, W)."""
+
+    @classmethod
+    def arguments_for_range(cls, value_range: tuple[float, float]) -> dict[str, Any]:
+        """The constructor's arguments that follow from the range of pixel values; most discriminators read any."""
+        return {}
+
+    def frozen(self) -> dict[str, nn.Module]:
+        """Networks that it asks, by name, which are never trained and are no part of its state."""
+        return {}
 
 
 class StyleGANDiscriminator(Discriminator):
@@ -153,7 +162,7 @@ class PatchGAN(Discriminator):
         return self.main(images)
 
 
-_NORMS = {
+_NORMS: dict[str, Callable[[int], nn.Module]] = {
     "batch": BatchNorm2d,
     "group": lambda channels: nn.GroupNorm(math.gcd(32, channels), channels),
     "none": lambda channels: nn.Identity(),
@@ -211,6 +220,8 @@ class _Activation(nn.Module):
 
 class _Blur(nn.Module):
     """The [1, 3, 3, 1] low-pass filter in front of a strided convolution with ``kernel_size``."""
+
+    kernel: Tensor
 
     def __init__(self, kernel_size: int, *, stride: int = 1):
         super().__init__()

@@ -76,6 +76,8 @@ class PooledDiscriminator(Discriminator):
 class BlurPool(nn.Module):
     """The low-pass filter [1, 3, 3, 1] in both directions at every second pixel (arXiv 1904.11486)."""
 
+    kernel: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8

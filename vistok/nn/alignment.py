@@ -57,5 +57,7 @@ class AlignmentHead(nn.Sequential):
 
     @classmethod
     def of(cls, dim: int, config: AlignmentConfig) -> Self:
-        """The head of a config that leaves nothing open."""
+        """The head of a config that leaves nothing open. Raises ValueError for one without a width."""
+        if config.hidden_dim is None or config.dim is None:
+            raise ValueError(f"an alignment head needs dim and hidden_dim, got {config}")
         return cls(dim, config.hidden_dim, config.dim, config.num_layers)

@@ -9,7 +9,7 @@ norm.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -241,7 +241,7 @@ class ConvEncoder(nn.Module):
         widths = [channels * mult for mult in channel_mult]
         deepest = len(widths) - 1
         attending = _attending(attention_levels, attend, len(widths))
-        options = {"norm_groups": norm_groups, "dropout": dropout, "bias": bias, "conv": conv}
+        options: dict[str, Any] = {"norm_groups": norm_groups, "dropout": dropout, "bias": bias, "conv": conv}
         resample = resample or (lambda _, width: Downsample(width, padding))
         self.conv_in = conv(in_channels, channels, 3, padding=1, bias=bias)
         self.levels = nn.ModuleList(
@@ -314,7 +314,7 @@ class ConvDecoder(nn.Module):
         inputs = [widths[0], *widths[:-1]]  # channels that enter each level
         finest = len(widths) - 1
         attending = _attending(attention_levels, attend, len(widths))
-        options = {"norm_groups": norm_groups, "dropout": dropout, "bias": bias, "conv": conv}
+        options: dict[str, Any] = {"norm_groups": norm_groups, "dropout": dropout, "bias": bias, "conv": conv}
         resample = resample or (lambda _, width: UPSAMPLES[upsample](width))
         self.conv_in = conv(in_channels, widths[0], 3, padding=1)
         self.middle = _middle(widths[0], middle_blocks, attend=attend, **options)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vistok.checkpoints import CONFIG, WEIGHTS, CheckpointError, load, snapshot
+from vistok.checkpoints.weights import STATE
+from vistok.generators.base import Generator
 from vistok.text import TEXT
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json
@@ -46,6 +48,8 @@ def pipeline_folder(path: str | Path) -> Path:
     hint = ""
     if (folder / CONFIG).is_file():
         hint = " (it is a single model, which vistok.load reads)"
+    elif missing == [GENERATOR] and (folder / "checkpoints").is_dir():
+        hint = " (a run that has not exported one yet: sample one of its checkpoints, RUN/checkpoints/step-…)"
     elif GENERATOR in missing and TOKENIZER not in missing:
         hint = " (it has a tokenizer only: train a generator on its tokens, or look at it with `vistok reconstruct`)"
     raise CheckpointError(f"{folder} is no pipeline: it has no {', no '.join(missing)}{hint}")
@@ -83,7 +87,8 @@ def load_part(folder: Path, part: str, kind: type[Part]) -> Part:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a model folder, of a run or pipeline (its ``tokenizer/``), of a token cache, or of a hub id.
+    """The tokenizer of a model folder, of a run or pipeline (its ``tokenizer/``), of a token cache, of a checkpoint of
+    a run, or of a hub id.
 
     Raises:
         CheckpointError: nothing there, damaged weights, or another kind of model.
@@ -95,3 +100,28 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not isinstance(model, Tokenizer):
         raise CheckpointError(f"{path} holds a generator ({model.registry_name}), but a tokenizer is needed")
     return model
+
+
+def load_generator(path: str | Path) -> Generator:
+    """The generator of a model folder, of a run or pipeline (its ``generator/``), of a checkpoint of a run, or of a hub
+    id.
+
+    Raises:
+        CheckpointError: nothing there, damaged weights, or another kind of model.
+    """
+    model = load(path)
+    if not isinstance(model, Generator):
+        raise CheckpointError(f"{path} holds a tokenizer ({model.registry_name}), but a generator is needed")
+    return model
+
+
+def home_of(path: str | Path) -> Path | None:
+    """The folder with the ``pipeline.json`` that a generator belongs to: a run, of which ``path`` may be the generator
+    or a checkpoint. None if there is none."""
+    path = Path(path)
+    homes = [path]
+    if path.name == GENERATOR:
+        homes.append(path.parent)
+    if (path / STATE).is_file():
+        homes.append(path.parent.parent)
+    return next((home for home in homes if (home / PIPELINE).is_file()), None)

@@ -36,6 +36,7 @@ from vistok.pipelines.folders import (
     write_settings,
 )
 from vistok.pipelines.requests import Conditions, Prompt, Request
+from vistok.pipelines.steps import StepCallback, every_step
 from vistok.text import TEXT, PromptEncoder
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import Condition, TokenSpec, to_json
@@ -116,7 +117,7 @@ class Pipeline:
 
     Args:
         tokenizer, generator: they must agree on the tokens.
-        class_names: in the order of the ids; empty if classes have no names.
+        class_names: in the order of the ids; by default those that the generator has itself, if any.
         sampling: default options, by the names of ``generator.options_type``.
         text: what turns prompts into conditions of the generator; without encoders there are no prompts.
 
@@ -138,7 +139,8 @@ class Pipeline:
         self.tokenizer, self.generator = tokenizer.eval(), generator.eval()
         self._decode_options = _decode_options(tokenizer, generator.spec)
         spec = generator.condition_spec
-        self.text, self._classes = text, ClassNames(spec.num_classes, class_names)
+        names = class_names or (generator.class_names if spec.num_classes else ())
+        self.text, self._classes = text, ClassNames(spec.num_classes, names)
         self._conditions = Conditions(spec, self._classes, text)
         self.sampling = dict(sampling or {})
         generator.options_type(**check(generator.options_type, self.sampling, "sampling"))
@@ -239,6 +241,7 @@ class Pipeline:
         generator: torch.Generator | None = None,
         index_start: int = 0,
         batch_size: int = 64,
+        callback_on_step_end: StepCallback | None = None,
         **sampling: Any,
     ) -> PipelineOutput:
         """Generate images, or clips.
@@ -260,6 +263,7 @@ class Pipeline:
             generator: the source of the seed, as in diffusers.
             index_start: the number of the first image among those of its seed.
             batch_size: images generated at a time.
+            callback_on_step_end: called after each step of a batch; see ``vistok.pipelines.steps.every_step``.
             **sampling: options of ``self.generator.options_type``, such as ``temperature`` or ``guidance_scale``;
                 they override ``self.sampling``.
 
@@ -278,7 +282,9 @@ class Pipeline:
         condition = self._condition(request, options)
 
         def sample(rows: slice, draws: Draws) -> Tensor:
-            return self.generator.sample(condition[rows].to(self.device), options, draws=draws, tokenizer=self._in_loop)
+            given = condition[rows].to(self.device)
+            on_step = every_step(self, callback_on_step_end)
+            return self.generator.sample(given, options, draws=draws, tokenizer=self._in_loop, on_step=on_step)
 
         made = self._run(sample, condition, options, _seed(seed, generator), index_start, batch_size)
         return replace(made, prompts=_prompts(request, len(condition)))
@@ -522,10 +528,6 @@ class Pipeline:
         if spec.scales:
             return 1  # every scale shows
         return spec.prefix_step or (self._grid[-1] if self._grid else max(1, spec.length // 8))
-
-
-pipeline = Pipeline.from_pretrained
-"""``vistok.pipeline(path, *, device=None, dtype=None)``: load a pipeline from a folder or a hub id."""
 
 
 def _decode_options(tokenizer: Tokenizer, spec: TokenSpec) -> dict[str, Any]:

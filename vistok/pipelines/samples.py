@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from vistok._version import __version__
 from vistok.data.clips import ClipBatches, ClipTransform
 from vistok.data.decoding import Decoder
 from vistok.data.movies import save_gif, save_mp4, shown, to_frames
-from vistok.data.pictures import comparison, from_pil, grid, npz_writer, open_picture, save_png, to_pil, to_uint8
+from vistok.data.pictures import from_pil, npz_writer, open_picture, save_png, to_pil, to_uint8
+from vistok.data.sheets import sheet
 from vistok.data.video_files import VideoSource
 from vistok.draws import Keys
 from vistok.eval.reconstruction import psnr
@@ -28,11 +30,16 @@ from vistok.utils.devices import dtype_of
 from vistok.utils.files import write_json
 from vistok.utils.locks import locked
 from vistok.utils.processes import Processes
-from vistok.utils.progress import track
+from vistok.utils.progress import Bar
 from vistok.utils.unfinished import discard, how_to_go_on, open_unfinished, publish, unfinished
 
 GRID, NPZ, RECORD = "grid.png", "samples.npz", "samples.json"
 GRID_IMAGES = 64
+MOST_COLUMNS = 16
+PAIRS = 8
+"""Originals in a row over their reconstructions."""
+STRIP = 128
+"""Pixels that an image of a strip has at least: one looks at what is lost."""
 ALONE = Processes()
 
 
@@ -106,13 +113,19 @@ def write_samples(
         processes.wait()
         files = [unfinished(out) / f"{index:06d}.png" for index in range(num_images)]
         try:
-            for start, stop in track(*_batches(files, batch_size, processes)):
-                part = {name: values[start:stop] for name, values in what.items()} or {"num_images": stop - start}
-                made = pipe(**part, **negative, seed=seed, index_start=start, batch_size=batch_size, **sampling)
-                _write(made, files[start:stop])
+            ranges = _batches(files, batch_size, processes)
+            with Bar(f"{num_images:,} samples", sum(stop - start for start, stop in ranges)) as bar:
+                done = 0
+                for start, stop in ranges:
+                    part = {name: values[start:stop] for name, values in what.items()} or {"num_images": stop - start}
+                    part |= bar.of_batch(done, stop - start, pipe.generator.spec.length)
+                    made = pipe(**part, **negative, seed=seed, index_start=start, batch_size=batch_size, **sampling)
+                    _write(made, files[start:stop])
+                    done += stop - start
+                    bar.show(done)
             processes.wait()
             if processes.is_first:
-                _finish(files, record, columns=1 if clips else _columns(classes or prompts), npz=npz)
+                _finish(files, record, _labels(pipe, what), clips=clips, npz=npz)
         except BaseException as error:
             if processes.count == 1 and not any(file.exists() for file in files):
                 discard(out)
@@ -136,8 +149,8 @@ def _write(made: PipelineOutput, files: Sequence[Path]) -> None:
         save_png(image, file)
 
 
-def _batches(files: Sequence[Path], batch_size: int, processes: Processes) -> tuple[list[tuple[int, int]], str, int]:
-    """This process's ranges of images that are not all there, for ``track``.
+def _batches(files: Sequence[Path], batch_size: int, processes: Processes) -> list[tuple[int, int]]:
+    """This process's ranges of images that are not all there.
 
     Which process makes an image depends on its number alone, not on what is there: processes look at different times.
     """
@@ -147,18 +160,42 @@ def _batches(files: Sequence[Path], batch_size: int, processes: Processes) -> tu
         missing = [index for index in range(start, stop) if not files[index].exists()]
         if missing:
             ranges.append((missing[0], stop))
-    return ranges, f"{len(files):,} samples", len(ranges)
+    return ranges
 
 
-def _finish(files: Sequence[Path], record: Mapping[str, Any], *, columns: int | None, npz: bool) -> None:
+def _labels(pipe: Pipeline, what: Mapping[str, Sequence[Any]]) -> list[str]:
+    """The class or the prompt of each image, as a grid names it; none of images that have neither."""
+    if "prompt" in what:
+        return [text or "" for text in what["prompt"]]
+    names = pipe.class_names
+    return [names[label].split(",")[0] if names else str(label) for label in what.get("class_labels", ())]
+
+
+def _finish(files: Sequence[Path], record: Mapping[str, Any], labels: Sequence[str], *, clips: bool, npz: bool) -> None:
     """Put the overview, the array and the record beside all images."""
     folder = files[0].parent
     if npz:
         with npz_writer(folder / NPZ, len(files)) as writer:
             for file in files:
                 writer.write([open_picture(file)])
-    save_png(grid([open_picture(file) for file in files[:GRID_IMAGES]], columns), folder / GRID)
+    save_png(overview([open_picture(file) for file in files[:GRID_IMAGES]], labels, clips=clips), folder / GRID)
     write_json(folder / RECORD, record)
+
+
+def overview(images: Sequence[Image.Image], labels: Sequence[str] = (), *, clips: bool = False) -> Image.Image:
+    """Samples in a grid: a column for each class or prompt where few take turns, else a label below each image.
+
+    Args:
+        labels: of the images, and of those that follow them.
+        clips: whether the images are frames in a row, which lie below each other.
+    """
+    labels = labels[: len(images)]
+    turns = len(set(labels))
+    if clips:
+        return sheet(images, 1, row_labels=labels)
+    if 1 < turns <= MOST_COLUMNS and all(label == labels[index % turns] for index, label in enumerate(labels)):
+        return sheet(images, turns, column_labels=labels[:turns])
+    return sheet(images, labels=labels)
 
 
 def reconstruct_files(tokenizer: Tokenizer, files: Sequence[str | Path], out: str | Path) -> list[float]:
@@ -179,8 +216,29 @@ def reconstruct_files(tokenizer: Tokenizer, files: Sequence[str | Path], out: st
     parameter = next(tokenizer.parameters())
     rows = [tokenizer.reconstruct(row[None].to(parameter.device, parameter.dtype)).float().cpu() for row in pixels]
     reconstructions = torch.cat(rows)
-    save_png(comparison(pixels, reconstructions), out)
-    return psnr(to_uint8(pixels) / 255, to_uint8(reconstructions) / 255).tolist()
+    decibels = psnr(to_uint8(pixels) / 255, to_uint8(reconstructions) / 255).tolist()
+    names = [Path(file).stem for file in files]
+    _save_pairs(to_pil(pixels), to_pil(reconstructions), names, [f"{value:.1f} dB" for value in decibels], out)
+    return decibels
+
+
+def _save_pairs(
+    originals: Sequence[Image.Image],
+    reconstructions: Sequence[Image.Image],
+    names: Sequence[str],
+    scores: Sequence[str],
+    out: str | Path,
+) -> None:
+    """Rows of originals with their names, each over the row of their reconstructions with their scores."""
+    columns, shown, labels = min(PAIRS, len(names)), [], []
+    blank = Image.new(originals[0].mode, originals[0].size, "white")
+    for start in range(0, len(names), columns):
+        here = slice(start, start + columns)
+        lacking = columns - len(names[here])
+        for images, texts in ((originals, names), (reconstructions, scores)):
+            shown += [*images[here], *[blank] * lacking]
+            labels += [*texts[here], *[""] * lacking]
+    save_png(sheet(shown, columns, labels=labels, least=STRIP), out)
 
 
 def _reconstruct_videos(tokenizer: Tokenizer, files: Sequence[str | Path], out: Path) -> list[float]:
@@ -194,7 +252,8 @@ def _reconstruct_videos(tokenizer: Tokenizer, files: Sequence[str | Path], out: 
     made = [tokenizer.reconstruct(clip[None].to(parameter.device, parameter.dtype)).float().cpu() for clip in originals]
     reconstructions = torch.cat(made)
     sheets = [image for pair in zip(shown(originals), shown(reconstructions)) for image in pair]
-    save_png(grid(sheets, 1), out)
+    names = [text for file in files for text in (Path(file).stem, "decoded")]
+    save_png(sheet(sheets, 1, row_labels=names), out)
     columns = [torch.cat(list(clips), -2) for clips in (originals, reconstructions)]  # (C, T, N * H, W) each
     save_mp4(to_frames(torch.cat(columns, -1)[None])[0], out.with_suffix(".mp4"))
     return psnr_of_clips(to_uint8(originals) / 255, to_uint8(reconstructions) / 255).tolist()
@@ -229,7 +288,14 @@ def reconstruct_prefixes(
         shown += to_pil(torch.cat([original[None], decoded]))
         truth = original.expand_as(decoded)
         decibels.append(psnr(to_uint8(truth) / 255, to_uint8(decoded) / 255).tolist())
-    save_png(grid(shown, 1 + len(lengths)), out)
+    tokens = [f"{length} token{'s' * (length != 1)}" for length in lengths]
+    labels = [
+        text
+        for file, values in zip(files, decibels, strict=True)
+        for text in (Path(file).stem, *(f"{value:.1f} dB" for value in values))
+    ]
+    drawn = sheet(shown, 1 + len(lengths), column_labels=["original", *tokens], labels=labels, least=STRIP)
+    save_png(drawn, out)
     return decibels
 
 
@@ -248,8 +314,3 @@ def _what(
         if not len(values):
             raise ValueError(f"there is nothing to generate: the list of {name}s is empty")
     return {name: [values[index % len(values)] for index in range(num_images)] for name, values in what.items()}
-
-
-def _columns(named: Sequence[Any] | None) -> int | None:
-    """One column per class or prompt, where there are few; None leaves it to the grid."""
-    return len(named) if named is not None and 1 < len(named) <= 16 else None

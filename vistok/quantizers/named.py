@@ -27,7 +27,7 @@ def build_quantizer(config: Mapping[str, Any], dim: int) -> nn.Module:
     """
     arguments = dict(config)
     name = arguments.pop("name", None)
-    if name not in QUANTIZERS:
+    if not isinstance(name, str) or name not in QUANTIZERS:
         near = nearest(str(name), tuple(QUANTIZERS))
         hint = f"; did you mean {near!r}?" if near else ""
         raise ValueError(f"quantizer.name: unknown {name!r}{hint} Known: {', '.join(QUANTIZERS)}.")

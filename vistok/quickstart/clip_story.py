@@ -24,15 +24,16 @@ from vistok.train.monitor import read_metrics
 from vistok.types import TokenSpec
 from vistok.utils.report import (
     Animation,
+    Chart,
+    Charts,
     Commands,
     Facts,
-    Panel,
+    Line,
     Paragraph,
     Picture,
     Score,
     ScoreTable,
     Section,
-    draw_curves,
     write_report,
 )
 
@@ -52,7 +53,6 @@ class ClipPictures:
         reconstructions: held-out clips over their reconstructions.
         frames: the first sample of each class, its frames in a row.
         prediction_frames: of three held-out clips the frames, and below them those predicted.
-        curves: of all trainings.
     """
 
     samples: np.ndarray
@@ -61,7 +61,6 @@ class ClipPictures:
     reconstructions: np.ndarray
     frames: Image.Image
     prediction_frames: Image.Image
-    curves: Image.Image
 
     def save(self, folder: Path) -> None:
         """Write each movie as MP4 and GIF, each picture as PNG."""
@@ -81,13 +80,11 @@ def draw(
     *,
     tokenizer: Tokenizer,
     given: int,
-    runs: Sequence[Path],
 ) -> ClipPictures:
     """Draw everything. Nothing is picked: the first clips of each class, and evenly spread held-out clips.
 
     Args:
         predicted: what became of the clips ``asked`` (N, 1, T, H, W) from their first ``given`` frames.
-        runs: the folders of the trainings of the tokenizer, the generator and the predictor.
     """
     firsts = torch.stack([generated.pixels[generated.labels == label][0] for label in range(CLASSES)])
     columns = torch.cat([generated.pixels[generated.labels == label][:SHOWN] for label in range(CLASSES)])
@@ -101,7 +98,6 @@ def draw(
         reconstructions=_rows(real, reconstruct(tokenizer, real)),
         frames=contact_sheet(to_frames(firsts), real.shape[2]),
         prediction_frames=contact_sheet([clip for pair in zip(*pairs) for clip in pair], real.shape[2]),
-        curves=draw_curves(_panels([read_metrics(run / "metrics.jsonl") for run in runs])),
     )
 
 
@@ -110,14 +106,20 @@ def _rows(*clips: Tensor) -> np.ndarray:
     return side_by_side(np.concatenate([to_frames(batch) for batch in clips]), len(clips[0]))
 
 
-def _panels(rows: Sequence[list[dict]]) -> list[Panel]:
-    tokenizer, *generators = rows
-    panels = [
-        Panel.of(tokenizer, "psnr", "Tokenizer: PSNR in dB"),
-        Panel.of(tokenizer, "codebook_usage", "Tokenizer: share of codes used"),
-        *(Panel.of(one, "loss", f"{name}: nats per token") for name, one in zip(("Classes", "Frames"), generators)),
+def curves(runs: Sequence[Path]) -> Charts:
+    """Of the runs of the tokenizer, the generator and the predictor."""
+    tokenizer, generator, predictor = (read_metrics(run / "metrics.jsonl") for run in runs)
+    named = [
+        ("Tokenizer: PSNR in dB", tokenizer, "psnr"),
+        ("Generator: nats per token", generator, "loss"),
+        ("Predictor: nats per token", predictor, "loss"),
     ]
-    return [panel for panel in panels if panel.steps]
+    charts = [Chart(title, [Line.of(rows, name)]) for title, rows, name in named if any(name in row for row in rows)]
+    return Charts(
+        charts,
+        "From metrics.jsonl of the runs, which have a report.html each. TensorBoard shows all of it: tensorboard "
+        "--logdir with this folder.",
+    )
 
 
 def score_lines(scores: ClipScores, seconds: float, system: System, *, spec: TokenSpec, num_frames: int) -> list[Score]:
@@ -192,6 +194,7 @@ def write_story(
     pictures: ClipPictures,
     lines: list[Score],
     *,
+    curves: Charts,
     system: System,
     tokenizer: Tokenizer,
     protocol: Mapping[str, Any],
@@ -216,7 +219,7 @@ def write_story(
             Section(f"What follows {protocol['given_frames']} frames?", _predictions(pictures, scale, protocol)),
             Section("New, or copied?", [Paragraph(COPIED), _nearest(pictures, scale)]),
             Section(f"What {count} keep of a clip", [_reconstructions(pictures, scale)]),
-            Section("Training curves", [_curves(pictures)]),
+            Section("Training curves", [curves]),
             Section("Go on", [Commands(_next_commands(path.parent, protocol["given_frames"]))]),
             Section("Where these numbers come from", [Facts(_facts(protocol))]),
         ],
@@ -278,15 +281,6 @@ def _reconstructions(pictures: ClipPictures, scale: float) -> Animation:
         "Above: held-out clips. Below: what the tokenizer makes of their tokens.",
         "Real clips over their reconstructions",
         scale,
-    )
-
-
-def _curves(pictures: ClipPictures) -> Picture:
-    return Picture(
-        pictures.curves,
-        "From metrics.jsonl of the runs. TensorBoard shows all of it: tensorboard --logdir with this folder.",
-        "Training curves of the tokenizer and of the generators",
-        scale=0.5,
     )
 
 

@@ -15,7 +15,7 @@ from vistok.quickstart.clip_scores import (
     load_clips,
     score_clips,
 )
-from vistok.quickstart.clip_story import draw, score_lines, write_story
+from vistok.quickstart.clip_story import curves, draw, score_lines, write_story
 from vistok.quickstart.console import Stages
 from vistok.quickstart.scores import CLASSES
 from vistok.utils.report import Score
@@ -50,8 +50,7 @@ def present(chain: Chain, stages: Stages) -> tuple[ClipScores, dict[str, Any], l
     )
 
     stages.begin("report", "clips that play, pictures and curves")
-    runs = [chain.out / name for name in ("tokenizer", "generator", "predictor")]
-    pictures = draw(generated, predicted, asked.pixels, train, tokenizer=pipe.tokenizer, given=given, runs=runs)
+    pictures = draw(generated, predicted, asked.pixels, train, tokenizer=pipe.tokenizer, given=given)
     pictures.save(chain.out)
     length = pipe.tokenizer.input_shape[1]
     protocol = {
@@ -69,7 +68,15 @@ def present(chain: Chain, stages: Stages) -> tuple[ClipScores, dict[str, Any], l
     }
     spec = pipe.tokenizer.spec
     lines = score_lines(scores, chain.seconds, chain.system, spec=spec, num_frames=length)
-    write_story(chain.report, pictures, lines, system=chain.system, tokenizer=pipe.tokenizer, protocol=protocol)
+    write_story(
+        chain.report,
+        pictures,
+        lines,
+        curves=curves([chain.out / name for name in ("tokenizer", "generator", "predictor")]),
+        system=chain.system,
+        tokenizer=pipe.tokenizer,
+        protocol=protocol,
+    )
     return scores, protocol, lines
 
 

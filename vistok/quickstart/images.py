@@ -10,7 +10,7 @@ from vistok.data.captions import spell_digit
 from vistok.quickstart.chain import Chain
 from vistok.quickstart.console import Stages
 from vistok.quickstart.scores import CLASSES, COPIES, Digits, Scores, equal_counts, fit_classifier, load_digits, score
-from vistok.quickstart.story import draw, score_lines, write_story
+from vistok.quickstart.story import curves, draw, score_lines, write_story
 from vistok.utils.report import Score
 
 
@@ -38,8 +38,7 @@ def present(chain: Chain, stages: Stages) -> tuple[Scores, dict[str, Any], list[
     )
 
     stages.begin("report", "pictures and curves")
-    runs = (chain.out / "tokenizer", chain.out / "generator")
-    pictures = draw(generated, real, held_out, tokenizer=pipe.tokenizer, runs=runs)
+    pictures = draw(generated, real, held_out, tokenizer=pipe.tokenizer)
     pictures.save(chain.out)
     protocol = {
         "data": "scikit-learn's digits, 8x8 resized to 32x32; the last fifth of each class is held out",
@@ -53,5 +52,13 @@ def present(chain: Chain, stages: Stages) -> tuple[Scores, dict[str, Any], list[
     }
     spec = pipe.tokenizer.spec
     lines = score_lines(scores, chain.seconds, chain.system, spec=spec)
-    write_story(chain.report, pictures, lines, system=chain.system, spec=spec, protocol=protocol)
+    write_story(
+        chain.report,
+        pictures,
+        lines,
+        curves=curves((chain.out / "tokenizer", chain.out / "generator"), spec),
+        system=chain.system,
+        spec=spec,
+        protocol=protocol,
+    )
     return scores, protocol, lines

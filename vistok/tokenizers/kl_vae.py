@@ -62,6 +62,9 @@ class KLVAE(Tokenizer):
             there is not, or statistics for another number of channels.
     """
 
+    mean: Tensor
+    scale: Tensor
+
     registry_name = "kl_vae"
     tiny = {
         "image_size": 16,

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar, Literal
 
 from vistok.checkpoints import registry
-from vistok.config import ConfigError, KeysOf, check, check_least
+from vistok.checkpoints.bounds import bounded
+from vistok.config import ConfigError, KeysOf, annotations, check, check_least
 from vistok.data.config import DataConfig
+from vistok.train.curves import curve_file
 
 log = logging.getLogger(__name__)
 
@@ -237,6 +239,14 @@ class InitFrom:
     strict: bool = True
 
 
+def _model_keys(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The types of the keys of a ``model`` section; a name that is none is told later."""
+    try:
+        return {"name": str, **annotations(registry.entry(section.get("name", "")).load())}
+    except registry.UnknownModelError:
+        return {"name": str}
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """A whole training run, as its YAML has it. Each task adds sections of its own.
@@ -251,6 +261,8 @@ class RunConfig:
         init_from: weights that training starts from: a folder, an ``InitFrom``, or several, of which later ones win.
         freeze: patterns of names of parameters that are not trained; modules that have no others stay in evaluation
             mode.
+        curve: what report.html draws the run's curves over: a shipped reference curve (``vistok/train/curves``), or
+            the metrics.jsonl of another run.
     """
 
     needed: ClassVar[Literal["data", "tokens"]]
@@ -260,7 +272,7 @@ class RunConfig:
 
     task: str
     output_dir: str
-    model: dict[str, Any]
+    model: Annotated[dict[str, Any], KeysOf(_model_keys)]
     training: TrainingConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     lr_scheduler: SchedulerConfig = SchedulerConfig()
@@ -269,6 +281,7 @@ class RunConfig:
     seed: int = 0
     init_from: str | InitFrom | tuple[str | InitFrom, ...] | None = None
     freeze: tuple[str, ...] = ()
+    curve: str | None = None
 
     @staticmethod
     def parse(values: Mapping[str, Any]) -> RunConfig:
@@ -297,6 +310,8 @@ class RunConfig:
         """Raise ConfigError where sections do not go together."""
         if not getattr(self, self.needed):
             raise ConfigError(f"task {self.task} needs {self.needed!r}; for example {EXAMPLES[self.needed]}")
+        if self.curve is not None:
+            curve_file(self.curve)
         if self.validation is not None:
             self.validation.check(self.needed)
         elif (self.training.best_metric or "").startswith("val_"):
@@ -331,7 +346,8 @@ class RunConfig:
                 raise ConfigError(f"model.{key} is {given[key]!r}, but the data say {value!r}; leave the key out")
         arguments = check(model_class, given, "model")
         try:
-            return model_class(**arguments)
+            with bounded(arguments):
+                return model_class(**arguments)
         except (TypeError, LookupError, ArithmeticError, AssertionError, RuntimeError, MemoryError) as error:
             # What sizes that no model has do to torch, such as a negative one.
             raise ConfigError(f"model: no {self.model['name']} can be built of these arguments: {error}") from error

@@ -76,6 +76,11 @@ class Player:
     def lr(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
+    @property
+    def scales_loss(self) -> bool:
+        """Whether its loss is scaled, for gradients in fp16."""
+        return self.scaler is not None
+
     def begin(self, step: int) -> None:
         """Learning rates and weight decays become those of ``step``."""
         for group in self.optimizer.param_groups:

@@ -74,7 +74,7 @@ def preview(config: Mapping[str, Any]) -> Preview:
         samples_per_epoch=samples,
         units_per_epoch=samples * task.count(batch) // len(batch.indices),
         unit=task.unit.removesuffix("_per_second"),
-        held_out=len(task.held_out.reader) if task.held_out is not None else 0,
+        held_out=len(task.held_out.reader),
         batch_size=batch_size,
         steps=steps,
         epochs=steps * batch_size / samples,

@@ -72,6 +72,8 @@ class SplitLinear(nn.Module):
 class JoinedMLP(nn.Module):
     """A gated feed-forward (..., D) -> (..., D) that multiplies once for gate and up, without dropout."""
 
+    weight: Tensor
+
     def __init__(self, mlp: GatedMLP, down: nn.Module):
         super().__init__()
         self.down, self.activation = down, mlp.activation

@@ -114,6 +114,8 @@ class MAR(ContinuousGenerator):
         ValueError: discrete tokens, or a patch that does not divide their grid.
     """
 
+    members: Tensor
+
     registry_name = "mar"
     tiny = {
         "spec": TokenSpec(16, None, dim=4, grid=(4, 4)),

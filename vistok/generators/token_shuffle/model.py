@@ -121,6 +121,8 @@ class TokenShuffle(AutoregressiveGenerator):
         ValueError: tokens without ids, a grid that windows do not divide, or a width that s^2 does not divide.
     """
 
+    members: Tensor
+
     registry_name = "token_shuffle"
     options_type = TokenShuffleOptions
     sizes = SIZES

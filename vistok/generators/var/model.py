@@ -81,6 +81,8 @@ class VAR(AutoregressiveGenerator):
         ValueError: a spec without ids or scales, or scales to begin with that there are not.
     """
 
+    scales: Tensor
+
     registry_name = "var"
     options_type = VAROptions
     needs_tokenizer = True

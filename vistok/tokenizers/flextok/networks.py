@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from vistok.checkpoints import load_strictly
 from vistok.flow import FlowState, LinearPath, euler, guided
-from vistok.guidance import APG, PLAIN, Scale, at_time, classifier_free
+from vistok.flow.solvers import VelocityField
+from vistok.guidance import APG, PLAIN, Guidance, Scale, at_time, classifier_free
 from vistok.nn.alignment import AlignmentConfig, AlignmentHead
 from vistok.nn.attention import Attention
 from vistok.nn.masks import prefix_causal_mask
@@ -301,13 +302,22 @@ def denoise(
     scale = at_time(guidance_scale) if callable(guidance_scale) else guidance_scale
     rows = classifier_free(scale, combination=combination)
     null = torch.cat([torch.full_like(lengths, bool(parts), dtype=torch.bool) for parts in rows.rows])
-    condition = decoder.condition(rows.repeat(codes), rows.repeat(lengths), null)
+    registers = decoder.condition(rows.repeat(codes), rows.repeat(lengths), null)
+    return euler(velocity_field(decoder, registers, rows), noise.float(), PATH.times(num_steps))
+
+
+def velocity_field(decoder: FlowDecoder, registers: Tensor, guidance: Guidance) -> VelocityField:
+    """The field of one trajectory.
+
+    Args:
+        registers: (R * B, N, D) from ``FlowDecoder.condition``, row by row of the guidance.
+    """
 
     def velocity(x: Tensor, t: float) -> Tensor:
         time = torch.full((1,), t, device=x.device)
-        return decoder(x.to(condition.dtype), time, condition).velocity.float()
+        return decoder(x.to(registers.dtype), time, registers).velocity.float()
 
-    return euler(guided(velocity, rows), noise.float(), PATH.times(num_steps))
+    return guided(velocity, guidance)
 
 
 def _initialise(model: nn.Module, *, zero: list[nn.Linear], normal: list[nn.Parameter]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vistok.config import ConfigError, check
-from vistok.data.loader import Loader
+from vistok.data.loader import Loader, no_samples
+from vistok.data.overlap import shared_tokens
 from vistok.data.pictures import grid
 from vistok.data.tokens import TokenBatch, TokenCache, TokenMixture, token_evaluation_loader, token_loader
 from vistok.draws import Draws, Keys, draws_on
@@ -25,6 +27,8 @@ from vistok.tokenizers.base import Tokenizer
 from vistok.train.config import MODEL, RunConfig
 from vistok.train.tasks.base import Learner, Task, Turn
 from vistok.types import Clock, Condition, ConditionSpec, GeneratorOutput, TokenSpec, to_json
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -133,11 +137,11 @@ class GeneratorTask(Task):
     def pipeline(self, model: Generator) -> Pipeline:
         return Pipeline(self.tokenizer, model, class_names=self.classes, sampling=self.config.sampling)
 
-    def picture(self, model: Generator) -> Image.Image | None:
+    def pictures(self, model: Generator) -> list[Image.Image]:
         """Samples, one row per class of the first eight, or per sample of the cache whose condition it has: eight
         images, or the frames of a clip. None if the tokenizer renders none."""
         if not self.tokenizer.renders:
-            return None
+            return []
         rows, columns = min(len(self.classes), 8) or 4, 1 if len(self.tokenizer.input_shape) == 4 else 8
         reader = self.loader.reader
         if reader.parts == ("labels",):
@@ -154,15 +158,18 @@ class GeneratorTask(Task):
         finally:
             if TOKENIZER not in self.frozen():
                 self.tokenizer.to("cpu")  # training needs the memory
-        return grid(images, columns=columns)
+        return [grid(images, columns=columns)]
 
-    def export(self, folder: Path, model: Generator) -> None:
-        model.save_pretrained(folder / GENERATOR)
+    def accompany(self, folder: Path) -> None:
         if not (folder / TOKENIZER).exists():
             self.tokenizer.save_pretrained(folder / TOKENIZER)
         if not (folder / TEXT).exists():
             copy_encoders(self.cache_folder / TEXT, folder / TEXT, self.loader.reader.parts)
         write_settings(folder, class_names=self.classes, sampling=self.config.sampling)
+
+    def export(self, folder: Path, model: Generator) -> None:
+        model.save_pretrained(folder / GENERATOR)
+        self.accompany(folder)
 
 
 def _chosen_parts(cache: TokenMixture, chosen: Sequence[str] | None) -> ConditionSpec:
@@ -177,9 +184,9 @@ def _chosen_parts(cache: TokenMixture, chosen: Sequence[str] | None) -> Conditio
     return cache.condition_spec.only(parts)
 
 
-def _held_out_tokens(config: GeneratorRun, trained: TokenMixture, parts: Sequence[str]) -> Loader[TokenBatch] | None:
+def _held_out_tokens(config: GeneratorRun, trained: TokenMixture, parts: Sequence[str]) -> Loader[TokenBatch]:
     if config.validation is None:
-        return None
+        return no_samples()
     cache = TokenCache(config.validation.tokens)
     cache.check_tokenizer(trained.tokenizer_hash)
     if cache.classes != trained.classes:
@@ -194,11 +201,14 @@ def _held_out_tokens(config: GeneratorRun, trained: TokenMixture, parts: Sequenc
             f"validation.tokens: {cache.folder} is not conditioned as {trained.folder} is: by other parts, or by texts "
             "of another encoder"
         )
-    if any(_of_the_same_images(cache, other) for other in trained.caches):
+    shared = shared_tokens(trained.caches, cache)
+    if shared.is_whole or any(_of_the_same_images(cache, other) for other in trained.caches):
         raise ConfigError(
             f"validation.tokens: {cache.folder} holds the images that the run trains on; make a cache of others: "
             "vistok tokenize … data.split=test"
         )
+    if shared.found:
+        log.warning("%s", shared)
     return token_evaluation_loader(cache, config.training.batch_size, seed=config.seed, parts=parts)
 
 

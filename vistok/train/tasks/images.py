@@ -12,21 +12,21 @@ from torch import Tensor
 from vistok.config import ConfigError, check
 from vistok.data.batches import ImageBatch
 from vistok.data.config import DataConfig
-from vistok.data.loader import Loader, Source, batch_reader, check_failures, evaluation_loader
+from vistok.data.loader import Loader, Source, batch_reader, check_failures, evaluation_loader, no_samples
 from vistok.data.opening import open_source
 from vistok.data.overlap import shared_images
 
 log = logging.getLogger(__name__)
 
 
-def held_out_images(trained: DataConfig, trained_source: Source, changes: dict | None) -> Loader[ImageBatch] | None:
-    """The images whose config is that of the trained ones with ``changes``; None if there are none to be.
+def held_out_images(trained: DataConfig, trained_source: Source, changes: dict | None) -> Loader[ImageBatch]:
+    """The images whose config is that of the trained ones with ``changes``; none without changes.
 
     Raises:
         ConfigError: they are the trained ones, or of another shape.
     """
     if changes is None:
-        return None
+        return no_samples()
     values = check(DataConfig, asdict(trained) | changes, "validation.data")
     try:
         data = DataConfig(**values)
@@ -41,7 +41,7 @@ def held_out_images(trained: DataConfig, trained_source: Source, changes: dict |
     if all(getattr(data, key) == getattr(trained, key) for key in ("source", "root", "name", "split")):
         raise ConfigError("validation.data names the images that the run trains on; name others: split=test, or a root")
     shared = shared_images(trained_source, source)
-    if shared.found == shared.looked_at:
+    if shared.is_whole:
         raise ConfigError(
             "validation.data names the images that the run trains on, by another name or in a copy "
             f"(such as {shared.example}); name others: split=test, or a root"

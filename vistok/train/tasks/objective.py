@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vistok.config import ConfigError, build, check, nearest
 from vistok.draws import Draws, Keys
+from vistok.losses import EncoderConfig
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.tasks.teachers import (
     AlignmentTerm,
@@ -31,7 +32,14 @@ from vistok.train.tasks.terms import (
 )
 from vistok.types import MAIN, Clock, TokenizerOutput
 
-SETTINGS = ("gan", "reconstructions", "lpips_weights", "lpips_weighting", "repa_encoder")
+SETTING_TYPES = {
+    "reconstructions": dict[str, dict[str, Any]],
+    "lpips_weights": str | None,
+    "lpips_weighting": str,
+    "repa_encoder": EncoderConfig,
+}
+"""Keys of the losses section that are no terms, but for ``gan``."""
+SETTINGS = ("gan", *SETTING_TYPES)
 
 
 TERMS: dict[str, type[Term]] = {

@@ -18,9 +18,10 @@ from vistok.losses import (
     contrastive_loss,
 )
 from vistok.nn.alignment import AlignmentHead
+from vistok.nn.frozen import Frozen
 from vistok.pipelines.folders import load_tokenizer
 from vistok.tokenizers.base import Tokenizer
-from vistok.train.tasks.terms import Frozen, PixelTerm, Term, TermConfig
+from vistok.train.tasks.terms import PixelTerm, Term, TermConfig
 from vistok.types import Clock, TokenizerOutput
 
 ENCODER = EncoderConfig()

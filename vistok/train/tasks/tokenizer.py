@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from PIL import Image
 from torch import Tensor, nn
 
-from vistok.config import ConfigError, build
+from vistok.config import ConfigError, KeysOf, build
 from vistok.data.batches import ImageBatch
 from vistok.data.config import DataConfig
 from vistok.data.loader import training_loader
@@ -26,13 +26,18 @@ from vistok.train.monitor import CodebookMonitor, CodebookWatch
 from vistok.train.tasks.adversary import Adversary, GanConfig
 from vistok.train.tasks.base import Learner, Task, Turn
 from vistok.train.tasks.images import example_images, held_out_images, psnr
-from vistok.train.tasks.objective import TokenizerObjective
+from vistok.train.tasks.objective import SETTING_TYPES, TERMS, TokenizerObjective
 from vistok.train.tasks.perturbation import LatentPerturbation, PerturbationConfig
 from vistok.types import Clock, TokenizerOutput
 
 ADVERSARY = "adversary"
 STANDARDISED_ON = 256
 """Images that the mean and the scale of continuous latents are measured on."""
+
+
+def loss_keys(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The types of the keys of a ``losses`` section, but for the tokenizer's own terms, which are numbers."""
+    return {"gan": GanConfig, **SETTING_TYPES} | {name: kind.config_type for name, kind in TERMS.items()}
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class TokenizerRun(RunConfig):
     needed = "data"
     kind = "tokenizer"
 
-    losses: dict[str, Any] = field(default_factory=dict)
+    losses: Annotated[dict[str, Any], KeysOf(loss_keys)] = field(default_factory=dict)
     data: DataConfig | None = None
     perturbation: PerturbationConfig | None = None
 
@@ -103,7 +108,7 @@ class TokenizerTask(Task):
         perturbation = LatentPerturbation(config.perturbation, model) if config.perturbation else None
         self.learner = TokenizerLearner(model, TokenizerObjective(model, config.losses), perturbation)
         self.gan = gan_config(model, config.losses)
-        self.adversary = Adversary(self.gan, model.input_shape) if self.gan else None
+        self.adversary = Adversary(self.gan, model.input_shape, model.native_range) if self.gan else None
         self.loader = training_loader(source, config.data, rank=rank, world_size=world_size)
         self.held_out = held_out_images(config.data, source, config.validation and config.validation.data)
         self.codebook = CodebookMonitor(model.spec.codebook_size, _codebook_watch(model, config, world_size))
@@ -121,7 +126,7 @@ class TokenizerTask(Task):
         return self.config.player(name, **own)
 
     def frozen(self) -> dict[str, nn.Module]:
-        return self.learner.objective.frozen()
+        return self.learner.objective.frozen() | (self.adversary.frozen() if self.adversary is not None else {})
 
     @property
     def complete_from(self) -> int:
@@ -207,12 +212,15 @@ class TokenizerTask(Task):
     def show(self, batch: ImageBatch) -> Tensor:
         return batch.pixels
 
-    def picture(self, model: Tokenizer) -> Image.Image:
+    def examples(self, count: int) -> Tensor:
+        return example_images(self._source, self.config.data, count)
+
+    def pictures(self, model: Tokenizer) -> list[Image.Image]:
         """Originals over reconstructions; the originals alone of a tokenizer that renders none."""
         if not model.renders:
-            return overview(self._examples)
+            return [overview(self._examples)]
         examples = self._examples.to(next(model.parameters()).device)
-        return compared(examples, model.reconstruct(examples))
+        return [compared(examples, model.reconstruct(examples))]
 
     def export(self, folder: Path, model: Tokenizer) -> None:
         if not model.spec.discrete:
