@@ -310,7 +310,7 @@ def _numbers(text: str) -> list[float]:
 def _print_scores(result: dict[str, Any]) -> None:
     images, reference = result["images"], result["reference"]
     count = "an unknown number of" if images["count"] is None else f"{images['count']:,}"
-    what = "clips" if "video_protocol" in result or "network" in result else "images"
+    what = "clips" if "video_protocol" in result else "images"
     output.print(f"{count} {what} ({escape(images['source'])}) against {escape(reference['source'])}")
     table = Table("score", "value", title=f"protocol: {result['protocol']}", title_justify="left", box=SIMPLE)
     for name, value in result["scores"].items():
@@ -324,7 +324,7 @@ def _print_sweep(result: dict[str, Any]) -> None:
 
     runs = result["runs"]
     count, reference = runs[0]["images"]["count"], runs[0]["reference"]["source"]
-    what = "clips" if "network" in runs[0] else "images"
+    what = "clips" if "video_protocol" in runs[0] else "images"
     output.print(f"{count:,} {what} per setting against {escape(reference)}, protocol {result['protocol']}")
     rows, best = score_rows(runs), best_run(runs)
     table = Table(*rows[0], *([""] if best is not None else []), box=SIMPLE)

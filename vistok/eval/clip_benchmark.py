@@ -325,6 +325,7 @@ def _score(
         "images": score["generated"] | {"distinct": samples.distinct, "fingerprint": samples.fingerprint},
         "reference": score["real"],
         "network": score["network"],
+        "video_protocol": score["protocol"],
         "left_out": left_out,
         "warnings": distance_notes(rules, ours.count, theirs.count, left_out),
         "libraries": library_versions(),
