@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vistok.data.pictures import grid, save_png, to_pil
+from vistok.data.movies import overview
+from vistok.data.pictures import save_png
 from vistok.train.config import MODEL, RunConfig
 from vistok.train.loop import prepare
 from vistok.train.parallel import checkpoint_activations, wants_fsdp2
@@ -62,7 +63,7 @@ def preview(config: Mapping[str, Any]) -> Preview:
     batch = next(iter(task.loader))
     picture = Path(f"{run.output_dir}.first-batch.png")
     if accelerator.is_main_process:
-        save_png(grid(to_pil(task.show(_first(batch, SHOWN)))), picture)
+        save_png(overview(task.show(_first(batch, SHOWN))), picture)
     steps = run.training.max_steps
     batch_size = len(batch.indices) * accelerator.num_processes * run.training.gradient_accumulation_steps
     samples = len(task.loader.reader)

@@ -160,11 +160,11 @@ class GeneratorTask(Task):
         return Pipeline(self.tokenizer, model, class_names=self.classes, sampling=self.config.sampling)
 
     def pictures(self, model: Generator) -> list[Image.Image]:
-        """Samples, one row per class of the first eight, or per sample of the cache whose condition it has; none if
-        the tokenizer renders none."""
+        """Samples, one row per class of the first eight, or per sample of the cache whose condition it has: eight
+        images, or the frames of a clip. None if the tokenizer renders none."""
         if not self.tokenizer.renders:
             return []
-        rows, columns = min(len(self.classes), 8) or 4, 8
+        rows, columns = min(len(self.classes), 8) or 4, 1 if len(self.tokenizer.input_shape) == 4 else 8
         reader = self.loader.reader
         if reader.parts == ("labels",):
             what = {"class_labels": range(rows), "num_images_per_label": columns}
