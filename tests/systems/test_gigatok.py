@@ -126,7 +126,7 @@ def test_oblong_images():
         ({"num_tokens": 64}, r"64 pooled queries need a map .* it is 4 x 4"),
         ({"query_init": "first"}, r"'pooled' or 'mean', got 'first'"),
         ({"encoder_size": {"dim": 16, "num_layers": 1, "num_heads": 3}}, r"width of 16 cannot be split into 3 heads"),
-        ({"alignment": {"layer": 3}}, r"alignment\.layer is 3, but the decoder has the layers 1\.\.2"),
+        ({"alignment": {"layer": 3}}, r"alignment\.layer must lie in 1\.\.2, got 3"),
         ({"encoder_channel_mult": (1, 2)}, r"the encoder has 2 levels and the decoder 3"),
         ({"upsample": "bilinear"}, r"upsample must be one of .*'bilinear'"),
         ({"quantizer_gradient": "straight"}, r"gradient must be one of .*'straight'"),

@@ -6,7 +6,7 @@ import errno
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
@@ -102,7 +102,7 @@ def root(version: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "quickstart": quickstart,
     "train": train,
     "report": report,

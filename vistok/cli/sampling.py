@@ -115,8 +115,8 @@ def reconstruct(
             output.print(f"{escape(str(image))}  PSNR {scores}")
         output.print(f"Originals and their reconstructions are in {escape(str(out))}")
         return
-    for image, decibels in zip(images, reconstruct_files(tokenizer, images, out), strict=True):
-        output.print(f"{escape(str(image))}  PSNR {decibels:.2f} dB")
+    for image, value in zip(images, reconstruct_files(tokenizer, images, out), strict=True):
+        output.print(f"{escape(str(image))}  PSNR {value:.2f} dB")
     output.print(f"Originals over reconstructions are in {escape(str(out))}")
 
 

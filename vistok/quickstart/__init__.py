@@ -48,8 +48,8 @@ def quickstart(
         ConfigError: a change in ``recipe`` that does not fit the configs.
     """
     begin = time.monotonic()
-    recipe = replace(recipe, system=recipe.system or next(iter(systems())))
-    system = find_system(recipe.system)
+    name = recipe.system or next(iter(systems()))
+    recipe, system = replace(recipe, system=name), find_system(name)
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists already and is not empty; remove it, or choose another folder with --out")
@@ -98,7 +98,7 @@ def _train(out: Path, recipe: Recipe, system: System, stages: Stages, begin: flo
 
 def _config(stage: Stage, out: Path, recipe: Recipe, overrides: Sequence[str]) -> dict[str, Any]:
     """The config of a stage, with everything it reads and writes inside ``out``."""
-    config = load_config(config_file(recipe.system, stage), overrides)
+    config = load_config(config_file(str(recipe.system), stage), overrides)
     config |= {"output_dir": str(out / stage), "seed": recipe.seed}
     if stage == "tokenizer":
         config["data"] = {**config["data"], "seed": recipe.seed}

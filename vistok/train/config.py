@@ -362,7 +362,7 @@ class RunConfig:
         base = {key: getattr(self.optimizer, key) for key in (f.name for f in fields(self.optimizer))}
         if name != MODEL:  # whose parameters these patterns name
             base |= {"groups": (), "no_decay": ()}
-        sections = {
+        sections: dict[str, Any] = {
             "optimizer": base | optimizer,
             "lr_scheduler": {f.name: getattr(self.lr_scheduler, f.name) for f in fields(self.lr_scheduler)},
             "max_grad_norm": self.training.max_grad_norm,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import signal
 import time
 import zlib
 from collections import ChainMap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -104,7 +105,8 @@ def prepare(run: RunConfig, folder: Path) -> tuple[Any, Task]:
 
     accelerator = open_accelerator(run, folder)
     set_seed(run.seed)
-    task = task_type(run.task)(run, accelerator.process_index, accelerator.num_processes)
+    make: Callable[[RunConfig, int, int], Task] = task_type(run.task)
+    task = make(run, accelerator.process_index, accelerator.num_processes)
     initialise(task.model, run.sources, run.kind)
     task.learner.freeze(run.freeze)
     return accelerator, task
@@ -123,7 +125,8 @@ class Trainer:
             objective_changes=task.objective_changes,
         )
         self.players = Players(task, self.config, accelerator)
-        self.step, self.row, self.meter, self.trail = 0, None, Meter(), Trail()
+        self.step, self.meter, self.trail = 0, Meter(), Trail()
+        self.row: dict[str, float] = {}  # the last of the log
 
     def resume(self, config: Mapping[str, Any]) -> None:
         """Go to the newest checkpoint; where there is none yet, stay at the beginning.
@@ -199,10 +202,11 @@ class Trainer:
                 if saving or stopped:
                     self.save(validated=bool(held_out))
                 if stopped:
+                    number = stop.signal or signal.SIGTERM  # which another process has got
                     raise TrainingInterrupted(
-                        f"stopped by {stop.signal.name} after step {self.step}; go on with --resume, from "
+                        f"stopped by {number.name} after step {self.step}; go on with --resume, from "
                         f"{self.checkpoints.path(self.step)}",
-                        stop.signal,
+                        number,
                     )
                 begin += time.monotonic() - pause  # pictures and checkpoints are not training time
         self._name_unreadable()
@@ -236,7 +240,8 @@ class Trainer:
 
     def optimise(self, batches: Iterator[Any]) -> int:
         """One optimisation step; returns how many units of data it saw, on all processes."""
-        parts, units, moving = self.config.gradient_accumulation_steps, 0, {}
+        parts, units = self.config.gradient_accumulation_steps, 0
+        moving: dict[str, None] = {}
         clock = Clock(self.step, self.config.max_steps)
         self.players.begin(self.step)
         for part in range(parts):
@@ -329,7 +334,7 @@ class Trainer:
         found: list[dict[str, float] | TooManyUnreadableError] = [{}]
         clock = Clock(self.step, self.config.max_steps)
         with self.players.best() as learner:
-            if self.accelerator.is_main_process:
+            if learner is not None and self.accelerator.is_main_process:
                 home = next(learner.parameters()).device  # the whole copy of a sharded model lives on the CPU
                 learner.to(self.accelerator.device)
                 try:
@@ -348,7 +353,7 @@ class Trainer:
 
     def _picture(self) -> None:
         with self.players.best() as learner:
-            if self.accelerator.is_main_process:
+            if learner is not None and self.accelerator.is_main_process:
                 for picture in self.task.pictures(learner.model):
                     with self.checkpoints.disk_errors("a picture"):
                         save_png(picture, self.folder / "images" / f"step-{self.step:07d}.png")
@@ -371,10 +376,10 @@ class Trainer:
     def export(self) -> None:
         """Write what users load."""
         with self.players.best() as learner:
-            if self.accelerator.is_main_process:
+            if learner is not None and self.accelerator.is_main_process:
                 with self.checkpoints.disk_errors("the trained model"):
                     self.task.export(self.folder, learner.model)
-                    if "val_loss" in (self.row or {}) and self.checkpoints.is_best(self.step):
+                    if "val_loss" in self.row and self.checkpoints.is_best(self.step):
                         self.task.export(self.folder / BEST_MODEL, learner.model)
 
     def save(self, *, validated: bool) -> None:

@@ -117,6 +117,8 @@ def draw_ids(logits: Tensor, uniforms: Tensor | None, options: DecodingOptions) 
     (...) int64. Of logits that are not finite the ids mean nothing, but are ids."""
     if options.temperature == 0:
         return logits.argmax(-1)
+    if uniforms is None:
+        raise ValueError(f"drawing at temperature {options.temperature} needs uniforms")
     logits = filter_logits(logits, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
     ids = inverse_cdf(logits.softmax(-1).flatten(0, -2), uniforms.flatten())
     return ids.clamp_max(logits.shape[-1] - 1).view(logits.shape[:-1])

@@ -152,19 +152,21 @@ class Task(ABC):
     def validate(self, learner: Learner, clock: Clock, stopping: Callable[[], bool]) -> dict[str, float]:
         """Means over the held-out samples, as "val_loss", ...; the draws are those of every time before. Nothing if
         there are none, or if the run is ``stopping`` before all are measured."""
-        device, totals, count = next(learner.parameters()).device, {}, 0
+        device, count = learner.model.device, 0
+        totals: dict[str, Tensor] = {}
         self.held_out.epoch = 0  # of a token cache with several views, the same ones
         for number, batch in enumerate(self.held_out):
             if stopping():
                 return {}
             batch = on_device(batch, device)
             for name, value in self._held_out_terms(learner, batch, clock, number).items():
-                totals[name] = totals.get(name, 0) + value.float() * len(batch.indices)
+                value = value.float() * len(batch.indices)
+                totals[name] = totals[name] + value if name in totals else value
             count += len(batch.indices)
         return {f"val_{name}": (total / count).item() for name, total in totals.items()}
 
     @abstractmethod
-    def _held_out_terms(self, learner: Learner, batch: Any, clock: Clock, number: int) -> dict[str, Tensor]:
+    def _held_out_terms(self, learner: Any, batch: Any, clock: Clock, number: int) -> dict[str, Tensor]:
         """Means over one batch, "loss" among them; it is batch ``number`` of the held-out ones."""
 
     def dead_worker(self) -> str | None:
@@ -207,14 +209,14 @@ class Task(ABC):
         raise ValueError("this run trains on tokens, not on images")
 
     @abstractmethod
-    def pictures(self, model: Model) -> list[Image.Image]:
+    def pictures(self, model: Any) -> list[Image.Image]:
         """Pictures of what the model can do now: one, or none where it makes no pixels."""
 
     def accompany(self, folder: Path) -> None:  # noqa: B027 (most models stand alone)
         """Write what goes with the model into the run folder, before it is trained: checkpoints are used with it."""
 
     @abstractmethod
-    def export(self, folder: Path, model: Model) -> None:
+    def export(self, folder: Path, model: Any) -> None:
         """Write what users load into the run folder."""
 
 

@@ -92,7 +92,7 @@ class GeneratorTask(Task):
     unit = "tokens_per_second"
 
     def __init__(self, config: GeneratorRun, rank: int, world_size: int):
-        folders = [config.tokens] if isinstance(config.tokens, str) else config.tokens
+        folders = [config.tokens] if isinstance(config.tokens, str) else config.tokens or ()
         cache = TokenMixture([TokenCache(folder) for folder in folders], config.token_weights)
         self.tokenizer = load_tokenizer(cache.folder)
         cache.check_tokenizer(self.tokenizer.fingerprint())
@@ -109,6 +109,7 @@ class GeneratorTask(Task):
         self.learner = GeneratorLearner(model, objective)
         check(self.model.options_type, config.sampling, "sampling")
         self.cache_folder = cache.folder
+        self.parts = condition.parts
         self.loader = token_loader(
             cache,
             config.training.batch_size,
@@ -118,6 +119,10 @@ class GeneratorTask(Task):
             parts=condition.parts,
         )
         self.held_out = _held_out_tokens(config, cache, condition.parts)
+
+    @property
+    def model(self) -> Generator:
+        return self.learner.model
 
     def frozen(self) -> dict[str, nn.Module]:
         """The tokenizer, where the generator has it in its loop."""
@@ -166,9 +171,10 @@ class GeneratorTask(Task):
             return []
         rows, columns = min(len(self.classes), 8) or 4, 1 if len(self.tokenizer.input_shape) == 4 else 8
         reader = self.loader.reader
-        if reader.parts == ("labels",):
+        what: dict[str, Any]
+        if self.parts == ("labels",):
             what = {"class_labels": range(rows), "num_images_per_label": columns}
-        elif reader.parts:
+        elif self.parts:
             shown = np.arange(rows) * len(reader) // rows
             what = {"condition": reader.load(shown, 0)[0].condition, "num_images_per_label": columns}
         else:
@@ -186,7 +192,7 @@ class GeneratorTask(Task):
         if not (folder / TOKENIZER).exists():
             self.tokenizer.save_pretrained(folder / TOKENIZER)
         if not (folder / TEXT).exists():
-            copy_encoders(self.cache_folder / TEXT, folder / TEXT, self.loader.reader.parts)
+            copy_encoders(self.cache_folder / TEXT, folder / TEXT, self.parts)
         write_settings(folder, class_names=self.classes, sampling=self.config.sampling)
 
     def export(self, folder: Path, model: Generator) -> None:
@@ -207,7 +213,7 @@ def _chosen_parts(cache: TokenMixture, chosen: Sequence[str] | None) -> Conditio
 
 
 def _held_out_tokens(config: GeneratorRun, trained: TokenMixture, parts: Sequence[str]) -> Loader[TokenBatch]:
-    if config.validation is None:
+    if config.validation is None or config.validation.tokens is None:
         return no_samples()
     cache = TokenCache(config.validation.tokens)
     cache.check_tokenizer(trained.tokenizer_hash)
