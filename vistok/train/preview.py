@@ -14,8 +14,10 @@ from vistok.data.pictures import grid, save_png, to_pil
 from vistok.train.config import MODEL, RunConfig
 from vistok.train.loop import prepare
 from vistok.train.parallel import checkpoint_activations, wants_fsdp2
+from vistok.train.start import with_model_of_source
 from vistok.train.tasks import Task
 from vistok.types import Clock
+from vistok.utils.paths import expand
 
 SHOWN = 64
 """Samples of the first batch in its picture."""
@@ -56,7 +58,7 @@ def preview(config: Mapping[str, Any]) -> Preview:
     Raises:
         ConfigError: anything wrong with the config.
     """
-    run = RunConfig.parse(config)
+    run = RunConfig.parse(with_model_of_source(expand(config)))
     run.model_entry()
     accelerator, task = prepare(run, Path(run.output_dir))
     batch = next(iter(task.loader))

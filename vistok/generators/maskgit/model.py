@@ -77,6 +77,7 @@ class MaskGIT(Generator):
         self.has_null = condition_dropout > 0 or not num_classes
         self.label_smoothing, self.mask_id = label_smoothing, self.spec.codebook_size
         # Rows of the embedding: the codes, the mask, the classes, the null class.
+        self.class_rows_from = self.spec.codebook_size + 1
         self.network = NETWORKS[network](
             self.spec.codebook_size + 1 + num_classes + 1,
             self.spec.length + 1,
