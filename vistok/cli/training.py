@@ -111,6 +111,7 @@ def _dry_run(config: dict[str, Any]) -> None:
     table.add_row(f"{found.unit} per epoch", f"{found.units_per_epoch:,}")
     if found.held_out:
         table.add_row("held-out samples", f"{found.held_out:,}")
+    table.add_row("operations per step (estimate)", f"{found.operations / 1e12:.3g} TFLOP")
     table.add_row("samples per step", f"{found.batch_size:,}")
     table.add_row("steps", f"{found.steps:,} ({found.epochs:.3g} epochs)")
     print_table(table)

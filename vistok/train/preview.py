@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from vistok.data.pictures import grid, save_png, to_pil
 from vistok.train.config import MODEL, RunConfig
@@ -32,6 +33,8 @@ class Preview:
         memory: bytes per device by purpose. "activations" is an estimate: what the forward pass of two samples keeps
             for its gradient, scaled to the batch, in the precision of this machine's pass; workspace comes on top.
         samples_per_epoch, units_per_epoch: what one epoch holds, in samples and in ``unit`` ("images", "tokens").
+        operations: floating-point operations of a step, over all processes: three times those of the forward pass,
+            counted on two samples.
         held_out: samples to validate on.
         batch_size: samples per optimisation step, over all processes and accumulated batches.
         steps, epochs: the length of the run.
@@ -43,6 +46,7 @@ class Preview:
     samples_per_epoch: int
     units_per_epoch: int
     unit: str
+    operations: int
     held_out: int
     batch_size: int
     steps: int
@@ -69,12 +73,16 @@ def preview(config: Mapping[str, Any]) -> Preview:
     batch_size = len(batch.indices) * accelerator.num_processes * run.training.gradient_accumulation_steps
     samples = len(task.loader.reader)
     shards = accelerator.num_processes if wants_fsdp2(run.training, task) else 1
+    few = _first(batch, 2)
+    with FlopCounterMode(display=False) as counted:
+        kept = memory(task, batch, run, shards)
     return Preview(
         parameters={name: sum(p.numel() for p in trained) for name, trained in _trained(task).items()},
-        memory=memory(task, batch, run, shards),
+        memory=kept,
         samples_per_epoch=samples,
         units_per_epoch=samples * task.count(batch) // len(batch.indices),
         unit=task.unit.removesuffix("_per_second"),
+        operations=3 * counted.get_total_flops() * batch_size // len(few.indices),
         held_out=len(task.held_out.reader) if task.held_out is not None else 0,
         batch_size=batch_size,
         steps=steps,
