@@ -27,6 +27,7 @@ from vistok.tokenizers.gigatok.official import WITHOUT_EFFECT
 from vistok.train import train
 from vistok.train.checkpoints import Checkpoints
 from vistok.train.monitor import read_metrics
+from vistok.train.parallel import repeated_blocks
 from vistok.types import Clock
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -97,6 +98,15 @@ def test_a_model_without_a_head_has_nothing_to_align():
     model = tiny("gigatok", alignment=None)
     assert model.alignment_dim is None
     assert "alignment" not in model(pixels(model)).features
+
+
+@pytest.mark.parametrize("arguments", [{}, PLAIN_2D])
+def test_every_layer_is_a_block_that_can_be_sharded_and_recomputed(arguments):
+    model = tiny("gigatok", **arguments)
+    blocks = repeated_blocks(model)
+    assert all(
+        layer in blocks for part in (model.token_encoder, model.token_decoder) for layer in part.transformer.layers
+    )
 
 
 def test_oblong_images():

@@ -15,8 +15,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vistok.data.batches import Failures, ImageBatch
-from vistok.data.clips import ClipBatches, ClipSource, ClipTransform, InMemoryClips
+from vistok.data.clip_sources import ClipSource, InMemoryClips
+from vistok.data.clips import ClipBatches, ClipTransform
 from vistok.data.config import DataConfig
+from vistok.data.decoded_clips import DecodedClips
 from vistok.data.image_batches import ImageBatches, InMemory
 from vistok.data.order import Order, ResampledOrder, SequentialOrder, ShuffledOrder
 from vistok.data.sources import ImageSource
@@ -227,18 +229,22 @@ def augmented_view_loader(source: Source, config: DataConfig, view: int) -> Load
 
 
 def _loader(source: Source, order: Order, config: DataConfig, *, augmented: bool, epoch: int = 0) -> Loader[ImageBatch]:
-    if config.cache == "memory":
-        source = _in_memory(source, config, augmented=augmented)
+    source = cached(source, config, augmented=augmented)
     reader = batch_reader(source, config, augmented=augmented)
     return Loader(reader, order, num_workers=config.num_workers, epoch=epoch)
 
 
-def _in_memory(source: Source, config: DataConfig, *, augmented: bool) -> Source:
-    if isinstance(source, InMemory | InMemoryClips):
+def cached(source: Source, config: DataConfig, *, augmented: bool) -> Source:
+    """The source, or what the config's ``cache`` keeps of it."""
+    if config.cache == "none" or isinstance(source, InMemory | InMemoryClips | DecodedClips):
         return source
-    if isinstance(source, ClipSource):
-        return InMemoryClips(source)
-    return InMemory(source, _image_transform(config, augmented=augmented))
+    if not isinstance(source, ClipSource):
+        return InMemory(source, _image_transform(config, augmented=augmented))
+    return (
+        InMemoryClips(source)
+        if config.cache == "memory"
+        else DecodedClips(source, _clip_transform(config, augmented=False))
+    )
 
 
 def batch_reader(source: Source, config: DataConfig, *, augmented: bool) -> ImageBatches | ClipBatches:

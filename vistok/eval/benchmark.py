@@ -30,7 +30,7 @@ from vistok.eval.report import write_report
 from vistok.eval.scoring import Side, choose_metrics, extract_side
 from vistok.eval.search import LOWEST_SCALE, local_minimum
 from vistok.eval.store import FeatureStore
-from vistok.eval.sweep import Setting
+from vistok.eval.sweep import Setting, choose_settings
 from vistok.generators.base import Generator
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json
@@ -134,7 +134,7 @@ def benchmark(
     if search_from is not None and "fid" not in metrics:
         raise ValueError(f"a search needs a Frechet distance, and there is none: {'; '.join(skipped)}")
     real.check_network(net, example)
-    settings = _settings(pipe, guidance_scales, temperatures, sampling or {}, plan)
+    settings = choose_settings(pipe, guidance_scales, temperatures, sampling or {}, plan.sampling)
 
     out = Path(out)
     with locked(out) if processes.is_first else nullcontext():
@@ -348,32 +348,6 @@ class _PlannedImages:
     names: ClassVar[None] = None
     lossy: ClassVar[int] = 0
     files_read: ClassVar[None] = None
-
-
-def _settings(
-    pipe: ImagePipeline,
-    scales: Sequence[float] | None,
-    temperatures: Sequence[float] | None,
-    sampling: Mapping[str, Any],
-    plan: Plan,
-) -> list[Setting]:
-    """Every guidance scale with every temperature; those of the pipeline where no others are named.
-
-    Raises:
-        ValueError: a sweep of what the generator does not know, or a value that it refuses.
-    """
-    options, swept = pipe.options(**sampling), []
-    for name, values in (("guidance_scale", scales), ("temperature", temperatures)):
-        own, word = getattr(options, name, None), name.replace("_", " ")
-        if values is not None and own is None:
-            raise ValueError(f"{type(pipe.generator).__name__} has no {word} to sweep")
-        if values is not None and not values:
-            raise ValueError(f"the sweep names no {word}")
-        swept.append([own] if values is None else values)
-    settings = Setting.over(*swept, plan.sampling)
-    for setting in settings:
-        pipe.options(**setting.options(sampling))
-    return settings
 
 
 def _generate(

@@ -50,6 +50,9 @@ class Generator(Model):
     num_classes: int | None = None
     """Number of classes that it can be conditioned on; None if it takes no labels."""
 
+    class_rows_from: int = 0
+    """The row at which the classes begin in tables that hold them, among others or alone."""
+
     has_null: bool = True
     """Whether rows without a condition can be generated, and so guidance be used."""
 

@@ -16,6 +16,7 @@ from vistok.eval.tokenizers import evaluate_tokenizer
 from vistok.eval.video_protocols import RECONSTRUCTION, is_video_protocol
 from vistok.losses import LPIPS
 from vistok.pipelines.folders import load_tokenizer
+from vistok.pipelines.generation import Pipeline
 from vistok.pipelines.runs import data_of_run
 from vistok.tokenizers.base import Tokenizer
 from vistok.utils.devices import choose_device
@@ -114,6 +115,27 @@ def score_clips(
     return evaluate_clips(
         generated, reference, protocol=protocol, network=network, batch_size=batch_size, processes=processes
     )
+
+
+def measure_clips(
+    pipe: Pipeline,
+    out: Path,
+    *,
+    reference: str | None,
+    weights: Path | None,
+    device: str | None,
+    processes: Processes,
+    **options: Any,
+) -> dict[str, Any]:
+    """Generate clips and score them; ``options`` are those of ``benchmark_clips``."""
+    from vistok.eval.clip_benchmark import benchmark_clips
+    from vistok.eval.clips import load_clip_network
+
+    if reference is None:
+        raise ValueError("clips are scored against real ones: name a folder, a list, or statistics with --reference")
+    where = processes.device() if device is None else choose_device(device)
+    network = load_clip_network(weights, device=where)
+    return benchmark_clips(pipe, out, reference=reference, network=network, processes=processes, **options)
 
 
 def make_reference_file(

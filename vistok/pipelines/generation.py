@@ -85,6 +85,10 @@ class PipelineOutput:
         """The clips as movies, which play in a notebook and can be saved."""
         return [Movie(frames) for frames in self.videos]
 
+    def _repr_html_(self) -> str | None:
+        """Clips play in a notebook; images have their own pictures."""
+        return None if self.pixels.ndim != 5 else "\n".join(movie.html(128) for movie in self.movies)
+
 
 @dataclass(frozen=True)
 class Preview:

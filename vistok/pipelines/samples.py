@@ -13,11 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from vistok._version import __version__
-from vistok.data.clips import ClipBatches, ClipTransform, VideoSource
+from vistok.data.clips import ClipBatches, ClipTransform
 from vistok.data.decoding import Decoder
 from vistok.data.movies import save_gif, save_mp4, shown, to_frames
 from vistok.data.pictures import from_pil, npz_writer, open_picture, save_png, to_pil, to_uint8
 from vistok.data.sheets import sheet
+from vistok.data.video_files import VideoSource
 from vistok.draws import Keys
 from vistok.eval.reconstruction import psnr
 from vistok.eval.video import psnr as psnr_of_clips

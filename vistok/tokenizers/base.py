@@ -77,8 +77,7 @@ class Tokenizer(Model):
         if len(shape) != len(expected):
             raise ValueError(f"pixels must be ({LETTERS[len(expected)]}) like {expected}, got {shape}")
         if shape[0] != expected[0]:
-            remedy = "repeat the grey channel" if expected[0] == 3 else "convert the images to grey"
-            raise ValueError(f"this tokenizer reads {expected[0]} channels, got {shape[0]}; {remedy}")
+            raise ValueError(f"this tokenizer reads {expected[0]} channels, got {shape[0]}; {_remedy(shape, expected)}")
         return self._spec_for_sides(shape[1:])
 
     def _spec_for_sides(self, sides: tuple[int, ...]) -> TokenSpec:
@@ -326,3 +325,14 @@ def prefix_lengths(spec: TokenSpec, tokens: Tensor, lengths: Tensor | None) -> T
             f"{spec.length} tokens"
         )
     return lengths
+
+
+def _remedy(shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    """What to do with pixels of ``shape`` whose first axis is not the channels of ``expected``."""
+    if shape[0] not in (1, 3):
+        order = LETTERS[len(expected)]
+        if len(shape) == 4 and shape[1] == expected[0]:
+            return f"time comes first in {shape}, and pixels are ({order}): pixels.transpose(1, 2) of a batch"
+        if shape[-1] == expected[0]:
+            return f"the channels come last in {shape}, and pixels are ({order}): pixels.movedim(-1, 1) of a batch"
+    return "repeat the grey channel" if expected[0] == 3 else "convert the images to grey"

@@ -30,7 +30,7 @@ from vistok.train.environment import environment, open_accelerator, start_tracke
 from vistok.train.monitor import METRICS_FILE, Console, Meter, MetricsFile
 from vistok.train.players import Players
 from vistok.train.report import write_run_report
-from vistok.train.start import initialise
+from vistok.train.start import adapt, initialise, open_starts, with_model_of_source
 from vistok.train.stopping import StopRequest, TrainingInterrupted
 from vistok.train.tasks import Task, Turn, task_type
 from vistok.train.tasks.base import forever, on_device
@@ -38,6 +38,7 @@ from vistok.train.trail import Trail, earliest
 from vistok.types import Clock
 from vistok.utils.files import write_json
 from vistok.utils.locks import holds_files, locked
+from vistok.utils.paths import expand
 from vistok.utils.processes import is_first_process
 
 log = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ def train(config: Mapping[str, Any], *, resume: bool = False) -> Path:
         LoaderWorkerError: a process that reads data died.
         FolderInUseError: another process trains into the run folder.
     """
+    config = with_model_of_source(expand(config))
     run = RunConfig.parse(config)
     run.model_entry()
     folder = Path(run.output_dir)
@@ -103,11 +105,14 @@ def prepare(run: RunConfig, folder: Path) -> tuple[Any, Task]:
     """The accelerator, and the task with its model as training starts with it."""
     from accelerate.utils import set_seed
 
+    starts = open_starts(run)
     accelerator = open_accelerator(run, folder)
     set_seed(run.seed)
     make: Callable[[RunConfig, int, int], Task] = task_type(run.task)
     task = make(run, accelerator.process_index, accelerator.num_processes)
-    initialise(task.model, run.sources, run.kind)
+    new = initialise(task.model, starts)
+    if run.training.lora is not None:
+        adapt(task.learner, run.training.lora, new)
     task.learner.freeze(run.freeze)
     return accelerator, task
 

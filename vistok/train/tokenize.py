@@ -18,7 +18,8 @@ from torch import Tensor
 
 from vistok.config import nearest
 from vistok.data.captions import class_caption
-from vistok.data.clips import ClipBatches, ClipSource, InMemoryClips, repeat_last
+from vistok.data.clip_sources import ClipSource
+from vistok.data.clips import ClipBatches, repeat_last
 from vistok.data.config import DataConfig
 from vistok.data.loader import (
     Failures,
@@ -28,6 +29,7 @@ from vistok.data.loader import (
     Loader,
     TooManyUnreadableError,
     batch_reader,
+    cached,
     check_failures,
     listed,
 )
@@ -391,7 +393,7 @@ class RandomViews:
 
     def reader(self, source: ImageSource | ClipSource, data: DataConfig) -> RandomViewBatches:
         if isinstance(source, ClipSource):
-            source = InMemoryClips(source) if data.cache == "memory" else source
+            source = cached(source, data, augmented=True)
             return RandomViewBatches(batch_reader(source, data, augmented=True), self.count)
         transform = ImageTransform(data.image_size, data.crop, data.flip, data.affine)
         if transform == transform.without_augmentation():

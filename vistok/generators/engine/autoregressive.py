@@ -46,6 +46,8 @@ class AutoregressiveGenerator(Generator):
     output: nn.Module
     num_parts: int = 1  # how many parts an id is drawn in, one after another
     shift_dim: int = 0  # width of the token shift's memory in the cache; 0 without one
+    trains_in_sequence: bool = True
+    """Whether training predicts one id after another in raster order, as ``forward`` of this class does."""
     compiled_step: CompiledStep | None = None
 
     def __init__(self) -> None:
@@ -210,12 +212,17 @@ class AutoregressiveGenerator(Generator):
         weights: Tensor | None = None,
         clock: Clock | None = None,
         tokenizer: Expands | None = None,
+        context: Tensor | None = None,
     ) -> GeneratorOutput:
-        """Cross entropy in nats per token, (weighted) mean over samples; metric: "accuracy", share of ids right."""
+        """Cross entropy in nats per token, (weighted) mean over samples; metric: "accuracy", share of ids right.
+
+        Args:
+            context: (B, L) ids that are fed in place of the tokens, which stay what is predicted.
+        """
         self.check_tokenizer(tokenizer)
         if draws and "drop" in draws:
             condition = condition.drop(draws["drop"] < self.condition_dropout)
-        logits = self.logits(tokens, condition)
+        logits = self.logits(tokens if context is None else context, condition)
         per_sample = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none").mean(1)
         loss = per_sample.mean() if weights is None else weighted_mean(per_sample, weights)
         accuracy = (logits.detach().argmax(-1) == tokens).float().mean()

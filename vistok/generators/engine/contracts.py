@@ -89,6 +89,8 @@ class SamplingSession(Protocol):
 
     def open_window(self, size: int) -> WindowPasses: ...
 
+    def choose(self, rows: Tensor) -> None: ...
+
 
 class WindowPasses(Protocol):
     """Passes over guessed tokens; ``Windows`` describes them."""

@@ -118,6 +118,7 @@ class QueryGenerator(AutoregressiveGenerator):
     one step's tokens and the queries of the next. A subclass further defines what is abstract here.
     """
 
+    trains_in_sequence = False
     options_type = QueryOptions
     condition_length = 1
     kept_queries: int

@@ -203,6 +203,25 @@ class AutoregressiveSession:
         """Passes of ``size`` entries per row, each row at a place of its own. One token has not been fed yet."""
         return Windows(self, size)
 
+    def choose(self, rows: Tensor) -> None:
+        """Go on with these samples (n,), in this order; one may be listed more than once (branches, trials).
+
+        Raises:
+            ValueError: guidance that remembers earlier steps of each sample.
+        """
+        if self.guidance.combination != PLAIN:
+            raise ValueError("samples cannot branch under guidance that remembers earlier steps; take plain guidance")
+        count = len(self.sequence)
+        every = torch.cat([rows + number * count for number in range(len(self.guidance.rows))])
+        with torch.inference_mode(False), torch.no_grad():  # callers may train on the tokens
+            self.sequence, self._order, self._valid = (t[rows] for t in (self.sequence, self._order, self._valid))
+            self.draws = {name: values[rows] for name, values in self.draws.items()}
+            self.forced = None if self.forced is None else tuple(values[rows] for values in self.forced)
+            self._hidden, self._logits = self._hidden[every], self._logits[every]
+            self.rows, self.state = self.rows[every], tuple(values[every] for values in self.state)
+            self.kv_cache.choose(every)
+        self._copy, self._compiled = self._decoding_copy(), None
+
     # -----------------------------------------------------------------------------------------------------------------
     # Passes through the model
 

@@ -56,6 +56,7 @@ class OpenMAGVIT2GPT(Llama):
             as many bits as the ids.
     """
 
+    trains_in_sequence = False
     registry_name = "open_magvit2_gpt"
     token_embedding: ModuleList[nn.Embedding]
     output: ModuleList[nn.Linear]

@@ -64,6 +64,7 @@ class RAR(AutoregressiveGenerator):
         ValueError: a spec without ids, or with several per position; or steps that do not rise.
     """
 
+    trains_in_sequence = False
     registry_name = "rar"
     tiny = {"spec": TokenSpec(16, 32, dim=4, grid=(4, 4)), "num_classes": 5, "dim": 16, "num_layers": 2, "num_heads": 2}
     sizes = SIZES
@@ -99,6 +100,7 @@ class RAR(AutoregressiveGenerator):
         self.has_null = condition_dropout > 0 or not num_classes  # its row is there, but untrained otherwise
         length = self.spec.length
         # Rows: the codes, a mask that nothing uses, the classes, the null class.
+        self.class_rows_from = self.spec.num_ids + 1
         self.token_embedding = nn.Embedding(self.spec.num_ids + 1 + num_classes + 1, dim)
         self.start_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.positions = nn.Parameter(torch.zeros(1, length + SPARE_PLACES, dim))

@@ -125,6 +125,7 @@ class TokenShuffle(AutoregressiveGenerator):
 
     members: Tensor
 
+    trains_in_sequence = False
     registry_name = "token_shuffle"
     options_type = TokenShuffleOptions
     sizes = SIZES

@@ -87,6 +87,7 @@ class VAR(AutoregressiveGenerator):
     output: nn.Linear
     scales: Tensor
 
+    trains_in_sequence = False
     registry_name = "var"
     options_type = VAROptions
     needs_tokenizer = True

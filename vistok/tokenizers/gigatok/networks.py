@@ -68,7 +68,7 @@ class PositionedAttention(nn.Module):
         return self.out(attend(q, k, v, None, False))
 
 
-class SelfAttentionLayer(nn.Module):
+class SelfAttentionBlock(nn.Module):
     """Pre-norm self-attention and MLP: (B, N, D) -> (B, N, D)."""
 
     def __init__(self, dim: int, num_heads: int):
@@ -83,7 +83,7 @@ class SelfAttentionLayer(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class CrossAttentionLayer(nn.Module):
+class CrossAttentionBlock(nn.Module):
     """DETR's pre-norm decoder layer: attention among queries (B, N, D), to a memory (B, M, D), and an MLP.
 
     The memory is not normalised. Positions are added to queries and keys in every layer.
@@ -336,7 +336,7 @@ class GridDecoder(_Decoder):
         return self.transformer(x + self.positions, self.positions, tap=self.tap)
 
 
-LAYERS = {"self_attention": SelfAttentionLayer, "cross_attention": CrossAttentionLayer}
+LAYERS = {"self_attention": SelfAttentionBlock, "cross_attention": CrossAttentionBlock}
 
 
 def learned_positions(count: int, dim: int) -> nn.Parameter:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -57,12 +57,17 @@ class Learner(nn.Module):
         Raises:
             ConfigError: a pattern that no name fits.
         """
+        self.leave(matching(self.parameters_by_name(), patterns, "freeze"))
+
+    def leave(self, names: Collection[str]) -> None:
+        """Train none of these parameters; modules that have no others stay in evaluation mode."""
         named = self.parameters_by_name()
-        for name in matching(named, patterns, "freeze"):
+        for name in names:
             named[name].requires_grad_(False)
-        parts = [module for module in self.modules() if module is not self] if patterns else []
+        parts = [module for module in self.modules() if module is not self] if names else []
         own = [(module, list(module.parameters())) for module in parts]
-        self._frozen = tuple(module for module, trained in own if trained and not any(p.requires_grad for p in trained))
+        still = tuple(module for module, trained in own if trained and not any(p.requires_grad for p in trained))
+        self._frozen = still or self._frozen
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of all but frozen modules."""

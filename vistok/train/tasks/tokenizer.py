@@ -14,9 +14,8 @@ from vistok.config import ConfigError, KeysOf, build
 from vistok.data.batches import ImageBatch
 from vistok.data.config import DataConfig
 from vistok.data.loader import training_loader
-from vistok.data.movies import compared
+from vistok.data.movies import compared, overview
 from vistok.data.opening import open_source
-from vistok.data.pictures import grid, to_pil
 from vistok.draws import Draws, Keys, draws_on
 from vistok.losses import adaptive_weight
 from vistok.pipelines.folders import TOKENIZER
@@ -228,7 +227,7 @@ class TokenizerTask(Task):
     def pictures(self, model: Tokenizer) -> list[Image.Image]:
         """Originals over reconstructions; the originals alone of a tokenizer that renders none."""
         if not model.renders:
-            return [grid(to_pil(self._examples))]
+            return [overview(self._examples)]
         examples = self._examples.to(model.device)
         return [compared(examples, model.reconstruct(examples))]
 
