@@ -82,7 +82,7 @@ class KeysOf:
     target: type | Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
-def annotations(target: Callable[..., Any]) -> dict[str, Any]:
+def annotations_of(target: Callable[..., Any]) -> dict[str, Any]:
     """The annotations of the parameters of a class or function, by name."""
     return {name: parameter.annotation for name, parameter in _parameters(target).items()}
 

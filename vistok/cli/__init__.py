@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -99,7 +99,7 @@ def help_(
     command: Annotated[str | None, typer.Argument(metavar="COMMAND", help="What to explain.")] = None,
 ) -> None:
     """Say what vistok or one of its commands does."""
-    group = context.parent
+    group: Any = context.parent  # of the commands
     if command is None:
         output.print(escape(group.get_help()))
         return

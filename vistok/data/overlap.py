@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -75,10 +76,10 @@ def shared_tokens(trained: Sequence[TokenCache], held_out: TokenCache) -> Shared
             for start in range(0, len(cache), CHUNK):
                 others = _rows(cache, np.arange(start, min(start + CHUNK, len(cache))), view)
                 found |= _are_among(rows, keys, others, others @ direction)
-    found = found.reshape(held_out.views, len(looked)).any(0)
-    example = f"{held_out.folder}[{looked[found][0]}]" if found.any() else None
+    among = found.reshape(held_out.views, len(looked)).max(0)
+    example = f"{held_out.folder}[{looked[among][0]}]" if among.any() else None
     distinct = len(np.unique(rows[: len(looked)].round(3), axis=0))
-    return Shared(int(found.sum()), len(looked), example, told_apart=distinct > TOLD_APART * len(looked))
+    return Shared(int(among.sum()), len(looked), example, told_apart=distinct > TOLD_APART * len(looked))
 
 
 def _rows(cache: TokenCache, indices: np.ndarray, view: int) -> np.ndarray:
@@ -91,10 +92,8 @@ def _are_among(rows: np.ndarray, keys: np.ndarray, others: np.ndarray, other_key
     """(n,) bool, which of the rows (n, d) are among the others (m, d); keys are projections, near where rows are."""
     order = np.argsort(other_keys)
     tolerance = 1e-3 + 1e-5 * np.abs(rows).sum(1)
-    first, last = (
-        np.searchsorted(other_keys[order], keys + sign * tolerance, side=side)
-        for sign, side in ((-1, "left"), (1, "right"))
-    )
+    first = np.searchsorted(other_keys[order], keys - tolerance, side="left")
+    last = np.searchsorted(other_keys[order], keys + tolerance, side="right")
     among = np.zeros(len(rows), dtype=bool)
     for number in np.flatnonzero(first < last):
         among[number] = np.isclose(rows[number], others[order[first[number] : last[number]]], atol=1e-3).all(1).any()
@@ -139,6 +138,6 @@ def _same_bytes(trained: ImageSource, held_out: ImageSource, looked: Sequence[in
 def _digest(source: FileSource, index: int) -> bytes | None:
     try:
         with source.files.open(index) as file:
-            return hashlib.file_digest(file, "sha256").digest()
+            return hashlib.file_digest(cast(io.BufferedReader, file), "sha256").digest()
     except DECODING_ERRORS:
         return None  # it cannot be read, which is told elsewhere

@@ -44,8 +44,8 @@ def pipeline(
     if generator is None:
         of_run = (Path(source) / STATE).is_file()
         tokenizer, generator = home_of(source) if of_run else tokenizer_of(str(source)), source
-        if tokenizer is None:
-            return Pipeline.from_pretrained(source, device=device, dtype=dtype)
+    if tokenizer is None:
+        return Pipeline.from_pretrained(source, device=device, dtype=dtype)
     return assemble(tokenizer, generator).to(choose_device(device), choose_dtype(dtype))
 
 

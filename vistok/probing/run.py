@@ -188,7 +188,7 @@ def _judge(
         "reconstruction": reconstruction(tokenizer, held_out, settings),
         "code_usage": code_usage(caches[1]),
         "speed": speed(tokenizer, held_out),
-        "feature_probes": feature_probes(tokenizer, *caches, data, held_out),
+        "feature_probes": feature_probes(tokenizer, caches[0], caches[1], data, held_out),
         "generator": None,
     }
     result["data"]["test_images"] = len(caches[1])

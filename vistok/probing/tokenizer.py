@@ -45,7 +45,7 @@ def describe(tokenizer: Tokenizer, data: DataConfig) -> dict[str, Any]:
 
 
 def bits(spec: TokenSpec) -> float | None:
-    return spec.length * spec.depth * math.log2(spec.codebook_size) if spec.discrete else None
+    return spec.length * spec.depth * math.log2(spec.num_ids) if spec.discrete else None
 
 
 def reconstruction(tokenizer: Tokenizer, data: DataConfig, settings: ProbeSettings) -> dict[str, Any] | None:
@@ -66,9 +66,9 @@ def code_usage(cache: TokenCache) -> dict[str, float] | None:
     spec = TokenSpec(**cache.spec)
     if not spec.discrete:
         return None
-    counts = torch.zeros(spec.codebook_size, dtype=torch.int64)
+    counts = torch.zeros(spec.num_ids, dtype=torch.int64)
     for ids in _tokens(cache):
-        counts += torch.bincount(ids.flatten(), minlength=spec.codebook_size)
+        counts += torch.bincount(ids.flatten(), minlength=spec.num_ids)
     share = counts[counts > 0].double() / counts.sum()
     entropy = -(share * share.log()).sum()
     return {
@@ -108,7 +108,7 @@ def feature_probes(
     raster that the tokenizer names, averaged over places. Empty without two classes."""
     if min(len(labels.unique()) for labels in (train.labels, test.labels)) < 2:
         return {}
-    features = {"tokens": (_vectors(tokenizer, train), _vectors(tokenizer, test))}
+    features: dict[str, tuple[Any, Any]] = {"tokens": (_vectors(tokenizer, train), _vectors(tokenizer, test))}
     rasters = [_rasters(tokenizer, part) for part in (data, held_out)]
     features |= {name: (rasters[0][name], rasters[1][name]) for name in rasters[0]}
     return {name: probe(a, train.labels, b, test.labels) for name, (a, b) in features.items() if a is not None}

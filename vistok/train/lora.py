@@ -8,6 +8,7 @@ whatever reads the weight of a layer, reads the sum.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,11 @@ from vistok.train.names import matching
 class LowRank(nn.Module):
     """What is added to a weight (out, ...) of a layer."""
 
+    scale: Tensor
+
     def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
         super().__init__()
-        options = {"device": weight.device, "dtype": weight.dtype}
+        options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         self.down = nn.Parameter(torch.empty(rank, weight[0].numel(), **options))
         self.up = nn.Parameter(torch.zeros(len(weight), rank, **options))
         self.register_buffer("scale", torch.tensor(alpha / rank, **options))

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -48,11 +48,12 @@ class Start:
     def weights(self) -> dict[str, Tensor]:
         if self.model is not None:
             return self.model.state_dict()
-        if self.folder.is_file():
-            return unwrap(read_weights(self.folder))
-        if (self.folder / CONFIG).is_file():
-            return read_exported(self.folder)
-        return merged(exported(read_weights(self.folder / STATE), self.folder))
+        folder = cast(Path, self.folder)  # one of the two is there
+        if folder.is_file():
+            return unwrap(read_weights(folder))
+        if (folder / CONFIG).is_file():
+            return read_exported(folder)
+        return merged(exported(read_weights(folder / STATE), folder))
 
 
 def find(source: InitFrom, kind: str) -> Start:
@@ -114,7 +115,7 @@ def _derived_keys(name: str, kind: str) -> set[str]:
     return {"spec", "num_classes", *_condition_keys(model_class)}
 
 
-def _condition_keys(model_class: type[Model]) -> set[str]:
+def _condition_keys(model_class: type[Any]) -> set[str]:
     from vistok.types import FeatureSpec, IdSpec
 
     everything, found = ConditionSpec(1, IdSpec(1, 1), FeatureSpec(1, 1), IdSpec(1, 1)), set()
@@ -178,7 +179,7 @@ def adapt(learner: Learner, lora: LoraConfig, new: set[str]) -> None:
 
 def _load(model: Model, start: Start) -> tuple[set[str], set[str]]:
     """Load one source; the keys of the model's state that it filled, and the tables whose classes are new."""
-    source, tables = start.source, set()
+    source, tables = start.source, set[str]()
     part = _module(model, source.module)
     weights = _renamed(start.weights(), source.rename, start.name)
     if not source.module:

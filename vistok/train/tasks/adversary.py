@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from torch import Tensor, nn
 
-from vistok.config import ConfigError, KeysOf, annotations, build, check_least, nearest
+from vistok.config import ConfigError, KeysOf, annotations_of, build, check_least, nearest
 from vistok.draws import Keys
 from vistok.losses import (
     BlurDiscriminator,
@@ -43,7 +43,7 @@ GameName = Literal["vanilla", "non_saturating", "non_saturating_mean", "hinge", 
 def _discriminator_keys(section: Mapping[str, Any]) -> dict[str, Any]:
     """The types of the keys of a ``discriminator`` section; a name that is none is told later."""
     kind = DISCRIMINATORS.get(section.get("name", "patchgan"))
-    return {"name": str, **({} if kind is None else annotations(kind))}
+    return {"name": str, **({} if kind is None else annotations_of(kind))}
 
 
 @dataclass(frozen=True)
