@@ -30,6 +30,7 @@ from vistok.signatures import (
     mismatch,
     nearest,
     section_type,
+    suggestion,
     with_todays_names,
 )
 from vistok.utils.files import atomic_file
@@ -51,6 +52,7 @@ __all__ = [
     "nearest",
     "override",
     "save_config",
+    "suggestion",
     "with_todays_names",
 ]
 

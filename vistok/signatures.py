@@ -151,6 +151,12 @@ def nearest(name: str, allowed: Sequence[str]) -> str | None:
     return lowered[matches[0]] if matches else None
 
 
+def suggestion(name: Any, allowed: Sequence[str]) -> str:
+    """What a message says of an unknown name: "; did you mean 'x'?", or nothing where no allowed one is near."""
+    near = nearest(name, allowed) if isinstance(name, str) else None
+    return f"; did you mean {near!r}?" if near else ""
+
+
 def describe(annotation: Any) -> str:
     """Write a type annotation the way a config's author thinks of it: ``int | None``, ``"center" | "random"``."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
@@ -226,8 +232,7 @@ def _check_value(annotation: Any, value: Any, path: str) -> Any:
         return _adapter(annotation).validate_python(value)
     except ValidationError as error:
         choices = [choice for choice in _literals(annotation) if isinstance(choice, str)]
-        guess = nearest(value, choices) if isinstance(value, str) else None
-        hint = f"; did you mean {guess!r}?" if guess else ""
+        hint = suggestion(value, choices)
         raise ConfigError(f"{mismatch(path, value)}: expected {describe(annotation)}{hint}") from error
 
 

@@ -52,7 +52,7 @@ def reconstruction(tokenizer: Tokenizer, data: DataConfig, settings: ProbeSettin
     """What ``evaluate_tokenizer`` says of the held-out images or clips; None of a tokenizer that renders none."""
     if not tokenizer.renders:
         return None
-    device, distance = _device(tokenizer), lpips(settings.lpips_weights, _device(tokenizer))
+    device, distance = tokenizer.device, lpips(settings.lpips_weights, tokenizer.device)
     if data.num_frames is not None:
         network = clip_network(settings.network, settings.weights, device)
         return evaluate_clip_tokenizer(tokenizer, data, network=network, lpips=distance)
@@ -81,8 +81,8 @@ def code_usage(cache: TokenCache) -> dict[str, float] | None:
 @torch.no_grad()
 def speed(tokenizer: Tokenizer, data: DataConfig) -> dict[str, float]:
     """Images (or clips) per second that are encoded and decoded, in batches of ``TIMED_BATCH``."""
-    parameter = next(tokenizer.eval().parameters())
-    examples = example_images(open_source(data), data, TIMED_BATCH).to(parameter.device, parameter.dtype)
+    tokenizer.eval()
+    examples = example_images(open_source(data), data, TIMED_BATCH).to(tokenizer.device, tokenizer.dtype)
     tokens = tokenizer.encode(examples)
     rates = {"encode": _rate(lambda: tokenizer.encode(examples), examples)}
     if tokenizer.renders:
@@ -140,11 +140,11 @@ def _rasters(tokenizer: Tokenizer, data: DataConfig) -> dict[str, Tensor]:
     names = [name for name in tokenizer.raster_features if name != "latents"]
     if not names or tokenizer.condition_spec.parts:
         return {}
-    parameter = next(tokenizer.eval().parameters())
+    tokenizer.eval()
     found: dict[str, list[Tensor]] = {name: [] for name in names}
     loader = evaluation_loader(open_source(data), data)
     for batch in track(loader, "features", len(loader)):
-        output = tokenizer(batch.pixels.to(parameter.device, parameter.dtype))
+        output = tokenizer(batch.pixels.to(tokenizer.device, tokenizer.dtype))
         for name in names:
             found[name].append(output.features[name].float().mean(1).cpu())
     return {name: torch.cat(parts) for name, parts in found.items()}
@@ -155,7 +155,3 @@ def _tokens(cache: TokenCache, batch_size: int = 1024):
     for start in range(0, len(cache), batch_size):
         indices = np.arange(start, min(start + batch_size, len(cache)))
         yield cache.batch(indices, np.zeros_like(indices))[0]
-
-
-def _device(tokenizer: Tokenizer) -> torch.device:
-    return next(tokenizer.parameters()).device
