@@ -45,9 +45,6 @@ class Generator(Model):
     needs_tokenizer: ClassVar[bool] = False
     """Whether ``forward`` and ``start`` need the tokenizer, whose ``expander`` makes the inputs of the transformer."""
 
-    num_classes: int | None = None
-    """Number of classes that it can be conditioned on; None if it takes no labels."""
-
     has_null: bool = True
     """Whether rows without a condition can be generated, and so guidance be used."""
 
