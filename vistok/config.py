@@ -163,7 +163,7 @@ def _apply(
 ) -> dict[str, Any]:
     """The overridden, resolved config as plain values."""
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     malformed = [_malformed_override(text) for text in overrides if not _is_override(text)]
     if malformed:
@@ -192,6 +192,8 @@ def _apply(
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except RecursionError as error:
         raise ConfigError(f"{source}: a reference leads back to itself") from error
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{source}: {error.full_key} is left open (???); give it: {error.full_key}=…") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {error.full_key}: {str(error).splitlines()[0]}") from error
     for key, command in commands.items():

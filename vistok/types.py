@@ -89,6 +89,13 @@ class TokenSpec:
         return self.codebook_size is not None
 
     @property
+    def raster(self) -> tuple[int, ...]:
+        """The grid of tokens that lie on one. Raises ValueError for a plain sequence."""
+        if self.grid is None:
+            raise ValueError("these tokens lie on no raster")
+        return self.grid
+
+    @property
     def num_ids(self) -> int:
         """The codebook size of discrete tokens. Raises ValueError for continuous latents."""
         if self.codebook_size is None:

@@ -191,7 +191,7 @@ def _tag(image: Image.Image) -> int | None:
 
 def _orientation(image: Image.Image) -> Image.Transpose | None:
     """What brings the image upright; None if nothing need be done."""
-    return {
+    by_tag: dict[int | None, Image.Transpose] = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,
         4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -199,7 +199,8 @@ def _orientation(image: Image.Image) -> Image.Transpose | None:
         6: Image.Transpose.ROTATE_270,
         7: Image.Transpose.TRANSVERSE,
         8: Image.Transpose.ROTATE_90,
-    }.get(_tag(image))
+    }
+    return by_tag.get(_tag(image))
 
 
 def _is_transparent(image: Image.Image) -> bool:

@@ -30,7 +30,7 @@ from vistok.eval.report import write_report
 from vistok.eval.scoring import Side, choose_metrics, extract_side
 from vistok.eval.search import LOWEST_SCALE, local_minimum
 from vistok.eval.store import FeatureStore
-from vistok.eval.sweep import Setting
+from vistok.eval.sweep import Setting, choose_settings
 from vistok.generators.base import Generator
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json
@@ -48,13 +48,15 @@ class ImagePipeline(Protocol):
 
     tokenizer: Tokenizer
     generator: Generator
-    class_names: tuple[str, ...]
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
 
     def options(self, **sampling: Any) -> Any:
         """The dataclass of sampling options that a call with these would use."""
         ...
 
-    def __call__(self, class_labels: Any = None, **options: Any) -> Any:
+    def __call__(self, *, class_labels: Any = None, num_images: int | None = None, **sampling: Any) -> Any:
         """Generate; the result has ``pixels`` (B, C, H, W) in [-1, 1]."""
         ...
 
@@ -132,7 +134,7 @@ def benchmark(
     if search_from is not None and "fid" not in metrics:
         raise ValueError(f"a search needs a Frechet distance, and there is none: {'; '.join(skipped)}")
     real.check_network(net, example)
-    settings = _settings(pipe, guidance_scales, temperatures, sampling or {}, plan)
+    settings = choose_settings(pipe, guidance_scales, temperatures, sampling or {}, plan.sampling)
 
     out = Path(out)
     with locked(out) if processes.is_first else nullcontext():
@@ -313,6 +315,7 @@ def _plan(
             f"this generator takes {spec.describe()}, and a benchmark generates by class labels or by nothing: say "
             'labels="none" to score unconditional images'
         )
+    _, height, width = pipe.tokenizer.image_shape("the benchmark of a pipeline")
     return Plan(
         num_images=num_images,
         labels=labels or ("balanced" if num_classes else "none"),
@@ -323,14 +326,15 @@ def _plan(
         generator=pipe.generator.fingerprint(),
         network=network,
         dtype=dtype_of(pipe.generator),
-        image_size=tuple(pipe.tokenizer.image_shape("the benchmark of a pipeline")[1:]),
+        image_size=(height, width),
         eval_size=eval_size,
     )
 
 
 def _choose_metrics(rules: Rules, plan: Plan, real: Reference) -> tuple[list[str], list[str]]:
     # The samples' side allows everything that so many images allow: all features of the network are kept.
-    samples = Reference("the benchmark", _PlannedImages(plan.num_images, plan.scored_size))
+    planned: Any = _PlannedImages(plan.num_images, plan.scored_size)
+    samples = Reference("the benchmark", planned)
     return choose_metrics(None, rules, samples, real)
 
 
@@ -344,32 +348,6 @@ class _PlannedImages:
     names: ClassVar[None] = None
     lossy: ClassVar[int] = 0
     files_read: ClassVar[None] = None
-
-
-def _settings(
-    pipe: ImagePipeline,
-    scales: Sequence[float] | None,
-    temperatures: Sequence[float] | None,
-    sampling: Mapping[str, Any],
-    plan: Plan,
-) -> list[Setting]:
-    """Every guidance scale with every temperature; those of the pipeline where no others are named.
-
-    Raises:
-        ValueError: a sweep of what the generator does not know, or a value that it refuses.
-    """
-    options, swept = pipe.options(**sampling), []
-    for name, values in (("guidance_scale", scales), ("temperature", temperatures)):
-        own, word = getattr(options, name, None), name.replace("_", " ")
-        if values is not None and own is None:
-            raise ValueError(f"{type(pipe.generator).__name__} has no {word} to sweep")
-        if values is not None and not values:
-            raise ValueError(f"the sweep names no {word}")
-        swept.append([own] if values is None else values)
-    settings = Setting.over(*swept, plan.sampling)
-    for setting in settings:
-        pipe.options(**setting.options(sampling))
-    return settings
 
 
 def _generate(

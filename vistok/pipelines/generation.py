@@ -85,6 +85,10 @@ class PipelineOutput:
         """The clips as movies, which play in a notebook and can be saved."""
         return [Movie(frames) for frames in self.videos]
 
+    def _repr_html_(self) -> str | None:
+        """Clips play in a notebook; images have their own pictures."""
+        return None if self.pixels.ndim != 5 else "\n".join(movie.html(128) for movie in self.movies)
+
 
 @dataclass(frozen=True)
 class Preview:
@@ -194,7 +198,8 @@ class Pipeline:
         """
         folder = pipeline_folder(path)
         settings = read_settings(folder)
-        tokenizer, generator = load_part(folder, TOKENIZER, Tokenizer), load_part(folder, GENERATOR, Generator)
+        tokenizer: Tokenizer = load_part(folder, TOKENIZER, Tokenizer)
+        generator: Generator = load_part(folder, GENERATOR, Generator)
         pipe = cls(tokenizer, generator, **settings, text=PromptEncoder.load(folder / TEXT))
         return pipe.to(choose_device(device), choose_dtype(dtype))
 
@@ -359,9 +364,9 @@ class Pipeline:
             batch = make(rows, self.generator.sampling_draws(keys, options))
             tokens.append(batch.cpu())
             pixels.append(self._decode(batch, self.tokenizer.decoding_draws(keys), condition[rows]))
-        pixels = torch.cat(pixels)
+        whole = torch.cat(pixels)
         labels = None if condition.labels is None else condition.labels.tolist()
-        return PipelineOutput(shown(pixels), torch.cat(tokens), pixels, labels)
+        return PipelineOutput(shown(whole), torch.cat(tokens), whole, labels)
 
     def stream(
         self,
@@ -433,8 +438,8 @@ class Pipeline:
         """Pixels (B, C, H, W) as they are, or of PIL images."""
         if isinstance(images, Tensor):
             return images
-        channels, *size = self.tokenizer.image_shape("reading PIL images")
-        return from_pil([images] if isinstance(images, Image.Image) else images, tuple(size), channels)
+        channels, height, width = self.tokenizer.image_shape("reading PIL images")
+        return from_pil([images] if isinstance(images, Image.Image) else images, (height, width), channels)
 
     def _to_tokenizer(self, values: Tensor) -> Tensor:
         """Pixels, latents or ids on the tokenizer's device, which need not be the generator's; floats in its
