@@ -47,9 +47,6 @@ class Generator(Model):
     needs_tokenizer: ClassVar[bool] = False
     """Whether ``forward`` and ``start`` need the tokenizer, whose ``expander`` makes the inputs of the transformer."""
 
-    num_classes: int | None = None
-    """Number of classes that it can be conditioned on; None if it takes no labels."""
-
     class_rows_from: int = 0
     """The row at which the classes begin in tables that hold them, among others or alone."""
 
