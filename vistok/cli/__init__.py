@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from vistok.cli.console import errors, output
 from vistok.cli.models import convert, models
-from vistok.cli.sampling import reconstruct, sample
+from vistok.cli.sampling import demo, reconstruct, sample
 from vistok.cli.scoring import benchmark, evaluate
 from vistok.cli.training import import_tokens, quickstart, report, tokenize, train
 
@@ -108,6 +108,7 @@ COMMANDS = {
     "import-tokens": import_tokens,
     "sample": sample,
     "reconstruct": reconstruct,
+    "demo": demo,
     "eval": evaluate,
     "benchmark": benchmark,
     "convert": convert,
