@@ -201,18 +201,27 @@ def tiny_kl_vae():
     return KLVAE(image_size=32, in_channels=1, encoder_attention=(), **sizes).eval()
 
 
-@pytest.mark.parametrize("system", systems())
-def test_generator_of_every_system_fits_its_tokenizer(system):
-    runs = [RunConfig.parse(load_config(config_file(system, stage))) for stage in ("tokenizer", "generator")]
+@pytest.mark.parametrize(
+    ("system", "stage"),
+    [
+        (name, stage)
+        for name, system in systems().items()
+        for stage in ("generator", *(["predictor"] if system.given_frames else []))
+    ],
+)
+def test_generator_of_every_system_fits_its_tokenizer(system, stage):
+    runs = [RunConfig.parse(load_config(config_file(system, name))) for name in ("tokenizer", stage)]
+    promised = systems()[system]
     with torch.device("meta"):
         tokenizer = runs[0].build_model(runs[0].model_entry().load().arguments_from(runs[0].data))
-        length = systems()[system].text_length
-        condition = ConditionSpec(ids=IdSpec(256, length)) if length else ConditionSpec(num_classes=10)
-        derived = runs[1].model_entry().load().condition_arguments(condition)
+        text = IdSpec(256, promised.text_length) if promised.text_length else None
+        given = IdSpec(tokenizer.spec.codebook_size, tokenizer.spec.length) if promised.given_frames else None
+        condition = ConditionSpec(num_classes=0 if text else 10, ids=text, given=given)
+        derived = runs[1].model_entry().load().condition_arguments(condition.only(runs[1].condition or condition.parts))
         generator = runs[1].build_model({"spec": to_json(tokenizer.spec), **derived})
     check_terms(tokenizer, runs[0].losses)
     generator.options_type(**runs[1].sampling)
-    assert tokenizer.input_shape == (1, 32, 32)
+    assert tokenizer.input_shape == runs[0].data.input_shape
 
 
 def test_unknown_system_is_refused(tmp_path, capsys):

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
+from support.three_rows import combined, three_rows
 from support.tiny_models import ARGUMENTS, pixels, tiny
 
 import vistok
@@ -21,10 +22,12 @@ from vistok.cli import main
 from vistok.data.pictures import GAP, from_pil, to_pil
 from vistok.data.sheets import LINE
 from vistok.draws import Keys
+from vistok.flow import euler, last
 from vistok.guidance import APG
 from vistok.nn.alignment import AlignmentConfig
 from vistok.pipelines.samples import reconstruct_prefixes
 from vistok.tokenizers.flextok.model import FlexTok, kept_tokens
+from vistok.tokenizers.flextok.networks import PATH, velocity_field
 from vistok.tokenizers.kl_vae import KLVAE
 
 TOKENS = 8
@@ -108,6 +111,19 @@ def test_scale_1_equals_no_guidance(model, ids, guidance):
         model.decode(ids, guidance_scale=lambda t: 1.0, guidance=guidance), free, rtol=1e-4, atol=1e-4
     )
     assert not torch.allclose(model.decode(ids, guidance_scale=3.0, guidance=guidance), free)
+
+
+@torch.no_grad()
+def test_three_rows_equal_three_passes(model, ids):
+    decoder, codes = model.decoder, model.quantizer.ids_to_latents(ids)
+    whole, none = torch.full((3,), TOKENS), torch.zeros(3, dtype=torch.bool)
+    rows = [decoder.condition(codes, whole, none), decoder.condition(codes.roll(1, 0), torch.tensor([1, 4, 8]), none)]
+    rows.append(decoder.condition(codes, whole, ~none))
+    x = noise = model.decoding_draws(Keys.range(0, 3))["noise"]
+    for t, t_next in pairwise(PATH.times(3)):
+        x = x + (t_next - t) * combined([decoder(x, torch.tensor([t]), row).velocity for row in rows])
+    guided = velocity_field(decoder, torch.cat(rows), three_rows())
+    torch.testing.assert_close(last(euler(guided, noise, PATH.times(3))).x, x, rtol=1e-4, atol=1e-4)
 
 
 def test_what_the_model_was_built_with_is_the_default(ids):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -26,8 +28,9 @@ from vistok.eval.record import RESULT_FILE, save_result
 from vistok.eval.references import Reference, open_reference
 from vistok.eval.report import write_report
 from vistok.eval.scoring import Side, choose_metrics, extract_side
+from vistok.eval.search import LOWEST_SCALE, local_minimum
 from vistok.eval.store import FeatureStore
-from vistok.eval.sweep import Setting
+from vistok.eval.sweep import Setting, choose_settings
 from vistok.generators.base import Generator
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json
@@ -45,13 +48,15 @@ class ImagePipeline(Protocol):
 
     tokenizer: Tokenizer
     generator: Generator
-    class_names: tuple[str, ...]
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
 
     def options(self, **sampling: Any) -> Any:
         """The dataclass of sampling options that a call with these would use."""
         ...
 
-    def __call__(self, class_labels: Any = None, **options: Any) -> Any:
+    def __call__(self, *, class_labels: Any = None, num_images: int | None = None, **sampling: Any) -> Any:
         """Generate; the result has ``pixels`` (B, C, H, W) in [-1, 1]."""
         ...
 
@@ -65,6 +70,7 @@ def benchmark(
     seed: int = 0,
     guidance_scales: Sequence[float] | None = None,
     temperatures: Sequence[float] | None = None,
+    search_from: float | None = None,
     sampling: Mapping[str, Any] | None = None,
     reference: Source | None = None,
     protocol: str = "adm",
@@ -89,6 +95,9 @@ def benchmark(
         labels: "balanced" (class i modulo the number of classes: 50 each of 50,000 ImageNet images), "random"
             (uniform), or "none"; by default balanced if the generator has classes.
         guidance_scales, temperatures: one benchmark for each pair of them; by default the pipeline's own.
+        search_from: a scale from which to search the lowest Frechet distance, in steps of 0.25 to a scale
+            whose neighbours are both worse (but not below 1, which is no guidance); all that were tried are in
+            ``runs``, and ``found`` is that scale. In place of ``guidance_scales`` and ``temperatures``.
         sampling: options that differ from the pipeline's.
         reference, protocol, weights, features, network, device, processes: as for ``evaluate``. Without a reference
             only the Inception Score can be computed.
@@ -105,8 +114,12 @@ def benchmark(
     Raises:
         BenchmarkError: ``out`` belongs to another benchmark or is damaged.
         FolderInUseError: another process writes ``out``.
+        ValueError: a search with scales, without a reference to measure distances from, or from below 1.
         ValueError, ConfigError, CheckpointError, ImageError, InvalidReferenceError: as the pipeline and ``evaluate``.
     """
+    if search_from is not None:
+        _check_search(search_from, guidance_scales, temperatures, reference)
+        guidance_scales = [search_from]
     rules = choose_protocol(protocol, features, network)
     if protocol == "reconstruction":
         raise ValueError("the protocol 'reconstruction' compares images with their originals; generated ones have none")
@@ -118,8 +131,10 @@ def benchmark(
     plan = _plan(pipe, num_images, labels, seed, sampling or {}, rules.describe(net), eval_size)
     example = net(torch.zeros(1, 3, *plan.scored_size, dtype=torch.uint8))
     metrics, skipped = _choose_metrics(rules, plan, real)
+    if search_from is not None and "fid" not in metrics:
+        raise ValueError(f"a search needs a Frechet distance, and there is none: {'; '.join(skipped)}")
     real.check_network(net, example)
-    settings = _settings(pipe, guidance_scales, temperatures, sampling or {}, plan)
+    settings = choose_settings(pipe, guidance_scales, temperatures, sampling or {}, plan.sampling)
 
     out = Path(out)
     with locked(out) if processes.is_first else nullcontext():
@@ -128,38 +143,114 @@ def benchmark(
         processes.wait()
         started = time.perf_counter()
         sampler = _Sampler(pipe, plan, dict(sampling or {}))
-        stores = [
-            (setting, FeatureStore(out / setting.folder, plan.shards, plan.scored_size, keep_images=save_npz))
-            for setting in settings
-        ]
+        scoring = _Scoring(rules, net, tuple(example), metrics, real, batch_size, device, processes)
+        stores = [(setting, _store(out, setting, plan, keep_images=save_npz)) for setting in settings]
         stores = _earlier(out, plan, stores) + stores
+        found = None
         try:
-            made = [_generate(sampler, *each, net, tuple(example), batch_size, processes) for each in stores]
+            runs = [scoring.run(sampler, setting, store) for setting, store in stores]
+            if search_from is not None:
+
+                def try_setting(setting: Setting) -> _Run:
+                    return scoring.run(sampler, setting, _store(out, setting, plan, keep_images=save_npz))
+
+                found = _search(search_from, runs, try_setting)
         except BaseException as error:
             error.add_note(f"What was generated is in {out}: the same command goes on from there")
             raise
         seconds = time.perf_counter() - started
-        generated = sum(processes.gather(sum(made)))  # also waits for the others
+        generated = sum(processes.gather(sum(run.generated for run in runs)))
         if processes.is_first:
-            real_side = _extract_reference(real, net, metrics, batch_size)
-            runs = []
-            for setting, store in stores:
-                run = setting.describe(plan.sampling) | _score(rules, net, metrics, store, sampler, real_side, device)
-                run["warnings"] = skipped + plan.warnings + run["warnings"]
-                runs.append(run)
+            noted = [run.result | {"warnings": skipped + plan.warnings + run.result["warnings"]} for run in runs]
             result = {
                 "benchmark": plan.to_json(),
                 "protocol": rules.name,
-                "runs": runs,
+                "runs": noted,
                 "generated": generated,
                 "seconds": round(seconds, 2),
                 "processes": processes.count,
                 "command": command,
             }
+            result |= {} if found is None else {"found": found}
             save_result(result, out)
-            write_report(result, [store.previews() for _, store in stores], out)
+            write_report(result, [run.store.previews() for run in runs], out)
         processes.wait()
         return read_json(out / RESULT_FILE)
+
+
+def _check_search(
+    start: float, scales: Sequence[float] | None, temperatures: Sequence[float] | None, reference: Source | None
+) -> None:
+    if scales is not None or temperatures is not None:
+        raise ValueError("a search tries scales by itself: leave out what a sweep compares, or the search")
+    if reference is None:
+        raise ValueError("a search needs a reference, from which distances are measured")
+    if not LOWEST_SCALE <= start < math.inf:
+        raise ValueError(f"a search begins at a scale of at least {LOWEST_SCALE:g}, which is no guidance; got {start}")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One setting: what was generated, and how it scored.
+
+    Attributes:
+        generated: number of images that this process made now.
+        distance: the Frechet distance, on all processes; None without a reference.
+        result: of ``evaluate``, on the first process.
+    """
+
+    setting: Setting
+    store: FeatureStore
+    generated: int
+    distance: float | None
+    result: dict[str, Any]
+
+
+@dataclass
+class _Scoring:
+    """Generates what a setting lacks, on all processes, and scores it on the first."""
+
+    rules: Rules
+    network: FeatureNetwork
+    features: tuple[str, ...]
+    metrics: Sequence[str]
+    reference: Reference
+    batch_size: int
+    device: torch.device
+    processes: Processes
+
+    @cached_property
+    def _real(self) -> Side:
+        return _extract_reference(self.reference, self.network, self.metrics, self.batch_size)
+
+    def run(self, sampler: _Sampler, setting: Setting, store: FeatureStore) -> _Run:
+        made = _generate(sampler, setting, store, self.network, self.features, self.batch_size, self.processes)
+        self.processes.wait()
+        result: dict[str, Any] = {}
+        if self.processes.is_first:
+            scored = _score(self.rules, self.network, self.metrics, store, sampler, self._real, self.device)
+            result = setting.describe(sampler.plan.sampling) | scored
+        name = self.rules.score_names.get("fid", "fid")
+        distance = self.processes.gather(result.get("scores", {}).get(name))[0]
+        return _Run(setting, store, made, distance, result)
+
+
+def _search(start: float, runs: list[_Run], try_setting: Callable[[Setting], _Run]) -> float:
+    """The scale that a search finds; the runs of scales that it tried are added to ``runs``."""
+
+    def distance(scale: float) -> float:
+        setting = Setting(scale)
+        known = next((one for one in runs if one.setting == setting), None)
+        if known is None:
+            known = try_setting(setting)
+            runs.append(known)
+        return known.distance
+
+    return local_minimum(distance, start)
+
+
+def _store(out: Path, setting: Setting, plan: Plan, *, keep_images: bool) -> FeatureStore:
+    return FeatureStore(out / setting.folder, plan.shards, plan.scored_size, keep_images=keep_images)
 
 
 def _earlier(out: Path, plan: Plan, stores: list[tuple[Setting, FeatureStore]]) -> list[tuple[Setting, FeatureStore]]:
@@ -179,7 +270,7 @@ def _earlier(out: Path, plan: Plan, stores: list[tuple[Setting, FeatureStore]]) 
     asked = {store.folder.name for _, store in stores}
     found = []
     for setting, name in names.items():
-        store = FeatureStore(out / name, plan.shards, plan.scored_size, keep_images=False)
+        store = _store(out, setting, plan, keep_images=False)
         if name not in asked and not store.missing():
             found.append((setting, store))
     return found
@@ -224,6 +315,7 @@ def _plan(
             f"this generator takes {spec.describe()}, and a benchmark generates by class labels or by nothing: say "
             'labels="none" to score unconditional images'
         )
+    _, height, width = pipe.tokenizer.image_shape("the benchmark of a pipeline")
     return Plan(
         num_images=num_images,
         labels=labels or ("balanced" if num_classes else "none"),
@@ -234,14 +326,15 @@ def _plan(
         generator=pipe.generator.fingerprint(),
         network=network,
         dtype=dtype_of(pipe.generator),
-        image_size=tuple(pipe.tokenizer.image_shape("the benchmark of a pipeline")[1:]),
+        image_size=(height, width),
         eval_size=eval_size,
     )
 
 
 def _choose_metrics(rules: Rules, plan: Plan, real: Reference) -> tuple[list[str], list[str]]:
     # The samples' side allows everything that so many images allow: all features of the network are kept.
-    samples = Reference("the benchmark", _PlannedImages(plan.num_images, plan.scored_size))
+    planned: Any = _PlannedImages(plan.num_images, plan.scored_size)
+    samples = Reference("the benchmark", planned)
     return choose_metrics(None, rules, samples, real)
 
 
@@ -255,32 +348,6 @@ class _PlannedImages:
     names: ClassVar[None] = None
     lossy: ClassVar[int] = 0
     files_read: ClassVar[None] = None
-
-
-def _settings(
-    pipe: ImagePipeline,
-    scales: Sequence[float] | None,
-    temperatures: Sequence[float] | None,
-    sampling: Mapping[str, Any],
-    plan: Plan,
-) -> list[Setting]:
-    """Every guidance scale with every temperature; those of the pipeline where no others are named.
-
-    Raises:
-        ValueError: a sweep of what the generator does not know, or a value that it refuses.
-    """
-    options, swept = pipe.options(**sampling), []
-    for name, values in (("guidance_scale", scales), ("temperature", temperatures)):
-        own, word = getattr(options, name, None), name.replace("_", " ")
-        if values is not None and own is None:
-            raise ValueError(f"{type(pipe.generator).__name__} has no {word} to sweep")
-        if values is not None and not values:
-            raise ValueError(f"the sweep names no {word}")
-        swept.append([own] if values is None else values)
-    settings = Setting.over(*swept, plan.sampling)
-    for setting in settings:
-        pipe.options(**setting.options(sampling))
-    return settings
 
 
 def _generate(

@@ -26,7 +26,17 @@ from vistok.utils.report import (
 )
 from vistok.utils.report import write_report as write_page
 
-LOWER_IS_BETTER = ("fid", "clean_fid", "fd_dinov2", "frechet_distance", "sfid", "kid", "kernel_distance", "clean_kid")
+LOWER_IS_BETTER = (
+    "fid",
+    "fvd",
+    "clean_fid",
+    "fd_dinov2",
+    "frechet_distance",
+    "sfid",
+    "kid",
+    "kernel_distance",
+    "clean_kid",
+)
 COLUMNS = 16
 """Classes that get a column each, at most."""
 GRID_WIDTH = 690
@@ -46,9 +56,10 @@ def write_report(result: Mapping[str, Any], previews: Sequence[Sequence[Image.Im
     """
     runs, plan = result["runs"], result["benchmark"]
     notes = list(dict.fromkeys(note for run in runs for note in run["warnings"]))
-    sections = [Section("Scores", list(_scores(runs)))]
+    found = [Paragraph(f"The search ended at guidance {result['found']:g}.")] if "found" in result else []
+    sections = [Section("Scores", [*score_blocks(runs), *found])]
     if len(runs) > 1:
-        sections += _sweep(runs)
+        sections += sweep_sections(runs)
     if notes:
         sections.append(Section("Before you compare", [Notes(notes)]))
     sections.append(Section("Samples", [_grid(run, images, plan["labels"]) for run, images in zip(runs, previews)]))
@@ -89,21 +100,21 @@ def best_run(runs: Sequence[Mapping[str, Any]]) -> tuple[int, str] | None:
     return min(scored, key=lambda index: runs[index]["scores"][name]), name
 
 
-def _scores(runs: Sequence[Mapping[str, Any]]) -> Iterator[Block]:
+def score_blocks(runs: Sequence[Mapping[str, Any]]) -> Iterator[Block]:
     best = best_run(runs)
     marked = frozenset() if best is None else frozenset({best})
     yield Table(score_rows(runs), marked)
     if best is not None:
         index, name = best
         value = runs[index]["scores"][name]
-        yield Paragraph(f"The lowest {name} is {value:.4g}, at {_setting_text(runs[index])}.")
+        yield Paragraph(f"The lowest {name} is {value:.4g}, at {setting_text(runs[index])}.")
 
 
 def _differ(runs: Sequence[Mapping[str, Any]], name: str) -> bool:
     return len({run.get(name) for run in runs}) > 1
 
 
-def _sweep(runs: Sequence[Mapping[str, Any]]) -> Iterator[Section]:
+def sweep_sections(runs: Sequence[Mapping[str, Any]]) -> Iterator[Section]:
     """What guidance and temperature do to the scores."""
     runs = [run for run in runs if isinstance(run["guidance_scale"], int | float)]
     if len(runs) < 2:
@@ -172,7 +183,8 @@ def _scale_text(run: Mapping[str, Any]) -> str:
     return " to ".join(f"{part:g}" for part in scale) if isinstance(scale, list | tuple) else f"{scale:g}"
 
 
-def _setting_text(run: Mapping[str, Any]) -> str:
+def setting_text(run: Mapping[str, Any]) -> str:
+    """The setting of a run, for people."""
     temperature = run.get("temperature")
     return f"guidance {_scale_text(run)}" + ("" if temperature is None else f", temperature {temperature:g}")
 
@@ -188,7 +200,7 @@ def _grid(run: Mapping[str, Any], images: Sequence[Image.Image], labels: str) ->
     if in_columns:
         images = images[: len(images) - len(images) % len(names)]
     drawn = sheet(images, len(names) if in_columns else None, column_labels=names if in_columns else ())
-    text = f"The first {len(images)} images, {_setting_text(run)}."
+    text = f"The first {len(images)} images, {setting_text(run)}."
     return Picture(drawn, text, text, min(1.0, GRID_WIDTH / drawn.width))
 
 
@@ -197,28 +209,33 @@ def _classes(run: Mapping[str, Any]) -> Folded:
     rows = sorted(run["classes"], key=lambda row: (row["precision"] is None, row["precision"], row["class"]))
     counts = [row["images"] for row in rows]
     each = f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
-    text = f"{_setting_text(run)}: {len(rows):,} classes of {each} images; the farthest from the real ones first"
+    text = f"{setting_text(run)}: {len(rows):,} classes of {each} images; the farthest from the real ones first"
     return Folded(text, Table(rows))
 
 
 def _repeat(result: Mapping[str, Any]) -> Iterator[Block]:
+    run = result["runs"][0]
+    recorded = {"plan": result["benchmark"]} | {name: run[name] for name in ("reference", "settings", "versions")}
+    return repeat_blocks(result, recorded, "images")
+
+
+def repeat_blocks(result: Mapping[str, Any], recorded: Mapping[str, Any], what: str) -> Iterator[Block]:
+    """The command, what it did, and all that the scores of ``what`` depend on."""
     if result["command"]:
         yield Commands([result["command"]])
     yield Paragraph(
-        f"{_work(result)} Image i of a seed is the same in any number of processes, so the same command gives the same "
-        "scores."
+        f"{_work(result, what)} Number i of a seed is the same in any number of processes, so the same command gives "
+        "the same scores."
     )
-    run = result["runs"][0]
-    recorded = {"plan": result["benchmark"]} | {name: run[name] for name in ("reference", "settings", "versions")}
     rows = [{"setting": name, "value": cell_text(value)} for name, value in _flatten(recorded)]
     yield Folded("Everything that these scores depend on", Table(rows))
 
 
-def _work(result: Mapping[str, Any]) -> str:
+def _work(result: Mapping[str, Any], what: str) -> str:
     if not result["generated"]:
         return "All features were there from earlier calls."
     processes = "one process" if result["processes"] == 1 else f"{result['processes']:,} processes"
-    return f"This call generated {result['generated']:,} images in {result['seconds']:,.0f} s, in {processes}."
+    return f"This call generated {result['generated']:,} {what} in {result['seconds']:,.0f} s, in {processes}."
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

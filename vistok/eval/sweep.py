@@ -54,3 +54,34 @@ class Setting:
         own = plan.get("temperature")
         temperatures = [None if temperature == own else temperature for temperature in temperatures]
         return list(dict.fromkeys(cls(scale, temperature) for temperature, scale in product(temperatures, scales)))
+
+
+def choose_settings(
+    pipe: Any,
+    scales: Sequence[float] | None,
+    temperatures: Sequence[float] | None,
+    sampling: Mapping[str, Any],
+    plan: Mapping[str, Any],
+) -> list[Setting]:
+    """Every guidance scale with every temperature; those of the pipeline where no others are named.
+
+    Args:
+        pipe: a pipeline.
+        sampling: options that differ from its own.
+        plan: the sampling options of the benchmark's plan.
+
+    Raises:
+        ValueError: a sweep of what the generator does not know, or a value that it refuses.
+    """
+    options, swept = pipe.options(**sampling), []
+    for name, values in (("guidance_scale", scales), ("temperature", temperatures)):
+        own, word = getattr(options, name, None), name.replace("_", " ")
+        if values is not None and own is None:
+            raise ValueError(f"{type(pipe.generator).__name__} has no {word} to sweep")
+        if values is not None and not values:
+            raise ValueError(f"the sweep names no {word}")
+        swept.append([own] if values is None else values)
+    settings = Setting.over(*swept, plan)
+    for setting in settings:
+        pipe.options(**setting.options(sampling))
+    return settings

@@ -18,7 +18,9 @@ from vistok.types import Clock, Condition, ConditionSpec, Expands, GeneratorOutp
 class Session(Protocol):
     """One sampling run with its cache: forced tokens can be appended and tokens generated, in turns."""
 
-    tokens: Tensor
+    @property
+    def tokens(self) -> Tensor:
+        """The tokens so far."""
 
     def append(self, tokens: Tensor) -> None:
         """Put given tokens (B, n[, D]) at the next positions, instead of generating them."""
@@ -47,6 +49,9 @@ class Generator(Model):
 
     num_classes: int | None = None
     """Number of classes that it can be conditioned on; None if it takes no labels."""
+
+    class_rows_from: int = 0
+    """The row at which the classes begin in tables that hold them, among others or alone."""
 
     has_null: bool = True
     """Whether rows without a condition can be generated, and so guidance be used."""
@@ -167,6 +172,13 @@ class Generator(Model):
             ValueError: this generator has none.
         """
         raise ValueError(f"{type(self).__name__} has no compiled decoding; generators of one token after another have")
+
+    def needed_tokenizer(self, tokenizer: Expands | None) -> Expands:
+        """The tokenizer, of a model that needs it. Raises ValueError if it is absent, or the model needs none."""
+        self.check_tokenizer(tokenizer)
+        if tokenizer is None:
+            raise ValueError(f"{type(self).__name__} reads tokens as they are")
+        return tokenizer
 
     def check_tokenizer(self, tokenizer: Expands | None) -> None:
         """Raise ValueError if a tokenizer is absent although the model needs it, or given although it does not."""

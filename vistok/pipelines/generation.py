@@ -100,10 +100,8 @@ class PipelineOutput(Shown):
         return [Movie(frames) for frames in self.videos]
 
     def _repr_html_(self) -> str | None:
-        """Clips play in a notebook; images are shown as PNG."""
-        if self.pixels.ndim != 5:
-            return None
-        return "\n".join(movie._repr_html_() for movie in self.movies[:MOVIES])
+        """Clips play in a notebook; images have their own pictures."""
+        return None if self.pixels.ndim != 5 else "\n".join(movie.html(128) for movie in self.movies[:MOVIES])
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,7 @@ class Pipeline:
 
     Args:
         tokenizer, generator: they must agree on the tokens.
-        class_names: in the order of the ids; empty if classes have no names.
+        class_names: in the order of the ids; by default those that the generator has itself, if any.
         sampling: default options, by the names of ``generator.options_type``.
         text: what turns prompts into conditions of the generator; without encoders there are no prompts.
 
@@ -158,7 +156,8 @@ class Pipeline:
         self.tokenizer, self.generator = tokenizer.eval(), generator.eval()
         self._decode_options = _decode_options(tokenizer, generator.spec)
         spec = generator.condition_spec
-        self.text, self._classes = text, ClassNames(spec.num_classes, class_names)
+        names = class_names or (generator.class_names if spec.num_classes else ())
+        self.text, self._classes = text, ClassNames(spec.num_classes, names)
         self._conditions = Conditions(spec, self._classes, text)
         self.sampling = dict(sampling or {})
         generator.options_type(**check(generator.options_type, self.sampling, "sampling"))
@@ -219,7 +218,8 @@ class Pipeline:
         """
         folder = pipeline_folder(path)
         settings = read_settings(folder)
-        tokenizer, generator = load_part(folder, TOKENIZER, Tokenizer), load_part(folder, GENERATOR, Generator)
+        tokenizer: Tokenizer = load_part(folder, TOKENIZER, Tokenizer)
+        generator: Generator = load_part(folder, GENERATOR, Generator)
         pipe = cls(tokenizer, generator, **settings, text=PromptEncoder.load(folder / TEXT))
         pipe.source = folder
         return pipe.to(choose_device(device), choose_dtype(dtype))
@@ -413,10 +413,10 @@ class Pipeline:
             batch = make(rows, self.generator.sampling_draws(keys, options))
             tokens.append(batch.cpu())
             pixels.append(self._decode(batch, self.tokenizer.decoding_draws(keys), condition[rows]))
-        pixels = torch.cat(pixels)
+        whole = torch.cat(pixels)
         labels = None if condition.labels is None else condition.labels.tolist()
         names = [self.class_names[label] for label in labels] if labels and self.class_names else None
-        return PipelineOutput(shown(pixels), torch.cat(tokens), pixels, labels, class_names=names)
+        return PipelineOutput(shown(whole), torch.cat(tokens), whole, labels, class_names=names)
 
     def stream(
         self,
@@ -577,10 +577,6 @@ class Pipeline:
         if spec.scales:
             return 1  # every scale shows
         return spec.prefix_step or (self._grid[-1] if self._grid else max(1, spec.length // 8))
-
-
-pipeline = Pipeline.from_pretrained
-"""``vistok.pipeline(path, *, device=None, dtype=None)``: load a pipeline from a folder or a hub id."""
 
 
 def _decode_options(tokenizer: Tokenizer, spec: TokenSpec) -> dict[str, Any]:

@@ -266,15 +266,22 @@ def _next_commands(out: Path) -> list[str]:
 
 
 def _facts(protocol: Mapping[str, Any]) -> dict[str, str]:
-    environment = protocol["environment"]
     return {
         "Data": f"{protocol['training_digits']:,} training and {protocol['held_out_digits']:,} held-out digits of "
         f"{protocol['data']}",
         "Classifier": protocol["classifier"],
         "Generated": f"{protocol['generated_digits']:,} digits, {protocol['frechet_digits']:,} of them for the Fréchet "
         "distance: of each class as many as are held out",
-        "Sampling": ", ".join(f"{name} {value}" for name, value in protocol["sampling"].items()) or "defaults",
         "Copies": protocol["copies"],
+        **environment_facts(protocol),
+    }
+
+
+def environment_facts(protocol: Mapping[str, Any]) -> dict[str, str]:
+    """How the samples were drawn, and where everything ran."""
+    environment = protocol["environment"]
+    return {
+        "Sampling": ", ".join(f"{name} {value}" for name, value in protocol["sampling"].items()) or "defaults",
         "Seed": str(protocol["recipe"]["seed"]),
         "Versions": ", ".join(
             f"{name} {environment[name]}" for name in ("vistok", "python", "torch", "numpy") if name in environment
