@@ -16,7 +16,7 @@ from vistok.cli.configs import configs
 from vistok.cli.console import errors, output
 from vistok.cli.models import convert, models, pipeline
 from vistok.cli.probing import compare, probe
-from vistok.cli.sampling import reconstruct, sample
+from vistok.cli.sampling import demo, reconstruct, sample
 from vistok.cli.scoring import benchmark, evaluate
 from vistok.cli.training import import_tokens, quickstart, report, tokenize, train
 from vistok.utils.paths import at_home
@@ -131,6 +131,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "import-tokens": import_tokens,
     "sample": sample,
     "reconstruct": reconstruct,
+    "demo": demo,
     "eval": evaluate,
     "benchmark": benchmark,
     "probe": probe,

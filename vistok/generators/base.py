@@ -151,10 +151,16 @@ class Generator(Model):
         Raises:
             ValueError: this generator cannot, because it has an order of its own.
         """
-        raise ValueError(
-            f"{type(self).__name__} generates in an order of its own and cannot keep tokens that come later; editing "
-            "needs a generator that fills in any positions"
-        )
+        self.check_edits()
+        raise NotImplementedError
+
+    def check_edits(self) -> None:
+        """Raise ValueError if this generator has no ``edit`` of its own."""
+        if type(self).edit is Generator.edit:
+            raise ValueError(
+                f"{type(self).__name__} generates in an order of its own and cannot keep tokens that come later; "
+                "editing needs a generator that fills in any positions"
+            )
 
     def compile_decoding(self, backend: str = "inductor") -> None:
         """From now on sample with compiled steps.
