@@ -17,7 +17,8 @@ from support.released import write_tokenizer
 import vistok
 from vistok.cli import main
 from vistok.config import save_config
-from vistok.data.pictures import to_pil
+from vistok.data.pictures import GAP, to_pil
+from vistok.data.sheets import LINE
 from vistok.generators.vit_vqgan_gpt import ViTVQGANGPT
 from vistok.pipelines import Pipeline
 from vistok.tokenizers.vit_vqgan import ViTVQGAN
@@ -142,7 +143,7 @@ def test_sample_writes_pictures_grid_npz_and_record(pipe, tmp_path, run_command)
         assert archive.files == ["arr_0"]
         assert archive["arr_0"].dtype == np.uint8
         assert np.array_equal(archive["arr_0"], written)
-    assert Image.open(out / "grid.png").size == (2 * 16 + 2, 3 * 16 + 2 * 2)
+    assert Image.open(out / "grid.png").size == (2 * 64 + GAP, LINE + 3 * (64 + GAP) - GAP)  # a column per class
     record = json.loads((out / "samples.json").read_text())
     assert record["labels"] == [2, 0, 2, 0, 2]
     assert record["seed"] == 9
@@ -288,13 +289,14 @@ def test_reconstruct_shows_originals_over_reconstructions(tokenizer_run, photos,
     images = sorted(photos.rglob("*.png"))[:2]
     printed = run_command("reconstruct", tokenizer_run, *images, "--out", tmp_path / "sheet.png")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
-    assert sheet.shape == (2 * 16 + 2, 2 * 16 + 2, 3)
+    row = 8 * 16 + LINE + GAP  # an image, eight times as large, its label, and the line below
+    assert sheet.shape == (2 * row - GAP, 2 * 8 * 16 + GAP, 3)
     tokenizer = vistok.load(tokenizer_run / "tokenizer")
     original = vistok.data.pictures.from_pil([Image.open(images[0])], (16, 16), 3)
     [below] = to_pil(tokenizer.reconstruct(original))
     [above] = to_pil(original)
-    assert np.array_equal(sheet[:16, :16], np.asarray(above))
-    assert np.array_equal(sheet[18:, :16], np.asarray(below))
+    assert np.array_equal(sheet[: 8 * 16 : 8, : 8 * 16 : 8], np.asarray(above))
+    assert np.array_equal(sheet[row : row + 8 * 16 : 8, : 8 * 16 : 8], np.asarray(below))
     error = np.square((np.asarray(above, float) - np.asarray(below, float)) / 255).mean()
     assert f"{images[0]}  PSNR {-10 * np.log10(error):.2f} dB" in printed
 

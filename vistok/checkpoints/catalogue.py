@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -71,8 +71,8 @@ def catalogue() -> list[CatalogueEntry]:
 
 
 def _describe(item: registry.Entry) -> CatalogueEntry:
-    model_class = item.load()
-    build = model_class if item.kind == "tokenizer" else partial(_generator, item)
+    model_class: Any = item.load()
+    build: Callable[..., Model] = model_class if item.kind == "tokenizer" else partial(_generator, item)
     sizes = {name: _parameters(build, arguments) for name, arguments in model_class.sizes.items()}
     checkpoints = tuple(
         ReleasedFile(checkpoint.id, official, tokenizer_of(checkpoint.id), licence_of_weights(official, checkpoint.id))
@@ -93,7 +93,7 @@ def _spec(tokenizer: str) -> TokenSpec:
         return registry.entry(tokenizer, "tokenizer").load()().spec
 
 
-def _parameters(build, arguments: Mapping[str, Any]) -> int:
+def _parameters(build: Callable[..., Model], arguments: Mapping[str, Any]) -> int:
     with torch.device("meta"):
         model: Model = build(**arguments)
     return sum(parameter.numel() for parameter in model.parameters())

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
 from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from vistok._version import __version__
 from vistok.checkpoints import registry
 from vistok.checkpoints.adapters import ADAPTER, ADAPTER_CONFIG, merged, save_adapter, with_adapter, without_adapters
+from vistok.checkpoints.bounds import bounded
 from vistok.checkpoints.hub import download, snapshot
 from vistok.checkpoints.official import OfficialCheckpoint, convert
 from vistok.checkpoints.weights import (
@@ -70,6 +72,7 @@ class Model(
     adapter_apart: bool = False
     """In training with low-rank adapters: whether they are saved beside the weights, rather than merged into them."""
 
+    _arguments: dict[str, Any]  # of the constructor, defaults included
     _saved_arguments: Mapping[str, Any] | None = None  # of a loaded model, as its config.json has them
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -87,6 +90,16 @@ class Model(
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, defaults included, JSON-ready."""
         return to_json(self._arguments)
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.parameters()).dtype
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
@@ -181,8 +194,9 @@ def load(source: str | Path, **hub_options: Any) -> Model:
         return convert(name, file, default=checkpoint.config)
     folder = model_folder(source, **hub_options)
     saved = read_config(folder)
-    model = build(saved, folder)
-    load_strictly(model, read_exported(folder), source=str(folder))
+    weights = read_exported(folder)
+    model = build(saved, folder, weights)
+    load_strictly(model, weights, source=str(folder))
     return model.eval()
 
 
@@ -229,8 +243,8 @@ def model_folder(source: str | Path, **hub_options: Any) -> Path:
     return next((candidate for candidate in candidates if (candidate / CONFIG).is_file()), folder)
 
 
-def build(saved: Mapping[str, Any], folder: Path) -> Model:
-    """The model that a ``config.json`` describes, with new weights.
+def build(saved: Mapping[str, Any], folder: Path, weights: Mapping[str, Tensor]) -> Model:
+    """The model that a ``config.json`` describes, of a size that ``weights`` can fill; they are not loaded.
 
     Raises:
         CheckpointError: it describes none.
@@ -239,7 +253,8 @@ def build(saved: Mapping[str, Any], folder: Path) -> Model:
     try:
         arguments = with_todays_names(model_class, saved["arguments"])
         check(model_class, arguments, "")
-        model = model_class(**arguments)
+        with bounded(arguments, weights):
+            model = model_class(**arguments)
     except CONSTRUCTION_ERRORS as error:  # a ConfigError, the constructor's own, or what wrong sizes do to torch
         raise CheckpointError(f"{folder / CONFIG} does not describe a {saved['model']}: {error}") from error
     model._saved_arguments = saved["arguments"]

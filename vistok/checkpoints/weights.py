@@ -124,7 +124,7 @@ def _is_shard(name: str) -> bool:
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
     """The tensors of all files that an index names, each in the file that it says."""
-    names, found = shard_names(index), {}
+    names, found = shard_names(index), dict[tuple[str, str], Tensor]()
     absent = sorted({name for name in names.values() if not (index.parent / name).is_file()})
     if absent:
         raise CheckpointError(f"{index} names files that are not beside it: {listing(absent)}; fetch them too")

@@ -6,7 +6,7 @@ import errno
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
@@ -15,9 +15,10 @@ from rich.markup import escape
 from vistok.cli.configs import configs
 from vistok.cli.console import errors, output
 from vistok.cli.models import convert, models, pipeline
+from vistok.cli.probing import compare, probe
 from vistok.cli.sampling import reconstruct, sample
 from vistok.cli.scoring import benchmark, evaluate
-from vistok.cli.training import import_tokens, quickstart, tokenize, train
+from vistok.cli.training import import_tokens, quickstart, report, tokenize, train
 from vistok.utils.paths import at_home
 
 __all__ = ["app", "main"]
@@ -43,11 +44,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     try:
         app([at_home(text) for text in given], prog_name="vistok")
+    except SystemExit as end:
+        _advise_after_interruption(end)
+        raise
     except Exception as error:
         if os.environ.get("VISTOK_DEBUG") or not _is_for_users(error):
             raise
         errors.print(f"[bold red]Error:[/] {escape(_message(error))}")
         sys.exit(2)
+
+
+def _advise_after_interruption(end: SystemExit) -> None:
+    """After Ctrl-C, which typer turns into an exit: what the interrupted work says about going on."""
+    cause: BaseException | None = end
+    while cause is not None and not isinstance(cause, KeyboardInterrupt):
+        cause = cause.__cause__ or cause.__context__
+    for note in getattr(cause, "__notes__", ()):
+        errors.print(f"[yellow]Note:[/] {escape(note)}")
 
 
 def _name_failed_thread(failure: threading.ExceptHookArgs) -> None:
@@ -110,15 +123,18 @@ def root(show: Annotated[bool, typer.Option("--version", help="Print the version
         raise typer.Exit
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "quickstart": quickstart,
     "train": train,
+    "report": report,
     "tokenize": tokenize,
     "import-tokens": import_tokens,
     "sample": sample,
     "reconstruct": reconstruct,
     "eval": evaluate,
     "benchmark": benchmark,
+    "probe": probe,
+    "compare": compare,
     "convert": convert,
     "pipeline": pipeline,
     "models": models,

@@ -120,8 +120,8 @@ def reconstruct(
             output.print(f"{escape(str(image))}  PSNR {scores}")
         output.print(f"Originals and their reconstructions are in {escape(str(out))}")
         return
-    for image, decibels in zip(images, reconstruct_files(tokenizer, images, out), strict=True):
-        output.print(f"{escape(str(image))}  PSNR {decibels:.2f} dB")
+    for image, value in zip(images, reconstruct_files(tokenizer, images, out), strict=True):
+        output.print(f"{escape(str(image))}  PSNR {value:.2f} dB")
     output.print(f"Originals over reconstructions are in {escape(str(out))}")
 
 
@@ -135,7 +135,7 @@ def _image_files(path: Path) -> list[Path]:
 
     if not path.is_dir():
         return [path]
-    found = sorted(file for file in path.rglob("*") if is_image(file.name))
+    found = sorted(file for file in path.rglob("*") if is_image(file.name) and not file.name.startswith("."))
     if not found:
         raise FileNotFoundError(f"there are no image files in {path}")
     if len(found) > FROM_FOLDER:

@@ -134,6 +134,18 @@ def _profile(config: dict[str, Any]) -> None:
     output.print(f"{found.units_per_second:,.0f} {unit}/s; the trace is in {escape(str(found.trace))}")
 
 
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run.")],
+) -> None:
+    """Make the report.html of a training run again: of an interrupted one, or after images were added.
+
+    Training writes it at its end.
+    """
+    from vistok.train.report import write_run_report
+
+    output.print(f"Pictures, curves and codes are shown in {escape(str(write_run_report(run)))}")
+
+
 def tokenize(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Run of a tokenizer, saved tokenizer, or hub id.")],
     out: Annotated[Path, typer.Option(help="Folder for the token cache; must not exist yet.")],
@@ -194,9 +206,9 @@ def tokenize(
         data,
         out,
         augmentation=augmentation,
-        text=text.to(next(tokenizer.parameters()).device),
+        text=text.to(tokenizer.device),
         refuse_long_texts=refuse_long_texts,
-        feature_dtype=text_dtype,
+        feature_dtype="float16" if text_dtype == "float16" else "float32",
         given_frames=given_frames,
         resume=resume,
         processes=processes,

@@ -152,7 +152,7 @@ def load_network(
     if features is not None:
         if weights is not None:
             raise ValueError("weights are those of the protocol's network; with features=, the function brings its own")
-        return CallableNetwork(features, network)
+        return CallableNetwork(features, str(network))
     if protocol.network == DINOV2:
         return DINOv2.load(weights, device=device)
-    return InceptionV3Compat.load(weights, resize=protocol.resize, device=device)
+    return InceptionV3Compat.load(weights, resize=protocol.resize or "tf1-bilinear", device=device)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from vistok.checkpoints import CONFIG, CheckpointError, load, snapshot
 from vistok.checkpoints.model import MODEL_FILES
@@ -22,8 +22,6 @@ from vistok.utils.paths import local
 PIPELINE, TOKENIZER, GENERATOR = "pipeline.json", "tokenizer", "generator"
 BEST_MODEL = "best"
 """What a run folder holds as well if it validates: the same of its best step."""
-
-Part = TypeVar("Part")
 
 
 def write_settings(folder: str | Path, *, class_names: Sequence[str], sampling: Mapping[str, Any]) -> None:
@@ -77,7 +75,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def load_part(folder: Path, part: str, kind: type[Part]) -> Part:
+def load_part(folder: Path, part: str, kind: type[Any]) -> Any:
     """The model in ``folder / part``.
 
     Raises:

@@ -36,6 +36,7 @@ from vistok.pipelines.folders import (
     write_settings,
 )
 from vistok.pipelines.requests import Conditions, Prompt, Request
+from vistok.pipelines.steps import StepCallback, every_step
 from vistok.text import TEXT, PromptEncoder
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import Condition, TokenSpec, to_json
@@ -83,6 +84,10 @@ class PipelineOutput:
     def movies(self) -> list[Movie]:
         """The clips as movies, which play in a notebook and can be saved."""
         return [Movie(frames) for frames in self.videos]
+
+    def _repr_html_(self) -> str | None:
+        """Clips play in a notebook; images have their own pictures."""
+        return None if self.pixels.ndim != 5 else "\n".join(movie.html(128) for movie in self.movies)
 
 
 @dataclass(frozen=True)
@@ -193,7 +198,8 @@ class Pipeline:
         """
         folder = pipeline_folder(path)
         settings = read_settings(folder)
-        tokenizer, generator = load_part(folder, TOKENIZER, Tokenizer), load_part(folder, GENERATOR, Generator)
+        tokenizer: Tokenizer = load_part(folder, TOKENIZER, Tokenizer)
+        generator: Generator = load_part(folder, GENERATOR, Generator)
         pipe = cls(tokenizer, generator, **settings, text=PromptEncoder.load(folder / TEXT))
         return pipe.to(choose_device(device), choose_dtype(dtype))
 
@@ -236,6 +242,7 @@ class Pipeline:
         generator: torch.Generator | None = None,
         index_start: int = 0,
         batch_size: int = 64,
+        callback_on_step_end: StepCallback | None = None,
         **sampling: Any,
     ) -> PipelineOutput:
         """Generate images, or clips.
@@ -257,6 +264,7 @@ class Pipeline:
             generator: the source of the seed, as in diffusers.
             index_start: the number of the first image among those of its seed.
             batch_size: images generated at a time.
+            callback_on_step_end: called after each step of a batch; see ``vistok.pipelines.steps.every_step``.
             **sampling: options of ``self.generator.options_type``, such as ``temperature`` or ``guidance_scale``;
                 they override ``self.sampling``.
 
@@ -275,7 +283,9 @@ class Pipeline:
         condition = self._condition(request, options)
 
         def sample(rows: slice, draws: Draws) -> Tensor:
-            return self.generator.sample(condition[rows].to(self.device), options, draws=draws, tokenizer=self._in_loop)
+            given = condition[rows].to(self.device)
+            on_step = every_step(self, callback_on_step_end)
+            return self.generator.sample(given, options, draws=draws, tokenizer=self._in_loop, on_step=on_step)
 
         made = self._run(sample, condition, options, _seed(seed, generator), index_start, batch_size)
         return replace(made, prompts=_prompts(request, len(condition)))
@@ -354,9 +364,9 @@ class Pipeline:
             batch = make(rows, self.generator.sampling_draws(keys, options))
             tokens.append(batch.cpu())
             pixels.append(self._decode(batch, self.tokenizer.decoding_draws(keys), condition[rows]))
-        pixels = torch.cat(pixels)
+        whole = torch.cat(pixels)
         labels = None if condition.labels is None else condition.labels.tolist()
-        return PipelineOutput(shown(pixels), torch.cat(tokens), pixels, labels)
+        return PipelineOutput(shown(whole), torch.cat(tokens), whole, labels)
 
     def stream(
         self,
@@ -428,8 +438,8 @@ class Pipeline:
         """Pixels (B, C, H, W) as they are, or of PIL images."""
         if isinstance(images, Tensor):
             return images
-        channels, *size = self.tokenizer.image_shape("reading PIL images")
-        return from_pil([images] if isinstance(images, Image.Image) else images, tuple(size), channels)
+        channels, height, width = self.tokenizer.image_shape("reading PIL images")
+        return from_pil([images] if isinstance(images, Image.Image) else images, (height, width), channels)
 
     def _to_tokenizer(self, values: Tensor) -> Tensor:
         """Pixels, latents or ids on the tokenizer's device, which need not be the generator's; floats in its

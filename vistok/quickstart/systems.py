@@ -1,4 +1,4 @@
-"""What the quickstart can show: systems whose room has a folder ``quickstart`` of two configs and what they promise."""
+"""What the quickstart can show: systems whose room has a folder ``quickstart`` of configs and what they promise."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vistok.config import check, load_config
 
 __all__ = ["System", "config_file", "find_system", "systems"]
 
-Stage = Literal["tokenizer", "generator"]
+Stage = Literal["tokenizer", "generator", "predictor"]
 RECIPE, PROMISES = "quickstart", "system.yaml"
 
 
@@ -27,6 +27,7 @@ class System:
         minutes: the whole chain may take, on two cores.
         views: augmented versions of each training digit in the token cache.
         text_length: bytes of the texts that digits are learned by ("a seven"); 0 is class labels.
+        given_frames: of clips, how many first frames a second generator goes on from; 0 trains none.
     """
 
     summary: str
@@ -34,6 +35,7 @@ class System:
     minutes: float
     views: int = 32
     text_length: int = 0
+    given_frames: int = 0
 
 
 @cache

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar, Literal
 
 from vistok.checkpoints import registry
-from vistok.config import ConfigError, KeysOf, check, check_least
+from vistok.checkpoints.bounds import bounded
+from vistok.config import ConfigError, KeysOf, annotations, check, check_least
 from vistok.data.config import DataConfig
+from vistok.train.curves import curve_file
 
 log = logging.getLogger(__name__)
 
@@ -267,6 +269,14 @@ class InitFrom:
     strict: bool = True
 
 
+def _model_keys(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The types of the keys of a ``model`` section; a name that is none is told later."""
+    try:
+        return {"name": str, **annotations(registry.entry(section.get("name", "")).load())}
+    except registry.UnknownModelError:
+        return {"name": str}
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """A whole training run, as its YAML has it. Each task adds sections of its own.
@@ -281,6 +291,8 @@ class RunConfig:
         init_from: weights that training starts from: a folder, an ``InitFrom``, or several, of which later ones win.
         freeze: patterns of names of parameters that are not trained; modules that have no others stay in evaluation
             mode.
+        curve: what report.html draws the run's curves over: a shipped reference curve (``vistok/train/curves``), or
+            the metrics.jsonl of another run.
     """
 
     needed: ClassVar[Literal["data", "tokens"]]
@@ -291,7 +303,7 @@ class RunConfig:
     task: str
     output_dir: str
     training: TrainingConfig
-    model: dict[str, Any] = field(default_factory=dict)
+    model: Annotated[dict[str, Any], KeysOf(_model_keys)] = field(default_factory=dict)
     optimizer: OptimizerConfig = OptimizerConfig()
     lr_scheduler: SchedulerConfig = SchedulerConfig()
     players: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -299,6 +311,7 @@ class RunConfig:
     seed: int = 0
     init_from: str | InitFrom | tuple[str | InitFrom, ...] | None = None
     freeze: tuple[str, ...] = ()
+    curve: str | None = None
 
     @staticmethod
     def parse(values: Mapping[str, Any]) -> RunConfig:
@@ -327,6 +340,8 @@ class RunConfig:
         """Raise ConfigError where sections do not go together."""
         if not getattr(self, self.needed):
             raise ConfigError(f"task {self.task} needs {self.needed!r}; for example {EXAMPLES[self.needed]}")
+        if self.curve is not None:
+            curve_file(self.curve)
         warmup, steps = self.lr_scheduler.warmup_steps, self.training.max_steps
         if warmup >= steps:
             log.warning(
@@ -372,7 +387,8 @@ class RunConfig:
                 raise ConfigError(f"model.{key} is {given[key]!r}, but the data say {value!r}; leave the key out")
         arguments = check(model_class, given, "model")
         try:
-            return model_class(**arguments)
+            with bounded(arguments):
+                return model_class(**arguments)
         except (TypeError, LookupError, ArithmeticError, AssertionError, RuntimeError, MemoryError) as error:
             # What sizes that no model has do to torch, such as a negative one.
             raise ConfigError(f"model: no {self.model['name']} can be built of these arguments: {error}") from error
@@ -387,7 +403,7 @@ class RunConfig:
         base = {key: getattr(self.optimizer, key) for key in (f.name for f in fields(self.optimizer))}
         if name != MODEL:  # whose parameters these patterns name
             base |= {"groups": (), "no_decay": ()}
-        sections = {
+        sections: dict[str, Any] = {
             "optimizer": base | optimizer,
             "lr_scheduler": {f.name: getattr(self.lr_scheduler, f.name) for f in fields(self.lr_scheduler)},
             "max_grad_norm": self.training.max_grad_norm,

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vistok.data.pictures import grid, save_png, to_pil
+from vistok.data.movies import overview
+from vistok.data.pictures import save_png
 from vistok.train.config import MODEL, RunConfig
 from vistok.train.loop import prepare
 from vistok.train.parallel import checkpoint_activations, wants_fsdp2
@@ -68,7 +69,7 @@ def preview(config: Mapping[str, Any]) -> Preview:
     batch = next(iter(task.loader))
     picture = Path(f"{run.output_dir}.first-batch.png")
     if accelerator.is_main_process:
-        save_png(grid(to_pil(task.show(_first(batch, SHOWN)))), picture)
+        save_png(overview(task.show(_first(batch, SHOWN))), picture)
     steps = run.training.max_steps
     batch_size = len(batch.indices) * accelerator.num_processes * run.training.gradient_accumulation_steps
     samples = len(task.loader.reader)
@@ -83,7 +84,7 @@ def preview(config: Mapping[str, Any]) -> Preview:
         units_per_epoch=samples * task.count(batch) // len(batch.indices),
         unit=task.unit.removesuffix("_per_second"),
         operations=3 * counted.get_total_flops() * batch_size // len(few.indices),
-        held_out=len(task.held_out.reader) if task.held_out is not None else 0,
+        held_out=len(task.held_out.reader),
         batch_size=batch_size,
         steps=steps,
         epochs=steps * batch_size / samples,

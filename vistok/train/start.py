@@ -235,9 +235,10 @@ def _renamed(weights: Mapping[str, Tensor], rules: Mapping[str, str | None], nam
         pattern = next((pattern for pattern in compiled if pattern.match(key)), None)
         if pattern is not None:
             unused.discard(pattern.pattern)
-            if compiled[pattern] is None:
+            new = compiled[pattern]
+            if new is None:
                 continue
-            key = pattern.sub(compiled[pattern], key, count=1)
+            key = pattern.sub(new, key, count=1)
         if key in result:
             raise CheckpointError(f"{name}: rename gives two tensors the name {key}")
         result[key] = tensor
