@@ -70,9 +70,11 @@ def zoo_page(catalogue: list[dict[str, Any]]) -> str:
 
 
 def checkpoint_table(checkpoints: list[dict[str, Any]]) -> list[str]:
-    rows = ((f"`{file['id']}`", file["official"], f"`{file['tokenizer']}`" if file["tokenizer"] else "", file["licence"])
-            for file in checkpoints)  # fmt: skip
-    return table(("checkpoint", "system", "goes with", "licence of weights"), rows)
+    def row(file: dict[str, Any]) -> tuple[str, ...]:
+        goes_with = f"`{file['tokenizer']}`" if file["tokenizer"] else ""
+        return f"`{file['id']}`", file["official"], goes_with, file["licence"]
+
+    return table(("checkpoint", "system", "goes with", "licence of weights"), map(row, checkpoints))
 
 
 def curve_names() -> list[str]:
