@@ -95,18 +95,12 @@ def _show_logs() -> None:
 
 
 def help_(
-    context: typer.Context,
     command: Annotated[str | None, typer.Argument(metavar="COMMAND", help="What to explain.")] = None,
 ) -> None:
     """Say what vistok or one of its commands does."""
-    group = context.parent
-    if command is None:
-        output.print(escape(group.get_help()))
-        return
-    found = group.command.get_command(group, command)
-    if found is None:
-        raise ValueError(f"there is no command {command!r}; there are {', '.join(group.command.list_commands(group))}")
-    output.print(escape(found.get_help(typer.Context(found, info_name=command, parent=group))))
+    if command is not None and command not in COMMANDS:
+        raise ValueError(f"there is no command {command!r}; there are {', '.join(COMMANDS)}")
+    app(["--help"] if command is None else [command, "--help"], prog_name="vistok")
 
 
 def version() -> None:

@@ -151,7 +151,7 @@ def _image_files(path: Path) -> list[Path]:
 
     if not path.is_dir():
         return [path]
-    found = sorted(file for file in path.rglob("*") if is_image(file.name))
+    found = sorted(file for file in path.rglob("*") if is_image(file.name) and not file.name.startswith("."))
     if not found:
         raise FileNotFoundError(f"there are no image files in {path}")
     if len(found) > FROM_FOLDER:
