@@ -134,12 +134,12 @@ class JointVocabulary:
 
     Attributes:
         text_size, image_size: number of text and of image ids; where images are latents, 1: a placeholder.
-        specials: the names of marks.
+        specials: the names of marks; ``begin`` is where somebody asks, ``answer`` where the model replies.
     """
 
     text_size: int
     image_size: int
-    specials: tuple[str, ...] = ("begin", "end", "begin_image", "end_image")
+    specials: tuple[str, ...] = ("begin", "end", "begin_image", "end_image", "answer")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "specials", tuple(self.specials))

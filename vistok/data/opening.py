@@ -41,9 +41,7 @@ def _open(config: DataConfig) -> ImageSource | ClipSource:
         )
     decoder = Decoder(config.channels, config.reading, side=config.image_size)
     if config.source == "digits":
-        if config.name not in (None, "turned"):
-            raise ValueError(f"data.source=digits takes data.name=turned, or none; got {config.name!r}")
-        return DigitsSource(split=config.split, decoder=decoder, turned=config.name == "turned")
+        return DigitsSource(split=config.split, decoder=decoder, variants=config.name)
     if config.source == "moving_digits":
         length = (config.num_frames - 1) * config.frame_stride + 1
         return MovingDigitsSource(split=config.split, image_size=config.image_size, num_frames=length, seed=config.seed)
