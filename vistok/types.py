@@ -302,6 +302,11 @@ class Expands(Protocol):
     def expander(self) -> Expander:
         """A new one, which has seen no tokens."""
 
+    @property
+    def latent_statistics(self) -> Mapping[str, float] | None:
+        """The mean and the scale that its latents are standardised with, by the names of its arguments; None if it has
+        no such numbers for all channels."""
+
 
 @dataclass(frozen=True)
 class TokenChunk:

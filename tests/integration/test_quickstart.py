@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import shlex
-from dataclasses import fields
+from dataclasses import fields, replace
 from html.parser import HTMLParser
 
 import pytest
@@ -37,7 +37,7 @@ from vistok.tokenizers.kl_vae import KLVAE
 from vistok.train.config import RunConfig
 from vistok.train.tasks.objective import check_terms
 from vistok.train.tokenize import tokenize
-from vistok.types import ConditionSpec, IdSpec, TokenSpec, to_json
+from vistok.types import ConditionSpec, FeatureSpec, IdSpec, TokenSpec, to_json
 from vistok.utils.report import (
     Commands,
     Panel,
@@ -239,8 +239,10 @@ def test_generator_of_every_system_fits_its_tokenizer(system):
     runs = [RunConfig.parse(load_config(config_file(system, stage))) for stage in ("tokenizer", "generator")]
     with torch.device("meta"):
         tokenizer = runs[0].build_model(runs[0].model_entry().load().arguments_from(runs[0].data))
-        length = systems()[system].text_length
+        length, spec = systems()[system].text_length, tokenizer.spec
         condition = ConditionSpec(ids=IdSpec(256, length)) if length else ConditionSpec(num_classes=10)
+        if systems()[system].captions:
+            condition = replace(condition, given=FeatureSpec(spec.dim, spec.length))
         derived = runs[1].model_entry().load().condition_arguments(condition)
         generator = runs[1].build_model({"spec": to_json(tokenizer.spec), **derived})
     check_terms(tokenizer, runs[0].losses)

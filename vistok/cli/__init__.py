@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from vistok.cli.console import errors, output
 from vistok.cli.models import convert, models
-from vistok.cli.sampling import reconstruct, sample
+from vistok.cli.sampling import caption, reconstruct, sample
 from vistok.cli.scoring import benchmark, evaluate
 from vistok.cli.training import import_tokens, quickstart, tokenize, train
 
@@ -95,6 +95,7 @@ COMMANDS = {
     "import-tokens": import_tokens,
     "sample": sample,
     "reconstruct": reconstruct,
+    "caption": caption,
     "eval": evaluate,
     "benchmark": benchmark,
     "convert": convert,

@@ -1,4 +1,4 @@
-"""``vistok sample`` and ``reconstruct``: models at work."""
+"""``vistok sample``, ``reconstruct`` and ``caption``: models at work."""
 
 from __future__ import annotations
 
@@ -107,6 +107,26 @@ def reconstruct(
     for image, decibels in zip(images, reconstruct_files(tokenizer, images, out), strict=True):
         output.print(f"{escape(str(image))}  PSNR {decibels:.2f} dB")
     output.print(f"Originals over reconstructions are in {escape(str(out))}")
+
+
+def caption(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run, pipeline folder, or hub id, that writes texts.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files; cropped to the right size.")],
+    question: Annotated[str | None, typer.Option(help="What is asked about each image.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 64,
+    device: Device = None,
+) -> None:
+    """Say in words what images show, a line for each."""
+    from vistok.data.decoding import Decoder
+    from vistok.data.pictures import open_picture
+    from vistok.pipelines import pipeline
+
+    pipe = pipeline(run, device=device)
+    channels, *size = pipe.tokenizer.image_shape("captioning files")
+    decoder = Decoder(channels, side=size[0])
+    pictures = [open_picture(file, decoder) for file in images]
+    for image, text in zip(images, pipe.caption(pictures, question=question, max_tokens=max_tokens), strict=True):
+        output.print(f"{escape(str(image))}  {escape(text)}")
 
 
 def _prompts(given: list[str] | None, file: Path | None) -> list[str] | None:

@@ -176,13 +176,22 @@ class Generator(Model):
     end: int | None = None
     """Of a model that writes texts, the id that ends one."""
 
+    def check_writes(self) -> None:
+        """Raise ValueError if this generator writes no texts."""
+        if self.end is None:
+            raise ValueError(
+                f"{type(self).__name__} writes images alone, given {self.condition_spec.describe()}; captions and "
+                "conversations need a model that writes texts, too"
+            )
+
     def converse(self, rows: int = 1, options: Any = None, *, tokenizer: Expands) -> Conversation:
         """An empty context for a batch of ``rows`` conversations.
 
         Raises:
             ValueError: this generator writes no texts.
         """
-        raise ValueError(self._no_texts())
+        self.check_writes()
+        raise NotImplementedError
 
     def describe(self, condition: Condition, max_tokens: int, *, tokenizer: Expands) -> Tensor:
         """Answer in text: ids (B, n), n <= max_tokens, filled up with ``end``.
@@ -193,13 +202,8 @@ class Generator(Model):
         Raises:
             ValueError: this generator writes no texts, or reads no images.
         """
-        raise ValueError(self._no_texts())
-
-    def _no_texts(self) -> str:
-        return (
-            f"{type(self).__name__} writes images alone, given {self.condition_spec.describe()}; captions and "
-            "conversations need a model that writes texts, too"
-        )
+        self.check_writes()
+        raise NotImplementedError
 
     def compile_decoding(self, backend: str = "inductor") -> None:
         """From now on sample with compiled steps.
@@ -225,6 +229,11 @@ class Generator(Model):
         """
         cls.refuse_parts(spec, "labels")
         return {"num_classes": spec.num_classes}
+
+    @classmethod
+    def tokenizer_arguments(cls, tokenizer: Expands) -> dict[str, Any]:
+        """The constructor's arguments that follow from the tokenizer, of generators that have it in their loop."""
+        return {}
 
     @classmethod
     def refuse_parts(cls, spec: ConditionSpec, *taken: str) -> None:

@@ -148,6 +148,7 @@ def captions(
     pipe: Pipeline, images: Sequence[Image.Image] | Tensor, question: str | None, max_tokens: int, batch_size: int
 ) -> list[str]:
     """What the model says of each image, asked a question or nothing."""
+    pipe.generator.check_writes()
     said = []
     for start in range(0, len(images), batch_size):
         part = images[start : start + batch_size]

@@ -112,6 +112,7 @@ class Pipeline:
     ):
         self.tokenizer, self.generator = tokenizer.eval(), generator.eval()
         self._decode_options = _decode_options(tokenizer, generator.spec)
+        generator.check_tokenizer(self.in_loop)
         spec = generator.condition_spec
         self.text, self._classes = text, ClassNames(spec.num_classes, class_names)
         self._conditions = Conditions(spec, self._classes, text)

@@ -7,23 +7,23 @@ Everything goes through the parts that users have: two configs of a system (``sy
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vistok.config import load_config
 from vistok.data.captions import spell_digit
 from vistok.data.tokens import TokenCache
 from vistok.pipelines import Pipeline, pipeline
 from vistok.pipelines.folders import load_tokenizer
 from vistok.pipelines.runs import data_of_run
 from vistok.quickstart.console import Stages, print_summary
+from vistok.quickstart.recipe import Recipe
 from vistok.quickstart.scores import CLASSES, COPIES, Digits, equal_counts, fit_classifier, load_digits, score
 from vistok.quickstart.story import draw, score_lines, write_story
-from vistok.quickstart.systems import Stage, config_file, find_system, systems
+from vistok.quickstart.systems import find_system, systems
+from vistok.quickstart.talk import converse
 from vistok.text import PromptEncoder, open_text_tokenizer
 from vistok.train import train
 from vistok.train.environment import environment
@@ -32,37 +32,18 @@ from vistok.utils.files import write_json
 
 __all__ = ["Recipe", "quickstart"]
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """What is trained, and how much of everything.
-
-    Attributes:
-        system: a name of ``systems()``; None is the first.
-        seed: of everything.
-        tokenizer, generator: ``key=value`` changes to the two configs.
-        views: augmented versions of each training digit in the token cache; None takes what the system says.
-        classifier_steps: of fitting the classifier that judges the samples.
-        samples_per_class: generated digits of each class.
-    """
-
-    system: str | None = None
-    seed: int = 0
-    tokenizer: Sequence[str] = ()
-    generator: Sequence[str] = ()
-    views: int | None = None
-    classifier_steps: int = 600
-    samples_per_class: int = 50
+DEFAULT = Recipe()
 
 
-def quickstart(out: str | Path, recipe: Recipe = Recipe()) -> dict[str, Any]:
+def quickstart(out: str | Path, recipe: Recipe = DEFAULT) -> dict[str, Any]:
     """Train, sample, score, and report in the folder ``out``, and say so on standard output.
 
     ``out`` gets the runs ``tokenizer/`` and ``generator/`` (which is a pipeline), the token cache ``tokens/``,
     pictures, report.html, and at last result.json.
 
     Returns:
-        what result.json holds: the fields of ``Scores``, "seconds", and how they came about under "protocol".
+        what result.json holds: the fields of ``Scores``, or of ``TalkScores``, "seconds", and how they came about under
+        "protocol".
 
     Raises:
         FileExistsError: ``out`` exists and is not an empty folder.
@@ -75,6 +56,8 @@ def quickstart(out: str | Path, recipe: Recipe = Recipe()) -> dict[str, Any]:
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists already and is not empty; remove it, or choose another folder with --out")
+    if system.captions:
+        return converse(out, recipe, begin)
     stages = Stages(("tokenizer", "tokens", "generator", "samples", "scores", "report"))
     views = system.views if recipe.views is None else recipe.views
     pipe, cache = _train(out, recipe, views, system.text_length, stages)
@@ -126,8 +109,7 @@ def quickstart(out: str | Path, recipe: Recipe = Recipe()) -> dict[str, Any]:
 
 def _train(out: Path, recipe: Recipe, views: int, text_length: int, stages: Stages) -> tuple[Pipeline, TokenCache]:
     """Both trainings, and the token cache between them."""
-    tokenizer_config = _config("tokenizer", out, recipe, recipe.tokenizer)
-    generator_config = _config("generator", out, recipe, recipe.generator)
+    tokenizer_config, generator_config = recipe.config("tokenizer", out), recipe.config("generator", out)
 
     stages.begin("tokenizer", "learns to write a 32x32 digit as a few tokens")
     run = train(tokenizer_config)
@@ -141,14 +123,3 @@ def _train(out: Path, recipe: Recipe, views: int, text_length: int, stages: Stag
     given = "text" if text_length else "class"
     stages.begin("generator", f"learns to predict the tokens of each {given}")
     return pipeline(train(generator_config)), cache
-
-
-def _config(stage: Stage, out: Path, recipe: Recipe, overrides: Sequence[str]) -> dict[str, Any]:
-    """The config of a stage, with everything it reads and writes inside ``out``."""
-    config = load_config(config_file(recipe.system, stage), overrides)
-    config |= {"output_dir": str(out / stage), "seed": recipe.seed}
-    if stage == "tokenizer":
-        config["data"] = {**config["data"], "seed": recipe.seed}
-    else:
-        config["tokens"] = str(out / "tokens")
-    return config

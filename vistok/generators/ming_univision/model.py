@@ -9,6 +9,7 @@ token. A latent that it has written is expanded and read at once, so drawing and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Self
@@ -81,6 +82,8 @@ class MingUniVision(ContinuousGenerator):
         condition_dropout: share of the samples that are trained without their text, half of them without an image too.
         end_weight: weight of the loss of the mark behind an image.
         text_weight: weight of the loss of words and marks, where it learns from streams.
+        latent_mean, latent_scale: what its tokenizer standardises latents with; another tokenizer's are refused. None
+            is not known.
 
     Raises:
         ValueError: discrete tokens, or a mark that is no id.
@@ -145,6 +148,8 @@ class MingUniVision(ContinuousGenerator):
         condition_dropout: float = 0.1,
         end_weight: float = 0.1,
         text_weight: float = 1.0,
+        latent_mean: float | None = None,
+        latent_scale: float | None = None,
     ):
         super().__init__()
         self.spec = self.check_spec(as_dataclass(TokenSpec, spec), "MingUniVision")
@@ -161,7 +166,10 @@ class MingUniVision(ContinuousGenerator):
         self.num_classes = num_classes or None
         self.text = IdSpec(text_vocabulary_size, text_length) if text_length else None
         self.given = FeatureSpec(self.spec.dim, given_length) if given_length else None
-        self.feature_dim = feature_dim
+        self.feature_dim, self.latent_statistics = (
+            feature_dim,
+            {"latent_mean": latent_mean, "latent_scale": latent_scale},
+        )
         for name, ids in (("human", human), ("assistant", assistant)):
             self.register_buffer(name, torch.tensor(tuple(ids), dtype=torch.int64), persistent=False)
         self.condition_dropout, self.end_weight, self.text_weight = condition_dropout, end_weight, text_weight
@@ -194,6 +202,20 @@ class MingUniVision(ContinuousGenerator):
             "text_length": spec.ids.length if spec.ids else 0,
             "given_length": given.length if given else 0,
         }
+
+    @classmethod
+    def tokenizer_arguments(cls, tokenizer: Expands) -> dict[str, Any]:
+        return dict(tokenizer.latent_statistics or {})
+
+    def check_tokenizer(self, tokenizer: Expands | None) -> None:
+        super().check_tokenizer(tokenizer)
+        others = tokenizer.latent_statistics or {}
+        for name, own in self.latent_statistics.items():
+            if own is not None and name in others and not math.isclose(own, others[name], rel_tol=1e-4, abs_tol=1e-6):
+                raise ValueError(
+                    f"the latents of this tokenizer are standardised with {name} {others[name]:.6g}, and this model "
+                    f"learned latents with {own:.6g}: it was trained with another tokenizer, which you may load instead"
+                )
 
     # -----------------------------------------------------------------------------------------------------------------
     # Reading
@@ -383,9 +405,7 @@ class MingUniVision(ContinuousGenerator):
         hidden = self._states(x, reading.valid, reading.kinds, reading.response, reading.inputs, drop)[:, :-1]
         drawn = reading.learned & reading.images
         rows, places = drawn.nonzero(as_tuple=True)
-        slots = (drawn.cumsum(1) - 1)[rows, places]
-        if len(slots) and int(slots.max()) >= length:
-            raise ValueError(f"a stream has more than one image of {length} latents in the loss; leave one there")
+        slots = (drawn.cumsum(1) - 1)[rows, places] % length  # images of one stream share their draws
         z = self.to_condition(hidden[rows, places - 1])
         targets = latents[reading.learned[reading.images]]
         flow = self.flow_head.losses(targets, z, draws["time"][rows, slots], draws["noise"][rows, slots])

@@ -95,6 +95,11 @@ class Prompt:
         names = ("embeddings", "valid", "kinds", "images")
         return cls(*(torch.cat([getattr(part, name) for part in parts], 1) for name in names))
 
+    def trimmed(self) -> Prompt:
+        """Without entries that are padding in all rows."""
+        kept = self.valid.any(0)
+        return Prompt(self.embeddings[:, kept], self.valid[:, kept], self.kinds[:, kept], self.images[:, kept])
+
 
 class JointModel(Protocol):
     """What a session needs of MingUniVision; see there."""
@@ -237,7 +242,7 @@ class MingSession:
             ValueError: a condition that the model does not take, an image that is not whole, or no room.
         """
         self.model.check_condition(condition)
-        self.read(self.model.prompt(condition.to(self.context.visible.device), self._tokenizer))
+        self.read(self.model.prompt(condition.to(self.context.visible.device), self._tokenizer).trimmed())
 
     @torch.no_grad()
     def read(self, prompt: Prompt) -> None:

@@ -86,7 +86,8 @@ class GeneratorTask(Task):
         self.classes = cache.classes if "labels" in condition.parts else ()
         spec = TokenSpec(**cache.spec)
         self.config, self.seed, self.length = config, config.seed, spec.length
-        derived = config.model_entry().load().condition_arguments(condition)
+        kind = config.model_entry().load()
+        derived = kind.condition_arguments(condition) | kind.tokenizer_arguments(self.tokenizer)
         self.learner = GeneratorLearner(config.build_model({"spec": to_json(spec), **derived}))
         check(self.model.options_type, config.sampling, "sampling")
         self.cache_folder, self.parts = cache.folder, condition.parts
