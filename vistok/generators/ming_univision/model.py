@@ -25,6 +25,7 @@ from vistok.draws import Draws, Keys
 from vistok.generators.base import weighted_mean
 from vistok.generators.engine.continuous import ContinuousGenerator
 from vistok.generators.ming_univision import official
+from vistok.generators.ming_univision.language_model import LanguageModel
 from vistok.generators.ming_univision.networks import (
     EPS,
     Backbone,
@@ -34,7 +35,7 @@ from vistok.generators.ming_univision.networks import (
     end_losses,
     projection,
 )
-from vistok.generators.ming_univision.reading import StreamReader
+from vistok.generators.ming_univision.reading import Reading, StreamReader
 from vistok.generators.ming_univision.sampling import (
     ALWAYS,
     IMAGE,
@@ -77,6 +78,8 @@ class MingUniVision(ContinuousGenerator):
         image_start, image_patch, image_end, end: ids of the marks; None takes the four behind those of texts.
         human, assistant: ids of the roles, before and behind what the human says.
         backbone: the language model.
+        language_model: in its place a causal language model of Hugging Face, by a folder or a name on the hub, whose
+            weights it starts from; a saved model has its config here.
         head: the network that draws latents.
         num_projection_layers: linear layers between features and the language model.
         condition_dropout: share of the samples that are trained without their text, half of them without an image too.
@@ -143,6 +146,7 @@ class MingUniVision(ContinuousGenerator):
         human: tuple[int, ...] = (),
         assistant: tuple[int, ...] = (),
         backbone: BackboneConfig = BackboneConfig(),  # noqa: B008 (immutable)
+        language_model: str | dict[str, Any] | None = None,
         head: FlowHeadConfig = FlowHeadConfig(),  # noqa: B008
         num_projection_layers: int = 2,
         condition_dropout: float = 0.1,
@@ -155,6 +159,9 @@ class MingUniVision(ContinuousGenerator):
         self.spec = self.check_spec(as_dataclass(TokenSpec, spec), "MingUniVision")
         config, head = as_dataclass(BackboneConfig, backbone), as_dataclass(FlowHeadConfig, head)
         size = text_vocabulary_size + 4 if vocabulary_size is None else vocabulary_size
+        model = None if language_model is None else LanguageModel(language_model, size)
+        if model is not None:
+            self._arguments["language_model"] = model.sizes  # its weights are ours from now on
         marks = {"image_start": image_start, "image_patch": image_patch, "image_end": image_end, "end": end}
         for number, (name, mark) in enumerate(marks.items()):
             mark = text_vocabulary_size + number if mark is None else mark
@@ -177,13 +184,16 @@ class MingUniVision(ContinuousGenerator):
         ends = {"end": self.end, "begin_image": self.image_start, "end_image": self.image_end}
         marks = roles | {name: (mark,) for name, mark in ends.items()}
         self.reader = StreamReader(text_vocabulary_size, self.image_patch, marks)
-        self.embedding = nn.Embedding(size, config.dim)
-        nn.init.normal_(self.embedding.weight, std=0.02)
-        self.classes = nn.Embedding(num_classes, config.dim) if num_classes else None
-        self.backbone = Backbone(config)
-        self.output = nn.Linear(config.dim, size, bias=False)
-        self.projection = projection(feature_dim, config.dim, num_projection_layers)
-        self.to_condition = nn.Sequential(nn.Linear(config.dim, head.dim), nn.LayerNorm(head.dim, EPS))
+        if model is None:
+            self.embedding, self.output = nn.Embedding(size, config.dim), nn.Linear(config.dim, size, bias=False)
+            nn.init.normal_(self.embedding.weight, std=0.02)
+        else:
+            self.embedding, self.output = model.release()
+        self.backbone = Backbone(config) if model is None else model
+        dim = self.backbone.dim
+        self.classes = nn.Embedding(num_classes, dim) if num_classes else None
+        self.projection = projection(feature_dim, dim, num_projection_layers)
+        self.to_condition = nn.Sequential(nn.Linear(dim, head.dim), nn.LayerNorm(head.dim, EPS))
         self.flow_head = FlowHead(self.spec.dim, head.dim, head)
 
     @property
@@ -389,25 +399,37 @@ class MingUniVision(ContinuousGenerator):
         positions = torch.where(response, left.cumsum(1), valid.cumsum(1)) - 1
         return self.backbone(x, positions.clamp_min(0), mask, images=images)
 
-    def _stream_losses(
-        self, streams: Streams, draws: Draws, weights: Tensor | None, tokenizer: Expands
-    ) -> GeneratorOutput:
+    def read_streams(self, streams: Streams, tokenizer: Expands, drop: Tensor | None) -> tuple[Reading, Tensor, Tensor]:
+        """The entries of streams, the latents (M, C) of all their images, and the hidden states (B, n, D).
+
+        Args:
+            drop: as of ``_image_states``.
+
+        Raises:
+            ValueError: images of another number of latents, or of other ones.
+        """
         reading, length = self.reader(streams), self.spec.length
-        latents = streams.latents[(streams.kinds == IMAGE_KIND) & streams.mask]  # (M, C), image after image
+        latents = streams.latents[(streams.kinds == IMAGE_KIND) & streams.mask]
         if len(latents) % length:
             raise ValueError(f"the images of streams have {length} latents each for this model; these have others")
         with torch.no_grad():
             features = tokenizer.expander().expand(self.spec.check_latents(latents.unflatten(0, (-1, length))))
-        x = self.embedding(reading.ids)
-        embedded = self.embed_features(features).flatten(0, 1)
+        x, embedded = self.embedding(reading.ids), self.embed_features(features).flatten(0, 1)
         x = x.masked_scatter(reading.images[..., None], embedded.to(x))
-        drop = draws.get("drop")
-        hidden = self._states(x, reading.valid, reading.kinds, reading.response, reading.inputs, drop)[:, :-1]
+        return (
+            reading,
+            latents,
+            self._states(x, reading.valid, reading.kinds, reading.response, reading.inputs, drop),
+        )
+
+    def _stream_losses(
+        self, streams: Streams, draws: Draws, weights: Tensor | None, tokenizer: Expands
+    ) -> GeneratorOutput:
+        reading, latents, hidden = self.read_streams(streams, tokenizer, draws.get("drop"))
         drawn = reading.learned & reading.images
         rows, places = drawn.nonzero(as_tuple=True)
-        slots = (drawn.cumsum(1) - 1)[rows, places] % length  # images of one stream share their draws
-        z = self.to_condition(hidden[rows, places - 1])
-        targets = latents[reading.learned[reading.images]]
+        slots = (drawn.cumsum(1) - 1)[rows, places] % self.spec.length  # images of one stream share their draws
+        z, targets = self.to_condition(hidden[rows, places - 1]), latents[reading.learned[reading.images]]
         flow = self.flow_head.losses(targets, z, draws["time"][rows, slots], draws["noise"][rows, slots])
         word_rows, word_places = (reading.learned & ~reading.images).nonzero(as_tuple=True)
         logits = self.output(hidden[word_rows, word_places - 1]).float()

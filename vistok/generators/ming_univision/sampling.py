@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vistok.draws import Draws
 from vistok.generators.engine.cache import KVCache
+from vistok.generators.ming_univision.language_model import LanguageModel
 from vistok.generators.ming_univision.networks import Backbone, FlowHead
 from vistok.guidance import OFF, PLAIN, ChannelNorm, Guidance, constant
 from vistok.types import Condition, Expander, Expands, TokenChunk, TokenSpec
@@ -108,7 +109,7 @@ class JointModel(Protocol):
     image_start: int
     image_end: int
     end: int
-    backbone: Backbone
+    backbone: Backbone | LanguageModel
     flow_head: FlowHead
     embedding: nn.Embedding
     to_condition: nn.Module
@@ -130,17 +131,9 @@ class Context:
     """
 
     def __init__(self, model: JointModel, rows: int, length: int):
-        weight, attention = model.output.weight, model.backbone.blocks[0].attn
+        weight, (layers, heads, head_dim) = model.output.weight, model.backbone.cache_sizes
         self.model, self.rows = model, rows
-        self.cache = KVCache(
-            len(model.backbone.blocks),
-            rows,
-            attention.num_kv_heads,
-            length,
-            attention.head_dim,
-            dtype=weight.dtype,
-            device=weight.device,
-        )
+        self.cache = KVCache(layers, rows, heads, length, head_dim, dtype=weight.dtype, device=weight.device)
         self.visible = torch.zeros(rows, 0, dtype=torch.bool, device=weight.device)
         self.kinds = torch.zeros(rows, 0, dtype=torch.int64, device=weight.device)
 
@@ -150,7 +143,7 @@ class Context:
 
     def check_room(self, count: int, what: str = "entries") -> None:
         """Raise ValueError unless ``count`` more entries fit."""
-        limit = self.model.backbone.config.max_length
+        limit = self.model.backbone.max_length
         if len(self) + count > limit:
             raise ValueError(
                 f"the context has {len(self)} entries, and {count} more {what} exceed the {limit} that this model is "
