@@ -15,7 +15,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, finish, say
+from common import RECIPES, finish, say
 
 from vistok.config import load_config
 from vistok.data import DataConfig
@@ -60,7 +60,7 @@ def measure(system: str, prior: bool, seed: int, arguments: argparse.Namespace) 
     first, second = SYSTEMS[system]
     folder = arguments.out / f"{system}-{'with' if prior else 'without'}-{seed}"
     root = [] if system == "larp" else [f"data.root={arguments.root}"]
-    config = load_config(ROOT / "configs" / first, root)
+    config = load_config(RECIPES / first, root)
     losses = {name: value for name, value in config["losses"].items() if name != "ar_prior"}
     held_out = {"data": {"split": "test", "limit": 300}}
     run = train(
@@ -72,7 +72,7 @@ def measure(system: str, prior: bool, seed: int, arguments: argparse.Namespace) 
     for split in ("train", "test"):
         data: DataConfig = data_of_run(run, [f"data.split={split}"], input_shape=tokenizer.input_shape)
         tokenize(tokenizer, data, folder / split)
-    config = load_config(ROOT / "configs" / second, [f"tokens={folder / 'train'}"])
+    config = load_config(RECIPES / second, [f"tokens={folder / 'train'}"])
     generator = train(
         config
         | {"seed": seed, "validation": {"tokens": str(folder / "test")}}

@@ -26,7 +26,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from common import ROOT, find, finish, load_instrument, say
+from common import RECIPES, find, finish, load_instrument, say
 
 CODES, PATCH = 1024, 4
 
@@ -37,7 +37,7 @@ def main() -> None:
     instrument = load_instrument(find(arguments.instrument, "instruments/cifar10_classifier.py", "--instrument"))
     out = Path(arguments.out or tempfile.mkdtemp(prefix="vistok-cifar10-"))
 
-    config = ROOT / "configs" / "cifar10" / f"{arguments.tokenizer}.yaml"
+    config = RECIPES / "cifar10" / f"{arguments.tokenizer}.yaml"
     if arguments.tokenizer_run:
         tokenizer_run = Path(arguments.tokenizer_run)
     else:
@@ -49,7 +49,7 @@ def main() -> None:
 
     if arguments.generator_minutes:
         tokens = tokenize_training_images(tokenizer_run, data, out / "tokens")
-        config = ROOT / "configs" / "cifar10" / f"{arguments.generator}.yaml"
+        config = RECIPES / "cifar10" / f"{arguments.generator}.yaml"
         run = train_for(config, arguments.generator_minutes, out / "generator", [f"tokens={tokens}"])
         untrained = train_steps(config, 1, out / "untrained", [f"tokens={tokens}", "optimizer.lr=0.0"])
         real = real_features(instrument, data)

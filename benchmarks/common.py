@@ -11,6 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
+RECIPES = ROOT / "vistok" / "train" / "configs"
 
 sys.path.insert(0, str(ROOT))
 

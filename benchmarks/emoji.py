@@ -22,7 +22,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 
 from cifar10 import train_for
-from common import ROOT, find, finish, say
+from common import RECIPES, find, finish, say
 
 LENGTH = 16
 RIVALS = 9
@@ -33,9 +33,9 @@ def main() -> None:
     out = Path(arguments.out or tempfile.mkdtemp(prefix="vistok-emoji-"))
     texts = unpack(find(arguments.data, "data/emoji.zip", "--data"), out / "emoji")
     data = f"data.root={out / 'emoji'}"
-    tokenizer = train_for(ROOT / "configs" / "emoji" / "llamagen_vq.yaml", arguments.minutes, out / "tokenizer", [data])
+    tokenizer = train_for(RECIPES / "emoji" / "llamagen_vq.yaml", arguments.minutes, out / "tokenizer", [data])
     tokens = tokenize(tokenizer, out)
-    config = ROOT / "configs" / "emoji" / "llama.yaml"
+    config = RECIPES / "emoji" / "llama.yaml"
     run = train_for(config, arguments.generator_minutes, out / "generator", [f"tokens={tokens}"])
     figures = score(run, texts, out, arguments.num)
     say(f"everything is in {out}; pictures with their prompts in {out / 'prompts.png'}")

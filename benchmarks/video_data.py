@@ -17,9 +17,10 @@ import time
 import torch
 from common import find, finish, say
 
-from vistok.data.clips import ClipBatches, ClipTransform, VideoSource, folder_videos, survey
+from vistok.data.clips import ClipBatches, ClipTransform
 from vistok.data.loader import Loader
 from vistok.data.order import SequentialOrder
+from vistok.data.video_files import VideoSource, folder_videos, survey
 from vistok.draws import Keys
 from vistok.tokenizers.larp import LARP
 

@@ -131,8 +131,12 @@ class ConditionPart:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> ConditionPart:
         """The part with the function applied to all its tensors."""
-        tensors = (None if t is None else function(t) for t in (self.values, self.dropped, self.mask))
-        return ConditionPart(*tensors, None if self.instead is None else self.instead.map(function))
+        return ConditionPart(
+            function(self.values),
+            function(self.dropped),
+            None if self.mask is None else function(self.mask),
+            None if self.instead is None else self.instead.map(function),
+        )
 
     def valid(self) -> Tensor:
         """(B, T) bool: the mask, or all True."""

@@ -91,9 +91,13 @@ NOTHING = Allowed()
 
 @dataclasses.dataclass(frozen=True)
 class KeysOf:
-    """Annotates a mapping with some of the keys of ``target``: ``Annotated[dict[str, Any], KeysOf(DataConfig)]``."""
+    """Annotates a mapping with its keys, as far as they are known: ``Annotated[dict[str, Any], KeysOf(DataConfig)]``.
 
-    target: type
+    Attributes:
+        target: the class whose parameters they are; or a function from the mapping to the annotations of its keys.
+    """
+
+    target: type | Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
 def load_config(
@@ -159,12 +163,13 @@ def _apply(
 ) -> dict[str, Any]:
     """The overridden, resolved config as plain values."""
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     malformed = [_malformed_override(text) for text in overrides if not _is_override(text)]
     if malformed:
         raise ConfigError(*malformed)
     commands: dict[str, ShellCommand] = {}
+    texts = _with_texts(OmegaConf.to_container(config, resolve=False), overrides)
     for text in overrides:
         key, _, value = text.partition("=")
         parts = key.split(".")
@@ -175,7 +180,7 @@ def _apply(
             commands[key] = ShellCommand(value.removeprefix(ShellCommand.PREFIX))
             value = None
         else:
-            value = _override_value(text, _annotation_at(target, parts), allowed)
+            value = _override_value(text, _annotation_at(target, parts, texts), allowed)
         for part in reversed(parts):
             value = {part: value}
         try:
@@ -187,6 +192,8 @@ def _apply(
         values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except RecursionError as error:
         raise ConfigError(f"{source}: a reference leads back to itself") from error
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{source}: {error.full_key} is left open (???); give it: {error.full_key}=…") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {error.full_key}: {str(error).splitlines()[0]}") from error
     for key, command in commands.items():
@@ -243,20 +250,48 @@ def _with_environment(text: str, value: str, allowed: Allowed) -> str:
     return _ENVIRONMENT.sub(of_variable, value)
 
 
-def _annotation_at(target: Callable[..., Any] | None, parts: Sequence[str]) -> Any:
-    """The annotation of the key that ``parts`` lead to in the signature of ``target``; None if it does not tell."""
-    annotation = target
+def _with_texts(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """``values`` changed in place: the texts of ``overrides`` in their places, as far as sections lead there."""
+    for text in overrides:
+        key, _, value = text.partition("=")
+        *sections, last = key.split(".")
+        section = values
+        for part in sections:
+            if not isinstance(section.get(part), dict):
+                section[part] = {}
+            section = section[part]
+        section[last] = value
+    return values
+
+
+def _annotation_at(target: Callable[..., Any] | None, parts: Sequence[str], values: Mapping[str, Any]) -> Any:
+    """The annotation of the key that ``parts`` lead to in the signature of ``target``; None if it does not tell.
+
+    Args:
+        values: the config, whose own values may decide which keys a section has.
+    """
+    known, annotation = {} if target is None else annotations(target), None
     for part in parts:
-        section = annotation if annotation is target else _keys_of(annotation) or _section_type(annotation)
-        parameters = _parameters(section) if section is not None else {}
-        if part not in parameters:
+        if part not in known:
             return None
-        annotation = parameters[part].annotation
+        annotation, values = known[part], values.get(part)
+        values = values if isinstance(values, Mapping) else {}
+        known = _key_annotations(annotation, values)
     return annotation
 
 
-def _keys_of(annotation: Any) -> type | None:
-    return next((note.target for note in getattr(annotation, "__metadata__", ()) if isinstance(note, KeysOf)), None)
+def _key_annotations(annotation: Any, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The annotations of the keys of a section, as far as they are known."""
+    notes = getattr(annotation, "__metadata__", ())
+    target = next((note.target for note in notes if isinstance(note, KeysOf)), None) or _section_type(annotation)
+    if target is None:
+        return {}
+    return annotations(target) if inspect.isclass(target) else target(values)
+
+
+def annotations(target: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations of the parameters of a class or function, by name."""
+    return {name: parameter.annotation for name, parameter in _parameters(target).items()}
 
 
 def _alternatives(annotation: Any) -> list[Any]:

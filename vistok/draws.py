@@ -123,7 +123,7 @@ class DeviceKeys(Keys):
         mask = (1 << 64) - 1
         state = np.array([self.seed & mask, zlib.crc32(name.encode()), self.step & mask], dtype=np.uint64)
         indices = np.array([index & mask for index in self.indices], dtype=np.uint64)
-        mixed = np.uint64(0)
+        mixed: np.ndarray | np.uint64 = np.uint64(0)
         for value in (*state, indices):
             mixed = _mixed(mixed ^ value)
         return np.atleast_1d(mixed).tolist()

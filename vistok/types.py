@@ -88,6 +88,20 @@ class TokenSpec:
     def discrete(self) -> bool:
         return self.codebook_size is not None
 
+    @property
+    def raster(self) -> tuple[int, ...]:
+        """The grid of tokens that lie on one. Raises ValueError for a plain sequence."""
+        if self.grid is None:
+            raise ValueError("these tokens lie on no raster")
+        return self.grid
+
+    @property
+    def num_ids(self) -> int:
+        """The codebook size of discrete tokens. Raises ValueError for continuous latents."""
+        if self.codebook_size is None:
+            raise ValueError("this tokenizer has continuous latents, which have no ids")
+        return self.codebook_size
+
     def check_ids(self, ids: Tensor) -> Tensor:
         """Return ``ids`` if they are (B, n[, depth]) integers of this alphabet, n <= length; else raise ValueError.
 
@@ -104,10 +118,10 @@ class TokenSpec:
             raise ValueError(f"token ids must have shape {expected}, got {tuple(ids.shape)}")
         if ids.numel():
             low, high = torch.stack(torch.aminmax(ids)).tolist()
-            if low < 0 or high >= self.codebook_size:
+            if low < 0 or high >= self.num_ids:
                 wrong = low if low < 0 else high
                 raise ValueError(
-                    f"token id {wrong} is out of range: this codebook has ids 0..{self.codebook_size - 1}; "
+                    f"token id {wrong} is out of range: this codebook has ids 0..{self.num_ids - 1}; "
                     "were these tokens made by another tokenizer?"
                 )
         return ids
@@ -327,7 +341,7 @@ T = TypeVar("T")
 
 def as_dataclass(kind: type[T], value: T | Mapping[str, Any]) -> T:
     """``value`` itself if it is a ``kind`` already, else the dataclass built from a mapping (a saved config's form)."""
-    return value if isinstance(value, kind) else kind(**value)
+    return kind(**value) if isinstance(value, Mapping) else value
 
 
 def to_json(value: Any) -> Any:

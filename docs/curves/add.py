@@ -1,4 +1,4 @@
-"""Add the curve of a run to this folder: thinned metrics as NAME.jsonl and a plot as NAME.png.
+"""Add the curve of a run: thinned metrics as vistok/train/curves/NAME.jsonl, which ships, and a plot here as NAME.png.
 
 python docs/curves/add.py RUN NAME
 """
@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
+SHIPPED = HERE.parent.parent / "vistok" / "train" / "curves"
 ROWS = 120
 
 
 def main(run: str, name: str) -> None:
     rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
     thinned = thin(rows)
-    (HERE / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in thinned))
+    (SHIPPED / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in thinned))
     plot(thinned, name)
 
 

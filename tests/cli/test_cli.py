@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,15 +12,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.tiny_models import official_vit_config
+from support.released import write_tokenizer
 
 import vistok
 from vistok.cli import main
 from vistok.config import save_config
-from vistok.data.pictures import to_pil
+from vistok.data.pictures import GAP, to_pil
+from vistok.data.sheets import LINE
 from vistok.generators.vit_vqgan_gpt import ViTVQGANGPT
 from vistok.pipelines import Pipeline
 from vistok.tokenizers.vit_vqgan import ViTVQGAN
+from vistok.utils.recipes import FOLDER
 
 TINY_VIT = {"dim": 32, "num_layers": 1, "num_heads": 1, "mlp_dim": 32}
 
@@ -110,7 +113,8 @@ def test_help_is_fast_and_lists_the_commands():
 
 
 @pytest.mark.parametrize(
-    "command", ["quickstart", "train", "tokenize", "sample", "reconstruct", "eval", "convert", "models"]
+    "command",
+    ["quickstart", "train", "tokenize", "sample", "reconstruct", "eval", "convert", "pipeline", "models", "configs"],
 )
 def test_every_command_has_help(command, run_command):
     assert command in run_command("--help")
@@ -139,7 +143,7 @@ def test_sample_writes_pictures_grid_npz_and_record(pipe, tmp_path, run_command)
         assert archive.files == ["arr_0"]
         assert archive["arr_0"].dtype == np.uint8
         assert np.array_equal(archive["arr_0"], written)
-    assert Image.open(out / "grid.png").size == (2 * 16 + 2, 3 * 16 + 2 * 2)
+    assert Image.open(out / "grid.png").size == (2 * 64 + GAP, LINE + 3 * (64 + GAP) - GAP)  # a column per class
     record = json.loads((out / "samples.json").read_text())
     assert record["labels"] == [2, 0, 2, 0, 2]
     assert record["seed"] == 9
@@ -285,13 +289,14 @@ def test_reconstruct_shows_originals_over_reconstructions(tokenizer_run, photos,
     images = sorted(photos.rglob("*.png"))[:2]
     printed = run_command("reconstruct", tokenizer_run, *images, "--out", tmp_path / "sheet.png")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
-    assert sheet.shape == (2 * 16 + 2, 2 * 16 + 2, 3)
+    row = 8 * 16 + LINE + GAP  # an image, eight times as large, its label, and the line below
+    assert sheet.shape == (2 * row - GAP, 2 * 8 * 16 + GAP, 3)
     tokenizer = vistok.load(tokenizer_run / "tokenizer")
     original = vistok.data.pictures.from_pil([Image.open(images[0])], (16, 16), 3)
     [below] = to_pil(tokenizer.reconstruct(original))
     [above] = to_pil(original)
-    assert np.array_equal(sheet[:16, :16], np.asarray(above))
-    assert np.array_equal(sheet[18:, :16], np.asarray(below))
+    assert np.array_equal(sheet[: 8 * 16 : 8, : 8 * 16 : 8], np.asarray(above))
+    assert np.array_equal(sheet[row : row + 8 * 16 : 8, : 8 * 16 : 8], np.asarray(below))
     error = np.square((np.asarray(above, float) - np.asarray(below, float)) / 255).mean()
     assert f"{images[0]}  PSNR {-10 * np.log10(error):.2f} dB" in printed
 
@@ -363,27 +368,7 @@ def test_eval_of_images_hands_everything_on(photos, tmp_path, run_command, monke
 @pytest.fixture
 def official(tmp_path: Path):
     """A released-looking file of a tiny ViT-VQGAN with training losses inside, and its arguments."""
-    model = tiny_tokenizer()
-    names = {"to_patches": "encoder.to_patch_embedding.0", "to_pixels": "decoder.to_pixel.1"}
-    names |= {"encoder.positions": "encoder.en_pos_embedding", "decoder.positions": "decoder.de_pos_embedding"}
-    inner = {"norm1": "0.norm", "attn.qkv": "0.fn.to_qkv", "attn.out": "0.fn.to_out", "norm2": "1.norm"}
-    inner |= {"mlp.up": "1.fn.net.0", "mlp.down": "1.fn.net.2"}
-    state = {"loss.logvar": torch.zeros(1)}
-    for key, tensor in model.state_dict().items():
-        for ours, theirs in names.items():
-            key = theirs + key.removeprefix(ours) if key.startswith(ours) else key
-        for side in ("encoder", "decoder"):
-            for ours, theirs in inner.items():
-                key = key.replace(f"{side}.blocks.0.{ours}.", f"{side}.transformer.layers.0.{theirs}.")
-            key = key.replace(f"{side}.norm.", f"{side}.transformer.norm.")
-        state[key] = tensor
-    file = tmp_path / "tiny.ckpt"
-    torch.save({"state_dict": state, "epoch": 3}, file)
-    arguments = tmp_path / "arguments.json"
-    quantizer = {"embed_dim": 4, "n_embed": 64}
-    sides = dict.fromkeys(("encoder", "decoder"), official_vit_config(TINY_VIT))
-    arguments.write_text(json.dumps({"image_size": 16, "patch_size": 8, "quantizer": quantizer, **sides}))
-    return file, arguments
+    return write_tokenizer(tmp_path / "released", tiny_tokenizer(), **{"loss.logvar": torch.zeros(1)})
 
 
 def test_convert_names_parameters_and_what_was_dropped(official, tmp_path, capsys):
@@ -402,13 +387,16 @@ def test_convert_refuses(official, tmp_path, refused):
     out = tmp_path / "converted"
     assert "say vit_vqgan/tokenizer or vit_vqgan/gpt" in refused("convert", "vit_vqgan", file, "--out", out)
     assert "did you mean" in refused("convert", "vit_vqgam/tokenizer", file, "--out", out)
+    absent = refused("convert", "vit_vqgan/tokenizer", file.with_name("tiny.pt"), "--out", out)
+    assert "there is no file" in absent
+    assert "tiny.ckpt" in absent
+    assert "none.json" in refused("convert", "vit_vqgan", file, "--out", out, "--config", tmp_path / "none.json")
     assert "not the name of a released" in refused("convert", "vit_vqgan/tokenizer", file, "--out", out)
     arguments.write_text("{")
     message = refused("convert", "vit_vqgan/tokenizer", file, "--out", out, "--config", arguments)
-    assert "arguments.json does not hold JSON" in message
+    assert "tiny.json does not hold JSON" in message
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(b"\x00" * 20)
-    (tmp_path / "released").mkdir()
     message = refused("convert", "vit_vqgan", damaged.rename(tmp_path / "imagenet_vitvq_small.ckpt"), "--out", out)
     assert "cannot be read safely as weights" in message
     assert not out.exists()
@@ -423,6 +411,104 @@ def test_models_lists_every_system(run_command):
         assert item.paper in printed
     assert "110.9 M" in printed  # LlamaGen-B, as its README says
     assert "c2i_XXL_384.pt" in printed
+
+
+def test_models_can_be_filtered_by_a_word(run_command, refused):
+    printed = run_command("models", "flextok")
+    assert "imagenet256/flextok_d12_d12" in printed
+    assert "Apple, research only" in printed
+    assert "llamagen/gpt" in printed  # one of its recipes trains on such tokens
+    assert "c2i_XXL_384.pt" not in printed
+    assert "LlamaGen/vq_ds16_c2i.pt" in run_command("models", "c2i_XXL_384")  # what it goes with
+    assert "no model has 'flextik' in its names" in refused("models", "flextik")
+
+
+def test_models_needs_no_torch():
+    code = "import sys; from vistok.cli import main; main(['models', 'rar']); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+def test_the_catalogue_that_ships_is_that_of_the_registry(monkeypatch):
+    """It is written by: python -m vistok.checkpoints.catalogue"""
+    from vistok.checkpoints import catalogue
+
+    shipped = json.loads(catalogue.FILE.read_text())
+    monkeypatch.setattr(catalogue, "_parameters", lambda build, arguments: None)  # counting all takes seconds
+    found = json.loads(json.dumps([dataclasses.asdict(item) for item in catalogue.catalogue()]))
+    assert found == [item | {"sizes": dict.fromkeys(item["sizes"])} for item in shipped]
+
+
+def test_the_catalogue_counts_parameters():
+    from vistok.checkpoints import catalogue, registry
+
+    counted = catalogue._describe(registry.entry("larp", "tokenizer")).sizes
+    assert counted == next(item["sizes"] for item in json.loads(catalogue.FILE.read_text()) if item["name"] == "larp")
+
+
+def test_help_and_version_are_commands_too(run_command, refused):
+    assert "Autoregressive visual generation" in run_command("help")
+    assert "--guidance-scale" in run_command("help", "sample")
+    assert "there is no command 'smaple'" in refused("help", "smaple")
+    assert run_command("version") == run_command("--version") == f"vistok {vistok.__version__}\n"
+
+
+def test_shells_complete_commands_and_configs(monkeypatch, capsys):
+    words = {"vistok train cifar10/llamagen": "cifar10/llamagen_vq", "vistok pipe": "pipeline"}
+    for typed, expected in words.items():
+        monkeypatch.setenv("_VISTOK_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", typed)
+        monkeypatch.setenv("COMP_CWORD", str(typed.count(" ")))
+        with pytest.raises(SystemExit):
+            main([])
+        assert expected in capsys.readouterr().out
+
+
+def test_home_is_meant_by_a_tilde_everywhere(tmp_path, pipe, photos, run_command, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run_command("sample", "~/pipe", "--num", 2, "--out", "~/made")
+    assert (tmp_path / "made" / "grid.png").exists()
+    assert vistok.pipeline("~/pipe").class_names == ("cat", "dog", "emu")
+    assert vistok.load("~/pipe").registry_name == "vit_vqgan_gpt"
+    run_command("tokenize", "~/pipe", "data.root=~/photos", "--out", "~/tokens")
+    assert (tmp_path / "tokens").is_dir()
+
+
+def test_a_folder_can_be_reconstructed(tokenizer_run, photos, tmp_path, run_command, refused):
+    printed = run_command("reconstruct", tokenizer_run, photos, "--out", tmp_path / "r.png")
+    assert printed.count("PSNR") == 12
+    (tmp_path / "empty").mkdir()
+    assert "there are no image files" in refused("reconstruct", tokenizer_run, tmp_path / "empty")
+
+
+def test_what_a_config_leaves_open_hides_no_other_mistake(tmp_path, refused):
+    message = refused("train", "cifar10/llamagen_vq", "data.imagesize=3")
+    assert "did you mean data.image_size" in message
+    assert "data.source=folder needs data.root=" in refused("train", "cifar10/llamagen_vq", f"output_dir={tmp_path}/r")
+    hub = refused("train", "cifar10/llamagen_vq", "data.source=huggingface", f"output_dir={tmp_path}/r")
+    assert "needs data.name=" in hub
+    assert "needs 'tokens'" in refused("train", "cifar10/llama")
+    paired = refused("train", "imagenet256/robustok_post", "data.root=x")
+    assert "data.target_root is left open (???); give it: data.target_root=…" in paired
+
+
+def test_configs_are_listed_printed_and_copied(run_command, refused, tmp_path):
+    assert "LlamaGen's convolutional VQGAN at 32 px" in run_command("configs", "cifar10")
+    assert "task: tokenizer" in run_command("configs", "cifar10/llamagen_vq")
+    run_command("configs", "cifar10/llama.yaml", "--copy", tmp_path / "mine")
+    assert (tmp_path / "mine" / "llama.yaml").read_bytes() == (FOLDER / "cifar10" / "llama.yaml").read_bytes()
+    assert "exists already" in refused("configs", "cifar10/llama", "--copy", tmp_path / "mine")
+    run_command("configs", "emoji", "--copy", tmp_path / "mine")
+    assert sorted(file.name for file in (tmp_path / "mine" / "emoji").iterdir()) == ["llama.yaml", "llamagen_vq.yaml"]
+    assert "did you mean cifar10/llama" in refused("configs", "cifar10/lama")
+
+
+def test_train_runs_a_config_by_its_name(run_command, refused, monkeypatch):
+    asked = {}
+    monkeypatch.setattr("vistok.train.train", lambda config, *, resume: asked.update(config) or Path("runs/x"))
+    run_command("train", "cifar10/llamagen_vq", "data.root=p")
+    assert asked["model"]["name"] == "llamagen_vq"
+    assert "did you mean cifar10/llamagen_vq" in refused("train", "cifar10/llamagen_vp", "data.root=p")
+    assert "did you mean" in refused("train", "../configs/cifar10/llama")
 
 
 def test_train_passes_config_overrides_and_resume_on(tmp_path, run_command, monkeypatch):
@@ -440,6 +526,6 @@ def test_train_passes_config_overrides_and_resume_on(tmp_path, run_command, monk
 
 
 def test_train_refuses(tmp_path, refused):
-    assert "does not exist" in refused("train", tmp_path / "none.yaml")
+    assert "there is no config file" in refused("train", tmp_path / "none.yaml")
     save_config({"task": "tokenizer", "optimiser": {"lr": 1e-3}}, tmp_path / "c.yaml")
     assert "did you mean optimizer?" in refused("train", tmp_path / "c.yaml")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,10 @@ def test_a_reference_is_made_and_serves_a_benchmark(run, photos, pipe, tmp_path)
                "--guidance-sweep", "1.0,2.0", "--out", tmp_path / "out", "top_k=8")  # fmt: skip
     code, text = run(*command)
     assert code == 0, text
-    assert "guidance scale 2.0" in text
+    (header, *rows) = [line.split() for line in text.splitlines() if re.match(r" *(guidance|[12]) ", line)]
+    assert header[:2] == ["guidance", "fid"]
+    assert [row[0] for row in rows] == ["1", "2"]
+    assert text.count("lowest fid") == 1
     assert "report.html" in text
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert set(result["runs"][0]["scores"]) >= {"fid", "sfid", "is", "is_shuffled", "precision", "recall"}

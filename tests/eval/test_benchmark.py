@@ -22,6 +22,7 @@ from vistok.eval import evaluate
 from vistok.eval.batches import NETWORK_BATCH
 from vistok.eval.benchmark import benchmark
 from vistok.eval.plan import BenchmarkError, Plan
+from vistok.eval.search import local_minimum
 from vistok.pipelines import Pipeline
 
 torch.set_num_threads(1)
@@ -114,6 +115,55 @@ class StopsAfter:
         return self.pipe(*args, **kwargs)
 
 
+@pytest.mark.parametrize(
+    ("start", "found", "tried"),
+    [
+        (1.5, 2.0, [1.5, 1.75, 2.0, 2.25]),  # upwards, until it rises
+        (3.0, 2.0, [3.0, 3.25, 2.75, 2.5, 2.25, 2.0, 1.75]),  # or else downwards
+        (2.0, 2.0, [2.0, 2.25, 1.75]),
+    ],
+)
+def test_a_search_ends_at_a_scale_whose_neighbours_are_worse(start, found, tried):
+    asked = []
+
+    def score(scale: float) -> float:
+        asked.append(scale)
+        return (scale - 2.05) ** 2
+
+    assert local_minimum(score, start) == found
+    assert asked == tried
+
+
+def test_a_search_tries_nothing_below_no_guidance():
+    assert local_minimum(lambda scale: scale, 1.5) == 1.0
+    assert local_minimum(lambda scale: 1.0, 1.5) == 1.5  # equal is no better
+
+
+def test_a_guidance_search_reuses_the_features_of_scales_that_were_tried(pipe, tmp_path):
+    first = benchmark(pipe, tmp_path / "out", search_from=1.5, **CALL)
+    tried = [run["guidance_scale"] for run in first["runs"]]
+    distances = {run["guidance_scale"]: run["scores"]["frechet_distance"] for run in first["runs"]}
+    assert first["generated"] == NUM * len(tried)
+    neighbours = [scale for scale in (first["found"] - 0.25, first["found"] + 0.25) if scale >= 1]
+    assert all(distances[first["found"]] <= distances[scale] for scale in neighbours)
+    again = benchmark(pipe, tmp_path / "out", search_from=1.5, **CALL)
+    assert (again["generated"], again["found"]) == (0, first["found"])
+    assert sorted(run["guidance_scale"] for run in again["runs"]) == sorted(tried)
+    assert f"The search ended at guidance {first['found']:g}" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_search_is_refused_where_it_makes_no_sense(pipe, tmp_path):
+    for options, message in (
+        ({"guidance_scales": [1.5]}, "leave out what a sweep compares, or the search"),
+        ({"temperatures": [0.9]}, "leave out what a sweep compares, or the search"),
+        ({"reference": None}, "needs a reference"),
+        ({"search_from": 0.5}, "at least 1, which is no guidance; got 0.5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            benchmark(pipe, tmp_path / "out", **CALL | {"search_from": 1.5} | options)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_interrupted_benchmark_goes_on_where_it_stopped(pipe, finished, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         benchmark(StopsAfter(pipe, 5), tmp_path / "out", batch_size=7, **CALL)
@@ -174,7 +224,26 @@ def test_a_sweep_reuses_scales_and_draws_its_curves(pipe, finished, tmp_path):
     more = benchmark(pipe, tmp_path / "out", guidance_scales=[1.0, 1.5, 4.0], **CALL)
     assert more["generated"] == NUM
     assert [run["guidance_scale"] for run in more["runs"]] == [1.0, 1.5, 4.0]
-    assert (tmp_path / "out" / "report.html").read_text().count("data:image/png;base64,") == 4  # curves and three grids
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3  # a grid for each
+    assert page.count('aria-label="precision against recall over recall"') == 1
+    assert "The lowest frechet_distance is" in page
+
+
+def test_a_sweep_of_temperatures_joins_those_of_guidance(pipe, finished, tmp_path):
+    out = tmp_path / "out"
+    first = benchmark(pipe, out, guidance_scales=[1.0, 1.5], **CALL)
+    both = benchmark(pipe, out, guidance_scales=[1.5], temperatures=[1.0, 0.5], **CALL)
+    assert both["generated"] == NUM  # at temperature 1 they are there already
+    settings = [(run["guidance_scale"], run["temperature"]) for run in both["runs"]]
+    assert settings == [(1.0, 1.0), (1.5, 1.0), (1.5, 0.5)]
+    assert fingerprints(both)[:2] == fingerprints(first)
+    assert fingerprints(both)[2] != fingerprints(both)[1]
+    page = (out / "report.html").read_text()
+    assert "frechet_distance: guidance" in page
+    assert page.count('class="number best"') == 2  # in the table of scores, and in that of guidance and temperature
+    with pytest.raises(ValueError, match="the sweep names no temperature"):
+        benchmark(pipe, out, temperatures=[], **CALL)
 
 
 def test_a_folder_belongs_to_one_plan(pipe, finished, tmp_path):

@@ -136,3 +136,8 @@ def test_clips_are_the_same_in_any_batch(classes):
     together = classes([1, 2, 3], seed=5).pixels
     alone = torch.cat([classes([label], seed=5, index_start=i).pixels for i, label in enumerate((1, 2, 3))])
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+
+
+def test_generated_clips_play_in_a_notebook(classes):
+    shown = classes([1, 2], seed=0)._repr_html_()
+    assert shown.count("<video controls loop autoplay") == shown.count("data:video/mp4;base64,") == 2

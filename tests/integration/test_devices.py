@@ -572,12 +572,12 @@ def test_pictures_of_a_run_are_drawn_on_the_device(device, tokens, tmp_path):
     here, there = task.model.eval(), moved(task.model, device)
     decoded_on = []
     task.tokenizer.decoder.register_forward_hook(lambda module, inputs, output: decoded_on.append(output.device.type))
-    check_same_pictures([task.picture(there)], [task.picture(here)])
+    check_same_pictures(task.pictures(there), task.pictures(here))
     assert decoded_on == [device.type, "cpu"]
     assert {parameter.device.type for parameter in task.tokenizer.parameters()} == {"cpu"}
     task = TokenizerTask(RunConfig.parse(tokenizer_config(tmp_path / "run")), rank=0, world_size=1)
     here, there = task.model.eval(), moved(task.model, device)
-    check_same_pictures([task.picture(there)], [task.picture(here)])
+    check_same_pictures(task.pictures(there), task.pictures(here))
 
 
 @pytest.fixture

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import shlex
-from dataclasses import fields, replace
-from html.parser import HTMLParser
+from dataclasses import fields
 
 import pytest
 import torch
-from PIL import Image
+from support.html import ReportReader
 
 import vistok
 from vistok.cli import main
 from vistok.config import ConfigError, load_config
 from vistok.data.config import DataConfig
+from vistok.data.pictures import GAP
 from vistok.data.tokens import TokenCache
 from vistok.quickstart import Recipe, quickstart
 from vistok.quickstart.scores import (
@@ -38,17 +36,6 @@ from vistok.train.config import RunConfig
 from vistok.train.tasks.objective import check_terms
 from vistok.train.tokenize import tokenize
 from vistok.types import ConditionSpec, FeatureSpec, IdSpec, TokenSpec, to_json
-from vistok.utils.report import (
-    Commands,
-    Panel,
-    Paragraph,
-    Picture,
-    Score,
-    ScoreTable,
-    Section,
-    draw_curves,
-    write_report,
-)
 
 SHORT = Recipe(
     tokenizer=("training.max_steps=4", "training.log_every=2"),
@@ -90,27 +77,6 @@ def classifier(real):
     return fit_classifier(real, steps=120)
 
 
-class ReportReader(HTMLParser):
-    """Collects tags with attributes, and the text that a reader sees."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.tags: list[tuple[str, dict]] = []
-        self.text = ""
-        self.feed(path.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_data(self, data):
-        self.text += data
-
-    def images(self) -> list[Image.Image]:
-        sources = [attributes["src"] for tag, attributes in self.tags if tag == "img"]
-        assert all(source.startswith("data:image/png;base64,") for source in sources)
-        return [Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) for source in sources]
-
-
 def test_result(folder):
     result = json.loads((folder / "result.json").read_text())
     assert list(result) == KEYS
@@ -131,13 +97,14 @@ def test_parts_are_ordinary_ones(folder):
     assert vistok.load(folder / "tokenizer" / "tokenizer").spec.length == 16
     assert TokenCache(folder / "tokens").views == 2
     assert {path.name for path in folder.glob("*.png")} == {
-        "samples.png", "nearest.png", "reconstructions.png", "curves.png",
+        "samples.png", "nearest.png", "reconstructions.png",
     }  # fmt: skip
 
 
 def test_report_needs_nothing_else(folder):
     report = ReportReader(folder / "report.html")
-    assert report.images()[0].size == (3 * 34 - 2, 10 * 34 - 2)  # a row per class
+    assert report.images()[0].size[0] == 10 * (64 + GAP) - GAP  # a column per class, twice as large
+    assert {"svg", "path"} <= {tag for tag, _ in report.tags}  # curves, which take the page's colours
     assert not {"script", "link", "iframe"} & {tag for tag, _ in report.tags}
     text = (folder / "report.html").read_text()
     assert "http" not in text
@@ -234,20 +201,29 @@ def tiny_kl_vae():
     return KLVAE(image_size=32, in_channels=1, encoder_attention=(), **sizes).eval()
 
 
-@pytest.mark.parametrize("system", systems())
-def test_generator_of_every_system_fits_its_tokenizer(system):
-    runs = [RunConfig.parse(load_config(config_file(system, stage))) for stage in ("tokenizer", "generator")]
+@pytest.mark.parametrize(
+    ("system", "stage"),
+    [
+        (name, stage)
+        for name, system in systems().items()
+        for stage in ("generator", *(["predictor"] if system.given_frames else []))
+    ],
+)
+def test_generator_of_every_system_fits_its_tokenizer(system, stage):
+    runs = [RunConfig.parse(load_config(config_file(system, name))) for name in ("tokenizer", stage)]
+    promised = systems()[system]
     with torch.device("meta"):
         tokenizer = runs[0].build_model(runs[0].model_entry().load().arguments_from(runs[0].data))
-        length, spec = systems()[system].text_length, tokenizer.spec
-        condition = ConditionSpec(ids=IdSpec(256, length)) if length else ConditionSpec(num_classes=10)
-        if systems()[system].captions:
-            condition = replace(condition, given=FeatureSpec(spec.dim, spec.length))
-        derived = runs[1].model_entry().load().condition_arguments(condition)
+        text = IdSpec(256, promised.text_length) if promised.text_length else None
+        given = IdSpec(tokenizer.spec.codebook_size, tokenizer.spec.length) if promised.given_frames else None
+        if promised.captions:
+            given = FeatureSpec(tokenizer.spec.dim, tokenizer.spec.length)
+        condition = ConditionSpec(num_classes=0 if text else 10, ids=text, given=given)
+        derived = runs[1].model_entry().load().condition_arguments(condition.only(runs[1].condition or condition.parts))
         generator = runs[1].build_model({"spec": to_json(tokenizer.spec), **derived})
     check_terms(tokenizer, runs[0].losses)
     generator.options_type(**runs[1].sampling)
-    assert tokenizer.input_shape == (1, 32, 32)
+    assert tokenizer.input_shape == runs[0].data.input_shape
 
 
 def test_unknown_system_is_refused(tmp_path, capsys):
@@ -289,28 +265,3 @@ def test_classifier_depends_on_its_seed_alone(real):
     again, other = fit_classifier(real, steps=3, seed=4), fit_classifier(real, steps=3, seed=5)
     assert torch.equal(first.head.weight, again.head.weight)
     assert not torch.equal(first.head.weight, other.head.weight)
-
-
-def test_report_escapes_and_marks_what_was_missed(tmp_path):
-    table = ScoreTable([Score("good", "1", "a & b", "at least 1", True), Score("bad", "0", "", "at least 1", False)])
-    blocks = [Paragraph("x < y $body"), table, Commands(["# why <not>", "run 'a'"])]
-    path = tmp_path / "report.html"
-    write_report(path, title="<T>", kicker="k", lead="l", sections=[Section("s", blocks)])
-    report = ReportReader(path)
-    assert "x < y $body" in report.text
-    assert "# why <not>\nrun 'a'" in report.text
-    assert ("td", {"class": "target missed"}) in report.tags
-    assert "at least 1 ✗ missed" in report.text
-    assert report.text.count("at least 1 ✓") == 1
-
-
-def test_pictures_keep_their_pixels_and_curves_skip_gaps():
-    image = Image.new("L", (5, 3))
-    html = Picture(image, "c", 'say "hi"', scale=2).html()
-    assert 'width="10"' in html
-    assert "&quot;hi&quot;" in html
-    panel = Panel.of([{"step": 1, "a": 2.0}, {"step": 2}, {"step": 3, "a": 1.0}], "a", "A")
-    assert (panel.steps, panel.values) == ([1, 3], [2.0, 1.0])
-    curves = draw_curves([panel, panel])
-    assert curves.mode == "RGB"
-    assert len(curves.getcolors(1 << 20)) > 10  # something is drawn

@@ -55,7 +55,7 @@ def test_the_chain_leaves_scores_pictures_and_a_pipeline_that_talks(folder, held
     assert all(0 <= result[share] <= 1 for share in shares)
     counts = [result["protocol"][name] for name in ("training_digits", "held_out_digits", "drawings", "edits", "turns")]
     assert counts == [5732, 1456, 20, 20, 20]
-    names = {"conversations", "drawings", "edits", "curves"}
+    names = {"conversations", "drawings", "edits"}
     assert {path.stem for path in folder.glob("*.png")} == names
     report = (folder / "report.html").read_text()
     assert "human: draw a seven" in report

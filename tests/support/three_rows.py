@@ -27,7 +27,7 @@ class ThreeRows(Guidance):
         return [condition, self.other, condition.null()]
 
 
-def three_rows(other: Condition) -> ThreeRows:
+def three_rows(other: Condition | None = None) -> ThreeRows:
     return ThreeRows(((), PARTS, PARTS), (constant(A), constant(A + B)), other=other)
 
 

@@ -13,17 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
+from support.three_rows import combined, three_rows
 from support.tiny_models import ARGUMENTS, pixels, tiny
 
 import vistok
 from vistok.checkpoints import CheckpointError, convert
 from vistok.cli import main
-from vistok.data.pictures import from_pil, to_pil
+from vistok.data.pictures import GAP, from_pil, to_pil
+from vistok.data.sheets import LINE
 from vistok.draws import Keys
+from vistok.flow import euler, last
 from vistok.guidance import APG
 from vistok.nn.alignment import AlignmentConfig
 from vistok.pipelines.samples import reconstruct_prefixes
 from vistok.tokenizers.flextok.model import FlexTok, kept_tokens
+from vistok.tokenizers.flextok.networks import PATH, velocity_field
 from vistok.tokenizers.kl_vae import KLVAE
 
 TOKENS = 8
@@ -109,6 +113,19 @@ def test_scale_1_equals_no_guidance(model, ids, guidance):
     assert not torch.allclose(model.decode(ids, guidance_scale=3.0, guidance=guidance), free)
 
 
+@torch.no_grad()
+def test_three_rows_equal_three_passes(model, ids):
+    decoder, codes = model.decoder, model.quantizer.ids_to_latents(ids)
+    whole, none = torch.full((3,), TOKENS), torch.zeros(3, dtype=torch.bool)
+    rows = [decoder.condition(codes, whole, none), decoder.condition(codes.roll(1, 0), torch.tensor([1, 4, 8]), none)]
+    rows.append(decoder.condition(codes, whole, ~none))
+    x = noise = model.decoding_draws(Keys.range(0, 3))["noise"]
+    for t, t_next in pairwise(PATH.times(3)):
+        x = x + (t_next - t) * combined([decoder(x, torch.tensor([t]), row).velocity for row in rows])
+    guided = velocity_field(decoder, torch.cat(rows), three_rows())
+    torch.testing.assert_close(last(euler(guided, noise, PATH.times(3))).x, x, rtol=1e-4, atol=1e-4)
+
+
 def test_what_the_model_was_built_with_is_the_default(ids):
     model = tiny("flextok", num_steps=3, guidance_scale=2.0, guidance="cfg")
     told = tiny("flextok").decode(ids, num_steps=3, guidance_scale=2.0, guidance="cfg")
@@ -182,11 +199,13 @@ def test_reconstruct_shows_a_strip_of_prefixes(model, tmp_path):
         main([*command, str(tmp_path / "strip.png")])
     assert done.value.code == 0
     strip = np.asarray(Image.open(tmp_path / "strip.png"))
-    assert strip.shape == (2 * 16 + 2, 4 * 16 + 3 * 2, 3)  # the image and three reconstructions, per file
-    assert np.array_equal(strip[:16, :16], np.asarray(Image.open(files[0])))
+    row, column = 8 * 16 + LINE + GAP, 8 * 16 + GAP  # of images eight times as large, with labels
+    assert strip.shape == (LINE + 2 * row - GAP, 4 * column - GAP, 3)  # the image and three reconstructions, per file
+    assert np.array_equal(strip[LINE : LINE + 8 * 16 : 8, : 8 * 16 : 8], np.asarray(Image.open(files[0])))
     original = from_pil([Image.open(files[1])], (16, 16), 3)
     [four] = to_pil(model.decode(model.encode(original)[:, :4]))
-    assert np.array_equal(strip[18:, 36:52], np.asarray(four))
+    place = strip[LINE + row : LINE + row + 8 * 16 : 8, 2 * column : 2 * column + 8 * 16 : 8]
+    assert np.array_equal(place, np.asarray(four))
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,9 @@ from vistok.tokenizers.gigatok import GigaTok
 from vistok.tokenizers.gigatok.networks import pool_levels
 from vistok.tokenizers.gigatok.official import WITHOUT_EFFECT
 from vistok.train import train
+from vistok.train.checkpoints import Checkpoints
 from vistok.train.monitor import read_metrics
+from vistok.train.parallel import repeated_blocks
 from vistok.types import Clock
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -98,6 +100,15 @@ def test_a_model_without_a_head_has_nothing_to_align():
     assert "alignment" not in model(pixels(model)).features
 
 
+@pytest.mark.parametrize("arguments", [{}, PLAIN_2D])
+def test_every_layer_is_a_block_that_can_be_sharded_and_recomputed(arguments):
+    model = tiny("gigatok", **arguments)
+    blocks = repeated_blocks(model)
+    assert all(
+        layer in blocks for part in (model.token_encoder, model.token_decoder) for layer in part.transformer.layers
+    )
+
+
 def test_oblong_images():
     model = tiny("gigatok", image_size=(8, 16), **PLAIN_2D)
     assert model.spec.grid == (2, 4)
@@ -115,7 +126,7 @@ def test_oblong_images():
         ({"num_tokens": 64}, r"64 pooled queries need a map .* it is 4 x 4"),
         ({"query_init": "first"}, r"'pooled' or 'mean', got 'first'"),
         ({"encoder_size": {"dim": 16, "num_layers": 1, "num_heads": 3}}, r"width of 16 cannot be split into 3 heads"),
-        ({"alignment": {"layer": 3}}, r"alignment\.layer is 3, but the decoder has the layers 1\.\.2"),
+        ({"alignment": {"layer": 3}}, r"alignment\.layer must lie in 1\.\.2, got 3"),
         ({"encoder_channel_mult": (1, 2)}, r"the encoder has 2 levels and the decoder 3"),
         ({"upsample": "bilinear"}, r"upsample must be one of .*'bilinear'"),
         ({"quantizer_gradient": "straight"}, r"gradient must be one of .*'straight'"),
@@ -155,13 +166,18 @@ def test_a_run_with_the_terms_of_the_paper(tmp_path):
             "start_step": 2,
         },
     }
-    rows = read_metrics(train(config) / "metrics.jsonl")
+    run = train(config)
+    rows = read_metrics(run / "metrics.jsonl")
     early, late = rows[0], rows[3]
     assert early.keys() >= {"l2", "l2/direct", "feature", "repa"}
     assert late.keys() >= {"l2", "repa", "g_loss", "d_loss"}
     assert not late.keys() & {"l2/direct", "feature"}
     others = early["codebook"] + 0.25 * early["commitment"] + early["feature"] + 0.5 * early["repa"]
     assert early["loss"] == pytest.approx(early["l2"] + early["l2/direct"] + others, rel=1e-4)
+    # Teachers are told by their hashes in a checkpoint, and are not in it.
+    state = Checkpoints(run / "checkpoints", 1, None).load()
+    assert state["frozen"].keys() == {"repa_encoder", "discriminator_transformer"}
+    assert {name.split(".")[1] for name in state["players"]["adversary"]["weights"]} == {"heads"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,8 +23,9 @@ from vistok.tokenizers.kl_vae import KLVAE
 from vistok.train import train
 from vistok.train.tokenize import tokenize
 from vistok.types import Condition, TokenSpec
+from vistok.utils.recipes import FOLDER
 
-CONFIG = Path(__file__).parents[2] / "configs" / "cifar10" / "xar.yaml"
+CONFIG = FOLDER / "cifar10" / "xar.yaml"
 SPEC = TokenSpec(16, None, dim=3, grid=(4, 4))
 LAYOUTS = {
     "token": LayoutConfig("token"),

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from support.tiny_models import ARGUMENTS, names, pixels, tiny
 
 import vistok
@@ -13,6 +14,7 @@ from vistok.config import ConfigError
 from vistok.data import DataConfig
 from vistok.draws import Keys
 from vistok.train import train
+from vistok.train.preview import preview
 from vistok.train.tasks.objective import TokenizerObjective
 from vistok.train.tasks.terms import ARPriorTerm
 from vistok.train.tasks.tokenizer import TokenizerLearner
@@ -139,3 +141,27 @@ def test_generators_of_clips_train_and_sample(tmp_path, given, condition):
     pipe = vistok.pipeline(train(config))
     made = pipe(frames=torch.zeros(1, 1, 2, 16, 16)) if given else pipe(class_labels=[3])
     assert made.videos.shape == (1, 4, 16, 16, 1)
+
+
+def test_pictures_of_a_run_show_a_clip_a_row(tmp_path):
+    """Of tokenizers pairs of rows, of generators a row per class; ``--dry-run`` shows the first batch."""
+    seen = preview(tokenizer_run(tmp_path / "run"))
+    with Image.open(seen.picture) as picture:
+        assert picture.size == (4 * 16 + 3 * 2, 4 * 16 + 3 * 2)  # 4 frames across, 4 clips down, gaps between
+    run = train(tokenizer_run(tmp_path / "run"))
+    with Image.open(next((run / "images").glob("*.png"))) as picture:
+        assert picture.size[0] == 4 * 18 - 2
+        assert picture.size[1] % 18 == 16
+    tokenizer = vistok.load(run / "tokenizer")
+    tokenize(tokenizer, DataConfig(**DATA), tmp_path / "tokens")
+    generator = train(
+        {
+            "task": "generator",
+            "output_dir": str(tmp_path / "generator"),
+            "tokens": str(tmp_path / "tokens"),
+            "model": {"name": "llama", "dim": 16, "num_layers": 1, "num_heads": 2, "positions": "learned"},
+            "training": {"max_steps": 1, "batch_size": 4, "image_every": 1, "save_every": 0, "trackers": []},
+        }
+    )
+    with Image.open(next((generator / "images").glob("*.png"))) as picture:
+        assert picture.size == (4 * 18 - 2, 8 * 18 - 2)

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.images import fill_folder
+from support.tiny_models import tiny
 from support.tiny_runs import GAN, generator_config, losses_of, saved_steps, tokenizer_config, write_tokens
 
 import vistok
@@ -251,11 +252,11 @@ def test_only_errors_of_the_writer_are_a_full_disk(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", no_device)
     with pytest.raises(RuntimeError, match="killed by signal"):
-        Checkpoints(tmp_path, 1, "loss").save(1, {}, None)
+        Checkpoints(tmp_path, 1, "loss").save(1, {}, None, tiny("vit_vqgan"))
     monkeypatch.undo()
     monkeypatch.setattr("vistok.train.checkpoints.STATE", "/dev/full")
     with pytest.raises(CheckpointError, match=r"step 1 could not be written.*Free some space"):
-        Checkpoints(tmp_path, 1, "loss").save(1, {"a": torch.zeros(10000)}, None)
+        Checkpoints(tmp_path, 1, "loss").save(1, {"a": torch.zeros(10000)}, None, tiny("vit_vqgan"))
 
 
 @pytest.mark.parametrize("what", ["metrics", "export"])

@@ -11,13 +11,14 @@ from torch import nn
 from vistok.config import ConfigError
 from vistok.data.batches import ImageBatch
 from vistok.draws import Keys
+from vistok.nn.frozen import Frozen
 from vistok.train import train
 from vistok.train.config import RunConfig
 from vistok.train.monitor import read_metrics
 from vistok.train.tasks import objective as objectives
 from vistok.train.tasks.adversary import Adversary, GanConfig
 from vistok.train.tasks.objective import TokenizerObjective
-from vistok.train.tasks.terms import Frozen, Term
+from vistok.train.tasks.terms import Term
 from vistok.train.tasks.tokenizer import TokenizerTask
 from vistok.types import Clock, TokenizerOutput
 

@@ -88,6 +88,28 @@ def test_a_codec_is_needed_and_codes_to_predict_it_with(codec, tmp_path):
         train(config(tmp_path / "b", losses=losses))
 
 
+def test_teachers_keep_their_weights_and_compute_in_the_precision_of_the_run(codec, tmp_path, monkeypatch):
+    seen, original = [], teachers.CodePredictionTerm.forward
+
+    def forward(self, output, target, clock, draws):
+        teacher = self.codec.network
+        latents = teacher.latents(target)
+        nearest = torch.cdist(latents.float(), teacher.quantizer.codes()).argmin(-1)
+        exact = torch.equal(teacher.encode(target), nearest)
+        seen.append((latents.dtype, next(teacher.parameters()).dtype, exact))
+        return original(self, output, target, clock, draws)
+
+    monkeypatch.setattr(teachers.CodePredictionTerm, "forward", forward)
+    losses = {"code_prediction": {"weight": 1.0, "tokenizer": str(codec)}}
+    settings = {"max_steps": 1, "save_every": 1, "image_every": 0, "mixed_precision": "bf16"}
+    held_out = {"data": {"split": "test", "limit": 8}}
+    data = config(tmp_path)["data"] | {"split": "train"}
+    run = config(tmp_path / "run", model=TITOK | {"output": "codes"}, losses=losses, validation=held_out, data=data)
+    train(run | {"training": settings})
+    assert len(seen) == 2  # in training and in validation
+    assert set(seen) == {(torch.bfloat16, torch.float32, True)}
+
+
 def test_the_classifier_term_is_a_pixel_term(monkeypatch, tmp_path):
     small = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(12, 5))
     monkeypatch.setattr(ClassifierDistance, "from_pretrained", lambda path=None: ClassifierDistance(small))

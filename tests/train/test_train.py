@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 from PIL import Image
+from support.tiny_models import tiny
 from support.tiny_runs import (
     GAN,
     TINY,
@@ -205,7 +206,7 @@ def test_checkpoints_from_before_the_adversary_do_not_stay_the_best(tmp_path):
     checkpoints = Checkpoints(tmp_path, 1, None, objective_changes=(20,))
     best = []
     for step, value in {10: 20.0, 20: 21.0, 30: 18.0, 40: 19.0, 50: 18.5}.items():
-        checkpoints.save(step, {}, {"psnr": value})
+        checkpoints.save(step, {}, {"psnr": value}, tiny("vit_vqgan"))
         best.append(checkpoints.best()["step"])
     assert best == [10, 20, 30, 40, 40]
 

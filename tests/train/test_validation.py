@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.images import fill_folder
@@ -17,9 +20,10 @@ import vistok
 from vistok.checkpoints import CheckpointError
 from vistok.cli import app
 from vistok.config import ConfigError, save_config
-from vistok.data import DataConfig, TokenCacheError
+from vistok.data import DataConfig, TokenCacheError, TokenWriter
 from vistok.data.loader import TooManyUnreadableError
 from vistok.data.opening import open_source
+from vistok.data.overlap import shared_tokens
 from vistok.data.tokens import TokenCache
 from vistok.data.workers import LoaderWorkerError
 from vistok.pipelines.runs import data_of_run
@@ -29,7 +33,7 @@ from vistok.train.monitor import read_metrics
 from vistok.train.tasks.images import example_images, psnr
 from vistok.train.tasks.tokenizer import TokenizerTask
 from vistok.train.tokenize import tokenize
-from vistok.types import Condition
+from vistok.types import Condition, TokenSpec
 
 HELD_OUT = {"data": {"split": "test", "limit": 50}}
 
@@ -228,6 +232,48 @@ def test_tokens_of_the_images_that_the_run_trains_on(tmp_path, tokens):
             train(generator_config(tmp_path / "run", tokens, validation={"tokens": str(folder)}))
 
 
+@pytest.mark.parametrize("size", [16, None], ids=["ids", "latents"])
+def test_copies_among_held_out_tokens_are_counted(tmp_path, size):
+    spec = TokenSpec(4, 1000 if size else None, dim=3)
+    shape = (60, 2, 4) if size else (60, 2, 4, 3)
+    drawn = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    tokens = (drawn * 1000).long() if size else drawn
+    caches = {"trained": range(40), "copy": [3, 5, 39], "some": [50, 39, 51, 52, 5], "other": range(40, 60)}
+    for name, rows in caches.items():
+        with TokenWriter(tmp_path / name, asdict(spec), "abc", views=2, source_fingerprint=name) as writer:
+            noise = 0 if size else 1e-6  # another batch size rounds otherwise
+            writer.write(tokens[list(rows)].flip(1) + noise, torch.full((len(rows),), -1))
+    trained = [TokenCache(tmp_path / "trained")]
+    shared = {name: shared_tokens(trained, TokenCache(tmp_path / name)) for name in caches}
+    assert [(s.found, s.looked_at) for s in shared.values()] == [(40, 40), (3, 3), (2, 5), (0, 20)]
+    assert [s.is_whole for s in shared.values()] == [True, True, False, False]
+    assert str(shared["some"]) == (
+        f"2 of 5 held-out samples that were looked for are trained on: {tmp_path / 'some'}[1]"
+    )
+
+
+def test_equal_tokens_of_samples_that_look_alike_are_no_proof(tmp_path):
+    for name in ("trained", "held_out"):
+        with TokenWriter(tmp_path / name, asdict(TokenSpec(1, 2, dim=1)), "abc", source_fingerprint=name) as writer:
+            writer.write(torch.arange(20)[:, None, None] % 2, torch.full((20,), -1))
+    shared = shared_tokens([TokenCache(tmp_path / "trained")], TokenCache(tmp_path / "held_out"))
+    assert (shared.found, shared.is_whole) == (20, False)
+    assert "or look alike" in str(shared)
+
+
+def test_a_copy_of_a_token_cache_that_hides_its_images_is_not_held_out(tmp_path, tokens):
+    copy = tmp_path / "copy"
+    shutil.copytree(tokens, copy)
+    index = json.loads((copy / "index.json").read_text())
+    (copy / "index.json").write_text(json.dumps(index | {"source": "others"}))
+    spread = np.random.default_rng(0).integers(0, 32, (200, 2, 4)).astype(np.uint16)
+    for folder in (copy, shutil.copytree(tokens, tmp_path / "trained")):
+        np.save(folder / "tokens-00000.npy", spread)
+    config = generator_config(tmp_path / "run", tmp_path / "trained", validation={"tokens": str(copy)})
+    with pytest.raises(ConfigError, match="the images that the run trains on"):
+        train(config)
+
+
 def test_tokens_of_another_tokenizer_or_of_other_classes(tmp_path, tokens):
     data = DataConfig(16, source="digits", channels=1, split="test", limit=50)
     torch.manual_seed(1)
@@ -338,8 +384,6 @@ def save_pictures(folder, numbers):
 
 @pytest.mark.parametrize("name", ["./x/train", "x/../x/train", "x/link", "copy", "copy.zip"])
 def test_held_out_images_are_compared_by_what_they_are(tmp_path, monkeypatch, name):
-    import shutil
-
     monkeypatch.chdir(tmp_path)
     folder = save_pictures(tmp_path / "x" / "train", range(20))
     (tmp_path / "x" / "link").symlink_to("train")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,13 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vistok.data.clips import ClipBatches, ClipTransform, VideoSource, folder_videos, listed_videos, survey
+from vistok.data.clips import ClipBatches, ClipTransform
 from vistok.data.config import DataConfig
 from vistok.data.loader import Loader, evaluation_loader, training_loader
 from vistok.data.moving_digits import MovingDigitsSource
 from vistok.data.opening import open_source
 from vistok.data.order import SequentialOrder
-from vistok.data.videos import DecoderMissingError, FrameFolder, UnreadableClipError, VideoFile, open_video
+from vistok.data.video_decoders import open_video
+from vistok.data.video_files import VideoSource, folder_videos, listed_videos, survey
+from vistok.data.videos import DecoderMissingError, FrameFolder, UnreadableClipError, VideoFile
 
 av = pytest.importorskip("av")
 
@@ -320,3 +324,48 @@ def test_splits_of_folders_of_videos(tmp_path):
     with pytest.raises(FileNotFoundError, match="is not divided into splits, so it has no 'test'"):
         folder_videos(tmp_path / "train", split="test")
     assert len(folder_videos(tmp_path / "train", split="train")) == 1
+
+
+class FakeVideoDecoder:
+    """torchcodec's decoder as far as it is called, by PyAV."""
+
+    counts_wrongly = False
+
+    def __init__(self, source, *, dimension_order: str, seek_mode: str):
+        assert (dimension_order, seek_mode) == ("NHWC", "exact")
+        with av.open(source) as container:
+            self.frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+    def __len__(self) -> int:
+        return len(self.frames) + self.counts_wrongly
+
+    def get_frames_at(self, indices: list[int]):
+        return SimpleNamespace(data=torch.from_numpy(np.stack([self.frames[index] for index in indices])) // 2)
+
+
+@pytest.mark.parametrize("counts_wrongly", [False, True])
+def test_torchcodec_decodes_where_it_is_there_and_counts_alike(tmp_path, monkeypatch, counts_wrongly):
+    from vistok.data import video_decoders
+
+    decoders = SimpleNamespace(VideoDecoder=type("Decoder", (FakeVideoDecoder,), {"counts_wrongly": counts_wrongly}))
+    monkeypatch.setattr(video_decoders, "torchcodec", lambda: SimpleNamespace(__version__="0.9", decoders=decoders))
+    video = open_video(write_video(tmp_path / "clip.mp4"))
+    assert video.decoder.startswith("torchcodec 0.9, frames counted by PyAV")
+    brightness = video.read([3, 1]).mean((1, 2, 3))
+    expected = np.array([10 + 12 * 3, 10 + 12 * 1]) / (1 if counts_wrongly else 2)
+    assert np.allclose(brightness, expected, atol=2)
+    with pytest.raises(UnreadableClipError, match="there is no frame 18"):
+        video.read([18])
+    assert "_frames" not in pickle.loads(pickle.dumps(video)).__dict__
+    (tmp_path / "text.mp4").write_text("#EXTM3U")
+    with pytest.raises(UnreadableClipError, match=r"text\.mp4"):
+        open_video(tmp_path / "text.mp4").read([0])
+
+
+def test_a_decoder_that_cannot_be_loaded_is_left_alone(monkeypatch):
+    from vistok.data.video_decoders import torchcodec
+
+    torchcodec.cache_clear()
+    monkeypatch.setitem(sys.modules, "torchcodec", None)
+    assert torchcodec() is None
+    torchcodec.cache_clear()

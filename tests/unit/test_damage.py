@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from support.tiny_models import tiny
 from support.tiny_runs import tokenizer_config, write_tokens
 
-from vistok.checkpoints import CheckpointError, convert, load, read_weights
+from vistok.checkpoints import CheckpointError, convert, from_official, load, read_weights
 from vistok.config import ConfigError, load_config
 from vistok.data.tokens import TokenCache, TokenCacheError
 from vistok.eval.benchmark import RESULT_FILE, _earlier
@@ -137,8 +137,12 @@ def test_config_json(model: Path, tmp_path_factory: pytest.TempPathFactory, dama
         {"encoder": None},
         {"encoder": {"dim": -16, "num_layers": 1, "num_heads": 1, "mlp_dim": 16}},
         {"encoder": {"dim": 0, "num_layers": 1, "num_heads": 0, "mlp_dim": 16}},
+        {"encoder": {"dim": 32, "num_layers": 2**70, "num_heads": 1, "mlp_dim": 32}},
+        {"encoder": {"dim": 32, "num_layers": 10**6, "num_heads": 1, "mlp_dim": 32}},
+        {"encoder": {"dim": 2**20, "num_layers": 1, "num_heads": 1, "mlp_dim": 32}},
         {"image_size": 0},
         {"image_size": 2**70},
+        {"image_size": 2**31},
         {"patch_size": 0},
         {"codebook_embed_dim": "4"},
         {"unknown": 1},
@@ -195,6 +199,7 @@ def test_result_json(tmp_path_factory: pytest.TempPathFactory, damage: Callable)
 
 @FEW
 @given(damage=damages())
+@example(damage=lambda content: b'{"task": ["tokenizer"]}')
 @example(damage=lambda content: b"a: !!timestamp 2001-01-01")
 @example(damage=lambda content: b"1: 2\nnull: 3\n[a, b]: 4")
 @example(damage=lambda content: b"a: \xff")
@@ -272,11 +277,25 @@ def test_files_of_old_torch_are_read_and_damaged_ones_are_called_so(tmp_path: Pa
             read_weights(tmp_path / name)
 
 
-def test_sizes_of_no_model_on_the_command_line(tmp_path: Path, capsys):
+@pytest.mark.parametrize("layers", [10**5, 2**70])
+def test_more_layers_than_the_weights_could_fill(layers: int):
+    sizes = {name: {"dim": 16, "depth": layers, "heads": 1, "mlp_dim": 16} for name in ("encoder", "decoder")}
+    config = {"image_size": 16, "patch_size": 4, "quantizer": {"n_embed": 4, "embed_dim": 4}, **sizes}
+    with pytest.raises(CheckpointError, match=r"beyond the size of any model|describe more than"):
+        from_official("vit_vqgan/tokenizer", config, {})
+
+
+def test_sizes_and_names_of_no_model_on_the_command_line(tmp_path: Path, capsys):
     from vistok.cli import main
 
-    (tmp_path / "x.yaml").write_text(yaml.safe_dump(tokenizer_config(tmp_path / "out")))
-    for override in ("model.codebook_size=-1", "model.patch_size=0", "model.codebook_embed_dim=-3"):
+    gan = {"weight": 0.1, "start_step": 0, "discriminator": {"name": "patchgan"}}
+    config = tokenizer_config(tmp_path / "out", losses={"gan": gan})
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(config))
+    sizes = "model.encoder={{dim: {}, num_layers: {}, num_heads: 1, mlp_dim: 32}}"
+    huge = (sizes.format(32, 2**70), sizes.format(2**30, 1))
+    negative = ("model.codebook_size=-1", "model.patch_size=0", "model.codebook_embed_dim=-3")
+    names = ("model.name", "model.quantizer.name", "losses.gan.discriminator.name", "optimizer.name")
+    for override in (*negative, *huge, *(f"{key}=[1]" for key in names), "task=[1]"):
         with pytest.raises(SystemExit) as stop:
             main(["train", str(tmp_path / "x.yaml"), override, "--dry-run"])
         assert stop.value.code == 2

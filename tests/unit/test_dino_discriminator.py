@@ -52,6 +52,27 @@ def test_only_the_heads_are_ever_trained_and_switched(model):
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_the_transformer_is_no_part_of_the_state_and_goes_where_the_heads_go(model, weights):
+    assert {name.split(".")[0] for name in model.state_dict()} == {"heads"}
+    assert model.frozen() == {"discriminator_transformer": model.backbone}
+    model.double()
+    assert next(model.backbone.parameters()).dtype == torch.float64
+    again = DINODiscriminator(weights, transformer=NAME, taps=(2, 5)).double()
+    again.load_state_dict(model.state_dict())
+    images = pixels(1, 32).double()
+    torch.testing.assert_close(again.eval()(images), model.eval()(images))
+
+
+def test_pixels_of_another_range_are_the_same_images(weights):
+    torch.manual_seed(1)
+    model = DINODiscriminator(weights, transformer=NAME, taps=(2,))
+    torch.manual_seed(1)
+    other = DINODiscriminator(weights, transformer=NAME, taps=(2,), value_range=(0.0, 1.0))
+    images = pixels(1, 32)
+    torch.testing.assert_close(other((images + 1) / 2), model(images))
+    assert DINODiscriminator.arguments_for_range((0.0, 1.0)) == {"value_range": (0.0, 1.0)}
+
+
 def test_keys_have_no_bias(model):
     for block in model.backbone.blocks:
         _query, key, _value = block.attn.qkv.bias.chunk(3)

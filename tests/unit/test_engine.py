@@ -2,110 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
 import torch
+from support.throwaway import Scattered
+from support.throwaway.generator import SIZES
 from support.tiny_models import labels, tiny
-from torch import Tensor, nn
+from torch import Tensor
 
-from vistok.conditions import PARTS, Condition, ConditionSpec, IdSpec
+from vistok.conditions import Condition
 from vistok.draws import Draws, Keys
-from vistok.generators.engine.autoregressive import AutoregressiveGenerator
-from vistok.generators.engine.cache import KVCache, Layers
+from vistok.generators.engine.cache import KVCache
 from vistok.generators.engine.plan import Plan
 from vistok.generators.engine.sampling import DecodingOptions, draw_ids
-from vistok.guidance import Guidance, constant
-from vistok.nn.attention import Attention
-from vistok.types import TokenSpec
 
-SIZES, DIM, VOCABULARY = (1, 4, 9), 16, 11
 GREEDY = DecodingOptions(temperature=0)
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm, self.attn = nn.LayerNorm(DIM), Attention(DIM, 2)
-        self.mlp = nn.Sequential(nn.LayerNorm(DIM), nn.Linear(DIM, DIM), nn.GELU(), nn.Linear(DIM, DIM))
-
-    def forward(self, x: Tensor, mask: Tensor | None, cache) -> Tensor:
-        x = x + self.attn(self.norm(x), mask=mask, cache=cache)
-        return x + self.mlp(x)
-
-
-class Scattered(AutoregressiveGenerator):
-    """Generates 1, then 4, then 9 tokens, at places drawn for each sample, from a class and a text of two ids.
-
-    A pass feeds the tokens of a step and a query for each token of the next one; its entries see one another.
-    """
-
-    condition_length = 4
-
-    def __init__(self):
-        super().__init__()
-        self.spec, self.num_classes = TokenSpec(sum(SIZES), VOCABULARY, dim=4), 3
-        self.class_embedding, self.text = nn.Embedding(4, DIM), nn.Embedding(6, DIM)
-        self.tokens, self.places, self.queries = (nn.Embedding(n, DIM) for n in (VOCABULARY, 14, 14))
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
-        self.norm, self.output = nn.LayerNorm(DIM), nn.Linear(DIM, VOCABULARY)
-
-    @property
-    def condition_spec(self) -> ConditionSpec:
-        return ConditionSpec(num_classes=3, ids=IdSpec(5, 2))
-
-    @property
-    def num_entries(self) -> int:
-        return self.condition_length + (1 + 4) + (4 + 9)
-
-    def sampling_draws(self, keys: Keys, options: DecodingOptions | None = None) -> Draws:
-        return super().sampling_draws(keys, options) | {"order": keys.permutation("order", 14)}
-
-    def plan(self, draws: Draws) -> Plan:
-        return Plan(draws["order"], SIZES)
-
-    def condition_state(self, condition: Condition) -> tuple[Tensor, ...]:
-        return (self.class_embedding(condition.labels.masked_fill(condition.dropped_of("labels"), 3))[:, None],)
-
-    def embed_condition(self, condition: Condition, upcoming: Tensor) -> Tensor:
-        text = self.text(condition.ids.masked_fill(condition.dropped_of("ids")[:, None], 5))
-        queries = self.queries(upcoming).expand(len(text), -1, -1)
-        return torch.cat([*self.condition_state(condition), text, queries], 1)
-
-    def embed_tokens(self, ids: Tensor, places: Tensor, upcoming: Tensor) -> Tensor:
-        queries = self.queries(upcoming).expand(len(ids), -1, -1)
-        return torch.cat([self.tokens(ids) + self.places(places), queries], 1)
-
-    def attention_mask(self, condition: Condition, start: int, stop: int) -> Tensor | None:
-        return None if start == 0 else torch.ones(1, 1, stop - start, stop, dtype=torch.bool)
-
-    def transform(self, x: Tensor, positions, mask: Tensor | None, kv_cache: Layers | None, state: Tensor) -> Tensor:
-        for block, memory in zip(self.blocks, kv_cache or [None] * 2):
-            x = block(x + state, mask, memory)
-        return x
-
-    def whole(self, ids: Tensor, order: Tensor, condition: Condition) -> Tensor:
-        """Logits (B, 14, V) in one pass over ids (B, 14) in order, under a mask of blocks."""
-        parts = [*zip(ids.split(SIZES, 1), order.split(SIZES, 1), order.split(SIZES, 1)[1:])]
-        x = [self.embed_condition(condition, order[:, :1]), *(self.embed_tokens(*part) for part in parts)]
-        block = torch.repeat_interleave(torch.arange(3), torch.tensor([part.shape[1] for part in x]))
-        mask = block[:, None] >= block
-        hidden = self.transform(torch.cat(x, 1), None, mask, None, *self.condition_state(condition))
-        passes = hidden.split([part.shape[1] for part in x], 1)
-        return torch.cat([self.head(one[:, -n:]) for one, n in zip(passes, SIZES)], 1)
-
-
-@dataclass(frozen=True)
-class ThreeScales(DecodingOptions):
-    @property
-    def guidance(self) -> Guidance:
-        return Guidance(((), ("ids",), PARTS), (constant(2.0), constant(1.5)))
 
 
 @pytest.fixture
 def scattered() -> tuple[Scattered, Condition, Draws]:
     torch.manual_seed(0)
-    model = Scattered().eval()
+    model = Scattered(**Scattered.tiny).eval()
     texts = Condition.from_ids(torch.tensor([[0, 4], [3, 1], [2, 2]]))
     draws = model.sampling_draws(Keys.range(0, 3), GREEDY)
     return model, Condition.together(labels(0, 2, 1), texts), draws
@@ -113,16 +29,6 @@ def scattered() -> tuple[Scattered, Condition, Draws]:
 
 def in_order(ids: Tensor, order: Tensor) -> Tensor:
     return ids.gather(1, order)
-
-
-@torch.no_grad()
-def test_steps_of_several_tokens_at_places_of_each_row_with_three_rows_of_guidance(scattered):
-    model, condition, draws = scattered
-    ids = in_order(model.sample(condition, ThreeScales(temperature=0), draws=draws), draws["order"])
-    rows = [condition.without(parts) for parts in ((), ("ids",), PARTS)]
-    full, no_text, null = (model.whole(ids, draws["order"], row) for row in rows)
-    guided = null + 1.5 * (no_text - null) + 2.0 * (full - no_text)
-    assert torch.equal(guided.argmax(-1), ids)
 
 
 @torch.no_grad()

@@ -216,13 +216,26 @@ def test_every_door_of_the_command_line_is_closed(tmp_path: Path):
         ("tokens=0123", "0123"),
         ("tokens=[a, 012, b c]", ["a", "012", "b c"]),
         ("tokens=[a", "[a"),
+        ("model.vae_weights=vae #2", "vae #2"),
+        ("model.vae_weights=012", "012"),
+        ("model.vae_weights=null", None),
+        ("model.time_frequencies=12", 12),
+        ("losses.lpips.weights=[vgg] #1", "[vgg] #1"),
+        ("losses.lpips=0.5", 0.5),
+        ("losses.lpips_weights=1e3", "1e3"),
+        ("losses.code_prediction.tokenizer=2024", "2024"),
+        ("losses.semantic.encoder.weights=a: b", "a: b"),
+        ("losses.gan.discriminator.weights=12:30", "12:30"),
+        ("losses.gan.weight=1e-1", 0.1),
     ],
 )
 def test_text_stays_text_where_the_key_is_a_string(tmp_path: Path, text: str, value: object):
     path = tmp_path / "x.yaml"
-    path.write_text("seed: 0\n")
-    found = load_config(path, [text, "seed=3"], target=any_config())
+    path.write_text("seed: 0\nmodel: {name: llamagen_vq}\n")
+    overrides = [text, "seed=3", "model.name=flextok", "model.image_size=16", "losses.gan.discriminator.name=dino"]
+    found = load_config(path, overrides, target=any_config())
     assert found["seed"] == 3
+    assert found["model"]["image_size"] == 16
     for part in text.partition("=")[0].split("."):
         found = found[part]
     assert found == value

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from vistok.data.movies import Movie, contact_sheet, save_gif, save_mp4, to_frames
-from vistok.data.videos import open_video
+from vistok.data.video_decoders import open_video
 
 pytest.importorskip("av")
 

@@ -15,7 +15,8 @@ from support.key_lists import FOLDER, KNOWN_IDS, build, on_meta, read_key_list
 from torch import Tensor
 
 import vistok
-from vistok.checkpoints import CheckpointError, convert, known_config, registry
+from vistok.checkpoints import CheckpointError, convert, known_config, registry, unwrap
+from vistok.checkpoints.released import tokenizer_of
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 KEY_LISTS = sorted(FOLDER.glob("*.json.gz"))
@@ -69,12 +70,29 @@ def test_every_released_checkpoint_has_a_key_list():
     assert {read_key_list(path)["id"] for path in KEY_LISTS} == KNOWN_IDS - UNLISTED
 
 
-def test_tokenizer_and_generator_of_one_release_agree_on_the_tokens():
-    def spec(name: str):
-        listed = read_key_list(FOLDER / f"{name}.json.gz")
-        return build(listed, on_meta(listed["state"])).spec
+PAIRS = {tokenizer_of(name): name for name in sorted(KNOWN_IDS) if tokenizer_of(name)}
+"""A released generator by the id of the tokenizer that it goes with."""
 
-    assert spec("llamagen_vq_ds16_c2i") == spec("llamagen_c2i_B_256")
+
+@pytest.fixture(scope="module")
+def lists_by_id() -> dict[str, dict]:
+    return {listed["id"]: listed for listed in map(read_key_list, KEY_LISTS)}
+
+
+@pytest.mark.parametrize("tokenizer", PAIRS)
+def test_tokenizer_and_generator_that_go_together_agree_on_the_tokens(tokenizer, lists_by_id):
+    parts = [lists_by_id[name] for name in (tokenizer, PAIRS[tokenizer])]
+    tokens, modelled = (build(listed, on_meta(listed["state"])).spec for listed in parts)
+    assert (tokens.codebook_size, tokens.depth) == (modelled.codebook_size, modelled.depth)
+    assert tokens.discrete or tokens.dim == modelled.dim
+    assert tokens.grid is not None or tokens.length == modelled.length
+
+
+def test_every_generator_that_is_released_has_a_tokenizer():
+    generators = [item for item in registry.ENTRIES if item.kind == "generator"]
+    released = [checkpoint.id for item in generators for _, checkpoint in item.released()]
+    # Its tokenizer is the same file as that of the others, at 512 px, which its config has to say.
+    assert [name for name in released if tokenizer_of(name) not in KNOWN_IDS] == ["FoundationVision/var/var_d36.pth"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,9 +234,18 @@ class Foreign:
 def test_foreign_object_is_not_unpickled(tmp_path, case, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": case.state, "args": Foreign()}, tmp_path / "weights.pt")
-    with pytest.raises(CheckpointError, match="other objects beside the weights"):
+    with pytest.raises(CheckpointError, match=r"pickles a getattr .* state dict alone") as error:
         convert("llamagen/gpt", tmp_path / "weights.pt", case.config)
     assert not Path("touched").exists()
+    assert "\x1b" not in str(error.value)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod.module."])
+def test_wrappings_are_taken_off_in_any_order(prefix):
+    state = {"blocks.0.weight": torch.zeros(2), "module_list.bias": torch.zeros(1)}
+    wrapped = {f"{prefix}{key}": tensor for key, tensor in state.items()}
+    for nested in (wrapped, {"model": wrapped}, {"state_dict": {"model": wrapped}}, {"model": {"state_dict": wrapped}}):
+        assert unwrap(nested).keys() == state.keys()
 
 
 def test_file_without_weights_lists_what_it_holds(tmp_path, case):

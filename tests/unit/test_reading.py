@@ -23,6 +23,7 @@ from vistok.data.loader import TooManyUnreadableError
 from vistok.data.masks import pixel_masks
 from vistok.data.pictures import from_pil, open_picture
 from vistok.data.sources import UnreadableImageError
+from vistok.data.transforms import center_crop_adm
 from vistok.eval.images import ImageError, open_images
 
 SIZE = (12, 10)
@@ -120,7 +121,8 @@ def test_photos_are_upright(tmp_path: Path, orientation: int, extension: str):
     options = {"lossless": True} if extension == "webp" else {}
     image.save(tmp_path / f"a.{extension}", exif=exif, **options)
     stored = Image.open(tmp_path / f"a.{extension}")
-    upright = np.asarray(ImageOps.exif_transpose(stored))
+    stored.load()  # which turns TIFF files upright
+    upright = np.asarray(stored if extension == "tif" else ImageOps.exif_transpose(stored))
     [seen] = training_images(tmp_path).values()
     assert np.array_equal(seen, upright)
     assert open_images(tmp_path).size == upright.shape[:2]
@@ -478,6 +480,38 @@ def test_a_large_photo_is_decoded_small(tmp_path: Path, monkeypatch):
     seen = next(open_images(tmp_path, crop=64).batches(1)).float()
     exact = next(open_images(tmp_path, crop=64, reading="raw").batches(1)).float()
     assert (seen - exact).abs().max() <= 2
+
+
+@pytest.mark.parametrize("kind", ["jpg", "mpo", "png", "transparent png", "deep png", "webp", "bmp", "gif", "tif"])
+def test_every_large_photo_becomes_small_at_once(tmp_path: Path, monkeypatch, kind: str):
+    ramp = np.linspace(0, 255, 1600, dtype=np.uint8)
+    image = Image.fromarray(np.broadcast_to(ramp[None, :, None], (1201, 1600, 3)).copy())
+    if kind == "transparent png":
+        image.putalpha(Image.fromarray(np.broadcast_to(ramp[::-1], (1201, 1600)).copy()))
+    if kind == "deep png":
+        image = Image.fromarray(np.broadcast_to(ramp.astype(np.uint16) * 257, (1201, 1600)).copy())
+    last = kind.rpartition(" ")[2]
+    image.save(tmp_path / f"a.{last}", **({"quality": 95} if last in ("jpg", "mpo", "webp") else {}))
+    with (tmp_path / f"a.{last}").open("rb") as file:
+        whole = Decoder(side=64).read(file)
+    monkeypatch.setattr(decoding, "LARGE", 1_000_000)
+    monkeypatch.setattr(decoding, "STRIP", 100_000)
+    with (tmp_path / f"a.{last}").open("rb") as file:
+        small = Decoder(side=64).read(file)
+    assert (whole.size, small.size) == ((1600, 1201), (200, 151))
+    seen, exact = (np.asarray(center_crop_adm(one, 64), dtype=int) for one in (small, whole))
+    assert np.abs(seen - exact).max() <= 2
+
+
+def test_strips_change_nothing(tmp_path: Path, monkeypatch):
+    folder = write_every_kind(tmp_path / "photos")
+    for channels in (1, 3):
+        whole = training_images(folder, channels=channels)
+        with monkeypatch.context() as context:
+            context.setattr(decoding, "STRIP", 3 * SIZE[0])
+            strips = training_images(folder, channels=channels)
+        assert whole.keys() == strips.keys()
+        assert all(np.array_equal(whole[name], strips[name]) for name in whole)
 
 
 def test_damaged_exif_is_no_damaged_image(tmp_path: Path):

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import ast
 import re
-import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-import torch
-from support.tiny_models import pixels, randomise
-
 import vistok
 from vistok.checkpoints import registry
-from vistok.quickstart.systems import config_file, find_system, systems
 
 PACKAGE = Path(vistok.__file__).parent
-REGISTRY = PACKAGE / "checkpoints" / "registry.py"
+TABLES = [PACKAGE / "checkpoints" / name for name in ("registry.py", "released.py")]
+"""Those of all systems."""
 NAMES = {entry.name for entry in registry.ENTRIES} | {
     name.partition("/")[0] for entry in registry.ENTRIES for name in entry.official_names
 }
+NAMES -= {"framewise"}  # no system, but what puts any tokenizer of images on clips
 # Parts of one system that are built into another.
 BUILT_IN = {
     "flextok": {"kl_vae"},  # its frozen autoencoder
@@ -109,7 +104,7 @@ def test_no_system_is_named_outside_its_room():
     foreign = []
     for file in sorted(PACKAGE.rglob("*.py")):
         room, measures = room_of(file), MEASURES.get(file.relative_to(PACKAGE).as_posix(), set())
-        for line, text in words(file) if file != REGISTRY else ():
+        for line, text in words(file) if file not in TABLES else ():
             names = {name for name in named_in(text) if not is_at_home(name, room)} - measures
             foreign += [f"{file.relative_to(PACKAGE)}:{line}: {name} in {text[:60]!r}" for name in sorted(names)]
     assert not foreign
@@ -126,70 +121,3 @@ def test_the_walk_finds_names_of_every_kind(tmp_path):
     )
     found = [line for line, text in words(file) if named_in(text)]
     assert set(found) == {2, 3, 4}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A throw-away system: one folder and one registry line
-
-MODEL = '''
-"""A throw-away tokenizer: a token per image, which says whether it is bright."""
-
-import torch
-from torch import nn
-
-from vistok.tokenizers.base import Tokenizer, image_sides
-from vistok.types import TokenizerOutput, TokenSpec
-
-
-class Brightness(Tokenizer):
-    registry_name = "brightness"
-    sizes = {"usual": {"image_size": 8}}
-    tiny = {"image_size": 4}
-
-    def __init__(self, image_size: int = 8, in_channels: int = 3):
-        super().__init__()
-        self.shape, self.level = (in_channels, *image_sides(image_size)), nn.Parameter(torch.ones(1))
-
-    spec = property(lambda self: TokenSpec(1, 2, dim=1, grid=(1, 1)))
-    input_shape = property(lambda self: self.shape)
-    loss_terms = ()
-
-    def encode(self, pixels, *, condition=None, draws=None):
-        self.check_pixels(pixels)
-        return (pixels.mean((1, 2, 3))[:, None] > 0).long()
-
-    def decode(self, tokens, *, condition=None):
-        return (self.level * (2.0 * tokens - 1))[:, :, None, None].expand(-1, *self.shape)
-
-    def forward(self, pixels, *, condition=None, target=None, step=None, draws=None):
-        tokens = self.encode(pixels)
-        return TokenizerOutput(self.decode(tokens), tokens)
-'''
-
-
-@pytest.fixture
-def throwaway(tmp_path, monkeypatch) -> registry.Entry:
-    room = tmp_path / "brightness"
-    shutil.copytree(registry.entry("dar").room / "quickstart", room / "quickstart")
-    (room / "__init__.py").write_text(MODEL)
-    (room / "quickstart" / "system.yaml").write_text("summary: bright or dark\nrecognised: 0.1\nminutes: 1\n")
-    line = registry.Entry("brightness", "tokenizer", "brightness:Brightness", "brightness/tokenizer", "")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(registry, "ENTRIES", (*registry.ENTRIES, line))
-    systems.cache_clear()
-    yield line
-    systems.cache_clear()
-    sys.modules.pop("brightness")
-
-
-def test_a_system_is_a_folder_and_a_registry_line(throwaway, tmp_path):
-    model = randomise(throwaway.load()(**throwaway.load().tiny)).eval()
-    model.save_pretrained(tmp_path / "saved")
-    loaded = vistok.load(tmp_path / "saved")
-    images = pixels(model)
-    assert torch.equal(loaded.reconstruct(images), model.reconstruct(images))
-    assert find_system("brightness").summary == "bright or dark"
-    assert config_file("brightness", "tokenizer").parent == throwaway.room / "quickstart"
-    from vistok.checkpoints.catalogue import catalogue
-
-    assert catalogue()[-1].sizes == {"usual": 1}

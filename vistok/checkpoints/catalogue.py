@@ -1,16 +1,43 @@
-"""Every model that vistok has: sizes, parameters, official checkpoints, papers."""
+"""Every model that vistok has: sizes, parameters, official checkpoints, papers, licences.
+
+``vistok models`` reads them from ``catalogue.json``, which this module writes:
+
+    python -m vistok.checkpoints.catalogue
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from vistok.checkpoints import Model, registry
+from vistok.checkpoints.released import licence_of, licence_of_weights, tokenizer_of
 from vistok.types import TokenSpec
+from vistok.utils.files import write_json
+
+FILE = Path(__file__).with_suffix(".json")
+
+
+@dataclass(frozen=True)
+class ReleasedFile:
+    """One official checkpoint.
+
+    Attributes:
+        id: as ``vistok.load`` and `vistok convert` call it.
+        official: system/part, what it holds.
+        tokenizer: id of the tokenizer that a generator was trained with, or None.
+        licence: of the weights, as their repository states it.
+    """
+
+    id: str
+    official: str
+    tokenizer: str | None
+    licence: str
 
 
 @dataclass(frozen=True)
@@ -22,16 +49,20 @@ class CatalogueEntry:
         kind: tokenizer or generator.
         official: system/part, as `vistok convert` calls it.
         paper: its arXiv number.
+        tokenizer: of a generator: in configs, the tokenizer whose tokens its paper models.
+        licence: of the reference implementation's code.
         sizes: number of parameters by the name of the size; a generator's for the tokens that its paper models.
-        checkpoints: ids of the released weights, which ``vistok.load`` and `vistok convert` read.
+        checkpoints: the released weights.
     """
 
     name: str
     kind: str
     official: str
     paper: str
+    tokenizer: str | None
+    licence: str
     sizes: dict[str, int]
-    checkpoints: tuple[str, ...]
+    checkpoints: tuple[ReleasedFile, ...]
 
 
 def catalogue() -> list[CatalogueEntry]:
@@ -40,20 +71,33 @@ def catalogue() -> list[CatalogueEntry]:
 
 
 def _describe(item: registry.Entry) -> CatalogueEntry:
-    model_class = item.load()
-    build = model_class if item.kind == "tokenizer" else partial(model_class, _spec(item))
+    model_class: Any = item.load()
+    build: Callable[..., Model] = model_class if item.kind == "tokenizer" else partial(_generator, item)
     sizes = {name: _parameters(build, arguments) for name, arguments in model_class.sizes.items()}
-    checkpoints = tuple(checkpoint.id for _, checkpoint in item.released())
-    return CatalogueEntry(item.name, item.kind, item.official, item.paper, sizes, checkpoints)
+    checkpoints = tuple(
+        ReleasedFile(checkpoint.id, official, tokenizer_of(checkpoint.id), licence_of_weights(official, checkpoint.id))
+        for official, checkpoint in item.released()
+    )
+    licence = licence_of(item.official).code
+    return CatalogueEntry(item.name, item.kind, item.official, item.paper, item.tokenizer, licence, sizes, checkpoints)
 
 
-def _spec(item: registry.Entry) -> TokenSpec:
-    """The tokens that a generator's paper models, at its tokenizer's default size."""
+def _generator(item: registry.Entry, **arguments: Any) -> Model:
+    return item.load()(_spec(item.tokenizer), **arguments)
+
+
+@cache
+def _spec(tokenizer: str) -> TokenSpec:
+    """The tokens that a generator's paper models: those of the tokenizer's default size."""
     with torch.device("meta"):
-        return registry.entry(item.tokenizer, "tokenizer").load()().spec
+        return registry.entry(tokenizer, "tokenizer").load()().spec
 
 
-def _parameters(build, arguments: Mapping[str, Any]) -> int:
+def _parameters(build: Callable[..., Model], arguments: Mapping[str, Any]) -> int:
     with torch.device("meta"):
         model: Model = build(**arguments)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+if __name__ == "__main__":
+    write_json(FILE, [asdict(item) for item in catalogue()])

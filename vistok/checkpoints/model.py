@@ -6,6 +6,7 @@ A saved model is a folder with ``config.json`` (the registry name and the constr
 
 from __future__ import annotations
 
+import difflib
 import errno
 import hashlib
 import inspect
@@ -14,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
 from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -21,14 +23,26 @@ from torch import Tensor, nn
 
 from vistok._version import __version__
 from vistok.checkpoints import registry
+from vistok.checkpoints.adapters import ADAPTER, ADAPTER_CONFIG, merged, save_adapter, with_adapter, without_adapters
+from vistok.checkpoints.bounds import bounded
 from vistok.checkpoints.hub import download, snapshot
 from vistok.checkpoints.official import OfficialCheckpoint, convert
-from vistok.checkpoints.weights import CheckpointError, hash_weights, load_strictly, read_weights
+from vistok.checkpoints.weights import (
+    STATE,
+    CheckpointError,
+    exported,
+    hash_weights,
+    load_strictly,
+    read_weights,
+)
 from vistok.config import check, with_todays_names
 from vistok.types import to_json
 from vistok.utils.files import atomic_folder, read_json, restore, write_json
+from vistok.utils.paths import local
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+MODEL_FILES = (CONFIG, WEIGHTS, ADAPTER, ADAPTER_CONFIG)
+"""All that a model's folder may hold."""
 
 
 class Model(
@@ -52,6 +66,13 @@ class Model(
     """Inert classes that take the place of those that released files pickle beside their weights, with the pickled
     names."""
 
+    class_names: tuple[str, ...] = ()
+    """Of a generator: the names of its classes, where they go with its weights, in the order of the ids."""
+
+    adapter_apart: bool = False
+    """In training with low-rank adapters: whether they are saved beside the weights, rather than merged into them."""
+
+    _arguments: dict[str, Any]  # of the constructor, defaults included
     _saved_arguments: Mapping[str, Any] | None = None  # of a loaded model, as its config.json has them
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
@@ -69,6 +90,16 @@ class Model(
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, defaults included, JSON-ready."""
         return to_json(self._arguments)
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.parameters()).dtype
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
@@ -96,13 +127,22 @@ class Model(
                 self.generate_model_card(**hub_options["model_card_kwargs"]).save(folder / "README.md")
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        header = {"model": self.registry_name, "vistok_version": __version__}
-        write_json(save_directory / CONFIG, header | {"arguments": self.config})
-        state = {key: tensor.detach().cpu().contiguous() for key, tensor in self.state_dict().items()}
+        self.write_config(save_directory)
+        trained = self.state_dict()
+        state = without_adapters(trained) if self.adapter_apart else merged(trained)
+        state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
         try:
             save_file(state, save_directory / WEIGHTS, metadata={"format": "pt"})
+            if self.adapter_apart:
+                save_adapter(save_directory, trained, base=self.registry_name)
         except SafetensorError as error:  # its word for a failed write, which is nearly always a full disk
             raise OSError(errno.ENOSPC, f"weights could not be written: {error}", str(save_directory)) from error
+
+    def write_config(self, folder: Path) -> None:
+        """Write ``config.json`` alone, which ``load`` builds the model from."""
+        header = {"model": self.registry_name, "vistok_version": __version__}
+        names = {"class_names": list(self.class_names)} if self.class_names else {}
+        write_json(folder / CONFIG, header | {"arguments": self.config} | names)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **hub_options: Any) -> Self:
@@ -126,7 +166,7 @@ class Model(
         """
         arguments = self.config if self._saved_arguments is None else self._saved_arguments
         digest = hashlib.sha256(json.dumps([self.registry_name, arguments], sort_keys=True).encode())
-        hash_weights(digest, self.state_dict())
+        hash_weights(digest, merged(self.state_dict()))
         return digest.hexdigest()
 
 
@@ -138,33 +178,95 @@ def load(source: str | Path, **hub_options: Any) -> Model:
     """Load any vistok model from a folder, a hub id of ours, or an official checkpoint's id ("repo/owner/file").
 
     Args:
-        source: a folder made by ``save_pretrained``; a hub id; or an id that ``vistok models`` lists.
+        source: a folder made by ``save_pretrained``; a run, or a pipeline, of which a generator is loaded rather than
+            its tokenizer; a checkpoint of a run, RUN/checkpoints/step-N, of which the averaged weights are loaded
+            where there are some; a hub id; or an id that ``vistok models`` lists.
         hub_options: passed to huggingface_hub's downloads (``revision``, ``token``, ``cache_dir``, ...).
 
     Raises:
         CheckpointError: nothing there, unreachable hub, damaged weights, or keys that do not fit the config.
     """
-    for item in registry.ENTRIES if not Path(source).exists() else ():
-        for name, checkpoint in item.released():
-            if str(source) == checkpoint.id:
-                file = download(checkpoint.repo, checkpoint.filename, hub_options)
-                return convert(name, file, default=checkpoint.config)
+    source = local(source)
+    official = None if Path(source).exists() else find_official(str(source))
+    if official is not None:
+        name, checkpoint = official
+        file = download(checkpoint.repo, checkpoint.filename, hub_options)
+        return convert(name, file, default=checkpoint.config)
+    folder = model_folder(source, **hub_options)
+    saved = read_config(folder)
+    weights = read_exported(folder)
+    model = build(saved, folder, weights)
+    load_strictly(model, weights, source=str(folder))
+    return model.eval()
+
+
+def find_official(source: str) -> tuple[str, OfficialCheckpoint] | None:
+    """The released file of that id, with the official name of what it holds; None if the text may be a hub id of ours.
+
+    Raises:
+        CheckpointError: the name of a file, or nearly that of one, but none that is known.
+    """
+    known = {checkpoint.id: (name, checkpoint) for item in registry.ENTRIES for name, checkpoint in item.released()}
+    if source in known:
+        return known[source]
+    if Path(source).is_absolute():
+        return None
+    near = [name for name in known if name.endswith(f"/{source}")] or difflib.get_close_matches(source, known, n=3)
+    if near or source.endswith(RELEASED_SUFFIXES):
+        hint = f"; did you mean {' or '.join(near)}?" if near else "."
+        raise CheckpointError(
+            f"there is no folder {source!r}, and no official checkpoint of that name{hint} `vistok models` lists them"
+        )
+    return None
+
+
+RELEASED_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
+PARTS = ("generator", "tokenizer")
+"""The folders of a run or a pipeline that hold models, the first one found being what it is about."""
+
+
+def model_folder(source: str | Path, **hub_options: Any) -> Path:
+    """The folder that holds a model's config: ``source`` itself, a part of it, or what the hub has of that id.
+
+    Raises:
+        CheckpointError: nothing there, an unreachable hub, or a folder without a model.
+    """
     folder = Path(source)
     if not folder.exists() and folder.parent.is_dir():
         restore(folder.parent)
     if not folder.exists():
-        folder = snapshot(str(source), [CONFIG, WEIGHTS], **hub_options)
-    saved = read_config(folder)
+        return snapshot(str(source), MODEL_FILES, **hub_options)
+    if folder.is_file():
+        raise CheckpointError(f"{folder} is a file, but a model is a folder; `vistok convert` reads released files")
+    restore(folder)
+    candidates = [folder, *(folder / part for part in PARTS)]
+    return next((candidate for candidate in candidates if (candidate / CONFIG).is_file()), folder)
+
+
+def build(saved: Mapping[str, Any], folder: Path, weights: Mapping[str, Tensor]) -> Model:
+    """The model that a ``config.json`` describes, of a size that ``weights`` can fill; they are not loaded.
+
+    Raises:
+        CheckpointError: it describes none.
+    """
     model_class = registry.entry(saved["model"]).load()
     try:
         arguments = with_todays_names(model_class, saved["arguments"])
         check(model_class, arguments, "")
-        model = model_class(**arguments)
+        with bounded(arguments, weights):
+            model = model_class(**arguments)
     except CONSTRUCTION_ERRORS as error:  # a ConfigError, the constructor's own, or what wrong sizes do to torch
         raise CheckpointError(f"{folder / CONFIG} does not describe a {saved['model']}: {error}") from error
     model._saved_arguments = saved["arguments"]
-    load_strictly(model, read_weights(folder / WEIGHTS), source=str(folder))
-    return model.eval()
+    model.class_names = tuple(saved.get("class_names", ()))
+    return model
+
+
+def read_exported(folder: Path) -> dict[str, Tensor]:
+    """The weights in a model's folder, or in a checkpoint of training those that would be exported."""
+    if (folder / STATE).is_file() and not (folder / WEIGHTS).exists():
+        return merged(exported(read_weights(folder / STATE), folder))
+    return with_adapter(read_weights(folder / WEIGHTS), folder)
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -175,7 +277,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / CONFIG
     if not path.is_file():
-        raise CheckpointError(f"{folder} is no saved model: it has no {CONFIG}")
+        raise CheckpointError(f"{folder} is no saved model: it has no {CONFIG}{_contents(Path(folder))}")
     try:
         saved = read_json(path)
     except ValueError as error:
@@ -189,4 +291,17 @@ def read_config(folder: str | Path) -> dict[str, Any]:
             f"{path} was not written by vistok (no 'model' and 'arguments'); "
             "official checkpoints come in through `vistok convert`"
         )
+    names = saved.get("class_names", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{path}: class_names must be a list of texts, got {names!r}"[:300])
     return saved
+
+
+def _contents(folder: Path) -> str:
+    """What a folder that is no model is instead, as far as can be seen."""
+    if (folder / STATE).is_file():
+        return ", which checkpoints of an earlier version lack; load the run"
+    steps = sorted(folder.glob("checkpoints/step-*"))
+    if steps:
+        return f"; its run has not exported a model yet, but there is {steps[-1]}"
+    return ""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from vistok.checkpoints import registry
+from vistok.checkpoints import imagenet, registry
+from vistok.checkpoints.bounds import OversizedError, bounded
 from vistok.checkpoints.weights import CheckpointError, listing, read_weights, unwrap
 
 if TYPE_CHECKING:
@@ -61,14 +63,14 @@ def from_official(name: str, config: Mapping[str, Any], state_dict: Mapping[str,
     item = registry.official_entry(name)
     try:
         model_class, reference = item.load(), item.reference(name)
-        if reference is None:
-            return model_class.from_official(config, state_dict).eval()
-        return reference.build(model_class, config, state_dict).eval()
+        build = model_class.from_official if reference is None else partial(reference.build, model_class)
+        with bounded(config, state_dict):
+            return build(config, state_dict).eval()
     except KeyError as error:
         raise CheckpointError(
             f"the config of a {name} needs the key {error}; it has {listing(config) or 'none'}"
         ) from error
-    except (TypeError, AttributeError, ArithmeticError, IndexError) as error:
+    except (TypeError, AttributeError, ArithmeticError, IndexError, OversizedError) as error:
         raise CheckpointError(f"the config does not describe a {name}: {error}") from error
 
 
@@ -99,7 +101,10 @@ def convert(
     dropped = {key for key, tensor in state.items() if all(tensor is not other for other in kept.values())}
     if dropped:
         log.info("%s: %d entries are no part of the model and were dropped: %s", file, len(dropped), listing(dropped))
-    return from_official(name, config, kept)
+    model = from_official(name, config, kept)
+    if getattr(model, "num_classes", None) == imagenet.NUM_CLASSES:  # no other data set of theirs has so many
+        model.class_names = imagenet.class_names()
+    return model
 
 
 def official_name(system: str, filename: str) -> str:

@@ -41,9 +41,12 @@ class Entry:
     @property
     def room(self) -> Path:
         """The folder of the model: the one of its own, or that of all single files of its kind."""
-        return Path(find_spec(self.target.partition(":")[0]).origin).parent
+        found = find_spec(self.target.partition(":")[0])
+        if found is None or found.origin is None:
+            raise ImportError(f"there is no module {self.target}")
+        return Path(found.origin).parent
 
-    def load(self) -> type:
+    def load(self) -> type[Any]:
         return _load(self.target)
 
     def reference(self, name: str) -> Reference | None:
@@ -53,7 +56,7 @@ class Entry:
     def released(self) -> list[tuple[str, OfficialCheckpoint]]:
         """All released files, each with the official name of what it holds."""
         own = [(self.official, checkpoint) for checkpoint in self.load().checkpoints]
-        return own + [(name, item) for name in self.references for item in self.reference(name).checkpoints]
+        return own + [(name, item) for name, target in self.references.items() for item in _load(target).checkpoints]
 
 
 ENTRIES = (

@@ -18,6 +18,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+STATE = "state.pt"
+"""What a checkpoint of training keeps everything in."""
+
+
+def exported(state: Mapping[str, Any], where: str | Path) -> dict[str, Tensor]:
+    """What a run would export of a checkpoint's state: the averaged weights, if there are any.
+
+    Raises:
+        CheckpointError: it is no state of a run.
+    """
+    try:
+        return dict((state["average"] or state)["model"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{where} holds no state of a training run ({error!r})") from error
+
 
 def hash_weights(digest: Any, state: Mapping[str, Tensor]) -> None:
     """Add names, shapes, types and values to a digest of hashlib."""
@@ -59,20 +74,28 @@ def read_weights(path: str | Path, *, stand_ins: Sequence[tuple[type, str]] = ()
             # Files from before PyTorch 1.6 are no archives, and cannot be mapped into memory.
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # torch raises several types, none of them its own
-        lines = str(error).splitlines() or [repr(error)]
+        lines = _ESCAPES.sub("", str(error)).splitlines() or [repr(error)]
         reason = next((line.strip() for line in lines if "WeightsUnpickler error" in line), lines[0])
         if "Unsupported global" not in reason and "Unsupported class" not in reason:
             raise CheckpointError(
                 f"{path} cannot be read safely as weights: it is damaged, incomplete ({path.stat().st_size:,} bytes) "
                 f"or no file of weights ({reason}); fetch or save it again"
             ) from error
+        named = _GLOBAL.search(reason)
+        what = f"a {named[1]}" if named else "other objects"
         raise CheckpointError(
-            f"{path} cannot be read safely as weights: {reason}. Files that pickle other objects beside the "
-            "weights are not loaded; save the state dict alone, best as safetensors"
+            f"{path} cannot be read safely as weights: it pickles {what} beside them, and unpickling that may run any "
+            "code. If you trust the file, save its state dict alone, where its own code is installed: "
+            'torch.save(torch.load(FILE, weights_only=False)["state_dict"], "weights.pt"), or whichever key it is under'
         ) from error
     if not isinstance(found, Mapping):
         raise CheckpointError(f"{path} holds a {type(found).__name__}, no state dict")
     return dict(found)
+
+
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+"""What makes a terminal print bold."""
+_GLOBAL = re.compile(r"(?:Unsupported (?:global|class)[^:]*: (?:GLOBAL )?)([\w.]+)")
 
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -101,7 +124,7 @@ def _is_shard(name: str) -> bool:
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
     """The tensors of all files that an index names, each in the file that it says."""
-    names, found = shard_names(index), {}
+    names, found = shard_names(index), dict[tuple[str, str], Tensor]()
     absent = sorted({name for name in names.values() if not (index.parent / name).is_file()})
     if absent:
         raise CheckpointError(f"{index} names files that are not beside it: {listing(absent)}; fetch them too")
@@ -120,16 +143,25 @@ WRAPPERS = ("ema", "model_ema", "model", "module", "state_dict")
 
 
 def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Find the state dict in a training checkpoint, and strip the prefix of a compiled model."""
-    if not all(isinstance(key, str) for key in checkpoint):
-        odd = next(key for key in checkpoint if not isinstance(key, str))
-        raise CheckpointError(f"a state dict names its tensors; the file has the key {odd!r} ({type(odd).__name__})")
-    if not any(isinstance(value, Tensor) for value in checkpoint.values()):
-        inner = next((checkpoint[key] for key in WRAPPERS if isinstance(checkpoint.get(key), Mapping)), None)
-        if inner is None:
-            raise CheckpointError(f"no weights found; the file has {sorted(checkpoint)}, expected one of {WRAPPERS}")
-        checkpoint = inner
-    return {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in checkpoint.items()}
+    """Find the state dict in a training checkpoint, and strip the prefixes of wrapped and compiled models."""
+    for _ in range(MOST_WRAPPERS):
+        odd = next((key for key in checkpoint if not isinstance(key, str)), None)
+        if odd is not None:
+            raise CheckpointError(
+                f"a state dict names its tensors; the file has the key {odd!r} ({type(odd).__name__})"
+            )
+        if any(isinstance(value, Tensor) for value in checkpoint.values()):
+            return {_PREFIXES.sub("", key): value for key, value in checkpoint.items()}
+        found = sorted(checkpoint)
+        checkpoint = next((checkpoint[key] for key in WRAPPERS if isinstance(checkpoint.get(key), Mapping)), {})
+        if not checkpoint:
+            break
+    raise CheckpointError(f"no weights found; the file has {found}, expected one of {WRAPPERS}")
+
+
+MOST_WRAPPERS = 4
+_PREFIXES = re.compile(r"^(?:module\.|_orig_mod\.)+")
+"""What DistributedDataParallel and torch.compile put before the names, in whichever order they wrapped."""
 
 
 def rename(state: Mapping[str, Tensor], rules: Iterable[tuple[str, str]]) -> dict[str, Tensor]:

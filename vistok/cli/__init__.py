@@ -6,17 +6,20 @@ import errno
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
+from vistok.cli.configs import configs
 from vistok.cli.console import errors, output
-from vistok.cli.models import convert, models
+from vistok.cli.models import convert, models, pipeline
+from vistok.cli.probing import compare, probe
 from vistok.cli.sampling import caption, reconstruct, sample
 from vistok.cli.scoring import benchmark, evaluate
-from vistok.cli.training import import_tokens, quickstart, tokenize, train
+from vistok.cli.training import import_tokens, quickstart, report, tokenize, train
+from vistok.utils.paths import at_home
 
 __all__ = ["app", "main"]
 
@@ -27,7 +30,6 @@ app = typer.Typer(
     help="Autoregressive visual generation: train tokenizers and generators, sample, evaluate.",
     epilog=EPILOG,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -39,13 +41,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _show_logs()
     if not os.environ.get("VISTOK_DEBUG"):
         threading.excepthook = _name_failed_thread
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        app(arguments, prog_name="vistok")
+        app([at_home(text) for text in given], prog_name="vistok")
+    except SystemExit as end:
+        _advise_after_interruption(end)
+        raise
     except Exception as error:
         if os.environ.get("VISTOK_DEBUG") or not _is_for_users(error):
             raise
         errors.print(f"[bold red]Error:[/] {escape(_message(error))}")
         sys.exit(2)
+
+
+def _advise_after_interruption(end: SystemExit) -> None:
+    """After Ctrl-C, which typer turns into an exit: what the interrupted work says about going on."""
+    cause: BaseException | None = end
+    while cause is not None and not isinstance(cause, KeyboardInterrupt):
+        cause = cause.__cause__ or cause.__context__
+    for note in getattr(cause, "__notes__", ()):
+        errors.print(f"[yellow]Note:[/] {escape(note)}")
 
 
 def _name_failed_thread(failure: threading.ExceptHookArgs) -> None:
@@ -79,18 +94,39 @@ def _show_logs() -> None:
         logger.setLevel(logging.INFO)
 
 
-@app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
-    if version:
-        from vistok._version import __version__
+def help_(
+    context: typer.Context,
+    command: Annotated[str | None, typer.Argument(metavar="COMMAND", help="What to explain.")] = None,
+) -> None:
+    """Say what vistok or one of its commands does."""
+    group = context.parent
+    if command is None:
+        output.print(escape(group.get_help()))
+        return
+    found = group.command.get_command(group, command)
+    if found is None:
+        raise ValueError(f"there is no command {command!r}; there are {', '.join(group.command.list_commands(group))}")
+    output.print(escape(found.get_help(typer.Context(found, info_name=command, parent=group))))
 
-        output.print(f"vistok {__version__}")
+
+def version() -> None:
+    """Print the version."""
+    from vistok._version import __version__
+
+    output.print(f"vistok {__version__}")
+
+
+@app.callback(invoke_without_command=True)
+def root(show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if show:
+        version()
         raise typer.Exit
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "quickstart": quickstart,
     "train": train,
+    "report": report,
     "tokenize": tokenize,
     "import-tokens": import_tokens,
     "sample": sample,
@@ -98,8 +134,14 @@ COMMANDS = {
     "caption": caption,
     "eval": evaluate,
     "benchmark": benchmark,
+    "probe": probe,
+    "compare": compare,
     "convert": convert,
+    "pipeline": pipeline,
     "models": models,
+    "configs": configs,
+    "help": help_,
+    "version": version,
 }
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)

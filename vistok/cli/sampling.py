@@ -12,11 +12,21 @@ from vistok.cli.console import Device, Dtype, output
 
 
 def sample(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Run of a generator, pipeline folder, or hub id.")],
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN",
+            help="Run of a generator or its checkpoint, pipeline folder, or hub id; see --tokenizer.",
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the samples; must not exist yet, or be empty.")],
     options: Annotated[
         list[str] | None,
         typer.Argument(metavar="OPTION=VALUE", help="More sampling options: guidance_interval=[0,64]"),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="RUN is a generator alone (converted, or an official id), whose tokens this one decodes."),
     ] = None,
     classes: Annotated[
         str | None,
@@ -57,7 +67,8 @@ def sample(
     named = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance_scale": guidance_scale}
     sampling = override({key: value for key, value in named.items() if value is not None}, options or ())
     processes = Processes.join()
-    pipe = pipeline(run, device=device or processes.device(), dtype=dtype)
+    parts = (run,) if tokenizer is None else (tokenizer, run)
+    pipe = pipeline(*parts, device=device or processes.device(), dtype=dtype)
     write_samples(
         pipe.compile() if compiled else pipe,
         out,
@@ -73,12 +84,16 @@ def sample(
         processes=processes,
     )
     if processes.is_first:
-        output.print(f"{num:,} samples are in {escape(str(out))}; see {escape(str(out / 'grid.png'))}")
+        what = "1 sample is" if num == 1 else f"{num:,} samples are"
+        output.print(f"{what} in {escape(str(out))}; see {escape(str(out / 'grid.png'))}")
 
 
 def reconstruct(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Run, saved tokenizer, pipeline, or hub id.")],
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files; cropped to the right size.")],
+    images: Annotated[
+        list[Path],
+        typer.Argument(metavar="IMAGE...", help="Image files, cropped to the right size; or folders."),
+    ],
     out: Annotated[Path, typer.Option(help="PNG file: originals over their reconstructions.")] = Path(
         "reconstruction.png"
     ),
@@ -97,6 +112,7 @@ def reconstruct(
     from vistok.utils.devices import choose_device
 
     tokenizer = load_tokenizer(run).to(choose_device(device))
+    images = [image for given in images for image in _image_files(given)]
     if tokens is not None:
         lengths = _whole_numbers(tokens, "--tokens")
         for image, decibels in zip(images, reconstruct_prefixes(tokenizer, images, lengths, out), strict=True):
@@ -104,9 +120,27 @@ def reconstruct(
             output.print(f"{escape(str(image))}  PSNR {scores}")
         output.print(f"Originals and their reconstructions are in {escape(str(out))}")
         return
-    for image, decibels in zip(images, reconstruct_files(tokenizer, images, out), strict=True):
-        output.print(f"{escape(str(image))}  PSNR {decibels:.2f} dB")
+    for image, value in zip(images, reconstruct_files(tokenizer, images, out), strict=True):
+        output.print(f"{escape(str(image))}  PSNR {value:.2f} dB")
     output.print(f"Originals over reconstructions are in {escape(str(out))}")
+
+
+FROM_FOLDER = 16
+"""Images of a folder that are looked at."""
+
+
+def _image_files(path: Path) -> list[Path]:
+    """The image or video itself; of a folder its first files, wherever they lie in it."""
+    from vistok.data.formats import is_image
+
+    if not path.is_dir():
+        return [path]
+    found = sorted(file for file in path.rglob("*") if is_image(file.name))
+    if not found:
+        raise FileNotFoundError(f"there are no image files in {path}")
+    if len(found) > FROM_FOLDER:
+        output.print(f"{escape(str(path))} has {len(found):,} images; these are the first {FROM_FOLDER}")
+    return found[:FROM_FOLDER]
 
 
 def caption(
@@ -122,10 +156,11 @@ def caption(
     from vistok.pipelines import pipeline
 
     pipe = pipeline(run, device=device)
-    channels, *size = pipe.tokenizer.image_shape("captioning files")
-    decoder = Decoder(channels, side=size[0])
-    pictures = [open_picture(file, decoder) for file in images]
-    for image, text in zip(images, pipe.caption(pictures, question=question, max_tokens=max_tokens), strict=True):
+    channels, side, _ = pipe.tokenizer.image_shape("captioning files")
+    decoder = Decoder(channels, side=side)
+    files = [file for path in images for file in _image_files(path)]
+    pictures = [open_picture(file, decoder) for file in files]
+    for image, text in zip(files, pipe.caption(pictures, question=question, max_tokens=max_tokens), strict=True):
         output.print(f"{escape(str(image))}  {escape(text)}")
 
 

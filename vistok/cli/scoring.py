@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.box import SIMPLE
@@ -114,9 +114,9 @@ def evaluate(
         )
         if processes.is_first:
             made = f"{escape(str(make_reference))} stands for {told.count:,} images"
-            output.print(f"The reference {made} (fingerprint {told.fingerprint[:12]}…)")
+            output.print(f"The reference {made} (fingerprint {str(told.fingerprint)[:12]}…)")
         return
-    elif is_video_protocol(protocol):
+    elif protocol is not None and is_video_protocol(protocol):
         from vistok.pipelines.evaluations import score_clips
 
         for option, value in (("--metrics", metrics), ("--crop", crop), ("--lpips-weights", lpips_weights)):
@@ -167,7 +167,14 @@ def benchmark(
         list[str] | None,
         typer.Argument(metavar="OPTION=VALUE", help="Sampling options that differ from the pipeline's: top_k=100"),
     ] = None,
-    num: Annotated[int, typer.Option("--num", "--num-images", help="Images per guidance scale.")] = 50_000,
+    num: Annotated[
+        int | None,
+        typer.Option(
+            "--num",
+            "--num-images",
+            help="Images or clips per setting; 50,000 images, or as many clips as the protocol has.",
+        ),
+    ] = None,
     labels: Annotated[
         str | None,
         typer.Option(help="balanced (classes in turn), random (uniform) or none; balanced if there are classes."),
@@ -176,10 +183,29 @@ def benchmark(
     guidance_sweep: Annotated[
         str | None, typer.Option(help="Scales to compare, such as 1.0,1.5,2.0; features of earlier ones are reused.")
     ] = None,
+    temperature_sweep: Annotated[
+        str | None, typer.Option(help="Temperatures to compare, each with every scale, such as 0.9,1.0.")
+    ] = None,
+    guidance_search: Annotated[
+        bool,
+        typer.Option(
+            "--guidance-search",
+            help="Walk in steps of 0.25 to the scale of a local minimum of FID; goes on if stopped.",
+        ),
+    ] = False,
+    guidance_start: Annotated[
+        float | None, typer.Option(help="Where the search begins; the pipeline's own scale by default.")
+    ] = None,
     reference: Annotated[
         str | None, typer.Option(help="As for vistok eval; without one only the Inception Score is computed.")
     ] = None,
-    protocol: Annotated[str, typer.Option(help="adm, torch-fidelity, clean-fid or dinov2.")] = "adm",
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="adm (the default), torch-fidelity, clean-fid or dinov2; of clips larp-ucf-gen, larp-k600-fp, "
+            "stylegan-v, tats, videogpt, …, or own-FRAMESxSIDE for other sizes."
+        ),
+    ] = None,
     weights: Annotated[
         Path | None, typer.Option(help="Local file with the feature network's weights; downloaded once by default.")
     ] = None,
@@ -193,7 +219,7 @@ def benchmark(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Generate many images and score them, with features instead of images kept; the same command continues it.
+    """Generate many images or clips, keep their features, and score them; the same command continues it.
 
     Several processes share the work: torchrun --nproc-per-node 8 -m vistok benchmark … (with --num-images: torchrun
     takes --num for an option of its own).
@@ -202,37 +228,76 @@ def benchmark(
 
     from vistok.config import override
     from vistok.eval.benchmark import benchmark as measure
+    from vistok.eval.video_protocols import is_video_protocol
     from vistok.pipelines import pipeline
+    from vistok.pipelines.evaluations import measure_clips
     from vistok.utils.processes import Processes
 
     processes = Processes.join()
     device = device or str(processes.device())
-    result = measure(
-        pipeline(run, device=device, dtype=dtype),
-        out,
-        num_images=num,
-        labels=labels,
-        seed=seed,
-        guidance_scales=_numbers(guidance_sweep) if guidance_sweep is not None else None,
-        sampling=override({}, options or ()),
-        reference=reference,
-        protocol=protocol,
-        weights=weights,
-        eval_size=eval_size,
-        save_npz=save_npz,
-        batch_size=batch_size,
-        device=device,
-        processes=processes,
-        command=f"vistok {shlex.join(sys.argv[1:])}",
-    )
+    if guidance_start is not None and not guidance_search:
+        raise typer.BadParameter("it is where a search begins; add --guidance-search", param_hint="--guidance-start")
+    pipe, sampling = pipeline(run, device=device, dtype=dtype), override({}, options or ())
+    given: dict[str, Any] = {
+        "seed": seed,
+        "guidance_scales": _numbers(guidance_sweep) if guidance_sweep is not None else None,
+        "temperatures": _numbers(temperature_sweep) if temperature_sweep is not None else None,
+        "sampling": sampling,
+        "reference": reference,
+        "weights": weights,
+        "batch_size": batch_size,
+        "device": device,
+        "processes": processes,
+        "command": f"vistok {shlex.join(sys.argv[1:])}",
+    }
+    if len(pipe.tokenizer.input_shape) == 4:
+        for option, value in (
+            ("--labels", labels),
+            ("--eval-size", eval_size),
+            ("--save-npz", save_npz or None),
+            ("--guidance-search", guidance_search or None),
+        ):
+            if value is not None:
+                raise typer.BadParameter("it is for images; this pipeline generates clips", param_hint=option)
+        if not is_video_protocol(protocol):
+            raise typer.BadParameter(_clip_protocols(pipe.tokenizer.input_shape), param_hint="--protocol")
+        result = measure_clips(pipe, out, num_clips=num, protocol=protocol, **given)
+    else:
+        result = measure(
+            pipe,
+            out,
+            num_images=50_000 if num is None else num,
+            labels=cast(Any, labels),  # which is checked there
+            protocol=protocol or "adm",
+            search_from=_search_start(pipe, sampling, guidance_start) if guidance_search else None,
+            eval_size=eval_size,
+            save_npz=save_npz,
+            **given,
+        )
     if not processes.is_first:
         return
-    for scored in result["runs"]:
-        if scored["guidance_scale"] is not None:
-            output.print(f"guidance scale {scored['guidance_scale']}")
-        _print_scores(scored)
+    _print_sweep(result)
     _print_notes(dict.fromkeys(note for scored in result["runs"] for note in scored["warnings"]))
+    if "found" in result:
+        output.print(f"the search ends at guidance scale {result['found']:g}")
     output.print(f"Scores, samples and classes are shown in {escape(str(out / 'report.html'))}")
+
+
+def _clip_protocols(shape: tuple[int, ...]) -> str:
+    from vistok.eval.video_protocols import VIDEO_PROTOCOLS
+
+    known = ", ".join(VIDEO_PROTOCOLS)
+    return f"this pipeline generates clips; take one of {known}, or own-{shape[1]}x{shape[2]}"
+
+
+def _search_start(pipe: Any, sampling: dict[str, Any], start: float | None) -> float:
+    """Where a search of the guidance scale begins."""
+    own = getattr(pipe.options(**sampling), "guidance_scale", None)
+    if own is None:
+        raise ValueError(f"{type(pipe.generator).__name__} has no guidance scale to search")
+    if start is None and not isinstance(own, int | float):
+        raise ValueError(f"the pipeline's guidance scale is {own}; say where the search begins with --guidance-start")
+    return float(own if start is None else start)
 
 
 def _numbers(text: str) -> list[float]:
@@ -245,17 +310,43 @@ def _numbers(text: str) -> list[float]:
 def _print_scores(result: dict[str, Any]) -> None:
     images, reference = result["images"], result["reference"]
     count = "an unknown number of" if images["count"] is None else f"{images['count']:,}"
-    output.print(f"{count} images ({escape(images['source'])}) against {escape(reference['source'])}")
+    what = "clips" if "video_protocol" in result else "images"
+    output.print(f"{count} {what} ({escape(images['source'])}) against {escape(reference['source'])}")
     table = Table("score", "value", title=f"protocol: {result['protocol']}", title_justify="left", box=SIMPLE)
     for name, value in result["scores"].items():
         table.add_row(name, _number(value))
     print_table(table)
 
 
-def _number(value: float | None) -> str:
+def _print_sweep(result: dict[str, Any]) -> None:
+    """One table: a row for each setting, the best one marked."""
+    from vistok.eval.report import best_run, score_rows
+
+    runs = result["runs"]
+    count, reference = runs[0]["images"]["count"], runs[0]["reference"]["source"]
+    what = "clips" if "video_protocol" in runs[0] else "images"
+    output.print(f"{count:,} {what} per setting against {escape(reference)}, protocol {result['protocol']}")
+    rows, best = score_rows(runs), best_run(runs)
+    table = Table(*rows[0], *([""] if best is not None else []), box=SIMPLE)
+    for index, row in enumerate(rows):
+        spreads = {name: runs[index]["scores"].get(f"{name}_std") for name in row}
+        cells = [
+            (value if isinstance(value, str) else _number(value, "–"))
+            + ("" if spreads[name] is None else f" ± {_number(spreads[name])}")
+            for name, value in row.items()
+        ]
+        marked = best is not None and best[0] == index
+        mark = [f"lowest {best[1]}" if marked else ""] if best is not None else []
+        table.add_row(*cells, *mark, style="bold" if marked else None)
+    print_table(table)
+
+
+def _number(value: float | None, absent: str = "infinite") -> str:
     """Four decimals, and more of what is small, such as kernel distances."""
     if value is None:
-        return "infinite"
+        return absent
+    if isinstance(value, int):
+        return f"{value:,}"
     return f"{value:.4f}" if abs(value) >= 0.1 or value == 0 else f"{value:#.4g}"
 
 

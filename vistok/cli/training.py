@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vistok.cli.console import Commands, Device, Environment, errors, output, print_table
+from vistok.utils.recipes import find_recipe, recipes
 
 
 def quickstart(
@@ -32,7 +33,14 @@ def quickstart(
 
 
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, such as those in configs/")],
+    config: Annotated[
+        str,
+        typer.Argument(
+            metavar="CONFIG",
+            help="YAML file, or the name of one that ships: `vistok configs`.",
+            autocompletion=lambda incomplete: [name for name in recipes() if name.startswith(incomplete)],
+        ),
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Changes to it: data.root=photos/ optimizer.lr=2e-4"),
@@ -62,7 +70,7 @@ def train(
     from vistok.train.tasks import any_config
 
     allowed = Allowed(commands=allow_commands, environment=allow_environment)
-    values = load_config(config, overrides or (), target=any_config(), allowed=allowed)
+    values = load_config(find_recipe(config), overrides or (), target=any_config(), allowed=allowed)
     if dry_run:
         _dry_run(values)
     elif profile:
@@ -103,6 +111,7 @@ def _dry_run(config: dict[str, Any]) -> None:
     table.add_row(f"{found.unit} per epoch", f"{found.units_per_epoch:,}")
     if found.held_out:
         table.add_row("held-out samples", f"{found.held_out:,}")
+    table.add_row("operations per step (estimate)", f"{found.operations / 1e12:.3g} TFLOP")
     table.add_row("samples per step", f"{found.batch_size:,}")
     table.add_row("steps", f"{found.steps:,} ({found.epochs:.3g} epochs)")
     print_table(table)
@@ -123,6 +132,18 @@ def _profile(config: dict[str, Any]) -> None:
     print_table(table)
     unit = found.unit.removesuffix("_per_second")
     output.print(f"{found.units_per_second:,.0f} {unit}/s; the trace is in {escape(str(found.trace))}")
+
+
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a training run.")],
+) -> None:
+    """Make the report.html of a training run again: of an interrupted one, or after images were added.
+
+    Training writes it at its end.
+    """
+    from vistok.train.report import write_run_report
+
+    output.print(f"Pictures, curves and codes are shown in {escape(str(write_run_report(run)))}")
 
 
 def tokenize(
@@ -185,9 +206,9 @@ def tokenize(
         data,
         out,
         augmentation=augmentation,
-        text=text.to(next(tokenizer.parameters()).device),
+        text=text.to(tokenizer.device),
         refuse_long_texts=refuse_long_texts,
-        feature_dtype=text_dtype,
+        feature_dtype="float16" if text_dtype == "float16" else "float32",
         given_frames=given_frames,
         resume=resume,
         processes=processes,

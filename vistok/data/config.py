@@ -42,9 +42,9 @@ class DataConfig:
         source: ``folder`` (a folder or a .zip, see :class:`vistok.data.sources.FolderSource`), ``webdataset`` (shards,
             see :class:`vistok.data.shards.ShardSource`), ``huggingface`` (``datasets``, by ``name`` on the hub or saved
             in ``root``), ``torchvision`` (a dataset of torchvision by ``name``) or ``digits`` (scikit-learn's embedded
-            8x8 digits). Clips: ``videos`` (a folder of video files or of folders of frames), ``video_list`` (list files
-            as UCF-101, Kinetics and LARP have them, in ``name``, joined by "+", of videos in ``root``) or
-            ``moving_digits`` (embedded).
+            8x8 digits). Clips: ``videos`` (a folder of video files or of folders of frames), ``webdataset`` with
+            ``num_frames`` (shards of video files), ``video_list`` (list files as UCF-101, Kinetics and LARP have them,
+            in ``name``, joined by "+", of videos in ``root``) or ``moving_digits`` (embedded).
         root: the folder or .zip file; the pattern of the shards; where torchvision keeps its datasets. A command that
             writes shards is a ``ShellCommand``, never a text.
         name: the dataset's name: torchvision's, for example ``CIFAR10``, or its id on the hub; ``turned`` digits come
@@ -76,7 +76,8 @@ class DataConfig:
         order: of training images: ``shuffled``, every one once per epoch; or ``resampled``, drawn with replacement.
         batch_size: images per batch and process.
         num_workers: processes that decode; the batches do not depend on it.
-        cache: ``memory`` decodes every image once and keeps it.
+        cache: ``memory`` decodes every image or video once and keeps it; ``disk`` keeps the frames of videos in the
+            user's cache folder, in 8 bit, with the short side (or, with ``crop: resize``, both) of ``image_size``.
         seed: of the order and of every augmentation.
     """
 
@@ -106,7 +107,7 @@ class DataConfig:
     order: Literal["shuffled", "resampled"] = "shuffled"
     batch_size: int = 64
     num_workers: int = 0
-    cache: Literal["none", "memory"] = "none"
+    cache: Literal["none", "memory", "disk"] = "none"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -126,8 +127,10 @@ class DataConfig:
             check_least(self, num_frames=1, frame_stride=1)
         elif self.frame_stride != 1:
             raise ValueError(f"frame_stride is {self.frame_stride}, but there are no clips: num_frames is not set")
-        if self.source in CLIP_SOURCES:
+        if self.source in CLIP_SOURCES or self.num_frames is not None:
             self._check_clips()
+        if self.cache == "disk" and self.num_frames is None:
+            raise ValueError("cache: disk keeps the frames of videos, and num_frames is not set; images take memory")
         if self.target_root is not None and self.source != "folder":
             raise ValueError(f"target_root pairs files of folders; source is {self.source!r}, not 'folder'")
 

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vistok.data.batches import Failures, ImageBatch
-from vistok.data.clips import ClipBatches, ClipSource, ClipTransform, InMemoryClips
+from vistok.data.clip_sources import ClipSource, InMemoryClips
+from vistok.data.clips import ClipBatches, ClipTransform
 from vistok.data.config import DataConfig
+from vistok.data.decoded_clips import DecodedClips
 from vistok.data.image_batches import ImageBatches, InMemory
 from vistok.data.order import Order, ResampledOrder, SequentialOrder, ShuffledOrder
 from vistok.data.sources import ImageSource
@@ -30,15 +32,24 @@ MAX_UNREADABLE_SHARE = 0.01
 SHOWN = 20
 """Unreadable samples that a message names."""
 
-B = TypeVar("B", bound=tuple)
+
+class Indexed(Protocol):
+    """A batch that knows its samples' indices (B,)."""
+
+    @property
+    def indices(self) -> Any: ...
 
 
-class BatchReader(Protocol[B]):
+B = TypeVar("B", bound=Indexed)
+Batch_co = TypeVar("Batch_co", bound=Indexed, covariant=True)
+
+
+class BatchReader(Protocol[Batch_co]):
     """Samples that are read a batch at a time."""
 
     def __len__(self) -> int: ...
 
-    def load(self, indices: np.ndarray, epoch: int) -> tuple[B, Failures]:
+    def load(self, indices: np.ndarray, epoch: int) -> tuple[Batch_co, Failures]:
         """Read the samples at ``indices`` (B,), augmented as ``epoch`` says. Unreadable ones are left out."""
 
 
@@ -180,6 +191,21 @@ class Loader(Generic[B]):
         self.count_failures(failures)
 
 
+class _Nothing:
+    """Reads the batches of no samples, of which there are none."""
+
+    def __len__(self) -> int:
+        return 0
+
+    def load(self, indices: np.ndarray, epoch: int) -> tuple[Any, Failures]:
+        raise IndexError(f"there are no samples, and so none at {indices}")
+
+
+def no_samples() -> Loader[Any]:
+    """The loader of no samples: every epoch is over at once."""
+    return Loader(_Nothing(), SequentialOrder(0, 1))
+
+
 Source = ImageSource | ClipSource
 
 
@@ -203,18 +229,22 @@ def augmented_view_loader(source: Source, config: DataConfig, view: int) -> Load
 
 
 def _loader(source: Source, order: Order, config: DataConfig, *, augmented: bool, epoch: int = 0) -> Loader[ImageBatch]:
-    if config.cache == "memory":
-        source = _in_memory(source, config, augmented=augmented)
+    source = cached(source, config, augmented=augmented)
     reader = batch_reader(source, config, augmented=augmented)
     return Loader(reader, order, num_workers=config.num_workers, epoch=epoch)
 
 
-def _in_memory(source: Source, config: DataConfig, *, augmented: bool) -> Source:
-    if isinstance(source, InMemory | InMemoryClips):
+def cached(source: Source, config: DataConfig, *, augmented: bool) -> Source:
+    """The source, or what the config's ``cache`` keeps of it."""
+    if config.cache == "none" or isinstance(source, InMemory | InMemoryClips | DecodedClips):
         return source
-    if isinstance(source, ClipSource):
-        return InMemoryClips(source)
-    return InMemory(source, _image_transform(config, augmented=augmented))
+    if not isinstance(source, ClipSource):
+        return InMemory(source, _image_transform(config, augmented=augmented))
+    return (
+        InMemoryClips(source)
+        if config.cache == "memory"
+        else DecodedClips(source, _clip_transform(config, augmented=False))
+    )
 
 
 def batch_reader(source: Source, config: DataConfig, *, augmented: bool) -> ImageBatches | ClipBatches:
@@ -233,13 +263,15 @@ def _image_transform(config: DataConfig, *, augmented: bool) -> ImageTransform:
 
 
 def _clip_transform(config: DataConfig, *, augmented: bool) -> ClipTransform:
+    if config.num_frames is None:
+        raise ValueError("clips need data.num_frames=…")
     transform = ClipTransform(
         config.num_frames,
         config.image_size,
         config.frame_stride,
         start=config.clip_start,
         short=config.short_clips,
-        crop=config.crop,
+        crop=cast(Any, config.crop),  # which refuses what clips do not have
         flip=config.flip,
         channels=config.channels,
     )

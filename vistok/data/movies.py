@@ -48,6 +48,11 @@ def shown(pixels: Tensor) -> list[Image.Image]:
     return [contact_sheet([frames]) for frames in to_frames(pixels)]
 
 
+def overview(pixels: Tensor) -> Image.Image:
+    """A picture of all images (B, C, H, W) in a grid, or of all clips (B, C, T, H, W), a row each."""
+    return grid(shown(pixels), columns=1 if pixels.ndim == 5 else None)
+
+
 def compared(originals: Tensor, reconstructions: Tensor) -> Image.Image:
     """A picture of images (B, C, H, W) over their reconstructions, or of clips (B, C, T, H, W) over theirs."""
     if originals.ndim != 5:
@@ -90,9 +95,23 @@ def _encode(frames: np.ndarray, file: IO[bytes], fps: float) -> None:
 
 def save_gif(frames: np.ndarray, path: str | Path, fps: float = FPS) -> None:
     """Write frames (T, H, W, C) uint8 as a GIF that repeats; the file appears whole or not at all."""
-    first, *rest = to_images(frames)
     with atomic_file(path, durable=False) as temporary:
-        first.save(temporary, format="GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+        temporary.write_bytes(gif_bytes(frames, fps))
+
+
+def gif_bytes(frames: np.ndarray, fps: float = FPS) -> bytes:
+    """The content of a GIF file that repeats."""
+    first, *rest = to_images(frames)
+    buffer = io.BytesIO()
+    first.save(buffer, format="GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+    return buffer.getvalue()
+
+
+def side_by_side(clips: Sequence[np.ndarray], columns: int | None = None) -> np.ndarray:
+    """Clips (T, H, W, C) uint8 of one size as one clip that shows all at once, in a grid; see ``grid``."""
+    sheets = [grid(list(frames), columns) for frames in zip(*map(to_images, clips), strict=True)]
+    frames = np.stack([np.asarray(sheet) for sheet in sheets])
+    return frames if frames.ndim == 4 else frames[..., None]
 
 
 def contact_sheet(clips: Sequence[np.ndarray], columns: int = 8) -> Image.Image:
@@ -136,7 +155,7 @@ def frames_to_pixels(frames: np.ndarray | Tensor | Sequence[Image.Image], size: 
             f"frames must be uint8 (T, H, W, C) or (B, T, H, W, C) with 1 or 3 channels, got {array.dtype} "
             f"{array.shape}"
         )
-    transform = ClipTransform(array.shape[1], size, channels=channels)
+    transform = ClipTransform(array.shape[1], size, channels=1 if channels == 1 else 3)
     return torch.stack([transform.pixels(clip) for clip in array])
 
 
@@ -164,8 +183,11 @@ class Movie:
         writers[extension](self.frames, path, self.fps)
 
     def _repr_html_(self) -> str:
+        return self.html(max(self.frames.shape[2], 128))
+
+    def html(self, width: int) -> str:
+        """A video element of ``width`` CSS pixels that plays by itself."""
         content = base64.b64encode(mp4_bytes(self.frames, self.fps)).decode()
-        width = max(self.frames.shape[2], 128)
         return (
             f'<video controls loop autoplay muted width="{width}" style="image-rendering: pixelated">'
             f'<source src="data:video/mp4;base64,{content}" type="video/mp4"></video>'

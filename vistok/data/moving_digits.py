@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from vistok.data.clips import ClipSource
+from vistok.data.clip_sources import ClipSource
 from vistok.data.decoding import Decoder
 from vistok.data.sources import DigitsSource, hash_lines
 from vistok.draws import Keys

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from vistok.data.clips import ClipSource, SelectedClips, folder_videos, listed_videos
+from vistok.data.clip_shards import ClipShardSource
+from vistok.data.clip_sources import ClipSource, SelectedClips
 from vistok.data.config import CLIP_SOURCES, DataConfig
 from vistok.data.decoding import Decoder
 from vistok.data.folders import FolderSource
@@ -10,7 +11,10 @@ from vistok.data.huggingface import HuggingFaceSource
 from vistok.data.moving_digits import MovingDigitsSource
 from vistok.data.shards import ShardSource
 from vistok.data.sources import DigitsSource, ImageSource, Selection, TorchvisionSource
+from vistok.data.video_files import folder_videos, listed_videos
 
+MOVING_SPANS = 4
+"""Moving digits are videos of this many clips, so that a random clip shows other places of the same path."""
 _ROOTS = {
     "folder": "a folder or .zip file of images",
     "torchvision": "torchvision's data folder",
@@ -34,34 +38,41 @@ def open_source(config: DataConfig) -> ImageSource | ClipSource:
 
 
 def _open(config: DataConfig) -> ImageSource | ClipSource:
-    if config.num_frames is not None and config.source not in CLIP_SOURCES:
+    if config.num_frames is not None and config.source not in (*CLIP_SOURCES, "webdataset"):
         raise ValueError(
             f"data.source={config.source} holds images; leave data.num_frames out, or take clips from "
-            f"{', '.join(CLIP_SOURCES)}"
+            f"{', '.join(CLIP_SOURCES)}, or shards (webdataset)"
         )
     decoder = Decoder(config.channels, config.reading, side=config.image_size)
     if config.source == "digits":
         return DigitsSource(split=config.split, decoder=decoder, variants=config.name)
     if config.source == "moving_digits":
-        length = (config.num_frames - 1) * config.frame_stride + 1
-        return MovingDigitsSource(split=config.split, image_size=config.image_size, num_frames=length, seed=config.seed)
+        if config.num_frames is None:
+            raise ValueError("data.source=moving_digits needs data.num_frames=…, for example data.num_frames=16")
+        span = (config.num_frames - 1) * config.frame_stride + 1
+        return MovingDigitsSource(
+            split=config.split, image_size=config.image_size, num_frames=MOVING_SPANS * span, seed=config.seed
+        )
     if config.source == "video_list":
         if config.name is None:
             raise ValueError("data.source=video_list needs data.name=…, a list file such as trainlist01.txt")
-        return listed_videos(config.name, config.root, decoder=decoder)
+        return listed_videos(config.name, None if config.root is None else str(config.root), decoder=decoder)
     if config.source == "huggingface":
         return _open_huggingface(config, decoder)
     if config.root is None:
         raise ValueError(f"data.source={config.source} needs data.root=…, {_ROOTS[config.source]}")
-    if config.source == "folder":
-        return FolderSource(config.root, split=config.split, decoder=decoder)
-    if config.source == "videos":
-        return folder_videos(config.root, split=config.split, decoder=decoder)
+    if config.source == "webdataset" and config.num_frames is not None:
+        return ClipShardSource(config.root, split=config.split)
     if config.source == "webdataset":
         return ShardSource(config.root, split=config.split, decoder=decoder)
+    root = str(config.root)
+    if config.source == "folder":
+        return FolderSource(root, split=config.split, decoder=decoder)
+    if config.source == "videos":
+        return folder_videos(root, split=config.split, decoder=decoder)
     if config.name is None:
         raise ValueError("data.source=torchvision needs data.name=…, for example data.name=CIFAR10")
-    return TorchvisionSource(config.name, config.root, split=config.split, download=config.download, decoder=decoder)
+    return TorchvisionSource(config.name, root, split=config.split, download=config.download, decoder=decoder)
 
 
 def _open_huggingface(config: DataConfig, decoder: Decoder) -> ImageSource:
@@ -69,7 +80,7 @@ def _open_huggingface(config: DataConfig, decoder: Decoder) -> ImageSource:
         raise ValueError("data.source=huggingface needs data.name=… (on the hub) or data.root=… (a saved folder)")
     return HuggingFaceSource(
         config.name,
-        config.root,
+        None if config.root is None else str(config.root),
         split=config.split,
         decoder=decoder,
         image_column=config.image_column,

@@ -6,11 +6,18 @@ import hashlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from vistok.data.decoding import DECODING_ERRORS
 from vistok.data.sources import DigitsSource, FileSource, ImageSource, Selection, TorchvisionSource
+from vistok.data.tokens import TokenCache
 
 MOST_LOOKED_AT = 256
 """Held-out samples that are looked for, evenly spread: enough to see that sets overlap, and few enough to wait for."""
+CHUNK = 16384
+"""Cached samples that are compared at a time."""
+TOLD_APART = 0.9
+"""The share of held-out samples with tokens of their own from which on equal tokens are taken for copies."""
 NAMED = (DigitsSource, TorchvisionSource)
 """Sources in which a name (data set, split and position) means the same image everywhere."""
 
@@ -22,14 +29,22 @@ class Shared(NamedTuple):
         found: held-out samples that are trained on.
         looked_at: those that were looked for.
         example: one that was found, or None.
+        told_apart: whether what was compared differs from sample to sample, so that equals are copies.
     """
 
     found: int
     looked_at: int
     example: str | None = None
+    told_apart: bool = True
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all that was looked for is trained on."""
+        return self.found == self.looked_at and self.told_apart
 
     def __str__(self) -> str:
-        return f"{self.found} of {self.looked_at} held-out samples that were looked for are trained on: {self.example}"
+        text = f"{self.found} of {self.looked_at} held-out samples that were looked for are trained on: {self.example}"
+        return text if self.told_apart else f"{text} (or look alike: held-out samples equal one another, too)"
 
 
 def shared_images(trained: ImageSource, held_out: ImageSource) -> Shared:
@@ -46,6 +61,44 @@ def shared_images(trained: ImageSource, held_out: ImageSource) -> Shared:
     else:
         found = []
     return Shared(len(found), len(looked), held_out.name(found[0]) if found else None)
+
+
+def shared_tokens(trained: Sequence[TokenCache], held_out: TokenCache) -> Shared:
+    """Look for held-out samples among those that are trained on, by their tokens in any view; latents are compared up
+    to rounding. One tokenizer made all of them."""
+    looked = np.array(_spread(len(held_out)))
+    rows = np.concatenate([_rows(held_out, looked, view) for view in range(held_out.views)])
+    direction = np.random.default_rng(0).standard_normal(rows.shape[1])
+    keys, found = rows @ direction, np.zeros(len(rows), dtype=bool)
+    for cache in trained:
+        for view in range(cache.views):
+            for start in range(0, len(cache), CHUNK):
+                others = _rows(cache, np.arange(start, min(start + CHUNK, len(cache))), view)
+                found |= _are_among(rows, keys, others, others @ direction)
+    found = found.reshape(held_out.views, len(looked)).any(0)
+    example = f"{held_out.folder}[{looked[found][0]}]" if found.any() else None
+    distinct = len(np.unique(rows[: len(looked)].round(3), axis=0))
+    return Shared(int(found.sum()), len(looked), example, told_apart=distinct > TOLD_APART * len(looked))
+
+
+def _rows(cache: TokenCache, indices: np.ndarray, view: int) -> np.ndarray:
+    """(n, values of a sample) float64."""
+    tokens, _ = cache.batch(indices, np.full(len(indices), view))
+    return tokens.flatten(1).double().numpy()
+
+
+def _are_among(rows: np.ndarray, keys: np.ndarray, others: np.ndarray, other_keys: np.ndarray) -> np.ndarray:
+    """(n,) bool, which of the rows (n, d) are among the others (m, d); keys are projections, near where rows are."""
+    order = np.argsort(other_keys)
+    tolerance = 1e-3 + 1e-5 * np.abs(rows).sum(1)
+    first, last = (
+        np.searchsorted(other_keys[order], keys + sign * tolerance, side=side)
+        for sign, side in ((-1, "left"), (1, "right"))
+    )
+    among = np.zeros(len(rows), dtype=bool)
+    for number in np.flatnonzero(first < last):
+        among[number] = np.isclose(rows[number], others[order[first[number] : last[number]]], atol=1e-3).all(1).any()
+    return among
 
 
 def _spread(count: int) -> list[int]:
@@ -70,7 +123,10 @@ def _same_bytes(trained: ImageSource, held_out: ImageSource, looked: Sequence[in
 
     Only files of the same length are read.
     """
-    (source, indices), (other, positions) = _files(trained), _files(held_out)
+    ours, theirs = _files(trained), _files(held_out)
+    if ours is None or theirs is None:
+        return []
+    (source, indices), (other, positions) = ours, theirs
     sizes = {index: other.files.size(positions[index]) for index in looked}
     wanted = set(sizes.values())
     candidates = [index for index in indices if source.files.size(index) in wanted]

@@ -22,11 +22,10 @@ from vistok.config import ShellCommand
 from vistok.data.captions import ShardCaptions
 from vistok.data.decoding import Decoder
 from vistok.data.files import printable
-from vistok.data.formats import image_extensions
 from vistok.data.imagefiles import ImageFiles, LeftOut
 from vistok.data.remote import Shard, check_address, fetch, is_remote
 from vistok.data.sources import FileSource, hash_lines
-from vistok.data.tar import UNCONDITIONAL, Index, Sample, index_shard, open_member
+from vistok.data.tar import IMAGES, UNCONDITIONAL, Index, Kind, Sample, index_shard, open_member
 from vistok.utils.files import atomic_file, cache_folder, read_json
 
 log = logging.getLogger(__name__)
@@ -103,40 +102,13 @@ class ShardSource(FileSource):
         decoder: Decoder = Decoder(),  # noqa: B008 (immutable)
         cache: Path | None = None,
     ) -> None:
-        if "{split}" not in str(pattern) and split not in (None, "train"):
-            raise ValueError(f"data.root={pattern} names no split; write {{split}} where {split!r} belongs, or both")
-        urls = shard_paths(_with_text(pattern, lambda text: text.replace("{split}", split or "")))
         cache = cache or cache_folder("shards")
-        self._paths = fetch(urls, cache) if is_remote(pattern) else [Path(str(url)) for url in urls]
+        self._paths = local_shards(pattern, split, cache)
         files = ShardFiles(self._paths, cache)
-        if not len(files):
-            raise FileNotFoundError(
-                f"no images in the {len(urls)} shards of {pattern}; of {' '.join(image_extensions())}"
-                + (f" ({files.left_out})" if files.left_out.count else "")
-            )
-        if files.wrong_label:
-            raise ValueError(files.wrong_label)
+        check_samples(pattern, self._paths, IMAGES, len(files), files.left_out, files.wrong_label)
         self._samples = files.samples
         super().__init__(files, [sample.label for sample in files.samples], decoder)
-        self.classes = self._name_classes(pattern)
-        if files.left_out.count:
-            log.warning("%s: %s", pattern, files.left_out)
-
-    def _name_classes(self, pattern: Shard) -> tuple[str, ...]:
-        unlabelled = [sample for sample in self._samples if sample.label == UNCONDITIONAL]
-        if len(unlabelled) == len(self._samples):
-            log.info('the images of %s have no labels, in .cls files or as "label" in .json files', pattern)
-            return ()
-        if unlabelled:
-            raise ValueError(f"{len(unlabelled)} images of {pattern} have no label (such as {unlabelled[0].name})")
-        count = 1 + max(sample.label for sample in self._samples)
-        names = self._paths[0].with_name(CLASS_NAMES)
-        if not names.exists():
-            return tuple(map(str, range(count)))
-        lines = tuple(names.read_text().splitlines())
-        if len(lines) < count:
-            raise ValueError(f"{names} names {len(lines)} classes, but there is a label {count - 1}")
-        return lines
+        self.classes = class_names(pattern, self._paths, self._samples, IMAGES)
 
     def fingerprint(self) -> str:
         return hash_lines(f"{sample.name} {sample.size}" for sample in self._samples)
@@ -147,6 +119,63 @@ class ShardSource(FileSource):
     @cached_property
     def _captions(self) -> ShardCaptions:
         return ShardCaptions(self._paths)
+
+
+def local_shards(pattern: Shard, split: str | None, cache: Path) -> list[Path]:
+    """The shards of a split, remote ones fetched into ``cache``.
+
+    Raises:
+        FileNotFoundError: no such shard.
+        ValueError: a split that ``pattern`` does not name.
+        ConfigError: a URL, and what reads it is not installed.
+    """
+    if "{split}" not in str(pattern) and split not in (None, "train"):
+        raise ValueError(f"data.root={pattern} names no split; write {{split}} where {split!r} belongs, or both")
+    urls = shard_paths(_with_text(pattern, lambda text: text.replace("{split}", split or "")))
+    return fetch(urls, cache) if is_remote(pattern) else [Path(str(url)) for url in urls]
+
+
+def check_samples(
+    pattern: Shard, paths: Sequence[Path], kind: Kind, count: int, left_out: LeftOut, wrong_label: str | None
+) -> None:
+    """Refuse shards with ``count`` samples if that is none, or if a label is wrong; name the files that are left out.
+
+    Raises:
+        FileNotFoundError: no samples.
+        ValueError: a label that is no class id.
+    """
+    if not count:
+        raise FileNotFoundError(
+            f"no {kind.name}s in the {len(paths)} shards of {pattern}; of {' '.join(kind.extensions())}"
+            + (f" ({left_out})" if left_out.count else "")
+        )
+    if wrong_label:
+        raise ValueError(wrong_label)
+    if left_out.count:
+        log.warning("%s: %s", pattern, left_out)
+
+
+def class_names(pattern: Shard, paths: Sequence[Path], samples: Sequence[Sample], kind: Kind) -> tuple[str, ...]:
+    """The names of the classes: those of ``classnames.txt`` beside the first shard, else the ids as text; none where no
+    sample has a label.
+
+    Raises:
+        ValueError: labels for some samples only, or too few names.
+    """
+    unlabelled = [sample for sample in samples if sample.label == UNCONDITIONAL]
+    if len(unlabelled) == len(samples):
+        log.info('the %ss of %s have no labels, in .cls files or as "label" in .json files', kind.name, pattern)
+        return ()
+    if unlabelled:
+        raise ValueError(f"{len(unlabelled)} {kind.name}s of {pattern} have no label (such as {unlabelled[0].name})")
+    count = 1 + max(sample.label for sample in samples)
+    names = paths[0].with_name(CLASS_NAMES)
+    if not names.exists():
+        return tuple(map(str, range(count)))
+    lines = tuple(names.read_text().splitlines())
+    if len(lines) < count:
+        raise ValueError(f"{names} names {len(lines)} classes, but there is a label {count - 1}")
+    return lines
 
 
 def shard_paths(pattern: Shard) -> list[Shard]:
@@ -162,7 +191,7 @@ def shard_paths(pattern: Shard) -> list[Shard]:
     if len(expanded) > MOST_SHARDS:
         raise ValueError(f"data.root={pattern} stands for more than {MOST_SHARDS:,} shards; is a number mistyped?")
     for part in expanded:
-        path = _with_text(pattern, lambda _, part=part: part)
+        path = ShellCommand(part) if isinstance(pattern, ShellCommand) else part
         if is_remote(path):
             check_address(path)
         found = [path] if is_remote(path) else sorted(glob.glob(os.path.expanduser(part)))
@@ -188,7 +217,7 @@ def expand_braces(pattern: str) -> Iterator[str]:
         yield from expand_braces(f"{pattern[: match.start()]}{number:0{len(first)}d}{pattern[match.end() :]}")
 
 
-def samples_of(path: Path, number: int, cache: Path | None) -> Index:
+def samples_of(path: Path, number: int, cache: Path | None, kind: Kind = IMAGES) -> Index:
     """As ``index_shard``; what it finds is kept in ``cache``, because a large set takes minutes to walk through.
 
     Raises:
@@ -196,7 +225,7 @@ def samples_of(path: Path, number: int, cache: Path | None) -> Index:
     """
     status = path.stat()
     # A shard that has changed is indexed anew, and all are if the rules of indexing have.
-    key = f"{INDEX_VERSION} {image_extensions()} {path.resolve()} {status.st_size} {status.st_mtime_ns}"
+    key = f"{INDEX_VERSION} {kind.extensions()} {path.resolve()} {status.st_size} {status.st_mtime_ns}"
     file = cache / "index" / f"{hash_lines([key])[:32]}.json" if cache is not None else None
     if file is not None:
         try:
@@ -207,7 +236,7 @@ def samples_of(path: Path, number: int, cache: Path | None) -> Index:
         except (OSError, ValueError, TypeError, KeyError):
             pass  # it is not kept yet
     try:
-        index = index_shard(path, number)
+        index = index_shard(path, number, kind)
     except tarfile.TarError as error:
         raise ValueError(
             f"{path} is not a readable .tar shard (compressed ones are not supported): {path.name} is no whole, "

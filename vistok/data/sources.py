@@ -13,6 +13,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -242,7 +243,7 @@ def _open_torchvision(name: str, root: Path, split: str | None, download: bool):
         )
     dataset = exported[name]
     accepted = inspect.signature(dataset).parameters
-    options = {"download": download} if "download" in accepted else {}
+    options: dict[str, Any] = {"download": download} if "download" in accepted else {}
     if "split" in accepted and split is not None:
         options["split"] = split
     elif "train" in accepted:

@@ -6,8 +6,9 @@ loss or not. Streams of a batch are padded on the right, with a mask.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,11 +113,15 @@ class Streams:
         return self.ids.device
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Streams:
-        tensors = (getattr(self, field.name) for field in fields(self))
-        return Streams(*(None if t is None else t.to(device, non_blocking=non_blocking) for t in tensors))
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Streams:
-        return Streams(*(None if t is None else t.pin_memory() for t in (getattr(self, f.name) for f in fields(self))))
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Streams:
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {name: None if t is None else function(t) for name, t in tensors.items()}
+        return Streams(**changed)
 
     @classmethod
     def of(cls, segments: Sequence[tuple[Segment, Tensor, Tensor]], vocabulary: JointVocabulary) -> Streams:
@@ -149,21 +154,19 @@ class Streams:
     def cat(cls, streams: Sequence[Streams]) -> Streams:
         """The rows of all, padded to the longest."""
         length = max(part.ids.shape[1] for part in streams)
-        columns = []
+        columns: dict[str, Any] = {}
         for field in fields(cls):
             parts = [getattr(part, field.name) for part in streams]
             if parts[0] is None:
-                columns.append(None)
                 continue
             rows = [part.new_zeros(len(part), length, *part.shape[2:]) for part in parts]
             for row, part in zip(rows, parts, strict=True):
                 row[:, : part.shape[1]] = part
-            columns.append(torch.cat(rows))
-        return cls(*columns)
+            columns[field.name] = torch.cat(rows)
+        return cls(**columns)
 
     def __getitem__(self, rows: Tensor | slice) -> Streams:
-        tensors = (getattr(self, field.name) for field in fields(self))
-        return Streams(*(None if t is None else t[rows] for t in tensors))
+        return self._map(lambda tensor: tensor[rows])
 
 
 def _column(segment: Segment, values: Tensor, vocabulary: JointVocabulary) -> tuple[Tensor, Tensor, Tensor]:
@@ -252,7 +255,8 @@ class StreamBatches:
             if len(rows):
                 parts.append(self._streams(template, batch, rows))
                 places.append(rows)
-        return batch._replace(tokens=Streams.cat(parts)[torch.cat(places).argsort()]), failures
+        streams: Any = Streams.cat(parts)[torch.cat(places).argsort()]  # in the place of tokens
+        return batch._replace(tokens=streams), failures
 
     def _streams(self, template: Sequence[Segment], batch: TokenBatch, rows: Tensor) -> Streams:
         condition, segments = batch.condition[rows], []
@@ -264,7 +268,7 @@ class StreamBatches:
                 values = batch.tokens[rows]
                 valid = torch.ones(values.shape[:2], dtype=torch.bool)
             else:
-                part = self._part(segment, condition, batch.indices[rows].numpy()).part(segment.source)
+                part = self._part(segment, condition, batch.indices[rows].numpy()).parts[segment.source]
                 values, valid = part.values, part.valid() & ~part.dropped[:, None]  # a missing text is empty
             segments.append((segment, values, valid))
         return Streams.of(segments, self.vocabulary)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from vistok.data.files import printable
-from vistok.data.formats import extension, is_image
+from vistok.data.formats import extension, image_extensions
 from vistok.data.imagefiles import LeftOut
 
 UNCONDITIONAL = -1
@@ -55,6 +56,26 @@ class Index(NamedTuple):
     samples: list[Sample]
     left_out: LeftOut
     wrong_label: str | None = None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the samples of a shard are.
+
+    Attributes:
+        name: for messages.
+        extensions: gives those of its files, with the dot, in lower case.
+    """
+
+    name: str
+    extensions: Callable[[], tuple[str, ...]]
+
+    def wants(self, name: str) -> bool:
+        """Whether a file of this name is one."""
+        return extension(name) in self.extensions()
+
+
+IMAGES = Kind("image", image_extensions)
 
 
 class Slice(io.RawIOBase):
@@ -107,21 +128,23 @@ def regular_files(path: Path) -> list[tarfile.TarInfo]:
     return members
 
 
-def index_shard(path: Path, number: int) -> Index:
-    """The images of a tar file, with their labels.
+def index_shard(path: Path, number: int, kind: Kind = IMAGES) -> Index:
+    """The images of a tar file, or samples of another kind, with their labels.
 
     Raises:
         tarfile.ReadError, OSError: see ``regular_files``.
-        ValueError: a key has two images.
+        ValueError: a key has two of them.
     """
     members: dict[str, tarfile.TarInfo] = {}
     for member in regular_files(path):
         name = member.name.removeprefix("./")
-        if name in members and is_image(name):
-            raise ValueError(f"{path}: the key {printable(_key(name))!r} has two images of the name {printable(name)}")
+        if name in members and kind.wants(name):
+            raise ValueError(
+                f"{path}: the key {printable(_key(name))!r} has two {kind.name}s of the name {printable(name)}"
+            )
         members[name] = member
-    images = _images(members)
-    _check_keys(path, images)
+    images = _chosen(members, kind)
+    _check_keys(path, images, kind)
     wrong_label = None
     try:
         labels = _labels(path, members, set(images.values()))
@@ -136,9 +159,9 @@ def index_shard(path: Path, number: int) -> Index:
     return Index(samples, LeftOut.of(f"{path}:{name}" for name in left_out), wrong_label)
 
 
-def _images(members: Mapping[str, Any]) -> dict[str, str]:
+def _chosen(members: Mapping[str, Any], kind: Kind) -> dict[str, str]:
     """The names of images, with their keys."""
-    candidates = [name for name in members if is_image(name)]
+    candidates = [name for name in members if kind.wants(name)]
     plain = {name for name in candidates if "." not in _key(name).rpartition("/")[2]}
     keys = {_key(name) for name in plain}
     return {name: _key(name) for name in candidates if name in plain or _webdataset_key(name) not in keys}
@@ -160,13 +183,13 @@ def _belongs(name: str, keys: set[str]) -> bool:
     return any(folder + slash + ".".join(parts[:count]) in keys for count in range(1, len(parts)))
 
 
-def _check_keys(path: Path, images: Mapping[str, str]) -> None:
+def _check_keys(path: Path, images: Mapping[str, str], kind: Kind) -> None:
     names: dict[str, str] = {}
     for name, key in images.items():
         other = names.setdefault(key, name)
         if other != name:
             raise ValueError(
-                f"{path}: the key {printable(key)!r} has two images, {printable(other)} and {printable(name)}; "
+                f"{path}: the key {printable(key)!r} has two {kind.name}s, {printable(other)} and {printable(name)}; "
                 "keys must differ"
             )
 

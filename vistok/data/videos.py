@@ -1,16 +1,18 @@
 """Frames of video files and of folders of frames, by index.
 
-Files are decoded by PyAV (``pip install vistok[video]``). Frames are counted from the packets of the file, so that
-frame i is the same whatever was read before it, and no time stamp of a variable frame rate is guessed.
+Files are decoded by PyAV (``pip install vistok[video]``); ``video_decoders`` takes torchcodec where it is there. Frames
+are counted from the packets of the file, so that frame i is the same whatever was read before it, and no time stamp of
+a variable frame rate is guessed.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import PIL
@@ -76,13 +78,18 @@ class Video(ABC):
 class VideoFile(Video):
     """A file of one of ``VIDEO_EXTENSIONS``.
 
+    Args:
+        path: of the file; its extension says what it is.
+        opens: opens it, where it does not lie at ``path``: in a shard.
+
     Raises:
         UnreadableClipError: another extension, or a file that is no video.
         DecoderMissingError: PyAV is not installed.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, opens: Callable[[], BinaryIO] | None = None):
         self.path = Path(path)
+        self._opens = opens or partial(open, self.path, "rb")
         if self.path.suffix.lower() not in FORMATS:
             raise UnreadableClipError(
                 str(path), f"{self.path.suffix or 'no'} extension is none of {' '.join(VIDEO_EXTENSIONS)}"
@@ -123,19 +130,19 @@ class VideoFile(Video):
         return np.unique(np.asarray(times, dtype=np.int64))
 
     def _opened(self) -> _Opened:
-        return _Opened(self.path)
+        return _Opened(self.path, self._opens)
 
 
 class _Opened:
     """A file that is being decoded: enters as (container, video stream); errors of the decoder name the file."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, opens: Callable[[], BinaryIO]):
+        self.path, self._opens = path, opens
 
     def __enter__(self):
         av = require_pyav()
         try:
-            self._file = open(self.path, "rb")
+            self._file = self._opens()
             self._container = av.open(self._file, format=FORMATS[self.path.suffix.lower()])
             stream = self._container.streams.video[0]
         except (OSError, ValueError, IndexError, av.FFmpegError) as error:
@@ -173,12 +180,6 @@ class FrameFolder(Video):
         if len(sizes) > 1:
             raise UnreadableClipError(str(self.path), f"its frames are of unlike sizes: {sizes}")
         return np.stack(images)
-
-
-def open_video(path: str | Path, decoder: Decoder = Decoder()) -> Video:  # noqa: B008 (immutable)
-    """A video file, or a folder of frames, which ``decoder`` reads."""
-    path = Path(path)
-    return FrameFolder(path, decoder) if path.is_dir() else VideoFile(path)
 
 
 def is_frame(path: Path) -> bool:

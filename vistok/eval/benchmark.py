@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -26,7 +28,9 @@ from vistok.eval.record import RESULT_FILE, save_result
 from vistok.eval.references import Reference, open_reference
 from vistok.eval.report import write_report
 from vistok.eval.scoring import Side, choose_metrics, extract_side
+from vistok.eval.search import LOWEST_SCALE, local_minimum
 from vistok.eval.store import FeatureStore
+from vistok.eval.sweep import Setting, choose_settings
 from vistok.generators.base import Generator
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json
@@ -34,7 +38,7 @@ from vistok.utils.devices import dtype_of
 from vistok.utils.files import read_json
 from vistok.utils.locks import locked
 from vistok.utils.processes import Processes
-from vistok.utils.progress import track
+from vistok.utils.progress import Bar
 
 NO_REFERENCE = Reference("no reference")
 
@@ -44,13 +48,15 @@ class ImagePipeline(Protocol):
 
     tokenizer: Tokenizer
     generator: Generator
-    class_names: tuple[str, ...]
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
 
     def options(self, **sampling: Any) -> Any:
         """The dataclass of sampling options that a call with these would use."""
         ...
 
-    def __call__(self, class_labels: Any = None, **options: Any) -> Any:
+    def __call__(self, *, class_labels: Any = None, num_images: int | None = None, **sampling: Any) -> Any:
         """Generate; the result has ``pixels`` (B, C, H, W) in [-1, 1]."""
         ...
 
@@ -63,6 +69,8 @@ def benchmark(
     labels: Labels | None = None,
     seed: int = 0,
     guidance_scales: Sequence[float] | None = None,
+    temperatures: Sequence[float] | None = None,
+    search_from: float | None = None,
     sampling: Mapping[str, Any] | None = None,
     reference: Source | None = None,
     protocol: str = "adm",
@@ -80,13 +88,16 @@ def benchmark(
 
     Image i depends on the seed and on i alone. Features are written range by range. Called again with the same
     arguments (batch size, processes, reference, and protocol of the same network may differ), the benchmark goes on
-    where it stopped, and further guidance scales reuse what is there.
+    where it stopped, and further settings reuse what is there.
 
     Args:
         out: folder for features, ``result.json`` and ``report.html``; new, or that of the same benchmark.
         labels: "balanced" (class i modulo the number of classes: 50 each of 50,000 ImageNet images), "random"
             (uniform), or "none"; by default balanced if the generator has classes.
-        guidance_scales: one benchmark per scale; by default the pipeline's own.
+        guidance_scales, temperatures: one benchmark for each pair of them; by default the pipeline's own.
+        search_from: a scale from which to search the lowest Frechet distance, in steps of 0.25 to a scale
+            whose neighbours are both worse (but not below 1, which is no guidance); all that were tried are in
+            ``runs``, and ``found`` is that scale. In place of ``guidance_scales`` and ``temperatures``.
         sampling: options that differ from the pipeline's.
         reference, protocol, weights, features, network, device, processes: as for ``evaluate``. Without a reference
             only the Inception Score can be computed.
@@ -97,14 +108,18 @@ def benchmark(
         command: the command line that this call stands for, for the report.
 
     Returns:
-        what ``result.json`` holds: ``benchmark`` (the plan), ``protocol``, ``runs`` (one per scale: ``scores``,
+        what ``result.json`` holds: ``benchmark`` (the plan), ``protocol``, ``runs`` (one per setting: ``scores``,
         ``warnings``, ``classes``, … as ``evaluate`` returns them), ``generated``, ``seconds``, ``command``.
 
     Raises:
         BenchmarkError: ``out`` belongs to another benchmark or is damaged.
         FolderInUseError: another process writes ``out``.
+        ValueError: a search with scales, without a reference to measure distances from, or from below 1.
         ValueError, ConfigError, CheckpointError, ImageError, InvalidReferenceError: as the pipeline and ``evaluate``.
     """
+    if search_from is not None:
+        _check_search(search_from, guidance_scales, temperatures, reference)
+        guidance_scales = [search_from]
     rules = choose_protocol(protocol, features, network)
     if protocol == "reconstruction":
         raise ValueError("the protocol 'reconstruction' compares images with their originals; generated ones have none")
@@ -116,8 +131,10 @@ def benchmark(
     plan = _plan(pipe, num_images, labels, seed, sampling or {}, rules.describe(net), eval_size)
     example = net(torch.zeros(1, 3, *plan.scored_size, dtype=torch.uint8))
     metrics, skipped = _choose_metrics(rules, plan, real)
+    if search_from is not None and "fid" not in metrics:
+        raise ValueError(f"a search needs a Frechet distance, and there is none: {'; '.join(skipped)}")
     real.check_network(net, example)
-    scales = _scales(pipe, guidance_scales, sampling or {})
+    settings = choose_settings(pipe, guidance_scales, temperatures, sampling or {}, plan.sampling)
 
     out = Path(out)
     with locked(out) if processes.is_first else nullcontext():
@@ -126,37 +143,117 @@ def benchmark(
         processes.wait()
         started = time.perf_counter()
         sampler = _Sampler(pipe, plan, dict(sampling or {}))
-        stores = [
-            (scale, FeatureStore(out / name, plan.shards, plan.scored_size, keep_images=save_npz))
-            for scale, name in scales
-        ]
+        scoring = _Scoring(rules, net, tuple(example), metrics, real, batch_size, device, processes)
+        stores = [(setting, _store(out, setting, plan, keep_images=save_npz)) for setting in settings]
         stores = _earlier(out, plan, stores) + stores
-        made = [_generate(sampler, scale, store, net, tuple(example), batch_size, processes) for scale, store in stores]
+        found = None
+        try:
+            runs = [scoring.run(sampler, setting, store) for setting, store in stores]
+            if search_from is not None:
+
+                def try_setting(setting: Setting) -> _Run:
+                    return scoring.run(sampler, setting, _store(out, setting, plan, keep_images=save_npz))
+
+                found = _search(search_from, runs, try_setting)
+        except BaseException as error:
+            error.add_note(f"What was generated is in {out}: the same command goes on from there")
+            raise
         seconds = time.perf_counter() - started
-        generated = sum(processes.gather(sum(made)))  # also waits for the others
+        generated = sum(processes.gather(sum(run.generated for run in runs)))
         if processes.is_first:
-            real_side = _extract_reference(real, net, metrics, batch_size)
-            runs = []
-            for scale, store in stores:
-                run = {"guidance_scale": scale} | _score(rules, net, metrics, store, sampler, real_side, device)
-                run["warnings"] = skipped + plan.warnings + run["warnings"]
-                runs.append(run)
+            noted = [run.result | {"warnings": skipped + plan.warnings + run.result["warnings"]} for run in runs]
             result = {
                 "benchmark": plan.to_json(),
                 "protocol": rules.name,
-                "runs": runs,
+                "runs": noted,
                 "generated": generated,
                 "seconds": round(seconds, 2),
                 "processes": processes.count,
                 "command": command,
             }
+            result |= {} if found is None else {"found": found}
             save_result(result, out)
-            write_report(result, [store.previews() for _, store in stores], out)
+            write_report(result, [run.store.previews() for run in runs], out)
         processes.wait()
         return read_json(out / RESULT_FILE)
 
 
-def _earlier(out: Path, plan: Plan, stores: list[tuple[Any, FeatureStore]]) -> list[tuple[Any, FeatureStore]]:
+def _check_search(
+    start: float, scales: Sequence[float] | None, temperatures: Sequence[float] | None, reference: Source | None
+) -> None:
+    if scales is not None or temperatures is not None:
+        raise ValueError("a search tries scales by itself: leave out what a sweep compares, or the search")
+    if reference is None:
+        raise ValueError("a search needs a reference, from which distances are measured")
+    if not LOWEST_SCALE <= start < math.inf:
+        raise ValueError(f"a search begins at a scale of at least {LOWEST_SCALE:g}, which is no guidance; got {start}")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One setting: what was generated, and how it scored.
+
+    Attributes:
+        generated: number of images that this process made now.
+        distance: the Frechet distance, on all processes; None without a reference.
+        result: of ``evaluate``, on the first process.
+    """
+
+    setting: Setting
+    store: FeatureStore
+    generated: int
+    distance: float | None
+    result: dict[str, Any]
+
+
+@dataclass
+class _Scoring:
+    """Generates what a setting lacks, on all processes, and scores it on the first."""
+
+    rules: Rules
+    network: FeatureNetwork
+    features: tuple[str, ...]
+    metrics: Sequence[str]
+    reference: Reference
+    batch_size: int
+    device: torch.device
+    processes: Processes
+
+    @cached_property
+    def _real(self) -> Side:
+        return _extract_reference(self.reference, self.network, self.metrics, self.batch_size)
+
+    def run(self, sampler: _Sampler, setting: Setting, store: FeatureStore) -> _Run:
+        made = _generate(sampler, setting, store, self.network, self.features, self.batch_size, self.processes)
+        self.processes.wait()
+        result: dict[str, Any] = {}
+        if self.processes.is_first:
+            scored = _score(self.rules, self.network, self.metrics, store, sampler, self._real, self.device)
+            result = setting.describe(sampler.plan.sampling) | scored
+        name = self.rules.score_names.get("fid", "fid")
+        distance = self.processes.gather(result.get("scores", {}).get(name))[0]
+        return _Run(setting, store, made, distance, result)
+
+
+def _search(start: float, runs: list[_Run], try_setting: Callable[[Setting], _Run]) -> float:
+    """The scale that a search finds; the runs of scales that it tried are added to ``runs``."""
+
+    def distance(scale: float) -> float:
+        setting = Setting(scale)
+        known = next((one for one in runs if one.setting == setting), None)
+        if known is None:
+            known = try_setting(setting)
+            runs.append(known)
+        return known.distance
+
+    return local_minimum(distance, start)
+
+
+def _store(out: Path, setting: Setting, plan: Plan, *, keep_images: bool) -> FeatureStore:
+    return FeatureStore(out / setting.folder, plan.shards, plan.scored_size, keep_images=keep_images)
+
+
+def _earlier(out: Path, plan: Plan, stores: list[tuple[Setting, FeatureStore]]) -> list[tuple[Setting, FeatureStore]]:
     """What earlier sweeps into the same folder have finished, and this one does not name: it is scored again with it.
 
     Raises:
@@ -166,16 +263,16 @@ def _earlier(out: Path, plan: Plan, stores: list[tuple[Any, FeatureStore]]) -> l
     if not path.exists():
         return []
     try:
-        scales = [_hashable(run["guidance_scale"]) for run in read_json(path)["runs"]]
-        names = {scale: _folder_name(scale) for scale in scales}
+        settings = dict.fromkeys(Setting.read(run, plan.sampling) for run in read_json(path)["runs"])
+        names = {setting: setting.folder for setting in settings}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BenchmarkError(f"{path} is damaged ({error!r}); remove it and run the benchmark again") from error
     asked = {store.folder.name for _, store in stores}
     found = []
-    for scale, name in names.items():
-        store = FeatureStore(out / name, plan.shards, plan.scored_size, keep_images=False)
+    for setting, name in names.items():
+        store = _store(out, setting, plan, keep_images=False)
         if name not in asked and not store.missing():
-            found.append((scale, store))
+            found.append((setting, store))
     return found
 
 
@@ -187,11 +284,12 @@ class _Sampler:
     plan: Plan
     sampling: dict[str, Any]
 
-    def images(self, start: int, stop: int, scale: Any) -> Tensor:
-        """Images ``start`` to ``stop`` with one guidance scale, uint8 (B, 3, H, W)."""
+    def images(self, start: int, stop: int, setting: Setting, bar: Bar, done: int) -> Tensor:
+        """Images ``start`` to ``stop`` with one setting, uint8 (B, 3, H, W), while ``bar``, of which so many are
+        ``done``, shows the steps."""
         labels = self.plan.labels_of(start, stop)
         what = {"num_images": stop - start} if labels is None else {"class_labels": labels}
-        options = _with_scale(self.sampling, scale)
+        options = setting.options(self.sampling) | bar.of_batch(done, stop - start, self.pipe.generator.spec.length)
         output = self.pipe(**what, seed=self.plan.seed, index_start=start, batch_size=stop - start, **options)
         pixels = output.pixels
         if self.plan.eval_size is not None:
@@ -217,6 +315,7 @@ def _plan(
             f"this generator takes {spec.describe()}, and a benchmark generates by class labels or by nothing: say "
             'labels="none" to score unconditional images'
         )
+    _, height, width = pipe.tokenizer.image_shape("the benchmark of a pipeline")
     return Plan(
         num_images=num_images,
         labels=labels or ("balanced" if num_classes else "none"),
@@ -227,14 +326,15 @@ def _plan(
         generator=pipe.generator.fingerprint(),
         network=network,
         dtype=dtype_of(pipe.generator),
-        image_size=tuple(pipe.tokenizer.image_shape("the benchmark of a pipeline")[1:]),
+        image_size=(height, width),
         eval_size=eval_size,
     )
 
 
 def _choose_metrics(rules: Rules, plan: Plan, real: Reference) -> tuple[list[str], list[str]]:
     # The samples' side allows everything that so many images allow: all features of the network are kept.
-    samples = Reference("the benchmark", _PlannedImages(plan.num_images, plan.scored_size))
+    planned: Any = _PlannedImages(plan.num_images, plan.scored_size)
+    samples = Reference("the benchmark", planned)
     return choose_metrics(None, rules, samples, real)
 
 
@@ -250,41 +350,9 @@ class _PlannedImages:
     files_read: ClassVar[None] = None
 
 
-def _scales(pipe: ImagePipeline, scales: Sequence[float] | None, sampling: Mapping[str, Any]) -> list[tuple[Any, str]]:
-    """Guidance scales with the names of their folders; a single None where the generator knows no guidance.
-
-    Raises:
-        ValueError: a sweep of a generator without guidance, or a scale that it refuses.
-    """
-    own = getattr(pipe.options(**sampling), "guidance_scale", None)
-    if scales is None:
-        scales = [own]
-    elif own is None:
-        raise ValueError(f"{type(pipe.generator).__name__} has no guidance scale to sweep")
-    if not scales:
-        raise ValueError("the sweep names no guidance scale")
-    for scale in scales:
-        pipe.options(**_with_scale(sampling, scale))
-    return [(scale, _folder_name(scale)) for scale in dict.fromkeys(map(_hashable, scales))]
-
-
-def _hashable(scale: Any) -> Any:
-    return tuple(scale) if isinstance(scale, list) else scale
-
-
-def _folder_name(scale: Any) -> str:
-    if scale is None:
-        return "samples"
-    return "guidance-" + "-to-".join(f"{part:g}" for part in (scale if isinstance(scale, tuple) else (scale,)))
-
-
-def _with_scale(sampling: Mapping[str, Any], scale: Any) -> dict[str, Any]:
-    return dict(sampling) if scale is None else {**sampling, "guidance_scale": scale}
-
-
 def _generate(
     sampler: _Sampler,
-    scale: Any,
+    setting: Setting,
     store: FeatureStore,
     network: FeatureNetwork,
     names: Sequence[str],
@@ -294,14 +362,18 @@ def _generate(
     """Make this process's share of the missing ranges; returns the number of images."""
     mine = set(store.shards[processes.index :: processes.count])
     todo = [shard for shard in store.missing() if shard in mine]
-    for shard in track(todo, f"{sampler.plan.num_images:,} samples, {store.folder.name}", len(todo)):
-        features = FeaturePass(network, "the generated images", keep=names)
-        images = []
-        for start in range(*shard, batch_size):
-            images.append(sampler.images(start, min(start + batch_size, shard[1]), scale))
-            features.add(images[-1])
-        store.write(shard, torch.cat(images), features.result())
-    return sum(stop - start for start, stop in todo)
+    count, done = sum(stop - start for start, stop in todo), 0
+    with Bar(f"{sampler.plan.num_images:,} samples, {store.folder.name}", count) as bar:
+        for shard in todo:
+            features = FeaturePass(network, "the generated images", keep=names)
+            images = []
+            for start in range(*shard, batch_size):
+                images.append(sampler.images(start, min(start + batch_size, shard[1]), setting, bar, done))
+                features.add(images[-1])
+                done += len(images[-1])
+                bar.show(done)
+            store.write(shard, torch.cat(images), features.result())
+    return count
 
 
 def _extract_reference(real: Reference, network: FeatureNetwork, metrics: Sequence[str], batch_size: int) -> Side:
@@ -319,7 +391,7 @@ def _score(
     real: Side,
     device: torch.device,
 ) -> dict[str, Any]:
-    """What ``evaluate`` would return for the images of one guidance scale, and a table of classes."""
+    """What ``evaluate`` would return for the images of one setting, and a table of classes."""
     samples = store.read(keep=_kept(metrics), moments=_summed(metrics))
     side = Side(Reference(f"generated images ({store.folder.name})"), samples)
     result, scores = score_sides(rules, network, metrics, side, real, device=device)

@@ -11,10 +11,13 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from vistok.data.clips import ClipSource, ClipTransform, folder_videos, listed_videos
+from vistok.data.clip_sources import ClipSource
+from vistok.data.clips import ClipTransform
 from vistok.data.config import DataConfig
 from vistok.data.loader import evaluation_loader
 from vistok.data.opening import open_source
+from vistok.data.sources import hash_lines
+from vistok.data.video_files import folder_videos, listed_videos
 from vistok.data.videos import UnreadableClipError
 from vistok.draws import Keys
 from vistok.eval.fvd import ClipNetwork, ClipStatistics, frechet_video_distance
@@ -51,6 +54,14 @@ class ClipSet:
 
     def __len__(self) -> int:
         return len(self.starts)
+
+    def label(self, index: int) -> int:
+        """The class of the video that a clip is of; -1 without classes."""
+        return self.source.label(self.starts[index][0])
+
+    def fingerprint(self) -> str:
+        """A hash of the videos (names and sizes) and of what is taken of them."""
+        return hash_lines([self.source.fingerprint(), *map(str, self.starts), str(self.transform)])
 
     def batches(self, batch_size: int, start: int, stop: int) -> Iterator[Tensor]:
         """Clips ``start`` to ``stop`` (B, 3, T, H, W) in [-1, 1]."""
@@ -140,14 +151,27 @@ def clip_statistics(
     if network is None:
         raise ValueError(f"{what} holds videos, which need a network to be scored by")
     clips = choose_clips(open_videos(what), protocol, real=real, name=str(what))
+    return statistics_of(clips, protocol, network, batch_size=batch_size, processes=processes), clips.left_out
+
+
+def statistics_of(
+    clips: ClipSet,
+    protocol: VideoProtocol,
+    network: ClipNetwork,
+    *,
+    batch_size: int = 8,
+    processes: Processes = Processes(),  # noqa: B008 (immutable)
+) -> ClipStatistics:
+    """The statistics of some clips, of which each process takes a part; all of them return the whole."""
+    what = clips.name
     start, stop = processes.part(len(clips))
     batches = track(clips.batches(batch_size, start, stop), f"features of {what}", -(-(stop - start) // batch_size))
-    part = ClipStatistics.of(batches, network, protocol, source=str(what)) if stop > start else None
+    part = ClipStatistics.of(batches, network, protocol, source=what) if stop > start else None
     parts = [each for each in processes.gather(part) if each is not None]
     whole = parts[0]
     for each in parts[1:]:
         whole = whole.merge(each)
-    return whole, clips.left_out
+    return whole
 
 
 def evaluate_clips(
@@ -184,12 +208,13 @@ def evaluate_clips(
         "network": score["network"],
         "video_protocol": score["protocol"],
         "left_out": left_out | left_out_there,
-        "warnings": _warnings(rules, ours.count, theirs.count, left_out | left_out_there),
+        "warnings": distance_notes(rules, ours.count, theirs.count, left_out | left_out_there),
         "libraries": library_versions(),
     }
 
 
-def _warnings(rules: VideoProtocol, generated: int, real: int, left_out: dict[str, str]) -> list[str]:
+def distance_notes(rules: VideoProtocol, generated: int, real: int, left_out: dict[str, str]) -> list[str]:
+    """What a reader of the distance has to know: other counts than the protocol's, and videos that are missing."""
     notes = []
     for count, expected, side in ((generated, rules.count, "generated"), (real, rules.real_count, "real")):
         if expected is not None and count != expected:
@@ -247,24 +272,26 @@ def evaluate_clip_tokenizer(
     source, rules = open_source(data), video_protocol(protocol)
     loader = evaluation_loader(source, data, rank=processes.index, world_size=processes.count)
     parameter = next(tokenizer.eval().parameters())
-    sums, count, moments = dict.fromkeys(PAIR_SCORES, 0.0), 0, [None, None]
+    sums, count = dict.fromkeys(PAIR_SCORES, 0.0), 0
+    moments: list[Moments | None] = [None, None]
     for batch in track(loader, "reconstructions", len(loader)):
         pixels = batch.pixels.to(parameter.device, parameter.dtype)
         made = tokenizer.reconstruct(pixels)
         count += len(pixels)
         for name, values in pair_scores(pixels, made, lpips).items():
             sums[name] += float(values.clamp_max(MOST_DECIBELS).sum())
-        for side, clips in enumerate((made, pixels) if network is not None else ()):
-            features = network(rules.prepare(clips))["pool"]
-            moments[side] = moments[side] or Moments(features.shape[1])
-            moments[side].update(features)
+        for side, clips in enumerate((made, pixels)):
+            if network is not None:
+                features = network(rules.prepare(clips))["pool"]
+                running = moments[side] = moments[side] or Moments(features.shape[1])
+                running.update(features)
     parts = [part for part in processes.gather((sums, count, moments)) if part[1]]
     if not parts:
         raise ValueError(f"no clip of {data.source} can be read")
     total = sum(part[1] for part in parts)
     named = [name for name in PAIR_SCORES if any(part[0][name] for part in parts)]
     scores = {name: sum(part[0][name] for part in parts) / total for name in named}
-    result = {"protocol": protocol, "scores": scores, "warnings": [], "libraries": library_versions()}
+    result: dict[str, Any] = {"protocol": protocol, "scores": scores, "warnings": [], "libraries": library_versions()}
     name = f"{data.name or data.root or data.source} ({data.split or 'all clips'})"
     result |= {"images": {"source": f"reconstructions of {name}", "count": total}, "reference": {"source": name}}
     if network is not None:
@@ -278,7 +305,7 @@ def evaluate_clip_tokenizer(
         distance = frechet_video_distance(*sides)
         result["scores"] |= {f"r{key}": distance[key] for key in ("fvd", "frechet_distance") if key in distance}
         result |= {"network": distance["network"], "video_protocol": distance["protocol"]}
-        result["warnings"] = _warnings(rules, total, total, {})
+        result["warnings"] = distance_notes(rules, total, total, {})
         if rules.choice == "random_start":
             result["warnings"].append(f"{protocol} begins clips at random; these are from the middle of their videos")
     return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from vistok.draws import Keys
 from vistok.eval.batches import NETWORK_BATCH
@@ -60,8 +60,8 @@ class Plan:
             raise ValueError(f"the number of images must be at least 2, got {self.num_images}")
         if self.eval_size is not None and self.eval_size < 1:
             raise ValueError(f"eval_size must be at least 1 pixel, got {self.eval_size}")
-        if self.labels not in Labels.__args__:
-            raise ValueError(f"unknown labels {self.labels!r}; known: {', '.join(Labels.__args__)}")
+        if self.labels not in get_args(Labels):
+            raise ValueError(f"unknown labels {self.labels!r}; known: {', '.join(get_args(Labels))}")
         if self.labels != "none" and not self.num_classes:
             raise ValueError(f"labels {self.labels!r} need a generator with classes; this one is unconditional")
 
@@ -73,9 +73,7 @@ class Plan:
     @property
     def shards(self) -> list[tuple[int, int]]:
         """First and last + 1 image of every file of features."""
-        batches = -(-self.num_images // (FEWEST_SHARDS * NETWORK_BATCH))
-        size = min(SHARD_SIZE, batches * NETWORK_BATCH)
-        return [(start, min(start + size, self.num_images)) for start in range(0, self.num_images, size)]
+        return shards_of(self.num_images)
 
     def labels_of(self, start: int, stop: int) -> list[int] | None:
         """The classes of images ``start`` to ``stop``, or None if there are none."""
@@ -96,26 +94,37 @@ class Plan:
         return {"format": FORMAT} | asdict(self) | {"image_size": list(self.image_size)}
 
     def claim(self, folder: Path) -> None:
-        """Write the plan into ``folder``, or check that the one there is the same: features of two plans never mix.
+        """As ``claim`` does."""
+        claim(folder, self.to_json())
 
-        Raises:
-            BenchmarkError: the folder belongs to another plan, or holds something else.
-        """
-        path = folder / PLAN_FILE
-        if not path.exists():
-            if folder.is_dir() and holds_files(folder):
-                raise BenchmarkError(f"{folder} holds other files; choose a new folder for the benchmark")
-            write_json(path, self.to_json())
-            return
-        try:
-            found = read_json(path)
-        except ValueError as error:
-            raise BenchmarkError(f"{path} is damaged ({error}); remove the folder and start again") from error
-        wanted = self.to_json()
-        differing = [key for key in {**wanted, **found} if found.get(key) != wanted.get(key)]
-        if differing:
-            key = differing[0]
-            raise BenchmarkError(
-                f"{folder} holds a benchmark with {key} = {found.get(key)!r}, but {wanted.get(key)!r} was asked for; "
-                "ask for the same to continue it, or choose another folder"
-            )
+
+def shards_of(count: int) -> list[tuple[int, int]]:
+    """First and last + 1 sample of every file of features."""
+    batches = -(-count // (FEWEST_SHARDS * NETWORK_BATCH))
+    size = min(SHARD_SIZE, batches * NETWORK_BATCH)
+    return [(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def claim(folder: Path, plan: Mapping[str, Any]) -> None:
+    """Write the plan into ``folder``, or check that the one there is the same: features of two plans never mix.
+
+    Raises:
+        BenchmarkError: the folder belongs to another plan, or holds something else.
+    """
+    path = folder / PLAN_FILE
+    if not path.exists():
+        if folder.is_dir() and holds_files(folder):
+            raise BenchmarkError(f"{folder} holds other files; choose a new folder for the benchmark")
+        write_json(path, plan)
+        return
+    try:
+        found = read_json(path)
+    except ValueError as error:
+        raise BenchmarkError(f"{path} is damaged ({error}); remove the folder and start again") from error
+    differing = [key for key in {**plan, **found} if found.get(key) != plan.get(key)]
+    if differing:
+        key = differing[0]
+        raise BenchmarkError(
+            f"{folder} holds a benchmark with {key} = {found.get(key)!r}, but {plan.get(key)!r} was asked for; "
+            "ask for the same to continue it, or choose another folder"
+        )

@@ -1,65 +1,51 @@
-"""The page of a benchmark: scores, the curve over guidance scales, samples, classes, and how to repeat it."""
+"""The page of a benchmark: scores, what guidance and temperature do to them, samples, classes, how to repeat it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from vistok.data.pictures import grid
-from vistok.utils.report import Block, Commands, Paragraph, Picture, Section
+from vistok.data.sheets import sheet
+from vistok.utils.report import (
+    REPORT_FILE,
+    Block,
+    Chart,
+    Charts,
+    Commands,
+    Folded,
+    Line,
+    Notes,
+    Paragraph,
+    Picture,
+    Section,
+    Table,
+    cell_text,
+)
 from vistok.utils.report import write_report as write_page
 
-REPORT_FILE = "report.html"
-LOWER_IS_BETTER = ("fid", "clean_fid", "fd_dinov2", "frechet_distance", "sfid", "kid", "kernel_distance", "clean_kid")
+LOWER_IS_BETTER = (
+    "fid",
+    "fvd",
+    "clean_fid",
+    "fd_dinov2",
+    "frechet_distance",
+    "sfid",
+    "kid",
+    "kernel_distance",
+    "clean_kid",
+)
+COLUMNS = 16
+"""Classes that get a column each, at most."""
+GRID_WIDTH = 690
+"""CSS pixels of a grid of samples, at most."""
+STYLES = ("own", "second", "reference")
 CLASS_COLUMNS = (
     "Diversity is the spread of a class's features as a share of that of all images: near 0, it repeats one image. "
     "Precision is the share of its images within the manifold of the reference."
 )
-GRID_WIDTH = 500  # CSS pixels of a grid of samples
-
-
-@dataclass(frozen=True)
-class Table(Block):
-    """Rows with the same keys, which head the columns; numbers are aligned right, None is a dash."""
-
-    rows: Sequence[Mapping[str, Any]]
-
-    def html(self) -> str:
-        numeric = {key for key in self.rows[0] if all(isinstance(row[key], int | float | None) for row in self.rows)}
-        head = "".join(f"<th{_class(key in numeric)}>{escape(key)}</th>" for key in self.rows[0])
-        body = "\n".join(self._row(row, numeric) for row in self.rows)
-        return f'<div class="scroll"><table>\n<tr>{head}</tr>\n{body}\n</table></div>'
-
-    @staticmethod
-    def _row(row: Mapping[str, Any], numeric: set[str]) -> str:
-        cells = (f"<td{_class(key in numeric)}>{escape(_text(value))}</td>" for key, value in row.items())
-        return f"<tr>{''.join(cells)}</tr>"
-
-
-@dataclass(frozen=True)
-class Notes(Block):
-    """What the reader has to know before comparing."""
-
-    texts: Sequence[str]
-
-    def html(self) -> str:
-        return "<ul>" + "\n".join(f"<li>{escape(text)}</li>" for text in self.texts) + "</ul>"
-
-
-@dataclass(frozen=True)
-class Folded(Block):
-    """A block that the reader opens by its title."""
-
-    title: str
-    block: Block
-
-    def html(self) -> str:
-        return f"<details><summary>{escape(self.title)}</summary>\n{self.block.html()}\n</details>"
 
 
 def write_report(result: Mapping[str, Any], previews: Sequence[Sequence[Image.Image]], folder: str | Path) -> Path:
@@ -70,19 +56,13 @@ def write_report(result: Mapping[str, Any], previews: Sequence[Sequence[Image.Im
     """
     runs, plan = result["runs"], result["benchmark"]
     notes = list(dict.fromkeys(note for run in runs for note in run["warnings"]))
-    best = _best(runs)
-    sections = [Section("Scores", [Table([_score_row(run) for run in runs]), *([Paragraph(best)] if best else [])])]
+    found = [Paragraph(f"The search ended at guidance {result['found']:g}.")] if "found" in result else []
+    sections = [Section("Scores", [*score_blocks(runs), *found])]
     if len(runs) > 1:
-        curves = Picture(
-            _curves(runs),
-            "Every score (upright) over the guidance scale.",
-            "curves over the guidance scale",
-            0.5,
-        )
-        sections.append(Section("Guidance", [curves]))
+        sections += sweep_sections(runs)
     if notes:
         sections.append(Section("Before you compare", [Notes(notes)]))
-    sections.append(Section("Samples", [_grid(run, images) for run, images in zip(runs, previews)]))
+    sections.append(Section("Samples", [_grid(run, images, plan["labels"]) for run, images in zip(runs, previews)]))
     if "classes" in runs[0]:
         sections.append(Section("Classes", [Paragraph(CLASS_COLUMNS), *map(_classes, runs)]))
     sections.append(Section("How to repeat it", list(_repeat(result))))
@@ -92,7 +72,7 @@ def write_report(result: Mapping[str, Any], previews: Sequence[Sequence[Image.Im
         title="Generation benchmark",
         kicker=f"protocol {result['protocol']}",
         lead=(
-            f"{plan['num_images']:,} images per guidance scale, labels {plan['labels']}, seed {plan['seed']}, "
+            f"{plan['num_images']:,} images per setting, labels {plan['labels']}, seed {plan['seed']}, "
             f"against {runs[0]['reference']['source']}."
         ),
         sections=sections,
@@ -100,9 +80,100 @@ def write_report(result: Mapping[str, Any], previews: Sequence[Sequence[Image.Im
     return path
 
 
-def _score_row(run: Mapping[str, Any]) -> dict[str, Any]:
-    scores = {name: value for name, value in run["scores"].items() if not name.endswith("_std")}
-    return {"guidance": _scale_text(run)} | scores | {"distinct": run["images"]["distinct"]}
+def score_rows(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each setting: what it is, and its scores."""
+    swept = [name for name in ("guidance", "temperature") if name == "guidance" or _differ(runs, name)]
+    rows = []
+    for run in runs:
+        setting = {"guidance": _scale_text(run), "temperature": run.get("temperature")}
+        scores = {name: value for name, value in run["scores"].items() if not name.endswith("_std")}
+        rows.append({name: setting[name] for name in swept} | scores | {"distinct": run["images"]["distinct"]})
+    return rows
+
+
+def best_run(runs: Sequence[Mapping[str, Any]]) -> tuple[int, str] | None:
+    """Which of several runs has the lowest distance, and the name of that distance; None where none is measured."""
+    name = next((name for name in LOWER_IS_BETTER if name in runs[0]["scores"]), None)
+    scored = [index for index, run in enumerate(runs) if name is not None and run["scores"].get(name) is not None]
+    if len(runs) < 2 or not scored:
+        return None
+    return min(scored, key=lambda index: runs[index]["scores"][name]), name
+
+
+def score_blocks(runs: Sequence[Mapping[str, Any]]) -> Iterator[Block]:
+    best = best_run(runs)
+    marked = frozenset() if best is None else frozenset({best})
+    yield Table(score_rows(runs), marked)
+    if best is not None:
+        index, name = best
+        value = runs[index]["scores"][name]
+        yield Paragraph(f"The lowest {name} is {value:.4g}, at {setting_text(runs[index])}.")
+
+
+def _differ(runs: Sequence[Mapping[str, Any]], name: str) -> bool:
+    return len({run.get(name) for run in runs}) > 1
+
+
+def sweep_sections(runs: Sequence[Mapping[str, Any]]) -> Iterator[Section]:
+    """What guidance and temperature do to the scores."""
+    runs = [run for run in runs if isinstance(run["guidance_scale"], int | float)]
+    if len(runs) < 2:
+        return
+    if _differ(runs, "temperature") and _differ(runs, "guidance_scale"):
+        yield Section("Guidance and temperature", [_matrix(runs)])
+    temperatures = list(dict.fromkeys(run.get("temperature") for run in runs))
+    axis = "guidance_scale" if _differ(runs, "guidance_scale") else "temperature"
+    series = {"": runs}
+    if axis == "guidance_scale" and len(temperatures) > 1:
+        series = {f"temperature {t:g}": [run for run in runs if run.get("temperature") == t] for t in temperatures[:3]}
+    names = [name for name in runs[0]["scores"] if not name.endswith("_std")]
+    charts = [_over(axis, name, series) for name in names]
+    legend = list(zip(STYLES, series)) if len(series) > 1 else []
+    yield Section(f"Scores over the {axis.replace('_', ' ')}", [Charts(charts, "Every score, upright.", legend)])
+    distance = next((name for name in LOWER_IS_BETTER if name in names), "")
+    pairs = [
+        pair for pair in ((distance, "is"), ("precision", "recall")) if all(name in runs[0]["scores"] for name in pair)
+    ]
+    if pairs:
+        charts = [_against(*pair, series) for pair in pairs]
+        text = "A point for each setting, named by its guidance scale where there is one curve."
+        yield Section("What is traded for what", [Charts(charts, text, legend)])
+
+
+def _matrix(runs: Sequence[Mapping[str, Any]]) -> Table:
+    """The lowest-is-best score of every guidance scale (rows) at every temperature (columns)."""
+    best = best_run(runs)
+    name = best[1] if best is not None else next(iter(runs[0]["scores"]))
+    scales = sorted({_scale(run) for run in runs})
+    temperatures = sorted({run["temperature"] for run in runs})
+    values = {(_scale(run), run["temperature"]): run["scores"].get(name) for run in runs}
+    head = f"{name}: guidance"
+    rows = [
+        {head: f"{scale:g}"} | {f"temperature {t:g}": values.get((scale, t)) for t in temperatures} for scale in scales
+    ]
+    marked = frozenset()
+    if best is not None:
+        run = runs[best[0]]
+        marked = frozenset({(scales.index(_scale(run)), f"temperature {run['temperature']:g}")})
+    return Table(rows, marked)
+
+
+def _over(axis: str, name: str, series: Mapping[str, Sequence[Mapping[str, Any]]]) -> Chart:
+    lines = []
+    for style, (label, runs) in zip(STYLES, series.items()):
+        points = sorted((run[axis], run["scores"][name]) for run in runs if run["scores"][name] is not None)
+        lines.append(Line(points, label, style))
+    return Chart(name, lines, axis.replace("_", " "), dots=True)
+
+
+def _against(y: str, x: str, series: Mapping[str, Sequence[Mapping[str, Any]]]) -> Chart:
+    lines = []
+    for style, (label, runs) in zip(STYLES, series.items()):
+        whole = [run for run in runs if run["scores"][x] is not None and run["scores"][y] is not None]
+        ordered = sorted(whole, key=_scale)
+        names = [f"{_scale(run):g}" for run in ordered] if len(series) == 1 else ()
+        lines.append(Line([(run["scores"][x], run["scores"][y]) for run in ordered], label, style, names))
+    return Chart(f"{y} against {x}", lines, x, dots=True)
 
 
 def _scale_text(run: Mapping[str, Any]) -> str:
@@ -112,48 +183,25 @@ def _scale_text(run: Mapping[str, Any]) -> str:
     return " to ".join(f"{part:g}" for part in scale) if isinstance(scale, list | tuple) else f"{scale:g}"
 
 
-def _best(runs: Sequence[Mapping[str, Any]]) -> str:
-    name = next((name for name in LOWER_IS_BETTER if name in runs[0]["scores"]), None)
-    if len(runs) < 2 or name is None:
-        return ""
-    best = min(runs, key=lambda run: run["scores"][name])
-    return f"The lowest {name} is {best['scores'][name]:.4g}, at guidance {_scale_text(best)}."
-
-
-def _curves(runs: Sequence[Mapping[str, Any]]) -> Image.Image:
-    """One small plot per score over the guidance scale, two image pixels per CSS pixel."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    ordered = sorted((run for run in runs if isinstance(run["guidance_scale"], int | float)), key=_scale)
-    names = [name for name in runs[0]["scores"] if not name.endswith("_std")]
-    columns = min(3, len(names))
-    rows = -(-len(names) // columns)
-    figure = Figure(figsize=(7.2, 1.9 * rows), dpi=200, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False).flat
-    for name, axis in zip(names, axes):
-        axis.plot([_scale(run) for run in ordered], [run["scores"][name] for run in ordered], "o-", color="#2f5d9b")
-        axis.set_title(name, loc="left", fontsize=8)
-        axis.ticklabel_format(useOffset=False)
-        axis.locator_params(nbins=5)
-        axis.tick_params(labelsize=7)
-        axis.grid(color="#eceef1")
-    for axis in axes:  # what is left over
-        axis.set_visible(False)
-    canvas.draw()
-    return Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
+def setting_text(run: Mapping[str, Any]) -> str:
+    """The setting of a run, for people."""
+    temperature = run.get("temperature")
+    return f"guidance {_scale_text(run)}" + ("" if temperature is None else f", temperature {temperature:g}")
 
 
 def _scale(run: Mapping[str, Any]) -> float:
     return run["guidance_scale"]
 
 
-def _grid(run: Mapping[str, Any], images: Sequence[Image.Image]) -> Picture:
-    sheet = grid(images)
-    scale = max(1, GRID_WIDTH // sheet.width) if sheet.width < GRID_WIDTH else GRID_WIDTH / sheet.width
-    text = f"The first {len(images)} images, guidance {_scale_text(run)}."
-    return Picture(sheet, text, text, scale)
+def _grid(run: Mapping[str, Any], images: Sequence[Image.Image], labels: str) -> Picture:
+    """Of few classes in turn, a column per class with its name."""
+    names = [row["name"] or str(row["class"]) for row in run.get("classes", ())]
+    in_columns = labels == "balanced" and 1 < len(names) <= min(COLUMNS, len(images))
+    if in_columns:
+        images = images[: len(images) - len(images) % len(names)]
+    drawn = sheet(images, len(names) if in_columns else None, column_labels=names if in_columns else ())
+    text = f"The first {len(images)} images, {setting_text(run)}."
+    return Picture(drawn, text, text, min(1.0, GRID_WIDTH / drawn.width))
 
 
 def _classes(run: Mapping[str, Any]) -> Folded:
@@ -161,42 +209,33 @@ def _classes(run: Mapping[str, Any]) -> Folded:
     rows = sorted(run["classes"], key=lambda row: (row["precision"] is None, row["precision"], row["class"]))
     counts = [row["images"] for row in rows]
     each = f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
-    text = f"guidance {_scale_text(run)}: {len(rows):,} classes of {each} images; the farthest from the real ones first"
+    text = f"{setting_text(run)}: {len(rows):,} classes of {each} images; the farthest from the real ones first"
     return Folded(text, Table(rows))
 
 
 def _repeat(result: Mapping[str, Any]) -> Iterator[Block]:
+    run = result["runs"][0]
+    recorded = {"plan": result["benchmark"]} | {name: run[name] for name in ("reference", "settings", "versions")}
+    return repeat_blocks(result, recorded, "images")
+
+
+def repeat_blocks(result: Mapping[str, Any], recorded: Mapping[str, Any], what: str) -> Iterator[Block]:
+    """The command, what it did, and all that the scores of ``what`` depend on."""
     if result["command"]:
         yield Commands([result["command"]])
     yield Paragraph(
-        f"{_work(result)} Image i of a seed is the same in any number of processes, so the same command gives the same "
-        "scores."
+        f"{_work(result, what)} Number i of a seed is the same in any number of processes, so the same command gives "
+        "the same scores."
     )
-    run = result["runs"][0]
-    recorded = {"plan": result["benchmark"]} | {name: run[name] for name in ("reference", "settings", "versions")}
-    rows = [{"setting": name, "value": _text(value)} for name, value in _flatten(recorded)]
+    rows = [{"setting": name, "value": cell_text(value)} for name, value in _flatten(recorded)]
     yield Folded("Everything that these scores depend on", Table(rows))
 
 
-def _work(result: Mapping[str, Any]) -> str:
+def _work(result: Mapping[str, Any], what: str) -> str:
     if not result["generated"]:
         return "All features were there from earlier calls."
     processes = "one process" if result["processes"] == 1 else f"{result['processes']:,} processes"
-    return f"This call generated {result['generated']:,} images in {result['seconds']:,.0f} s, in {processes}."
-
-
-def _class(numeric: bool) -> str:
-    return ' class="number"' if numeric else ""
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:#.4g}" if isinstance(value, float) else str(value)
+    return f"This call generated {result['generated']:,} {what} in {result['seconds']:,.0f} s, in {processes}."
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

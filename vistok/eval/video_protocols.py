@@ -7,6 +7,8 @@ rounded to 8 bit, and the normalisation of the covariance. ``VideoProtocol.descr
 from __future__ import annotations
 
 import random
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -62,18 +64,21 @@ class VideoProtocol:
         """All of it, JSON-ready."""
         return asdict(self)
 
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Raise ValueError unless clips of this shape (B, C, T, H, W) have the protocol's length and size."""
+        expected = (self.num_frames, self.image_size, self.image_size)
+        if len(shape) != 5 or tuple(shape[2:]) != expected:
+            raise ValueError(
+                f"the protocol {self.name!r} scores clips (B, C, {', '.join(map(str, expected))}), got {tuple(shape)}"
+            )
+
     def prepare(self, clips: Tensor) -> Tensor:
         """Float clips (B, C, T, H, W) in [-1, 1] to what the detector reads, in 0..255.
 
         Raises:
             ValueError: clips of another length or size than the protocol's.
         """
-        expected = (self.num_frames, self.image_size, self.image_size)
-        if clips.ndim != 5 or tuple(clips.shape[2:]) != expected:
-            raise ValueError(
-                f"the protocol {self.name!r} scores clips (B, C, {', '.join(map(str, expected))}), got "
-                f"{tuple(clips.shape)}"
-            )
+        self.check_shape(clips.shape)
         values = (clips.float().clamp(-1, 1) + 1) * 127.5
         if self.pixels != "float":
             values = (values if self.pixels == "uint8_truncated" else values + 0.5).floor()
@@ -160,20 +165,41 @@ VIDEO_PROTOCOLS = {
 }
 
 
+OWN = re.compile(r"own-(\d+)x(\d+)(?:-given(\d+))?")
+
+
 def video_protocol(name: str) -> VideoProtocol:
-    """The protocol of this name.
+    """The protocol of this name. ``own-16x32`` scores all 16-frame chunks at 32 px: for models of other sizes than the
+    papers', whose distances compare among themselves only; ``own-16x32-given5`` is of predictions from 5 frames.
 
     Raises:
         ValueError: there is none.
     """
-    if name not in VIDEO_PROTOCOLS:
-        raise ValueError(f"unknown video protocol {name!r}; known: {', '.join(VIDEO_PROTOCOLS)}")
-    return VIDEO_PROTOCOLS[name]
+    if name in VIDEO_PROTOCOLS:
+        return VIDEO_PROTOCOLS[name]
+    own = OWN.fullmatch(name)
+    if own is None:
+        raise ValueError(
+            f"unknown video protocol {name!r}; known: {', '.join(VIDEO_PROTOCOLS)}, and own-FRAMESxSIDE, such as "
+            "own-16x32 or own-16x32-given5"
+        )
+    num_frames, side, given = (int(number or 0) for number in own.groups())
+    if not num_frames or not side or given >= num_frames:
+        raise ValueError(f"{name!r} is no protocol: it needs frames, a side, and fewer given frames than frames")
+    return VideoProtocol(
+        name,
+        real=f"all {num_frames}-frame chunks of the given videos",
+        fake=f"predictions from the first {given} frames" if given else "the given videos",
+        choice="chunks",
+        num_frames=num_frames,
+        image_size=side,
+        given_frames=given,
+    )
 
 
 def is_video_protocol(name: str | None) -> bool:
     """Whether this names a protocol of clips, not of images."""
-    return name in VIDEO_PROTOCOLS
+    return name is not None and (name in VIDEO_PROTOCOLS or OWN.fullmatch(name) is not None)
 
 
 def chunks_of(lengths: list[int], num_frames: int, frame_stride: int = 1) -> list[tuple[int, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -18,7 +18,9 @@ from vistok.types import Clock, Condition, ConditionSpec, Expands, GeneratorOutp
 class Session(Protocol):
     """One sampling run with its cache: forced tokens can be appended and tokens generated, in turns."""
 
-    tokens: Tensor
+    @property
+    def tokens(self) -> Tensor:
+        """The tokens so far."""
 
     def append(self, tokens: Tensor) -> None:
         """Put given tokens (B, n[, D]) at the next positions, instead of generating them."""
@@ -72,6 +74,9 @@ class Generator(Model):
 
     num_classes: int | None = None
     """Number of classes that it can be conditioned on; None if it takes no labels."""
+
+    class_rows_from: int = 0
+    """The row at which the classes begin in tables that hold them, among others or alone."""
 
     has_null: bool = True
     """Whether rows without a condition can be generated, and so guidance be used."""
@@ -146,11 +151,17 @@ class Generator(Model):
         *,
         draws: Draws | None = None,
         tokenizer: Expands | None = None,
+        on_step: Callable[[TokenChunk], None] | None = None,
     ) -> Tensor:
-        """Generate whole sequences: tokens (B, L[, D])."""
+        """Generate whole sequences: tokens (B, L[, D]).
+
+        Args:
+            on_step: is given the tokens of each step.
+        """
         session = self.start(condition, options, draws=draws, tokenizer=tokenizer)
-        for _ in session.generate():
-            pass
+        for chunk in session.generate():
+            if on_step is not None:
+                on_step(chunk)
         return session.tokens
 
     def edit(
@@ -212,6 +223,13 @@ class Generator(Model):
             ValueError: this generator has none.
         """
         raise ValueError(f"{type(self).__name__} has no compiled decoding; generators of one token after another have")
+
+    def needed_tokenizer(self, tokenizer: Expands | None) -> Expands:
+        """The tokenizer, of a model that needs it. Raises ValueError if it is absent, or the model needs none."""
+        self.check_tokenizer(tokenizer)
+        if tokenizer is None:
+            raise ValueError(f"{type(self).__name__} reads tokens as they are")
+        return tokenizer
 
     def check_tokenizer(self, tokenizer: Expands | None) -> None:
         """Raise ValueError if a tokenizer is absent although the model needs it, or given although it does not."""

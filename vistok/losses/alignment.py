@@ -51,6 +51,9 @@ class FrozenEncoder(nn.Module):
             with the weights is not installed.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.image_size = config.image_size
@@ -87,6 +90,8 @@ class PatchTokens(nn.Module):
         dim: channels D of a token.
         mean, std: of pixels in [0, 1], by which its images are normalised.
     """
+
+    model: Any  # timm's models do not declare their attributes
 
     def __init__(self, config: EncoderConfig):
         super().__init__()

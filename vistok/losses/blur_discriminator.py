@@ -80,6 +80,8 @@ class BlurDiscriminator(Discriminator):
 class Blur(nn.Module):
     """A binomial low-pass filter with stride 2, padded by zeros: (B, C, h, w) -> (B, C, h / 2, w / 2), rounded up."""
 
+    kernel: Tensor
+
     def __init__(self, size: int):
         super().__init__()
         taps = torch.tensor([float(comb(size - 1, i)) for i in range(size)])

@@ -24,6 +24,9 @@ class ClassifierDistance(nn.Module):
             a distance, not the published one. ``from_pretrained`` gives that.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, classifier: nn.Module | None = None):
         super().__init__()
         self.classifier = (_convnext() if classifier is None else classifier).eval().requires_grad_(False)

@@ -7,6 +7,7 @@ StyleGAN-T (Sauer et al., arXiv 2301.09515, section 3.2) judges features of seve
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from vistok.losses.alignment import EncoderConfig, load_encoder
 from vistok.losses.discriminators import Discriminator
+from vistok.nn.containers import ModuleList
+from vistok.nn.frozen import Frozen
 
 IMAGE_SIZE = 224
 
@@ -27,6 +30,8 @@ class DINODiscriminator(Discriminator):
     is 0, and GELU the tanh approximation. Images larger than 224 px are cropped to that with probability
     ``crop_probability``, and resized otherwise, as smaller ones always are.
 
+    The transformer is no part of the state: it is built from its weights file again. It goes where the heads go.
+
     Args:
         weights: a local weights file of the transformer as timm reads it; None downloads the published one.
         in_channels: of the images, 3 or 1.
@@ -35,11 +40,16 @@ class DINODiscriminator(Discriminator):
         kernel_size: of the heads' convolution over patches, which wraps around.
         norm_group: images that the heads' batch norms average over, or all where that does not divide the batch.
         crop_probability: see above.
+        value_range: least and greatest value of pixels; they become those of images in [0, 1], which are normalised.
 
     Raises:
         ValueError: timm knows no such transformer, or a tap that it does not have.
         CheckpointError: the weights file is absent, damaged or of another model, or the download failed.
     """
+
+    backbone: Any  # timm's models do not declare their attributes
+    mean: Tensor
+    std: Tensor
 
     num_uniforms = 3
 
@@ -52,6 +62,7 @@ class DINODiscriminator(Discriminator):
         kernel_size: int = 9,
         norm_group: int = 8,
         crop_probability: float = 0.5,
+        value_range: tuple[float, float] = (-1.0, 1.0),
     ):
         super().__init__()
         if in_channels not in (1, 3):
@@ -59,43 +70,42 @@ class DINODiscriminator(Discriminator):
         if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, so that patches keep their number; got {kernel_size}")
         config = EncoderConfig(transformer, weights, IMAGE_SIZE)
-        self.backbone = load_encoder(config, "losses.gan.discriminator.weights", act_layer="gelu_tanh")
+        backbone = load_encoder(config, "losses.gan.discriminator.weights", act_layer="gelu_tanh")
+        self._backbone = Frozen(_without_key_bias(backbone))
         depth = len(self.backbone.blocks)
         if not all(0 <= tap < depth for tap in taps):
             raise ValueError(f"taps must be blocks 0..{depth - 1} of {transformer}, got {list(taps)}")
         self.taps, self.crop_probability, self.in_channels = tuple(taps), crop_probability, in_channels
-        self._freeze()
+        self.value_range = tuple(value_range)
         statistics = (self.backbone.pretrained_cfg[key] for key in ("mean", "std"))
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in statistics)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
         dim = self.backbone.num_features
-        self.heads = nn.ModuleList(_head(dim, kernel_size, norm_group) for _ in range(1 + len(taps)))
+        self.heads = ModuleList(_head(dim, kernel_size, norm_group) for _ in range(1 + len(taps)))
 
     @classmethod
     def arguments_for(cls, input_shape: tuple[int, ...]) -> dict[str, Any]:
         return {"in_channels": input_shape[0]}
 
-    def _freeze(self) -> None:
-        for block in self.backbone.blocks:
-            with torch.no_grad():
-                _, key_bias, _ = block.attn.qkv.bias.chunk(3)
-                key_bias.zero_()
-        self.backbone.eval().requires_grad_(False)
+    @classmethod
+    def arguments_for_range(cls, value_range: tuple[float, float]) -> dict[str, Any]:
+        return {"value_range": value_range}
 
-    def train(self, mode: bool = True) -> DINODiscriminator:
-        """Set the heads' mode; the transformer stays in evaluation mode."""
-        super().train(mode)
-        self.backbone.eval()
-        return self
+    @property
+    def backbone(self) -> nn.Module:
+        """The transformer."""
+        return self._backbone.network
 
-    def requires_grad_(self, requires_grad: bool = True) -> DINODiscriminator:
-        """Set whether the heads are trained; the transformer never is."""
-        self.heads.requires_grad_(requires_grad)
-        return self
+    def frozen(self) -> dict[str, nn.Module]:
+        return {"discriminator_transformer": self.backbone}
+
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> DINODiscriminator:
+        self.backbone._apply(function, recurse)
+        return super()._apply(function, recurse)
 
     def forward(self, images: Tensor, uniforms: Tensor | None = None) -> Tensor:
-        """Return logits (B, heads * patches) of images (B, in_channels, H, W) in [-1, 1].
+        """Return logits (B, heads * patches) of images (B, in_channels, H, W) in ``value_range``.
 
         Args:
             uniforms: (3,) numbers in [0, 1) on the host: whether to crop, and where, vertically and horizontally. None
@@ -121,9 +131,9 @@ class DINODiscriminator(Discriminator):
         return F.interpolate(images, (IMAGE_SIZE, IMAGE_SIZE), mode="area")
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Features (B, D, patches), embedding first, of images (B, 1 or 3, 224, 224) in [-1, 1]."""
-        model = self.backbone
-        x = model.patch_embed(((images + 1) / 2 - self.mean) / self.std)
+        """Features (B, D, patches), embedding first, of images (B, 1 or 3, 224, 224) in ``value_range``."""
+        model, (low, high) = self.backbone, self.value_range
+        x = model.patch_embed(((images - low) / (high - low) - self.mean) / self.std)
         x = model.norm_pre(model._pos_embed(x))
         features = [self._readout(x)]
         for number, block in enumerate(model.blocks):
@@ -135,6 +145,14 @@ class DINODiscriminator(Discriminator):
     def _readout(self, x: Tensor) -> Tensor:
         prefix = self.backbone.num_prefix_tokens
         return (x[:, prefix:] + x[:, :1]).mT  # (B, D, patches)
+
+
+def _without_key_bias(transformer: nn.Module) -> nn.Module:
+    for block in transformer.blocks:
+        with torch.no_grad():
+            _, key_bias, _ = block.attn.qkv.bias.chunk(3)
+            key_bias.zero_()
+    return transformer
 
 
 class GroupBatchNorm(nn.Module):

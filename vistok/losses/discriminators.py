@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any, ClassVar, Self
 
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vistok.nn.batch_norm import BatchNorm2d
+from vistok.nn.containers import ModuleList
 
 
 class Discriminator(nn.Module, ABC):
@@ -29,6 +30,15 @@ class Discriminator(nn.Module, ABC):
     @abstractmethod
     def arguments_for(cls, input_shape: tuple[int, ...]) -> dict[str, Any]:
         """The constructor's arguments that follow from the data, of shape (C, H, W) or (C, T, H, W)."""
+
+    @classmethod
+    def arguments_for_range(cls, value_range: tuple[float, float]) -> dict[str, Any]:
+        """The constructor's arguments that follow from the range of pixel values; most discriminators read any."""
+        return {}
+
+    def frozen(self) -> dict[str, nn.Module]:
+        """Networks that it asks, by name, which are never trained and are no part of its state."""
+        return {}
 
 
 class StyleGANDiscriminator(Discriminator):
@@ -54,10 +64,10 @@ class StyleGANDiscriminator(Discriminator):
         self.image_size, self.in_channels = image_size, in_channels
         sides = [image_size >> level for level in range(image_size.bit_length() - 2)]  # image_size, ..., 8, 4
         widths = [_stylegan_width(side, channel_multiplier) for side in sides]
-        self.blocks = nn.ModuleList([_conv_layer(in_channels, widths[0], kernel_size=1)])
+        self.blocks = ModuleList([_conv_layer(in_channels, widths[0], kernel_size=1)])
         self.blocks.extend(_ResidualBlock(wide, narrow) for wide, narrow in pairwise(widths))
         self.final_conv = _conv_layer(widths[-1] + 1, widths[-1], kernel_size=3)
-        self.final_linear = nn.ModuleList([_EqualLinear(widths[-1] * 4 * 4, widths[-1]), _EqualLinear(widths[-1], 1)])
+        self.final_linear = ModuleList([_EqualLinear(widths[-1] * 4 * 4, widths[-1]), _EqualLinear(widths[-1], 1)])
 
     @classmethod
     def arguments_for(cls, input_shape: tuple[int, ...]) -> dict[str, Any]:
@@ -153,7 +163,7 @@ class PatchGAN(Discriminator):
         return self.main(images)
 
 
-_NORMS = {
+_NORMS: dict[str, Callable[[int], nn.Module]] = {
     "batch": BatchNorm2d,
     "group": lambda channels: nn.GroupNorm(math.gcd(32, channels), channels),
     "none": lambda channels: nn.Identity(),
@@ -211,6 +221,8 @@ class _Activation(nn.Module):
 
 class _Blur(nn.Module):
     """The [1, 3, 3, 1] low-pass filter in front of a strided convolution with ``kernel_size``."""
+
+    kernel: Tensor
 
     def __init__(self, kernel_size: int, *, stride: int = 1):
         super().__init__()

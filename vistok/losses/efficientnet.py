@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -79,7 +80,7 @@ class EfficientNetFeatures(nn.Module):
             raise ValueError(
                 f"EfficientNet-Lite0 has features of strides {', '.join(map(str, CHANNELS))}, not {stride}"
             )
-        model = efficientnet_lite0(weights)
+        model: Any = efficientnet_lite0(weights)
         self.stem = nn.Sequential(model.conv_stem, model.bn1)  # the norm activates, too
         self.stages = model.blocks[: LAST_STAGES[stride] + 1]
         self.dim, self.mean, self.std = CHANNELS[stride], MEAN, STD

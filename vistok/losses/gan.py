@@ -139,8 +139,8 @@ class DiscriminatorLoss(nn.Module):
             raise ValueError("smoothed targets are random: pass noise=(for real logits, for generated logits)")
         targets = self.smoothing.real_targets(noise[0]), self.smoothing.fake_targets(noise[1])
         pairs = zip((logits_real, logits_fake), targets)
-        terms = [F.binary_cross_entropy_with_logits(logits, target.to(logits)) for logits, target in pairs]
-        return sum(terms) / (2 if self.kind == "vanilla" else 1)
+        real, fake = (F.binary_cross_entropy_with_logits(logits, target.to(logits)) for logits, target in pairs)
+        return (real + fake) / (2 if self.kind == "vanilla" else 1)
 
 
 def r1_penalty(discriminator: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
@@ -174,6 +174,9 @@ class LeCam(nn.Module):
         compare: "logits" compares every logit (the paper, RobusTok); "batch_means" compares the two batch means
             (LARP, TiTok).
     """
+
+    average_real: Tensor
+    average_fake: Tensor
 
     def __init__(self, decay: float = 0.999, update: str = "after_use", compare: str = "logits"):
         super().__init__()

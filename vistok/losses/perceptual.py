@@ -10,6 +10,8 @@ from urllib.error import URLError
 import torch
 from torch import Tensor, nn
 
+from vistok.nn.containers import ModuleList
+
 # Index in torchvision's vgg16().features, and channels, of each feature map that is compared.
 TAPS = {"relu1_2": (3, 64), "relu2_2": (8, 128), "relu3_3": (15, 256), "relu4_3": (22, 512), "relu5_3": (29, 512)}
 MIN_SIZE = 16  # four poolings leave one pixel
@@ -35,10 +37,13 @@ class LPIPS(nn.Module):
             ``from_pretrained`` gives the published one.
     """
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self, weights: Mapping[str, Tensor] | None = None):
         super().__init__()
         self.features = _vgg16_features()
-        self.heads = nn.ModuleList(nn.Conv2d(channels, 1, 1, bias=False) for _, channels in TAPS.values())
+        self.heads = ModuleList(nn.Conv2d(channels, 1, 1, bias=False) for _, channels in TAPS.values())
         for head in self.heads:
             nn.init.constant_(head.weight, 1 / head.in_channels)
         # ImageNet's mean and deviation, for images in [-1, 1].
@@ -164,5 +169,6 @@ def _download(url: str, what: str, option: str) -> dict[str, Tensor]:
     except (URLError, OSError, RuntimeError) as error:  # RuntimeError: the hash differs
         raise CheckpointError(
             f"the {what} weights could not be fetched from {url}: {error}. Download the file elsewhere and give its "
-            f"local path: LPIPS.from_pretrained({option}FILE)"
+            f"local path: losses.lpips_weights=FILE in a config, --lpips-weights FILE on the command line, or "
+            f"LPIPS.from_pretrained({option}FILE)"
         ) from error

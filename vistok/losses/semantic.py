@@ -6,7 +6,7 @@ matched pairs are told from the other pairs of the batch, as in CLIP (arXiv 2103
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, distributed, nn
@@ -24,6 +24,10 @@ class SemanticGuide(nn.Module):
         mean, std: of the colours that it was trained on; ImageNet's if None.
     """
 
+    encoder: Any  # timm's models do not declare their attributes
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, encoder: nn.Module, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None):
         super().__init__()
         self.encoder = encoder.eval().requires_grad_(False)
@@ -38,8 +42,8 @@ class SemanticGuide(nn.Module):
         Args:
             patch_size: side of its patches; None for the model's own. timm resamples its kernel to another one.
         """
-        arguments = {} if patch_size is None else {"patch_size": patch_size}
-        encoder = load_encoder(config, "losses.semantic_encoder.weights", **arguments)
+        arguments: dict[str, Any] = {} if patch_size is None else {"patch_size": patch_size}
+        encoder: Any = load_encoder(config, "losses.semantic_encoder.weights", **arguments)
         return cls(encoder, *(tuple(encoder.pretrained_cfg[key]) for key in ("mean", "std")))
 
     @property

@@ -49,10 +49,11 @@ class ViTDiscriminator(Discriminator):
         sides, patch = (num_frames, height, width), (temporal_patch_size, patch_size, patch_size)
         if any(side % size for side, size in zip(sides, patch)):
             raise ValueError(f"clips of {sides} (frames, height, width) are no multiple of patches of {patch}")
+        grid = num_frames // temporal_patch_size, height // patch_size, width // patch_size
         self.input_shape = (in_channels, *sides)
         self.to_patches = nn.Conv3d(in_channels, dim, patch, patch)
         self.class_token = nn.Parameter(torch.empty(1, 1, dim))
-        self.positions = FixedClipPositions(tuple(side // size for side, size in zip(sides, patch)), dim)
+        self.positions = FixedClipPositions(grid, dim)
         self.blocks = nn.Sequential(
             *(ViTBlock(dim, num_heads, eps=norm_eps, qkv_bias=False) for _ in range(num_layers))
         )

@@ -31,6 +31,12 @@ class AlignmentConfig:
     num_layers: int = 3
     hidden_dim: int | None = None
 
+    def tap(self, layers: range) -> int:
+        """The layer whose features are read. Raises ValueError if it is none of ``layers``."""
+        if self.layer is None or self.layer not in layers:
+            raise ValueError(f"alignment.layer must lie in {layers.start}..{layers.stop - 1}, got {self.layer}")
+        return self.layer
+
     @classmethod
     def filled(cls, given: Self | Mapping[str, Any] | None, **own: int) -> Self | None:
         """A given config with a system's ``own`` values where it says None; None if there is to be no head."""
@@ -57,5 +63,7 @@ class AlignmentHead(nn.Sequential):
 
     @classmethod
     def of(cls, dim: int, config: AlignmentConfig) -> Self:
-        """The head of a config that leaves nothing open."""
+        """The head of a config that leaves nothing open. Raises ValueError for one without a width."""
+        if config.hidden_dim is None or config.dim is None:
+            raise ValueError(f"an alignment head needs dim and hidden_dim, got {config}")
         return cls(dim, config.hidden_dim, config.dim, config.num_layers)

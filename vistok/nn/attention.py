@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from einops import rearrange
@@ -32,11 +32,11 @@ class GrowingCache:
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, H, n, h) keys and values; return all so far."""
-        new = (key, value)
         if self._seen is not None:
-            new = tuple(torch.cat(pair, 2) for pair in zip(self._seen, new, strict=True))
-        self._seen = new
-        return new
+            keys, values = self._seen
+            key, value = torch.cat([keys, key], 2), torch.cat([values, value], 2)
+        self._seen = key, value
+        return self._seen
 
 
 class Attention(nn.Module):
@@ -167,7 +167,7 @@ def attend(
     causal = causal and q.shape[2] > 1
     if causal and q.shape[2] != k.shape[2]:
         raise ValueError(f"{q.shape[2]} causal queries over {k.shape[2]} keys need an explicit mask")
-    options = {"attn_mask": mask, "dropout_p": dropout, "is_causal": causal, "scale": scale}
+    options: dict[str, Any] = {"attn_mask": mask, "dropout_p": dropout, "is_causal": causal, "scale": scale}
     if q.device.type == "cpu" and q.requires_grad and torch.is_autocast_enabled("cpu"):
         # The backward pass of the processor's bfloat16 kernel takes several times as long as in float32.
         with torch.autocast("cpu", enabled=False):

@@ -14,6 +14,11 @@ class BatchNorm2d(nn.BatchNorm2d):
     So several processes go through the numbers of one. (torch.nn.SyncBatchNorm does not run on a CPU.)
     """
 
+    momentum: float
+    num_batches_tracked: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or group_size() == 1:
             return super().forward(input)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vistok.nn.containers import ModuleList, Sequential
 from vistok.nn.mlp import MLP, GatedMLP
 from vistok.nn.modulation import modulate
 from vistok.nn.timesteps import TimestepEmbedding
@@ -50,9 +51,9 @@ class DiffusionHead(nn.Module):
         self.time_embedding = TimestepEmbedding(dim, 256)
         self.condition = nn.Linear(condition_dim, dim)
         self.input = nn.Linear(token_dim, dim)
-        self.blocks = nn.ModuleList(Block(dim, gated_dim) for _ in range(num_layers))
+        self.blocks = ModuleList(Block(dim, gated_dim) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim, 1e-6, elementwise_affine=False)
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+        self.modulation = Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
         self.output = nn.Linear(dim, 2 * token_dim if output_dim is None else output_dim)
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:

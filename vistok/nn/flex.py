@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -38,13 +38,13 @@ class LiveKeys(NamedTuple):
 
     Attributes:
         last: (1,) int64, position of the query.
-        count: (1, 1, 1) int32, how many blocks of ``KEYS_PER_BLOCK`` keys hold what it sees.
+        num_blocks: (1, 1, 1) int32, how many blocks of ``KEYS_PER_BLOCK`` keys hold what it sees.
         blocks: (1, 1, 1, N) int32, the numbers of all blocks.
         visible: bool (B or 1, 1, 1, L), which of the L keys are seen at all; None is every one.
     """
 
     last: Tensor
-    count: Tensor
+    num_blocks: Tensor
     blocks: Tensor
     visible: Tensor | None
 
@@ -65,7 +65,7 @@ class LiveKeys(NamedTuple):
             return key <= last if visible is None else (key <= last) & visible[row, key]
 
         mask = BlockMask.from_kv_blocks(
-            self.count,
+            self.num_blocks,
             self.blocks,
             BLOCK_SIZE=(QUERIES_PER_BLOCK, KEYS_PER_BLOCK),
             mask_mod=seen,
@@ -85,4 +85,5 @@ def _flex_attention(compiled: bool) -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
     # Uncompiled it computes the dense matrix: right, but only good for comparison.
-    return torch.compile(flex_attention) if compiled else flex_attention
+    attention: Callable[..., Any] = flex_attention
+    return torch.compile(attention) if compiled else attention

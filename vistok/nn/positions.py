@@ -51,6 +51,8 @@ class FixedClipPositions(nn.Module):
         dim: width of the table.
     """
 
+    table: Tensor
+
     def __init__(self, grid: tuple[int, int, int], dim: int):
         super().__init__()
         self.register_buffer("table", sincos_3d(grid, dim))

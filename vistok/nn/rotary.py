@@ -5,7 +5,8 @@ Channels are rotated in adjacent pairs (2i, 2i + 1). With several axes each gets
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,8 @@ class Rotation(NamedTuple):
     cos: Tensor
     sin: Tensor
 
-    def __getitem__(self, positions: Positions) -> Rotation:
+    def at(self, positions: Positions) -> Rotation:
+        """The rotation of some of the positions."""
         return Rotation(self.cos[positions], self.sin[positions])
 
 
@@ -31,6 +33,9 @@ class FixedRotation(nn.Module):
     It is not saved. In bfloat16 the angles of neighbouring positions would round to one another.
     """
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, rotation: Rotation):
         super().__init__()
         self.register_buffer("cos", rotation.cos, persistent=False)
@@ -38,16 +43,17 @@ class FixedRotation(nn.Module):
 
     def forward(self, positions: Positions) -> Rotation:
         """The rotation of some positions."""
-        tables = self.cos[positions], self.sin[positions]
-        if isinstance(positions, Tensor) and positions.ndim == 2:
-            tables = tuple(table.unsqueeze(1) for table in tables)  # for all heads: (B, 1, N, head_dim / 2)
-        return Rotation(*tables)
+        cos, sin = self.cos[positions], self.sin[positions]
+        if isinstance(positions, Tensor) and positions.ndim == 2:  # for all heads: (B, 1, N, head_dim / 2)
+            return Rotation(cos.unsqueeze(1), sin.unsqueeze(1))
+        return Rotation(cos, sin)
 
-    def _apply(self, fn, recurse: bool = True):
-        precise = self.cos, self.sin
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        cos, sin = self.cos, self.sin
         super()._apply(fn, recurse)
         if self.cos.dtype != torch.float32:
-            self.cos, self.sin = (table.to(self.cos.device) for table in precise)
+            device = self.cos.device
+            self.cos, self.sin = cos.to(device), sin.to(device)
         return self
 
 

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from vistok.nn.containers import Sequential
+
 
 def timestep_features(t: Tensor, dim: int, *, scale: float = 1.0, base: float = 10000.0) -> Tensor:
     """Times (B,) to [cos(t f), sin(t f)] (B, dim), float32, with frequencies f_k = scale base^(-k / (dim / 2))."""
@@ -31,7 +33,7 @@ class TimestepEmbedding(nn.Module):
     def __init__(self, dim: int, frequency_dim: int, *, scale: float = 1.0, base: float = 10000.0):
         super().__init__()
         self.frequency_dim, self.scale, self.base = frequency_dim, scale, base
-        self.mlp = nn.Sequential(nn.Linear(frequency_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.mlp = Sequential(nn.Linear(frequency_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t: Tensor) -> Tensor:
         features = timestep_features(t, self.frequency_dim, scale=self.scale, base=self.base)

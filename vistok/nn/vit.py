@@ -80,6 +80,7 @@ class ViTBlock(nn.Module):
         self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop)
         self.norm2 = nn.LayerNorm(dim, eps)
         hidden_dim = int(dim * mlp_ratio)
+        self.mlp: MLP | GatedMLP
         if feed_forward == "gelu":
             self.mlp = MLP(dim, hidden_dim, F.gelu, drop=proj_drop)
         elif feed_forward == "swiglu":

@@ -16,6 +16,7 @@ from vistok.eval.tokenizers import evaluate_tokenizer
 from vistok.eval.video_protocols import RECONSTRUCTION, is_video_protocol
 from vistok.losses import LPIPS
 from vistok.pipelines.folders import load_tokenizer
+from vistok.pipelines.generation import Pipeline
 from vistok.pipelines.runs import data_of_run
 from vistok.tokenizers.base import Tokenizer
 from vistok.utils.devices import choose_device
@@ -64,7 +65,7 @@ def score_tokenizer(
     network = None
     if protocol is not None or weights is not None:
         network = load_network(choose_protocol(PAIRS, None, None), weights=weights, device=where)
-    if protocol == PERTURBATION:
+    if protocol == PERTURBATION and network is not None:
         return evaluate_perturbation(tokenizer, data, network, processes=processes)
     return evaluate_tokenizer(tokenizer, data, network=network, lpips=open_lpips(lpips_weights), processes=processes)
 
@@ -82,13 +83,13 @@ def _score_clip_tokenizer(
 
     if protocol == PERTURBATION:
         raise ValueError("the protocol perturbation is of images; clips are scored by protocols of clips")
-    where, by_name = next(tokenizer.parameters()).device, is_video_protocol(protocol)
+    where, by_name = tokenizer.device, protocol is not None and is_video_protocol(protocol)
     network = load_clip_network(weights, device=where) if by_name or weights is not None else None
     lpips = open_lpips(lpips_weights)
     return evaluate_clip_tokenizer(
         tokenizer,
         data,
-        protocol=protocol if by_name else RECONSTRUCTION,
+        protocol=protocol if by_name and protocol is not None else RECONSTRUCTION,
         network=network,
         lpips=None if lpips is None else lpips.to(where),
         processes=processes,
@@ -116,6 +117,27 @@ def score_clips(
     )
 
 
+def measure_clips(
+    pipe: Pipeline,
+    out: Path,
+    *,
+    reference: str | None,
+    weights: Path | None,
+    device: str | None,
+    processes: Processes,
+    **options: Any,
+) -> dict[str, Any]:
+    """Generate clips and score them; ``options`` are those of ``benchmark_clips``."""
+    from vistok.eval.clip_benchmark import benchmark_clips
+    from vistok.eval.clips import load_clip_network
+
+    if reference is None:
+        raise ValueError("clips are scored against real ones: name a folder, a list, or statistics with --reference")
+    where = processes.device() if device is None else choose_device(device)
+    network = load_clip_network(weights, device=where)
+    return benchmark_clips(pipe, out, reference=reference, network=network, processes=processes, **options)
+
+
 def make_reference_file(
     images: str,
     path: Path,
@@ -132,7 +154,7 @@ def make_reference_file(
     where = processes.device() if device is None else choose_device(device)
     rules = choose_protocol(protocol, None, None)
     network = load_network(rules, weights=weights, device=where)
-    options = {"split": split, "crop": crop, "reading": rules.reading, "batch_size": batch_size}
+    options: dict[str, Any] = {"split": split, "crop": crop, "reading": rules.reading, "batch_size": batch_size}
     made = make_reference(images, path, network, **options, processes=processes)
     return made.provenance
 

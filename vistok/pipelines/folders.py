@@ -7,19 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from vistok.checkpoints import CONFIG, WEIGHTS, CheckpointError, load, snapshot
+from vistok.checkpoints import CONFIG, CheckpointError, load, snapshot
+from vistok.checkpoints.model import MODEL_FILES
+from vistok.checkpoints.weights import STATE
+from vistok.generators.base import Generator
 from vistok.text import TEXT
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json
 from vistok.utils.files import read_json, restore, write_json
+from vistok.utils.paths import local
 
 PIPELINE, TOKENIZER, GENERATOR = "pipeline.json", "tokenizer", "generator"
 BEST_MODEL = "best"
 """What a run folder holds as well if it validates: the same of its best step."""
-
-Part = TypeVar("Part")
 
 
 def write_settings(folder: str | Path, *, class_names: Sequence[str], sampling: Mapping[str, Any]) -> None:
@@ -33,9 +35,10 @@ def pipeline_folder(path: str | Path) -> Path:
     Raises:
         CheckpointError: nothing there, or no whole pipeline.
     """
+    path = local(path)
     folder = Path(path)
     if not folder.exists():
-        files = [PIPELINE, *(f"{part}/{file}" for part in (TOKENIZER, GENERATOR) for file in (CONFIG, WEIGHTS))]
+        files = [PIPELINE, *(f"{part}/{file}" for part in (TOKENIZER, GENERATOR) for file in MODEL_FILES)]
         files.append(f"{TEXT}/*")
         return snapshot(str(path), files)
     if folder.is_dir():
@@ -46,6 +49,8 @@ def pipeline_folder(path: str | Path) -> Path:
     hint = ""
     if (folder / CONFIG).is_file():
         hint = " (it is a single model, which vistok.load reads)"
+    elif missing == [GENERATOR] and (folder / "checkpoints").is_dir():
+        hint = " (a run that has not exported one yet: sample one of its checkpoints, RUN/checkpoints/step-…)"
     elif GENERATOR in missing and TOKENIZER not in missing:
         hint = " (it has a tokenizer only: train a generator on its tokens, or look at it with `vistok reconstruct`)"
     raise CheckpointError(f"{folder} is no pipeline: it has no {', no '.join(missing)}{hint}")
@@ -70,7 +75,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def load_part(folder: Path, part: str, kind: type[Part]) -> Part:
+def load_part(folder: Path, part: str, kind: type[Any]) -> Any:
     """The model in ``folder / part``.
 
     Raises:
@@ -83,11 +88,13 @@ def load_part(folder: Path, part: str, kind: type[Part]) -> Part:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a model folder, of a run or pipeline (its ``tokenizer/``), of a token cache, or of a hub id.
+    """The tokenizer of a model folder, of a run or pipeline (its ``tokenizer/``), of a token cache, of a checkpoint of
+    a run, or of a hub id.
 
     Raises:
         CheckpointError: nothing there, damaged weights, or another kind of model.
     """
+    path = local(path)
     inner = Path(path) / TOKENIZER
     if Path(path).is_dir():
         restore(Path(path))
@@ -95,3 +102,28 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not isinstance(model, Tokenizer):
         raise CheckpointError(f"{path} holds a generator ({model.registry_name}), but a tokenizer is needed")
     return model
+
+
+def load_generator(path: str | Path) -> Generator:
+    """The generator of a model folder, of a run or pipeline (its ``generator/``), of a checkpoint of a run, or of a hub
+    id.
+
+    Raises:
+        CheckpointError: nothing there, damaged weights, or another kind of model.
+    """
+    model = load(path)
+    if not isinstance(model, Generator):
+        raise CheckpointError(f"{path} holds a tokenizer ({model.registry_name}), but a generator is needed")
+    return model
+
+
+def home_of(path: str | Path) -> Path | None:
+    """The folder with the ``pipeline.json`` that a generator belongs to: a run, of which ``path`` may be the generator
+    or a checkpoint. None if there is none."""
+    path = Path(path)
+    homes = [path]
+    if path.name == GENERATOR:
+        homes.append(path.parent)
+    if (path / STATE).is_file():
+        homes.append(path.parent.parent)
+    return next((home for home in homes if (home / PIPELINE).is_file()), None)

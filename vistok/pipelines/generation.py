@@ -37,6 +37,7 @@ from vistok.pipelines.folders import (
 )
 from vistok.pipelines.previews import Preview, preview_step, previews
 from vistok.pipelines.requests import Conditions, Prompt, Request
+from vistok.pipelines.steps import StepCallback, every_step
 from vistok.text import TEXT, PromptEncoder
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import Condition, TokenSpec, to_json
@@ -85,13 +86,17 @@ class PipelineOutput:
         """The clips as movies, which play in a notebook and can be saved."""
         return [Movie(frames) for frames in self.videos]
 
+    def _repr_html_(self) -> str | None:
+        """Clips play in a notebook; images have their own pictures."""
+        return None if self.pixels.ndim != 5 else "\n".join(movie.html(128) for movie in self.movies)
+
 
 class Pipeline:
     """Generates images in one call; see :meth:`__call__`, :meth:`stream` and :meth:`reconstruct`.
 
     Args:
         tokenizer, generator: they must agree on the tokens.
-        class_names: in the order of the ids; empty if classes have no names.
+        class_names: in the order of the ids; by default those that the generator has itself, if any.
         sampling: default options, by the names of ``generator.options_type``.
         text: what turns prompts into conditions of the generator; without encoders there are no prompts.
 
@@ -114,7 +119,8 @@ class Pipeline:
         self._decode_options = _decode_options(tokenizer, generator.spec)
         generator.check_tokenizer(self.in_loop)
         spec = generator.condition_spec
-        self.text, self._classes = text, ClassNames(spec.num_classes, class_names)
+        names = class_names or (generator.class_names if spec.num_classes else ())
+        self.text, self._classes = text, ClassNames(spec.num_classes, names)
         self._conditions = Conditions(spec, self._classes, text)
         self.sampling = dict(sampling or {})
         generator.options_type(**check(generator.options_type, self.sampling, "sampling"))
@@ -172,7 +178,8 @@ class Pipeline:
         """
         folder = pipeline_folder(path)
         settings = read_settings(folder)
-        tokenizer, generator = load_part(folder, TOKENIZER, Tokenizer), load_part(folder, GENERATOR, Generator)
+        tokenizer: Tokenizer = load_part(folder, TOKENIZER, Tokenizer)
+        generator: Generator = load_part(folder, GENERATOR, Generator)
         pipe = cls(tokenizer, generator, **settings, text=PromptEncoder.load(folder / TEXT))
         return pipe.to(choose_device(device), choose_dtype(dtype))
 
@@ -215,6 +222,7 @@ class Pipeline:
         generator: torch.Generator | None = None,
         index_start: int = 0,
         batch_size: int = 64,
+        callback_on_step_end: StepCallback | None = None,
         **sampling: Any,
     ) -> PipelineOutput:
         """Generate images, or clips.
@@ -236,6 +244,7 @@ class Pipeline:
             generator: the source of the seed, as in diffusers.
             index_start: the number of the first image among those of its seed.
             batch_size: images generated at a time.
+            callback_on_step_end: called after each step of a batch; see ``vistok.pipelines.steps.every_step``.
             **sampling: options of ``self.generator.options_type``, such as ``temperature`` or ``guidance_scale``;
                 they override ``self.sampling``.
 
@@ -254,7 +263,9 @@ class Pipeline:
         condition = self._condition(request, options)
 
         def sample(rows: slice, draws: Draws) -> Tensor:
-            return self.generator.sample(condition[rows].to(self.device), options, draws=draws, tokenizer=self.in_loop)
+            given = condition[rows].to(self.device)
+            on_step = every_step(self, callback_on_step_end)
+            return self.generator.sample(given, options, draws=draws, tokenizer=self.in_loop, on_step=on_step)
 
         made = self._run(sample, condition, options, _seed(seed, generator), index_start, batch_size)
         return replace(made, prompts=_prompts(request, len(condition)))
@@ -333,9 +344,9 @@ class Pipeline:
             batch = make(rows, self.generator.sampling_draws(keys, options))
             tokens.append(batch.cpu())
             pixels.append(self.decode(batch, keys, condition[rows]))
-        pixels = torch.cat(pixels)
+        whole = torch.cat(pixels)
         labels = None if condition.labels is None else condition.labels.tolist()
-        return PipelineOutput(shown(pixels), torch.cat(tokens), pixels, labels)
+        return PipelineOutput(shown(whole), torch.cat(tokens), whole, labels)
 
     def stream(
         self,
@@ -443,8 +454,8 @@ class Pipeline:
         """Pixels (B, C, H, W) as they are, or of PIL images."""
         if isinstance(images, Tensor):
             return images
-        channels, *size = self.tokenizer.image_shape("reading PIL images")
-        return from_pil([images] if isinstance(images, Image.Image) else images, tuple(size), channels)
+        channels, height, width = self.tokenizer.image_shape("reading PIL images")
+        return from_pil([images] if isinstance(images, Image.Image) else images, (height, width), channels)
 
     def to_tokenizer(self, values: Tensor) -> Tensor:
         """Pixels, latents or ids on the tokenizer's device, which need not be the generator's; floats in its
@@ -496,10 +507,6 @@ class Pipeline:
         """(h, w) of the tokens' places in an image; None if they have none."""
         grid = self._decode_options.get("grid", self.tokenizer.spec.grid)
         return grid if grid is not None and len(grid) == 2 else None
-
-
-pipeline = Pipeline.from_pretrained
-"""``vistok.pipeline(path, *, device=None, dtype=None)``: load a pipeline from a folder or a hub id."""
 
 
 def _decode_options(tokenizer: Tokenizer, spec: TokenSpec) -> dict[str, Any]:

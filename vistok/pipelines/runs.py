@@ -10,7 +10,7 @@ from vistok.checkpoints import CONFIG, read_config
 from vistok.checkpoints.registry import entry
 from vistok.config import NOTHING, Allowed, ConfigError, check, load_config, override
 from vistok.data.config import DataConfig
-from vistok.pipelines.folders import BEST_MODEL, GENERATOR, TOKENIZER
+from vistok.pipelines.folders import BEST_MODEL, GENERATOR, PIPELINE, TOKENIZER
 
 RUN_CONFIG = "config.yaml"
 
@@ -27,7 +27,7 @@ def holds_tokenizer_only(path: str | Path) -> bool:
     folder = Path(path)
     if (folder / CONFIG).is_file():
         return entry(read_config(folder)["model"]).kind == "tokenizer"
-    return (folder / TOKENIZER).is_dir() and not (folder / GENERATOR).exists()
+    return (folder / TOKENIZER).is_dir() and not any((folder / part).exists() for part in (GENERATOR, PIPELINE))
 
 
 def data_of_run(

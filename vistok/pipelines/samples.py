@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from PIL import Image
+from torch import Tensor
 
 from vistok._version import __version__
-from vistok.data.clips import ClipBatches, ClipTransform, VideoSource
+from vistok.data.clips import ClipBatches, ClipTransform
 from vistok.data.decoding import Decoder
 from vistok.data.movies import save_gif, save_mp4, shown, to_frames
-from vistok.data.pictures import comparison, from_pil, grid, npz_writer, open_picture, save_png, to_pil, to_uint8
+from vistok.data.pictures import from_pil, npz_writer, open_picture, save_png, to_pil, to_uint8
+from vistok.data.sheets import sheet
+from vistok.data.video_files import VideoSource
 from vistok.draws import Keys
 from vistok.eval.reconstruction import psnr
 from vistok.eval.video import psnr as psnr_of_clips
@@ -27,11 +31,16 @@ from vistok.utils.devices import dtype_of
 from vistok.utils.files import write_json
 from vistok.utils.locks import locked
 from vistok.utils.processes import Processes
-from vistok.utils.progress import track
+from vistok.utils.progress import Bar
 from vistok.utils.unfinished import discard, how_to_go_on, open_unfinished, publish, unfinished
 
 GRID, NPZ, RECORD = "grid.png", "samples.npz", "samples.json"
 GRID_IMAGES = 64
+MOST_COLUMNS = 16
+PAIRS = 8
+"""Originals in a row over their reconstructions."""
+STRIP = 128
+"""Pixels that an image of a strip has at least: one looks at what is lost."""
 ALONE = Processes()
 
 
@@ -83,17 +92,17 @@ def write_samples(
     clips = len(pipe.tokenizer.input_shape) == 4
     if clips and npz:
         raise ValueError("samples.npz holds images for their evaluators; clips are scored from folders, without --npz")
-    sampling = dict(sampling or {})
+    options: dict[str, Any] = dict(sampling or {})
     what = _what(pipe, classes, prompts, num_images)
     named = {} if prompts is None else {"prompts": what["prompt"], "text": pipe.text.identities}
-    negative = {} if negative_prompt is None else {"negative_prompt": negative_prompt}
+    negative: dict[str, Any] = {} if negative_prompt is None else {"negative_prompt": negative_prompt}
     settings = {
         "num_images": num_images,
         "seed": seed,
         "labels": what.get("class_labels"),
         **named,
         **negative,
-        "options": to_json(dataclasses.asdict(pipe.options(**sampling))),
+        "options": to_json(dataclasses.asdict(pipe.options(**options))),
         "tokenizer": pipe.tokenizer.fingerprint(),
         "generator": pipe.generator.fingerprint(),
     }
@@ -105,13 +114,20 @@ def write_samples(
         processes.wait()
         files = [unfinished(out) / f"{index:06d}.png" for index in range(num_images)]
         try:
-            for start, stop in track(*_batches(files, batch_size, processes)):
-                part = {name: values[start:stop] for name, values in what.items()} or {"num_images": stop - start}
-                made = pipe(**part, **negative, seed=seed, index_start=start, batch_size=batch_size, **sampling)
-                _write(made, files[start:stop])
+            ranges = _batches(files, batch_size, processes)
+            with Bar(f"{num_images:,} samples", sum(stop - start for start, stop in ranges)) as bar:
+                done = 0
+                for start, stop in ranges:
+                    part: dict[str, Any] = {name: values[start:stop] for name, values in what.items()}
+                    part = part or {"num_images": stop - start}
+                    part |= bar.of_batch(done, stop - start, pipe.generator.spec.length)
+                    made = pipe(**part, **negative, seed=seed, index_start=start, batch_size=batch_size, **options)
+                    _write(made, files[start:stop])
+                    done += stop - start
+                    bar.show(done)
             processes.wait()
             if processes.is_first:
-                _finish(files, record, columns=1 if clips else _columns(classes or prompts), npz=npz)
+                _finish(files, record, _labels(pipe, what), clips=clips, npz=npz)
         except BaseException as error:
             if processes.count == 1 and not any(file.exists() for file in files):
                 discard(out)
@@ -135,8 +151,8 @@ def _write(made: PipelineOutput, files: Sequence[Path]) -> None:
         save_png(image, file)
 
 
-def _batches(files: Sequence[Path], batch_size: int, processes: Processes) -> tuple[list[tuple[int, int]], str, int]:
-    """This process's ranges of images that are not all there, for ``track``.
+def _batches(files: Sequence[Path], batch_size: int, processes: Processes) -> list[tuple[int, int]]:
+    """This process's ranges of images that are not all there.
 
     Which process makes an image depends on its number alone, not on what is there: processes look at different times.
     """
@@ -146,18 +162,42 @@ def _batches(files: Sequence[Path], batch_size: int, processes: Processes) -> tu
         missing = [index for index in range(start, stop) if not files[index].exists()]
         if missing:
             ranges.append((missing[0], stop))
-    return ranges, f"{len(files):,} samples", len(ranges)
+    return ranges
 
 
-def _finish(files: Sequence[Path], record: Mapping[str, Any], *, columns: int | None, npz: bool) -> None:
+def _labels(pipe: Pipeline, what: Mapping[str, Sequence[Any]]) -> list[str]:
+    """The class or the prompt of each image, as a grid names it; none of images that have neither."""
+    if "prompt" in what:
+        return [text or "" for text in what["prompt"]]
+    names = pipe.class_names
+    return [names[label].split(",")[0] if names else str(label) for label in what.get("class_labels", ())]
+
+
+def _finish(files: Sequence[Path], record: Mapping[str, Any], labels: Sequence[str], *, clips: bool, npz: bool) -> None:
     """Put the overview, the array and the record beside all images."""
     folder = files[0].parent
     if npz:
         with npz_writer(folder / NPZ, len(files)) as writer:
             for file in files:
                 writer.write([open_picture(file)])
-    save_png(grid([open_picture(file) for file in files[:GRID_IMAGES]], columns), folder / GRID)
+    save_png(overview([open_picture(file) for file in files[:GRID_IMAGES]], labels, clips=clips), folder / GRID)
     write_json(folder / RECORD, record)
+
+
+def overview(images: Sequence[Image.Image], labels: Sequence[str] = (), *, clips: bool = False) -> Image.Image:
+    """Samples in a grid: a column for each class or prompt where few take turns, else a label below each image.
+
+    Args:
+        labels: of the images, and of those that follow them.
+        clips: whether the images are frames in a row, which lie below each other.
+    """
+    labels = labels[: len(images)]
+    turns = len(set(labels))
+    if clips:
+        return sheet(images, 1, row_labels=labels)
+    if 1 < turns <= MOST_COLUMNS and all(label == labels[index % turns] for index, label in enumerate(labels)):
+        return sheet(images, turns, column_labels=labels[:turns])
+    return sheet(images, labels=labels)
 
 
 def reconstruct_files(tokenizer: Tokenizer, files: Sequence[str | Path], out: str | Path) -> list[float]:
@@ -172,28 +212,54 @@ def reconstruct_files(tokenizer: Tokenizer, files: Sequence[str | Path], out: st
     tokenizer.check_renders("reconstructing files")
     if len(tokenizer.input_shape) == 4:
         return _reconstruct_videos(tokenizer, files, Path(out))
-    channels, *size = tokenizer.image_shape("reconstructing files")
-    decoder = Decoder(channels, side=size[0])
-    pixels = from_pil([open_picture(file, decoder) for file in files], tuple(size), channels)
-    parameter = next(tokenizer.parameters())
-    rows = [tokenizer.reconstruct(row[None].to(parameter.device, parameter.dtype)).float().cpu() for row in pixels]
+    pixels = _read_pictures(tokenizer, files)
+    rows = [tokenizer.reconstruct(row[None].to(tokenizer.device, tokenizer.dtype)).float().cpu() for row in pixels]
     reconstructions = torch.cat(rows)
-    save_png(comparison(pixels, reconstructions), out)
-    return psnr(to_uint8(pixels) / 255, to_uint8(reconstructions) / 255).tolist()
+    decibels = psnr(to_uint8(pixels) / 255, to_uint8(reconstructions) / 255).tolist()
+    names = [Path(file).stem for file in files]
+    _save_pairs(to_pil(pixels), to_pil(reconstructions), names, [f"{value:.1f} dB" for value in decibels], out)
+    return decibels
+
+
+def _save_pairs(
+    originals: Sequence[Image.Image],
+    reconstructions: Sequence[Image.Image],
+    names: Sequence[str],
+    scores: Sequence[str],
+    out: str | Path,
+) -> None:
+    """Rows of originals with their names, each over the row of their reconstructions with their scores."""
+    columns, shown, labels = min(PAIRS, len(names)), [], []
+    blank = Image.new(originals[0].mode, originals[0].size, "white")
+    for start in range(0, len(names), columns):
+        here = slice(start, start + columns)
+        lacking = columns - len(names[here])
+        for images, texts in ((originals, names), (reconstructions, scores)):
+            shown += [*images[here], *[blank] * lacking]
+            labels += [*texts[here], *[""] * lacking]
+    save_png(sheet(shown, columns, labels=labels, least=STRIP), out)
+
+
+def _read_pictures(tokenizer: Tokenizer, files: Sequence[str | Path]) -> Tensor:
+    """Image files as the tokenizer reads them, (B, C, H, W) in [-1, 1]."""
+    channels, height, width = tokenizer.image_shape("reconstructing files")
+    decoder = Decoder(channels, side=height)
+    return from_pil([open_picture(file, decoder) for file in files], (height, width), channels)
 
 
 def _reconstruct_videos(tokenizer: Tokenizer, files: Sequence[str | Path], out: Path) -> list[float]:
     channels, length, height, width = tokenizer.input_shape
     if height != width:
         raise ValueError(f"videos are cropped to squares, but this tokenizer reads {height}x{width}")
-    transform = ClipTransform(length, height, start="center", channels=channels)
+    transform = ClipTransform(length, height, start="center", channels=1 if channels == 1 else 3)
     reader = ClipBatches(VideoSource([Path(file) for file in files], [-1] * len(files)), transform)
-    parameter = next(tokenizer.parameters())
+    device, dtype = tokenizer.device, tokenizer.dtype
     originals = torch.stack([reader.clip(index, (0.5,) * 4)[0] for index in range(len(files))])
-    made = [tokenizer.reconstruct(clip[None].to(parameter.device, parameter.dtype)).float().cpu() for clip in originals]
+    made = [tokenizer.reconstruct(clip[None].to(device, dtype)).float().cpu() for clip in originals]
     reconstructions = torch.cat(made)
     sheets = [image for pair in zip(shown(originals), shown(reconstructions)) for image in pair]
-    save_png(grid(sheets, 1), out)
+    names = [text for file in files for text in (Path(file).stem, "decoded")]
+    save_png(sheet(sheets, 1, row_labels=names), out)
     columns = [torch.cat(list(clips), -2) for clips in (originals, reconstructions)]  # (C, T, N * H, W) each
     save_mp4(to_frames(torch.cat(columns, -1)[None])[0], out.with_suffix(".mp4"))
     return psnr_of_clips(to_uint8(originals) / 255, to_uint8(reconstructions) / 255).tolist()
@@ -215,20 +281,24 @@ def reconstruct_prefixes(
     if tokenizer.spec.prefix_step is None:
         raise ValueError(f"{type(tokenizer).__name__} decodes all of its {tokenizer.spec.length} tokens at once only")
     tokenizer.check_renders("reconstructing files")
-    channels, *size = tokenizer.image_shape("reconstructing files")
-    decoder = Decoder(channels, side=size[0])
-    pixels = from_pil([open_picture(file, decoder) for file in files], tuple(size), channels)
-    parameter = next(tokenizer.parameters())
+    pixels, decode = _read_pictures(tokenizer, files), cast(Callable[..., Tensor], tokenizer.decode)
     draws = tokenizer.decoding_draws(Keys.range(0, 1))
     draws = {name: value.expand(len(lengths), *value.shape[1:]) for name, value in draws.items()}
     shown, decibels = [], []
     for original in pixels:
-        ids = tokenizer.encode(original[None].to(parameter.device, parameter.dtype)).expand(len(lengths), -1)
-        decoded = tokenizer.decode(ids, lengths=torch.tensor(lengths), draws=draws).float().cpu()
+        ids = tokenizer.encode(original[None].to(tokenizer.device, tokenizer.dtype)).expand(len(lengths), -1)
+        decoded = decode(ids, lengths=torch.tensor(lengths), draws=draws).float().cpu()
         shown += to_pil(torch.cat([original[None], decoded]))
         truth = original.expand_as(decoded)
         decibels.append(psnr(to_uint8(truth) / 255, to_uint8(decoded) / 255).tolist())
-    save_png(grid(shown, 1 + len(lengths)), out)
+    tokens = [f"{length} token{'s' * (length != 1)}" for length in lengths]
+    labels = [
+        text
+        for file, values in zip(files, decibels, strict=True)
+        for text in (Path(file).stem, *(f"{value:.1f} dB" for value in values))
+    ]
+    drawn = sheet(shown, 1 + len(lengths), column_labels=["original", *tokens], labels=labels, least=STRIP)
+    save_png(drawn, out)
     return decibels
 
 
@@ -247,8 +317,3 @@ def _what(
         if not len(values):
             raise ValueError(f"there is nothing to generate: the list of {name}s is empty")
     return {name: [values[index % len(values)] for index in range(num_images)] for name, values in what.items()}
-
-
-def _columns(named: Sequence[Any] | None) -> int | None:
-    """One column per class or prompt, where there are few; None leaves it to the grid."""
-    return len(named) if named is not None and 1 < len(named) <= 16 else None

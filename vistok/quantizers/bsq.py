@@ -65,12 +65,12 @@ def as_boxes(scales: Sequence[Sequence[int]]) -> tuple[Grid3, ...]:
     Raises:
         ValueError: none, or a side below 1.
     """
-    boxes = tuple((1, *scale) if len(scale) == 2 else tuple(scale) for scale in scales)
-    if not boxes or any(len(box) != 3 or min(box) < 1 for box in boxes):
+    sides = [(1, *scale) if len(scale) == 2 else tuple(scale) for scale in scales]
+    if not sides or any(len(box) != 3 or min(box) < 1 for box in sides):
         raise ValueError(
             f"scales must be (height, width) or (time, height, width) of at least 1, got {[tuple(s) for s in scales]}"
         )
-    return boxes
+    return tuple((t, h, w) for t, h, w in sides)
 
 
 class MultiScaleBSQ(nn.Module):
@@ -150,7 +150,7 @@ class MultiScaleBSQ(nn.Module):
         ends = torch.tensor(sizes).cumsum(0).tolist()
         if bits.ndim != 3 or bits.shape[2] != self.dim or bits.shape[1] not in ends:
             raise ValueError(f"bits must be (B, n, {self.dim}), n of {ends}: whole scales; got {tuple(bits.shape)}")
-        so_far = 0.0
+        so_far: float | Tensor = 0.0
         for k, part in enumerate(bits.split(sizes[: ends.index(bits.shape[1]) + 1], 1)):
             so_far = so_far + self._enlarged(self._signs(self._gridded(part, k) > 0), k)
             yield so_far

@@ -27,6 +27,9 @@ class CodeClustering(nn.Module):
         decay: of the average, in [0, 1).
     """
 
+    usage: Tensor
+    places: Tensor
+
     def __init__(self, codebook_size: int, dim: int, decay: float = DECAY):
         super().__init__()
         if not 0 <= decay < 1:

@@ -28,6 +28,10 @@ class FSQ(nn.Module):
         levels: number of values of each channel, at least 2.
     """
 
+    sizes: Tensor
+    half_width: Tensor
+    basis: Tensor
+
     loss_terms: tuple[str, ...] = ()
 
     def __init__(self, levels: Sequence[int]):

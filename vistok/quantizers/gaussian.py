@@ -24,6 +24,9 @@ class LatentScale(nn.Module):
         ValueError: another number of means or scales than channels.
     """
 
+    mean: Tensor
+    scale: Tensor
+
     def __init__(self, dim: int, mean: float | Sequence[float] = 0.0, scale: float | Sequence[float] = 1.0):
         super().__init__()
         self.dim = dim

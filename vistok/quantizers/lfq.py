@@ -28,6 +28,8 @@ class LFQ(nn.Module):
         ValueError: no bits, or more than an id can hold.
     """
 
+    basis: Tensor
+
     def __init__(
         self,
         dim: int,

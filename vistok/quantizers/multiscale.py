@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vistok.draws import Draws
+from vistok.nn.containers import ModuleList
 from vistok.quantizers.vq import VectorQuantizer
 from vistok.types import Expander, QuantizerOutput
 from vistok.utils.devices import without_autocast
@@ -34,10 +35,10 @@ def as_grids(scales: Sequence[int | Sequence[int]]) -> tuple[Grid, ...]:
     Raises:
         ValueError: none, or a side below 1.
     """
-    grids = tuple((scale, scale) if isinstance(scale, int) else tuple(scale) for scale in scales)
-    if not grids or any(len(grid) != 2 or min(grid) < 1 for grid in grids):
+    sides = [(scale, scale) if isinstance(scale, int) else tuple(scale) for scale in scales]
+    if not sides or any(len(grid) != 2 or min(grid) < 1 for grid in sides):
         raise ValueError(f"scales must be sides or (height, width) pairs of at least 1, got {tuple(scales)}")
-    return grids
+    return tuple((height, width) for height, width in sides)
 
 
 def refiner_of_scales(num_scales: int, num_refiners: int) -> tuple[int, ...]:
@@ -100,7 +101,7 @@ class MultiScaleQuantizer(nn.Module):
             codebook_size, dim, normalize=cosine, init="uniform", restart_after=restart_after
         )
         count = num_refiners if refiner_share > NO_SHARE else 0
-        self.refiners = nn.ModuleList(Refiner(dim, refiner_share) for _ in range(count))
+        self.refiners = ModuleList(Refiner(dim, refiner_share) for _ in range(count))
 
     @property
     def codebook_size(self) -> int:
@@ -197,7 +198,7 @@ class MultiScaleQuantizer(nn.Module):
         """
         grids = self._grids(scales)
         codes = tokens if tokens.is_floating_point() else self.ids_to_latents(tokens)
-        so_far = 0.0
+        so_far: float | Tensor = 0.0
         for k, part in enumerate(codes.split(whole_scales(codes.shape[1], grids), 1)):
             so_far = so_far + self.enlarge(part, k, grids)
             yield so_far

@@ -16,7 +16,7 @@ from vistok.quantizers.vq import VectorQuantizer
 QUANTIZERS: dict[str, type[nn.Module]] = {"vq": VectorQuantizer, "lfq": LFQ, "fsq": FSQ, "index": IndexQuantizer}
 
 
-def build_quantizer(config: Mapping[str, Any], dim: int) -> nn.Module:
+def build_quantizer(config: Mapping[str, Any], dim: int) -> Any:
     """The quantizer of one id per position that a config describes: ``name``, and the arguments of the class.
 
     Args:
@@ -27,7 +27,7 @@ def build_quantizer(config: Mapping[str, Any], dim: int) -> nn.Module:
     """
     arguments = dict(config)
     name = arguments.pop("name", None)
-    if name not in QUANTIZERS:
+    if not isinstance(name, str) or name not in QUANTIZERS:
         near = nearest(str(name), tuple(QUANTIZERS))
         hint = f"; did you mean {near!r}?" if near else ""
         raise ValueError(f"quantizer.name: unknown {name!r}{hint} Known: {', '.join(QUANTIZERS)}.")

@@ -25,6 +25,9 @@ class CodeRestart(nn.Module):
         patience: training steps that a code may go unused.
     """
 
+    idle: Tensor
+    places: Tensor
+
     def __init__(self, codebook_size: int, dim: int, patience: int):
         super().__init__()
         if patience < 1:

@@ -47,6 +47,7 @@ class StochasticQuantizer(nn.Module):
         self.codebook_size, self.dim, self.normalize = codebook_size, dim, normalize
         self.embedding = nn.Embedding(codebook_size, dim)
         nn.init.kaiming_uniform_(self.embedding.weight)
+        self.inverse_temperature: nn.Parameter | float
         if temperature == "learned":
             self.inverse_temperature = nn.Parameter(torch.full((1,), 10.0))
         else:

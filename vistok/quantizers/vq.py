@@ -129,7 +129,7 @@ class VectorQuantizer(nn.Module, AfterBackward):
         if self.entropy is not None:
             losses["entropy"] = self.entropy(distances)
         if self.training and self.perturbation is not None:
-            codes = self._perturbed(codes, distances, draws)
+            codes = self._perturbed(self.perturbation, codes, distances, draws)
         if self.gradient == "rotation":
             quantized = rotate_to(normalised, codes)
         else:
@@ -138,14 +138,14 @@ class VectorQuantizer(nn.Module, AfterBackward):
         return QuantizerOutput(quantized, ids, losses, self.codebook_size)
 
     @torch.no_grad()
-    def _perturbed(self, codes: Tensor, distances: Tensor, draws: Draws | None) -> Tensor:
+    def _perturbed(self, perturbation: Perturbation, codes: Tensor, distances: Tensor, draws: Draws | None) -> Tensor:
         """The codes (B, L, D), those of the first images of the batch exchanged for near ones."""
         if draws is None or EXCHANGE not in draws:
             raise ValueError("a perturbation of latents is random: pass perturbation_draws(keys, length)")
-        count = self.perturbation.rows(len(codes))
-        strength = min(self.perturbation.strength, self.codebook_size)
+        count = perturbation.rows(len(codes))
+        strength = min(perturbation.strength, self.codebook_size)
         neighbours = distances[:count].topk(strength, dim=-1, largest=False).indices
-        ids = perturb(neighbours, self.perturbation.rate, strength, {name: d[:count] for name, d in draws.items()})
+        ids = perturb(neighbours, perturbation.rate, strength, {name: d[:count] for name, d in draws.items()})
         return torch.cat([self.ids_to_latents(ids), codes[count:]])
 
     def after_backward(self) -> None:

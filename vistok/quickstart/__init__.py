@@ -1,29 +1,26 @@
 """The whole chain on data that needs no download: digits -> tokenizer -> tokens -> generator -> samples -> scores.
 
-Everything goes through the parts that users have: two configs of a system (``systems/``), :func:`vistok.train.train`,
-:func:`vistok.train.tokenize.tokenize` and a :class:`vistok.pipelines.Pipeline`.
+The digits are images, or clips in which they move. Everything goes through the parts that users have: the configs of a
+system (``systems/``), :func:`vistok.train.train`, :func:`vistok.train.tokenize.tokenize` and a
+:class:`vistok.pipelines.Pipeline`.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from vistok.data.captions import spell_digit
-from vistok.data.tokens import TokenCache
-from vistok.pipelines import Pipeline, pipeline
+from vistok.config import load_config
+from vistok.pipelines import pipeline
 from vistok.pipelines.folders import load_tokenizer
 from vistok.pipelines.runs import data_of_run
+from vistok.quickstart.chain import Chain, Recipe
 from vistok.quickstart.console import Stages, print_summary
-from vistok.quickstart.recipe import Recipe
-from vistok.quickstart.scores import CLASSES, COPIES, Digits, equal_counts, fit_classifier, load_digits, score
-from vistok.quickstart.story import draw, score_lines, write_story
-from vistok.quickstart.systems import find_system, systems
-from vistok.quickstart.talk import converse
+from vistok.quickstart.styled import write_conversations
+from vistok.quickstart.systems import Stage, System, config_file, find_system, systems
 from vistok.text import PromptEncoder, open_text_tokenizer
 from vistok.train import train
 from vistok.train.environment import environment
@@ -32,18 +29,19 @@ from vistok.utils.files import write_json
 
 __all__ = ["Recipe", "quickstart"]
 
-DEFAULT = Recipe()
 
-
-def quickstart(out: str | Path, recipe: Recipe = DEFAULT) -> dict[str, Any]:
+def quickstart(
+    out: str | Path,
+    recipe: Recipe = Recipe(),  # noqa: B008 (immutable)
+) -> dict[str, Any]:
     """Train, sample, score, and report in the folder ``out``, and say so on standard output.
 
-    ``out`` gets the runs ``tokenizer/`` and ``generator/`` (which is a pipeline), the token cache ``tokens/``,
-    pictures, report.html, and at last result.json.
+    ``out`` gets the runs ``tokenizer/`` and ``generator/`` (which is a pipeline), of clips also ``predictor/``, the
+    token cache ``tokens/``, pictures, report.html, and at last result.json.
 
     Returns:
-        what result.json holds: the fields of ``Scores``, or of ``TalkScores``, "seconds", and how they came about under
-        "protocol".
+        what result.json holds: the fields of ``Scores``, ``ClipScores`` or ``TalkScores``, "seconds", and how they came
+        about under "protocol".
 
     Raises:
         FileExistsError: ``out`` exists and is not an empty folder.
@@ -51,75 +49,65 @@ def quickstart(out: str | Path, recipe: Recipe = DEFAULT) -> dict[str, Any]:
         ConfigError: a change in ``recipe`` that does not fit the configs.
     """
     begin = time.monotonic()
-    recipe = replace(recipe, system=recipe.system or next(iter(systems())))
-    system = find_system(recipe.system)
+    name = recipe.system or next(iter(systems()))
+    recipe, system = replace(recipe, system=name), find_system(name)
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists already and is not empty; remove it, or choose another folder with --out")
-    if system.captions:
-        return converse(out, recipe, begin)
-    stages = Stages(("tokenizer", "tokens", "generator", "samples", "scores", "report"))
-    views = system.views if recipe.views is None else recipe.views
-    pipe, cache = _train(out, recipe, views, system.text_length, stages)
-
-    stages.begin("samples", f"{recipe.samples_per_class} digits of each class")
-    if system.text_length:
-        what = {"prompt": [spell_digit(digit)[0] for digit in range(CLASSES)]}
+    predictor = ("predictor",) if system.given_frames else ()
+    stages = Stages(("tokenizer", "tokens", "generator", *predictor, "samples", "scores", "report"))
+    chain = _train(out, recipe, system, stages, begin)
+    if len(chain.pipe.tokenizer.input_shape) == 4:
+        from vistok.quickstart.clips import present
+    elif system.captions:
+        from vistok.quickstart.talk import present
     else:
-        what = {"class_labels": list(range(CLASSES))}
-    samples = pipe(**what, num_images_per_label=recipe.samples_per_class, seed=recipe.seed, batch_size=250)
-    generated = Digits(samples.pixels, torch.arange(CLASSES).repeat_interleave(recipe.samples_per_class))
-
-    stages.begin("scores", "by a classifier that is fitted to real digits now")
-    real, held_out = load_digits("train"), load_digits("test")
-    scores = score(
-        generated,
-        samples.tokens,
-        classifier=fit_classifier(real, steps=recipe.classifier_steps, seed=recipe.seed),
-        tokenizer=pipe.tokenizer,
-        cache=cache,
-        train=real,
-        test=held_out,
-    )
-
-    stages.begin("report", "pictures and curves")
-    pictures = draw(generated, real, held_out, tokenizer=pipe.tokenizer, runs=(out / "tokenizer", out / "generator"))
-    pictures.save(out)
-    protocol = {
-        "data": "scikit-learn's digits, 8x8 resized to 32x32; the last fifth of each class is held out",
-        "classifier": "a small convolutional network, fitted to augmented real training digits only",
-        "training_digits": len(real),
-        "held_out_digits": len(held_out),
-        "generated_digits": len(generated),
-        "frechet_digits": int(equal_counts(generated, held_out).sum()),
-        "copies": COPIES[pipe.tokenizer.spec.discrete],
-        "sampling": pipe.sampling,
-        "recipe": asdict(recipe),
-        "environment": environment(),
-    }
-    seconds = time.monotonic() - begin
-    lines = score_lines(scores, seconds, system, spec=pipe.tokenizer.spec)
-    write_story(out / "report.html", pictures, lines, system=system, spec=pipe.tokenizer.spec, protocol=protocol)
+        from vistok.quickstart.images import present
+    scores, protocol, lines = present(chain, stages)
     result = {name: round(value, 4) for name, value in asdict(scores).items()}
-    result |= {"seconds": round(seconds, 1), "protocol": protocol}
+    result |= {"seconds": round(chain.seconds, 1), "protocol": protocol}
     write_json(out / "result.json", result)
-    print_summary(lines, str(out / "report.html"))
+    print_summary(lines, str(chain.report))
     return result
 
 
-def _train(out: Path, recipe: Recipe, views: int, text_length: int, stages: Stages) -> tuple[Pipeline, TokenCache]:
-    """Both trainings, and the token cache between them."""
-    tokenizer_config, generator_config = recipe.config("tokenizer", out), recipe.config("generator", out)
+def _train(out: Path, recipe: Recipe, system: System, stages: Stages, begin: float) -> Chain:
+    """All trainings, and the token cache between them."""
+    views = system.views if recipe.views is None else recipe.views
+    tokenizer_config = _config("tokenizer", out, recipe, recipe.tokenizer)
+    generator_config = _config("generator", out, recipe, recipe.generator)
+    predictor_config = _config("predictor", out, recipe, recipe.predictor) if system.given_frames else None
 
-    stages.begin("tokenizer", "learns to write a 32x32 digit as a few tokens")
+    stages.begin("tokenizer", "learns to write a digit as a few tokens")
     run = train(tokenizer_config)
 
     stages.begin("tokens", f"of every training digit in {views} slightly different views")
     tokenizer = load_tokenizer(run)
     data = data_of_run(run, (), input_shape=tokenizer.input_shape)
-    text = PromptEncoder([open_text_tokenizer("bytes", text_length)] if text_length else [])
-    cache = tokenize(tokenizer, data, out / "tokens", augmentation=f"random:{views}", text=text)
+    text = PromptEncoder([open_text_tokenizer("bytes", system.text_length)] if system.text_length else [])
+    if system.captions:
+        cache = write_conversations(tokenizer, data, out / "tokens", views=views, text=text)
+    else:
+        cache = tokenize(
+            tokenizer, data, out / "tokens", augmentation=f"random:{views}", text=text, given_frames=system.given_frames
+        )
 
-    given = "text" if text_length else "class"
+    given = "text" if system.text_length else "class"
     stages.begin("generator", f"learns to predict the tokens of each {given}")
-    return pipeline(train(generator_config)), cache
+    pipe, predictor = pipeline(train(generator_config)), None
+    if predictor_config is not None:
+        stages.begin("predictor", f"learns to go on from the first {system.given_frames} frames")
+        predictor = pipeline(train(predictor_config))
+    facts = {"sampling": pipe.sampling, "recipe": asdict(recipe), "environment": environment()}
+    return Chain(out, recipe, system, data, pipe, predictor, cache, facts, begin)
+
+
+def _config(stage: Stage, out: Path, recipe: Recipe, overrides: Sequence[str]) -> dict[str, Any]:
+    """The config of a stage, with everything it reads and writes inside ``out``."""
+    config = load_config(config_file(str(recipe.system), stage), overrides)
+    config |= {"output_dir": str(out / stage), "seed": recipe.seed}
+    if stage == "tokenizer":
+        config["data"] = {**config["data"], "seed": recipe.seed}
+    else:
+        config["tokens"] = str(out / "tokens")
+    return config

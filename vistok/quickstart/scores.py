@@ -44,8 +44,7 @@ class Digits:
 
     def first_of_each_class(self, counts: Tensor) -> Digits:
         """The first ``counts[c]`` images of every class c."""
-        rows = [(self.labels == label).nonzero()[: int(count), 0] for label, count in enumerate(counts)]
-        rows = torch.cat(rows)
+        rows = torch.cat([(self.labels == label).nonzero()[: int(count), 0] for label, count in enumerate(counts)])
         return Digits(self.pixels[rows], self.labels[rows])
 
 

@@ -11,37 +11,38 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vistok.data.pictures import comparison, grid, save_png, to_pil
+from vistok.data.pictures import save_png, to_pil
+from vistok.data.sheets import sheet
 from vistok.quickstart.scores import CLASSES, Digits, Scores, decode, encode, nearest, reconstruct
 from vistok.quickstart.systems import System
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.monitor import read_metrics
 from vistok.types import TokenSpec
 from vistok.utils.report import (
+    Chart,
+    Charts,
     Commands,
     Facts,
-    Panel,
+    Line,
     Paragraph,
     Picture,
     Score,
     ScoreTable,
     Section,
-    draw_curves,
     write_report,
 )
 
-COLUMNS = 10
+ROWS = 10
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Attributes: samples by class; samples over their nearest training digits; held-out digits over their
-    reconstructions; training curves; and of ordered tokens, held-out digits from ever more of them, else None."""
+    """Attributes: samples, a column per class; samples over their nearest training digits; held-out digits over their
+    reconstructions; and of ordered tokens, held-out digits from ever more of them, else None."""
 
     samples: Image.Image
     nearest: Image.Image
     reconstructions: Image.Image
-    curves: Image.Image
     prefixes: Image.Image | None
 
     def save(self, folder: Path) -> None:
@@ -51,42 +52,54 @@ class Pictures:
                 save_png(image, folder / f"{name}.png")
 
 
-def draw(
-    generated: Digits, train: Digits, held_out: Digits, *, tokenizer: Tokenizer, runs: tuple[Path, Path]
-) -> Pictures:
-    """Draw everything. Nothing is picked: the first digits of each class, and evenly spread held-out digits.
-
-    ``runs`` are the folders of the tokenizer's and the generator's training.
-    """
-    shown = [generated.pixels[generated.labels == label][:COLUMNS] for label in range(CLASSES)]
-    firsts = generated.pixels[[int((generated.labels == label).nonzero()[0]) for label in range(CLASSES)]]
-    originals = held_out.pixels[:: max(1, len(held_out) // (2 * COLUMNS))][: 2 * COLUMNS]
-    tokenizer_rows, generator_rows = (read_metrics(run / "metrics.jsonl") for run in runs)
+def draw(generated: Digits, train: Digits, held_out: Digits, *, tokenizer: Tokenizer) -> Pictures:
+    """Draw everything. Nothing is picked: the first digits of each class, and evenly spread held-out digits."""
+    shown = [generated.pixels[generated.labels == label][:ROWS] for label in range(CLASSES)]  # by class (rows, C, H, W)
+    firsts = torch.stack([row[0] for row in shown])
+    originals = held_out.pixels[:: max(1, len(held_out) // (2 * CLASSES))][: 2 * CLASSES]
+    classes = [str(label) for label in range(CLASSES)]
+    pairs = torch.stack([originals, reconstruct(tokenizer, originals)])  # (2, 2 * CLASSES, C, H, W)
     return Pictures(
-        samples=grid([image for row in shown for image in to_pil(row)], columns=min(COLUMNS, len(shown[0]))),
-        nearest=comparison(firsts, train.pixels[nearest(firsts, train.pixels)], COLUMNS),
-        reconstructions=comparison(originals, reconstruct(tokenizer, originals), COLUMNS),
+        samples=sheet(to_pil(torch.stack(shown, 1).flatten(0, 1)), CLASSES, column_labels=classes),
+        nearest=sheet(
+            to_pil(torch.cat([firsts, train.pixels[nearest(firsts, train.pixels)]])),
+            CLASSES,
+            column_labels=classes,
+            row_labels=("made", "real"),
+        ),
+        reconstructions=sheet(
+            to_pil(pairs.unflatten(1, (-1, CLASSES)).transpose(0, 1).flatten(0, 2)),
+            CLASSES,
+            row_labels=("real", "decoded") * (len(originals) // CLASSES),
+        ),
         prefixes=_prefixes(tokenizer, held_out) if tokenizer.spec.prefixes_decode else None,
-        curves=draw_curves(_panels(tokenizer_rows, generator_rows, tokenizer.spec)),
     )
 
 
-def _panels(tokenizer_rows: list[dict], generator_rows: list[dict], spec: TokenSpec) -> list[Panel]:
-    panels = [
-        Panel.of(tokenizer_rows, "psnr", "Tokenizer: PSNR in dB"),
-        Panel.of(tokenizer_rows, "codebook_usage", "Tokenizer: share of codes used"),
-        Panel.of(generator_rows, "loss", "Generator: " + ("nats per token" if spec.discrete else "loss")),
+def curves(runs: tuple[Path, Path], spec: TokenSpec) -> Charts:
+    """Of the runs of the tokenizer and of the generator."""
+    tokenizer, generator = (read_metrics(run / "metrics.jsonl") for run in runs)
+    named = [
+        ("Tokenizer: PSNR in dB", tokenizer, "psnr"),
+        ("Tokenizer: share of codes used", tokenizer, "codebook_usage"),
+        ("Generator: " + ("nats per token" if spec.discrete else "loss"), generator, "loss"),
     ]
-    return [panel for panel in panels if panel.steps]
+    charts = [Chart(title, [Line.of(rows, name)]) for title, rows, name in named if any(name in row for row in rows)]
+    return Charts(
+        charts,
+        "From metrics.jsonl of both runs, which have a report.html each. TensorBoard shows all of it: tensorboard "
+        "--logdir with this folder.",
+    )
 
 
 def _prefixes(tokenizer: Tokenizer, digits: Digits, rows: int = 5) -> Image.Image:
     """A row for each of some digits: itself, and what 1, 2, 4, … of its tokens decode to, with the same noise."""
     originals = digits.pixels[:: max(1, len(digits) // rows)][:rows]
-    ids = encode(tokenizer, originals)
-    decoded = [decode(tokenizer, ids[:, :length]) for length in prefix_ladder(tokenizer.spec)]
+    ids, ladder = encode(tokenizer, originals), prefix_ladder(tokenizer.spec)
+    decoded = [decode(tokenizer, ids[:, :length]) for length in ladder]
     rows_of_images = torch.stack([originals, *decoded], 1)  # (rows, columns, C, H, W)
-    return grid([image for row in rows_of_images for image in to_pil(row)], columns=rows_of_images.shape[1])
+    labels = ["real", *map(str, ladder)]
+    return sheet(to_pil(rows_of_images.flatten(0, 1)), len(labels), column_labels=labels)
 
 
 def prefix_ladder(spec: TokenSpec) -> list[int]:
@@ -148,6 +161,7 @@ def write_story(
     pictures: Pictures,
     lines: list[Score],
     *,
+    curves: Charts,
     system: System,
     spec: TokenSpec,
     protocol: Mapping[str, Any],
@@ -170,13 +184,15 @@ def write_story(
             Section("Scores", [ScoreTable(lines), Paragraph(NOTE)]),
             Section("New, or copied?", [Paragraph(COPIES), _nearest(pictures)]),
             Section(f"What {count} keep of an image", [_reconstructions(pictures), *_coarse_to_fine(pictures)]),
-            Section("Training curves", [_curves(pictures)]),
+            Section("Training curves", [curves]),
             Section("Go on", [Commands(_next_commands(path.parent))]),
             Section("Where these numbers come from", [Facts(_facts(protocol))]),
         ],
     )
 
 
+SCALE = 1.0
+"""CSS pixels per pixel of the pictures, in which small images are enlarged already."""
 NOTE = (
     "The classifier is tiny and so is the data set: these scores tell a good run from a bad one, and no more. "
     "result.json holds them with everything they depend on."
@@ -190,9 +206,9 @@ COPIES = (
 def _samples(pictures: Pictures) -> Picture:
     return Picture(
         pictures.samples,
-        "One row per class, the first ten of each; none were picked.",
-        "Generated digits, one row for each of the classes 0 to 9",
-        scale=2,
+        "One column per class, the first ten of each; none were picked.",
+        "Generated digits, one column for each of the classes 0 to 9",
+        SCALE,
     )
 
 
@@ -201,7 +217,7 @@ def _nearest(pictures: Pictures) -> Picture:
         pictures.nearest,
         "Above: the first sample of each class. Below: the training digit that differs least from it, pixel by pixel.",
         "Generated digits over the training digits nearest to them",
-        scale=2,
+        SCALE,
     )
 
 
@@ -210,7 +226,7 @@ def _reconstructions(pictures: Pictures) -> Picture:
         pictures.reconstructions,
         "Rows in pairs: held-out digits, and below them what the tokenizer makes of their tokens.",
         "Real digits over their reconstructions",
-        scale=2,
+        SCALE,
     )
 
 
@@ -221,16 +237,7 @@ def _coarse_to_fine(pictures: Pictures) -> list[Picture]:
         "These tokens are ordered, and any first ones decode. Left: a held-out digit; then what 1, 2, 4, … of its "
         "tokens say of it."
     )
-    return [Picture(pictures.prefixes, caption, "Real digits beside decodings of ever more of their tokens", scale=2)]
-
-
-def _curves(pictures: Pictures) -> Picture:
-    return Picture(
-        pictures.curves,
-        "From metrics.jsonl of both runs. TensorBoard shows all of it: tensorboard --logdir with this folder.",
-        "Training curves of the tokenizer and of the generator",
-        scale=0.5,
-    )
+    return [Picture(pictures.prefixes, caption, "Real digits beside decodings of ever more of their tokens", SCALE)]
 
 
 def _next_commands(out: Path) -> list[str]:
@@ -259,15 +266,22 @@ def _next_commands(out: Path) -> list[str]:
 
 
 def _facts(protocol: Mapping[str, Any]) -> dict[str, str]:
-    environment = protocol["environment"]
     return {
         "Data": f"{protocol['training_digits']:,} training and {protocol['held_out_digits']:,} held-out digits of "
         f"{protocol['data']}",
         "Classifier": protocol["classifier"],
         "Generated": f"{protocol['generated_digits']:,} digits, {protocol['frechet_digits']:,} of them for the Fréchet "
         "distance: of each class as many as are held out",
-        "Sampling": ", ".join(f"{name} {value}" for name, value in protocol["sampling"].items()) or "defaults",
         "Copies": protocol["copies"],
+        **environment_facts(protocol),
+    }
+
+
+def environment_facts(protocol: Mapping[str, Any]) -> dict[str, str]:
+    """How the samples were drawn, and where everything ran."""
+    environment = protocol["environment"]
+    return {
+        "Sampling": ", ".join(f"{name} {value}" for name, value in protocol["sampling"].items()) or "defaults",
         "Seed": str(protocol["recipe"]["seed"]),
         "Versions": ", ".join(
             f"{name} {environment[name]}" for name in ("vistok", "python", "torch", "numpy") if name in environment

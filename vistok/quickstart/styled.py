@@ -67,27 +67,21 @@ def word(digit: int) -> str:
 
 
 def write_conversations(
-    tokenizer: Tokenizer,
-    digits: StyledDigits,
-    out: Path,
-    *,
-    views: int,
-    affine: Affine,
-    text: PromptEncoder,
-    seed: int,
+    tokenizer: Tokenizer, data: DataConfig, out: Path, *, views: int, text: PromptEncoder
 ) -> TokenCache:
-    """A token cache of digits, each with another one in the same style that comes before (``given``).
+    """A token cache of the styled digits of ``data``, each with another one of its style before it (``given``).
 
     The texts of a sample are, by number: 0 the request to draw it, 1 the request to change the given digit into it,
     2 what it is, and 3 the request to draw the given one.
 
     Args:
-        views: versions of each digit, turned, shifted and scaled as ``affine`` says; each has another given digit of
-            the same class.
+        data: digits in all styles; their ``affine`` and ``seed`` are those of the views.
+        views: versions of each digit, turned, shifted and scaled; each has another given digit of the same class.
     """
-    count = len(digits)
-    tokens = torch.stack([encode(tokenizer, _augmented(digits.pixels, affine, seed, view)) for view in range(views)], 1)
-    partners, before = _partners(digits, views, seed)
+    digits = load_styled("train" if data.split is None else data.split)
+    count, affine = len(digits), data.affine or Affine()
+    tokens = torch.stack([encode(tokenizer, _augmented(digits.pixels, affine, data.seed, v)) for v in range(views)], 1)
+    partners, before = _partners(digits, views, data.seed)
     spec = tokenizer.spec
     condition = ConditionSpec(ids=text.spec.ids, given=FeatureSpec(spec.dim, spec.length))
     with TokenWriter(

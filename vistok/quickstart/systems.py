@@ -1,4 +1,4 @@
-"""What the quickstart can show: systems whose room has a folder ``quickstart`` of two configs and what they promise."""
+"""What the quickstart can show: systems whose room has a folder ``quickstart`` of configs and what they promise."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vistok.config import check, load_config
 
 __all__ = ["System", "config_file", "find_system", "systems"]
 
-Stage = Literal["tokenizer", "generator"]
+Stage = Literal["tokenizer", "generator", "predictor"]
 RECIPE, PROMISES = "quickstart", "system.yaml"
 
 
@@ -29,6 +29,7 @@ class System:
         text_length: bytes of the texts that digits are learned by ("a seven"); 0 is class labels.
         captions, edits: of a system that is talked to: shares of held-out digits that must be named, and of edits that
             must be recognised, and be in the hand of what they change; 0 is a system that draws alone.
+        given_frames: of clips, how many first frames a second generator goes on from; 0 trains none.
     """
 
     summary: str
@@ -38,6 +39,7 @@ class System:
     text_length: int = 0
     captions: float = 0.0
     edits: float = 0.0
+    given_frames: int = 0
 
 
 @cache

@@ -1,22 +1,18 @@
-"""The chain of a model that is talked to: digits in four hands -> tokenizer -> conversations -> generator -> scores."""
+"""The last stages of the quickstart of a model that is talked to: conversations, scores, report."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vistok.data.config import Affine
 from vistok.data.tokens import TokenCache
 from vistok.draws import Keys
-from vistok.pipelines import Message, Pipeline, pipeline
-from vistok.pipelines.folders import load_tokenizer
-from vistok.quickstart.console import Stages, print_summary
-from vistok.quickstart.recipe import Recipe
+from vistok.pipelines import Message, Pipeline
+from vistok.quickstart.chain import Chain
+from vistok.quickstart.console import Stages
 from vistok.quickstart.scores import (
     CLASSES,
     COPIES,
@@ -28,22 +24,10 @@ from vistok.quickstart.scores import (
     repeated_latents,
     round_trip_error,
 )
-from vistok.quickstart.styled import (
-    STYLE_NAMES,
-    StyledDigits,
-    draw_request,
-    edit_request,
-    load_styled,
-    word,
-    write_conversations,
-)
-from vistok.quickstart.systems import find_system
-from vistok.quickstart.talk_story import TalkPictures, draw, score_lines, write_story
-from vistok.text import PromptEncoder, open_text_tokenizer
-from vistok.train import train
-from vistok.train.environment import environment
+from vistok.quickstart.styled import STYLE_NAMES, StyledDigits, draw_request, edit_request, load_styled, word
+from vistok.quickstart.talk_story import curves, draw, score_lines, write_story
 from vistok.types import Condition
-from vistok.utils.files import write_json
+from vistok.utils.report import Score
 
 TURNS = 3
 """Images of a conversation that the report shows."""
@@ -78,24 +62,23 @@ class TalkScores:
     psnr: float
 
 
-def converse(out: Path, recipe: Recipe, begin: float) -> dict[str, Any]:
-    """The chain in the folder ``out``; see ``quickstart``. ``begin`` is when it began, of ``time.monotonic``."""
-    system = find_system(recipe.system)
-    stages = Stages(("tokenizer", "tokens", "generator", "conversations", "report"))
-    views = system.views if recipe.views is None else recipe.views
-    pipe, cache = _train(out, recipe, views, system.text_length, stages)
-
-    stages.begin("conversations", "drawings, captions and edits, judged by classifiers of real digits")
+def present(chain: Chain, stages: Stages) -> tuple[TalkScores, dict[str, Any], list[Score]]:
+    """Talk, score and write the report; returns the scores, what they depend on, and how they are told."""
+    recipe, pipe = chain.recipe, chain.pipe
+    stages.begin("samples", "drawings, captions and edits")
     real, held_out = load_styled("train"), load_styled("test")
-    digits = fit_classifier(real, steps=recipe.classifier_steps, seed=recipe.seed)
-    styles = fit_classifier(real.by_style(), steps=recipe.classifier_steps, seed=recipe.seed, classes=len(STYLE_NAMES))
     judged = Judged.of(pipe, held_out, count=CLASSES * recipe.samples_per_class, seed=recipe.seed)
-    scores = score(judged, digits, styles, pipe=pipe, cache=cache, held_out=held_out)
 
-    stages.begin("report", "pictures and curves")
+    stages.begin("scores", "by classifiers that are fitted to real digits now")
+    fit = {"steps": recipe.classifier_steps, "seed": recipe.seed}
+    digits = fit_classifier(real, **fit)
+    styles = fit_classifier(real.by_style(), classes=len(STYLE_NAMES), **fit)
+    scores = score(judged, digits, styles, pipe=pipe, cache=chain.cache, held_out=held_out)
+
+    stages.begin("report", "conversations, pictures and curves")
     talks = [talk(pipe, first, seed=recipe.seed) for first in range(CLASSES)]
-    pictures = draw(judged, talks, runs=(out / "tokenizer", out / "generator"))
-    pictures.save(out)
+    pictures = draw(judged, talks)
+    pictures.save(chain.out)
     protocol = {
         "data": "scikit-learn's digits, 8x8 resized to 32x32, as they are, slanted, thin and bold; the last fifth of "
         "each class is held out",
@@ -108,40 +91,12 @@ def converse(out: Path, recipe: Recipe, begin: float) -> dict[str, Any]:
         "edits": len(judged.edited),
         "turns": len(judged.turned),
         "copies": COPIES[False],
-        "sampling": pipe.sampling,
-        "recipe": asdict(recipe),
-        "environment": environment(),
+        **chain.facts,
     }
-    seconds = time.monotonic() - begin
-    lines = score_lines(asdict(scores), seconds, system)
-    write_story(out / "report.html", pictures, lines, talks[7], system=system, protocol=protocol)
-    result = {name: round(value, 4) for name, value in asdict(scores).items()}
-    result |= {"seconds": round(seconds, 1), "protocol": protocol}
-    write_json(out / "result.json", result)
-    print_summary(lines, str(out / "report.html"))
-    return result
-
-
-def _train(out: Path, recipe: Recipe, views: int, text_length: int, stages: Stages) -> tuple[Pipeline, TokenCache]:
-    """Both trainings, and the token cache between them."""
-    tokenizer_config, generator_config = recipe.config("tokenizer", out), recipe.config("generator", out)
-
-    stages.begin("tokenizer", "learns to write a 32x32 digit as a few latents")
-    run = train(tokenizer_config)
-
-    stages.begin("tokens", f"of every training digit in {views} views, and what is said about it")
-    cache = write_conversations(
-        load_tokenizer(run),
-        load_styled("train"),
-        out / "tokens",
-        views=views,
-        affine=Affine(**tokenizer_config["data"]["affine"]),
-        text=PromptEncoder([open_text_tokenizer("bytes", text_length)]),
-        seed=recipe.seed,
-    )
-
-    stages.begin("generator", "learns to draw, to read and to change digits")
-    return pipeline(train(generator_config)), cache
+    lines = score_lines(asdict(scores), chain.seconds, chain.system)
+    charts = curves((chain.out / "tokenizer", chain.out / "generator"))
+    write_story(chain.report, pictures, lines, talks[7], charts=charts, system=chain.system, protocol=protocol)
+    return scores, protocol, lines
 
 
 @dataclass(frozen=True)
@@ -247,6 +202,3 @@ def score(
         distinct=repeats.distinct,
         psnr=reconstruction_psnr(pipe.tokenizer, held_out.pixels),
     )
-
-
-__all__ = ["Judged", "TalkPictures", "TalkScores", "converse", "score", "talk"]

@@ -8,41 +8,43 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
+import torch
 from PIL import Image
 
-from vistok.data.pictures import comparison, grid, save_png, to_pil
+from vistok.data.pictures import save_png, to_pil
+from vistok.data.sheets import sheet
 from vistok.pipelines import Message
+from vistok.quickstart.scores import CLASSES
 from vistok.quickstart.systems import System
 from vistok.train.monitor import read_metrics
 from vistok.utils.report import (
     Block,
+    Chart,
+    Charts,
     Commands,
     Facts,
-    Panel,
+    Line,
     Paragraph,
     Picture,
     Score,
     ScoreTable,
     Section,
-    draw_curves,
     write_report,
 )
 
 if TYPE_CHECKING:
     from vistok.quickstart.talk import Judged
 
-COLUMNS = 20
+COLUMNS, ROWS = 20, 10
 
 
 @dataclass(frozen=True)
 class TalkPictures:
-    """Attributes: conversations, a column each; drawings by class; held-out digits over what they became; training
-    curves."""
+    """Attributes: conversations, a column each; drawings, a column per class; held-out digits over what they became."""
 
     conversations: Image.Image
     drawings: Image.Image
     edits: Image.Image
-    curves: Image.Image
 
     def save(self, folder: Path) -> None:
         """Write each as a PNG file."""
@@ -50,23 +52,29 @@ class TalkPictures:
             save_png(image, folder / f"{name}.png")
 
 
-def draw(judged: Judged, talks: Sequence[Sequence[Message]], *, runs: tuple[Path, Path]) -> TalkPictures:
-    """Draw everything; nothing is picked. ``runs`` are the folders of the tokenizer's and the generator's training."""
-    rows = zip(*([m.image for m in talk if m.role == "assistant" and m.image is not None] for talk in talks))
-    each, per_class = max(1, len(judged.edited) // COLUMNS), max(1, len(judged.drawn) // 10)
-    shown = [i * per_class + j for i in range(10) for j in range(min(10, per_class))]
-    tokenizer, generator = (read_metrics(run / "metrics.jsonl") for run in runs)
-    panels = [
-        Panel.of(tokenizer, "psnr", "Tokenizer: PSNR in dB"),
-        Panel.of(generator, "flow", "Generator: error of images"),
-        Panel.of(generator, "text", "Generator: nats per word"),
-    ]
+def draw(judged: Judged, talks: Sequence[Sequence[Message]]) -> TalkPictures:
+    """Draw everything; nothing is picked."""
+    images = [[m.image for m in talk if m.role == "assistant" and m.image is not None] for talk in talks]
+    per_class, each = max(1, len(judged.drawn) // CLASSES), max(1, len(judged.edited) // COLUMNS)
+    shown = [label * per_class + row for row in range(min(ROWS, per_class)) for label in range(CLASSES)]
+    pairs = torch.cat([judged.shown.pixels[::each][:COLUMNS], judged.edited[::each][:COLUMNS]])
     return TalkPictures(
-        conversations=grid([image for row in rows for image in row], len(talks)),
-        drawings=grid(to_pil(judged.drawn[shown]), min(10, per_class)),
-        edits=comparison(judged.shown.pixels[::each][:COLUMNS], judged.edited[::each][:COLUMNS], COLUMNS),
-        curves=draw_curves([panel for panel in panels if panel.steps]),
+        conversations=sheet([image for turn in zip(*images, strict=True) for image in turn], len(talks)),
+        drawings=sheet(to_pil(judged.drawn[shown]), CLASSES, column_labels=[str(label) for label in range(CLASSES)]),
+        edits=sheet(to_pil(pairs), len(pairs) // 2, row_labels=("shown", "made")),
     )
+
+
+def curves(runs: tuple[Path, Path]) -> Charts:
+    """Of the runs of the tokenizer and of the generator."""
+    tokenizer, generator = (read_metrics(run / "metrics.jsonl") for run in runs)
+    named = [
+        ("Tokenizer: PSNR in dB", tokenizer, "psnr"),
+        ("Generator: error of images", generator, "flow"),
+        ("Generator: nats per word", generator, "text"),
+    ]
+    charts = [Chart(title, [Line.of(rows, name)]) for title, rows, name in named if any(name in row for row in rows)]
+    return Charts(charts, "From metrics.jsonl of both runs, which have a report.html each.")
 
 
 def score_lines(scores: Mapping[str, float], seconds: float, system: System) -> list[Score]:
@@ -114,6 +122,7 @@ def write_story(
     lines: list[Score],
     talk: Sequence[Message],
     *,
+    charts: Charts,
     system: System,
     protocol: Mapping[str, Any],
 ) -> None:
@@ -138,13 +147,12 @@ def write_story(
                         "A column each: a digit is drawn, and changed twice, into the third and the sixth after it. "
                         "None were picked.",
                         "Digits that were drawn, over what they were changed into",
-                        scale=2,
                     )
                 ],
             ),
             Section(
                 "Drawings",
-                [Picture(pictures.drawings, "A row per class.", "Drawn digits, a row for each of 0 to 9", scale=2)],
+                [Picture(pictures.drawings, "A column per class.", "Drawn digits, a column for each of 0 to 9")],
             ),
             Section(
                 "Edits",
@@ -153,21 +161,10 @@ def write_story(
                         pictures.edits,
                         "Above: held-out digits. Below: what they were changed into; the hand stays.",
                         "Held-out digits over their edits",
-                        scale=2,
                     )
                 ],
             ),
-            Section(
-                "Training curves",
-                [
-                    Picture(
-                        pictures.curves,
-                        "From metrics.jsonl of both runs.",
-                        "Training curves of the tokenizer and of the generator",
-                        scale=0.5,
-                    )
-                ],
-            ),
+            Section("Training curves", [charts]),
             Section("Go on", [Commands(_next_commands(path.parent))]),
             Section("Where these numbers come from", [Facts(_facts(protocol))]),
         ],

@@ -42,6 +42,7 @@ class HuggingFaceEncoder(TextEncoder):
 
     part = "features"
     kind = "huggingface"
+    _model: Any  # transformers' models do not declare their attributes
 
     def __init__(self, name: str, length: int) -> None:
         try:

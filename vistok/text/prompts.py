@@ -62,9 +62,9 @@ class PromptEncoder:
     """
 
     def __init__(self, encoders: Sequence[TextEncoder] = ()) -> None:
-        self._encoders = {encoder.part: encoder for encoder in encoders}
+        self._encoders: dict[str, TextEncoder] = {encoder.part: encoder for encoder in encoders}
         self.identities: dict[str, dict[str, Any]] = {part: e.identity for part, e in self._encoders.items()}
-        self._folder: Path | None = None
+        self._folder = Path()
         self._device: Any = None
         if len(self._encoders) < len(encoders):
             raise ValueError("two text encoders make the same part of a condition")
@@ -77,7 +77,8 @@ class PromptEncoder:
     @property
     def spec(self) -> ConditionSpec:
         """Of the conditions; opens the encoders."""
-        return ConditionSpec(**{part: self._encoder(part).spec for part in self.parts})
+        parts: dict[str, Any] = {part: self._encoder(part).spec for part in self.parts}
+        return ConditionSpec(**parts)
 
     def encode(self, texts: Sequence[str], *, refuse_long: bool = False) -> dict[str, list[Piece]]:
         """By part, the sequence of every text.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vistok.checkpoints import Model
 from vistok.config import ConfigError
@@ -33,14 +33,14 @@ class Tokenizer(Model):
     """The constructor's arguments that follow from the data, each with the key of the ``data`` section that says it.
     Tokenizers of video add ``num_frames``."""
 
-    native_range: ClassVar[tuple[float, float]] = (-1.0, 1.0)
-    renders: ClassVar[bool] = True
+    native_range: tuple[float, float] = (-1.0, 1.0)
+    renders: bool = True
     """Whether ``decode`` makes pixels."""
-    reconstructs: ClassVar[bool] = True
+    reconstructs: bool = True
     """Whether ``forward`` gives a reconstruction, so that pixel losses and a GAN can apply."""
-    quantizer: nn.Module
-    """Of discrete tokenizers: latents to codes and back."""
-    has_posterior: ClassVar[bool] = False
+    quantizer: Any
+    """Of discrete tokenizers: latents to codes and back, a module of ``vistok.quantizers``."""
+    has_posterior: bool = False
     """Whether latents are drawn from a distribution, whose moments ``encode_moments`` gives."""
 
     @property
@@ -77,8 +77,7 @@ class Tokenizer(Model):
         if len(shape) != len(expected):
             raise ValueError(f"pixels must be ({LETTERS[len(expected)]}) like {expected}, got {shape}")
         if shape[0] != expected[0]:
-            remedy = "repeat the grey channel" if expected[0] == 3 else "convert the images to grey"
-            raise ValueError(f"this tokenizer reads {expected[0]} channels, got {shape[0]}; {remedy}")
+            raise ValueError(f"this tokenizer reads {expected[0]} channels, got {shape[0]}; {_remedy(shape, expected)}")
         return self._spec_for_sides(shape[1:])
 
     def _spec_for_sides(self, sides: tuple[int, ...]) -> TokenSpec:
@@ -173,7 +172,7 @@ class Tokenizer(Model):
         Args:
             draws: from ``decoding_draws``.
         """
-        options = {"draws": draws} if draws else {}
+        options: dict[str, Any] = {"draws": draws} if draws else {}
         return lambda tokens: self.decode(tokens, condition=condition, **options)
 
     def codes(self) -> Tensor:
@@ -185,7 +184,7 @@ class Tokenizer(Model):
         spec = self.spec
         if not spec.discrete or spec.depth != 1:
             raise ValueError(f"{type(self).__name__} has no codes: its tokens are not one id per position")
-        ids = torch.arange(spec.codebook_size, device=next(self.parameters()).device)
+        ids = torch.arange(spec.num_ids, device=self.device)
         return self.quantizer.ids_to_latents(ids)
 
     @property
@@ -222,7 +221,7 @@ class Tokenizer(Model):
         """The names of the terms in ``TokenizerOutput.losses``: what an objective can weight."""
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """The decoder's last weight, whose gradients balance the adaptive GAN weight (VQGAN, arXiv 2012.09841, eq. 7).
 
         Raises:
@@ -322,7 +321,7 @@ def prefix_lengths(spec: TokenSpec, tokens: Tensor, lengths: Tensor | None) -> T
     elif lengths.shape != (len(tokens),) or lengths.is_floating_point():
         raise ValueError(f"lengths must be ({len(tokens)},) integers, got {tuple(lengths.shape)} of {lengths.dtype}")
     lengths = lengths.to(tokens.device, torch.int64)
-    step = spec.prefix_step
+    step = spec.prefix_step or spec.length
     wrong = lengths[(lengths < 1) | (lengths > min(given, spec.length)) | (lengths % step != 0)]
     if len(wrong):
         multiples = f"a multiple of {step} " if step > 1 else ""
@@ -331,3 +330,14 @@ def prefix_lengths(spec: TokenSpec, tokens: Tensor, lengths: Tensor | None) -> T
             f"{spec.length} tokens"
         )
     return lengths
+
+
+def _remedy(shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    """What to do with pixels of ``shape`` whose first axis is not the channels of ``expected``."""
+    if shape[0] not in (1, 3):
+        order = LETTERS[len(expected)]
+        if len(shape) == 4 and shape[1] == expected[0]:
+            return f"time comes first in {shape}, and pixels are ({order}): pixels.transpose(1, 2) of a batch"
+        if shape[-1] == expected[0]:
+            return f"the channels come last in {shape}, and pixels are ({order}): pixels.movedim(-1, 1) of a batch"
+    return "repeat the grey channel" if expected[0] == 3 else "convert the images to grey"

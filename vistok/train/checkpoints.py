@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from vistok.checkpoints import CheckpointError, read_weights
+from vistok.checkpoints import CheckpointError, Model, read_weights
+from vistok.checkpoints.weights import STATE
 from vistok.config import ConfigError, nearest
 from vistok.pipelines.folders import BEST_MODEL
 from vistok.utils.files import atomic_folder, read_json, remove_leftovers, restore, write_json
 
 log = logging.getLogger(__name__)
 
-STATE = "state.pt"
 BEST = "best.json"
 HIGHER_IS_BETTER = ("psnr", "accuracy", "codebook_usage", "perplexity")
 DEFAULT_METRICS = ("val_psnr", "val_loss", "psnr")
@@ -88,10 +88,11 @@ class Checkpoints:
     def _metric(self, row: Mapping[str, float]) -> str:
         return self._best_metric or next((name for name in DEFAULT_METRICS if name in row), "loss")
 
-    def save(self, step: int, state: Mapping[str, Any], row: Mapping[str, float] | None) -> Path:
+    def save(self, step: int, state: Mapping[str, Any], row: Mapping[str, float] | None, model: Model) -> Path:
         """Write the state of ``step`` (after that many optimisation steps), then remove what need not stay.
 
         Args:
+            model: what is trained, whose config goes beside its state, so that ``vistok.load`` reads the checkpoint.
             row: means over the last log window, which the checkpoint is judged by; None leaves it unjudged.
 
         Raises:
@@ -101,6 +102,7 @@ class Checkpoints:
         try:
             with atomic_folder(path, replace=True) as temporary:
                 torch.save({"step": step, "judged_by": row, **state}, temporary / STATE)
+                model.write_config(temporary)
             self._judge(step, row)
         except (OSError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not _is_of_torch_writer(error):
@@ -128,8 +130,9 @@ class Checkpoints:
             log.warning("%s is %s after step %d, so this is not the best checkpoint", metric, row[metric], step)
             return
         sign = 1 if metric.removeprefix("val_") in HIGHER_IS_BETTER else -1
-        comparable = best is not None and best["metric"] == metric and self._era(best["step"]) == self._era(step)
-        if not comparable or sign * row[metric] > sign * best["value"]:
+        if best is not None and (best["metric"] != metric or self._era(best["step"]) != self._era(step)):
+            best = None  # of another measure, or of another objective
+        if best is None or sign * row[metric] > sign * best["value"]:
             write_json(self.folder / BEST, {"step": step, "metric": metric, "value": row[metric]})
 
     def _era(self, step: int) -> int:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+import signal
 import time
 import zlib
 from collections import ChainMap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
+import numpy as np
 import torch
 from torch.profiler import record_function
 
@@ -24,9 +27,10 @@ from vistok.pipelines.folders import BEST_MODEL
 from vistok.train.checkpoints import Checkpoints, clean
 from vistok.train.config import RunConfig
 from vistok.train.environment import environment, open_accelerator, start_trackers
-from vistok.train.monitor import Console, Meter, MetricsFile
+from vistok.train.monitor import METRICS_FILE, Console, Meter, MetricsFile
 from vistok.train.players import Players
-from vistok.train.start import initialise
+from vistok.train.report import write_run_report
+from vistok.train.start import adapt, initialise, open_starts, with_model_of_source
 from vistok.train.stopping import StopRequest, TrainingInterrupted
 from vistok.train.tasks import Task, Turn, task_type
 from vistok.train.tasks.base import forever, on_device
@@ -34,6 +38,7 @@ from vistok.train.trail import Trail, earliest
 from vistok.types import Clock
 from vistok.utils.files import write_json
 from vistok.utils.locks import holds_files, locked
+from vistok.utils.paths import expand
 from vistok.utils.processes import is_first_process
 
 log = logging.getLogger(__name__)
@@ -46,9 +51,9 @@ class TrainingDivergedError(RuntimeError):
 def train(config: Mapping[str, Any], *, resume: bool = False) -> Path:
     """Run a training config (see ``RunConfig``) to its end and return the run folder.
 
-    The folder gets the resolved config, versions, metrics.jsonl, TensorBoard events, pictures, checkpoints, and what
-    users load: ``tokenizer/``, or a whole pipeline. On a CPU an interrupted run that is resumed goes through the same
-    numbers as one that was not.
+    The folder gets the resolved config, versions, metrics.jsonl, TensorBoard events, pictures, checkpoints,
+    report.html, and what users load: ``tokenizer/``, or a whole pipeline. On a CPU an interrupted run that is resumed
+    goes through the same numbers as one that was not.
 
     Args:
         resume: go on from the newest checkpoint of the run folder, or begin where there is none yet.
@@ -62,6 +67,7 @@ def train(config: Mapping[str, Any], *, resume: bool = False) -> Path:
         LoaderWorkerError: a process that reads data died.
         FolderInUseError: another process trains into the run folder.
     """
+    config = with_model_of_source(expand(config))
     run = RunConfig.parse(config)
     run.model_entry()
     folder = Path(run.output_dir)
@@ -85,8 +91,11 @@ def _train(config: Mapping[str, Any], run: RunConfig, folder: Path, resume: bool
             clean(folder)
             save_config(config, folder / "config.yaml")
             write_json(folder / "environment.json", environment())
+            task.accompany(folder)
         start_trackers(accelerator, folder, run.training.trackers)
         trainer.run()
+        if accelerator.is_main_process:
+            trainer.report()
         accelerator.wait_for_everyone()  # who leaves while others still write what is exported breaks their group off
     finally:
         accelerator.end_training()
@@ -96,10 +105,14 @@ def prepare(run: RunConfig, folder: Path) -> tuple[Any, Task]:
     """The accelerator, and the task with its model as training starts with it."""
     from accelerate.utils import set_seed
 
+    starts = open_starts(run)
     accelerator = open_accelerator(run, folder)
     set_seed(run.seed)
-    task = task_type(run.task)(run, accelerator.process_index, accelerator.num_processes)
-    initialise(task.model, run.sources, run.kind)
+    make: Callable[[RunConfig, int, int], Task] = task_type(run.task)
+    task = make(run, accelerator.process_index, accelerator.num_processes)
+    new = initialise(task.model, starts)
+    if run.training.lora is not None:
+        adapt(task.learner, run.training.lora, new)
     task.learner.freeze(run.freeze)
     return accelerator, task
 
@@ -117,7 +130,8 @@ class Trainer:
             objective_changes=task.objective_changes,
         )
         self.players = Players(task, self.config, accelerator)
-        self.step, self.row, self.meter, self.trail = 0, None, Meter(), Trail()
+        self.step, self.meter, self.trail = 0, Meter(), Trail()
+        self.row: dict[str, float] = {}  # the last of the log
 
     def resume(self, config: Mapping[str, Any]) -> None:
         """Go to the newest checkpoint; where there is none yet, stay at the beginning.
@@ -155,7 +169,7 @@ class Trainer:
         config = self.config
         self.seconds = 0.0  # of training, as far as the first process counts
         if self.accelerator.is_main_process:  # which removes what others leave half-written
-            self.metrics = MetricsFile(self.folder / "metrics.jsonl", self.step)
+            self.metrics = MetricsFile(self.folder / METRICS_FILE, self.step)
             self.seconds = self.metrics.seconds()
         console = Console(
             self.folder.name,
@@ -165,6 +179,7 @@ class Trainer:
             device=self.accelerator.device,
             quiet=not self.accelerator.is_main_process,
         )
+        console.introduce(self._introduction())
         batches = forever(self.task.loader)
         with console, self._dead_workers(), StopRequest(self.step) as stop:
             if self.step:  # resumed; what saved this checkpoint may have ended before it could export
@@ -177,7 +192,7 @@ class Trainer:
                 last = self.step == config.max_steps
                 stopped = stop.agreed(self.step, self.accelerator) and not last
                 saving = _due(self.step, config.save_every) or last
-                validating = self.task.held_out is not None and saving and not stopped  # whose time may be short
+                validating = self.task.validates and saving and not stopped  # whose time may be short
                 held_out = {}
                 if _due(self.step, config.log_every) or last or validating:
                     self._check_finite()
@@ -192,13 +207,30 @@ class Trainer:
                 if saving or stopped:
                     self.save(validated=bool(held_out))
                 if stopped:
+                    number = stop.signal or signal.SIGTERM  # which another process has got
                     raise TrainingInterrupted(
-                        f"stopped by {stop.signal.name} after step {self.step}; go on with --resume, from "
+                        f"stopped by {number.name} after step {self.step}; go on with --resume, from "
                         f"{self.checkpoints.path(self.step)}",
-                        stop.signal,
+                        number,
                     )
                 begin += time.monotonic() - pause  # pictures and checkpoints are not training time
         self._name_unreadable()
+
+    def _introduction(self) -> dict[str, str]:
+        """What is said before the first step: where it runs, what is trained, and how to watch."""
+        accelerator, entry = self.accelerator, self.task.config.model["name"]
+        precision = "" if self.config.mixed_precision == "no" else f", {self.config.mixed_precision}"
+        processes = "" if accelerator.num_processes == 1 else f", {accelerator.num_processes} processes"
+        watch = [f"{self.folder / 'images'}"] if self.config.image_every else []
+        if "tensorboard" in self.config.trackers:
+            watch.append(f"tensorboard --logdir {quote(str(self.folder / 'tensorboard'))}")
+        trained = sum(p.numel() for p in self.task.learner.parameters() if p.requires_grad)
+        return {
+            "model": f"{entry}, {trained:,} trained parameters",
+            "device": f"{accelerator.device}{precision}{processes}",
+            "folder": f"{self.folder}; report.html at the end",
+            "watch": "; ".join(watch) or f"{self.folder / METRICS_FILE}",
+        }
 
     @contextmanager
     def _dead_workers(self) -> Iterator[None]:
@@ -213,7 +245,8 @@ class Trainer:
 
     def optimise(self, batches: Iterator[Any]) -> int:
         """One optimisation step; returns how many units of data it saw, on all processes."""
-        parts, units, moving = self.config.gradient_accumulation_steps, 0, {}
+        parts, units = self.config.gradient_accumulation_steps, 0
+        moving: dict[str, None] = {}
         clock = Clock(self.step, self.config.max_steps)
         self.players.begin(self.step)
         for part in range(parts):
@@ -256,7 +289,7 @@ class Trainer:
         with record_function("optimizer"):
             norms = self.players.move(player)
         self.meter.add(norms)
-        if self.players[player].scaler is None:  # which expects infinite gradients now and then
+        if not self.players[player].scales_loss:  # which makes gradients infinite now and then
             for name, norm in norms.items():
                 self.trail.add(self.step + 1, name, norm)
 
@@ -265,13 +298,13 @@ class Trainer:
         means = self.meter.means(partial(self.accelerator.reduce, reduction="mean"))
         self.seconds += elapsed
         means |= held_out
-        awaited = "val_" if self.task.held_out is not None and not held_out else ""
+        awaited = "val_" if self.task.validates and not held_out else ""
         self.checkpoints.check_metric(means, prefix=awaited)
         row = {"step": self.step, **means, "lr": self.players.lr}
         row |= {self.task.unit: round(units / elapsed, 2), "seconds": round(self.seconds, 2)}
         self.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=self.step)
         if self.accelerator.is_main_process:
-            with self.checkpoints.disk_errors("metrics.jsonl"):
+            with self.checkpoints.disk_errors(METRICS_FILE):
                 self.metrics.write(row)
             if warning := self.task.warning(self.step, row):
                 log.warning(warning)
@@ -306,7 +339,7 @@ class Trainer:
         found: list[dict[str, float] | TooManyUnreadableError] = [{}]
         clock = Clock(self.step, self.config.max_steps)
         with self.players.best() as learner:
-            if self.accelerator.is_main_process:
+            if learner is not None and self.accelerator.is_main_process:
                 home = next(learner.parameters()).device  # the whole copy of a sharded model lives on the CPU
                 learner.to(self.accelerator.device)
                 try:
@@ -325,19 +358,33 @@ class Trainer:
 
     def _picture(self) -> None:
         with self.players.best() as learner:
-            if self.accelerator.is_main_process:
-                picture = self.task.picture(learner.model)
-                if picture is not None:
+            if learner is not None and self.accelerator.is_main_process:
+                for picture in self.task.pictures(learner.model):
                     with self.checkpoints.disk_errors("a picture"):
                         save_png(picture, self.folder / "images" / f"step-{self.step:07d}.png")
+                    frames = np.asarray(picture.convert("RGB"))[None]  # (1, H, W, C), as trackers read them
+                    for tracker in self.accelerator.trackers:
+                        layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                        tracker.log_images({"pictures": frames}, self.step, **layout)
+
+    def report(self) -> None:
+        """Write report.html: the run is whole without it, and `vistok report` makes it again."""
+        try:
+            with self.checkpoints.disk_errors("report.html"):
+                write_run_report(self.folder, examples=self.task.examples)
+        except Exception as error:
+            error.add_note(
+                f"The run itself is complete, in {self.folder}; `vistok report {self.folder}` makes the page"
+            )
+            raise
 
     def export(self) -> None:
         """Write what users load."""
         with self.players.best() as learner:
-            if self.accelerator.is_main_process:
+            if learner is not None and self.accelerator.is_main_process:
                 with self.checkpoints.disk_errors("the trained model"):
                     self.task.export(self.folder, learner.model)
-                    if "val_loss" in (self.row or {}) and self.checkpoints.is_best(self.step):
+                    if "val_loss" in self.row and self.checkpoints.is_best(self.step):
                         self.task.export(self.folder / BEST_MODEL, learner.model)
 
     def save(self, *, validated: bool) -> None:
@@ -345,9 +392,9 @@ class Trainer:
         self._check_finite()
         self.task.loader.count_failures(self._unreadable())  # the state of one process is saved, for all
         state = self._state()
-        judged_by = self.row if validated or self.task.held_out is None else None
+        judged_by = self.row if validated or not self.task.validates else None
         if self.accelerator.is_main_process:
-            self.checkpoints.save(self.step, state, judged_by)
+            self.checkpoints.save(self.step, state, judged_by, self.task.model)
         self.export()
 
     def _state(self) -> dict[str, Any]:
@@ -375,8 +422,7 @@ class Trainer:
 
     def _name_unreadable(self) -> None:
         """Say once more, at the end, which samples no step or no validation has seen."""
-        held_out = self.task.held_out.failures if self.task.held_out is not None else {}
-        for failures, use in ((self._unreadable(), "training"), (held_out, "validation")):
+        for failures, use in ((self._unreadable(), "training"), (self.task.held_out.failures, "validation")):
             if failures and self.accelerator.is_main_process:
                 shown = listed(failures)
                 log.warning("%d samples could not be read and were left out of %s:\n%s", len(failures), use, shown)

@@ -15,6 +15,8 @@ from torch import Tensor, distributed
 
 from vistok.utils.files import atomic_file
 
+METRICS_FILE = "metrics.jsonl"
+
 
 class Meter:
     """Means of scalar tensors over a window, without waiting for the device until they are read."""
@@ -164,7 +166,7 @@ class MetricsFile:
     def __init__(self, path: Path, resumed_step: int):
         self.path = path
         if path.exists():
-            kept = [json.dumps(row) for row in read_metrics(path) if row["step"] <= resumed_step]
+            kept = [json.dumps(row) for row in read_metrics(path) if (row["step"] or 0) <= resumed_step]
             with atomic_file(path) as temporary:
                 temporary.write_text("".join(line + "\n" for line in kept))
 
@@ -176,7 +178,7 @@ class MetricsFile:
     def seconds(self) -> float:
         """Training time that the rows account for."""
         rows = read_metrics(self.path) if self.path.exists() else []
-        return rows[-1]["seconds"] if rows else 0.0
+        return (rows[-1]["seconds"] if rows else None) or 0.0
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float | None]]:
@@ -190,6 +192,10 @@ def memory_in_use(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     return psutil.Process().memory_info().rss
+
+
+BESIDE_THE_LOSS = {"psnr": ("PSNR", ".2f"), "codebook_usage": ("codes", ".0%"), "accuracy": ("accuracy", ".1%")}
+"""What the console shows beside the loss, where it is logged: by metric its label and format."""
 
 
 class Console:
@@ -213,6 +219,13 @@ class Console:
         self._live = self._console.is_terminal and not quiet
         self._begin, self._first = time.monotonic(), step
 
+    def introduce(self, facts: Mapping[str, str]) -> None:
+        """Say what begins, a line for each fact."""
+        if not self._quiet:
+            width = max(map(len, facts))
+            for name, text in facts.items():
+                self._console.print(f"{name:{width}}  {text}", markup=False, highlight=False, soft_wrap=True)
+
     def __enter__(self) -> Console:
         if self._live:
             self._progress.start()
@@ -229,7 +242,10 @@ class Console:
     def report(self, step: int, row: dict[str, float]) -> None:
         speed = f"{row[self._unit]:,.0f} {self._unit.replace('_per_second', '/s')}"
         held_out = f" (held-out {row['val_loss']:.4g})" if "val_loss" in row else ""
-        note = f"loss {row['loss']:.4g}{held_out}  {speed}  {memory_in_use(self._device) / 2**30:.2f} GiB"
+        quality = "".join(
+            f"  {label} {row[name]:{form}}" for name, (label, form) in BESIDE_THE_LOSS.items() if name in row
+        )
+        note = f"loss {row['loss']:.4g}{held_out}{quality}  {speed}  {memory_in_use(self._device) / 2**30:.2f} GiB"
         if self._live:
             self._progress.update(self._task, completed=step, note=note)
         elif not self._quiet:

@@ -9,13 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from vistok.data.pictures import grid, save_png, to_pil
+from vistok.data.movies import overview
+from vistok.data.pictures import save_png
 from vistok.train.config import MODEL, RunConfig
 from vistok.train.loop import prepare
 from vistok.train.parallel import checkpoint_activations, wants_fsdp2
+from vistok.train.start import with_model_of_source
 from vistok.train.tasks import Task
 from vistok.types import Clock
+from vistok.utils.paths import expand
 
 SHOWN = 64
 """Samples of the first batch in its picture."""
@@ -30,6 +34,8 @@ class Preview:
         memory: bytes per device by purpose. "activations" is an estimate: what the forward pass of two samples keeps
             for its gradient, scaled to the batch, in the precision of this machine's pass; workspace comes on top.
         samples_per_epoch, units_per_epoch: what one epoch holds, in samples and in ``unit`` ("images", "tokens").
+        operations: floating-point operations of a step, over all processes: three times those of the forward pass,
+            counted on two samples.
         held_out: samples to validate on.
         batch_size: samples per optimisation step, over all processes and accumulated batches.
         steps, epochs: the length of the run.
@@ -41,6 +47,7 @@ class Preview:
     samples_per_epoch: int
     units_per_epoch: int
     unit: str
+    operations: int
     held_out: int
     batch_size: int
     steps: int
@@ -56,24 +63,28 @@ def preview(config: Mapping[str, Any]) -> Preview:
     Raises:
         ConfigError: anything wrong with the config.
     """
-    run = RunConfig.parse(config)
+    run = RunConfig.parse(with_model_of_source(expand(config)))
     run.model_entry()
     accelerator, task = prepare(run, Path(run.output_dir))
     batch = next(iter(task.loader))
     picture = Path(f"{run.output_dir}.first-batch.png")
     if accelerator.is_main_process:
-        save_png(grid(to_pil(task.show(_first(batch, SHOWN)))), picture)
+        save_png(overview(task.show(_first(batch, SHOWN))), picture)
     steps = run.training.max_steps
     batch_size = len(batch.indices) * accelerator.num_processes * run.training.gradient_accumulation_steps
     samples = len(task.loader.reader)
     shards = accelerator.num_processes if wants_fsdp2(run.training, task) else 1
+    few = _first(batch, 2)
+    with FlopCounterMode(display=False) as counted:
+        kept = memory(task, batch, run, shards)
     return Preview(
         parameters={name: sum(p.numel() for p in trained) for name, trained in _trained(task).items()},
-        memory=memory(task, batch, run, shards),
+        memory=kept,
         samples_per_epoch=samples,
         units_per_epoch=samples * task.count(batch) // len(batch.indices),
         unit=task.unit.removesuffix("_per_second"),
-        held_out=len(task.held_out.reader) if task.held_out is not None else 0,
+        operations=3 * counted.get_total_flops() * batch_size // len(few.indices),
+        held_out=len(task.held_out.reader),
         batch_size=batch_size,
         steps=steps,
         epochs=steps * batch_size / samples,

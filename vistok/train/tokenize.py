@@ -18,7 +18,8 @@ from torch import Tensor
 
 from vistok.config import nearest
 from vistok.data.captions import class_caption
-from vistok.data.clips import ClipBatches, ClipSource, InMemoryClips, repeat_last
+from vistok.data.clip_sources import ClipSource
+from vistok.data.clips import ClipBatches, repeat_last
 from vistok.data.config import DataConfig
 from vistok.data.loader import (
     Failures,
@@ -28,6 +29,7 @@ from vistok.data.loader import (
     Loader,
     TooManyUnreadableError,
     batch_reader,
+    cached,
     check_failures,
     listed,
 )
@@ -197,7 +199,7 @@ class CaptionReader:
         texts = [self._captions(index, label) for index, label in zip(batch.indices.tolist(), batch.labels.tolist())]
         flat = [text for several in texts for text in several]
         parts = self.text.encode(flat, refuse_long=self.refuse_long)
-        sequences = {}
+        sequences: dict[str, Sequence[Sequence[Piece]]] = {}
         for part, pieces in parts.items():
             rest = iter(pieces)
             sequences[part] = [list(itertools.islice(rest, len(several))) for several in texts]
@@ -229,7 +231,7 @@ class GivenFrames:
         if not 1 <= count < shape[1]:
             raise ValueError(f"given_frames must lie in 1..{shape[1] - 1} for clips of {shape[1]} frames, got {count}")
         self.tokenizer, self.count = tokenizer, count
-        self.spec = IdSpec(spec.codebook_size, spec.length)
+        self.spec = IdSpec(spec.num_ids, spec.length)
 
     def of(self, batch: ImageBatch, batch_size: int) -> dict[str, Sequence[Sequence[Piece]]]:
         """Of each clip the tokens given before it, one sequence for each of its views."""
@@ -286,7 +288,7 @@ def _write_shards(
 
 def _settings(data: DataConfig, augmentation: str) -> dict[str, Any]:
     """What else the shards depend on."""
-    names = ("image_size", "channels", "reading", "crop", "flip", "affine", "seed", "captions")
+    names: tuple[str, ...] = ("image_size", "channels", "reading", "crop", "flip", "affine", "seed", "captions")
     names += () if data.num_frames is None else ("num_frames", "frame_stride", "clip_start", "short_clips")
     values = dataclasses.asdict(data)
     return {"augmentation": augmentation, "shard_size": SHARD_SIZE, **{name: values[name] for name in names}}
@@ -391,7 +393,7 @@ class RandomViews:
 
     def reader(self, source: ImageSource | ClipSource, data: DataConfig) -> RandomViewBatches:
         if isinstance(source, ClipSource):
-            source = InMemoryClips(source) if data.cache == "memory" else source
+            source = cached(source, data, augmented=True)
             return RandomViewBatches(batch_reader(source, data, augmented=True), self.count)
         transform = ImageTransform(data.image_size, data.crop, data.flip, data.affine)
         if transform == transform.without_augmentation():

@@ -3,6 +3,7 @@ things are cached."""
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -159,6 +160,17 @@ def read_json(path: str | Path) -> Any:
         return json.loads(Path(path).read_text())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} does not hold JSON: {error}") from error
+
+
+def missing_file(path: str | Path) -> str:
+    """What a message says of a file that is not there: its name, and what is near it."""
+    path = Path(path)
+    if path.is_dir():
+        return f"{path} is a folder; name a file"
+    folder = next((parent for parent in path.absolute().parents if parent.is_dir()), Path.cwd())
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
+    near = difflib.get_close_matches(path.name, names, n=3) or names[:5]
+    return f"there is no file {path}" + (f"; {folder} has {', '.join(near)}" if near else "")
 
 
 def sha256(path: str | Path) -> str:

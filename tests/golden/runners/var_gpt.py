@@ -25,7 +25,7 @@ from vistok.types import Condition
 from ..decoding import refuse
 from ..harness import Case, GoldenFailure, Step, runner
 
-CONFIG = Path(__file__).parents[3] / "configs" / "imagenet256" / "var_d16.yaml"
+CONFIG = Path(__file__).parents[3] / "vistok" / "train" / "configs" / "imagenet256" / "var_d16.yaml"
 
 
 def _prefix(case: Case) -> str:

@@ -7,6 +7,8 @@ products are added up, and the two layers of a gated feed-forward that take the 
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -72,6 +74,8 @@ class SplitLinear(nn.Module):
 class JoinedMLP(nn.Module):
     """A gated feed-forward (..., D) -> (..., D) that multiplies once for gate and up, without dropout."""
 
+    weight: Tensor
+
     def __init__(self, mlp: GatedMLP, down: nn.Module):
         super().__init__()
         self.down, self.activation = down, mlp.activation
@@ -82,6 +86,7 @@ class JoinedMLP(nn.Module):
         return self.down(self.activation(gate) * up)
 
 
-def _is_joinable(module: nn.Module) -> bool:
-    gated = isinstance(module, GatedMLP) and not is_altered(module)
-    return gated and is_plain_linear(module.gate) and is_plain_linear(module.up) and module.gate.bias is None
+def _is_joinable(module: nn.Module) -> TypeGuard[GatedMLP]:
+    if not isinstance(module, GatedMLP) or is_altered(module):
+        return False
+    return is_plain_linear(module.gate) and is_plain_linear(module.up) and module.gate.bias is None

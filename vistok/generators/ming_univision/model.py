@@ -92,6 +92,11 @@ class MingUniVision(ContinuousGenerator):
         ValueError: discrete tokens, or a mark that is no id.
     """
 
+    human: Tensor
+    assistant: Tensor
+    projection: nn.Module
+    to_condition: nn.Module
+
     registry_name = "ming_univision"
     options_type = MingOptions
     needs_tokenizer = True
@@ -163,27 +168,25 @@ class MingUniVision(ContinuousGenerator):
         if model is not None:
             self._arguments["language_model"] = model.sizes  # its weights are ours from now on
         marks = {"image_start": image_start, "image_patch": image_patch, "image_end": image_end, "end": end}
-        for number, (name, mark) in enumerate(marks.items()):
-            mark = text_vocabulary_size + number if mark is None else mark
+        ids = [text_vocabulary_size + number if mark is None else mark for number, mark in enumerate(marks.values())]
+        for name, mark in zip(marks, ids):
             if not 0 <= mark < size:
                 raise ValueError(f"{name} {mark} is no id of a vocabulary of {size}")
-            setattr(self, name, mark)
+        self.image_start, self.image_patch, self.image_end, self.end = ids
         if not 0 <= condition_dropout <= 1:
             raise ValueError(f"condition_dropout must lie in [0, 1], got {condition_dropout}")
         self.num_classes = num_classes or None
         self.text = IdSpec(text_vocabulary_size, text_length) if text_length else None
         self.given = FeatureSpec(self.spec.dim, given_length) if given_length else None
-        self.feature_dim, self.latent_statistics = (
-            feature_dim,
-            {"latent_mean": latent_mean, "latent_scale": latent_scale},
-        )
-        for name, ids in (("human", human), ("assistant", assistant)):
-            self.register_buffer(name, torch.tensor(tuple(ids), dtype=torch.int64), persistent=False)
+        self.feature_dim = feature_dim
+        self.latent_statistics = {"latent_mean": latent_mean, "latent_scale": latent_scale}
+        self.register_buffer("human", torch.tensor(tuple(human), dtype=torch.int64), persistent=False)
+        self.register_buffer("assistant", torch.tensor(tuple(assistant), dtype=torch.int64), persistent=False)
         self.condition_dropout, self.end_weight, self.text_weight = condition_dropout, end_weight, text_weight
         roles = {"begin": human, "answer": assistant}
         ends = {"end": self.end, "begin_image": self.image_start, "end_image": self.image_end}
-        marks = roles | {name: (mark,) for name, mark in ends.items()}
-        self.reader = StreamReader(text_vocabulary_size, self.image_patch, marks)
+        own = {**roles, **{name: (mark,) for name, mark in ends.items()}}
+        self.reader = StreamReader(text_vocabulary_size, self.image_patch, own)
         if model is None:
             self.embedding, self.output = nn.Embedding(size, config.dim), nn.Linear(config.dim, size, bias=False)
             nn.init.normal_(self.embedding.weight, std=0.02)
@@ -267,7 +270,8 @@ class MingUniVision(ContinuousGenerator):
         rows, device = len(condition), self.output.weight.device
         parts = [self._fixed(self.human, rows, device)]
         if (given := condition.part("given")) is not None:
-            features = self.embed_features(tokenizer.expander().expand(given.values.to(self.output.weight.dtype)))
+            expander = self.needed_tokenizer(tokenizer).expander()
+            features = self.embed_features(expander.expand(given.values.to(self.output.weight.dtype)))
             valid = given.valid() & ~given.dropped[:, None]
             ends = valid.any(1, keepdim=True)
             for x, where, is_image in (
@@ -277,7 +281,7 @@ class MingUniVision(ContinuousGenerator):
             ):
                 kinds = torch.full(where.shape, IMAGE, device=device)
                 parts.append(Prompt(x, where, kinds, torch.full_like(where, is_image)))
-        if (label := condition.part("labels")) is not None:
+        if self.classes is not None and (label := condition.part("labels")) is not None:
             valid = ~label.dropped[:, None]
             embeddings = self.classes(label.values.where(valid[:, 0], 0))[:, None]
             parts.append(
@@ -347,7 +351,7 @@ class MingUniVision(ContinuousGenerator):
             ValueError: latents of another tokenizer, a missing tokenizer, missing draws, or streams that this model
                 does not read.
         """
-        self.check_tokenizer(tokenizer)
+        tokenizer = self.needed_tokenizer(tokenizer)
         if not draws or not {"time", "noise"} <= draws.keys():
             raise ValueError("training needs the draws 'time' and 'noise'; see training_draws")
         if isinstance(tokens, Streams):
@@ -461,7 +465,7 @@ class MingUniVision(ContinuousGenerator):
         draws: Draws | None = None,
         tokenizer: Expands | None = None,
     ) -> MingSession:
-        self.check_tokenizer(tokenizer)
+        tokenizer = self.needed_tokenizer(tokenizer)
         self.check_condition(condition)
         if not draws or "noise" not in draws:
             raise ValueError("latents are drawn from noise: pass draws=sampling_draws(Keys.range(seed, B))")

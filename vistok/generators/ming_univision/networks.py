@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from vistok.flow import LinearPath, euler, guided, last, shift_time
 from vistok.guidance import Guidance
 from vistok.nn.attention import Attention, LayerCache
+from vistok.nn.containers import ModuleList
 from vistok.nn.diffusion_head import DiffusionHead
 from vistok.nn.mlp import SwiGLU, two_thirds
 from vistok.nn.moe import MixtureOfExperts
@@ -77,6 +78,7 @@ class Block(nn.Module):
             qkv_bias=config.qkv_bias,
             out_bias=config.out_bias,
         )
+        self.mlp: SwiGLU | MixtureOfExperts
         if dense:
             self.mlp = SwiGLU(config.dim, config.mlp_dim)
         else:
@@ -110,7 +112,7 @@ class Backbone(nn.Module):
     def __init__(self, config: BackboneConfig):
         super().__init__()
         self.config = config
-        self.blocks = nn.ModuleList(
+        self.blocks = ModuleList(
             Block(config, dense=not config.num_experts or index < config.num_dense_layers)
             for index in range(config.num_layers)
         )
@@ -136,7 +138,8 @@ class Backbone(nn.Module):
             images: (R, n) bool, True at positions of images that are read; None for none.
         """
         rotation = self.rotation(positions)
-        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
+        each: Sequence[LayerCache | None] = caches or [None] * len(self.blocks)
+        for block, cache in zip(self.blocks, each, strict=True):
             x = block(x, mask, rotation, cache, images)
         return self.norm(x)
 

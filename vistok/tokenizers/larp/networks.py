@@ -98,6 +98,8 @@ class Decoder(nn.Module):
         out_channels: of the clip.
     """
 
+    latent_positions: Tensor
+
     def __init__(
         self,
         config: TransformerConfig,

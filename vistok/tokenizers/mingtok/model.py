@@ -15,7 +15,7 @@ from dataclasses import asdict
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vistok.checkpoints import OfficialCheckpoint, load_strictly
 from vistok.checkpoints.official_config import OfficialConfig
@@ -132,7 +132,7 @@ class MingTok(Tokenizer):
         return {"latents": self.encoder.latent_dim, "semantic": self.semantic_decoder.norm.normalized_shape[0]}
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         return self.pixel_decoder.head.weight
 
     def latents(self, pixels: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class OpenMAGVIT2Video(ConvTokenizer):
     """
 
     registry_name = "open_magvit2_video"
-    data_arguments: ClassVar[Mapping[str, str]] = Tokenizer.data_arguments | {"num_frames": "num_frames"}
+    data_arguments: ClassVar[Mapping[str, str]] = {**Tokenizer.data_arguments, "num_frames": "num_frames"}
     tiny = {
         "num_frames": 5,
         "image_size": 16,
@@ -71,7 +71,12 @@ class OpenMAGVIT2Video(ConvTokenizer):
         in_time = [mult != 1 for mult in channel_mult[:-1]]
         self.time_stride = 2 ** sum(in_time)
         sizes = (channels, channel_mult, res_blocks)
-        options = {"norm_groups": norm_groups, "attend": False, "middle_blocks": res_blocks, "bias": False}
+        options: dict[str, Any] = {
+            "norm_groups": norm_groups,
+            "attend": False,
+            "middle_blocks": res_blocks,
+            "bias": False,
+        }
         options["conv"] = CausalConv3d
         self.build(
             ConvEncoder(
@@ -120,7 +125,7 @@ class OpenMAGVIT2Video(ConvTokenizer):
                 f"clips of {frames}x{height}x{width} have a single token, and the decoder reads the variance of the "
                 "tokens; take larger ones"
             )
-        return TokenSpec(steps * flat.length, flat.codebook_size, flat.dim, grid=(steps, *flat.grid))
+        return TokenSpec(steps * flat.length, flat.codebook_size, flat.dim, grid=(steps, *flat.raster))
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:

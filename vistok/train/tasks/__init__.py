@@ -28,7 +28,7 @@ def task_type(name: str | None) -> type[Task]:
     Raises:
         ConfigError: there is none.
     """
-    if name not in TASKS:
+    if not isinstance(name, str) or name not in TASKS:
         near = nearest(name, tuple(TASKS)) if isinstance(name, str) else None
         hint = f"; did you mean {near!r}?" if near else ""
         raise ConfigError(f"task: got {name!r}, expected one of {', '.join(TASKS)}{hint}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from torch import Tensor, nn
 
-from vistok.config import ConfigError, build, check_least, nearest
+from vistok.config import ConfigError, KeysOf, annotations, build, check_least, nearest
 from vistok.draws import Keys
 from vistok.losses import (
     BlurDiscriminator,
@@ -39,6 +40,12 @@ DISCRIMINATORS: dict[str, type[Discriminator]] = {
 GameName = Literal["vanilla", "non_saturating", "non_saturating_mean", "hinge", "least_squares"]
 
 
+def _discriminator_keys(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The types of the keys of a ``discriminator`` section; a name that is none is told later."""
+    kind = DISCRIMINATORS.get(section.get("name", "patchgan"))
+    return {"name": str, **({} if kind is None else annotations(kind))}
+
+
 @dataclass(frozen=True)
 class GanConfig:
     """The adversarial part of a tokenizer's objective.
@@ -65,7 +72,9 @@ class GanConfig:
     weight: float
     loss: GameName = "hinge"
     generator_loss: GameName | None = None
-    discriminator: dict[str, Any] = field(default_factory=lambda: {"name": "patchgan"})
+    discriminator: Annotated[dict[str, Any], KeysOf(_discriminator_keys)] = field(
+        default_factory=lambda: {"name": "patchgan"}
+    )
     start_step: int = 0
     every_n_steps: int = 1
     order: Literal["model_first", "adversary_first"] = "model_first"
@@ -92,17 +101,22 @@ class Adversary(nn.Module):
     Args:
         config: the ``losses.gan`` section.
         input_shape: (C, H, W) of the images, or (C, T, H, W) of the clips.
+        value_range: the tokenizer's native range.
     """
 
-    def __init__(self, config: GanConfig, input_shape: tuple[int, ...]):
+    def __init__(self, config: GanConfig, input_shape: tuple[int, ...], value_range: tuple[float, float] = (-1.0, 1.0)):
         super().__init__()
         self.config = config
-        self.discriminator = build_discriminator(config, input_shape)
+        self.discriminator = build_discriminator(config, input_shape, value_range)
         self.generator_loss = GeneratorLoss(config.generator_loss or config.loss)
         self.discriminator_loss = DiscriminatorLoss(config.loss, config.smoothing)
         self.augment = None if config.augment is None else build(DiffAugment, config.augment, "losses.gan.augment")
         options = config.lecam_decay, config.lecam_update, config.lecam_compare
         self.lecam = LeCam(*options) if config.lecam_weight else None
+
+    def frozen(self) -> dict[str, nn.Module]:
+        """Networks that the discriminator asks, by name."""
+        return self.discriminator.frozen()
 
     def fool(self, fake: Tensor, keys: Keys) -> Tensor:
         """The generator's loss for reconstructions (B, C, H, W); the discriminator gets no gradient.
@@ -153,12 +167,15 @@ class Adversary(nn.Module):
         return self.discriminator_loss(logits_real, logits_fake, noise=noise)
 
 
-def build_discriminator(config: GanConfig, input_shape: tuple[int, ...]) -> Discriminator:
+def build_discriminator(
+    config: GanConfig, input_shape: tuple[int, ...], value_range: tuple[float, float] = (-1.0, 1.0)
+) -> Discriminator:
     arguments = dict(config.discriminator)
     name = arguments.pop("name", "patchgan")
-    if name not in DISCRIMINATORS:
-        near = nearest(name, tuple(DISCRIMINATORS))
+    if not isinstance(name, str) or name not in DISCRIMINATORS:
+        near = nearest(str(name), tuple(DISCRIMINATORS))
         hint = f"; did you mean {near!r}?" if near else ""
         raise ConfigError(f"losses.gan.discriminator.name: unknown {name!r}{hint} Known: {', '.join(DISCRIMINATORS)}.")
     kind = DISCRIMINATORS[name]
-    return build(kind, kind.arguments_for(input_shape) | arguments, "losses.gan.discriminator")
+    derived = kind.arguments_for(input_shape) | kind.arguments_for_range(value_range)
+    return build(kind, derived | arguments, "losses.gan.discriminator")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -57,12 +57,17 @@ class Learner(nn.Module):
         Raises:
             ConfigError: a pattern that no name fits.
         """
+        self.leave(matching(self.parameters_by_name(), patterns, "freeze"))
+
+    def leave(self, names: Collection[str]) -> None:
+        """Train none of these parameters; modules that have no others stay in evaluation mode."""
         named = self.parameters_by_name()
-        for name in matching(named, patterns, "freeze"):
+        for name in names:
             named[name].requires_grad_(False)
-        parts = [module for module in self.modules() if module is not self] if patterns else []
+        parts = [module for module in self.modules() if module is not self] if names else []
         own = [(module, list(module.parameters())) for module in parts]
-        self._frozen = tuple(module for module, trained in own if trained and not any(p.requires_grad for p in trained))
+        still = tuple(module for module, trained in own if trained and not any(p.requires_grad for p in trained))
+        self._frozen = still or self._frozen
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of all but frozen modules."""
@@ -88,7 +93,7 @@ class Task(ABC):
         metric_prefixes: what begins the names of a player's loss and gradient norm in logs.
         learner: the player that holds the model, on the CPU until the loop moves it.
         loader: batches of this process.
-        held_out: batches to validate on, or None.
+        held_out: batches to validate on; those of ``no_samples`` without validation.
         unit: what throughput counts.
         changing_parameters: whether some parameters take part in some steps only.
         objective_changes: the steps after which the objective is another, so that checkpoints of before and after
@@ -100,7 +105,7 @@ class Task(ABC):
     config: RunConfig
     learner: Learner
     loader: Loader
-    held_out: Loader | None = None
+    held_out: Loader
     unit: str
     changing_parameters: bool = False
     objective_changes: tuple[int, ...] = ()
@@ -109,6 +114,11 @@ class Task(ABC):
     def model(self) -> Model:
         """What is exported."""
         return self.learner.model
+
+    @property
+    def validates(self) -> bool:
+        """Whether there are held-out samples."""
+        return len(self.held_out) > 0
 
     def players(self) -> dict[str, nn.Module]:
         """Who is trained, by name, the learner of the model first: each one module that is called once per batch."""
@@ -119,7 +129,11 @@ class Task(ABC):
         return self.config.player(name)
 
     def frozen(self) -> dict[str, nn.Module]:
-        """Networks that losses ask, by name. The loop moves them to the device; they are never trained or saved."""
+        """Networks that losses ask, by name. The loop moves them to the device; they are never trained or saved.
+
+        Their weights keep their type, and they compute in the run's mixed precision by autocast, as players do: what a
+        network keeps out of autocast, such as the distances of a codec's codes, stays exact.
+        """
         return {}
 
     @property
@@ -142,26 +156,27 @@ class Task(ABC):
     @torch.no_grad()
     def validate(self, learner: Learner, clock: Clock, stopping: Callable[[], bool]) -> dict[str, float]:
         """Means over the held-out samples, as "val_loss", ...; the draws are those of every time before. Nothing if
-        the run is ``stopping`` before all are measured."""
-        device, totals, count = next(learner.parameters()).device, {}, 0
+        there are none, or if the run is ``stopping`` before all are measured."""
+        device, count = learner.model.device, 0
+        totals: dict[str, Tensor] = {}
         self.held_out.epoch = 0  # of a token cache with several views, the same ones
         for number, batch in enumerate(self.held_out):
             if stopping():
                 return {}
             batch = on_device(batch, device)
             for name, value in self._held_out_terms(learner, batch, clock, number).items():
-                totals[name] = totals.get(name, 0) + value.float() * len(batch.indices)
+                value = value.float() * len(batch.indices)
+                totals[name] = totals[name] + value if name in totals else value
             count += len(batch.indices)
         return {f"val_{name}": (total / count).item() for name, total in totals.items()}
 
     @abstractmethod
-    def _held_out_terms(self, learner: Learner, batch: Any, clock: Clock, number: int) -> dict[str, Tensor]:
+    def _held_out_terms(self, learner: Any, batch: Any, clock: Clock, number: int) -> dict[str, Tensor]:
         """Means over one batch, "loss" among them; it is batch ``number`` of the held-out ones."""
 
     def dead_worker(self) -> str | None:
         """After an error: which process that reads data died of what, or None."""
-        loaders = [loader for loader in (self.loader, self.held_out) if loader is not None]
-        return next(filter(None, (loader.dead_worker() for loader in loaders)), None)
+        return self.loader.dead_worker() or self.held_out.dead_worker()
 
     def window_metrics(self) -> dict[str, Tensor]:
         """Metrics that only make sense over a whole logging window; all processes call it."""
@@ -190,12 +205,23 @@ class Task(ABC):
     def show(self, batch: Any) -> Tensor:
         """The pixels (B, C, H, W) in [-1, 1] that a batch stands for."""
 
-    @abstractmethod
-    def picture(self, model: Model) -> Image.Image | None:
-        """A picture of what the model can do now; None where it makes no pixels."""
+    def examples(self, count: int) -> Tensor:
+        """So many images of the data, or clips, evenly spread over it, (n, C, [T,] H, W) in [-1, 1].
+
+        Raises:
+            ValueError: the data are no images.
+        """
+        raise ValueError("this run trains on tokens, not on images")
 
     @abstractmethod
-    def export(self, folder: Path, model: Model) -> None:
+    def pictures(self, model: Any) -> list[Image.Image]:
+        """Pictures of what the model can do now: one, or none where it makes no pixels."""
+
+    def accompany(self, folder: Path) -> None:  # noqa: B027 (most models stand alone)
+        """Write what goes with the model into the run folder, before it is trained: checkpoints are used with it."""
+
+    @abstractmethod
+    def export(self, folder: Path, model: Any) -> None:
         """Write what users load into the run folder."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vistok.config import ConfigError, check_least
 from vistok.draws import Draws, Keys
 from vistok.losses import L1, L2, LPIPS, ARPrior
+from vistok.nn.frozen import Frozen
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import MAIN, Clock, TokenizerOutput
 
@@ -56,23 +57,13 @@ class ReconstructionConfig(TermConfig):
     weight: float = 1.0
 
 
-class Frozen:
-    """Holds a network that is never trained: no part of the module that asks it, and shared by that module's copies."""
-
-    def __init__(self, network: nn.Module):
-        self.network = network.eval().requires_grad_(False)
-
-    def __deepcopy__(self, memo: Any) -> Frozen:
-        return self
-
-
 class Term(nn.Module):
     """A named term. Its parameters, if it has any, are trained with the tokenizer, and end with the run."""
 
     config_type: ClassVar[type[TermConfig]] = TermConfig
-    compares_pixels: ClassVar[bool] = False
+    compares_pixels: bool = False
     """Whether the adaptive weight of a GAN is balanced against it."""
-    reads_codes: ClassVar[bool] = False
+    reads_codes: bool = False
     """Whether it reads the feature "codes", the tokenizer's whole codebook."""
 
     def __init__(self, name: str, config: TermConfig):

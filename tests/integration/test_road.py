@@ -1,0 +1,131 @@
+"""From released weights to a picture: convert, put together, sample."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from support.released import tiny_tokenizer, write_generator, write_tokenizer
+from support.tiny_runs import generator_config, saved_steps, tokenizer_config, write_tokens
+
+import vistok
+from vistok.checkpoints import CheckpointError, imagenet
+from vistok.cli import main
+from vistok.train import train
+
+
+def command(*arguments: object) -> None:
+    """Run a command that succeeds."""
+    with pytest.raises(SystemExit) as exit:
+        main([str(argument) for argument in arguments])
+    assert not exit.value.code
+
+
+def grid_of(folder: Path) -> bytes:
+    with Image.open(folder / "grid.png") as image:
+        return image.tobytes()
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory) -> tuple[Path, Path]:
+    """A tokenizer and a generator that `vistok convert` made of released-looking files."""
+    folder = tmp_path_factory.mktemp("released")
+    file, config = write_tokenizer(folder, tiny_tokenizer())
+    command("convert", "vit_vqgan/tokenizer", file, "--config", config, "--out", folder / "tokenizer")
+    file, config = write_generator(folder)
+    command("convert", "llamagen/gpt", file, "--config", config, "--out", folder / "gpt")
+    return folder / "tokenizer", folder / "gpt"
+
+
+def test_converted_parts_become_a_pipeline_that_knows_imagenets_classes(converted, tmp_path):
+    command("pipeline", *converted, "--out", tmp_path / "pipe", "top_k=10")
+    command("sample", tmp_path / "pipe", "--classes", "goldfish,tench", "--num", 4, "--out", tmp_path / "a")
+    command("sample", converted[1], "--tokenizer", converted[0], "--classes", "1,0", "--num", 4, "top_k=10",
+            "--out", tmp_path / "b")  # fmt: skip
+    assert grid_of(tmp_path / "a") == grid_of(tmp_path / "b")
+    assert json.loads((tmp_path / "a" / "samples.json").read_text())["labels"] == [1, 0, 1, 0]
+    pipe = vistok.pipeline(*converted)
+    assert pipe(["goldfish"]).labels == [1]
+    assert len(pipe.class_names) == 1000
+    with pytest.raises(ValueError, match=r"'crane' is ambiguous; give its id .134: crane; 517: crane"):
+        pipe(["crane"])
+
+
+def test_the_class_names_are_those_of_torchvision():
+    from torchvision.models import ResNet18_Weights
+
+    ours, theirs = imagenet.class_names(), ResNet18_Weights.DEFAULT.meta["categories"]
+    differing = [
+        (name, other)
+        for name, other in zip(ours, theirs, strict=True)
+        if other.lower() not in [synonym.strip().lower() for synonym in name.split(",")]
+    ]
+    assert differing == [("crane", "crane bird"), ("maillot, tank suit", "maillot tank suit")]
+
+
+def test_an_official_generators_id_brings_its_tokenizer(converted, monkeypatch):
+    asked = []
+
+    def fetch(source):
+        asked.append(str(source))
+        return vistok.load(converted["c2i_B" in str(source)])
+
+    monkeypatch.setattr("vistok.pipelines.folders.load", fetch)
+    pipe = vistok.pipeline("FoundationVision/LlamaGen/c2i_B_256.pt")
+    assert asked == ["FoundationVision/LlamaGen/vq_ds16_c2i.pt", "FoundationVision/LlamaGen/c2i_B_256.pt"]
+    assert pipe(["goldfish"]).labels == [1]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    tokens = write_tokens(folder / "tokens")
+    return {
+        "tokenizer": train(tokenizer_config(folder / "tokenizer")),
+        "generator": train(generator_config(folder / "generator", tokens)),
+    }
+
+
+def test_runs_and_their_checkpoints_are_loaded_as_models(runs):
+    for kind, run in runs.items():
+        exported = vistok.load(run / kind)
+        assert vistok.load(run).fingerprint() == exported.fingerprint()
+        steps = [run / "checkpoints" / step for step in saved_steps(run)]
+        assert vistok.load(steps[-1]).fingerprint() == exported.fingerprint()
+        assert vistok.load(steps[0]).fingerprint() != exported.fingerprint()
+
+
+def test_a_checkpoint_is_sampled_before_its_run_has_ended(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr("vistok.train.loop.Trainer.export", lambda self: None)
+    tokens = runs["generator"].parent / "tokens"
+    run = train(generator_config(tmp_path / "run", tokens))
+    with pytest.raises(CheckpointError, match="has not exported one yet"):
+        vistok.pipeline(run)
+    step = run / "checkpoints" / saved_steps(run)[-1]
+    command("sample", step, "--classes", "3", "--num", 2, "--out", tmp_path / "a")
+    command("sample", runs["generator"], "--classes", "3", "--num", 2, "--out", tmp_path / "b")
+    assert grid_of(tmp_path / "a") == grid_of(tmp_path / "b")
+
+
+def test_the_parts_of_a_pipeline_may_be_runs(runs, tmp_path):
+    pipe = vistok.pipeline(runs["generator"], runs["generator"])
+    assert pipe.class_names == vistok.pipeline(runs["generator"]).class_names != ()
+    assert pipe.sampling == {"guidance_scale": 2.0}
+    pipe.save_pretrained(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match=r"holds a tokenizer .vit_vqgan., but a generator is needed"):
+        vistok.pipeline(runs["tokenizer"], runs["tokenizer"])
+
+
+@pytest.mark.parametrize(
+    ("source", "meant"),
+    [
+        ("vq_ds16_c2i.pt", "FoundationVision/LlamaGen/vq_ds16_c2i.pt"),
+        ("FoundationVision/LlamaGen/vq_ds16_c2.pt", "FoundationVision/LlamaGen/vq_ds16_c2i.pt"),
+        ("FoundationVision/VAR/var_d16.pth", "FoundationVision/var/var_d16.pth"),
+    ],
+)
+def test_nearly_the_name_of_an_official_file(source, meant):
+    with pytest.raises(CheckpointError, match=f"did you mean .*{meant}"):
+        vistok.load(source)

@@ -1,0 +1,116 @@
+"""Sources of clips: videos with labels, by index."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+
+from vistok.data.sources import hash_lines
+from vistok.data.videos import UnreadableClipError
+
+log = logging.getLogger(__name__)
+
+
+class ClipSource(ABC):
+    """Videos with labels, by index.
+
+    Attributes:
+        classes: their names, in the order of the labels; empty if the videos have no classes.
+    """
+
+    classes: tuple[str, ...] = ()
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def length(self, index: int) -> int:
+        """Frames of a video. Raises UnreadableClipError for a damaged one."""
+
+    @abstractmethod
+    def read(self, index: int, frames: Sequence[int]) -> np.ndarray:
+        """Frames (n, H, W, 1 or 3) uint8 of a video. Raises UnreadableClipError for a damaged one."""
+
+    @abstractmethod
+    def label(self, index: int) -> int:
+        """The class of a video; -1 without classes."""
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """The texts that describe a video; most sources have none."""
+        return ()
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """What to call this video in a message."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A hash that changes when the source holds other videos (names and sizes, not contents)."""
+
+
+class SelectedClips(ClipSource):
+    """Some of a source's videos, by their indices there."""
+
+    def __init__(self, source: ClipSource, indices: Sequence[int]) -> None:
+        self._source, self._indices = source, indices
+        self.classes = source.classes
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def length(self, index: int) -> int:
+        return self._source.length(self._indices[index])
+
+    def read(self, index: int, frames: Sequence[int]) -> np.ndarray:
+        return self._source.read(self._indices[index], frames)
+
+    def label(self, index: int) -> int:
+        return self._source.label(self._indices[index])
+
+    def name(self, index: int) -> str:
+        return self._source.name(self._indices[index])
+
+    def fingerprint(self) -> str:
+        return hash_lines([self._source.fingerprint(), *map(str, self._indices)])
+
+
+class InMemoryClips(ClipSource):
+    """A source whose videos are decoded once and kept whole: for small frames."""
+
+    def __init__(self, source: ClipSource) -> None:
+        self._source, self.classes = source, source.classes
+        log.info("decoding %d videos into memory", len(source))
+        self._videos = [self._decode(index) for index in range(len(source))]
+
+    def _decode(self, index: int) -> np.ndarray | UnreadableClipError:
+        try:
+            return self._source.read(index, range(self._source.length(index)))
+        except UnreadableClipError as error:
+            return error
+
+    def _video(self, index: int) -> np.ndarray:
+        video = self._videos[index]
+        if isinstance(video, UnreadableClipError):
+            raise video
+        return video
+
+    def __len__(self) -> int:
+        return len(self._videos)
+
+    def length(self, index: int) -> int:
+        return len(self._video(index))
+
+    def read(self, index: int, frames: Sequence[int]) -> np.ndarray:
+        return self._video(index)[list(frames)]
+
+    def label(self, index: int) -> int:
+        return self._source.label(index)
+
+    def name(self, index: int) -> str:
+        return self._source.name(index)
+
+    def fingerprint(self) -> str:
+        return self._source.fingerprint()

@@ -1,0 +1,96 @@
+"""Grids with labels: what each column, row or image is, in letters that stay readable beside small images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+from vistok.data.pictures import GAP
+
+LEAST = 64
+"""Images whose larger side is smaller are enlarged by a whole factor, to at least so many pixels."""
+TEXT = 16
+"""Height of letters in pixels."""
+LINE = TEXT + 6
+MARGIN = 6
+
+
+def sheet(
+    images: Sequence[Image.Image],
+    columns: int | None = None,
+    *,
+    column_labels: Sequence[str] = (),
+    row_labels: Sequence[str] = (),
+    labels: Sequence[str] = (),
+    least: int = LEAST,
+) -> Image.Image:
+    """Equally large images row by row on white, with labels.
+
+    Args:
+        columns: images per row; None makes the grid about square.
+        column_labels: a text above each column.
+        row_labels: a text left of each row.
+        labels: a text below each image.
+        least: pixels that the larger side of an image has at least.
+
+    Raises:
+        ValueError: no images, images of different sizes, or another number of labels than of what they name.
+    """
+    if not images:
+        raise ValueError("there are no images to lay out")
+    sizes = {image.size for image in images}
+    if len(sizes) > 1:
+        raise ValueError(f"a grid needs images of one size, got {sorted(sizes)}")
+    columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
+    rows = math.ceil(len(images) / columns)
+    for what, given, count in (
+        ("columns", column_labels, columns),
+        ("rows", row_labels, rows),
+        ("images", labels, len(images)),
+    ):
+        if given and len(given) != count:
+            raise ValueError(f"{len(given)} labels do not name {count} {what}")
+    factor = enlargement(images[0], least)
+    width, height = images[0].width * factor, images[0].height * factor
+    font = ImageFont.load_default(TEXT)
+    left = math.ceil(max(map(font.getlength, row_labels))) + MARGIN if row_labels else 0
+    top, below = LINE * bool(column_labels), LINE * bool(labels)
+    across, down = width + GAP, height + GAP + below
+    made = Image.new("RGB", (left + columns * across - GAP, top + rows * down - GAP), "white")
+    draw = ImageDraw.Draw(made)
+    for column, text in enumerate(column_labels):
+        x = left + column * across + width / 2
+        draw.text((x, LINE / 2), shortened(text, width, font), "black", font, anchor="mm")
+    for row, text in enumerate(row_labels):
+        draw.text((left - MARGIN, top + row * down + height / 2), text, "black", font, anchor="rm")
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        x, y = left + column * across, top + row * down
+        made.paste(enlarged(image, factor), (x, y))
+        if labels:
+            place = (x + width / 2, y + height + LINE / 2)
+            draw.text(place, shortened(labels[index], width, font), "black", font, anchor="mm")
+    return made
+
+
+def enlargement(image: Image.Image, least: int = LEAST) -> int:
+    """The whole factor by which an image becomes at least so large."""
+    return max(1, math.ceil(least / max(image.size)))
+
+
+def enlarged(image: Image.Image, factor: int) -> Image.Image:
+    """The image with pixels that are ``factor`` times as large, with sharp edges."""
+    return (
+        image if factor == 1 else image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    )
+
+
+def shortened(text: str, width: float, font: ImageFont.FreeTypeFont) -> str:
+    """The text, cut with … where it is wider than ``width`` pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}…") > width:
+        text = text[:-1]
+    return f"{text.rstrip()}…"

@@ -1,0 +1,255 @@
+"""Videos in folders and lists of video files, and a look at what is wrong with them."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vistok.data.clip_sources import ClipSource
+from vistok.data.clips import ClipTransform
+from vistok.data.decoding import Decoder
+from vistok.data.files import SPLITS
+from vistok.data.sources import hash_lines
+from vistok.data.tar import UNCONDITIONAL
+from vistok.data.video_decoders import open_video
+from vistok.data.videos import VIDEO_EXTENSIONS, UnreadableClipError, Video, is_frame
+
+_LAYOUTS = f"videos are files ({' '.join(VIDEO_EXTENSIONS)}) or folders of images, in <class>/ folders or side by side"
+
+
+class VideoSource(ClipSource):
+    """Videos in files and folders of frames, each with a label.
+
+    Args:
+        paths: of the videos.
+        labels: one per video.
+        classes: their names; empty for none.
+        decoder: of frames that are image files.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        labels: Sequence[int],
+        classes: Sequence[str] = (),
+        decoder: Decoder = Decoder(),  # noqa: B008 (immutable)
+    ):
+        self.paths, self._labels, self.classes = list(paths), list(labels), tuple(classes)
+        self._decoder = decoder
+        self._last: tuple[int, Video] | None = None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def video(self, index: int) -> Video:
+        """The video, opened; the last one is kept."""
+        if self._last is None or self._last[0] != index:
+            self._last = index, open_video(self.paths[index], self._decoder)
+        return self._last[1]
+
+    def length(self, index: int) -> int:
+        return len(self.video(index))
+
+    def read(self, index: int, frames: Sequence[int]) -> np.ndarray:
+        return self.video(index).read(frames)
+
+    def label(self, index: int) -> int:
+        return self._labels[index]
+
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
+    def fingerprint(self) -> str:
+        return hash_lines(f"{path} {path.stat().st_size if path.exists() else None}" for path in self.paths)
+
+
+def folder_videos(
+    root: str | Path,
+    *,
+    split: str | None = None,
+    decoder: Decoder = Decoder(),  # noqa: B008 (immutable)
+) -> VideoSource:
+    """All videos below a folder. Folders right below it are classes, if videos lie in them.
+
+    A GIF beside another video file of its name is a preview of that, as ``vistok sample`` writes them, and no video.
+
+    Args:
+        split: the folder of that name, where the root is divided into train/, val/ and so on; an undivided root is all
+            training videos. None takes the root as it is.
+        decoder: of frames that are image files.
+
+    Raises:
+        FileNotFoundError: no such folder, or no videos in it.
+        ValueError: videos both inside and beside class folders.
+    """
+    root = Path(root).expanduser()
+    if not root.is_dir():
+        raise FileNotFoundError(f"there is no folder {root} of videos")
+    if split is not None and any((root / name).is_dir() for name in SPLITS):
+        if not (root / split).is_dir():
+            there = ", ".join(name for name in SPLITS if (root / name).is_dir())
+            raise FileNotFoundError(f"{root} has no videos in {split}/; it has {there}")
+        root = root / split
+    elif split not in (None, "train"):
+        raise FileNotFoundError(
+            f"{root} is not divided into splits, so it has no {split!r}: put the videos into train/ and {split}/, or "
+            "name another folder as root with data.split=null"
+        )
+    found = sorted(_videos_below(root), key=lambda path: path.relative_to(root).as_posix())
+    if not found:
+        raise FileNotFoundError(f"no videos in {root}; {_LAYOUTS}")
+    owners = [path.relative_to(root).parts[0] if path.parent != root else "" for path in found]
+    classes = tuple(sorted(set(owners)))
+    if classes == ("",):
+        return VideoSource(found, [UNCONDITIONAL] * len(found), decoder=decoder)
+    if "" in classes:
+        raise ValueError(
+            f"{root} holds videos (such as {found[owners.index('')].name}) beside class folders; {_LAYOUTS}"
+        )
+    return VideoSource(found, [classes.index(owner) for owner in owners], classes, decoder)
+
+
+def _videos_below(root: Path) -> list[Path]:
+    """Video files, and folders that hold images and no folders."""
+    found = []
+    names = {path.stem for path in root.iterdir() if path.suffix.lower() in VIDEO_EXTENSIONS and not _is_gif(path)}
+    for path in sorted(root.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            inside = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
+            is_video = any(map(is_frame, inside)) and not any(entry.is_dir() for entry in inside)
+            found += [path] if is_video else _videos_below(path)
+        elif path.suffix.lower() in VIDEO_EXTENSIONS and not (_is_gif(path) and path.stem in names):
+            found.append(path)
+    return found
+
+
+def _is_gif(path: Path) -> bool:
+    return path.suffix.lower() == ".gif"
+
+
+def listed_videos(
+    lists: str | Path,
+    root: str | Path | None = None,
+    *,
+    decoder: Decoder = Decoder(),  # noqa: B008 (immutable)
+) -> VideoSource:
+    """Videos named by list files: several are joined by "+".
+
+    - UCF-101's own: a line ``Action/v_Action_g01_c01.avi [label]``;
+    - LARP's CSV with the columns id, path, action, label;
+    - Kinetics' CSV with the columns label, youtube_id, time_start, time_end: the file
+      ``[label/]<youtube_id>_<start>_<end>.mp4``, starts and ends padded to six digits.
+
+    Classes are the sorted names of the actions; those of UCF-101 come from the names of its files.
+
+    Args:
+        root: folder that paths are relative to; None is the folder of the list.
+
+    Raises:
+        FileNotFoundError: no such list, or a video that it names is not there.
+        ValueError: a list of another form.
+    """
+    rows: list[tuple[Path, str]] = []
+    for name in str(lists).split("+"):
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no list {path} of videos")
+        base = path.parent if root is None else Path(root).expanduser()
+        rows += [(base / video, action) for video, action in _rows(path)]
+    if not rows:
+        raise FileNotFoundError(f"{lists} names no videos")
+    found = [_locate(video, action) for video, action in rows]
+    absent = [str(video) for (video, _), there in zip(rows, found, strict=True) if there is None]
+    if absent:
+        shown = ", ".join(absent[:5])
+        raise FileNotFoundError(f"{len(absent)} of {len(rows)} videos of {lists} are not there: {shown}")
+    classes = tuple(sorted({action for _, action in rows if action}))
+    labels = [classes.index(action) if action else UNCONDITIONAL for _, action in rows]
+    return VideoSource([path for path in found if path is not None], labels, classes, decoder)
+
+
+def _rows(path: Path) -> list[tuple[str, str]]:
+    """(path, action) of each line of a list."""
+    lines = [line for line in path.read_text().splitlines() if line.strip()]
+    if path.suffix.lower() != ".csv":
+        return [(line.split()[0], _action_of(line.split()[0])) for line in lines]
+    rows = list(csv.DictReader(lines))
+    columns = set(rows[0]) if rows else set()
+    if "path" in columns:
+        return [(row["path"], _ucf_action(row["path"]) or row.get("action") or row.get("label") or "") for row in rows]
+    if {"youtube_id", "time_start", "time_end"} <= columns:
+        name = "{youtube_id}_{start:06d}_{end:06d}.mp4"
+        return [
+            (
+                name.format(youtube_id=row["youtube_id"], start=int(row["time_start"]), end=int(row["time_end"])),
+                row.get("label") or "",
+            )
+            for row in rows
+        ]
+    raise ValueError(
+        f"{path} has the columns {', '.join(sorted(columns))}; expected id, path, action, label, or label, "
+        "youtube_id, time_start, time_end (Kinetics)"
+    )
+
+
+def _locate(path: Path, action: str) -> Path | None:
+    """The video, or the one of its name in the folder of its action."""
+    return next((each for each in (path, path.parent / action / path.name) if each.exists()), None)
+
+
+def _action_of(path: str) -> str:
+    return _ucf_action(path) or (path.split("/")[0] if "/" in path else "")
+
+
+def _ucf_action(path: str) -> str | None:
+    match = re.match(r"v_(.+)_g\d+_c\d+", Path(path).stem)
+    return match and match.group(1)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a look at all videos found: their lengths (0 where unreadable), and what is wrong, by name."""
+
+    lengths: list[int]
+    unreadable: dict[str, str]
+    too_short: dict[str, int]
+    variable_rate: list[str]
+
+    def describe(self) -> str:
+        """The counts in one line, and the first names of each kind."""
+        counts = f"{len(self.lengths)} videos"
+        for what, names in (
+            ("cannot be read", self.unreadable),
+            ("are too short", self.too_short),
+            ("have a variable frame rate", self.variable_rate),
+        ):
+            if names:
+                shown = ", ".join(list(names)[:3]) + (", …" if len(names) > 3 else "")
+                counts += f"; {len(names)} {what} ({shown})"
+        return counts
+
+
+def survey(source: ClipSource, transform: ClipTransform) -> Survey:
+    """Open every video once, without decoding: count frames, and name what cannot be used."""
+    lengths, unreadable, too_short, variable = [], {}, {}, []
+    for index in range(len(source)):
+        name = source.name(index)
+        try:
+            length = source.length(index)
+        except UnreadableClipError as error:
+            lengths.append(0)
+            unreadable[name] = error.args[-1]
+            continue
+        lengths.append(length)
+        if length < transform.span:
+            too_short[name] = length
+        if isinstance(source, VideoSource) and source.video(index).variable_rate:
+            variable.append(name)
+    return Survey(lengths, unreadable, too_short, variable)

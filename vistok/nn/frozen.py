@@ -1,0 +1,17 @@
+"""A network that is asked, and never trained or saved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+class Frozen:
+    """Holds a network that is never trained: no part of the module that asks it, and shared by that module's copies."""
+
+    def __init__(self, network: nn.Module):
+        self.network: Any = network.eval().requires_grad_(False)
+
+    def __deepcopy__(self, memo: Any) -> Frozen:
+        return self

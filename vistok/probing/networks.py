@@ -1,0 +1,72 @@
+"""The networks by whose features reconstructions are compared with originals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vistok.eval.clips import load_clip_network
+from vistok.eval.networks import CallableNetwork, FeatureNetwork
+from vistok.eval.protocols import choose_protocol, load_network
+from vistok.losses import LPIPS
+from vistok.losses.efficientnet import EfficientNetFeatures, packaged_weights
+from vistok.utils.files import sha256
+
+IMAGE_NETWORKS = ("efficientnet_lite0", "inception", "none")
+CLIP_NETWORKS = ("i3d", "none")
+SIDE = 224
+
+
+class EfficientNetPool:
+    """uint8 images (B, 3, H, W) to EfficientNet-Lite0's features of stride 32, averaged over places: (B, 320).
+
+    Images are resized to 224 px, bicubic with antialiasing.
+    """
+
+    def __init__(self, weights: str | None, device: torch.device):
+        self.network = EfficientNetFeatures(32, weights).eval().requires_grad_(False).to(device)
+        self.device = device
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        pixels = images.to(self.device).float() / 255
+        if tuple(pixels.shape[-2:]) != (SIDE, SIDE):
+            pixels = F.interpolate(pixels, (SIDE, SIDE), mode="bicubic", align_corners=False, antialias=True)
+        mean, std = (
+            torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (self.network.mean, self.network.std)
+        )
+        return self.network((pixels - mean) / std).mean(1)
+
+
+def image_network(name: str, weights: str | None, device: torch.device) -> FeatureNetwork | None:
+    """The network of this name, or None for "none".
+
+    Raises:
+        ValueError: an unknown name.
+        CheckpointError: its weights cannot be had; the message says how to get them.
+    """
+    if name == "none":
+        return None
+    if name == "efficientnet_lite0":
+        file = weights or packaged_weights()
+        return CallableNetwork(EfficientNetPool(weights, device), "efficientnet-lite0, pooled", sha256(file))
+    if name == "inception":
+        return load_network(choose_protocol("reconstruction", None, None), weights=weights, device=device)
+    raise ValueError(f"unknown network {name!r}; images have {', '.join(IMAGE_NETWORKS)}")
+
+
+def clip_network(name: str, weights: str | None, device: torch.device) -> Any:
+    """As ``image_network``, of clips. The default of images stands for none."""
+    if name in ("none", IMAGE_NETWORKS[0]):
+        return None
+    if name == "i3d":
+        return load_clip_network(weights, device=device)
+    raise ValueError(f"unknown network {name!r}; clips have {', '.join(CLIP_NETWORKS)}")
+
+
+def lpips(weights: str | None, device: torch.device) -> Callable[[Tensor, Tensor], Tensor] | None:
+    return None if weights is None else LPIPS.from_pretrained(weights).to(device)

@@ -1,0 +1,88 @@
+"""What a probe does, and what its folder remembers of that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vistok.config import check_least
+from vistok.types import to_json
+from vistok.utils.files import read_json, write_json
+from vistok.utils.locks import holds_files
+
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """How a tokenizer is judged.
+
+    Attributes:
+        steps: of training the small generator; 0 trains none.
+        train_images: images that the generator and the linear probes are fitted to, evenly spread; None takes all.
+        test_images: images that everything is scored on; None takes all.
+        train_split, test_split: of the data.
+        batch_size: of the generator.
+        generator: ``key=value`` changes to its config, discrete.yaml or continuous.yaml of this folder.
+        network: of the distance of reconstructions: "efficientnet_lite0", whose weights come with the extra
+            ``teachers``; "inception", the network of all published FIDs; or "none". Clips have "i3d" in its place.
+        weights: local file of that network's weights.
+        lpips_weights: local file with all LPIPS weights; no LPIPS without.
+        seed: of the generator.
+    """
+
+    steps: int = 1000
+    train_images: int | None = 50_000
+    test_images: int | None = 10_000
+    train_split: str | None = "train"
+    test_split: str | None = "test"
+    batch_size: int = 64
+    generator: tuple[str, ...] = ()
+    network: str = "efficientnet_lite0"
+    weights: str | None = None
+    lpips_weights: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_least(self, steps=0, batch_size=1, seed=0)
+        for name in ("train_images", "test_images"):
+            if (value := getattr(self, name)) is not None and value < 10:
+                raise ValueError(f"{name} must be at least 10, or None for all, got {value}")
+        if self.train_split == self.test_split:
+            raise ValueError(
+                f"the probe would be scored on what it was fitted to: train_split and test_split are both "
+                f"{self.train_split!r}"
+            )
+        if self.weights is not None and self.network == "none":
+            raise ValueError("weights are those of a network, and there is none; name it, or leave weights out")
+
+
+class ProbeFolderError(ValueError):
+    """A folder that holds something else than the probe that is asked for."""
+
+
+def claim(folder: Path, settings: ProbeSettings, what: Mapping[str, Any]) -> None:
+    """Write into ``folder`` what is asked for, or check that it is what the folder holds: then work goes on there.
+
+    Raises:
+        ProbeFolderError: it holds another probe, or other files.
+    """
+    path, wanted = folder / PLAN, to_json(asdict(settings) | dict(what))
+    if not path.exists():
+        if folder.is_dir() and holds_files(folder):
+            raise ProbeFolderError(f"{folder} holds other files; choose a new folder with --out")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, wanted)
+        return
+    try:
+        found = read_json(path)
+    except ValueError as error:
+        raise ProbeFolderError(f"{path} is damaged ({error}); remove {folder} and begin again") from error
+    for key in {**wanted, **found}:
+        if found.get(key) != wanted.get(key):
+            raise ProbeFolderError(
+                f"{folder} holds a probe with {key} = {found.get(key)!r}, and {wanted.get(key)!r} was asked for; ask "
+                "for the same to go on, or choose another folder"
+            )

@@ -1,0 +1,161 @@
+"""What is measured of a tokenizer by itself: reconstructions, rate, use of codes, speed, what its features tell."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vistok.data.config import DataConfig
+from vistok.data.loader import evaluation_loader
+from vistok.data.opening import open_source
+from vistok.data.tokens import TokenCache
+from vistok.eval.clips import evaluate_clip_tokenizer
+from vistok.eval.tokenizers import evaluate_tokenizer
+from vistok.probing.linear import linear_probe
+from vistok.probing.networks import clip_network, image_network, lpips
+from vistok.probing.settings import ProbeSettings
+from vistok.tokenizers.base import Tokenizer
+from vistok.train.tasks.images import example_images
+from vistok.types import TokenSpec
+from vistok.utils.progress import track
+
+MOST_CHANNELS = 8192
+"""Of a token sequence that a linear probe reads place by place; longer ones are averaged over places."""
+TIMED_SECONDS = 1.0
+TIMED_BATCH = 16
+
+
+def describe(tokenizer: Tokenizer, data: DataConfig) -> dict[str, Any]:
+    """Name, fingerprint, parameters, tokens, and bits of an image's ids (None of latents, which have no alphabet)."""
+    spec = tokenizer.spec_for(data.input_shape)
+    return {
+        "model": tokenizer.registry_name,
+        "fingerprint": tokenizer.fingerprint(),
+        "parameters": sum(parameter.numel() for parameter in tokenizer.parameters()),
+        "spec": dataclasses.asdict(spec),
+        "bits_per_image": bits(spec),
+    }
+
+
+def bits(spec: TokenSpec) -> float | None:
+    return spec.length * spec.depth * math.log2(spec.codebook_size) if spec.discrete else None
+
+
+def reconstruction(tokenizer: Tokenizer, data: DataConfig, settings: ProbeSettings) -> dict[str, Any] | None:
+    """What ``evaluate_tokenizer`` says of the held-out images or clips; None of a tokenizer that renders none."""
+    if not tokenizer.renders:
+        return None
+    device, distance = _device(tokenizer), lpips(settings.lpips_weights, _device(tokenizer))
+    if data.num_frames is not None:
+        network = clip_network(settings.network, settings.weights, device)
+        return evaluate_clip_tokenizer(tokenizer, data, network=network, lpips=distance)
+    network = image_network(settings.network, settings.weights, device)
+    return evaluate_tokenizer(tokenizer, data, network=network, lpips=distance)
+
+
+def code_usage(cache: TokenCache) -> dict[str, float] | None:
+    """Of the tokens of all images: the share of codes in use, their perplexity, and the entropy of a token in bits, as
+    if tokens were independent. None of latents."""
+    spec = TokenSpec(**cache.spec)
+    if not spec.discrete:
+        return None
+    counts = torch.zeros(spec.codebook_size, dtype=torch.int64)
+    for ids in _tokens(cache):
+        counts += torch.bincount(ids.flatten(), minlength=spec.codebook_size)
+    share = counts[counts > 0].double() / counts.sum()
+    entropy = -(share * share.log()).sum()
+    return {
+        "used": float((counts > 0).double().mean()),
+        "perplexity": float(entropy.exp()),
+        "bits_per_token": float(entropy) / math.log(2),
+    }
+
+
+@torch.no_grad()
+def speed(tokenizer: Tokenizer, data: DataConfig) -> dict[str, float]:
+    """Images (or clips) per second that are encoded and decoded, in batches of ``TIMED_BATCH``."""
+    parameter = next(tokenizer.eval().parameters())
+    examples = example_images(open_source(data), data, TIMED_BATCH).to(parameter.device, parameter.dtype)
+    tokens = tokenizer.encode(examples)
+    rates = {"encode": _rate(lambda: tokenizer.encode(examples), examples)}
+    if tokenizer.renders:
+        rates["decode"] = _rate(lambda: tokenizer.decode(tokens), examples)
+    return rates
+
+
+def _rate(work: Callable[[], Tensor], examples: Tensor) -> float:
+    work()
+    begin, count = time.perf_counter(), 0
+    while count == 0 or time.perf_counter() - begin < TIMED_SECONDS:
+        work()
+        if examples.device.type != "cpu":
+            torch.accelerator.synchronize(examples.device)
+        count += len(examples)
+    return count / (time.perf_counter() - begin)
+
+
+def feature_probes(
+    tokenizer: Tokenizer, train: TokenCache, test: TokenCache, data: DataConfig, held_out: DataConfig
+) -> dict[str, Any]:
+    """Linear probes, by name: "tokens", the code vectors or latents of all places side by side, and every feature of a
+    raster that the tokenizer names, averaged over places. Empty without two classes."""
+    if min(len(labels.unique()) for labels in (train.labels, test.labels)) < 2:
+        return {}
+    features = {"tokens": (_vectors(tokenizer, train), _vectors(tokenizer, test))}
+    rasters = [_rasters(tokenizer, part) for part in (data, held_out)]
+    features |= {name: (rasters[0][name], rasters[1][name]) for name in rasters[0]}
+    return {name: probe(a, train.labels, b, test.labels) for name, (a, b) in features.items() if a is not None}
+
+
+def probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> dict[str, Any]:
+    """A linear probe of the samples that have a class."""
+    own, other = train_labels >= 0, test_labels >= 0
+    return linear_probe(train[own], train_labels[own], test[other], test_labels[other])
+
+
+@torch.no_grad()
+def _vectors(tokenizer: Tokenizer, cache: TokenCache) -> Tensor | None:
+    """(N, C); None where several ids stand for a place, which have no single vector."""
+    spec = TokenSpec(**cache.spec)
+    if spec.depth > 1:
+        return None
+    codes = tokenizer.codes().cpu().float() if spec.discrete else None
+    parts = []
+    for tokens in _tokens(cache):
+        vectors = tokens[..., : spec.dim] if codes is None else codes[tokens]  # of moments, the means
+        flat = vectors.flatten(1)
+        parts.append(flat if flat.shape[1] <= MOST_CHANNELS else vectors.mean(1))
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def _rasters(tokenizer: Tokenizer, data: DataConfig) -> dict[str, Tensor]:
+    names = [name for name in tokenizer.raster_features if name != "latents"]
+    if not names or tokenizer.condition_spec.parts:
+        return {}
+    parameter = next(tokenizer.eval().parameters())
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    loader = evaluation_loader(open_source(data), data)
+    for batch in track(loader, "features", len(loader)):
+        output = tokenizer(batch.pixels.to(parameter.device, parameter.dtype))
+        for name in names:
+            found[name].append(output.features[name].float().mean(1).cpu())
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def _tokens(cache: TokenCache, batch_size: int = 1024):
+    """The first view of all images, in order: (B, L[, depth]) ids, or latents or moments."""
+    for start in range(0, len(cache), batch_size):
+        indices = np.arange(start, min(start + batch_size, len(cache)))
+        yield cache.batch(indices, np.zeros_like(indices))[0]
+
+
+def _device(tokenizer: Tokenizer) -> torch.device:
+    return next(tokenizer.parameters()).device

@@ -1,0 +1,37 @@
+"""Reference curves: metrics of runs of the shipped configs, thinned, beside this file (see docs/curves)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vistok.config import ConfigError, nearest
+from vistok.train.monitor import read_metrics
+
+HERE = Path(__file__).parent
+
+
+def curve_file(name: str) -> Path:
+    """The metrics.jsonl that ``name`` is the path of, or the shipped curve of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    file = Path(name) if name.endswith(".jsonl") else HERE / f"{name}.jsonl"
+    if not file.is_file():
+        known = sorted(path.stem for path in HERE.glob("*.jsonl"))
+        guess = nearest(name, known)
+        hint = f"did you mean {guess!r}? " if guess else ""
+        raise ConfigError(
+            f"curve: there is no reference curve {name!r}; {hint}give one of {', '.join(known)}, or the path of "
+            "another run's metrics.jsonl"
+        )
+    return file
+
+
+def reference_curve(name: str) -> list[dict[str, float | None]]:
+    """The rows of a reference curve.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    return read_metrics(curve_file(name))

@@ -1,0 +1,284 @@
+"""The page of a training run: pictures by step, curves over a reference, the codebook, and how to go on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+
+from vistok.checkpoints import WEIGHTS, load
+from vistok.config import ConfigError, load_config
+from vistok.data.opening import open_source
+from vistok.pipelines.folders import GENERATOR, TOKENIZER
+from vistok.pipelines.runs import RUN_CONFIG, data_of_run
+from vistok.tokenizers.base import Tokenizer
+from vistok.train.atlas import codebook_atlas
+from vistok.train.curves import reference_curve
+from vistok.train.monitor import METRICS_FILE, read_metrics
+from vistok.train.tasks.images import example_images
+from vistok.utils.files import read_json
+from vistok.utils.report import (
+    REPORT_FILE,
+    Block,
+    Chart,
+    Charts,
+    Commands,
+    Facts,
+    Folded,
+    Line,
+    Paragraph,
+    Picture,
+    Section,
+    Slider,
+    Table,
+    write_report,
+)
+
+PICTURES = 24
+"""Most pictures in the slider; of more, evenly spread ones."""
+PICTURE_WIDTH = 690
+"""CSS pixels of a picture, at most."""
+FIRST = ("loss", "psnr", "accuracy", "codebook_usage", "perplexity", "grad_norm")
+"""Metrics whose curves come first."""
+TITLES = {
+    "psnr": "PSNR in dB",
+    "codebook_usage": "share of codes in use",
+    "perplexity": "perplexity of the codes",
+    "grad_norm": "norm of the gradients",
+    "lr": "learning rate",
+}
+HELD_OUT = "val_"
+PIXELS, MOST_EXAMPLES, FEWEST_EXAMPLES = 1 << 20, 256, 32
+"""Images that the codebook is looked at with: so many pixels of them, at least and at most so many images."""
+
+Examples = Callable[[int], Tensor]
+"""Gives that many images of the run's data, evenly spread, (n, C, H, W) in [-1, 1]."""
+
+
+def write_run_report(folder: str | Path, *, examples: Examples | None = None) -> Path:
+    """Write ``report.html`` into a run folder, from what lies there, and return its path.
+
+    Args:
+        examples: the images to look at the codebook of a tokenizer with; by default those that the run's config names,
+            or none if they are no longer there.
+
+    Raises:
+        FileNotFoundError: ``folder`` is no run, or has trained no step yet.
+    """
+    folder = Path(folder)
+    for name in (RUN_CONFIG, METRICS_FILE):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} is no training run with steps: it has no {name}")
+    config, rows = load_config(folder / RUN_CONFIG), read_metrics(folder / METRICS_FILE)
+    if not rows:
+        raise FileNotFoundError(f"{folder} has logged no step yet: {METRICS_FILE} is empty")
+    facts = read_json(folder / "environment.json") if (folder / "environment.json").is_file() else {}
+    kind = GENERATOR if (folder / GENERATOR).is_dir() else TOKENIZER
+    sections = [
+        *_pictures(folder),
+        Section("Curves", list(_curves(rows, config.get("curve")))),
+        *(_codebook(folder, examples) if kind == TOKENIZER else ()),
+        Section("Speed", [Facts(_speed(rows))]),
+        Section("Go on", [Commands(_commands(folder, kind))]),
+        Section("What was trained", list(_config(config, facts))),
+    ]
+    write_report(
+        folder / REPORT_FILE,
+        title=folder.absolute().name
+        if folder.absolute().name != kind
+        else f"{kind} of {folder.absolute().parent.name}",
+        kicker=f"vistok train, {folder}",
+        lead=_lead(folder, config, rows, facts, kind),
+        sections=sections,
+    )
+    return folder / REPORT_FILE
+
+
+def _lead(
+    folder: Path, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], kind: str
+) -> str:
+    step, last = rows[-1]["step"], config["training"]["max_steps"]
+    size = f" of {_weights(folder / kind):,} weights" if (folder / kind / WEIGHTS).is_file() else ""
+    end = "" if step >= last else ": it was stopped, and goes on with --resume"
+    device = f" on {facts['device']}" if facts.get("device") else ""
+    return (
+        f"A {kind}, {config['model']['name']}{size}, after {step:,} of {last:,} steps in "
+        f"{_duration(rows[-1]['seconds'])}{device}{end}."
+    )
+
+
+def _weights(folder: Path) -> int:
+    """How many numbers a saved model has."""
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (no mapping)
+
+
+def _pictures(folder: Path) -> Iterator[Section]:
+    files = sorted((folder / "images").glob("step-*.png"))
+    if not files:
+        return
+    stride = (len(files) - 1) / max(1, PICTURES - 1)
+    chosen = files if len(files) <= PICTURES else [files[round(index * stride)] for index in range(PICTURES)]
+    pictures = []
+    for file in chosen:
+        with Image.open(file) as image:
+            image.load()
+        step = int(file.stem.removeprefix("step-"))
+        scale = PICTURE_WIDTH / image.width
+        scale = math.floor(scale) if scale >= 1 else scale
+        pictures.append(Picture(image, f"step {step:,}", f"what the model made at step {step:,}", min(scale, 3)))
+    shown = "All" if len(chosen) == len(files) else f"{len(chosen)} of {len(files):,}, evenly spread,"
+    text = f"Drag to go through the steps. {shown} pictures that the run made lie in images/."
+    yield Section("Pictures by step", [Slider(pictures, text)])
+
+
+def _curves(rows: Sequence[Mapping[str, Any]], curve: str | None) -> Iterator[Block]:
+    """The charts of all metrics: the first ones to look at, then the others folded."""
+    reference, absent = [], None
+    if curve is not None:
+        try:
+            reference = reference_curve(curve)
+        except ConfigError as error:
+            absent = str(error)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    own = [name for name in names if not name.startswith(HELD_OUT) and name not in ("step", "seconds")]
+    unit = next((name for name in own if name.endswith("_per_second")), None)
+    first = [name for name in (*FIRST, unit) if name in own]
+    held_out = any(name.startswith(HELD_OUT) for name in names)
+    legend = [("own", "this run, training")] + [("second", "held-out")] * held_out
+    legend += [("reference", f"reference: {curve}")] * bool(reference)
+    shown = [chart for name in first if (chart := _chart(name, rows, reference)) is not None]
+    if absent is not None:
+        yield Paragraph(absent)
+    yield Charts(shown, "From metrics.jsonl. TensorBoard shows more: tensorboard --logdir with the run folder.", legend)
+    others = [chart for name in own if name not in first and (chart := _chart(name, rows, reference)) is not None]
+    if others:
+        yield Folded(f"{len(others)} more curves", Charts(others, "", legend))
+
+
+def _chart(name: str, rows: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]]) -> Chart | None:
+    lines = [
+        Line.of(rows, name),
+        Line.of(rows, f"{HELD_OUT}{name}", style="second"),
+        # Speeds of another machine say nothing about this run.
+        Line.of([] if name.endswith("_per_second") else reference, name, style="reference"),
+    ]
+    lines = [line for line in lines if line.runs]
+    return Chart(TITLES.get(name, name.replace("_", " ")), lines) if lines else None
+
+
+def _codebook(folder: Path, examples: Examples | None) -> Iterator[Section]:
+    if not (folder / TOKENIZER).is_dir():
+        return
+    tokenizer = load(folder / TOKENIZER)
+    if not tokenizer.spec.discrete:
+        return
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    tokenizer = tokenizer.to(device).eval()
+    try:
+        pixels = (examples or _examples_of(folder, tokenizer))(example_count(tokenizer.input_shape))
+    except (ValueError, OSError) as error:
+        text = f"The images that this run trained on cannot be read now, so its codes are not shown: {error}"
+        yield Section("Codebook", [Paragraph(text)])
+        return
+    atlas = codebook_atlas(tokenizer, pixels)
+    size, tokens = len(atlas.counts), int(atlas.counts.sum())
+    blocks: list[Block] = [
+        Facts(
+            {
+                "Codes": f"{size:,}",
+                "In use": f"{size - atlas.dead:,} ({1 - atlas.dead / size:.1%}) by {tokens:,} tokens of "
+                f"{atlas.images:,} images of the run's data; evenly spread tokens would use {atlas.possible:.1%}",
+                "Never chosen": f"{atlas.dead:,}" + (" (dead, or rare)" if atlas.dead else ""),
+                "Perplexity": f"{atlas.perplexity:,.1f}: as many codes, chosen equally often, would be as varied",
+            }
+        )
+    ]
+    if size > 1:
+        ordered = atlas.counts.sort(descending=True).values.tolist()
+        points = [(rank + 1, count / max(sum(ordered), 1)) for rank, count in enumerate(ordered) if count]
+        blocks.append(Charts([Chart("share of tokens by rank of the code", [Line(points)], "rank")]))
+    if atlas.picture is not None:
+        text = (
+            "An atlas of the most frequent codes, with how many tokens have each: what the images look like there, the "
+            "nearest to the code first. Each patch is twice as wide as the token's own part of the image."
+        )
+        blocks.append(Picture(atlas.picture, text, "patches of images, a row for each code"))
+    yield Section("Codebook", blocks)
+
+
+def example_count(shape: Sequence[int]) -> int:
+    """How many images, or clips, of (C, [T,] H, W) the codebook is looked at with."""
+    return min(MOST_EXAMPLES, max(FEWEST_EXAMPLES, PIXELS // math.prod(shape[1:])))
+
+
+def _examples_of(folder: Path, tokenizer: Tokenizer) -> Examples:
+    data = data_of_run(folder, (), input_shape=tokenizer.input_shape)
+    return lambda count: example_images(open_source(data), data, count)
+
+
+def _speed(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    unit = next((name for name in rows[-1] if name.endswith("_per_second")), None)
+    found = {"Training time": _duration(rows[-1]["seconds"])}
+    if unit is not None:
+        speeds = sorted(row[unit] for row in rows if row.get(unit))
+        what = unit.removesuffix("_per_second").replace("_", " ")
+        found["Throughput"] = f"{speeds[len(speeds) // 2]:,.0f} {what} per second (median), {speeds[-1]:,.0f} at best"
+    steps = rows[-1]["step"]
+    found["Per step"] = f"{1000 * rows[-1]['seconds'] / max(steps, 1):,.1f} ms"
+    return found
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else str(timedelta(seconds=round(seconds)))
+
+
+def _commands(folder: Path, kind: str) -> list[str]:
+    run = quote(str(folder))
+    if kind == TOKENIZER:
+        return [
+            "# What the tokenizer keeps of a picture of yours",
+            f"vistok reconstruct {run} photo.jpg",
+            "",
+            "# Its scores on the test split",
+            f"vistok eval {run}",
+            "",
+            "# Tokens for a generator",
+            f"vistok tokenize {run} --out tokens/",
+        ]
+    return [
+        "# Pictures",
+        f"vistok sample {run} --num 64 --out samples/",
+        "",
+        "# Scores at several guidance scales",
+        f"vistok benchmark {run} --reference photos/ --guidance-sweep 1.0,1.5,2.0 --out benchmark/",
+        "",
+        "# Try it in a browser",
+        f"vistok demo {run}",
+    ]
+
+
+def _config(config: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterator[Block]:
+    if facts:
+        shown = {name.replace("_", " "): str(value) for name, value in facts.items() if name != "command"}
+        command = {"command": " ".join(map(quote, facts["command"]))} if facts.get("command") else {}
+        yield Facts(command | shown)
+    rows = [{"key": key, "value": value} for key, value in _flatten(config)]
+    yield Folded("The config (config.yaml)", Table(rows))
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested values as texts under dotted names."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", str(value)

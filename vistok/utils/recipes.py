@@ -1,0 +1,60 @@
+"""The configs that ship with the package, by name: ``cifar10/llamagen_vq``."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from importlib.resources import files
+from pathlib import Path
+
+FOLDER = Path(str(files("vistok"))) / "train" / "configs"
+
+
+def recipes() -> list[str]:
+    """The names of all shipped configs, sorted."""
+    return sorted(file.relative_to(FOLDER).with_suffix("").as_posix() for file in FOLDER.rglob("*.yaml"))
+
+
+def find_recipe(name: str | Path) -> Path:
+    """The file of a config: a file of one's own, or a shipped one by its name.
+
+    Raises:
+        FileNotFoundError: neither; the message names the nearest shipped ones.
+    """
+    own, known = Path(name).expanduser(), recipes()
+    if own.is_file():
+        return own
+    asked = str(name).removesuffix(".yaml")
+    if asked in known:
+        return FOLDER / f"{asked}.yaml"
+    asked = asked.removeprefix("configs/").lower()
+    near = [known_name for known_name in known if asked in known_name][:5]
+    near = near or difflib.get_close_matches(asked, known, n=3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(near)}?" if near else "."
+    raise FileNotFoundError(
+        f"there is no config file {name}, and none of that name ships{hint} `vistok configs` lists all"
+    )
+
+
+def models_of_configs() -> dict[str, str]:
+    """The registered name of the model that each shipped config trains, by the config's name."""
+    found = {}
+    for name in recipes():
+        match = re.search(r"^model:(?:\s*\{|\s*\n(?:\s*#.*\n)*\s+)name: (\w+)", _text(name), re.MULTILINE)
+        if match:
+            found[name] = match[1]
+    return found
+
+
+def summary(name: str) -> str:
+    """The first sentence of the comment that a config begins with."""
+    lines = []
+    for line in _text(name).splitlines():
+        if not line.startswith("#") or line.startswith("#   "):
+            break
+        lines.append(line.lstrip("# "))
+    return re.split(r"(?<=\.)\s|:$", " ".join(lines))[0]
+
+
+def _text(name: str) -> str:
+    return (FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
