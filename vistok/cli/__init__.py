@@ -16,7 +16,7 @@ from vistok.cli.configs import configs
 from vistok.cli.console import errors, output
 from vistok.cli.models import convert, models, pipeline
 from vistok.cli.probing import compare, probe
-from vistok.cli.sampling import demo, reconstruct, sample
+from vistok.cli.sampling import caption, demo, reconstruct, sample
 from vistok.cli.scoring import benchmark, evaluate
 from vistok.cli.training import import_tokens, quickstart, report, tokenize, train
 from vistok.utils.paths import at_home
@@ -126,6 +126,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "sample": sample,
     "reconstruct": reconstruct,
     "demo": demo,
+    "caption": caption,
     "eval": evaluate,
     "benchmark": benchmark,
     "probe": probe,
