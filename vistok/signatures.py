@@ -225,6 +225,10 @@ def _check_value(annotation: Any, value: Any, path: str) -> Any:
     item = _item_section(annotation)
     if item is not None and isinstance(value, (list, tuple)):
         return tuple(_check_value(item, each, f"{path}[{position}]") for position, each in enumerate(value))
+    if typing.get_origin(annotation) is dict and isinstance(value, Mapping):
+        _, kind = typing.get_args(annotation)
+        if section_type(kind) is not None and all(isinstance(key, str) for key in value):
+            return {key: _check_value(kind, each, dotted(path, key)) for key, each in value.items()}
 
     from pydantic import ValidationError
 

@@ -20,6 +20,7 @@ from vistok.pipelines.folders import load_tokenizer
 from vistok.pipelines.runs import data_of_run
 from vistok.quickstart.chain import Chain, Recipe
 from vistok.quickstart.console import Stages, print_summary
+from vistok.quickstart.styled import write_conversations
 from vistok.quickstart.systems import Stage, System, config_file, find_system, systems
 from vistok.text import PromptEncoder, open_text_tokenizer
 from vistok.train import train
@@ -40,8 +41,8 @@ def quickstart(
     token cache ``tokens/``, pictures, report.html, and at last result.json.
 
     Returns:
-        what result.json holds: the fields of ``Scores`` or ``ClipScores``, "seconds", and how they came about under
-        "protocol".
+        what result.json holds: the fields of ``Scores``, ``ClipScores`` or ``TalkScores``, "seconds", and how they came
+        about under "protocol".
 
     Raises:
         FileExistsError: ``out`` exists and is not an empty folder.
@@ -57,7 +58,8 @@ def quickstart(
     predictor = ("predictor",) if system.given_frames else ()
     stages = Stages(("tokenizer", "tokens", "generator", *predictor, "samples", "scores", "report"))
     chain = _train(out, recipe, system, stages, begin)
-    medium = "clips" if len(chain.pipe.tokenizer.input_shape) == 4 else "images"
+    shape, medium = chain.pipe.tokenizer.input_shape, "talk" if system.captions else "images"
+    medium = "clips" if len(shape) == 4 else medium
     scores, protocol, lines = import_module(f"vistok.quickstart.{medium}").present(chain, stages)
     result = {name: round(value, 4) for name, value in asdict(scores).items()}
     result |= {"seconds": round(chain.seconds, 1), "protocol": protocol}
@@ -80,9 +82,12 @@ def _train(out: Path, recipe: Recipe, system: System, stages: Stages, begin: flo
     tokenizer = load_tokenizer(run)
     data = data_of_run(run, (), input_shape=tokenizer.input_shape)
     text = PromptEncoder([open_text_tokenizer("bytes", system.text_length)] if system.text_length else [])
-    cache = tokenize(
-        tokenizer, data, out / "tokens", augmentation=f"random:{views}", text=text, given_frames=system.given_frames
-    )
+    if system.captions:
+        cache = write_conversations(tokenizer, data, out / "tokens", views=views, text=text)
+    else:
+        cache = tokenize(
+            tokenizer, data, out / "tokens", augmentation=f"random:{views}", text=text, given_frames=system.given_frames
+        )
 
     given = "text" if system.text_length else "class"
     stages.begin("generator", f"learns to predict the tokens of each {given}")

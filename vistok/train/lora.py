@@ -8,9 +8,7 @@ whatever reads the weight of a layer, reads the sum.
 from __future__ import annotations
 
 import math
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -28,10 +26,9 @@ class LowRank(nn.Module):
 
     def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
         super().__init__()
-        options: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-        self.down = nn.Parameter(torch.empty(rank, weight[0].numel(), **options))
-        self.up = nn.Parameter(torch.zeros(len(weight), rank, **options))
-        self.register_buffer("scale", torch.tensor(alpha / rank, **options))
+        self.down = nn.Parameter(weight.new_empty(rank, weight[0].numel()))
+        self.up = nn.Parameter(weight.new_zeros(len(weight), rank))
+        self.register_buffer("scale", weight.new_tensor(alpha / rank))
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))  # as the layers' own weights are drawn
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 def at_home(text: str) -> str:
     """A text of a command line, in which a path that begins with ``~`` is one below the home folder: ``~/photos``, and
     ``data.root=~/photos``, which shells leave as it is."""
-    key = re.match(r"([\w.-]+=)?", text)[0]  # type: ignore[index]  # nothing fits, too
+    key = match[0] if (match := re.match(r"[\w.-]+=", text)) else ""
     value = text.removeprefix(key)
     return f"{key}{os.path.expanduser(value)}" if value == "~" or value.startswith("~/") else text
 
