@@ -24,6 +24,8 @@ from vistok.types import Condition, TokenSpec
 from vistok.utils.devices import choose_device
 
 MOST_IMAGES = 16
+ENLARGED = 160
+"""Pixels of a generated image, at least."""
 KNOBS = {"guidance_scale": (1.0, 10.0, 0.1), "temperature": (0.0, 2.0, 0.05), "top_p": (0.0, 1.0, 0.01)}
 """Sampling options that the demo offers where a generator has them: lowest, highest, step."""
 
@@ -132,7 +134,7 @@ class Run:
             yield None, "", out
             return
         for shown in self.pipe.stream(**request, seed=seed, **sampling):
-            images = None if shown.images is None else overview(shown.images)
+            images = None if shown.images is None else overview(shown.images, least=ENLARGED)
             yield images, f"{shown.step} of {shown.total} tokens", None
 
     def _request(self, what: str | int | None, prompt: str, count: int) -> dict[str, Any]:

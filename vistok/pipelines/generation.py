@@ -371,12 +371,13 @@ class Pipeline:
                 do not fit the images, tokens without a place in the image, and as of :meth:`__call__`.
         """
         check_keywords(self.edit, self.generator.options_type, sampling)
-        self.generator.check_edits()
-        options, pixels = self.options(**sampling), self._pixels(images)
+        options = self.options(**sampling)
         scales = self.tokenizer.spec.scales
         grid = scales[-1] if scales else self._grid
         if grid is None:
             raise ValueError("the tokens of this tokenizer have no place in the image, so a part of it has none either")
+        self.generator.check_edits()
+        pixels = self._pixels(images)
         masks = pixel_masks(masks, len(pixels), (pixels.shape[2], pixels.shape[3]))
         regenerate = token_masks(masks, grid).to(self.device)
         if scales:
