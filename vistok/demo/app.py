@@ -98,7 +98,7 @@ def launched(
             app.queue(default_concurrency_limit=1).launch(
                 server_name=host,
                 server_port=port,
-                max_file_size=f"{max_upload_mb:g}mb",
+                max_file_size=int(max_upload_mb * 2**20),
                 prevent_thread_lock=True,
                 share=False,
                 ssr_mode=False,
