@@ -98,6 +98,11 @@ class Tokenizer(Model):
         """What ``encode``, ``decode`` and ``forward`` can be conditioned on: nothing, unless the tokenizer says so."""
         return ConditionSpec()
 
+    @property
+    def latent_statistics(self) -> Mapping[str, float] | None:
+        """What latents are standardised with, for generators that are to know it again; None says nothing."""
+        return None
+
     @abstractmethod
     def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
         """Pixels in [-1, 1] to tokens: (B, L[, depth]) int64 ids, or (B, L, D) standardised latents.
