@@ -81,7 +81,7 @@ def choose_settings(
         if values is not None and not values:
             raise ValueError(f"the sweep names no {word}")
         swept.append([own] if values is None else values)
-    settings = Setting.over(*swept, plan)
+    settings = Setting.over(swept[0], swept[1], plan)
     for setting in settings:
         pipe.options(**setting.options(sampling))
     return settings

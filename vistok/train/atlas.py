@@ -66,14 +66,14 @@ def codebook_atlas(tokenizer: Tokenizer, pixels: Tensor) -> Atlas:
         raise ValueError(f"{type(tokenizer).__name__} has no codebook: its tokens are continuous")
     parameter = next(tokenizer.parameters())
     ids = torch.cat([tokenizer.encode(part.to(parameter)).cpu() for part in pixels.split(BATCH)])  # (B, L[, depth])
-    counts = torch.bincount(ids.flatten(), minlength=spec.codebook_size)
+    counts = torch.bincount(ids.flatten(), minlength=spec.num_ids)
     placed = pixels.ndim == 4 and spec.grid is not None and len(spec.grid) == 2 and not spec.scales
     picture = _picture(tokenizer, pixels, ids if spec.depth == 1 else ids[..., 0], counts) if placed else None
     return Atlas(counts, len(pixels), picture)
 
 
 def _picture(tokenizer: Tokenizer, pixels: Tensor, ids: Tensor, counts: Tensor) -> Image.Image:
-    rows, columns = tokenizer.spec.grid
+    rows, columns = tokenizer.spec.grid or (1, tokenizer.spec.length)
     height, width = pixels.shape[2] // rows, pixels.shape[3] // columns  # of the pixels that one token stands for
     around = (height * (CONTEXT - 1) // 2, width * (CONTEXT - 1) // 2)
     padded = F.pad(pixels, (around[1], around[1], around[0], around[0]), mode="replicate")
