@@ -45,9 +45,7 @@ def _open(config: DataConfig) -> ImageSource | ClipSource:
         )
     decoder = Decoder(config.channels, config.reading, side=config.image_size)
     if config.source == "digits":
-        if config.name not in (None, "turned"):
-            raise ValueError(f"data.source=digits takes data.name=turned, or none; got {config.name!r}")
-        return DigitsSource(split=config.split, decoder=decoder, turned=config.name == "turned")
+        return DigitsSource(split=config.split, decoder=decoder, variants=config.name)
     if config.source == "moving_digits":
         if config.num_frames is None:
             raise ValueError("data.source=moving_digits needs data.num_frames=…, for example data.num_frames=16")

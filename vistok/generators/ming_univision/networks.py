@@ -101,7 +101,13 @@ class Block(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Embeddings (R, n, D) to normed hidden states (R, n, D)."""
+    """Embeddings (R, n, D) to normed hidden states (R, n, D).
+
+    Attributes:
+        dim: D.
+        max_length: the most positions of a context.
+        cache_sizes: layers, heads of keys and values, and channels of a head.
+    """
 
     def __init__(self, config: BackboneConfig):
         super().__init__()
@@ -111,7 +117,9 @@ class Backbone(nn.Module):
             for index in range(config.num_layers)
         )
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        places, head_dim = torch.arange(config.max_length)[:, None], self.blocks[0].attn.head_dim
+        self.dim, self.max_length, attention = config.dim, config.max_length, self.blocks[0].attn
+        self.cache_sizes = (config.num_layers, attention.num_kv_heads, attention.head_dim)
+        places, head_dim = torch.arange(config.max_length)[:, None], attention.head_dim
         self.rotation = FixedRotation(rotation_table(places, head_dim, base=config.rope_base))
 
     def forward(

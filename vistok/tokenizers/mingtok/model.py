@@ -145,6 +145,11 @@ class MingTok(Tokenizer):
         self.check_condition(condition)
         return self.scale.standardise(self.latents(pixels)[:, :-1])
 
+    @property
+    def latent_statistics(self) -> Mapping[str, float] | None:
+        values = {"latent_mean": self.scale.mean, "latent_scale": self.scale.scale}
+        return {name: float(value[0]) for name, value in values.items()} if self.scale.is_uniform else None
+
     def expander(self) -> SemanticExpander:
         return SemanticExpander(self.semantic_decoder, self.scale, self.spec)
 

@@ -17,6 +17,7 @@ from vistok.config import ConfigError, check
 from vistok.data.loader import Loader, no_samples
 from vistok.data.overlap import shared_tokens
 from vistok.data.pictures import grid
+from vistok.data.streams import KINDS, StreamConfig, Streams, stream_loader
 from vistok.data.tokens import TokenBatch, TokenCache, TokenMixture, token_evaluation_loader, token_loader
 from vistok.draws import Draws, Keys, draws_on
 from vistok.generators.base import Generator
@@ -43,6 +44,8 @@ class GeneratorRun(RunConfig):
         token_weights: how often each of several token caches is drawn, relative to the others; all alike by default.
         condition: what of the tokens' condition the generator learns: of ``labels``, ``ids``, ``features`` and
             ``given``; all that the cache has by default, nothing with [].
+        streams: of a model that reads and writes texts and images in one sequence: templates that samples become
+            streams by, each a share, or a ``StreamConfig``. By default it learns tokens, given their condition.
         sampling: default sampling options, saved with the pipeline and used for its pictures.
         objective: what is predicted in training (see ``PredictionConfig``); the generator's own loss by default.
     """
@@ -53,6 +56,7 @@ class GeneratorRun(RunConfig):
     tokens: str | tuple[str, ...] | None = None
     token_weights: tuple[float, ...] | None = None
     condition: tuple[str, ...] | None = None
+    streams: dict[str, float | StreamConfig] = field(default_factory=dict)
     sampling: dict[str, Any] = field(default_factory=dict)
     objective: PredictionConfig = PLAIN
 
@@ -100,7 +104,8 @@ class GeneratorTask(Task):
         self.classes = cache.classes if "labels" in condition.parts else ()
         spec = TokenSpec(**cache.spec)
         self.config, self.seed, self.length = config, config.seed, spec.length
-        derived = config.model_entry().load().condition_arguments(condition)
+        kind = config.model_entry().load()
+        derived = kind.condition_arguments(condition) | kind.tokenizer_arguments(self.tokenizer)
         model = config.build_model({"spec": to_json(spec), **derived})
         objective = None
         if not config.objective.is_plain:
@@ -108,17 +113,30 @@ class GeneratorTask(Task):
             self.changing_parameters = bool(list(objective.parameters()))
         self.learner = GeneratorLearner(model, objective)
         check(self.model.options_type, config.sampling, "sampling")
-        self.cache_folder = cache.folder
-        self.parts = condition.parts
-        self.loader = token_loader(
-            cache,
-            config.training.batch_size,
-            seed=config.seed,
-            rank=rank,
-            world_size=world_size,
-            parts=condition.parts,
-        )
-        self.held_out = _held_out_tokens(config, cache, condition.parts)
+        self.cache_folder, self.parts = cache.folder, condition.parts
+        processes = {"rank": rank, "world_size": world_size}
+        if config.streams:
+            self._check_streams(condition)
+            self.loader = stream_loader(
+                cache, config.streams, config.training.batch_size, seed=config.seed, **processes
+            )
+            self.held_out = None
+        else:
+            self.loader = token_loader(
+                cache, config.training.batch_size, seed=config.seed, parts=condition.parts, **processes
+            )
+            self.held_out = _held_out_tokens(config, cache, condition.parts)
+
+    def _check_streams(self, condition: ConditionSpec) -> None:
+        if not self.model.takes_streams:
+            raise ConfigError(
+                f"{self.model.registry_name} reads no streams of texts and images; leave streams out, or take a "
+                "model that does"
+            )
+        if self.config.validation is not None or not self.config.objective.is_plain:
+            raise ConfigError("streams have their own loss, and no held-out ones: leave validation and objective out")
+        if condition.ids is None:
+            raise ConfigError("streams have texts, and these tokens have no ids; make them with --text-tokenizer")
 
     @property
     def model(self) -> Generator:
@@ -159,7 +177,7 @@ class GeneratorTask(Task):
     @torch.no_grad()
     def show(self, batch: TokenBatch) -> Tensor:
         condition = self.tokenizer.own_condition(batch.condition)
-        return self.tokenizer.eval().decode(batch.tokens, condition=condition).clamp(-1, 1)
+        return self.tokenizer.eval().decode(_image_tokens(batch.tokens, self.length), condition=condition).clamp(-1, 1)
 
     def pipeline(self, model: Generator) -> Pipeline:
         return Pipeline(self.tokenizer, model, class_names=self.classes, sampling=self.config.sampling)
@@ -172,7 +190,12 @@ class GeneratorTask(Task):
         rows, columns = min(len(self.classes), 8) or 4, 1 if len(self.tokenizer.input_shape) == 4 else 8
         reader = self.loader.reader
         what: dict[str, Any]
-        if self.parts == ("labels",):
+        if self.config.streams:
+            asked = reader.prompts(np.arange(rows) * len(reader) // rows)
+            if asked is None:
+                return []
+            what = {"condition": asked, "num_images_per_label": columns}
+        elif self.parts == ("labels",):
             what = {"class_labels": range(rows), "num_images_per_label": columns}
         elif self.parts:
             shown = np.arange(rows) * len(reader) // rows
@@ -198,6 +221,16 @@ class GeneratorTask(Task):
     def export(self, folder: Path, model: Generator) -> None:
         model.save_pretrained(folder / GENERATOR)
         self.accompany(folder)
+
+
+def _image_tokens(tokens: Tensor | Streams, length: int) -> Tensor:
+    """The tokens of a batch; of streams those of their last images."""
+    if not isinstance(tokens, Streams):
+        return tokens
+    images = tokens.kinds == KINDS.index("image")
+    last = images & (images.flip(1).cumsum(1).flip(1) <= length)
+    values = tokens.ids if tokens.latents is None else tokens.latents
+    return values[last].unflatten(0, (len(tokens), length))
 
 
 def _chosen_parts(cache: TokenMixture, chosen: Sequence[str] | None) -> ConditionSpec:
