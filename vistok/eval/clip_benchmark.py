@@ -23,7 +23,7 @@ from vistok.eval.plan import claim, shards_of
 from vistok.eval.record import library_versions, save_result
 from vistok.eval.store import FeatureStore
 from vistok.eval.sweep import Setting, choose_settings
-from vistok.eval.video_protocols import VideoProtocol, video_protocol
+from vistok.eval.video_protocols import VIDEO_PROTOCOLS, VideoProtocol, video_protocol
 from vistok.generators.base import Generator
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json
@@ -201,9 +201,10 @@ class _Requests:
         spec = pipe.generator.condition_spec
         if spec.parts == ("given",):
             if not rules.given_frames:
+                giving = ", ".join(name for name, other in VIDEO_PROTOCOLS.items() if other.given_frames)
                 raise ValueError(
-                    f"this generator goes on from given frames; {rules.name!r} gives none: take "
-                    "larp-k600-fp, or own-FRAMESxSIDE-givenN"
+                    f"this generator goes on from given frames; {rules.name!r} gives none: take {giving}, or "
+                    "own-FRAMESxSIDE-givenN"
                 )
             if real is None:
                 raise ValueError(f"frames are given from real clips, but {reference} holds statistics only")
