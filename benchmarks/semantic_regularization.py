@@ -18,7 +18,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, find, finish, say
+from common import RECIPES, find, finish, say
 
 SIZES = {
     "small": {"dim": 64, "num_layers": 1, "num_heads": 2},
@@ -114,7 +114,7 @@ def train_tokenizer(folder: Path, size: str, regularised: bool, seed: int, argum
 
     steps = arguments.tokenizer_steps
     data = [f"data.root={arguments.root}", f"data.limit={arguments.train_images}"]
-    config = load_config(ROOT / "configs" / "cifar10" / "gigatok_2d.yaml", data)
+    config = load_config(RECIPES / "cifar10" / "gigatok_2d.yaml", data)
     transformers = {"encoder_size": SIZES[size], "decoder_size": SIZES[size]}
     alignment = {"dim": TEACHER_DIM, "layer": 1} if regularised else None
     rhythm = {"max_steps": steps, "log_every": max(steps // 10, 1), "image_every": 0, "save_every": max(steps // 4, 1)}

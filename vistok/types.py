@@ -89,6 +89,13 @@ class TokenSpec:
         return self.codebook_size is not None
 
     @property
+    def raster(self) -> tuple[int, ...]:
+        """The grid of tokens that lie on one. Raises ValueError for a plain sequence."""
+        if self.grid is None:
+            raise ValueError("these tokens lie on no raster")
+        return self.grid
+
+    @property
     def num_ids(self) -> int:
         """The codebook size of discrete tokens. Raises ValueError for continuous latents."""
         if self.codebook_size is None:
@@ -141,12 +148,12 @@ class JointVocabulary:
 
     Attributes:
         text_size, image_size: number of text and of image ids; where images are latents, 1: a placeholder.
-        specials: the names of marks.
+        specials: the names of marks; ``begin`` is where somebody asks, ``answer`` where the model replies.
     """
 
     text_size: int
     image_size: int
-    specials: tuple[str, ...] = ("begin", "end", "begin_image", "end_image")
+    specials: tuple[str, ...] = ("begin", "end", "begin_image", "end_image", "answer")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "specials", tuple(self.specials))
@@ -308,6 +315,11 @@ class Expands(Protocol):
 
     def expander(self) -> Expander:
         """A new one, which has seen no tokens."""
+
+    @property
+    def latent_statistics(self) -> Mapping[str, float] | None:
+        """The mean and the scale that its latents are standardised with, by the names of its arguments; None if it has
+        no such numbers for all channels."""
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,8 @@ def test_help_is_fast_and_lists_the_commands():
 
 
 @pytest.mark.parametrize(
-    "command", ["quickstart", "train", "tokenize", "sample", "reconstruct", "eval", "convert", "models"]
+    "command",
+    ["quickstart", "train", "tokenize", "sample", "reconstruct", "eval", "convert", "pipeline", "models", "configs"],
 )
 def test_every_command_has_help(command, run_command):
     assert command in run_command("--help")
@@ -442,6 +443,52 @@ def test_the_catalogue_counts_parameters():
 
     counted = catalogue._describe(registry.entry("larp", "tokenizer")).sizes
     assert counted == next(item["sizes"] for item in json.loads(catalogue.FILE.read_text()) if item["name"] == "larp")
+
+
+def test_help_and_version_are_commands_too(run_command, refused):
+    assert "Autoregressive visual generation" in run_command("help")
+    assert "--guidance-scale" in run_command("help", "sample")
+    assert "there is no command 'smaple'" in refused("help", "smaple")
+    assert run_command("version") == run_command("--version") == f"vistok {vistok.__version__}\n"
+
+
+def test_shells_complete_commands_and_configs(monkeypatch, capsys):
+    words = {"vistok train cifar10/llamagen": "cifar10/llamagen_vq", "vistok pipe": "pipeline"}
+    for typed, expected in words.items():
+        monkeypatch.setenv("_VISTOK_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", typed)
+        monkeypatch.setenv("COMP_CWORD", str(typed.count(" ")))
+        with pytest.raises(SystemExit):
+            main([])
+        assert expected in capsys.readouterr().out
+
+
+def test_home_is_meant_by_a_tilde_everywhere(tmp_path, pipe, photos, run_command, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run_command("sample", "~/pipe", "--num", 2, "--out", "~/made")
+    assert (tmp_path / "made" / "grid.png").exists()
+    assert vistok.pipeline("~/pipe").class_names == ("cat", "dog", "emu")
+    assert vistok.load("~/pipe").registry_name == "vit_vqgan_gpt"
+    run_command("tokenize", "~/pipe", "data.root=~/photos", "--out", "~/tokens")
+    assert (tmp_path / "tokens").is_dir()
+
+
+def test_a_folder_can_be_reconstructed(tokenizer_run, photos, tmp_path, run_command, refused):
+    printed = run_command("reconstruct", tokenizer_run, photos, "--out", tmp_path / "r.png")
+    assert printed.count("PSNR") == 12
+    (tmp_path / "empty").mkdir()
+    assert "there are no image files" in refused("reconstruct", tokenizer_run, tmp_path / "empty")
+
+
+def test_what_a_config_leaves_open_hides_no_other_mistake(tmp_path, refused):
+    message = refused("train", "cifar10/llamagen_vq", "data.imagesize=3")
+    assert "did you mean data.image_size" in message
+    assert "data.source=folder needs data.root=" in refused("train", "cifar10/llamagen_vq", f"output_dir={tmp_path}/r")
+    hub = refused("train", "cifar10/llamagen_vq", "data.source=huggingface", f"output_dir={tmp_path}/r")
+    assert "needs data.name=" in hub
+    assert "needs 'tokens'" in refused("train", "cifar10/llama")
+    paired = refused("train", "imagenet256/robustok_post", "data.root=x")
+    assert "data.target_root is left open (???); give it: data.target_root=…" in paired
 
 
 def test_configs_are_listed_printed_and_copied(run_command, refused, tmp_path):

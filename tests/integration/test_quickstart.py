@@ -35,7 +35,7 @@ from vistok.tokenizers.kl_vae import KLVAE
 from vistok.train.config import RunConfig
 from vistok.train.tasks.objective import check_terms
 from vistok.train.tokenize import tokenize
-from vistok.types import ConditionSpec, IdSpec, TokenSpec, to_json
+from vistok.types import ConditionSpec, FeatureSpec, IdSpec, TokenSpec, to_json
 
 SHORT = Recipe(
     tokenizer=("training.max_steps=4", "training.log_every=2"),
@@ -216,6 +216,8 @@ def test_generator_of_every_system_fits_its_tokenizer(system, stage):
         tokenizer = runs[0].build_model(runs[0].model_entry().load().arguments_from(runs[0].data))
         text = IdSpec(256, promised.text_length) if promised.text_length else None
         given = IdSpec(tokenizer.spec.codebook_size, tokenizer.spec.length) if promised.given_frames else None
+        if promised.captions:
+            given = FeatureSpec(tokenizer.spec.dim, tokenizer.spec.length)
         condition = ConditionSpec(num_classes=0 if text else 10, ids=text, given=given)
         derived = runs[1].model_entry().load().condition_arguments(condition.only(runs[1].condition or condition.parts))
         generator = runs[1].build_model({"spec": to_json(tokenizer.spec), **derived})

@@ -27,6 +27,7 @@ from vistok.tokenizers.gigatok.official import WITHOUT_EFFECT
 from vistok.train import train
 from vistok.train.checkpoints import Checkpoints
 from vistok.train.monitor import read_metrics
+from vistok.train.parallel import repeated_blocks
 from vistok.types import Clock
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -99,6 +100,15 @@ def test_a_model_without_a_head_has_nothing_to_align():
     assert "alignment" not in model(pixels(model)).features
 
 
+@pytest.mark.parametrize("arguments", [{}, PLAIN_2D])
+def test_every_layer_is_a_block_that_can_be_sharded_and_recomputed(arguments):
+    model = tiny("gigatok", **arguments)
+    blocks = repeated_blocks(model)
+    assert all(
+        layer in blocks for part in (model.token_encoder, model.token_decoder) for layer in part.transformer.layers
+    )
+
+
 def test_oblong_images():
     model = tiny("gigatok", image_size=(8, 16), **PLAIN_2D)
     assert model.spec.grid == (2, 4)
@@ -116,7 +126,7 @@ def test_oblong_images():
         ({"num_tokens": 64}, r"64 pooled queries need a map .* it is 4 x 4"),
         ({"query_init": "first"}, r"'pooled' or 'mean', got 'first'"),
         ({"encoder_size": {"dim": 16, "num_layers": 1, "num_heads": 3}}, r"width of 16 cannot be split into 3 heads"),
-        ({"alignment": {"layer": 3}}, r"alignment\.layer is 3, but the decoder has the layers 1\.\.2"),
+        ({"alignment": {"layer": 3}}, r"alignment\.layer must lie in 1\.\.2, got 3"),
         ({"encoder_channel_mult": (1, 2)}, r"the encoder has 2 levels and the decoder 3"),
         ({"upsample": "bilinear"}, r"upsample must be one of .*'bilinear'"),
         ({"quantizer_gradient": "straight"}, r"gradient must be one of .*'straight'"),

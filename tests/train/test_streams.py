@@ -13,12 +13,12 @@ from torch.nn import functional as F
 
 from vistok.data import Loader, SequentialOrder, TokenCache, TokenCacheError, TokenWriter
 from vistok.data.ragged import Piece
-from vistok.data.streams import KINDS, TEMPLATES, StreamBatches, Streams
+from vistok.data.streams import KINDS, TEMPLATES, StreamBatches, StreamConfig, Streams
 from vistok.types import ConditionSpec, IdSpec, JointVocabulary, TokenChunk, TokenSpec
 
 SPEC = TokenSpec(4, 8, dim=2, grid=(2, 2))
 TEXT = ConditionSpec(ids=IdSpec(16, 5), given=IdSpec(8, 4))
-BEGIN, END, BEGIN_IMAGE, END_IMAGE = 24, 25, 26, 27
+BEGIN, END, BEGIN_IMAGE, END_IMAGE, ANSWER = 24, 25, 26, 27, 28
 IMAGE = 16  # where image ids begin
 
 
@@ -52,25 +52,26 @@ def learned(batch: Streams) -> list[list[int]]:
 def test_templates_put_segments_in_their_order(cache):
     image, given, text = [IMAGE + 2, IMAGE + 3, IMAGE + 4, IMAGE + 5], [IMAGE + 2] * 4, [2, 2, 2]
     expected = {
-        "text_to_image": [BEGIN, *text, BEGIN_IMAGE, *image, END_IMAGE],
-        "image_to_text": [BEGIN, BEGIN_IMAGE, *image, END_IMAGE, *text, END],
-        "edit": [BEGIN, BEGIN_IMAGE, *given, END_IMAGE, *text, BEGIN_IMAGE, *image, END_IMAGE],
+        "text_to_image": [BEGIN, *text, ANSWER, BEGIN_IMAGE, *image, END_IMAGE],
+        "image_to_text": [BEGIN, BEGIN_IMAGE, *image, END_IMAGE, ANSWER, *text, END],
+        "edit": [BEGIN, BEGIN_IMAGE, *given, END_IMAGE, *text, ANSWER, BEGIN_IMAGE, *image, END_IMAGE],
     }
-    in_loss = {"text_to_image": [*image, END_IMAGE], "image_to_text": [*text, END], "edit": [*image, END_IMAGE]}
+    drawn = [BEGIN_IMAGE, *image, END_IMAGE]
+    in_loss = {"text_to_image": drawn, "image_to_text": [*text, END], "edit": drawn}
     for name in TEMPLATES:
         batch = streams(cache, [2], **{name: 1})
         assert rows(batch) == [expected[name]]
         assert learned(batch) == [in_loss[name]]
     kinds = [KINDS[kind] for kind in streams(cache, [2], text_to_image=1).kinds[0]]
-    assert kinds == ["special", *["text"] * 3, "special", *["image"] * 4, "special"]
+    assert kinds == ["special", *["text"] * 3, *["special"] * 2, *["image"] * 4, "special"]
 
 
 def test_streams_are_padded_at_the_end_and_a_missing_text_is_empty(cache):
     batch = streams(cache, [2, 3], text_to_image=1)
-    assert batch.ids.shape == (2, 10)
-    assert batch.mask[1].tolist() == [True] * 7 + [False] * 3
-    assert rows(batch)[1][:2] == [BEGIN, BEGIN_IMAGE]
-    assert not batch.in_loss[1, 7:].any()
+    assert batch.ids.shape == (2, 11)
+    assert batch.mask[1].tolist() == [True] * 8 + [False] * 3
+    assert rows(batch)[1][:3] == [BEGIN, ANSWER, BEGIN_IMAGE]
+    assert not batch.in_loss[1, 8:].any()
 
 
 def test_templates_are_drawn_by_their_shares_whatever_the_batch(cache):
@@ -86,7 +87,7 @@ def test_latents_lie_where_image_tokens_are():
     vocabulary, segments = JointVocabulary(16, 1), TEMPLATES["text_to_image"]
     latents, text = torch.arange(24.0).view(2, 4, 3), torch.ones(2, 2, dtype=torch.int64)
     values = {"begin": text[:, :1], "ids": text, "begin_image": text[:, :1], "tokens": latents}
-    values["end_image"] = text[:, :1]
+    values["end_image"] = values["answer"] = text[:, :1]
     parts = [(s, values[s.source], torch.ones(values[s.source].shape[:2], dtype=torch.bool)) for s in segments]
     batch = Streams.of(parts, vocabulary)
     image = batch.kinds == KINDS.index("image")
@@ -97,7 +98,15 @@ def test_latents_lie_where_image_tokens_are():
 
 @pytest.mark.parametrize(
     ("shares", "message"),
-    [({"poem": 1}, "templates are text_to_image"), ({"edit": 0}, "a share above 0"), ({}, "templates are")],
+    [
+        ({"poem": 1}, "templates are text_to_image"),
+        ({"edit": 0}, "a share above 0"),
+        ({}, "templates are"),
+        ({"mine": StreamConfig(1, "begin picture*")}, "'picture.*' is no segment"),
+        ({"mine": StreamConfig(1, "begin tokens:1*")}, "'tokens:1.*' is no segment"),
+        ({"mine": StreamConfig(1, "begin ids tokens")}, "nothing in the loss"),
+        ({"mine": StreamConfig(1, "begin ids:2 tokens*")}, "wants text 2 of samples, but .* has 1"),
+    ],
 )
 def test_unknown_templates_are_refused(cache, shares, message):
     with pytest.raises(ValueError, match=message):
@@ -113,8 +122,8 @@ def test_templates_need_what_they_are_made_of(tmp_path):
 
 def test_a_vocabulary_tells_kinds_apart():
     vocabulary = JointVocabulary(16, 8)
-    assert vocabulary.size == 28
-    assert [vocabulary.span(kind) for kind in KINDS] == [(0, 16), (16, 24), (24, 28)]
+    assert vocabulary.size == 29
+    assert [vocabulary.span(kind) for kind in KINDS] == [(0, 16), (16, 24), (24, 29)]
     ids = torch.arange(8)
     assert torch.equal(vocabulary.own(vocabulary.joint(ids, "image"), "image"), ids)
     with pytest.raises(ValueError, match="'pause' is no special token"):
@@ -154,3 +163,20 @@ def test_a_joint_model_learns_text_and_images_in_one_sequence(cache):
             optimizer.step()
             losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_template_chooses_among_several_texts(tmp_path):
+    with TokenWriter(tmp_path / "tokens", asdict(SPEC), "abc", condition=ConditionSpec(ids=IdSpec(16, 5))) as writer:
+        several = [[Piece(np.array(text), len(text)) for text in ([1, 1], [2], [3, 3, 3])], [Piece(np.array([4]), 1)]]
+        writer.write(torch.zeros(2, 1, 4, dtype=torch.int64), torch.full((2,), -1), {"ids": several})
+    template = "begin ids:2 answer begin_image* tokens* begin ids:0"
+    reader = StreamBatches(TokenCache(tmp_path / "tokens"), {"mine": StreamConfig(1, template)})
+    batch = reader.load(np.arange(2), 0)[0].tokens
+    image = [BEGIN_IMAGE, *[IMAGE] * 4]
+    assert rows(batch) == [
+        [BEGIN, 3, 3, 3, ANSWER, *image, BEGIN, 1, 1],
+        [BEGIN, ANSWER, *image, BEGIN, 4],  # it has one text alone
+    ]
+    asked = reader.prompts(np.arange(2))
+    assert asked.ids[0].tolist() == [0, 0, 3, 3, 3]
+    assert asked.dropped.tolist() == [False, True]

@@ -15,7 +15,7 @@ from support.key_lists import FOLDER, KNOWN_IDS, build, on_meta, read_key_list
 from torch import Tensor
 
 import vistok
-from vistok.checkpoints import CheckpointError, convert, known_config, registry
+from vistok.checkpoints import CheckpointError, convert, known_config, registry, unwrap
 from vistok.checkpoints.released import tokenizer_of
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -238,6 +238,14 @@ def test_foreign_object_is_not_unpickled(tmp_path, case, monkeypatch):
         convert("llamagen/gpt", tmp_path / "weights.pt", case.config)
     assert not Path("touched").exists()
     assert "\x1b" not in str(error.value)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod.module."])
+def test_wrappings_are_taken_off_in_any_order(prefix):
+    state = {"blocks.0.weight": torch.zeros(2), "module_list.bias": torch.zeros(1)}
+    wrapped = {f"{prefix}{key}": tensor for key, tensor in state.items()}
+    for nested in (wrapped, {"model": wrapped}, {"state_dict": {"model": wrapped}}, {"model": {"state_dict": wrapped}}):
+        assert unwrap(nested).keys() == state.keys()
 
 
 def test_file_without_weights_lists_what_it_holds(tmp_path, case):

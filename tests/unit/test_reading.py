@@ -23,6 +23,7 @@ from vistok.data.loader import TooManyUnreadableError
 from vistok.data.masks import pixel_masks
 from vistok.data.pictures import from_pil, open_picture
 from vistok.data.sources import UnreadableImageError
+from vistok.data.transforms import center_crop_adm
 from vistok.eval.images import ImageError, open_images
 
 SIZE = (12, 10)
@@ -120,7 +121,8 @@ def test_photos_are_upright(tmp_path: Path, orientation: int, extension: str):
     options = {"lossless": True} if extension == "webp" else {}
     image.save(tmp_path / f"a.{extension}", exif=exif, **options)
     stored = Image.open(tmp_path / f"a.{extension}")
-    upright = np.asarray(ImageOps.exif_transpose(stored))
+    stored.load()  # which turns TIFF files upright
+    upright = np.asarray(stored if extension == "tif" else ImageOps.exif_transpose(stored))
     [seen] = training_images(tmp_path).values()
     assert np.array_equal(seen, upright)
     assert open_images(tmp_path).size == upright.shape[:2]
@@ -172,6 +174,28 @@ def test_sixteen_bits_are_scaled(tmp_path: Path, extension: str):
         assert np.array_equal(seen if channels == 1 else seen[..., 2], grey)
     pixels = from_pil([Image.open(tmp_path / f"a.{extension}")], (10, 10), 1)
     assert torch.equal(pixels, from_pil([Image.fromarray(grey)], (10, 10), 1))
+
+
+@pytest.mark.parametrize(("bits", "white"), [(12, 1), (16, 0), (16, 1), (8, 0)])
+def test_grey_tiff_files_of_other_bits_and_of_white_at_0_are_read_for_what_they_are(tmp_path: Path, bits, white):
+    grey = levels(0, 1)
+    stored = (grey if white else 255 - grey).astype(np.uint16) << (bits - 8)
+    if bits == 12:  # two levels in three bytes
+        left, right = stored[:, ::2], stored[:, 1::2]
+        data = np.stack([left >> 4, (left & 15) << 4 | right >> 8, right & 255], -1).astype(np.uint8).tobytes()
+    else:
+        data = stored.astype(f"<u{bits // 8}").tobytes()
+    (tmp_path / "a.tif").write_bytes(tiff(data, bits, photometric=white))
+    [seen] = training_images(tmp_path, channels=1).values()
+    assert np.array_equal(seen, grey)
+
+
+def tiff(data: bytes, bits: int, photometric: int) -> bytes:
+    """A TIFF file of one grey image of SIZE in one strip."""
+    width, height = SIZE
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: height, 279: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
 
 
 @pytest.mark.parametrize(
@@ -267,6 +291,23 @@ def test_a_root_one_level_too_high_and_images_in_no_split_are_told(tmp_path: Pat
     with caplog.at_level(logging.WARNING):
         assert len(open_source(DataConfig(8, root=str(tmp_path / "c")))) == 1
     assert "1 images are in none of train, val and are ignored, such as extra/0.png" in caplog.text
+
+
+@pytest.mark.parametrize("names", ["Training Testing", "train2017 val2017", "seg_train seg_test", "dev TEST eval"])
+def test_splits_of_other_names_are_not_taken_for_classes_without_a_word(tmp_path: Path, caplog, names: str):
+    for name in names.split():
+        (tmp_path / name).mkdir()
+        picture(0).save(tmp_path / name / "a.png")
+    assert len(open_source(DataConfig(8, root=str(tmp_path))).classes) == len(names.split())
+    assert "are read as classes; if they are splits, take one as root" in caplog.text
+
+
+def test_classes_may_be_called_like_trains(tmp_path: Path, caplog):
+    for name in ("trainer", "bullet train", "testament", "car"):
+        (tmp_path / name).mkdir()
+        picture(0).save(tmp_path / name / "a.png")
+    open_source(DataConfig(8, root=str(tmp_path)))
+    assert not caplog.text
 
 
 # Archives
@@ -478,6 +519,38 @@ def test_a_large_photo_is_decoded_small(tmp_path: Path, monkeypatch):
     seen = next(open_images(tmp_path, crop=64).batches(1)).float()
     exact = next(open_images(tmp_path, crop=64, reading="raw").batches(1)).float()
     assert (seen - exact).abs().max() <= 2
+
+
+@pytest.mark.parametrize("kind", ["jpg", "mpo", "png", "transparent png", "deep png", "webp", "bmp", "gif", "tif"])
+def test_every_large_photo_becomes_small_at_once(tmp_path: Path, monkeypatch, kind: str):
+    ramp = np.linspace(0, 255, 1600, dtype=np.uint8)
+    image = Image.fromarray(np.broadcast_to(ramp[None, :, None], (1201, 1600, 3)).copy())
+    if kind == "transparent png":
+        image.putalpha(Image.fromarray(np.broadcast_to(ramp[::-1], (1201, 1600)).copy()))
+    if kind == "deep png":
+        image = Image.fromarray(np.broadcast_to(ramp.astype(np.uint16) * 257, (1201, 1600)).copy())
+    last = kind.rpartition(" ")[2]
+    image.save(tmp_path / f"a.{last}", **({"quality": 95} if last in ("jpg", "mpo", "webp") else {}))
+    with (tmp_path / f"a.{last}").open("rb") as file:
+        whole = Decoder(side=64).read(file)
+    monkeypatch.setattr(decoding, "LARGE", 1_000_000)
+    monkeypatch.setattr(decoding, "STRIP", 100_000)
+    with (tmp_path / f"a.{last}").open("rb") as file:
+        small = Decoder(side=64).read(file)
+    assert (whole.size, small.size) == ((1600, 1201), (200, 151))
+    seen, exact = (np.asarray(center_crop_adm(one, 64), dtype=int) for one in (small, whole))
+    assert np.abs(seen - exact).max() <= 2
+
+
+def test_strips_change_nothing(tmp_path: Path, monkeypatch):
+    folder = write_every_kind(tmp_path / "photos")
+    for channels in (1, 3):
+        whole = training_images(folder, channels=channels)
+        with monkeypatch.context() as context:
+            context.setattr(decoding, "STRIP", 3 * SIZE[0])
+            strips = training_images(folder, channels=channels)
+        assert whole.keys() == strips.keys()
+        assert all(np.array_equal(whole[name], strips[name]) for name in whole)
 
 
 def test_damaged_exif_is_no_damaged_image(tmp_path: Path):

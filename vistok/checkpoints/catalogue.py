@@ -71,8 +71,8 @@ def catalogue() -> list[CatalogueEntry]:
 
 
 def _describe(item: registry.Entry) -> CatalogueEntry:
-    model_class = item.load()
-    build = model_class if item.kind == "tokenizer" else partial(_generator, item)
+    model_class: Any = item.load()
+    build: Callable[..., Model] = model_class if item.kind == "tokenizer" else partial(_generator, item)
     sizes = {name: _parameters(build, arguments) for name, arguments in model_class.sizes.items()}
     checkpoints = tuple(
         ReleasedFile(checkpoint.id, official, tokenizer_of(checkpoint.id), licence_of_weights(official, checkpoint.id))

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
 from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from vistok._version import __version__
 from vistok.checkpoints import registry
+from vistok.checkpoints.adapters import ADAPTER, ADAPTER_CONFIG, merged, save_adapter, with_adapter, without_adapters
 from vistok.checkpoints.bounds import bounded
 from vistok.checkpoints.hub import download, snapshot
 from vistok.checkpoints.official import OfficialCheckpoint, convert
@@ -36,8 +38,11 @@ from vistok.checkpoints.weights import (
 from vistok.config import check, with_todays_names
 from vistok.types import to_json
 from vistok.utils.files import atomic_folder, read_json, restore, write_json
+from vistok.utils.paths import local
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+MODEL_FILES = (CONFIG, WEIGHTS, ADAPTER, ADAPTER_CONFIG)
+"""All that a model's folder may hold."""
 
 
 class Model(
@@ -61,8 +66,14 @@ class Model(
     """Inert classes that take the place of those that released files pickle beside their weights, with the pickled
     names."""
 
+    num_classes: int | None = None
+    """Of a generator: how many classes it can be conditioned on; None if it takes no labels."""
+
     class_names: tuple[str, ...] = ()
     """Of a generator: the names of its classes, where they go with its weights, in the order of the ids."""
+
+    adapter_apart: bool = False
+    """In training with low-rank adapters: whether they are saved beside the weights, rather than merged into them."""
 
     _arguments: dict[str, Any]  # of the constructor, defaults included
     _saved_arguments: Mapping[str, Any] | None = None  # of a loaded model, as its config.json has them
@@ -82,6 +93,16 @@ class Model(
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, defaults included, JSON-ready."""
         return to_json(self._arguments)
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return next(self.parameters()).dtype
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
@@ -110,9 +131,13 @@ class Model(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         self.write_config(save_directory)
-        state = {key: tensor.detach().cpu().contiguous() for key, tensor in self.state_dict().items()}
+        trained = self.state_dict()
+        state = without_adapters(trained) if self.adapter_apart else merged(trained)
+        state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
         try:
             save_file(state, save_directory / WEIGHTS, metadata={"format": "pt"})
+            if self.adapter_apart:
+                save_adapter(save_directory, trained, base=self.registry_name)
         except SafetensorError as error:  # its word for a failed write, which is nearly always a full disk
             raise OSError(errno.ENOSPC, f"weights could not be written: {error}", str(save_directory)) from error
 
@@ -144,7 +169,7 @@ class Model(
         """
         arguments = self.config if self._saved_arguments is None else self._saved_arguments
         digest = hashlib.sha256(json.dumps([self.registry_name, arguments], sort_keys=True).encode())
-        hash_weights(digest, self.state_dict())
+        hash_weights(digest, merged(self.state_dict()))
         return digest.hexdigest()
 
 
@@ -164,7 +189,7 @@ def load(source: str | Path, **hub_options: Any) -> Model:
     Raises:
         CheckpointError: nothing there, unreachable hub, damaged weights, or keys that do not fit the config.
     """
-    source = Path(source).expanduser() if str(source).startswith("~") else source
+    source = local(source)
     official = None if Path(source).exists() else find_official(str(source))
     if official is not None:
         name, checkpoint = official
@@ -213,7 +238,7 @@ def model_folder(source: str | Path, **hub_options: Any) -> Path:
     if not folder.exists() and folder.parent.is_dir():
         restore(folder.parent)
     if not folder.exists():
-        return snapshot(str(source), [CONFIG, WEIGHTS], **hub_options)
+        return snapshot(str(source), MODEL_FILES, **hub_options)
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file, but a model is a folder; `vistok convert` reads released files")
     restore(folder)
@@ -243,8 +268,8 @@ def build(saved: Mapping[str, Any], folder: Path, weights: Mapping[str, Tensor])
 def read_exported(folder: Path) -> dict[str, Tensor]:
     """The weights in a model's folder, or in a checkpoint of training those that would be exported."""
     if (folder / STATE).is_file() and not (folder / WEIGHTS).exists():
-        return exported(read_weights(folder / STATE), folder)
-    return read_weights(folder / WEIGHTS)
+        return merged(exported(read_weights(folder / STATE), folder))
+    return with_adapter(read_weights(folder / WEIGHTS), folder)
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

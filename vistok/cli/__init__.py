@@ -6,7 +6,7 @@ import errno
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
@@ -16,9 +16,10 @@ from vistok.cli.configs import configs
 from vistok.cli.console import errors, output
 from vistok.cli.models import convert, models, pipeline
 from vistok.cli.probing import compare, probe
-from vistok.cli.sampling import reconstruct, sample
+from vistok.cli.sampling import caption, demo, reconstruct, sample
 from vistok.cli.scoring import benchmark, evaluate
 from vistok.cli.training import import_tokens, quickstart, report, tokenize, train
+from vistok.utils.paths import at_home
 
 __all__ = ["app", "main"]
 
@@ -29,7 +30,6 @@ app = typer.Typer(
     help="Autoregressive visual generation: train tokenizers and generators, sample, evaluate.",
     epilog=EPILOG,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -41,8 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _show_logs()
     if not os.environ.get("VISTOK_DEBUG"):
         threading.excepthook = _name_failed_thread
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        app(arguments, prog_name="vistok")
+        app([at_home(text) for text in given], prog_name="vistok")
     except SystemExit as end:
         _advise_after_interruption(end)
         raise
@@ -93,16 +94,30 @@ def _show_logs() -> None:
         logger.setLevel(logging.INFO)
 
 
-@app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
-    if version:
-        from vistok._version import __version__
+def help_(
+    command: Annotated[str | None, typer.Argument(metavar="COMMAND", help="What to explain.")] = None,
+) -> None:
+    """Say what vistok or one of its commands does."""
+    if command is not None and command not in COMMANDS:
+        raise ValueError(f"there is no command {command!r}; there are {', '.join(COMMANDS)}")
+    app(["--help"] if command is None else [command, "--help"], prog_name="vistok")
 
-        output.print(f"vistok {__version__}")
+
+def version() -> None:
+    """Print the version."""
+    from vistok._version import __version__
+
+    output.print(f"vistok {__version__}")
+
+
+@app.callback(invoke_without_command=True)
+def root(show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if show:
+        version()
         raise typer.Exit
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "quickstart": quickstart,
     "train": train,
     "report": report,
@@ -110,6 +125,8 @@ COMMANDS = {
     "import-tokens": import_tokens,
     "sample": sample,
     "reconstruct": reconstruct,
+    "demo": demo,
+    "caption": caption,
     "eval": evaluate,
     "benchmark": benchmark,
     "probe": probe,
@@ -118,6 +135,8 @@ COMMANDS = {
     "pipeline": pipeline,
     "models": models,
     "configs": configs,
+    "help": help_,
+    "version": version,
 }
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)

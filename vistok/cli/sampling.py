@@ -1,4 +1,4 @@
-"""``vistok sample`` and ``reconstruct``: models at work."""
+"""``vistok sample``, ``reconstruct`` and ``caption``: models at work."""
 
 from __future__ import annotations
 
@@ -84,12 +84,16 @@ def sample(
         processes=processes,
     )
     if processes.is_first:
-        output.print(f"{num:,} samples are in {escape(str(out))}; see {escape(str(out / 'grid.png'))}")
+        what = "1 sample is" if num == 1 else f"{num:,} samples are"
+        output.print(f"{what} in {escape(str(out))}; see {escape(str(out / 'grid.png'))}")
 
 
 def reconstruct(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Run, saved tokenizer, pipeline, or hub id.")],
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files; cropped to the right size.")],
+    images: Annotated[
+        list[Path],
+        typer.Argument(metavar="IMAGE...", help="Image files, cropped to the right size; or folders."),
+    ],
     out: Annotated[Path, typer.Option(help="PNG file: originals over their reconstructions.")] = Path(
         "reconstruction.png"
     ),
@@ -108,6 +112,7 @@ def reconstruct(
     from vistok.utils.devices import choose_device
 
     tokenizer = load_tokenizer(run).to(choose_device(device))
+    images = [image for given in images for image in _image_files(given)]
     if tokens is not None:
         lengths = _whole_numbers(tokens, "--tokens")
         for image, decibels in zip(images, reconstruct_prefixes(tokenizer, images, lengths, out), strict=True):
@@ -115,9 +120,64 @@ def reconstruct(
             output.print(f"{escape(str(image))}  PSNR {scores}")
         output.print(f"Originals and their reconstructions are in {escape(str(out))}")
         return
-    for image, decibels in zip(images, reconstruct_files(tokenizer, images, out), strict=True):
-        output.print(f"{escape(str(image))}  PSNR {decibels:.2f} dB")
+    for image, value in zip(images, reconstruct_files(tokenizer, images, out), strict=True):
+        output.print(f"{escape(str(image))}  PSNR {value:.2f} dB")
     output.print(f"Originals over reconstructions are in {escape(str(out))}")
+
+
+def demo(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs, saved tokenizers, pipelines, or hub ids.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="A free one from 7860 on by default.")] = None,
+    max_upload: Annotated[float, typer.Option(metavar="MB", help="Larger uploads are refused.")] = 10,
+    device: Device = None,
+) -> None:
+    """Try runs in a browser: generate, reconstruct a picture, look at its tokens and swap them.
+
+    It listens on this machine alone unless --host says otherwise, and keeps no files of its visitors.
+    """
+    from vistok.demo import launch
+
+    launch(runs, host=host, port=port, max_upload_mb=max_upload, device=device)
+
+
+FROM_FOLDER = 16
+"""Images of a folder that are looked at."""
+
+
+def _image_files(path: Path) -> list[Path]:
+    """The image or video itself; of a folder its first files, wherever they lie in it."""
+    from vistok.data.formats import is_image
+
+    if not path.is_dir():
+        return [path]
+    found = sorted(file for file in path.rglob("*") if is_image(file.name) and not file.name.startswith("."))
+    if not found:
+        raise FileNotFoundError(f"there are no image files in {path}")
+    if len(found) > FROM_FOLDER:
+        output.print(f"{escape(str(path))} has {len(found):,} images; these are the first {FROM_FOLDER}")
+    return found[:FROM_FOLDER]
+
+
+def caption(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run, pipeline folder, or hub id, that writes texts.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files; cropped to the right size.")],
+    question: Annotated[str | None, typer.Option(help="What is asked about each image.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 64,
+    device: Device = None,
+) -> None:
+    """Say in words what images show, a line for each."""
+    from vistok.data.decoding import Decoder
+    from vistok.data.pictures import open_picture
+    from vistok.pipelines import pipeline
+
+    pipe = pipeline(run, device=device)
+    channels, side, _ = pipe.tokenizer.image_shape("captioning files")
+    decoder = Decoder(channels, side=side)
+    files = [file for path in images for file in _image_files(path)]
+    pictures = [open_picture(file, decoder) for file in files]
+    for image, text in zip(files, pipe.caption(pictures, question=question, max_tokens=max_tokens), strict=True):
+        output.print(f"{escape(str(image))}  {escape(text)}")
 
 
 def _prompts(given: list[str] | None, file: Path | None) -> list[str] | None:

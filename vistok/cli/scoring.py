@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.box import SIMPLE
@@ -114,9 +114,9 @@ def evaluate(
         )
         if processes.is_first:
             made = f"{escape(str(make_reference))} stands for {told.count:,} images"
-            output.print(f"The reference {made} (fingerprint {told.fingerprint[:12]}…)")
+            output.print(f"The reference {made} (fingerprint {str(told.fingerprint)[:12]}…)")
         return
-    elif is_video_protocol(protocol):
+    elif protocol is not None and is_video_protocol(protocol):
         from vistok.pipelines.evaluations import score_clips
 
         for option, value in (("--metrics", metrics), ("--crop", crop), ("--lpips-weights", lpips_weights)):
@@ -267,7 +267,7 @@ def benchmark(
             pipe,
             out,
             num_images=50_000 if num is None else num,
-            labels=labels,
+            labels=cast(Any, labels),  # which is checked there
             protocol=protocol or "adm",
             search_from=_search_start(pipe, sampling, guidance_start) if guidance_search else None,
             eval_size=eval_size,

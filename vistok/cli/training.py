@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vistok.cli.console import Commands, Device, Environment, errors, output, print_table
+from vistok.utils.recipes import find_recipe, recipes
 
 
 def quickstart(
@@ -33,7 +34,12 @@ def quickstart(
 
 def train(
     config: Annotated[
-        str, typer.Argument(metavar="CONFIG", help="YAML file, or the name of one that ships: `vistok configs`.")
+        str,
+        typer.Argument(
+            metavar="CONFIG",
+            help="YAML file, or the name of one that ships: `vistok configs`.",
+            autocompletion=lambda incomplete: [name for name in recipes() if name.startswith(incomplete)],
+        ),
     ],
     overrides: Annotated[
         list[str] | None,
@@ -62,7 +68,6 @@ def train(
         raise typer.BadParameter("--resume, --dry-run and --profile exclude each other")
     from vistok.config import Allowed, load_config
     from vistok.train.tasks import any_config
-    from vistok.utils.recipes import find_recipe
 
     allowed = Allowed(commands=allow_commands, environment=allow_environment)
     values = load_config(find_recipe(config), overrides or (), target=any_config(), allowed=allowed)
@@ -106,6 +111,7 @@ def _dry_run(config: dict[str, Any]) -> None:
     table.add_row(f"{found.unit} per epoch", f"{found.units_per_epoch:,}")
     if found.held_out:
         table.add_row("held-out samples", f"{found.held_out:,}")
+    table.add_row("operations per step (estimate)", f"{found.operations / 1e12:.3g} TFLOP")
     table.add_row("samples per step", f"{found.batch_size:,}")
     table.add_row("steps", f"{found.steps:,} ({found.epochs:.3g} epochs)")
     print_table(table)
@@ -200,9 +206,9 @@ def tokenize(
         data,
         out,
         augmentation=augmentation,
-        text=text.to(next(tokenizer.parameters()).device),
+        text=text.to(tokenizer.device),
         refuse_long_texts=refuse_long_texts,
-        feature_dtype=text_dtype,
+        feature_dtype="float16" if text_dtype == "float16" else "float32",
         given_frames=given_frames,
         resume=resume,
         processes=processes,

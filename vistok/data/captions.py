@@ -127,11 +127,11 @@ def _of_json(content: bytes) -> Any:
     return next((value[key] for key in TEXT_KEYS if value.get(key) is not None), None)
 
 
-def spell_digit(digit: int, turn: str = "") -> Captions:
+def spell_digit(digit: int, how: str = "") -> Captions:
     """A digit in words: "a seven" and "seven", or "a seven, turned left" and "seven, turned left"."""
     word = NUMBERS[digit]
     article = "an" if word == "eight" else "a"
-    return tuple(f"{text}, turned {turn}" if turn else text for text in (f"{article} {word}", word))
+    return tuple(f"{text}, {how}" if how else text for text in (f"{article} {word}", word))
 
 
 def class_caption(name: str) -> Captions:

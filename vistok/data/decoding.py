@@ -18,8 +18,12 @@ Reading = Literal["photo", "raw"]
 ``raw``: as ADM's suite and its kin read: Pillow's ``convert("RGB")``, which ignores orientation and drops alpha."""
 
 LARGE = 50_000_000
-"""Pixels above which a JPEG that will be made much smaller is decoded at a fraction of its size (reading ``photo``)."""
+"""Pixels above which an image that will be made much smaller is made so while it is decoded, where its format has that
+(JPEG), or else as soon as it is (reading ``photo``)."""
+STRIP = 1 << 22
+"""Pixels that are converted at a time."""
 ORIENTATION, TURNED_SIDEWAYS = 0x0112, (5, 6, 7, 8)
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 DEEP_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")  # Pillow clips these to 8 bit instead of scaling them
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
@@ -57,6 +61,13 @@ class Header(NamedTuple):
     turned: bool
     transparent: bool
     deep: bool
+
+
+class Levels(NamedTuple):
+    """What the grey levels of more than 8 bits mean: 0 .. 2^bits - 1, where 0 may be white."""
+
+    bits: int = 16
+    white_is_zero: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,23 +117,29 @@ class Decoder:
                 )
             image.load()
             return image if image.mode == self.mode else image.convert(self.mode)
-        if self.side is not None and image.format == "JPEG" and image.width * image.height > LARGE:
+        large = self.side is not None and image.width * image.height > LARGE
+        if large and image.format in ("JPEG", "MPO"):
             image.draft(None, (2 * self.side, 2 * self.side))
         image.load()
-        orientation = _orientation(image)
+        # Pillow turns TIFF files while it decodes; its versions of 2023 leave the tag as it was.
+        orientation = None if image.format == "TIFF" else _orientation(image)
         transparent = _is_transparent(image)
-        if image.mode in DEEP_MODES:
-            image = _eight_bit(image)
-        if transparent:
-            image = self._on_background(image)
-        if image.mode != self.mode:
-            image = image.convert(self.mode)
+        levels = _levels(image) if image.mode in DEEP_MODES else None
+        # A power of two that leaves twice the side that is wanted, as ``draft`` does.
+        factor = 1 << max(0, (min(image.size) // (2 * self.side)).bit_length() - 1) if large else 1
+        if image.mode != self.mode or transparent or factor > 1:
+            image = _in_strips(image, self.mode, factor, lambda strip: self._eight_bit(strip, levels, transparent))
         return image if orientation is None else image.transpose(orientation)
 
-    def _on_background(self, image: Image.Image) -> Image.Image:
-        image = image.convert("RGBA")
-        below = Image.new("RGBA", image.size, (self.background,) * 3 + (255,))
-        return Image.alpha_composite(below, image)
+    def _eight_bit(self, image: Image.Image, levels: Levels | None, transparent: bool) -> Image.Image:
+        """An image, or a strip of one, as ``mode``; ``levels`` are those of more than 8 bits."""
+        if levels is not None:
+            image = _eight_bit(image, levels)
+        if transparent:
+            image = image.convert("RGBA")
+            below = Image.new("RGBA", image.size, (self.background,) * 3 + (255,))
+            image = Image.alpha_composite(below, image)
+        return image if image.mode == self.mode else image.convert(self.mode)
 
     def _header(self, image: Image.Image) -> Header:
         turned, sideways = False, False
@@ -174,7 +191,7 @@ def _tag(image: Image.Image) -> int | None:
 
 def _orientation(image: Image.Image) -> Image.Transpose | None:
     """What brings the image upright; None if nothing need be done."""
-    return {
+    by_tag: dict[int | None, Image.Transpose] = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,
         4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -182,30 +199,58 @@ def _orientation(image: Image.Image) -> Image.Transpose | None:
         6: Image.Transpose.ROTATE_270,
         7: Image.Transpose.TRANSVERSE,
         8: Image.Transpose.ROTATE_90,
-    }.get(_tag(image))
+    }
+    return by_tag.get(_tag(image))
 
 
 def _is_transparent(image: Image.Image) -> bool:
     return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """An image of more than 8 bits as mode L.
+def _in_strips(image: Image.Image, mode: str, factor: int, change: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """What ``change`` makes of an image, of ``mode``, reduced by ``factor``; of a large one a strip at a time, so that
+    no second one of its size is held."""
+
+    def small(strip: Image.Image) -> Image.Image:
+        return change(strip) if factor == 1 else change(strip).reduce(factor)
+
+    width, height = image.size
+    rows = max(STRIP // max(width, 1) // factor, 1) * factor
+    if rows >= height:
+        return small(image)
+    result = Image.new(mode, (-(-width // factor), -(-height // factor)))
+    for top in range(0, height, rows):
+        result.paste(small(image.crop((0, top, width, min(top + rows, height)))), (0, top // factor))
+    return result
+
+
+def _eight_bit(image: Image.Image, levels: Levels) -> Image.Image:
+    """An image of more than 8 bits as mode L or LA."""
+    values = np.asarray(image)
+    if image.mode == "F":
+        return Image.fromarray(np.rint(values * 255).astype(np.uint8))
+    transparent = image.info.get("transparency")
+    grey = (values >> (levels.bits - 8)).astype(np.uint8)  # as Pillow itself reads 16-bit RGB
+    result = Image.fromarray(255 - grey if levels.white_is_zero else grey)
+    if isinstance(transparent, int):
+        result.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return result
+
+
+def _levels(image: Image.Image) -> Levels:
+    """What the levels of an image of more than 8 bits mean.
 
     Raises:
-        ValueError: it could mean anything: 32-bit integers, or floats outside [0, 1].
+        ValueError: they could mean anything: 32-bit integers, or floats outside [0, 1].
     """
-    values = np.asarray(image)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # PNG has no more than 16 bits
-        grey = values.astype(np.int64) >> 8  # as Pillow itself reads 16-bit RGB
-        transparent = image.info.get("transparency")
-        result = Image.fromarray(grey.astype(np.uint8))
-        if isinstance(transparent, int):
-            result.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
-        return result
+        tags = getattr(image, "tag_v2", {})  # of TIFF files, which Pillow gives as they are stored
+        (bits, *_) = tags.get(BITS_PER_SAMPLE, (16,))
+        return Levels(bits, tags.get(PHOTOMETRIC) == WHITE_IS_ZERO)
+    values = np.asarray(image)
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
     if image.mode == "F" and 0 <= low <= high <= 1:
-        return Image.fromarray(np.rint(values * 255).astype(np.uint8))
+        return Levels()
     kind = "floats" if image.mode == "F" else "32-bit integers"
     known = "floats are read within [0, 1] only" if image.mode == "F" else "which of them is white is not known"
     raise ValueError(f"its pixels are {kind} of {low:g} to {high:g}; {known}: store it with 8 or 16 bits")

@@ -9,7 +9,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from vistok.data.formats import is_image
 
@@ -49,7 +49,7 @@ class FileTree(ABC):
     def _list(self) -> Sequence[str]: ...
 
     @abstractmethod
-    def open(self, path: str) -> BinaryIO:
+    def open(self, path: str) -> IO[bytes]:
         """Open a file, for seeking and reading. Raises OSError, of an archive's member for any damage."""
 
     @abstractmethod
@@ -76,7 +76,7 @@ class Folder(FileTree):
                 else:
                     yield folder + entry.name
 
-    def open(self, path: str) -> BinaryIO:
+    def open(self, path: str) -> IO[bytes]:
         return open(self.root / path, "rb")
 
     def size(self, path: str) -> int:
@@ -110,7 +110,7 @@ class Archive(FileTree):
         self._wrapper = _wrapper([path for path in paths if not _is_hidden(path)])
         return [path.removeprefix(self._wrapper) for path in paths if path.startswith(self._wrapper)]
 
-    def open(self, path: str) -> BinaryIO:
+    def open(self, path: str) -> IO[bytes]:
         info = self._members[self._wrapper + path]
         try:
             if info.file_size > HELD_IN_MEMORY:

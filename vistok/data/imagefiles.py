@@ -20,7 +20,7 @@ class LeftOut(NamedTuple):
         names: the first few.
     """
 
-    count: int = 0
+    count: int = 0  # type: ignore[assignment]  # hides tuple.count, which nobody needs here
     names: tuple[str, ...] = ()
 
     @classmethod
@@ -28,7 +28,7 @@ class LeftOut(NamedTuple):
         names = list(names)
         return cls(len(names), tuple(map(printable, names[:SHOWN])))
 
-    def __add__(self, other: LeftOut) -> LeftOut:
+    def __add__(self, other: LeftOut) -> LeftOut:  # type: ignore[override]  # the sum of two, not a longer tuple
         return LeftOut(self.count + other.count, (self.names + other.names)[:SHOWN])
 
     def __str__(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -32,15 +32,24 @@ MAX_UNREADABLE_SHARE = 0.01
 SHOWN = 20
 """Unreadable samples that a message names."""
 
-B = TypeVar("B", bound=tuple)
+
+class Indexed(Protocol):
+    """A batch that knows its samples' indices (B,)."""
+
+    @property
+    def indices(self) -> Any: ...
 
 
-class BatchReader(Protocol[B]):
+B = TypeVar("B", bound=Indexed)
+Batch_co = TypeVar("Batch_co", bound=Indexed, covariant=True)
+
+
+class BatchReader(Protocol[Batch_co]):
     """Samples that are read a batch at a time."""
 
     def __len__(self) -> int: ...
 
-    def load(self, indices: np.ndarray, epoch: int) -> tuple[B, Failures]:
+    def load(self, indices: np.ndarray, epoch: int) -> tuple[Batch_co, Failures]:
         """Read the samples at ``indices`` (B,), augmented as ``epoch`` says. Unreadable ones are left out."""
 
 
@@ -254,13 +263,15 @@ def _image_transform(config: DataConfig, *, augmented: bool) -> ImageTransform:
 
 
 def _clip_transform(config: DataConfig, *, augmented: bool) -> ClipTransform:
+    if config.num_frames is None:
+        raise ValueError("clips need data.num_frames=…")
     transform = ClipTransform(
         config.num_frames,
         config.image_size,
         config.frame_stride,
         start=config.clip_start,
         short=config.short_clips,
-        crop=config.crop,
+        crop=cast(Any, config.crop),  # which refuses what clips do not have
         flip=config.flip,
         channels=config.channels,
     )

@@ -38,7 +38,7 @@ def pixel_masks(masks: Image.Image | Sequence[Image.Image] | Tensor, count: int,
     return masks.expand(count, -1, -1)
 
 
-def token_masks(masks: Tensor, grid: tuple[int, int]) -> Tensor:
+def token_masks(masks: Tensor, grid: Sequence[int]) -> Tensor:
     """Pixel masks (B, H, W) as bool (B, h * w): True where a mask touches any pixel of a token of the (h, w) grid.
 
     Raises:
@@ -50,7 +50,7 @@ def token_masks(masks: Tensor, grid: tuple[int, int]) -> Tensor:
     return F.max_pool2d(masks[:, None].float(), (height // rows, width // columns)).flatten(1) > 0
 
 
-def scale_masks(regenerate: Tensor, scales: Sequence[tuple[int, int]], *, whole: int = 3) -> Tensor:
+def scale_masks(regenerate: Tensor, scales: Sequence[Sequence[int]], *, whole: int = 3) -> Tensor:
     """Masks (B, h, w) of the largest grid as bool (B, L) of all scales: True where a token is generated anew.
 
     What is kept is scaled down bilinearly to each grid, and a token is kept if more than half of it is. Grids of at

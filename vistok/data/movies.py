@@ -155,7 +155,7 @@ def frames_to_pixels(frames: np.ndarray | Tensor | Sequence[Image.Image], size: 
             f"frames must be uint8 (T, H, W, C) or (B, T, H, W, C) with 1 or 3 channels, got {array.dtype} "
             f"{array.shape}"
         )
-    transform = ClipTransform(array.shape[1], size, channels=channels)
+    transform = ClipTransform(array.shape[1], size, channels=1 if channels == 1 else 3)
     return torch.stack([transform.pixels(clip) for clip in array])
 
 

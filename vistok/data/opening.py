@@ -45,10 +45,10 @@ def _open(config: DataConfig) -> ImageSource | ClipSource:
         )
     decoder = Decoder(config.channels, config.reading, side=config.image_size)
     if config.source == "digits":
-        if config.name not in (None, "turned"):
-            raise ValueError(f"data.source=digits takes data.name=turned, or none; got {config.name!r}")
-        return DigitsSource(split=config.split, decoder=decoder, turned=config.name == "turned")
+        return DigitsSource(split=config.split, decoder=decoder, variants=config.name)
     if config.source == "moving_digits":
+        if config.num_frames is None:
+            raise ValueError("data.source=moving_digits needs data.num_frames=…, for example data.num_frames=16")
         span = (config.num_frames - 1) * config.frame_stride + 1
         return MovingDigitsSource(
             split=config.split, image_size=config.image_size, num_frames=MOVING_SPANS * span, seed=config.seed
@@ -56,22 +56,23 @@ def _open(config: DataConfig) -> ImageSource | ClipSource:
     if config.source == "video_list":
         if config.name is None:
             raise ValueError("data.source=video_list needs data.name=…, a list file such as trainlist01.txt")
-        return listed_videos(config.name, config.root, decoder=decoder)
+        return listed_videos(config.name, None if config.root is None else str(config.root), decoder=decoder)
     if config.source == "huggingface":
         return _open_huggingface(config, decoder)
     if config.root is None:
         raise ValueError(f"data.source={config.source} needs data.root=…, {_ROOTS[config.source]}")
-    if config.source == "folder":
-        return FolderSource(config.root, split=config.split, decoder=decoder)
-    if config.source == "videos":
-        return folder_videos(config.root, split=config.split, decoder=decoder)
     if config.source == "webdataset" and config.num_frames is not None:
         return ClipShardSource(config.root, split=config.split)
     if config.source == "webdataset":
         return ShardSource(config.root, split=config.split, decoder=decoder)
+    root = str(config.root)
+    if config.source == "folder":
+        return FolderSource(root, split=config.split, decoder=decoder)
+    if config.source == "videos":
+        return folder_videos(root, split=config.split, decoder=decoder)
     if config.name is None:
         raise ValueError("data.source=torchvision needs data.name=…, for example data.name=CIFAR10")
-    return TorchvisionSource(config.name, config.root, split=config.split, download=config.download, decoder=decoder)
+    return TorchvisionSource(config.name, root, split=config.split, download=config.download, decoder=decoder)
 
 
 def _open_huggingface(config: DataConfig, decoder: Decoder) -> ImageSource:
@@ -79,7 +80,7 @@ def _open_huggingface(config: DataConfig, decoder: Decoder) -> ImageSource:
         raise ValueError("data.source=huggingface needs data.name=… (on the hub) or data.root=… (a saved folder)")
     return HuggingFaceSource(
         config.name,
-        config.root,
+        None if config.root is None else str(config.root),
         split=config.split,
         decoder=decoder,
         image_column=config.image_column,

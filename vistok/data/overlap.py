@@ -123,7 +123,10 @@ def _same_bytes(trained: ImageSource, held_out: ImageSource, looked: Sequence[in
 
     Only files of the same length are read.
     """
-    (source, indices), (other, positions) = _files(trained), _files(held_out)
+    ours, theirs = _files(trained), _files(held_out)
+    if ours is None or theirs is None:
+        return []
+    (source, indices), (other, positions) = ours, theirs
     sizes = {index: other.files.size(positions[index]) for index in looked}
     wanted = set(sizes.values())
     candidates = [index for index in indices if source.files.size(index) in wanted]

@@ -16,7 +16,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from vistok._version import __version__
 from vistok.config import ConfigError, ShellCommand
@@ -124,7 +124,7 @@ def _opened(address: Shard) -> Iterator[IO[bytes]]:
 @contextmanager
 def _output_of(command: ShellCommand) -> Iterator[IO[bytes]]:
     with subprocess.Popen(command.command, shell=True, stdout=subprocess.PIPE) as process:
-        yield process.stdout
+        yield cast(IO[bytes], process.stdout)
     if process.returncode:
         raise OSError(f"{command} ended with exit code {process.returncode}")
 

@@ -191,7 +191,7 @@ def shard_paths(pattern: Shard) -> list[Shard]:
     if len(expanded) > MOST_SHARDS:
         raise ValueError(f"data.root={pattern} stands for more than {MOST_SHARDS:,} shards; is a number mistyped?")
     for part in expanded:
-        path = _with_text(pattern, lambda _, part=part: part)
+        path = ShellCommand(part) if isinstance(pattern, ShellCommand) else part
         if is_remote(path):
             check_address(path)
         found = [path] if is_remote(path) else sorted(glob.glob(os.path.expanduser(part)))

@@ -13,6 +13,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -21,7 +22,9 @@ from torch.utils.data import Dataset
 from vistok.config import nearest
 from vistok.data.captions import spell_digit
 from vistok.data.decoding import DECODING_ERRORS, Decoder
+from vistok.data.digit_variants import PLAIN, VARIANTS
 from vistok.data.imagefiles import ImageFiles
+from vistok.draws import Keys
 
 log = logging.getLogger(__name__)
 
@@ -139,16 +142,28 @@ class DigitsSource(ImageSource):
     ``test``; None is both. Their captions spell them out: "a seven".
 
     Args:
-        turned: every digit three times: as it is, turned left and turned right by 45 degrees, as its captions say.
+        variants: every digit several times, one after another, as captions say: ``turned`` (as it is, to the left and
+            to the right by 45 degrees) or ``styled`` (as it is, slanted, thin, bold). None shows each once.
+
+    Raises:
+        ValueError: an unknown split, or unknown variants.
     """
 
     SIZE = 32
 
-    def __init__(self, *, split: str | None = "train", decoder: Decoder = Decoder(1), turned: bool = False) -> None:  # noqa: B008
+    def __init__(
+        self,
+        *,
+        split: str | None = "train",
+        decoder: Decoder = Decoder(1),  # noqa: B008 (immutable)
+        variants: str | None = None,
+    ) -> None:
         from sklearn.datasets import load_digits
 
         if split not in ("train", "test", None):
             raise ValueError(f"digits have the splits 'train' and 'test' (or null for both), got {split!r}")
+        if variants is not None and variants not in VARIANTS:
+            raise ValueError(f"data.source=digits takes data.name={' or '.join(VARIANTS)}, or none; got {variants!r}")
         data = load_digits()
         self._split = split
         self._positions = _split_digits(data.target, split)
@@ -156,29 +171,29 @@ class DigitsSource(ImageSource):
         images = np.rint(data.images[self._positions] * (255 / 16)).astype(np.uint8)  # values are 0..16
         size = (self.SIZE, self.SIZE)
         self._images = [Image.fromarray(image).resize(size, Image.Resampling.BICUBIC) for image in images]
-        self._decoder, self._turns = decoder, (0, 45, -45) if turned else (0,)
+        self._decoder, self._variants = decoder, VARIANTS[variants] if variants else (PLAIN,)
+        keys = Keys.of(0, self._positions)
+        self._strengths = keys.uniform("strength", len(self._variants)).tolist()
         self.classes = tuple("0123456789")
 
     def __len__(self) -> int:
-        return len(self._images) * len(self._turns)
+        return len(self._images) * len(self._variants)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        number, turn = divmod(int(index), len(self._turns))
-        image = self._images[number]
-        if self._turns[turn]:
-            image = image.rotate(self._turns[turn], Image.Resampling.BICUBIC)
+        number, variant = divmod(int(index), len(self._variants))
+        image = self._variants[variant].apply(self._images[number], self._strengths[number][variant])
         return self._decoder.convert(image), int(self._labels[number])
 
     def name(self, index: int) -> str:
-        number, turn = divmod(int(index), len(self._turns))
-        return f"digits/{self._positions[number]}{('', ' turned left', ' turned right')[turn]}"
+        number, variant = divmod(int(index), len(self._variants))
+        return " ".join(part for part in (f"digits/{self._positions[number]}", self._variants[variant].words) if part)
 
     def fingerprint(self) -> str:
         return hash_lines([f"digits {self._split} {len(self)}"])
 
     def captions(self, index: int) -> tuple[str, ...]:
-        number, turn = divmod(int(index), len(self._turns))
-        return spell_digit(int(self._labels[number]), ("", "left", "right")[turn])
+        number, variant = divmod(int(index), len(self._variants))
+        return spell_digit(int(self._labels[number]), self._variants[variant].words)
 
 
 class Selection(ImageSource):
@@ -228,7 +243,7 @@ def _open_torchvision(name: str, root: Path, split: str | None, download: bool):
         )
     dataset = exported[name]
     accepted = inspect.signature(dataset).parameters
-    options = {"download": download} if "download" in accepted else {}
+    options: dict[str, Any] = {"download": download} if "download" in accepted else {}
     if "split" in accepted and split is not None:
         options["split"] = split
     elif "train" in accepted:

@@ -6,18 +6,22 @@ loss or not. Streams of a batch are padded on the right, with a mask.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vistok.data.loader import Failures
+from vistok.data.loader import Failures, Loader
+from vistok.data.order import ShuffledOrder
 from vistok.data.tokens import TokenBatch, TokenBatches, TokenCache, TokenCacheError, TokenMixture
 from vistok.draws import Keys
-from vistok.types import JointVocabulary, TokenKind, TokenSpec
+from vistok.types import Condition, JointVocabulary, TokenKind, TokenSpec
 
+MARKS = JointVocabulary(0, 1).specials
+PARTS = ("ids", "given")
 KINDS: tuple[TokenKind, ...] = ("text", "image", "special")
 """What the numbers of ``Streams.kinds`` mean."""
 
@@ -30,23 +34,57 @@ class Segment:
         source: where it comes from: ``ids`` (the text), ``tokens`` (the image), ``given`` (an image that comes before),
             or the name of a special mark.
         in_loss: whether a model learns to predict it.
+        number: which text of a sample that has several; None is the one that the epoch draws.
     """
 
     source: str
     in_loss: bool = False
+    number: int | None = None
 
 
-def _template(text: str) -> tuple[Segment, ...]:
-    """Segments from their names; a star puts one into the loss."""
-    return tuple(Segment(name.rstrip("*"), name.endswith("*")) for name in text.split())
+@dataclass(frozen=True)
+class StreamConfig:
+    """How samples become streams.
+
+    Attributes:
+        share: how often, relative to the other templates.
+        template: its segments, such as ``begin ids answer begin_image* tokens* end_image*``; a star puts one into the
+            loss, and ``ids:2`` is the third text of a sample. None is the template that is known by the name.
+    """
+
+    share: float = 1.0
+    template: str | None = None
+
+
+SOURCES = ("ids", "tokens", "given")
+
+
+def parse_template(text: str) -> tuple[Segment, ...]:
+    """The segments of a template, see ``StreamConfig``.
+
+    Raises:
+        ValueError: a segment that is none, or a template with nothing in the loss.
+    """
+    segments = []
+    for word in text.split():
+        source, _, number = word.rstrip("*").partition(":")
+        if source not in (*SOURCES, *MARKS) or (number and not (source == "ids" and number.isdecimal())):
+            raise ValueError(
+                f"{word!r} is no segment of a template; there are {', '.join((*SOURCES, *MARKS))}, each with a star or "
+                "not, and ids:0, ids:1, … for one of several texts"
+            )
+        segments.append(Segment(source, word.endswith("*"), int(number) if number else None))
+    if not any(segment.in_loss for segment in segments):
+        raise ValueError(f"the template {text!r} has nothing in the loss; mark segments with a star, such as tokens*")
+    return tuple(segments)
 
 
 TEMPLATES: dict[str, tuple[Segment, ...]] = {
-    "text_to_image": _template("begin ids begin_image tokens* end_image*"),
-    "image_to_text": _template("begin begin_image tokens end_image ids* end*"),
-    "edit": _template("begin begin_image given end_image ids begin_image tokens* end_image*"),
+    "text_to_image": parse_template("begin ids answer begin_image* tokens* end_image*"),
+    "image_to_text": parse_template("begin begin_image tokens end_image answer ids* end*"),
+    "edit": parse_template("begin begin_image given end_image ids answer begin_image* tokens* end_image*"),
 }
-"""By name; the last has an image and an instruction before the image."""
+"""By name; the last has an image and an instruction before the image. ``begin`` is where somebody asks."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +113,15 @@ class Streams:
         return self.ids.device
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Streams:
-        tensors = (getattr(self, field.name) for field in fields(self))
-        return Streams(*(None if t is None else t.to(device, non_blocking=non_blocking) for t in tensors))
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Streams:
-        return Streams(*(None if t is None else t.pin_memory() for t in (getattr(self, f.name) for f in fields(self))))
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Streams:
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {name: None if t is None else function(t) for name, t in tensors.items()}
+        return Streams(**changed)
 
     @classmethod
     def of(cls, segments: Sequence[tuple[Segment, Tensor, Tensor]], vocabulary: JointVocabulary) -> Streams:
@@ -112,21 +154,19 @@ class Streams:
     def cat(cls, streams: Sequence[Streams]) -> Streams:
         """The rows of all, padded to the longest."""
         length = max(part.ids.shape[1] for part in streams)
-        columns = []
+        columns: dict[str, Any] = {}
         for field in fields(cls):
             parts = [getattr(part, field.name) for part in streams]
             if parts[0] is None:
-                columns.append(None)
                 continue
             rows = [part.new_zeros(len(part), length, *part.shape[2:]) for part in parts]
             for row, part in zip(rows, parts, strict=True):
                 row[:, : part.shape[1]] = part
-            columns.append(torch.cat(rows))
-        return cls(*columns)
+            columns[field.name] = torch.cat(rows)
+        return cls(**columns)
 
     def __getitem__(self, rows: Tensor | slice) -> Streams:
-        tensors = (getattr(self, field.name) for field in fields(self))
-        return Streams(*(None if t is None else t[rows] for t in tensors))
+        return self._map(lambda tensor: tensor[rows])
 
 
 def _column(segment: Segment, values: Tensor, vocabulary: JointVocabulary) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,28 +189,58 @@ class StreamBatches:
     The ``tokens`` of its batches are :class:`Streams`.
 
     Args:
-        shares: how often each template is drawn, relative to the others.
+        streams: by name, a share alone for a template that is known, or a ``StreamConfig``.
 
     Raises:
-        ValueError: an unknown template, or a share that is not above 0.
+        ValueError: an unknown template, a segment that is none, or a share that is not above 0.
         TokenCacheError: a template that needs texts as ids, or given tokens, and the cache has none.
     """
 
-    def __init__(self, cache: TokenCache | TokenMixture, shares: Mapping[str, float], *, seed: int = 0) -> None:
-        unknown = [name for name in shares if name not in TEMPLATES]
-        if unknown or not shares or min(shares.values()) <= 0:
-            raise ValueError(f"templates are {', '.join(TEMPLATES)}, each with a share above 0; got {dict(shares)}")
-        for name in shares:
-            needed = {segment.source for segment in TEMPLATES[name]} & {"ids", "given"}
-            missing = needed - set(cache.condition_spec.parts)
+    def __init__(
+        self, cache: TokenCache | TokenMixture, streams: Mapping[str, float | StreamConfig], *, seed: int = 0
+    ) -> None:
+        configs = {
+            name: stream if isinstance(stream, StreamConfig) else StreamConfig(stream)
+            for name, stream in streams.items()
+        }
+        unknown = [name for name, config in configs.items() if config.template is None and name not in TEMPLATES]
+        if unknown or not configs or min(config.share for config in configs.values()) <= 0:
+            raise ValueError(
+                f"templates are {', '.join(TEMPLATES)}, or have segments of their own, each with a share above 0; got "
+                f"{ {name: config.share for name, config in configs.items()} }"
+            )
+        self.templates = {
+            name: TEMPLATES[name] if config.template is None else parse_template(config.template)
+            for name, config in configs.items()
+        }
+        for name, template in self.templates.items():
+            needed = {segment.source for segment in template} & {"ids", "given"}
+            missing = sorted(needed - set(cache.condition_spec.parts))
             if missing:
-                raise TokenCacheError(
-                    f"the template {name} needs {missing.pop()!r}, which {cache.folder} does not have"
-                )
-        self._names = tuple(shares)
-        self._ends = np.cumsum([shares[name] for name in self._names]) / sum(shares.values())
-        self._tokens = TokenBatches(cache, seed=seed)
+                raise TokenCacheError(f"the template {name} needs {missing[0]!r}, which {cache.folder} does not have")
+            cache.check_texts(max((s.number + 1 for s in template if s.number is not None), default=0))
+        shares = [config.share for config in configs.values()]
+        self._ends = np.cumsum(shares) / sum(shares)
+        self._tokens, self._cache = TokenBatches(cache, seed=seed), cache
         self.seed, self.vocabulary = seed, joint_vocabulary(cache)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What of the cache's conditions the streams are made of."""
+        used = {segment.source for template in self.templates.values() for segment in template}
+        return tuple(part for part in self._tokens.parts if part in used)
+
+    def prompts(self, indices: np.ndarray) -> Condition | None:
+        """What samples (B,) ask for by the first template that ends in an image; None if none does."""
+        for template in self.templates.values():
+            drawn = [place for place, segment in enumerate(template) if segment.source == "tokens" and segment.in_loss]
+            if drawn:
+                batch, _ = self._tokens.load(indices, 0)
+                before = template[: drawn[0]]
+                turn = max((place for place, segment in enumerate(before) if segment.source == "begin"), default=0)
+                asked = [self._part(s, batch.condition, indices) for s in before[turn:] if s.source in PARTS]
+                return Condition.together(*asked) if asked else Condition.none(len(indices))
+        return None
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -180,12 +250,13 @@ class StreamBatches:
         uniforms = Keys.of(self.seed, indices, step=epoch).uniform("templates").double().numpy()
         drawn = np.searchsorted(self._ends[:-1], uniforms, side="right")
         parts, places = [], []
-        for number, name in enumerate(self._names):
+        for number, template in enumerate(self.templates.values()):
             rows = torch.from_numpy(np.flatnonzero(drawn == number))
             if len(rows):
-                parts.append(self._streams(TEMPLATES[name], batch, rows))
+                parts.append(self._streams(template, batch, rows))
                 places.append(rows)
-        return batch._replace(tokens=Streams.cat(parts)[torch.cat(places).argsort()]), failures
+        streams: Any = Streams.cat(parts)[torch.cat(places).argsort()]  # in the place of tokens
+        return batch._replace(tokens=streams), failures
 
     def _streams(self, template: Sequence[Segment], batch: TokenBatch, rows: Tensor) -> Streams:
         condition, segments = batch.condition[rows], []
@@ -197,13 +268,33 @@ class StreamBatches:
                 values = batch.tokens[rows]
                 valid = torch.ones(values.shape[:2], dtype=torch.bool)
             else:
-                part = condition.part(segment.source)
+                part = self._part(segment, condition, batch.indices[rows].numpy()).parts[segment.source]
                 values, valid = part.values, part.valid() & ~part.dropped[:, None]  # a missing text is empty
             segments.append((segment, values, valid))
         return Streams.of(segments, self.vocabulary)
+
+    def _part(self, segment: Segment, condition: Condition, indices: np.ndarray) -> Condition:
+        """What a segment has of samples (B,) with a condition."""
+        if segment.number is None:
+            return condition.only([segment.source])
+        return self._cache.text_of(indices, segment.number)
 
 
 def joint_vocabulary(cache: TokenCache | TokenMixture) -> JointVocabulary:
     """The ids of a cache's texts and images, and special marks, in one alphabet."""
     spec, ids = TokenSpec(**cache.spec), cache.condition_spec.ids
     return JointVocabulary(0 if ids is None else ids.vocabulary_size, spec.codebook_size or 1)
+
+
+def stream_loader(
+    cache: TokenCache | TokenMixture,
+    streams: Mapping[str, float | StreamConfig],
+    batch_size: int,
+    *,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Loader[TokenBatch]:
+    """Shuffled whole batches of streams, for training; ``batch_size`` is per process."""
+    order = ShuffledOrder(len(cache), batch_size, seed, rank, world_size)
+    return Loader(StreamBatches(cache, streams, seed=seed), order)

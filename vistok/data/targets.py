@@ -81,7 +81,7 @@ class PairedBatches(ImageBatches):
 def paired(source: ImageSource, config: DataConfig, transform: ImageTransform) -> PairedBatches:
     """The batches of a config with a ``target_root``, which is divided into splits like ``root`` or not at all."""
     decoder = Decoder(config.channels, config.reading, side=config.image_size)
-    root, targets = (_folder(path, config.split, decoder) for path in (config.root, config.target_root))
+    root, targets = (_folder(str(path), config.split, decoder) for path in (config.root, config.target_root))
     return PairedBatches(source, root, targets, transform, seed=config.seed)
 
 

@@ -94,16 +94,16 @@ class TokenShards:
         Raises:
             ValueError: shapes, ids or labels that do not fit the spec and the classes, or a part that is missing.
         """
-        tokens, labels = _to_numpy(tokens), _to_numpy(labels)
-        if tokens.shape[1:] != self._shape or labels.shape != tokens.shape[:1]:
+        stored, classes = _to_numpy(tokens), _to_numpy(labels)
+        if stored.shape[1:] != self._shape or classes.shape != stored.shape[:1]:
             raise ValueError(
                 f"expected tokens of shape (B, {', '.join(map(str, self._shape))}) and B labels, "
-                f"got {tokens.shape} and {labels.shape}"
+                f"got {stored.shape} and {classes.shape}"
             )
-        _check_range("token id", tokens, self._spec["codebook_size"])
+        _check_range("token id", stored, self._spec["codebook_size"])
         if self._classes:
-            _check_range("label", labels, len(self._classes))
-        elif (labels != -1).any():
+            _check_range("label", classes, len(self._classes))
+        elif (classes != -1).any():
             raise ValueError("labels must be -1 in a cache without class names; pass classes=…")
         sequences = dict(sequences or {})
         if sorted(sequences) != sorted(self._sequences) or any(len(part) != len(labels) for part in sequences.values()):
@@ -111,7 +111,7 @@ class TokenShards:
             raise ValueError(f"expected {len(labels)} samples of {self._sequences or 'no parts'}, got {found}")
         if any(len(given) != self._shape[0] for given in sequences.get("given", ())):
             raise ValueError(f"there must be given tokens for each of the {self._shape[0]} views")
-        return Samples(tokens.astype(token_dtype(self._spec)), labels.astype(np.int64), sequences)
+        return Samples(stored.astype(token_dtype(self._spec)), classes.astype(np.int64), sequences)
 
     def write(self, number: int, samples: Sequence[Samples], failures: Failures | None = None) -> None:
         """Write a shard; its labels come last and say that it is whole.
@@ -125,7 +125,7 @@ class TokenShards:
             write_json(unreadable, failures)
         else:
             unreadable.unlink(missing_ok=True)  # of a run that was killed in here
-        arrays = {}
+        arrays: dict[str, np.ndarray] = {}
         for name in self._sequences:
             pieces = [alternatives for part in samples for alternatives in part.sequences[name]]
             values, lengths = pack(pieces, getattr(self._condition, name), self._dtypes[name])

@@ -166,6 +166,26 @@ class TokenCache:
             parts.append(part.drop(torch.from_numpy(absent)))
         return Condition.together(*parts) if parts else Condition.none(len(indices))
 
+    def text_of(self, indices: np.ndarray, number: int) -> Condition:
+        """The ids of one of the texts of samples (B,): that of the ``number``; dropped where a sample has fewer."""
+        shards, spec = np.searchsorted(self._ends, indices, side="right"), self.condition_spec.ids
+        values, mask = np.zeros((len(indices), spec.length), np.int64), np.zeros((len(indices), spec.length), bool)
+        for shard in np.unique(shards):
+            part = self._sequences["ids"][shard]
+            places = indices - (self._ends[shard] - len(part.counts))
+            rows = np.flatnonzero(shards == shard)
+            rows = rows[part.counts[places[rows]] > number]
+            values[rows], mask[rows] = part.read(places[rows], np.full(len(rows), number))
+        absent = ~mask.any(1)
+        mask[absent] = True  # a null text is whole
+        return Condition.from_ids(torch.from_numpy(values), torch.from_numpy(mask)).drop(torch.from_numpy(absent))
+
+    def check_texts(self, count: int) -> None:
+        """Raise TokenCacheError unless some sample has that many texts."""
+        most = max((int(part.counts.max()) for part in self._sequences.get("ids", ()) if len(part.counts)), default=0)
+        if count > most:
+            raise TokenCacheError(f"a template wants text {count - 1} of samples, but {self.folder} has {most} of each")
+
     def _ragged(self, name: str, number: int, count: int, dtype: str) -> RaggedShard:
         spec = getattr(self.condition_spec, name)
         lengths = self._load(f"lengths-{name}", number)
@@ -264,6 +284,15 @@ class TokenMixture:
             parts.append(cache.condition(indices[rows], inner, uniforms[rows]))
             back.append(rows)
         return Condition.cat(parts)[torch.from_numpy(np.argsort(np.concatenate(back)))]
+
+    def text_of(self, indices: np.ndarray, number: int) -> Condition:
+        """The ids of one of the texts of samples; see :meth:`TokenCache.text_of`."""
+        return self.caches[0].text_of(indices, number)
+
+    def check_texts(self, count: int) -> None:
+        """Raise TokenCacheError unless some sample of each cache has that many texts."""
+        for cache in self.caches:
+            cache.check_texts(count)
 
     def _owned(self, views: np.ndarray) -> Iterator[tuple[TokenCache, np.ndarray, np.ndarray]]:
         """Each cache, the places (n,) in ``views`` of those that are its own, and which of its own they are."""

@@ -44,8 +44,8 @@ def random_crop(image: Image.Image, size: int, uniforms: Sequence[float]) -> Ima
 
     ``uniforms`` are two numbers in [0, 1): for the left and the top edge.
     """
-    short = min(image.size)
-    image = image.resize(tuple(size * side // short for side in image.size), Image.Resampling.BILINEAR)
+    (width, height), short = image.size, min(image.size)
+    image = image.resize((size * width // short, size * height // short), Image.Resampling.BILINEAR)
     return _crop_at(image, size, uniforms)
 
 
@@ -128,6 +128,9 @@ class ImageTransform:
         """Crop to (size, size). ``uniforms``: three numbers in [0, 1), only looked at by the random crops."""
         if image.size == (self.size, self.size) and self.crop != "random_resized":
             return image
+        if self.crops_randomly and uniforms is None:
+            raise ValueError(f"the crop {self.crop!r} needs random numbers")
+        uniforms = uniforms or ()
         if self.crop == "random_resized":
             return random_resized_crop(image, self.size, uniforms)
         if self.crop == "random":

@@ -7,6 +7,7 @@ import signal
 import weakref
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 from torch.utils.data import DataLoader
 
@@ -38,8 +39,9 @@ def end_with_the_parent(loader: DataLoader) -> None:
 @atexit.register
 def _end_workers() -> None:
     for loader in list(_loaders):
-        if loader._iterator is not None:
-            loader._iterator._shutdown_workers()
+        iterator: Any = loader._iterator
+        if iterator is not None:
+            iterator._shutdown_workers()
         for worker in _workers(loader):
             worker.kill()
 

@@ -48,13 +48,15 @@ class ImagePipeline(Protocol):
 
     tokenizer: Tokenizer
     generator: Generator
-    class_names: tuple[str, ...]
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
 
     def options(self, **sampling: Any) -> Any:
         """The dataclass of sampling options that a call with these would use."""
         ...
 
-    def __call__(self, class_labels: Any = None, **options: Any) -> Any:
+    def __call__(self, *, class_labels: Any = None, num_images: int | None = None, **sampling: Any) -> Any:
         """Generate; the result has ``pixels`` (B, C, H, W) in [-1, 1]."""
         ...
 
@@ -313,6 +315,7 @@ def _plan(
             f"this generator takes {spec.describe()}, and a benchmark generates by class labels or by nothing: say "
             'labels="none" to score unconditional images'
         )
+    _, height, width = pipe.tokenizer.image_shape("the benchmark of a pipeline")
     return Plan(
         num_images=num_images,
         labels=labels or ("balanced" if num_classes else "none"),
@@ -323,14 +326,15 @@ def _plan(
         generator=pipe.generator.fingerprint(),
         network=network,
         dtype=dtype_of(pipe.generator),
-        image_size=tuple(pipe.tokenizer.image_shape("the benchmark of a pipeline")[1:]),
+        image_size=(height, width),
         eval_size=eval_size,
     )
 
 
 def _choose_metrics(rules: Rules, plan: Plan, real: Reference) -> tuple[list[str], list[str]]:
     # The samples' side allows everything that so many images allow: all features of the network are kept.
-    samples = Reference("the benchmark", _PlannedImages(plan.num_images, plan.scored_size))
+    planned: Any = _PlannedImages(plan.num_images, plan.scored_size)
+    samples = Reference("the benchmark", planned)
     return choose_metrics(None, rules, samples, real)
 
 

@@ -273,24 +273,26 @@ def evaluate_clip_tokenizer(
     source, rules = open_source(data), video_protocol(protocol)
     loader = evaluation_loader(source, data, rank=processes.index, world_size=processes.count)
     parameter = next(tokenizer.eval().parameters())
-    sums, count, moments = dict.fromkeys(PAIR_SCORES, 0.0), 0, [None, None]
+    sums, count = dict.fromkeys(PAIR_SCORES, 0.0), 0
+    moments: list[Moments | None] = [None, None]
     for batch in track(loader, "reconstructions", len(loader)):
         pixels = batch.pixels.to(parameter.device, parameter.dtype)
         made = tokenizer.reconstruct(pixels)
         count += len(pixels)
         for name, values in pair_scores(pixels, made, lpips).items():
             sums[name] += float(values.clamp_max(MOST_DECIBELS).sum())
-        for side, clips in enumerate((made, pixels) if network is not None else ()):
-            features = network(rules.prepare(clips))["pool"]
-            moments[side] = moments[side] or Moments(features.shape[1])
-            moments[side].update(features)
+        for side, clips in enumerate((made, pixels)):
+            if network is not None:
+                features = network(rules.prepare(clips))["pool"]
+                running = moments[side] = moments[side] or Moments(features.shape[1])
+                running.update(features)
     parts = [part for part in processes.gather((sums, count, moments)) if part[1]]
     if not parts:
         raise ValueError(f"no clip of {data.source} can be read")
     total = sum(part[1] for part in parts)
     named = [name for name in PAIR_SCORES if any(part[0][name] for part in parts)]
     scores = {name: sum(part[0][name] for part in parts) / total for name in named}
-    result = {
+    result: dict[str, Any] = {
         "protocol": protocol,
         "scores": scores,
         "warnings": [],

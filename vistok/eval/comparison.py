@@ -79,11 +79,12 @@ def evaluate(
         real.check_held_out()
     wanted, skipped = choose_metrics(metrics, rules, sample, real)
     device = torch.device(device or processes.device())
+    net: FeatureNetwork
     if sample.images is None and real.images is None:
-        net: FeatureNetwork = StoredFeatures.of(rules, real)
+        net = StoredFeatures.of(rules, real)
     else:
         net = load_network(rules, weights=weights, features=features, network=network, device=device)
-    if paired and None not in (sample.images, real.images):
+    if paired and sample.images is not None and real.images is not None:
         return evaluate_reconstruction(
             real.images,
             sample.images,
@@ -97,7 +98,7 @@ def evaluate(
     if paired:
         skipped.append("no PSNR, SSIM and LPIPS: they compare pairs of images, and one side holds moments only")
     _check_networks(net, sample, real)
-    options = {"batch_size": batch_size, "processes": processes}
+    options: dict[str, Any] = {"batch_size": batch_size, "processes": processes}
     sample_side, real_side = (
         extract_side(sample, net, wanted, is_sample=True, **options),
         extract_side(real, net, wanted, is_sample=False, **options),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from vistok.checkpoints import CheckpointError, read_weights
 from vistok.eval.networks import full_precision
-from vistok.eval.resize import resize
+from vistok.eval.resize import Rule, resize
 from vistok.utils.files import sha256
 
 DINOV2 = "dinov2-vit-l-14"
@@ -37,7 +38,7 @@ class DINOv2:
         CheckpointError: weights of something else.
     """
 
-    resize = "pil-bicubic-8bit"
+    resize: Rule = "pil-bicubic-8bit"
     input_size = 224
 
     def __init__(
@@ -52,7 +53,7 @@ class DINOv2:
             dim, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
             depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
             state["pos_embed"] = resize_positions(state["pos_embed"], self.input_size // patch)
-            self._network = _build(dim, depth, patch, self.input_size)
+            self._network: Any = _build(dim, depth, patch, self.input_size)
             self._network.load_state_dict(state)
         except (KeyError, RuntimeError) as error:
             raise CheckpointError(f"these are not weights of a DINOv2 without registers: {error}") from error

@@ -118,6 +118,8 @@ class FeaturePass:
     def result(self) -> Extraction:
         """What was gathered, once all images are there."""
         rest = self._groups.rest
+        if rest is None:
+            raise ValueError(f"there is no image of {self._source} to score")
         height, width = rest.shape[-2:]
         if len(rest):
             self._extract(rest)
@@ -125,7 +127,7 @@ class FeaturePass:
             size=(height, width),
             digests=torch.cat(self._digests),
             features={name: rows.join() for name, rows in self._kept.items()},
-            moments={name: running.to("cpu") for name, running in self._moments.items()},
+            moments={name: running.to("cpu") for name, running in self._moments.items() if running is not None},
         )
 
 

@@ -124,7 +124,8 @@ def _size(side: Side) -> str | None:
 
 
 def _fingerprint(side: Side) -> str | None:
-    return side.reference.provenance.fingerprint or (side.extraction and side.extraction.fingerprint)
+    own = None if side.extraction is None else side.extraction.fingerprint
+    return side.reference.provenance.fingerprint or own
 
 
 def _network_warnings(protocol: Protocol, network: FeatureNetwork) -> Iterator[str]:

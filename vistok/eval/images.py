@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, ClassVar, Protocol
+from typing import IO, ClassVar, Protocol, cast
 
 import numpy as np
 import torch
@@ -73,12 +73,23 @@ class ImageSet(Protocol):
         files_read: what was read of files, or None where the images are none.
     """
 
-    source: str
-    count: int
-    size: tuple[int, int]
-    names: list[str] | None
-    lossy: int
-    files_read: FilesRead | None
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def size(self) -> tuple[int, int]: ...
+
+    @property
+    def names(self) -> list[str] | None: ...
+
+    @property
+    def lossy(self) -> int: ...
+
+    @property
+    def files_read(self) -> FilesRead | None: ...
 
     def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
         """Yield uint8 (B, 3, H, W) of images ``start`` to ``stop``, in order; the last batch may be smaller."""
@@ -110,7 +121,8 @@ def open_images(
     if isinstance(source, list | tuple):
         return TarImages([Path(file) for file in source], crop=crop, reading=reading)
     if not isinstance(source, (str, Path)):
-        return _no_crop(TensorImages(source) if isinstance(source, Tensor) else source, crop)
+        opened = TensorImages(source) if isinstance(source, Tensor) else source
+        return _no_crop(cast(ImageSet, opened), crop)
     path = Path(source).expanduser()
     if path.is_dir() and is_run(path):
         return open_images(_samples_of_run(path), crop=crop, reading=reading)
@@ -201,9 +213,11 @@ class FileImages:
         self.files_read = FilesRead(
             reading,
             dict(sorted(Counter(map(extension, paths)).items())),
-            *(sum(getattr(header, kind) for header in headers) for kind in ("turned", "transparent", "deep")),
-            files.left_out,
-            divided_at(paths),
+            turned=sum(header.turned for header in headers),
+            transparent=sum(header.transparent for header in headers),
+            deep=sum(header.deep for header in headers),
+            left_out=files.left_out,
+            splits=divided_at(paths),
         )
 
     def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
@@ -288,6 +302,8 @@ def common_size(sizes: Iterable[tuple[str, tuple[int, int]]]) -> tuple[int, int]
                 f"{size[0]}x{size[1]}; bring all to one size first, because a resize changes the score (crop=SIZE, on "
                 "the command line --crop SIZE, is the centre crop of the ImageNet papers)"
             )
+    if first is None:
+        raise ImageError("there are no images")
     return first[1]
 
 

@@ -6,7 +6,7 @@ N samples, D feature width, C classes.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -391,8 +391,8 @@ def inside_manifold(
     Raises:
         ValueError: fewer than k + 1 features on a side, or an unknown boundary.
     """
-    if boundary not in Boundary.__args__:
-        raise ValueError(f"unknown boundary {boundary!r}; known: {', '.join(Boundary.__args__)}")
+    if boundary not in get_args(Boundary):
+        raise ValueError(f"unknown boundary {boundary!r}; known: {', '.join(get_args(Boundary))}")
     within = torch.le if boundary == "included" else torch.lt
     generated_radii = manifold_radii(generated, neighbours=neighbours, distance=distance, block=block)
     real_radii = manifold_radii(real, neighbours=neighbours, distance=distance, block=block)

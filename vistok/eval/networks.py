@@ -11,7 +11,7 @@ import urllib.error
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +34,14 @@ class FeatureNetwork(Protocol):
         weights_sha256: of the weights file, or None where the network did not come from a file.
     """
 
-    name: str
-    resize: str
-    weights_sha256: str | None
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def resize(self) -> str: ...
+
+    @property
+    def weights_sha256(self) -> str | None: ...
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """uint8 (B, 3, H, W) -> float32 features: ``pool`` (B, D), and if it has them ``spatial`` (B, D') and
@@ -73,7 +78,8 @@ class InceptionV3Compat:
         weights_sha256: str | None = None,
         device: torch.device | str = "cpu",
     ):
-        self.network = _build_inception(state_dict).to(device, memory_format=torch.channels_last)
+        self.network: Any = _build_inception(state_dict)
+        self.network.to(device, memory_format=torch.channels_last)
         self.resize = resize
         self.weights_sha256 = weights_sha256
         self.device = torch.device(device)
@@ -81,7 +87,7 @@ class InceptionV3Compat:
         # channels last, CPUs and GPUs run the convolutions markedly faster, to the same float32 results.
         *stages, self._head = self.network.children()
         self._stages = nn.Sequential(*stages)
-        self._spatial_map: Tensor | None = None
+        self._spatial_map = torch.empty(0)
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial_map)
 
     @classmethod
@@ -104,7 +110,7 @@ class InceptionV3Compat:
             pool = self._stages(pixels.contiguous(memory_format=torch.channels_last)).flatten(1)  # (B, 2048)
             logits = self._logits(pool)
         spatial = self._spatial_map[:, : self.spatial_channels].permute(0, 2, 3, 1).flatten(1)  # (B, 17 * 17 * 7)
-        self._spatial_map = None
+        self._spatial_map = torch.empty(0)
         return {"pool": pool, "spatial": spatial, "logits": logits}
 
     def _logits(self, pool: Tensor) -> Tensor:

@@ -181,14 +181,15 @@ def _check_pairs(originals: ImageSet, reconstructions: ImageSet) -> None:
 
 
 def _pair_warnings(originals: ImageSet, reconstructions: ImageSet, *, equal: int) -> list[str]:
-    found = []
+    found: list[str] = []
     for name, images in (("images", reconstructions), ("reference", originals)):
         if images.files_read is not None:
             found += file_warnings(name, images.files_read)
     if equal:
         found.append(f"{equal} of {originals.count} reconstructions equal their originals; their PSNR is infinite")
-    if None not in (originals.names, reconstructions.names) and originals.names != reconstructions.names:
-        pairs = zip(originals.names, reconstructions.names)
+    ours, theirs = originals.names, reconstructions.names
+    if ours is not None and theirs is not None and ours != theirs:
+        pairs = zip(ours, theirs)
         first = next(pair for pair in pairs if pair[0] != pair[1])
         found.append(f"file names differ, paired by order: {first[0]!r} with {first[1]!r}; is each with its original?")
     return [*found, *lossy_warnings("images", reconstructions.lossy)]

@@ -98,7 +98,7 @@ def evaluate_perturbation(
     _check(tokenizer)
     tokenizer.check_renders("pFID")
     originals = DataImages(data)
-    cells = grid.cells(tokenizer.spec.codebook_size)
+    cells = grid.cells(tokenizer.spec.num_ids)
     passes = _passes(tokenizer, originals, cells, network, seed, processes)
     with full_precision():
         reference, *gaussians = (gathered(features, processes).moments["pool"].gaussian for features in passes)
@@ -120,7 +120,7 @@ def evaluate_perturbation(
         "settings": {"grid": dataclasses.asdict(grid), "images_perturbed": "all", "seed": seed, "crop": data.crop},
         "tokenizer": {"model": tokenizer.registry_name, "fingerprint": tokenizer.fingerprint()},
         "versions": library_versions(),
-        "warnings": [UNCERTAIN, *notes, *_clipped(grid, tokenizer.spec.codebook_size)],
+        "warnings": [UNCERTAIN, *notes, *_clipped(grid, tokenizer.spec.num_ids)],
     }
     if out is not None and processes.is_first:
         save_result(result, out)
@@ -152,7 +152,7 @@ def _passes(
 
     Images are encoded once, and always ``NETWORK_BATCH`` at a time, so that no number of processes changes a pixel.
     """
-    parameter = next(tokenizer.eval().parameters())
+    encode: Any = tokenizer.eval()  # with ``latents``, as ``_check`` has seen
     real, plain, *perturbed = (FeaturePass(network, originals.source, moments=["pool"]) for _ in range(len(cells) + 2))
     most = max(strength for _, strength in cells)
     first, stop = processes.part(originals.count)
@@ -160,7 +160,7 @@ def _passes(
     for pixels in track(batches, f"perturbed {originals.source}", -(-(stop - first) // NETWORK_BATCH)):
         count = len(pixels)
         real.add(to_rgb(pixels))
-        latents = tokenizer.latents(filled(pixels).to(parameter.device, parameter.dtype))
+        latents = encode.latents(filled(pixels).to(tokenizer.device, tokenizer.dtype))
         neighbours = tokenizer.quantizer.neighbours(latents, most)  # (NETWORK_BATCH, L, most)
         draws = perturbation_draws(Keys.range(seed, len(neighbours), first), neighbours.shape[1])
         plain.add(_decode(tokenizer, neighbours[..., 0])[:count])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from vistok.draws import Keys
 from vistok.eval.batches import NETWORK_BATCH
@@ -60,8 +60,8 @@ class Plan:
             raise ValueError(f"the number of images must be at least 2, got {self.num_images}")
         if self.eval_size is not None and self.eval_size < 1:
             raise ValueError(f"eval_size must be at least 1 pixel, got {self.eval_size}")
-        if self.labels not in Labels.__args__:
-            raise ValueError(f"unknown labels {self.labels!r}; known: {', '.join(Labels.__args__)}")
+        if self.labels not in get_args(Labels):
+            raise ValueError(f"unknown labels {self.labels!r}; known: {', '.join(get_args(Labels))}")
         if self.labels != "none" and not self.num_classes:
             raise ValueError(f"labels {self.labels!r} need a generator with classes; this one is unconditional")
 

@@ -118,7 +118,8 @@ def choose_protocol(name: str, features: Callable | None, network: str | None) -
         ValueError: an unknown protocol, a function without a name, or a protocol that fixes another network.
     """
     if name not in PROTOCOLS:
-        raise ValueError(f"unknown protocol {name!r}; known: {', '.join(PROTOCOLS)}")
+        known = ", ".join(PROTOCOLS)
+        raise ValueError(f"unknown protocol {name!r}; known: {known}; of a tokenizer: reconstruction, perturbation")
     if (features is None) != (network is None):
         raise ValueError("features and network belong together: the network's name goes into the record of its scores")
     if features is None:
@@ -151,7 +152,7 @@ def load_network(
     if features is not None:
         if weights is not None:
             raise ValueError("weights are those of the protocol's network; with features=, the function brings its own")
-        return CallableNetwork(features, network)
+        return CallableNetwork(features, str(network))
     if protocol.network == DINOV2:
         return DINOv2.load(weights, device=device)
-    return InceptionV3Compat.load(weights, resize=protocol.resize, device=device)
+    return InceptionV3Compat.load(weights, resize=protocol.resize or "tf1-bilinear", device=device)

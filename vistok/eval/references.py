@@ -118,10 +118,11 @@ class Reference:
                 f"{self.source} holds moments of the network {told.network!r}, but the images are scored with "
                 f"{network.name!r}; make the reference again with that network"
             )
-        if None not in (told.weights_sha256, network.weights_sha256) and told.weights_sha256 != network.weights_sha256:
+        stored, used = told.weights_sha256, network.weights_sha256
+        if stored is not None and used is not None and stored != used:
             raise InvalidReferenceError(
-                f"{self.source} was made by {network.name} with weights {told.weights_sha256[:12]}…, but the images "
-                f"are scored with weights {network.weights_sha256[:12]}…; use the same weights file for both"
+                f"{self.source} was made by {network.name} with weights {stored[:12]}…, but the images "
+                f"are scored with weights {used[:12]}…; use the same weights file for both"
             )
         if told.resize is not None and told.resize != network.resize:
             raise InvalidReferenceError(
@@ -323,5 +324,7 @@ def _write(reference: Reference, provenance: Provenance, path: str | Path) -> No
     }
     told = {item.name: getattr(provenance, item.name) for item in fields(provenance)}
     arrays |= {key: np.array(value) for key, value in told.items() if value is not None}
+    if reference.rows is not None:
+        arrays[ROWS_KEY] = reference.rows.numpy()
     with atomic_file(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays, **{ROWS_KEY: reference.rows.numpy()})
+        np.savez(file, **arrays)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -76,7 +76,7 @@ def resize(images: Tensor, size: int, rule: Rule) -> Tensor:
     if rule == "pil-bicubic-8bit":
         return _resize_with_pillow(images, size)
     if rule not in _MATRICES:
-        raise ValueError(f"unknown resize rule {rule!r}; known: {', '.join(Rule.__args__)}")
+        raise ValueError(f"unknown resize rule {rule!r}; known: {', '.join(get_args(Rule))}")
     height, width = images.shape[-2:]
     resized = images.float()
     if width != size:

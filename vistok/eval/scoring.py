@@ -45,8 +45,9 @@ class Side:
 
     def gaussian(self, feature: str, device: torch.device) -> m.Gaussian:
         """Stored moments come first, as in the ADM suite."""
-        stored = self.reference.gaussians.get(feature)
-        gaussian = stored if stored is not None else self.extraction.moments[feature].to(device).gaussian
+        gaussian = self.reference.gaussians.get(feature)
+        if gaussian is None:
+            gaussian = self.extracted.moments[feature].to(device).gaussian
         return m.Gaussian(*(moment.to(device) for moment in gaussian))
 
     @property
@@ -54,7 +55,16 @@ class Side:
         """Pooled features (N, D): those of the images, else the stored ones."""
         if self.extraction is not None and "pool" in self.extraction.features:
             return self.extraction.features["pool"]
+        if self.reference.rows is None:
+            raise ValueError(f"{self.reference.source} has no pooled features")
         return self.reference.rows
+
+    @property
+    def extracted(self) -> Extraction:
+        """What the pass left. Raises ValueError if there was none."""
+        if self.extraction is None:
+            raise ValueError(f"the images of {self.reference.source} were not read")
+        return self.extraction
 
 
 @dataclass(frozen=True)
@@ -116,7 +126,7 @@ def _shortage(metric: str, protocol: Protocol, side: Reference) -> str | None:
     if metric in _MOMENTS_OF and side.gaussians:
         return None
     stored = side.rows if metric in ("kid", "prc") else None
-    count = len(stored) if stored is not None else side.images.count
+    count = len(stored) if stored is not None else side.images.count if side.images is not None else 0
     fewest = {"is": FIDELITY_SPLITS if protocol.splits == "even" else 1, "prc": protocol.neighbours + 1}.get(metric, 2)
     if count >= fewest:
         return None
@@ -139,7 +149,7 @@ def extract_side(
         keep.append("pool")
     if "is" in metrics and is_sample:
         keep.append("logits")
-    if not (keep or moments):
+    if side.images is None or not (keep or moments):
         return Side(side)
     extraction = extract_features(
         side.images, network, keep=keep, moments=moments, batch_size=batch_size, processes=processes
@@ -164,7 +174,7 @@ def compute_scores(
             if metric in _MOMENTS_OF:
                 values[metric] = _frechet(sample, real, _MOMENTS_OF[metric], float64_device)
             elif metric == "is":
-                values |= _inception_score(sample.extraction.features["logits"], protocol)
+                values |= _inception_score(sample.extracted.features["logits"], protocol)
             elif metric == "kid":
                 values |= _kernel_distance(*(rows.to(float64_device) for rows in (sample.rows, real.rows)))
             else:

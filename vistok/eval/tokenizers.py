@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from vistok.data.config import DataConfig
 from vistok.data.image_batches import ImageBatches
 from vistok.data.opening import open_source
 from vistok.data.pictures import to_uint8
+from vistok.data.sources import ImageSource
 from vistok.data.transforms import ImageTransform
 from vistok.eval.batches import NETWORK_BATCH, filled, regrouped
 from vistok.eval.images import ImageError
@@ -39,7 +41,7 @@ class DataImages:
     def __init__(self, data: DataConfig):
         source = open_source(data)
         transform = ImageTransform(data.image_size, data.crop).without_augmentation()
-        self._images = ImageBatches(source, transform)
+        self._images = ImageBatches(cast(ImageSource, source), transform)
         self.source = f"{data.name or data.root or data.source} ({data.split or 'all images'})"
         self.count = len(source)
         self.size = (data.image_size, data.image_size)
@@ -48,7 +50,7 @@ class DataImages:
         """Yield float (B, C, H, W) in [-1, 1] of images ``start`` to ``stop``, in order."""
         stop = self.count if stop is None else stop
         for first in range(start, stop, batch_size):
-            batch, failures = self._images.load(range(first, min(first + batch_size, stop)), 0)
+            batch, failures = self._images.load(np.arange(first, min(first + batch_size, stop)), 0)
             if failures:
                 raise ImageError(f"cannot read an image that is to be scored: {next(iter(failures.values()))}")
             yield batch.pixels
@@ -80,8 +82,8 @@ class Reconstructions:
         return regrouped(map(self._reconstruct, track(batches, self.source, -(-count // NETWORK_BATCH))), batch_size)
 
     def _reconstruct(self, pixels: Tensor) -> Tensor:
-        parameter = next(self._tokenizer.parameters())
-        made = self._tokenizer.reconstruct(filled(pixels).to(parameter.device, parameter.dtype))
+        tokenizer = self._tokenizer
+        made = tokenizer.reconstruct(filled(pixels).to(tokenizer.device, tokenizer.dtype))
         return to_rgb(made[: len(pixels)].cpu())
 
 
@@ -102,7 +104,7 @@ def evaluate_tokenizer(
     """
     tokenizer.check_renders("scoring reconstructions")
     originals = DataImages(data)
-    device = next(tokenizer.parameters()).device
+    device = tokenizer.device
     result = evaluate_reconstruction(
         originals,
         Reconstructions(tokenizer, originals),

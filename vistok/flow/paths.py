@@ -29,8 +29,8 @@ class LinearPath:
         """The time of clean data."""
         return 1 - self.noise_at
 
-    def interpolate(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t of data and noise (B, ...) at times t (B,)."""
+    def interpolate(self, data: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
+        """x_t of data and noise (B, ...) at times t, a number or (B,)."""
         share = _per_sample(t if self.noise_at == 1 else 1 - t, data)
         return (1 - share) * data + share * noise
 

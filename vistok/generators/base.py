@@ -18,13 +18,37 @@ from vistok.types import Clock, Condition, ConditionSpec, Expands, GeneratorOutp
 class Session(Protocol):
     """One sampling run with its cache: forced tokens can be appended and tokens generated, in turns."""
 
-    tokens: Tensor
+    @property
+    def tokens(self) -> Tensor:
+        """The tokens so far."""
 
     def append(self, tokens: Tensor) -> None:
         """Put given tokens (B, n[, D]) at the next positions, instead of generating them."""
 
     def generate(self, num_tokens: int | None = None) -> Iterator[TokenChunk]:
         """Generate the next ``num_tokens`` tokens (all that are left if None), chunk by chunk."""
+
+
+class Conversation(Session, Protocol):
+    """A session of a model that reads and writes texts and images in one context: turns of a human, and replies."""
+
+    def ask(self, condition: Condition) -> None:
+        """Read another turn of the human, after the replies so far."""
+
+    def wants_image(self) -> Tensor:
+        """(B,) bool, True where the model would begin an image now, and not write."""
+
+    def draw(self, options: Any, draws: Draws) -> Tensor:
+        """Reply with an image: its tokens, drawn with ``options`` and ``sampling_draws``."""
+
+    def write(self, max_tokens: int) -> Tensor:
+        """Reply with a text: ids (B, n), filled up with the generator's ``end``."""
+
+    def show(self, tokens: Tensor) -> None:
+        """Take given tokens of an image for the model's reply."""
+
+    def tell(self, ids: Tensor) -> Tensor:
+        """Take given ids (B, n) for the model's reply; logits (B, V) of the word that follows them."""
 
 
 class Generator(Model):
@@ -45,8 +69,11 @@ class Generator(Model):
     needs_tokenizer: ClassVar[bool] = False
     """Whether ``forward`` and ``start`` need the tokenizer, whose ``expander`` makes the inputs of the transformer."""
 
-    num_classes: int | None = None
-    """Number of classes that it can be conditioned on; None if it takes no labels."""
+    takes_streams: ClassVar[bool] = False
+    """Whether ``forward`` takes streams of texts and images (``Streams``) in place of tokens, too."""
+
+    class_rows_from: int = 0
+    """The row at which the classes begin in tables that hold them, among others or alone."""
 
     has_null: bool = True
     """Whether rows without a condition can be generated, and so guidance be used."""
@@ -149,10 +176,48 @@ class Generator(Model):
         Raises:
             ValueError: this generator cannot, because it has an order of its own.
         """
-        raise ValueError(
-            f"{type(self).__name__} generates in an order of its own and cannot keep tokens that come later; editing "
-            "needs a generator that fills in any positions"
-        )
+        self.check_edits()
+        raise NotImplementedError
+
+    def check_edits(self) -> None:
+        """Raise ValueError if this generator has no ``edit`` of its own."""
+        if type(self).edit is Generator.edit:
+            raise ValueError(
+                f"{type(self).__name__} generates in an order of its own and cannot keep tokens that come later; "
+                "editing needs a generator that fills in any positions"
+            )
+
+    end: int | None = None
+    """Of a model that writes texts, the id that ends one."""
+
+    def check_writes(self) -> None:
+        """Raise ValueError if this generator writes no texts."""
+        if self.end is None:
+            raise ValueError(
+                f"{type(self).__name__} writes images alone, given {self.condition_spec.describe()}; captions and "
+                "conversations need a model that writes texts, too"
+            )
+
+    def converse(self, rows: int = 1, options: Any = None, *, tokenizer: Expands) -> Conversation:
+        """An empty context for a batch of ``rows`` conversations.
+
+        Raises:
+            ValueError: this generator writes no texts.
+        """
+        self.check_writes()
+        raise NotImplementedError
+
+    def describe(self, condition: Condition, max_tokens: int, *, tokenizer: Expands) -> Tensor:
+        """Answer in text: ids (B, n), n <= max_tokens, filled up with ``end``.
+
+        Args:
+            condition: an image (``given``), a question (``ids``), or both.
+
+        Raises:
+            ValueError: this generator writes no texts, or reads no images.
+        """
+        self.check_writes()
+        raise NotImplementedError
 
     def compile_decoding(self, backend: str = "inductor") -> None:
         """From now on sample with compiled steps.
@@ -161,6 +226,13 @@ class Generator(Model):
             ValueError: this generator has none.
         """
         raise ValueError(f"{type(self).__name__} has no compiled decoding; generators of one token after another have")
+
+    def needed_tokenizer(self, tokenizer: Expands | None) -> Expands:
+        """The tokenizer, of a model that needs it. Raises ValueError if it is absent, or the model needs none."""
+        self.check_tokenizer(tokenizer)
+        if tokenizer is None:
+            raise ValueError(f"{type(self).__name__} reads tokens as they are")
+        return tokenizer
 
     def check_tokenizer(self, tokenizer: Expands | None) -> None:
         """Raise ValueError if a tokenizer is absent although the model needs it, or given although it does not."""
@@ -178,6 +250,11 @@ class Generator(Model):
         """
         cls.refuse_parts(spec, "labels")
         return {"num_classes": spec.num_classes}
+
+    @classmethod
+    def tokenizer_arguments(cls, tokenizer: Expands) -> dict[str, Any]:
+        """The constructor's arguments that follow from the tokenizer, of generators that have it in their loop."""
+        return {}
 
     @classmethod
     def refuse_parts(cls, spec: ConditionSpec, *taken: str) -> None:

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from vistok.checkpoints import CheckpointError, OfficialCheckpoint, Reference, load_strictly, rename
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.types import TokenSpec
-
-T = TypeVar("T", bound=nn.Module)
 
 # Keys of the reference's config that change nothing of what the model computes.
 WITHOUT_EFFECT = {
@@ -24,7 +22,7 @@ WITHOUT_EFFECT = {
 }
 
 
-def build(model_class: type[T], config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> T:
+def build(model_class: type[Any], config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Any:
     """The generator that the reference's arguments describe, with its weights.
 
     Raises:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from vistok.checkpoints import CheckpointError, OfficialCheckpoint, load_strictly, rename
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
-from vistok.generators.engine.cache import Layer, Layers
-from vistok.nn.attention import Attention
+from vistok.generators.engine.cache import Layer, Layers, of_layers
+from vistok.nn.attention import Attention, Mask
+from vistok.nn.containers import ModuleList
 from vistok.nn.mlp import SwiGLU, rounded_hidden_dim
 from vistok.nn.norms import RMSNorm
 from vistok.nn.positions import sincos_1d
@@ -120,7 +121,8 @@ class Llama(AutoregressiveGenerator):
     """
 
     null_caption: Tensor
-    positions: Tensor
+    positions: Tensor | None
+    rotation: FixedRotation | None
 
     block_type: ClassVar[type[nn.Module]] = Block
     norm_type: ClassVar[type[nn.Module]] = RMSNorm
@@ -134,8 +136,8 @@ class Llama(AutoregressiveGenerator):
         "num_heads": 2,
         "multiple_of": 16,
     }
-    sizes = SIZES
-    checkpoints = (
+    sizes: ClassVar[Mapping[str, Mapping[str, Any]]] = SIZES
+    checkpoints: ClassVar[tuple[OfficialCheckpoint, ...]] = (
         OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_B_256.pt", _official("B", 256)),
         OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_B_384.pt", _official("B", 576)),
         OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_L_256.pt", _official("L", 256)),
@@ -183,7 +185,7 @@ class Llama(AutoregressiveGenerator):
         self.condition_length = caption_length if self.takes_captions else condition_tokens + 1
         self.num_classes = None if self.takes_captions or condition_tokens else num_classes or None
         self.has_null = not condition_tokens and (self.takes_captions or condition_dropout > 0 or not num_classes)
-        if self.takes_captions:
+        if caption_dim is not None:
             self.caption_projection = nn.Sequential(
                 nn.Linear(caption_dim, dim, bias=False), nn.GELU("tanh"), nn.Linear(dim, dim, bias=False)
             )
@@ -195,7 +197,7 @@ class Llama(AutoregressiveGenerator):
         self.dropout = nn.Dropout(token_drop)
         self.drop_before_positions = drop_before_positions
         hidden_dim = rounded_hidden_dim(dim, multiple_of, ffn_dim_multiplier)
-        self.blocks = nn.ModuleList(
+        self.blocks = ModuleList(
             self.block_type(
                 dim,
                 num_heads,
@@ -229,17 +231,17 @@ class Llama(AutoregressiveGenerator):
 
     def build_embedding(self, dim: int) -> nn.Module:
         """The embedding of ids; the separator is the last row, where there is one."""
-        return nn.Embedding(self.spec.codebook_size + (self.condition_tokens > 0), dim)
+        return nn.Embedding(self.spec.num_ids + (self.condition_tokens > 0), dim)
 
     def build_output(self, dim: int) -> nn.Module:
         """The layer of the logits."""
-        return nn.Linear(dim, self.spec.codebook_size, bias=False)
+        return nn.Linear(dim, self.spec.num_ids, bias=False)
 
     @property
     def condition_spec(self) -> ConditionSpec:
         """Class labels, caption features, or tokens that are given before."""
         if self.condition_tokens:
-            return ConditionSpec(given=IdSpec(self.spec.codebook_size, self.condition_tokens))
+            return ConditionSpec(given=IdSpec(self.spec.num_ids, self.condition_tokens))
         if self.takes_captions:
             length, dim = self.null_caption.shape
             return ConditionSpec(features=FeatureSpec(dim, length))
@@ -254,7 +256,7 @@ class Llama(AutoregressiveGenerator):
             if not isinstance(spec.given, IdSpec):
                 raise ValueError(f"{cls.registry_name} takes given tokens as ids, and these data have latents")
             return {"num_classes": 0, "condition_tokens": spec.given.length}
-        if part == "features":
+        if part == "features" and spec.features is not None:
             return {"num_classes": 0, "caption_dim": spec.features.dim, "caption_length": spec.features.length}
         return super().condition_arguments(spec)
 
@@ -273,8 +275,9 @@ class Llama(AutoregressiveGenerator):
 
     def _embed_given(self, condition: Condition) -> Tensor:
         """(R, T + 1, D) from given ids (R, T), the separator behind them."""
-        separator = torch.full_like(condition.given[:, :1], self.spec.codebook_size)
-        return self.token_embedding(torch.cat([condition.given, separator], 1))
+        given = condition.parts["given"].values
+        separator = torch.full_like(given[:, :1], self.spec.num_ids)
+        return self.token_embedding(torch.cat([given, separator], 1))
 
     def _embed_caption(self, condition: Condition) -> Tensor:
         """(R, T, D) from features whose padding is set to zero; null captions are whole."""
@@ -299,16 +302,16 @@ class Llama(AutoregressiveGenerator):
         return (offset > 0) & visible[:, None, None] | (offset == 0)  # (R, 1, stop - start, stop)
 
     def transform(
-        self, x: Tensor, positions: Positions, mask: Tensor | None, kv_cache: Layers | None, *state: Tensor
+        self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: Layers | None, *state: Tensor
     ) -> Tensor:
         return self._run(self.blocks, x, positions, mask, kv_cache, *state)
 
     def _run(
         self,
-        blocks: nn.ModuleList,
+        blocks: ModuleList,
         x: Tensor,
         positions: Positions,
-        mask: Tensor | None,
+        mask: Mask | None,
         kv_cache: Layers | None,
         *state: Tensor,
     ) -> Tensor:
@@ -319,7 +322,7 @@ class Llama(AutoregressiveGenerator):
         if not self.drop_before_positions:
             x = self.dropout(x)
         rotation = None if self.rotation is None else self.rotation(positions)
-        for block, memory in zip(blocks, kv_cache or [None] * len(blocks)):
+        for block, memory in zip(blocks, of_layers(kv_cache, len(blocks))):
             x = block(x, rotation, mask, memory, *state)
         return x
 

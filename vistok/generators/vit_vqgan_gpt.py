@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from vistok.checkpoints import fuse, load_strictly, rename
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
-from vistok.generators.engine.cache import Layer, Layers
-from vistok.nn.attention import Attention
+from vistok.generators.engine.cache import Layer, Layers, of_layers
+from vistok.nn.attention import Attention, Mask
+from vistok.nn.containers import ModuleList
 from vistok.nn.mlp import MLP
 from vistok.nn.rotary import Positions
 from vistok.types import Condition, ConditionSpec, IdSpec, TokenSpec, as_dataclass
@@ -36,8 +37,9 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.mix = nn.Parameter(torch.linspace(0, 1, dim).view(1, 1, dim))
-        bias = {"qkv_bias": attn_bias, "out_bias": attn_bias}
-        self.attn = Attention(dim, num_heads, **bias, attn_drop=dropout, proj_drop=dropout)
+        self.attn = Attention(
+            dim, num_heads, qkv_bias=attn_bias, out_bias=attn_bias, attn_drop=dropout, proj_drop=dropout
+        )
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = MLP(dim, 4 * dim, squared_relu, bias=mlp_bias)
         self.dropout = nn.Dropout(dropout)
@@ -98,13 +100,13 @@ class ViTVQGANGPT(AutoregressiveGenerator):
         self.has_null = condition_dropout > 0 or not num_classes
         self.condition_embedding = nn.Embedding(num_classes + self.has_null, dim)
         self.condition_positions = nn.Parameter(torch.zeros(1, condition_length, dim))
-        self.token_embedding = nn.Embedding(self.spec.codebook_size, dim)
+        self.token_embedding = nn.Embedding(self.spec.num_ids, dim)
         self.token_positions = nn.Parameter(torch.zeros(1, self.spec.length, dim))
         bias = {"attn_bias": attn_bias, "mlp_bias": mlp_bias}
-        self.blocks = nn.ModuleList(Block(dim, num_heads, dropout, **bias) for _ in range(num_layers))
+        self.blocks = ModuleList(Block(dim, num_heads, dropout, **bias) for _ in range(num_layers))
         self.shift_dim = dim
         self.norm = nn.LayerNorm(dim)
-        self.output = nn.Linear(dim, self.spec.codebook_size, bias=False)
+        self.output = nn.Linear(dim, self.spec.num_ids, bias=False)
         self.apply(_initialise)
 
     @classmethod
@@ -121,7 +123,7 @@ class ViTVQGANGPT(AutoregressiveGenerator):
     def _condition_ids(self, condition: Condition) -> Tensor:
         """Condition tokens (R, T), the null id in dropped rows."""
         given = condition.ids if condition.labels is None else condition.labels[:, None]
-        if not self.has_null:
+        if given is not None and not self.has_null:
             return given
         null = torch.full(
             (len(condition), self.condition_length), self.num_classes or 0, device=condition.dropped.device
@@ -141,7 +143,8 @@ class ViTVQGANGPT(AutoregressiveGenerator):
 
     def attention_mask(self, condition: Condition, start: int, stop: int) -> Tensor | None:
         """Causal, but condition tokens see each other, without padding; None where that makes no difference."""
-        padding = None if condition.ids is None else condition.part("ids").mask
+        ids = condition.part("ids")
+        padding = None if ids is None else ids.mask
         if padding is None and (self.condition_length == 1 or start >= self.condition_length):
             return None
         queries, keys = (torch.arange(first, stop, device=self.token_positions.device) for first in (start, 0))
@@ -151,8 +154,10 @@ class ViTVQGANGPT(AutoregressiveGenerator):
         visible = F.pad(padding, (0, max(stop - self.condition_length, 0)), value=True)[:, :stop]
         return seen & visible[:, None, None] | (keys == queries[:, None])  # each sees itself: no row is empty
 
-    def transform(self, x: Tensor, positions: Positions, mask: Tensor | None, kv_cache: Layers | None) -> Tensor:
-        for block, memory in zip(self.blocks, kv_cache or [None] * len(self.blocks)):
+    def transform(
+        self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: Layers | None, *state: Tensor
+    ) -> Tensor:
+        for block, memory in zip(self.blocks, of_layers(kv_cache, len(self.blocks))):
             x = block(x, mask, memory)
         return x
 

@@ -17,6 +17,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from vistok.losses.alignment import EncoderConfig, load_encoder
 from vistok.losses.discriminators import Discriminator
+from vistok.nn.containers import ModuleList
 from vistok.nn.frozen import Frozen
 
 IMAGE_SIZE = 224
@@ -81,7 +82,7 @@ class DINODiscriminator(Discriminator):
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
         dim = self.backbone.num_features
-        self.heads = nn.ModuleList(_head(dim, kernel_size, norm_group) for _ in range(1 + len(taps)))
+        self.heads = ModuleList(_head(dim, kernel_size, norm_group) for _ in range(1 + len(taps)))
 
     @classmethod
     def arguments_for(cls, input_shape: tuple[int, ...]) -> dict[str, Any]:

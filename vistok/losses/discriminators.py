@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vistok.nn.batch_norm import BatchNorm2d
+from vistok.nn.containers import ModuleList
 
 
 class Discriminator(nn.Module, ABC):
@@ -63,10 +64,10 @@ class StyleGANDiscriminator(Discriminator):
         self.image_size, self.in_channels = image_size, in_channels
         sides = [image_size >> level for level in range(image_size.bit_length() - 2)]  # image_size, ..., 8, 4
         widths = [_stylegan_width(side, channel_multiplier) for side in sides]
-        self.blocks = nn.ModuleList([_conv_layer(in_channels, widths[0], kernel_size=1)])
+        self.blocks = ModuleList([_conv_layer(in_channels, widths[0], kernel_size=1)])
         self.blocks.extend(_ResidualBlock(wide, narrow) for wide, narrow in pairwise(widths))
         self.final_conv = _conv_layer(widths[-1] + 1, widths[-1], kernel_size=3)
-        self.final_linear = nn.ModuleList([_EqualLinear(widths[-1] * 4 * 4, widths[-1]), _EqualLinear(widths[-1], 1)])
+        self.final_linear = ModuleList([_EqualLinear(widths[-1] * 4 * 4, widths[-1]), _EqualLinear(widths[-1], 1)])
 
     @classmethod
     def arguments_for(cls, input_shape: tuple[int, ...]) -> dict[str, Any]:

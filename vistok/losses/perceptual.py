@@ -169,5 +169,6 @@ def _download(url: str, what: str, option: str) -> dict[str, Tensor]:
     except (URLError, OSError, RuntimeError) as error:  # RuntimeError: the hash differs
         raise CheckpointError(
             f"the {what} weights could not be fetched from {url}: {error}. Download the file elsewhere and give its "
-            f"local path: LPIPS.from_pretrained({option}FILE)"
+            f"local path: losses.lpips_weights=FILE in a config, --lpips-weights FILE on the command line, or "
+            f"LPIPS.from_pretrained({option}FILE)"
         ) from error

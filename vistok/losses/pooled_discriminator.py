@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vistok.losses.discriminators import Discriminator
+from vistok.nn.containers import ModuleList
 
 SLOPE = 0.1
 
@@ -41,7 +42,7 @@ class PooledDiscriminator(Discriminator):
         self.in_channels = in_channels
         widths = [width, *(width * min(2**stage, 4) for stage in range(num_stages))]
         self.input = nn.Conv2d(in_channels, width, 5, padding=2)
-        self.stages = nn.ModuleList(
+        self.stages = ModuleList(
             nn.Sequential(
                 nn.Conv2d(narrow, wide, 3, padding=1),
                 BlurPool(),

@@ -31,6 +31,12 @@ class AlignmentConfig:
     num_layers: int = 3
     hidden_dim: int | None = None
 
+    def tap(self, layers: range) -> int:
+        """The layer whose features are read. Raises ValueError if it is none of ``layers``."""
+        if self.layer is None or self.layer not in layers:
+            raise ValueError(f"alignment.layer must lie in {layers.start}..{layers.stop - 1}, got {self.layer}")
+        return self.layer
+
     @classmethod
     def filled(cls, given: Self | Mapping[str, Any] | None, **own: int) -> Self | None:
         """A given config with a system's ``own`` values where it says None; None if there is to be no head."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vistok.nn.causal_conv import CausalConv3d
+from vistok.nn.containers import ModuleList
 from vistok.nn.norms import AdaptiveGroupNorm
 
 UpsampleKind = Literal["nearest", "depth_to_space"]
@@ -154,11 +155,11 @@ class Level(nn.Module):
     ):
         super().__init__()
         widths = [in_channels] + [out_channels] * (blocks - 1)
-        self.blocks = nn.ModuleList(
+        self.blocks = ModuleList(
             ResBlock(width, out_channels, norm_groups=norm_groups, dropout=dropout, bias=bias, conv=conv)
             for width in widths
         )
-        self.attentions = nn.ModuleList(
+        self.attentions = ModuleList(
             AttnBlock(out_channels, norm_groups=norm_groups) if attend else nn.Identity() for _ in widths
         )
         self.resample = resample
@@ -244,7 +245,7 @@ class ConvEncoder(nn.Module):
         options: dict[str, Any] = {"norm_groups": norm_groups, "dropout": dropout, "bias": bias, "conv": conv}
         resample = resample or (lambda _, width: Downsample(width, padding))
         self.conv_in = conv(in_channels, channels, 3, padding=1, bias=bias)
-        self.levels = nn.ModuleList(
+        self.levels = ModuleList(
             Level(
                 widths[i - 1] if i else channels,
                 width,
@@ -318,7 +319,7 @@ class ConvDecoder(nn.Module):
         resample = resample or (lambda _, width: UPSAMPLES[upsample](width))
         self.conv_in = conv(in_channels, widths[0], 3, padding=1)
         self.middle = _middle(widths[0], middle_blocks, attend=attend, **options)
-        self.levels = nn.ModuleList(
+        self.levels = ModuleList(
             Level(
                 inputs[i],
                 width,
@@ -330,7 +331,7 @@ class ConvDecoder(nn.Module):
             for i, width in enumerate(widths)
         )
         self.styles = (
-            nn.ModuleList(AdaptiveGroupNorm(width, in_channels, norm_groups) for width in inputs)
+            ModuleList(AdaptiveGroupNorm(width, in_channels, norm_groups) for width in inputs)
             if adaptive_norm
             else None
         )

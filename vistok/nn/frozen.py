@@ -11,7 +11,7 @@ class Frozen:
     """Holds a network that is never trained: no part of the module that asks it, and shared by that module's copies."""
 
     def __init__(self, network: nn.Module):
-        self.network = network.eval().requires_grad_(False)
+        self.network: Any = network.eval().requires_grad_(False)
 
     def __deepcopy__(self, memo: Any) -> Frozen:
         return self

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from vistok.nn.containers import Sequential
+
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (1 + scale) + shift, all broadcastable to one another."""
     return x * (1 + scale) + shift
 
 
-def modulation(dim: int, parts: int) -> nn.Sequential:
+def modulation(dim: int, parts: int) -> Sequential:
     """What a condition (..., D) is turned into: ``parts`` vectors (..., parts D)."""
-    return nn.Sequential(nn.SiLU(), nn.Linear(dim, parts * dim))
+    return Sequential(nn.SiLU(), nn.Linear(dim, parts * dim))
 
 
 class FinalModulation(nn.Module):

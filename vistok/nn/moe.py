@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vistok.nn.containers import ModuleList
 from vistok.nn.mlp import SwiGLU
 
 
@@ -42,7 +43,7 @@ class MixtureOfExperts(nn.Module):
         if not 1 <= experts_per_token <= num_experts:
             raise ValueError(f"experts_per_token must lie in 1..{num_experts}, got {experts_per_token}")
         self.experts_per_token, self.renormalise = experts_per_token, renormalise
-        self.routers = nn.ModuleList(nn.Linear(dim, num_experts, bias=False) for _ in range(num_routers))
+        self.routers = ModuleList(nn.Linear(dim, num_experts, bias=False) for _ in range(num_routers))
         self.gate, self.up = (nn.Parameter(torch.empty(num_experts, hidden_dim, dim)) for _ in range(2))
         self.down = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
         for weight in (self.gate, self.up, self.down):

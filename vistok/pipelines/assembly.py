@@ -14,6 +14,7 @@ from vistok.pipelines.folders import home_of, load_generator, load_tokenizer, re
 from vistok.pipelines.generation import NO_TEXT, Pipeline
 from vistok.text import TEXT, PromptEncoder
 from vistok.utils.devices import choose_device, choose_dtype
+from vistok.utils.paths import local
 
 
 def pipeline(
@@ -38,14 +39,13 @@ def pipeline(
         CheckpointError: nothing there, no whole pipeline, or damaged weights.
         ValueError: parts that do not fit each other, an unknown dtype, or a device that is not there.
     """
-    source = _at_home(source)
-    tokenizer: str | Path | None = source
-    if generator is None:
-        of_run = (Path(source) / STATE).is_file()
-        tokenizer, generator = home_of(source) if of_run else tokenizer_of(str(source)), source
-        if tokenizer is None:
-            return Pipeline.from_pretrained(source, device=device, dtype=dtype)
-    return assemble(tokenizer, generator).to(choose_device(device), choose_dtype(dtype))
+    source = local(source)
+    if generator is not None:
+        return assemble(source, generator).to(choose_device(device), choose_dtype(dtype))
+    tokenizer = home_of(source) if (Path(source) / STATE).is_file() else tokenizer_of(str(source))
+    if tokenizer is None:
+        return Pipeline.from_pretrained(source, device=device, dtype=dtype)
+    return assemble(tokenizer, source).to(choose_device(device), choose_dtype(dtype))
 
 
 def assemble(
@@ -67,7 +67,7 @@ def assemble(
         CheckpointError: nothing there, damaged weights, or another kind of model.
         ValueError: the generator models other tokens than the tokenizer's.
     """
-    tokenizer, generator = _at_home(tokenizer), _at_home(generator)
+    tokenizer, generator = local(tokenizer), local(generator)
     home = home_of(generator)
     settings = read_settings(home) if home is not None else {"class_names": (), "sampling": {}}
     if class_names is not None:
@@ -75,8 +75,3 @@ def assemble(
     settings["sampling"] = settings["sampling"] | dict(sampling or {})
     text = PromptEncoder.load(home / TEXT) if home is not None else NO_TEXT
     return Pipeline(load_tokenizer(tokenizer), load_generator(generator), **settings, text=text)
-
-
-def _at_home(path: str | Path) -> str | Path:
-    """A path whose ``~`` is the home folder."""
-    return Path(path).expanduser() if str(path).startswith("~") else path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from typing import SupportsIndex
+from typing import SupportsIndex, cast
 
 from vistok.config import nearest
 
@@ -42,7 +42,7 @@ class ClassNames:
             ValueError: an unknown or ambiguous name, or an id out of range.
         """
         if isinstance(labels, str) or not isinstance(labels, Iterable) or getattr(labels, "ndim", 1) == 0:
-            labels = [labels]
+            return [self._id(cast(ClassLabel, labels))]
         return [self._id(label) for label in labels]
 
     def _id(self, label: ClassLabel) -> int:

@@ -65,7 +65,7 @@ def score_tokenizer(
     network = None
     if protocol is not None or weights is not None:
         network = load_network(choose_protocol(PAIRS, None, None), weights=weights, device=where)
-    if protocol == PERTURBATION:
+    if protocol == PERTURBATION and network is not None:
         return evaluate_perturbation(tokenizer, data, network, processes=processes)
     return evaluate_tokenizer(tokenizer, data, network=network, lpips=open_lpips(lpips_weights), processes=processes)
 
@@ -83,13 +83,13 @@ def _score_clip_tokenizer(
 
     if protocol == PERTURBATION:
         raise ValueError("the protocol perturbation is of images; clips are scored by protocols of clips")
-    where, by_name = next(tokenizer.parameters()).device, is_video_protocol(protocol)
+    where, by_name = tokenizer.device, protocol is not None and is_video_protocol(protocol)
     network = load_clip_network(weights, device=where) if by_name or weights is not None else None
     lpips = open_lpips(lpips_weights)
     return evaluate_clip_tokenizer(
         tokenizer,
         data,
-        protocol=protocol if by_name else RECONSTRUCTION,
+        protocol=protocol if by_name and protocol is not None else RECONSTRUCTION,
         network=network,
         lpips=None if lpips is None else lpips.to(where),
         processes=processes,
@@ -154,7 +154,7 @@ def make_reference_file(
     where = processes.device() if device is None else choose_device(device)
     rules = choose_protocol(protocol, None, None)
     network = load_network(rules, weights=weights, device=where)
-    options = {"split": split, "crop": crop, "reading": rules.reading, "batch_size": batch_size}
+    options: dict[str, Any] = {"split": split, "crop": crop, "reading": rules.reading, "batch_size": batch_size}
     made = make_reference(images, path, network, **options, processes=processes)
     return made.provenance
 

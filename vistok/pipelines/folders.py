@@ -7,21 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from vistok.checkpoints import CONFIG, WEIGHTS, CheckpointError, load, snapshot
+from vistok.checkpoints import CONFIG, CheckpointError, load, snapshot
+from vistok.checkpoints.model import MODEL_FILES
 from vistok.checkpoints.weights import STATE
 from vistok.generators.base import Generator
 from vistok.text import TEXT
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json
 from vistok.utils.files import read_json, restore, write_json
+from vistok.utils.paths import local
 
 PIPELINE, TOKENIZER, GENERATOR = "pipeline.json", "tokenizer", "generator"
 BEST_MODEL = "best"
 """What a run folder holds as well if it validates: the same of its best step."""
-
-Part = TypeVar("Part")
 
 
 def write_settings(folder: str | Path, *, class_names: Sequence[str], sampling: Mapping[str, Any]) -> None:
@@ -35,9 +35,10 @@ def pipeline_folder(path: str | Path) -> Path:
     Raises:
         CheckpointError: nothing there, or no whole pipeline.
     """
+    path = local(path)
     folder = Path(path)
     if not folder.exists():
-        files = [PIPELINE, *(f"{part}/{file}" for part in (TOKENIZER, GENERATOR) for file in (CONFIG, WEIGHTS))]
+        files = [PIPELINE, *(f"{part}/{file}" for part in (TOKENIZER, GENERATOR) for file in MODEL_FILES)]
         files.append(f"{TEXT}/*")
         return snapshot(str(path), files)
     if folder.is_dir():
@@ -74,7 +75,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def load_part(folder: Path, part: str, kind: type[Part]) -> Part:
+def load_part(folder: Path, part: str, kind: type[Any]) -> Any:
     """The model in ``folder / part``.
 
     Raises:
@@ -93,6 +94,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
         CheckpointError: nothing there, damaged weights, or another kind of model.
     """
+    path = local(path)
     inner = Path(path) / TOKENIZER
     if Path(path).is_dir():
         restore(Path(path))

@@ -7,6 +7,7 @@ is one.
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,16 +17,17 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from vistok.config import check
 from vistok.data.clips import repeat_last
 from vistok.data.masks import pixel_masks, scale_masks, token_masks
 from vistok.data.movies import Movie, frames_to_pixels, shown, to_frames
-from vistok.data.pictures import from_pil, to_pil
 from vistok.draws import Draws, Keys
 from vistok.generators.base import Generator
+from vistok.pipelines.card import model_card, push_to_hub
+from vistok.pipelines.chat import MAX_TOKENS, Chat, Message, captions
 from vistok.pipelines.classes import ClassLabel, ClassNames
+from vistok.pipelines.display import MOVIES, Shown, describe
 from vistok.pipelines.folders import (
     GENERATOR,
     PIPELINE,
@@ -35,7 +37,10 @@ from vistok.pipelines.folders import (
     read_settings,
     write_settings,
 )
+from vistok.pipelines.keywords import check_keywords
+from vistok.pipelines.previews import Preview, preview_step, previews
 from vistok.pipelines.requests import Conditions, Prompt, Request
+from vistok.pipelines.runs import RUN_CONFIG
 from vistok.pipelines.steps import StepCallback, every_step
 from vistok.text import TEXT, PromptEncoder
 from vistok.tokenizers.base import Tokenizer
@@ -51,8 +56,8 @@ Frames = np.ndarray | Tensor | Sequence[Image.Image]
 
 
 @dataclass(frozen=True)
-class PipelineOutput:
-    """What a pipeline generated.
+class PipelineOutput(Shown):
+    """What a pipeline generated; in a notebook it shows itself.
 
     Attributes:
         images: N images, mode RGB or L; of clips each shows its frames in a row.
@@ -61,6 +66,7 @@ class PipelineOutput:
             bit.
         labels: the class id of each image, or None where the condition is not a class.
         prompts: the text of each image, or None where there are no prompts.
+        class_names: the name of each image's class, or None where classes have no names.
     """
 
     images: list[Image.Image]
@@ -68,6 +74,14 @@ class PipelineOutput:
     pixels: Tensor
     labels: list[int] | None
     prompts: list[str | None] | None = None
+    class_names: list[str] | None = None
+
+    @property
+    def names(self) -> list[str] | None:
+        """What each image was asked to show, as a grid has it."""
+        if self.prompts is not None:
+            return [prompt or "" for prompt in self.prompts]
+        return self.class_names or (None if self.labels is None else list(map(str, self.labels)))
 
     @property
     def videos(self) -> np.ndarray:
@@ -87,29 +101,7 @@ class PipelineOutput:
 
     def _repr_html_(self) -> str | None:
         """Clips play in a notebook; images have their own pictures."""
-        return None if self.pixels.ndim != 5 else "\n".join(movie.html(128) for movie in self.movies)
-
-
-@dataclass(frozen=True)
-class Preview:
-    """Unfinished images.
-
-    Attributes:
-        step: positions that every image has by now.
-        total: positions of a finished image.
-        tokens: (N, L[, depth]) ids or (N, L, D) latents, zero where they are not generated yet, on the CPU.
-        known: (N, L) bool, True where they are.
-        images: N images, or None where this tokenizer shows nothing of this many tokens. Tokenizers whose prefixes
-            decode show what the tokens so far mean. Of raster tokenizers the finished positions are shown and the rest
-            is mid-grey; they are an estimate, because the decoder reads stand-ins (known tokens, repeated) for what is
-            still missing. Images of the last preview are the final ones.
-    """
-
-    step: int
-    total: int
-    tokens: Tensor
-    known: Tensor
-    images: list[Image.Image] | None
+        return None if self.pixels.ndim != 5 else "\n".join(movie.html(128) for movie in self.movies[:MOVIES])
 
 
 class Pipeline:
@@ -127,6 +119,9 @@ class Pipeline:
         ConfigError: ``sampling`` does not fit the generator's options.
     """
 
+    source: Path | None = None
+    """The folder that it was loaded from."""
+
     def __init__(
         self,
         tokenizer: Tokenizer,
@@ -138,12 +133,16 @@ class Pipeline:
     ):
         self.tokenizer, self.generator = tokenizer.eval(), generator.eval()
         self._decode_options = _decode_options(tokenizer, generator.spec)
+        generator.check_tokenizer(self.in_loop)
         spec = generator.condition_spec
         names = class_names or (generator.class_names if spec.num_classes else ())
         self.text, self._classes = text, ClassNames(spec.num_classes, names)
         self._conditions = Conditions(spec, self._classes, text)
         self.sampling = dict(sampling or {})
         generator.options_type(**check(generator.options_type, self.sampling, "sampling"))
+
+    def __repr__(self) -> str:
+        return describe(self)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -198,8 +197,10 @@ class Pipeline:
         """
         folder = pipeline_folder(path)
         settings = read_settings(folder)
-        tokenizer, generator = load_part(folder, TOKENIZER, Tokenizer), load_part(folder, GENERATOR, Generator)
+        tokenizer: Tokenizer = load_part(folder, TOKENIZER, Tokenizer)
+        generator: Generator = load_part(folder, GENERATOR, Generator)
         pipe = cls(tokenizer, generator, **settings, text=PromptEncoder.load(folder / TEXT))
+        pipe.source = folder
         return pipe.to(choose_device(device), choose_dtype(dtype))
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -219,6 +220,31 @@ class Pipeline:
             if self.text.parts:
                 self.text.save(partial / TEXT)
             write_settings(partial, class_names=self.class_names, sampling=self.sampling)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        license: str | None = None,
+        scores: Mapping[str, float] | str | Path | None = None,
+        run: str | Path | None = None,
+        private: bool = False,
+        token: str | None = None,
+    ) -> str:
+        """Upload the pipeline with a model card; ``vistok.pipeline(repo_id)`` loads it. Returns its address.
+
+        Args:
+            license, scores, run: for the card; see ``vistok.pipelines.card.model_card``. ``run`` is by default the run
+                that the pipeline was loaded from.
+            private: whether a new repository is.
+            token: of the hub; by default the one that is logged in.
+
+        Raises:
+            FileNotFoundError, ValueError: as ``model_card``.
+        """
+        own = self.source if self.source is not None and (self.source / RUN_CONFIG).is_file() else None
+        card = model_card(self, repo_id, licence=license, scores=scores, run=own if run is None else run)
+        return push_to_hub(self, repo_id, card, private=private, token=token)
 
     def options(self, **sampling: Any) -> Any:
         """The options that a call with these would use: an ``options_type``, with ``self.sampling`` for the others."""
@@ -276,6 +302,7 @@ class Pipeline:
             if condition is not None:
                 raise ValueError("give frames or condition, not both: frames are a condition")
             condition = self.given(frames)
+        check_keywords(self.__call__, self.generator.options_type, sampling)
         options = self.options(**sampling)
         copies = _copies(num_images_per_label, num_images_per_prompt)
         request = Request(class_labels, prompt, negative_prompt, num_images, condition, copies)
@@ -284,7 +311,7 @@ class Pipeline:
         def sample(rows: slice, draws: Draws) -> Tensor:
             given = condition[rows].to(self.device)
             on_step = every_step(self, callback_on_step_end)
-            return self.generator.sample(given, options, draws=draws, tokenizer=self._in_loop, on_step=on_step)
+            return self.generator.sample(given, options, draws=draws, tokenizer=self.in_loop, on_step=on_step)
 
         made = self._run(sample, condition, options, _seed(seed, generator), index_start, batch_size)
         return replace(made, prompts=_prompts(request, len(condition)))
@@ -322,9 +349,11 @@ class Pipeline:
             ValueError: a generator that cannot fill in any positions (``mar`` and ``var`` can), masks or classes that
                 do not fit the images, tokens without a place in the image, and as of :meth:`__call__`.
         """
+        check_keywords(self.edit, self.generator.options_type, sampling)
+        self.generator.check_edits()
         options, pixels = self.options(**sampling), self._pixels(images)
         scales = self.tokenizer.spec.scales
-        grid = scales[-1] if scales else self._grid
+        grid = scales[-1] if scales else self.grid
         if grid is None:
             raise ValueError("the tokens of this tokenizer have no place in the image, so a part of it has none either")
         masks = pixel_masks(masks, len(pixels), (pixels.shape[2], pixels.shape[3]))
@@ -336,7 +365,7 @@ class Pipeline:
         condition = self._checked(self._conditions.of_images(request, len(pixels)), request, options)
 
         def edit(rows: slice, draws: Draws) -> Tensor:
-            tokens = self.tokenizer.encode(self._to_tokenizer(pixels[rows])).to(self.device)
+            tokens = self.tokens_of(pixels[rows])
             given = condition[rows].to(self.device)
             return self.generator.edit(tokens, regenerate[rows], given, options, draws=draws, **in_loop)
 
@@ -362,10 +391,11 @@ class Pipeline:
             keys = Keys.range(seed, len(condition[rows]), index_start + start)
             batch = make(rows, self.generator.sampling_draws(keys, options))
             tokens.append(batch.cpu())
-            pixels.append(self._decode(batch, self.tokenizer.decoding_draws(keys), condition[rows]))
-        pixels = torch.cat(pixels)
+            pixels.append(self.decode(batch, keys, condition[rows]))
+        whole = torch.cat(pixels)
         labels = None if condition.labels is None else condition.labels.tolist()
-        return PipelineOutput(shown(pixels), torch.cat(tokens), pixels, labels)
+        names = [self.class_names[label] for label in labels] if labels and self.class_names else None
+        return PipelineOutput(shown(whole), torch.cat(tokens), whole, labels, class_names=names)
 
     def stream(
         self,
@@ -389,17 +419,54 @@ class Pipeline:
             preview_every: positions between two previews; None takes a row of the grid, or what the tokenizer's
                 prefixes are multiples of.
         """
+        check_keywords(self.stream, self.generator.options_type, sampling)
         options = self.options(**sampling)
         copies = _copies(num_images_per_label, num_images_per_prompt)
         request = Request(class_labels, prompt, negative_prompt, num_images, condition, copies)
         condition = self._condition(request, options)
         self.tokenizer.check_renders("previews")
-        every = self._preview_step() if preview_every is None else preview_every
+        every = preview_step(self) if preview_every is None else preview_every
         if every < 1:
             raise ValueError(f"preview_every must be at least 1, got {every}")
-        return self._previews(
-            condition, options, Keys.range(_seed(seed, generator), len(condition), index_start), every
-        )
+        keys = Keys.range(_seed(seed, generator), len(condition), index_start)
+        return previews(self, condition, options, keys, every)
+
+    def chat(self, history: Iterable[Message | Mapping[str, Any]] = (), *, seed: int = 0) -> Chat:
+        """A conversation: ``chat("draw a seven")``, ``chat("now a three")``, ``chat("what is it?", image)``.
+
+        Args:
+            history: what was said before, as messages or as mappings with role, text and image.
+            seed: of the images.
+
+        Raises:
+            ValueError: a generator that writes no texts, or as ``Chat``.
+        """
+        return Chat(self, history, seed=seed)
+
+    def caption(
+        self,
+        images: Image.Image | Sequence[Image.Image] | Tensor,
+        *,
+        question: str | None = None,
+        max_tokens: int = MAX_TOKENS,
+        batch_size: int = 64,
+    ) -> str | list[str]:
+        """What the model says of images, in words: a text for one image, a list for several.
+
+        Args:
+            images: as of :meth:`reconstruct`.
+            question: what it is asked about them.
+            max_tokens: of each text.
+
+        Raises:
+            ValueError: a generator that writes no texts or reads no images, a question without a text tokenizer, or
+                texts that do not fit its context.
+        """
+        if max_tokens < 1 or batch_size < 1:
+            raise ValueError(f"max_tokens and batch_size must be at least 1, got {max_tokens} and {batch_size}")
+        several = [images] if isinstance(images, Image.Image) else images
+        said = captions(self, several, question, max_tokens, batch_size)
+        return said[0] if isinstance(images, Image.Image) else said
 
     @torch.no_grad()
     def reconstruct(self, images: Image.Image | Sequence[Image.Image] | Tensor) -> list[Image.Image]:
@@ -409,7 +476,7 @@ class Pipeline:
             images: PIL images, cropped to the tokenizer's size (ADM's centre crop); or pixels (B, C, H, W) in [-1, 1]
                 of exactly that size.
         """
-        return shown(self.tokenizer.reconstruct(self._to_tokenizer(self._pixels(images))))
+        return shown(self.tokenizer.reconstruct(self.to_tokenizer(self._pixels(images))))
 
     @torch.no_grad()
     def given(self, frames: Frames) -> Condition:
@@ -431,16 +498,13 @@ class Pipeline:
                 f"frames are cropped to squares, but this tokenizer reads {height}x{width}; pass condition="
             )
         clips = repeat_last(frames_to_pixels(frames, height, channels), length)
-        return Condition.from_given(self.tokenizer.encode(self._to_tokenizer(clips)).cpu())
+        return Condition.from_given(self.tokenizer.encode(self.to_tokenizer(clips)).cpu())
 
     def _pixels(self, images: Image.Image | Sequence[Image.Image] | Tensor) -> Tensor:
         """Pixels (B, C, H, W) as they are, or of PIL images."""
-        if isinstance(images, Tensor):
-            return images
-        channels, *size = self.tokenizer.image_shape("reading PIL images")
-        return from_pil([images] if isinstance(images, Image.Image) else images, tuple(size), channels)
+        return images if isinstance(images, Tensor) else self.tokenizer.preprocess(images).float().cpu()
 
-    def _to_tokenizer(self, values: Tensor) -> Tensor:
+    def to_tokenizer(self, values: Tensor) -> Tensor:
         """Pixels, latents or ids on the tokenizer's device, which need not be the generator's; floats in its
         precision."""
         parameter = next(self.tokenizer.parameters())
@@ -459,75 +523,37 @@ class Pipeline:
                 raise ValueError(f"negative_prompt has no effect without guidance: guidance_scale is {scale}")
         return condition
 
-    def _decode(self, tokens: Tensor, draws: Draws, condition: Condition) -> Tensor:
-        """Whole sequences to pixels (B, C, H, W) in [-1, 1], float32 on the CPU, with ``decoding_draws``.
+    def tokens_of(self, images: Sequence[Image.Image] | Tensor) -> Tensor:
+        """Tokens of images, as of :meth:`reconstruct`, on the generator's device."""
+        return self.tokenizer.encode(self.to_tokenizer(self._pixels(images))).to(self.device)
+
+    def decode(self, tokens: Tensor, keys: Keys, condition: Condition | None = None) -> Tensor:
+        """Whole sequences to pixels (B, C, H, W) in [-1, 1], float32 on the CPU.
 
         Args:
+            keys: of the noise of decoders that draw some.
             condition: that the tokens were generated with; the tokenizer takes its part of it.
         """
+        draws = self.tokenizer.decoding_draws(keys)
         options = self._decode_options | ({"draws": draws} if draws else {})
-        own = self._own_condition(condition)
-        return self.tokenizer.decode(self._to_tokenizer(tokens), condition=own, **options).float().clamp(-1, 1).cpu()
+        own = None if condition is None else self.own_condition(condition)
+        return self.tokenizer.decode(self.to_tokenizer(tokens), condition=own, **options).float().clamp(-1, 1).cpu()
 
     @property
-    def _in_loop(self) -> Tokenizer | None:
+    def in_loop(self) -> Tokenizer | None:
         """The tokenizer, for a generator that has it in its loop."""
         return self.tokenizer if self.generator.needs_tokenizer else None
 
-    def _own_condition(self, condition: Condition) -> Condition | None:
+    def own_condition(self, condition: Condition) -> Condition | None:
         """What the tokenizer takes of the generator's condition, on its device."""
         own = self.tokenizer.own_condition(condition)
         return None if own is None else own.to(next(self.tokenizer.parameters()).device)
 
-    @torch.no_grad()
-    def _previews(self, condition: Condition, options: Any, keys: Keys, every: int) -> Iterator[Preview]:
-        total, shown = self.generator.spec.length, 0
-        tokens, known = None, torch.zeros(len(condition), total, dtype=torch.bool)
-        show = self._previewer(self.tokenizer.decoding_draws(keys), condition)
-        draws = self.generator.sampling_draws(keys, options)
-        stream = self.generator.stream(condition.to(self.device), options, draws=draws, tokenizer=self._in_loop)
-        for chunk in stream:
-            if tokens is None:
-                tokens = torch.zeros(len(condition), total, *chunk.tokens.shape[2:], dtype=chunk.tokens.dtype)
-            rows, columns = chunk.valid.cpu().nonzero(as_tuple=True)
-            positions = chunk.positions.cpu()[rows, columns]
-            tokens[rows, positions] = chunk.tokens.cpu()[rows, columns]
-            known[rows, positions] = True
-            step = int(known.sum(1).min())
-            if step - shown >= every or (step == total and shown < total):
-                shown = step
-                yield Preview(step, total, tokens.clone(), known.clone(), show(tokens, known))
-
-    def _previewer(self, draws: Draws, condition: Condition) -> Callable[[Tensor, Tensor], list[Image.Image] | None]:
-        """What shows the tokens of one batch, again and again, as more of them are known."""
-        spec = self.tokenizer.spec
-        own = self._own_condition(condition)
-        decode_prefix = self.tokenizer.prefix_decoder(draws, condition=own) if spec.prefixes_decode else None
-
-        def show(tokens: Tensor, known: Tensor) -> list[Image.Image] | None:
-            if decode_prefix is not None:
-                prefix = spec.decodable(int(known.int().cumprod(1).sum(1).min()))  # the longest that all images have
-                return shown(decode_prefix(self._to_tokenizer(tokens[:, :prefix])).float()) if prefix else None
-            if bool(known.all()):
-                return shown(self._decode(tokens, draws, condition))
-            if self._grid is None or not bool(known.any(1).all()):
-                return None
-            pixels = self._decode(_fill(tokens, known), draws, condition)
-            mask = known.view(len(known), 1, *self._grid).float()
-            return to_pil(pixels * F.interpolate(mask, pixels.shape[2:], mode="nearest"))
-
-        return show
-
     @property
-    def _grid(self) -> tuple[int, int] | None:
+    def grid(self) -> tuple[int, int] | None:
+        """(h, w) of the tokens' places in an image; None if they have none."""
         grid = self._decode_options.get("grid", self.tokenizer.spec.grid)
         return grid if grid is not None and len(grid) == 2 else None
-
-    def _preview_step(self) -> int:
-        spec = self.tokenizer.spec
-        if spec.scales:
-            return 1  # every scale shows
-        return spec.prefix_step or (self._grid[-1] if self._grid else max(1, spec.length // 8))
 
 
 def _decode_options(tokenizer: Tokenizer, spec: TokenSpec) -> dict[str, Any]:
@@ -563,16 +589,11 @@ def _prompts(request: Request, count: int) -> list[str | None] | None:
 
 
 def _seed(seed: int | None, generator: torch.Generator | None) -> int:
-    if generator is None:
-        return 0 if seed is None else seed
-    if seed is not None:
+    if seed is not None and generator is not None:
         raise ValueError("give either seed or generator, not both")
-    return int(torch.randint(1 << 62, (), generator=generator, device=generator.device))
-
-
-def _fill(tokens: Tensor, known: Tensor) -> Tensor:
-    """Unknown positions repeat the known tokens in turn, so that a decoder sees statistics that it is used to."""
-    positions = [row.nonzero()[:, 0] for row in known]
-    source = torch.stack([row[torch.arange(known.shape[1]) % len(row)] for row in positions])  # (N, L)
-    shape = (*known.shape, *[1] * (tokens.ndim - 2))
-    return torch.where(known.view(shape), tokens, tokens.gather(1, source.view(shape).expand_as(tokens)))
+    if generator is not None:
+        return int(torch.randint(1 << 62, (), generator=generator, device=generator.device))
+    try:
+        return 0 if seed is None else operator.index(seed)
+    except TypeError:
+        raise ValueError(f"seed must be a whole number, got {seed!r} ({type(seed).__name__})") from None

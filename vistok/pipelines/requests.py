@@ -77,7 +77,7 @@ class Conditions:
             raise ValueError("negative_prompt goes with prompt=…")
         if request.num_images is not None:
             return Condition.none(request.num_images)
-        condition = request.condition if ways["condition"] else self._named(request)
+        condition = self._named(request) if request.condition is None else request.condition
         if not len(condition):
             what = "classes" if request.prompt is None else "prompts"
             raise ValueError(f"there is nothing to generate: the list of {what} is empty")

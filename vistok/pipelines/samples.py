@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from vistok._version import __version__
 from vistok.data.clips import ClipBatches, ClipTransform
@@ -23,6 +24,7 @@ from vistok.eval.reconstruction import psnr
 from vistok.eval.video import psnr as psnr_of_clips
 from vistok.pipelines import Pipeline
 from vistok.pipelines.classes import ClassLabel
+from vistok.pipelines.display import overview
 from vistok.pipelines.generation import PipelineOutput
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json
@@ -35,7 +37,6 @@ from vistok.utils.unfinished import discard, how_to_go_on, open_unfinished, publ
 
 GRID, NPZ, RECORD = "grid.png", "samples.npz", "samples.json"
 GRID_IMAGES = 64
-MOST_COLUMNS = 16
 PAIRS = 8
 """Originals in a row over their reconstructions."""
 STRIP = 128
@@ -91,17 +92,17 @@ def write_samples(
     clips = len(pipe.tokenizer.input_shape) == 4
     if clips and npz:
         raise ValueError("samples.npz holds images for their evaluators; clips are scored from folders, without --npz")
-    sampling = dict(sampling or {})
+    options: dict[str, Any] = dict(sampling or {})
     what = _what(pipe, classes, prompts, num_images)
     named = {} if prompts is None else {"prompts": what["prompt"], "text": pipe.text.identities}
-    negative = {} if negative_prompt is None else {"negative_prompt": negative_prompt}
+    negative: dict[str, Any] = {} if negative_prompt is None else {"negative_prompt": negative_prompt}
     settings = {
         "num_images": num_images,
         "seed": seed,
         "labels": what.get("class_labels"),
         **named,
         **negative,
-        "options": to_json(dataclasses.asdict(pipe.options(**sampling))),
+        "options": to_json(dataclasses.asdict(pipe.options(**options))),
         "tokenizer": pipe.tokenizer.fingerprint(),
         "generator": pipe.generator.fingerprint(),
     }
@@ -117,9 +118,10 @@ def write_samples(
             with Bar(f"{num_images:,} samples", sum(stop - start for start, stop in ranges)) as bar:
                 done = 0
                 for start, stop in ranges:
-                    part = {name: values[start:stop] for name, values in what.items()} or {"num_images": stop - start}
+                    part: dict[str, Any] = {name: values[start:stop] for name, values in what.items()}
+                    part = part or {"num_images": stop - start}
                     part |= bar.of_batch(done, stop - start, pipe.generator.spec.length)
-                    made = pipe(**part, **negative, seed=seed, index_start=start, batch_size=batch_size, **sampling)
+                    made = pipe(**part, **negative, seed=seed, index_start=start, batch_size=batch_size, **options)
                     _write(made, files[start:stop])
                     done += stop - start
                     bar.show(done)
@@ -182,22 +184,6 @@ def _finish(files: Sequence[Path], record: Mapping[str, Any], labels: Sequence[s
     write_json(folder / RECORD, record)
 
 
-def overview(images: Sequence[Image.Image], labels: Sequence[str] = (), *, clips: bool = False) -> Image.Image:
-    """Samples in a grid: a column for each class or prompt where few take turns, else a label below each image.
-
-    Args:
-        labels: of the images, and of those that follow them.
-        clips: whether the images are frames in a row, which lie below each other.
-    """
-    labels = labels[: len(images)]
-    turns = len(set(labels))
-    if clips:
-        return sheet(images, 1, row_labels=labels)
-    if 1 < turns <= MOST_COLUMNS and all(label == labels[index % turns] for index, label in enumerate(labels)):
-        return sheet(images, turns, column_labels=labels[:turns])
-    return sheet(images, labels=labels)
-
-
 def reconstruct_files(tokenizer: Tokenizer, files: Sequence[str | Path], out: str | Path) -> list[float]:
     """Write a PNG of image files (ADM's centre crop) over their reconstructions; return the PSNR of each in dB.
 
@@ -210,11 +196,8 @@ def reconstruct_files(tokenizer: Tokenizer, files: Sequence[str | Path], out: st
     tokenizer.check_renders("reconstructing files")
     if len(tokenizer.input_shape) == 4:
         return _reconstruct_videos(tokenizer, files, Path(out))
-    channels, *size = tokenizer.image_shape("reconstructing files")
-    decoder = Decoder(channels, side=size[0])
-    pixels = from_pil([open_picture(file, decoder) for file in files], tuple(size), channels)
-    parameter = next(tokenizer.parameters())
-    rows = [tokenizer.reconstruct(row[None].to(parameter.device, parameter.dtype)).float().cpu() for row in pixels]
+    pixels = _read_pictures(tokenizer, files)
+    rows = [tokenizer.reconstruct(row[None].to(tokenizer.device, tokenizer.dtype)).float().cpu() for row in pixels]
     reconstructions = torch.cat(rows)
     decibels = psnr(to_uint8(pixels) / 255, to_uint8(reconstructions) / 255).tolist()
     names = [Path(file).stem for file in files]
@@ -241,15 +224,22 @@ def _save_pairs(
     save_png(sheet(shown, columns, labels=labels, least=STRIP), out)
 
 
+def _read_pictures(tokenizer: Tokenizer, files: Sequence[str | Path]) -> Tensor:
+    """Image files as the tokenizer reads them, (B, C, H, W) in [-1, 1]."""
+    channels, height, width = tokenizer.image_shape("reconstructing files")
+    decoder = Decoder(channels, side=height)
+    return from_pil([open_picture(file, decoder) for file in files], (height, width), channels)
+
+
 def _reconstruct_videos(tokenizer: Tokenizer, files: Sequence[str | Path], out: Path) -> list[float]:
     channels, length, height, width = tokenizer.input_shape
     if height != width:
         raise ValueError(f"videos are cropped to squares, but this tokenizer reads {height}x{width}")
-    transform = ClipTransform(length, height, start="center", channels=channels)
+    transform = ClipTransform(length, height, start="center", channels=1 if channels == 1 else 3)
     reader = ClipBatches(VideoSource([Path(file) for file in files], [-1] * len(files)), transform)
-    parameter = next(tokenizer.parameters())
+    device, dtype = tokenizer.device, tokenizer.dtype
     originals = torch.stack([reader.clip(index, (0.5,) * 4)[0] for index in range(len(files))])
-    made = [tokenizer.reconstruct(clip[None].to(parameter.device, parameter.dtype)).float().cpu() for clip in originals]
+    made = [tokenizer.reconstruct(clip[None].to(device, dtype)).float().cpu() for clip in originals]
     reconstructions = torch.cat(made)
     sheets = [image for pair in zip(shown(originals), shown(reconstructions)) for image in pair]
     names = [text for file in files for text in (Path(file).stem, "decoded")]
@@ -275,16 +265,13 @@ def reconstruct_prefixes(
     if tokenizer.spec.prefix_step is None:
         raise ValueError(f"{type(tokenizer).__name__} decodes all of its {tokenizer.spec.length} tokens at once only")
     tokenizer.check_renders("reconstructing files")
-    channels, *size = tokenizer.image_shape("reconstructing files")
-    decoder = Decoder(channels, side=size[0])
-    pixels = from_pil([open_picture(file, decoder) for file in files], tuple(size), channels)
-    parameter = next(tokenizer.parameters())
+    pixels, decode = _read_pictures(tokenizer, files), cast(Callable[..., Tensor], tokenizer.decode)
     draws = tokenizer.decoding_draws(Keys.range(0, 1))
     draws = {name: value.expand(len(lengths), *value.shape[1:]) for name, value in draws.items()}
     shown, decibels = [], []
     for original in pixels:
-        ids = tokenizer.encode(original[None].to(parameter.device, parameter.dtype)).expand(len(lengths), -1)
-        decoded = tokenizer.decode(ids, lengths=torch.tensor(lengths), draws=draws).float().cpu()
+        ids = tokenizer.encode(original[None].to(tokenizer.device, tokenizer.dtype)).expand(len(lengths), -1)
+        decoded = decode(ids, lengths=torch.tensor(lengths), draws=draws).float().cpu()
         shown += to_pil(torch.cat([original[None], decoded]))
         truth = original.expand_as(decoded)
         decibels.append(psnr(to_uint8(truth) / 255, to_uint8(decoded) / 255).tolist())

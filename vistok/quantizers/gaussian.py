@@ -33,6 +33,11 @@ class LatentScale(nn.Module):
         self.register_buffer("mean", _per_channel("latent_mean", mean, dim), persistent=False)
         self.register_buffer("scale", _per_channel("latent_scale", scale, dim), persistent=False)
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all channels have the same mean and scale."""
+        return bool((self.mean == self.mean[0]).all() and (self.scale == self.scale[0]).all())
+
     def standardise(self, latents: Tensor) -> Tensor:
         """The autoencoder's latents (..., D) as generators see them."""
         return (latents - self.mean) * self.scale

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vistok.draws import Draws
+from vistok.nn.containers import ModuleList
 from vistok.quantizers.vq import VectorQuantizer
 from vistok.types import Expander, QuantizerOutput
 from vistok.utils.devices import without_autocast
@@ -100,7 +101,7 @@ class MultiScaleQuantizer(nn.Module):
             codebook_size, dim, normalize=cosine, init="uniform", restart_after=restart_after
         )
         count = num_refiners if refiner_share > NO_SHARE else 0
-        self.refiners = nn.ModuleList(Refiner(dim, refiner_share) for _ in range(count))
+        self.refiners = ModuleList(Refiner(dim, refiner_share) for _ in range(count))
 
     @property
     def codebook_size(self) -> int:

@@ -16,7 +16,7 @@ from vistok.quantizers.vq import VectorQuantizer
 QUANTIZERS: dict[str, type[nn.Module]] = {"vq": VectorQuantizer, "lfq": LFQ, "fsq": FSQ, "index": IndexQuantizer}
 
 
-def build_quantizer(config: Mapping[str, Any], dim: int) -> nn.Module:
+def build_quantizer(config: Mapping[str, Any], dim: int) -> Any:
     """The quantizer of one id per position that a config describes: ``name``, and the arguments of the class.
 
     Args:

@@ -19,6 +19,7 @@ from vistok.pipelines.folders import load_tokenizer
 from vistok.pipelines.runs import data_of_run
 from vistok.quickstart.chain import Chain, Recipe
 from vistok.quickstart.console import Stages, print_summary
+from vistok.quickstart.styled import write_conversations
 from vistok.quickstart.systems import Stage, System, config_file, find_system, systems
 from vistok.text import PromptEncoder, open_text_tokenizer
 from vistok.train import train
@@ -39,8 +40,8 @@ def quickstart(
     token cache ``tokens/``, pictures, report.html, and at last result.json.
 
     Returns:
-        what result.json holds: the fields of ``Scores`` or ``ClipScores``, "seconds", and how they came about under
-        "protocol".
+        what result.json holds: the fields of ``Scores``, ``ClipScores`` or ``TalkScores``, "seconds", and how they came
+        about under "protocol".
 
     Raises:
         FileExistsError: ``out`` exists and is not an empty folder.
@@ -48,8 +49,8 @@ def quickstart(
         ConfigError: a change in ``recipe`` that does not fit the configs.
     """
     begin = time.monotonic()
-    recipe = replace(recipe, system=recipe.system or next(iter(systems())))
-    system = find_system(recipe.system)
+    name = recipe.system or next(iter(systems()))
+    recipe, system = replace(recipe, system=name), find_system(name)
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} exists already and is not empty; remove it, or choose another folder with --out")
@@ -58,6 +59,8 @@ def quickstart(
     chain = _train(out, recipe, system, stages, begin)
     if len(chain.pipe.tokenizer.input_shape) == 4:
         from vistok.quickstart.clips import present
+    elif system.captions:
+        from vistok.quickstart.talk import present
     else:
         from vistok.quickstart.images import present
     scores, protocol, lines = present(chain, stages)
@@ -82,9 +85,12 @@ def _train(out: Path, recipe: Recipe, system: System, stages: Stages, begin: flo
     tokenizer = load_tokenizer(run)
     data = data_of_run(run, (), input_shape=tokenizer.input_shape)
     text = PromptEncoder([open_text_tokenizer("bytes", system.text_length)] if system.text_length else [])
-    cache = tokenize(
-        tokenizer, data, out / "tokens", augmentation=f"random:{views}", text=text, given_frames=system.given_frames
-    )
+    if system.captions:
+        cache = write_conversations(tokenizer, data, out / "tokens", views=views, text=text)
+    else:
+        cache = tokenize(
+            tokenizer, data, out / "tokens", augmentation=f"random:{views}", text=text, given_frames=system.given_frames
+        )
 
     given = "text" if system.text_length else "class"
     stages.begin("generator", f"learns to predict the tokens of each {given}")
@@ -98,7 +104,7 @@ def _train(out: Path, recipe: Recipe, system: System, stages: Stages, begin: flo
 
 def _config(stage: Stage, out: Path, recipe: Recipe, overrides: Sequence[str]) -> dict[str, Any]:
     """The config of a stage, with everything it reads and writes inside ``out``."""
-    config = load_config(config_file(recipe.system, stage), overrides)
+    config = load_config(config_file(str(recipe.system), stage), overrides)
     config |= {"output_dir": str(out / stage), "seed": recipe.seed}
     if stage == "tokenizer":
         config["data"] = {**config["data"], "seed": recipe.seed}

@@ -44,8 +44,7 @@ class Digits:
 
     def first_of_each_class(self, counts: Tensor) -> Digits:
         """The first ``counts[c]`` images of every class c."""
-        rows = [(self.labels == label).nonzero()[: int(count), 0] for label, count in enumerate(counts)]
-        rows = torch.cat(rows)
+        rows = torch.cat([(self.labels == label).nonzero()[: int(count), 0] for label, count in enumerate(counts)])
         return Digits(self.pixels[rows], self.labels[rows])
 
 
@@ -82,9 +81,9 @@ def load_digits(split: str) -> Digits:
 
 
 class DigitClassifier(nn.Module):
-    """A two-layer convolutional network: pixels (B, 1, 32, 32) to logits (B, 10)."""
+    """A two-layer convolutional network: pixels (B, 1, 32, 32) to logits (B, classes)."""
 
-    def __init__(self, width: int = 24, feature_dim: int = 64):
+    def __init__(self, classes: int = CLASSES, width: int = 24, feature_dim: int = 64):
         super().__init__()
         self.features = nn.Sequential(
             nn.AvgPool2d(2),  # the originals are 8x8: 16x16 loses nothing
@@ -99,10 +98,15 @@ class DigitClassifier(nn.Module):
             nn.ReLU(),
         )
         self.dropout = nn.Dropout(0.3)
-        self.head = nn.Linear(feature_dim, CLASSES)
+        self.head = nn.Linear(feature_dim, classes)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.head(self.dropout(self.features(pixels)))
+
+    @torch.no_grad()
+    def predict(self, pixels: Tensor) -> Tensor:
+        """The likeliest class of each image, (B,)."""
+        return self(pixels).argmax(1)
 
     @torch.no_grad()
     def accuracy(self, digits: Digits) -> float:
@@ -115,12 +119,12 @@ class DigitClassifier(nn.Module):
 
 
 def fit_classifier(
-    digits: Digits, *, steps: int, seed: int = 0, batch_size: int = 64, lr: float = 2e-3
+    digits: Digits, *, steps: int, seed: int = 0, batch_size: int = 64, lr: float = 2e-3, classes: int = CLASSES
 ) -> DigitClassifier:
     """Train on slightly turned, shifted and scaled ``digits``; the classifier comes back in evaluation mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        classifier = DigitClassifier()
+        classifier = DigitClassifier(classes)
         optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
         for _ in range(steps):

@@ -27,6 +27,8 @@ class System:
         minutes: the whole chain may take, on two cores.
         views: augmented versions of each training digit in the token cache.
         text_length: bytes of the texts that digits are learned by ("a seven"); 0 is class labels.
+        captions, edits: of a system that is talked to: shares of held-out digits that must be named, and of edits that
+            must be recognised, and be in the hand of what they change; 0 is a system that draws alone.
         given_frames: of clips, how many first frames a second generator goes on from; 0 trains none.
     """
 
@@ -35,6 +37,8 @@ class System:
     minutes: float
     views: int = 32
     text_length: int = 0
+    captions: float = 0.0
+    edits: float = 0.0
     given_frames: int = 0
 
 

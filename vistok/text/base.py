@@ -30,6 +30,14 @@ class TextEncoder(ABC):
     def encode(self, texts: Sequence[str]) -> list[Piece]:
         """The sequence of every text, at most ``spec.length`` long, with the length that it would have uncut."""
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids.
+
+        Raises:
+            TextError: it makes features, of which there is no way back.
+        """
+        raise TextError(f"{type(self).__name__} makes features of texts; a text is written by a tokenizer of texts")
+
     @property
     @abstractmethod
     def identity(self) -> dict[str, Any]:

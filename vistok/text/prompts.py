@@ -111,6 +111,16 @@ class PromptEncoder:
             conditions.append(make(values, mask).drop(absent))
         return Condition.together(*conditions)
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, such as a model writes.
+
+        Raises:
+            TextError: there is no tokenizer of texts.
+        """
+        if "ids" not in self.parts:
+            raise TextError("this pipeline has no text tokenizer, which would turn what the model writes into text")
+        return self._encoder("ids").decode(ids)
+
     def to(self, device: Any) -> PromptEncoder:
         """Encode on this device from now on; returns itself."""
         self._device = device

@@ -43,6 +43,9 @@ class ByteTokenizer(IdEncoder):
     def ids(self, text: str) -> list[int]:
         return list(text.encode())
 
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
     @property
     def identity(self) -> dict[str, Any]:
         return {"kind": self.kind, "name": self.kind, "length": self.spec.length, "hash": self.kind}
@@ -80,6 +83,9 @@ class FileTokenizer(IdEncoder):
 
     def ids(self, text: str) -> list[int]:
         return self._tokenizer.encode(text).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids))
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from PIL import Image
+from torch import Tensor
 
 from vistok.checkpoints import Model
 from vistok.config import ConfigError
@@ -33,14 +35,14 @@ class Tokenizer(Model):
     """The constructor's arguments that follow from the data, each with the key of the ``data`` section that says it.
     Tokenizers of video add ``num_frames``."""
 
-    native_range: ClassVar[tuple[float, float]] = (-1.0, 1.0)
-    renders: ClassVar[bool] = True
+    native_range: tuple[float, float] = (-1.0, 1.0)
+    renders: bool = True
     """Whether ``decode`` makes pixels."""
-    reconstructs: ClassVar[bool] = True
+    reconstructs: bool = True
     """Whether ``forward`` gives a reconstruction, so that pixel losses and a GAN can apply."""
-    quantizer: nn.Module
-    """Of discrete tokenizers: latents to codes and back."""
-    has_posterior: ClassVar[bool] = False
+    quantizer: Any
+    """Of discrete tokenizers: latents to codes and back, a module of ``vistok.quantizers``."""
+    has_posterior: bool = False
     """Whether latents are drawn from a distribution, whose moments ``encode_moments`` gives."""
 
     @property
@@ -95,6 +97,11 @@ class Tokenizer(Model):
     def condition_spec(self) -> ConditionSpec:
         """What ``encode``, ``decode`` and ``forward`` can be conditioned on: nothing, unless the tokenizer says so."""
         return ConditionSpec()
+
+    @property
+    def latent_statistics(self) -> Mapping[str, float] | None:
+        """What latents are standardised with, for generators that are to know it again; None says nothing."""
+        return None
 
     @abstractmethod
     def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
@@ -167,7 +174,7 @@ class Tokenizer(Model):
         Args:
             draws: from ``decoding_draws``.
         """
-        options = {"draws": draws} if draws else {}
+        options: dict[str, Any] = {"draws": draws} if draws else {}
         return lambda tokens: self.decode(tokens, condition=condition, **options)
 
     def codes(self) -> Tensor:
@@ -179,7 +186,7 @@ class Tokenizer(Model):
         spec = self.spec
         if not spec.discrete or spec.depth != 1:
             raise ValueError(f"{type(self).__name__} has no codes: its tokens are not one id per position")
-        ids = torch.arange(spec.codebook_size, device=next(self.parameters()).device)
+        ids = torch.arange(spec.num_ids, device=self.device)
         return self.quantizer.ids_to_latents(ids)
 
     @property
@@ -216,7 +223,7 @@ class Tokenizer(Model):
         """The names of the terms in ``TokenizerOutput.losses``: what an objective can weight."""
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """The decoder's last weight, whose gradients balance the adaptive GAN weight (VQGAN, arXiv 2012.09841, eq. 7).
 
         Raises:
@@ -234,17 +241,36 @@ class Tokenizer(Model):
         low, high = self.native_range
         return pixels if (low, high) == (-1.0, 1.0) else (pixels - low) * (2 / (high - low)) - 1
 
+    def preprocess(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
+        """PIL images of any size as pixels (B, C, H, W) in [-1, 1] that ``encode`` reads: upright, ADM's centre crop to
+        the tokenizer's size, grey or RGB, on its device and in its precision.
+
+        Raises:
+            ValueError: no images, a tokenizer of clips or of images that are not square.
+        """
+        from vistok.data.pictures import from_pil
+
+        channels, height, width = self.image_shape("reading PIL images")
+        several = [images] if isinstance(images, Image.Image) else images
+        parameter = next(self.parameters())
+        return from_pil(several, (height, width), channels).to(parameter.device, parameter.dtype)
+
     def check_pixels(self, pixels: Tensor) -> TokenSpec:
-        """Check shape and type of a batch of public pixels and return its TokenSpec.
+        """Check shape and type of a batch of public pixels and return its TokenSpec; outside of training, warn of
+        values that no picture has.
 
         Raises:
             ValueError: wrong rank, channels, size or dtype.
         """
         expected = self.input_shape
+        if not isinstance(pixels, Tensor):
+            raise ValueError(f"pixels must be a tensor, got {type(pixels).__name__}; tokenizer.preprocess(…) makes one")
         if not pixels.is_floating_point():
             raise ValueError(f"pixels must be float in [-1, 1], got {pixels.dtype}; divide uint8 by 127.5, subtract 1")
         if pixels.ndim != len(expected) + 1:
             raise ValueError(f"pixels must be (B, {', '.join(map(str, expected))}), got shape {tuple(pixels.shape)}")
+        if not self.training and pixels.numel():  # training would wait for the device
+            _warn_of_range(pixels)
         return self.spec_for(pixels.shape[1:])
 
     def image_shape(self, purpose: str) -> tuple[int, int, int]:
@@ -287,6 +313,20 @@ class Tokenizer(Model):
         return self.decode(self.encode(pixels, condition=condition), condition=condition).clamp(-1, 1)
 
 
+OVERSHOOT = 1.5
+"""How far from 0 pixels may lie without a warning: decoders overshoot [-1, 1] a little."""
+
+
+def _warn_of_range(pixels: Tensor) -> None:
+    low, high = torch.stack(torch.aminmax(pixels.detach())).tolist()
+    if low < -OVERSHOOT or high > OVERSHOOT:
+        warnings.warn(
+            f"pixels lie in [{low:.3g}, {high:.3g}], but tokenizers read [-1, 1]: divide 8-bit values by 127.5 and "
+            "subtract 1, or let tokenizer.preprocess(…) read PIL images",
+            stacklevel=4,
+        )
+
+
 def image_sides(image_size: int | Sequence[int]) -> tuple[int, int]:
     """(height, width) of an ``image_size``: the side of a square, or both."""
     if isinstance(image_size, int):
@@ -316,7 +356,7 @@ def prefix_lengths(spec: TokenSpec, tokens: Tensor, lengths: Tensor | None) -> T
     elif lengths.shape != (len(tokens),) or lengths.is_floating_point():
         raise ValueError(f"lengths must be ({len(tokens)},) integers, got {tuple(lengths.shape)} of {lengths.dtype}")
     lengths = lengths.to(tokens.device, torch.int64)
-    step = spec.prefix_step
+    step = spec.prefix_step or spec.length
     wrong = lengths[(lengths < 1) | (lengths > min(given, spec.length)) | (lengths % step != 0)]
     if len(wrong):
         multiples = f"a multiple of {step} " if step > 1 else ""

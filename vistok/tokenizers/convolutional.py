@@ -65,7 +65,7 @@ class ConvTokenizer(Tokenizer):
         return {"latents": self.spec.dim, "decoded": self.decoder.conv_in.out_channels}
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         return self.decoder.conv_out.weight
 
     def _spec_for_sides(self, sides: tuple[int, ...]) -> TokenSpec:
@@ -98,7 +98,7 @@ class ConvTokenizer(Tokenizer):
             ValueError: ids out of range, or not h * w of them.
         """
         self.check_condition(condition)
-        grid = grid or self.spec.grid
+        grid = grid or self.spec.raster
         self.spec.check_ids(tokens)
         if tokens.shape[1] != math.prod(grid):
             raise ValueError(

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from vistok.checkpoints import registry
 from vistok.draws import Draws, Keys
@@ -91,7 +91,7 @@ class Framewise(Tokenizer):
         return self.tokenizer.loss_terms
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         return self.tokenizer.last_layer
 
     def codes(self) -> Tensor:
@@ -117,7 +117,7 @@ class Framewise(Tokenizer):
                 f"{self.num_frames} frames have {self.spec.length} tokens, {self.tokenizer.spec.length} each, got "
                 f"{tokens.shape[1]}"
             )
-        options = {} if draws is None else {"draws": _of_frames(draws)}
+        options: dict[str, Any] = {} if draws is None else {"draws": _of_frames(draws)}
         frames = tokens.unflatten(1, (self.num_frames, -1)).flatten(0, 1)  # (B * T, L[, …])
         return _clips(self.tokenizer.decode(frames, **options), len(tokens))
 

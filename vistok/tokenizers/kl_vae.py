@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from vistok.checkpoints import CheckpointError, OfficialCheckpoint, load_strictly, read_weights, rename, snapshot
 from vistok.checkpoints.official_config import OfficialConfig
@@ -113,7 +113,7 @@ class KLVAE(Tokenizer):
         self._spec = self.spec_for(self._input_shape)
         _check_widths(block_out_channels, norm_groups)
         up_types = _block_types("UpDecoderBlock2D", "AttnUpDecoderBlock2D", decoder_attention, levels)
-        self.vae = AutoencoderKL(
+        self.vae: Any = AutoencoderKL(  # which does not declare its layers
             in_channels=in_channels,
             out_channels=in_channels,
             down_block_types=_block_types("DownEncoderBlock2D", "AttnDownEncoderBlock2D", encoder_attention, levels),
@@ -144,7 +144,7 @@ class KLVAE(Tokenizer):
         return ("kl",)
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         return self.vae.decoder.conv_out.weight
 
     def _spec_for_sides(self, sides: tuple[int, ...]) -> TokenSpec:
@@ -193,7 +193,7 @@ class KLVAE(Tokenizer):
             ValueError: latents of another VAE, or not h * w of them.
         """
         self.check_condition(condition)
-        h, w = grid or self.spec.grid
+        h, w = grid or self.spec.raster
         self.spec.check_latents(tokens)
         if tokens.shape[1] != h * w:
             raise ValueError(
@@ -201,7 +201,7 @@ class KLVAE(Tokenizer):
             )
         return self.decode_latents(tokens / self.scale + self.mean, (h, w))
 
-    def decode_latents(self, latents: Tensor, grid: tuple[int, int]) -> Tensor:
+    def decode_latents(self, latents: Tensor, grid: tuple[int, ...]) -> Tensor:
         """Latents (B, h * w, D) as the autoencoder has them, not standardised, to pixels."""
         latents = rearrange(latents, "b (h w) d -> b d h w", h=grid[0], w=grid[1])
         if self.vae.post_quant_conv is not None:
@@ -221,7 +221,7 @@ class KLVAE(Tokenizer):
         self.check_condition(condition)
         mean, log_variance = self.moments(pixels)
         latents = self._choose(mean, log_variance, draws)
-        reconstruction = self.decode_latents(latents, self.spec_for(pixels.shape[1:]).grid)
+        reconstruction = self.decode_latents(latents, self.spec_for(pixels.shape[1:]).raster)
         losses = {"kl": gaussian_kl(mean, log_variance).flatten(1).sum(1)}
         return TokenizerOutput(reconstruction, self._standardised(latents), losses, {"latents": latents})
 
@@ -279,7 +279,7 @@ class KLVAE(Tokenizer):
 
     @classmethod
     def _from_diffusers(
-        cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor], image_size: int = 256
+        cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor], image_size: int | tuple[int, int] = 256
     ) -> Self:
         given = OfficialConfig(config, DIFFUSERS_WITHOUT_EFFECT)
         given.require("_class_name", "AutoencoderKL", why="other classes are other models")
@@ -308,7 +308,7 @@ class KLVAE(Tokenizer):
         return model
 
     @classmethod
-    def from_diffusers(cls, source: str | Path, *, image_size: int = 256, **hub_options: Any) -> Self:
+    def from_diffusers(cls, source: str | Path, *, image_size: int | tuple[int, int] = 256, **hub_options: Any) -> Self:
         """Load an AutoencoderKL that diffusers saved: a folder, or a hub id.
 
         Raises:

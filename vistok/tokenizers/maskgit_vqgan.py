@@ -216,7 +216,7 @@ class MaskGITVQGAN(Tokenizer):
         return self.quantizer.loss_terms
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         return self.decoder.conv_out.weight
 
     def _spec_for_sides(self, sides: tuple[int, ...]) -> TokenSpec:
@@ -249,7 +249,7 @@ class MaskGITVQGAN(Tokenizer):
             ValueError: ids out of range, or not h * w of them.
         """
         self.check_condition(condition)
-        h, w = grid or self.spec.grid
+        h, w = grid or self.spec.raster
         self.spec.check_ids(tokens)
         if tokens.shape[1] != h * w:
             raise ValueError(
@@ -257,7 +257,7 @@ class MaskGITVQGAN(Tokenizer):
             )
         return self.decode_latents(self.quantizer.ids_to_latents(tokens), (h, w))
 
-    def decode_latents(self, quantized: Tensor, grid: tuple[int, int]) -> Tensor:
+    def decode_latents(self, quantized: Tensor, grid: tuple[int, ...]) -> Tensor:
         """Codes (B, h * w, code dim) on a grid (h, w) to pixels in [-1, 1]."""
         return self.from_native(self.decoder(rearrange(quantized, "b (h w) d -> b d h w", h=grid[0], w=grid[1])))
 
@@ -273,7 +273,7 @@ class MaskGITVQGAN(Tokenizer):
         self.check_condition(condition)
         latents = self.latents(pixels)
         quantized = self.quantizer(latents, draws=draws)
-        grid = self.spec_for(pixels.shape[1:]).grid
+        grid = self.spec_for(pixels.shape[1:]).raster
         features = {"latents": latents, "quantized": quantized.quantized}
         reconstruction = self.decode_latents(quantized.quantized, grid)
         return TokenizerOutput(reconstruction, quantized.ids, quantized.losses, features)

@@ -130,8 +130,9 @@ class Checkpoints:
             log.warning("%s is %s after step %d, so this is not the best checkpoint", metric, row[metric], step)
             return
         sign = 1 if metric.removeprefix("val_") in HIGHER_IS_BETTER else -1
-        comparable = best is not None and best["metric"] == metric and self._era(best["step"]) == self._era(step)
-        if not comparable or sign * row[metric] > sign * best["value"]:
+        if best is not None and (best["metric"] != metric or self._era(best["step"]) != self._era(step)):
+            best = None  # of another measure, or of another objective
+        if best is None or sign * row[metric] > sign * best["value"]:
             write_json(self.folder / BEST, {"step": step, "metric": metric, "value": row[metric]})
 
     def _era(self, step: int) -> int:

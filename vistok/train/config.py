@@ -145,6 +145,31 @@ class PlayerConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685), which are trained in place of the model's weights.
+
+    Attributes:
+        rank: of what is added to each weight.
+        alpha: it is scaled by alpha / rank.
+        targets: patterns of names of the layers that get one, linear and convolutional: ``*.attn.*``; all by default.
+        also: patterns of names of parameters that are trained beside them. What ``init_from`` leaves new, such as a
+            table of other classes, is trained in any case.
+        merge: whether exported weights hold the sum; else the adapter lies beside them, as PEFT has it.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("*",)
+    also: tuple[str, ...] = ()
+    merge: bool = True
+
+    def __post_init__(self) -> None:
+        check_least(self, rank=1, alpha=0)
+        if not self.targets:
+            raise ValueError("targets is empty: name the layers that get an adapter, such as ['*.attn.*']")
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """Length, precision and rhythm of a run; all intervals are optimisation steps, 0 turns them off.
 
@@ -167,6 +192,7 @@ class TrainingConfig:
             psnr where it is logged, else loss; with ``validation``, the held-out one (val_psnr, val_loss). Those from
             before the objective changed (an adversary took part) do not count once it did.
         trackers: who gets the metrics, besides metrics.jsonl.
+        lora: train low-rank adapters instead of the weights; None trains these.
     """
 
     max_steps: int
@@ -184,12 +210,15 @@ class TrainingConfig:
     keep_checkpoints: int = 2
     best_metric: str | None = None
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
         check_least(self, max_steps=1, batch_size=1, gradient_accumulation_steps=1, keep_checkpoints=1)
         check_least(self, max_grad_norm=0, log_every=0, image_every=0, save_every=0)
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
+        if self.lora is not None and self.parallel == "fsdp2":
+            raise ValueError("lora does not go with parallel fsdp2, which shards whole weights; use ddp")
 
 
 @dataclass(frozen=True)
@@ -227,7 +256,8 @@ class InitFrom:
     """Weights that training starts from; in place of the section, its path.
 
     Attributes:
-        path: a run, model or checkpoint folder, or a weights file.
+        path: whatever ``vistok.load`` takes (a run, a model's folder, RUN/checkpoints/step-N, a hub id, the id of an
+            official checkpoint), or a weights file.
         module: the part of the model that they are for; by default the whole.
         rename: new beginnings of the source's keys by patterns (regular expressions) of old ones; null leaves them out.
         strict: every key must have a place, and every place a key.
@@ -254,7 +284,7 @@ class RunConfig:
     Attributes:
         task: what is trained.
         output_dir: the run folder; it must not exist, unless the run resumes.
-        model: ``name`` (see ``vistok models``) and constructor arguments.
+        model: ``name`` (see ``vistok models``) and constructor arguments; without a name, those of ``init_from``.
         players: what differs for a player ("adversary"): keys of ``PlayerConfig`` by its name.
         validation: held-out samples; None is no validation.
         seed: of initial weights, order, augmentation and every draw.
@@ -272,8 +302,8 @@ class RunConfig:
 
     task: str
     output_dir: str
-    model: Annotated[dict[str, Any], KeysOf(_model_keys)]
     training: TrainingConfig
+    model: Annotated[dict[str, Any], KeysOf(_model_keys)] = field(default_factory=dict)
     optimizer: OptimizerConfig = OptimizerConfig()
     lr_scheduler: SchedulerConfig = SchedulerConfig()
     players: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -312,6 +342,15 @@ class RunConfig:
             raise ConfigError(f"task {self.task} needs {self.needed!r}; for example {EXAMPLES[self.needed]}")
         if self.curve is not None:
             curve_file(self.curve)
+        warmup, steps = self.lr_scheduler.warmup_steps, self.training.max_steps
+        if warmup >= steps:
+            log.warning(
+                "lr_scheduler.warmup_steps %d is no less than training.max_steps %d: the learning rate never reaches "
+                "optimizer.lr %g",
+                warmup,
+                steps,
+                self.optimizer.lr,
+            )
         if self.validation is not None:
             self.validation.check(self.needed)
         elif (self.training.best_metric or "").startswith("val_"):
@@ -328,7 +367,9 @@ class RunConfig:
 
     def model_entry(self) -> registry.Entry:
         if "name" not in self.model:
-            raise ConfigError("model.name is missing; `vistok models` lists the names")
+            raise ConfigError(
+                "model.name is missing; `vistok models` lists the names, and init_from=RUN takes the model of a run"
+            )
         if not isinstance(self.model["name"], str):
             raise ConfigError(f"model.name must be a text, got {self.model['name']!r}; `vistok models` lists the names")
         return registry.entry(self.model["name"], self.kind)
@@ -362,7 +403,7 @@ class RunConfig:
         base = {key: getattr(self.optimizer, key) for key in (f.name for f in fields(self.optimizer))}
         if name != MODEL:  # whose parameters these patterns name
             base |= {"groups": (), "no_decay": ()}
-        sections = {
+        sections: dict[str, Any] = {
             "optimizer": base | optimizer,
             "lr_scheduler": {f.name: getattr(self.lr_scheduler, f.name) for f in fields(self.lr_scheduler)},
             "max_grad_norm": self.training.max_grad_norm,

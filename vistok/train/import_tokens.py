@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,8 +67,10 @@ def import_tokens(
 
 
 def _check_ids(tokenizer: Tokenizer, samples: Sequence[PeerSample]) -> None:
-    size = tokenizer.spec.codebook_size
-    for sample in samples if size is not None else ():
+    if not tokenizer.spec.discrete:
+        return
+    size = tokenizer.spec.num_ids
+    for sample in samples:
         wrong = sample.values[(sample.values < 0) | (sample.values >= size)]
         if wrong.size:
             raise PeerCacheError(f"{sample.where}: token id {wrong.flat[0]} is out of range 0..{size - 1}")
@@ -85,4 +88,5 @@ def _tokens(tokenizer: Tokenizer, samples: Sequence[PeerSample]) -> Tensor:
     if not tokenizer.has_posterior:
         return values
     mean, log_variance = values.float().flatten(3).transpose(2, 3).chunk(2, -1)  # (B, V, L, D) each
-    return tokenizer.standardised_moments(mean, log_variance.clamp(-30, 20))
+    with_posterior: Any = tokenizer
+    return with_posterior.standardised_moments(mean, log_variance.clamp(-30, 20))

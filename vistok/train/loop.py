@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import signal
 import time
 import zlib
 from collections import ChainMap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -29,7 +30,7 @@ from vistok.train.environment import environment, open_accelerator, start_tracke
 from vistok.train.monitor import METRICS_FILE, Console, Meter, MetricsFile
 from vistok.train.players import Players
 from vistok.train.report import write_run_report
-from vistok.train.start import initialise
+from vistok.train.start import adapt, initialise, open_starts, with_model_of_source
 from vistok.train.stopping import StopRequest, TrainingInterrupted
 from vistok.train.tasks import Task, Turn, task_type
 from vistok.train.tasks.base import forever, on_device
@@ -37,6 +38,7 @@ from vistok.train.trail import Trail, earliest
 from vistok.types import Clock
 from vistok.utils.files import write_json
 from vistok.utils.locks import holds_files, locked
+from vistok.utils.paths import expand
 from vistok.utils.processes import is_first_process
 
 log = logging.getLogger(__name__)
@@ -65,6 +67,7 @@ def train(config: Mapping[str, Any], *, resume: bool = False) -> Path:
         LoaderWorkerError: a process that reads data died.
         FolderInUseError: another process trains into the run folder.
     """
+    config = with_model_of_source(expand(config))
     run = RunConfig.parse(config)
     run.model_entry()
     folder = Path(run.output_dir)
@@ -102,10 +105,14 @@ def prepare(run: RunConfig, folder: Path) -> tuple[Any, Task]:
     """The accelerator, and the task with its model as training starts with it."""
     from accelerate.utils import set_seed
 
+    starts = open_starts(run)
     accelerator = open_accelerator(run, folder)
     set_seed(run.seed)
-    task = task_type(run.task)(run, accelerator.process_index, accelerator.num_processes)
-    initialise(task.model, run.sources, run.kind)
+    make: Callable[[RunConfig, int, int], Task] = task_type(run.task)
+    task = make(run, accelerator.process_index, accelerator.num_processes)
+    new = initialise(task.model, starts)
+    if run.training.lora is not None:
+        adapt(task.learner, run.training.lora, new)
     task.learner.freeze(run.freeze)
     return accelerator, task
 
@@ -123,7 +130,8 @@ class Trainer:
             objective_changes=task.objective_changes,
         )
         self.players = Players(task, self.config, accelerator)
-        self.step, self.row, self.meter, self.trail = 0, None, Meter(), Trail()
+        self.step, self.meter, self.trail = 0, Meter(), Trail()
+        self.row: dict[str, float] = {}  # the last of the log
 
     def resume(self, config: Mapping[str, Any]) -> None:
         """Go to the newest checkpoint; where there is none yet, stay at the beginning.
@@ -199,10 +207,11 @@ class Trainer:
                 if saving or stopped:
                     self.save(validated=bool(held_out))
                 if stopped:
+                    number = stop.signal or signal.SIGTERM  # which another process has got
                     raise TrainingInterrupted(
-                        f"stopped by {stop.signal.name} after step {self.step}; go on with --resume, from "
+                        f"stopped by {number.name} after step {self.step}; go on with --resume, from "
                         f"{self.checkpoints.path(self.step)}",
-                        stop.signal,
+                        number,
                     )
                 begin += time.monotonic() - pause  # pictures and checkpoints are not training time
         self._name_unreadable()
@@ -236,7 +245,8 @@ class Trainer:
 
     def optimise(self, batches: Iterator[Any]) -> int:
         """One optimisation step; returns how many units of data it saw, on all processes."""
-        parts, units, moving = self.config.gradient_accumulation_steps, 0, {}
+        parts, units = self.config.gradient_accumulation_steps, 0
+        moving: dict[str, None] = {}
         clock = Clock(self.step, self.config.max_steps)
         self.players.begin(self.step)
         for part in range(parts):
@@ -329,7 +339,7 @@ class Trainer:
         found: list[dict[str, float] | TooManyUnreadableError] = [{}]
         clock = Clock(self.step, self.config.max_steps)
         with self.players.best() as learner:
-            if self.accelerator.is_main_process:
+            if learner is not None and self.accelerator.is_main_process:
                 home = next(learner.parameters()).device  # the whole copy of a sharded model lives on the CPU
                 learner.to(self.accelerator.device)
                 try:
@@ -348,7 +358,7 @@ class Trainer:
 
     def _picture(self) -> None:
         with self.players.best() as learner:
-            if self.accelerator.is_main_process:
+            if learner is not None and self.accelerator.is_main_process:
                 for picture in self.task.pictures(learner.model):
                     with self.checkpoints.disk_errors("a picture"):
                         save_png(picture, self.folder / "images" / f"step-{self.step:07d}.png")
@@ -371,10 +381,10 @@ class Trainer:
     def export(self) -> None:
         """Write what users load."""
         with self.players.best() as learner:
-            if self.accelerator.is_main_process:
+            if learner is not None and self.accelerator.is_main_process:
                 with self.checkpoints.disk_errors("the trained model"):
                     self.task.export(self.folder, learner.model)
-                    if "val_loss" in (self.row or {}) and self.checkpoints.is_best(self.step):
+                    if "val_loss" in self.row and self.checkpoints.is_best(self.step):
                         self.task.export(self.folder / BEST_MODEL, learner.model)
 
     def save(self, *, validated: bool) -> None:

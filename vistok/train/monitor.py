@@ -166,7 +166,7 @@ class MetricsFile:
     def __init__(self, path: Path, resumed_step: int):
         self.path = path
         if path.exists():
-            kept = [json.dumps(row) for row in read_metrics(path) if row["step"] <= resumed_step]
+            kept = [json.dumps(row) for row in read_metrics(path) if (row["step"] or 0) <= resumed_step]
             with atomic_file(path) as temporary:
                 temporary.write_text("".join(line + "\n" for line in kept))
 
@@ -178,7 +178,7 @@ class MetricsFile:
     def seconds(self) -> float:
         """Training time that the rows account for."""
         rows = read_metrics(self.path) if self.path.exists() else []
-        return rows[-1]["seconds"] if rows else 0.0
+        return (rows[-1]["seconds"] if rows else None) or 0.0
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float | None]]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vistok.checkpoints import CheckpointError
+from vistok.checkpoints import CheckpointError, Model
 from vistok.config import ConfigError
 from vistok.train.config import OptimizerConfig, SchedulerConfig
 from vistok.train.names import matching
@@ -150,7 +150,7 @@ class AveragedModel:
     The decay starts low, (1 + n) / (10 + n) at update n, so that the initial weights are forgotten.
     """
 
-    def __init__(self, model: nn.Module, decay: float):
+    def __init__(self, model: Model, decay: float):
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay, self.updates = decay, 0
 
@@ -160,6 +160,9 @@ class AveragedModel:
         self.updates = 0
         for own, other in zip(self.model.parameters(), model.parameters()):
             local(own).copy_(local(other.detach()))
+        self._copy_buffers(model)
+
+    def _copy_buffers(self, model: nn.Module) -> None:
         for own, other in zip(self.model.buffers(), model.buffers()):
             own.copy_(other)
 
@@ -169,5 +172,4 @@ class AveragedModel:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         own = [local(p.detach()) for p in self.model.parameters()]
         torch._foreach_lerp_(own, [local(p.detach()) for p in model.parameters()], 1 - decay)
-        for own, other in zip(self.model.buffers(), model.buffers()):
-            own.copy_(other)
+        self._copy_buffers(model)

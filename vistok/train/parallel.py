@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import is_dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -93,7 +93,8 @@ def shard(model: nn.Module, device: torch.device, *, mixed_precision: str = "no"
         else:
             fully_shard(block, mesh=mesh)
     model.register_forward_hook(_return_no_views)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
 def _norms(block: nn.Module) -> list[nn.Module] | None:
@@ -117,7 +118,7 @@ def _map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """``value`` with its tensors replaced, in data classes, dictionaries, tuples and lists."""
     if isinstance(value, Tensor):
         return function(value)
-    if is_dataclass(value):
+    if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{name: _map_tensors(function, part) for name, part in vars(value).items()})
     if isinstance(value, dict):
         return {name: _map_tensors(function, part) for name, part in value.items()}
@@ -164,10 +165,11 @@ def spread(tensor: Tensor, like: Tensor) -> Tensor:
     """
     if not hasattr(like, "full_tensor") or tensor.shape != like.shape:
         return tensor
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
 
     source = tensor if distributed.get_rank() == 0 else torch.empty_like(tensor, device=like.device)
-    return distribute_tensor(source, like.device_mesh, like.placements)
+    sharded = cast(DTensor, like)
+    return distribute_tensor(source, sharded.device_mesh, sharded.placements)
 
 
 def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:

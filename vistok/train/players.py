@@ -145,7 +145,8 @@ class Players:
         self._learner, self._accelerator = task.learner, accelerator
         self._sharded = wants_fsdp2(training, task) and accelerator.num_processes > 1
         self._players: dict[str, Player] = {}
-        self.average = self._whole = None
+        self.average: AveragedModel | None = None
+        self._whole: Learner | None = None
         unknown = task.config.players.keys() - task.players().keys()
         if unknown:
             raise ConfigError(
@@ -157,7 +158,7 @@ class Players:
         for name, module in task.players().items():
             module.train().to(accelerator.device)
             if name == MODEL:
-                self._prepare(module, training)
+                self._prepare(task.learner, training)
             self._players[name] = Player(
                 module,
                 self._wrap(name, module, changing=task.changing_parameters),
@@ -280,7 +281,8 @@ class Players:
             log.warning(message, *values)
 
     def _load_player(self, name: str, player: Player, state: Mapping[str, Any]) -> None:
-        saved, fresh = dict(state["players"][name]), set()
+        saved = dict(state["players"][name])
+        fresh: set[str] = set()
         if name == MODEL:
             saved["weights"], fresh = self._with_losses(state["model"], saved["weights"])
             saved["optimizer"] = {k: v for k, v in saved["optimizer"].items() if k in _names(player.module)}

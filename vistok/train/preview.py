@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from vistok.data.movies import overview
 from vistok.data.pictures import save_png
 from vistok.train.config import MODEL, RunConfig
 from vistok.train.loop import prepare
 from vistok.train.parallel import checkpoint_activations, wants_fsdp2
+from vistok.train.start import with_model_of_source
 from vistok.train.tasks import Task
 from vistok.types import Clock
+from vistok.utils.paths import expand
 
 SHOWN = 64
 """Samples of the first batch in its picture."""
@@ -31,6 +34,8 @@ class Preview:
         memory: bytes per device by purpose. "activations" is an estimate: what the forward pass of two samples keeps
             for its gradient, scaled to the batch, in the precision of this machine's pass; workspace comes on top.
         samples_per_epoch, units_per_epoch: what one epoch holds, in samples and in ``unit`` ("images", "tokens").
+        operations: floating-point operations of a step, over all processes: three times those of the forward pass,
+            counted on two samples.
         held_out: samples to validate on.
         batch_size: samples per optimisation step, over all processes and accumulated batches.
         steps, epochs: the length of the run.
@@ -42,6 +47,7 @@ class Preview:
     samples_per_epoch: int
     units_per_epoch: int
     unit: str
+    operations: int
     held_out: int
     batch_size: int
     steps: int
@@ -57,7 +63,7 @@ def preview(config: Mapping[str, Any]) -> Preview:
     Raises:
         ConfigError: anything wrong with the config.
     """
-    run = RunConfig.parse(config)
+    run = RunConfig.parse(with_model_of_source(expand(config)))
     run.model_entry()
     accelerator, task = prepare(run, Path(run.output_dir))
     batch = next(iter(task.loader))
@@ -68,12 +74,16 @@ def preview(config: Mapping[str, Any]) -> Preview:
     batch_size = len(batch.indices) * accelerator.num_processes * run.training.gradient_accumulation_steps
     samples = len(task.loader.reader)
     shards = accelerator.num_processes if wants_fsdp2(run.training, task) else 1
+    few = _first(batch, 2)
+    with FlopCounterMode(display=False) as counted:
+        kept = memory(task, batch, run, shards)
     return Preview(
         parameters={name: sum(p.numel() for p in trained) for name, trained in _trained(task).items()},
-        memory=memory(task, batch, run, shards),
+        memory=kept,
         samples_per_epoch=samples,
         units_per_epoch=samples * task.count(batch) // len(batch.indices),
         unit=task.unit.removesuffix("_per_second"),
+        operations=3 * counted.get_total_flops() * batch_size // len(few.indices),
         held_out=len(task.held_out.reader),
         batch_size=batch_size,
         steps=steps,

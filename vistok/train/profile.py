@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 
 from vistok.train.config import RunConfig
 from vistok.train.loop import Trainer, prepare
+from vistok.train.start import with_model_of_source
 from vistok.train.tasks.base import forever
 from vistok.utils.files import atomic_file
+from vistok.utils.paths import expand
 
 PHASES = ("data wait", "forward", "backward", "optimizer")
 WARMUP, STEPS = 2, 5
@@ -45,7 +47,7 @@ def profile(config: Mapping[str, Any]) -> Profile:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
-    run = RunConfig.parse(config)
+    run = RunConfig.parse(with_model_of_source(expand(config)))
     run.model_entry()
     trace = Path(f"{run.output_dir}.trace.json")
     with tempfile.TemporaryDirectory() as scratch:

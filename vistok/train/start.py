@@ -5,48 +5,217 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
-from vistok.checkpoints import WEIGHTS, CheckpointError, Model, load_strictly, read_weights, unwrap
-from vistok.checkpoints.weights import listing
+from vistok.checkpoints import CheckpointError, Model, load, load_strictly, read_config, read_weights, unwrap
+from vistok.checkpoints.adapters import merged
+from vistok.checkpoints.model import CONFIG, model_folder, read_exported
+from vistok.checkpoints.weights import STATE, exported, listing
+from vistok.conditions import PARTS
 from vistok.config import ConfigError
-from vistok.train.checkpoints import STATE
-from vistok.train.config import InitFrom
+from vistok.generators.base import Generator
+from vistok.train.config import InitFrom, LoraConfig, RunConfig
+from vistok.train.lora import add_adapters
+from vistok.train.tasks import Learner, task_type
+from vistok.types import ConditionSpec, FeatureSpec, IdSpec
 
 log = logging.getLogger(__name__)
 
 
-def initialise(model: Model, sources: Sequence[InitFrom], kind: str) -> None:
-    """Load weights into a model, from one source after another; what none of them has stays new, and is logged.
+@dataclass(frozen=True)
+class Start:
+    """Where weights come from, found but not read yet.
+
+    Attributes:
+        source: what the config says.
+        saved: ``config.json`` of the model, or None where weights stand alone.
+        place: the folder of the model or the checkpoint, or the file of the weights; or a model that had to be fetched
+            and converted whole.
+    """
+
+    source: InitFrom
+    saved: Mapping[str, Any] | None
+    place: Path | Model
+
+    @property
+    def name(self) -> str:
+        return f"init_from {self.source.path}"
+
+    def weights(self) -> dict[str, Tensor]:
+        if isinstance(self.place, Model):
+            return self.place.state_dict()
+        if self.place.is_file():
+            return unwrap(read_weights(self.place))
+        if (self.place / CONFIG).is_file():
+            return read_exported(self.place)
+        return merged(exported(read_weights(self.place / STATE), self.place))
+
+
+def find(source: InitFrom, kind: str) -> Start:
+    """Look up a source without reading its weights, but for those that are fetched and converted.
 
     Args:
         kind: "tokenizer" or "generator": the part of a run folder that is meant.
 
     Raises:
-        CheckpointError: nothing there, or weights that do not fit.
+        CheckpointError: nothing there, or no model.
+    """
+    path = Path(source.path).expanduser()
+    if path.is_file():
+        return Start(source, None, path)
+    if not path.exists():
+        model = load(source.path)
+        saved = {"model": model.registry_name, "arguments": model.config}
+        return Start(source, saved, model)
+    folder = path / kind if (path / kind).is_dir() else model_folder(path)
+    if (folder / STATE).is_file() and not (folder / CONFIG).is_file():  # of an earlier version
+        return Start(source, None, folder)
+    try:
+        return Start(source, read_config(folder), folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"init_from: {error}") from error
+
+
+def with_model_of_source(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A run's config, whose ``model`` is that of its ``init_from`` where it names none; its own keys win.
+
+    Arguments that follow from the data are left to them: the tokens, the classes, the image size.
+
+    Raises:
+        CheckpointError: nothing there.
+        ConfigError: weights alone, which do not say what model they are of.
+    """
+    own = config.get("model") or {}
+    source = config.get("init_from")
+    source = source[-1] if isinstance(source, list | tuple) and source else source
+    path = source.get("path") if isinstance(source, Mapping) else source
+    if not isinstance(own, Mapping) or "name" in own or not isinstance(path, str):
+        return config
+    kind = task_type(config.get("task")).config_type.kind
+    saved = find(InitFrom(path), kind).saved
+    if saved is None:
+        raise ConfigError(f"init_from {path} holds weights alone, so the config has to say model.name")
+    derived = _derived_keys(saved["model"], kind)
+    arguments = {key: value for key, value in saved["arguments"].items() if key not in derived}
+    return {**config, "model": {"name": saved["model"], **arguments, **own}}
+
+
+def _derived_keys(name: str, kind: str) -> set[str]:
+    """The arguments of a model that a run takes from its data."""
+    from vistok.checkpoints.registry import entry
+
+    model_class = entry(name, kind).load()
+    if kind == "tokenizer":
+        return set(model_class.data_arguments)
+    return {"spec", "num_classes", *_condition_keys(model_class)}
+
+
+def _condition_keys(model_class: type[Generator]) -> set[str]:
+    everything, found = ConditionSpec(1, IdSpec(1, 1), FeatureSpec(1, 1), IdSpec(1, 1)), set[str]()
+    for part in PARTS:
+        try:
+            found.update(model_class.condition_arguments(everything.only((part,))))
+        except ValueError:  # which this generator does not take
+            continue
+    return found
+
+
+def open_starts(run: RunConfig) -> list[Start]:
+    """The sources of a run, checked before its data are read.
+
+    Raises:
+        CheckpointError: nothing there, or the weights of another model.
+    """
+    starts = [find(source, run.kind) for source in run.sources]
+    for start in starts:
+        whole = not start.source.module and not start.source.rename and start.source.strict
+        if whole and start.saved is not None and start.saved["model"] != run.model["name"]:
+            raise CheckpointError(
+                f"{start.name} is a {start.saved['model']}, but the model of this run is a {run.model['name']}: leave "
+                "model out to train that one on, or say what fits with init_from.module, .rename and .strict=false"
+            )
+    return starts
+
+
+def initialise(model: Model, starts: Sequence[Start]) -> set[str]:
+    """Load weights into a model, from one source after another; what none of them has stays new, and is logged.
+
+    Returns:
+        the entries of the model's state that are new, or new in part; none without sources.
+
+    Raises:
+        CheckpointError: weights that do not fit.
         ConfigError: no such module.
     """
-    new = set(model.state_dict()) if sources else set()
-    for source in sources:
-        new -= _load(model, source, kind)
+    new = set(model.state_dict()) if starts else set()
+    for start in starts:
+        filled, tables = _load(model, start)
+        new = (new - filled) | tables
     if new:
         log.warning("init_from: %d entries of the model stay new: %s", len(new), listing(new))
+    return new
 
 
-def _load(model: Model, source: InitFrom, kind: str) -> set[str]:
-    """Load one source; the keys of the model's state that it filled."""
+def adapt(learner: Learner, lora: LoraConfig, new: set[str]) -> None:
+    """Train low-rank adapters, what ``init_from`` left ``new`` and what the config names, and no more of the model.
+
+    Raises:
+        ConfigError: a pattern that fits nothing.
+    """
+    from vistok.train.names import matching
+
+    trained = add_adapters(learner.model, lora)
+    names = {name for name, _ in learner.model.named_parameters()}
+    trained |= matching(names, lora.also, "training.lora.also") | (new & names)
+    learner.leave(names - trained)
+
+
+def _load(model: Model, start: Start) -> tuple[set[str], set[str]]:
+    """Load one source; the keys of the model's state that it filled, and the tables whose classes are new."""
+    source, tables = start.source, set[str]()
     part = _module(model, source.module)
-    name = f"init_from {source.path}"
-    weights = _renamed(_weights(Path(source.path), kind), source.rename, name)
+    weights = _renamed(start.weights(), source.rename, start.name)
+    if not source.module:
+        weights, tables = _with_own_classes(model, weights, start)
     if not source.strict:
-        weights = _known(part, weights, name)
-        load_strictly(part, dict(part.state_dict()) | weights, source=name)
+        weights = _known(part, weights, start.name)
+        load_strictly(part, dict(part.state_dict()) | weights, source=start.name)
     else:
-        load_strictly(part, weights, source=name)
+        load_strictly(part, weights, source=start.name)
     prefix = f"{source.module}." if source.module else ""
-    return {prefix + key for key in weights}
+    return {prefix + key for key in weights}, tables
+
+
+def _with_own_classes(model: Model, weights: dict[str, Tensor], start: Start) -> tuple[dict[str, Tensor], set[str]]:
+    """Tables of another number of classes get the model's own rows for them, which are new, and keep all others."""
+    theirs = start.saved and start.saved["arguments"].get("num_classes")
+    ours = getattr(model, "num_classes", None)
+    if not theirs or not ours or theirs == ours:
+        return weights, set()
+    first, result, tables = model.class_rows_from, dict(weights), set()
+    for key, own in model.state_dict().items():
+        given = weights.get(key)
+        if (
+            given is None
+            or given.ndim == 0
+            or given.shape[1:] != own.shape[1:]
+            or len(own) - len(given) != ours - theirs
+        ):
+            continue
+        table = own.clone()
+        table[:first] = given[:first]
+        table[first + ours :] = given[first + theirs :]
+        result[key] = table
+        tables.add(key)
+    if tables:
+        log.warning(
+            "%s has %d classes and this run %d: those of %s begin anew", start.name, theirs, ours, listing(tables)
+        )
+    return result, tables
 
 
 def _module(model: Model, name: str) -> nn.Module:
@@ -57,22 +226,6 @@ def _module(model: Model, name: str) -> nn.Module:
         raise ConfigError(f"init_from.module: {type(model).__name__} has no {name!r}; it has {names}") from error
 
 
-def _weights(source: Path, kind: str) -> dict[str, Tensor]:
-    """The state dict of a run, model or checkpoint folder, or of a weights file.
-
-    Of a checkpoint those count that would be exported: the averaged ones, if there are any.
-    """
-    folder = source / kind if (source / kind).is_dir() else source
-    if not folder.exists():
-        raise CheckpointError(f"init_from: there is no folder {source}")
-    if folder.is_file():
-        return unwrap(read_weights(folder))
-    if (folder / STATE).exists():
-        state = read_weights(folder / STATE)
-        return (state["average"] or state)["model"]
-    return read_weights(folder / WEIGHTS)
-
-
 def _renamed(weights: Mapping[str, Tensor], rules: Mapping[str, str | None], name: str) -> dict[str, Tensor]:
     """Keys as the first pattern that begins one says; what it maps to null is left out."""
     compiled, unused, result = {re.compile(pattern): new for pattern, new in rules.items()}, set(rules), {}
@@ -80,9 +233,10 @@ def _renamed(weights: Mapping[str, Tensor], rules: Mapping[str, str | None], nam
         pattern = next((pattern for pattern in compiled if pattern.match(key)), None)
         if pattern is not None:
             unused.discard(pattern.pattern)
-            if compiled[pattern] is None:
+            new = compiled[pattern]
+            if new is None:
                 continue
-            key = pattern.sub(compiled[pattern], key, count=1)
+            key = pattern.sub(new, key, count=1)
         if key in result:
             raise CheckpointError(f"{name}: rename gives two tensors the name {key}")
         result[key] = tensor

@@ -199,7 +199,7 @@ class CaptionReader:
         texts = [self._captions(index, label) for index, label in zip(batch.indices.tolist(), batch.labels.tolist())]
         flat = [text for several in texts for text in several]
         parts = self.text.encode(flat, refuse_long=self.refuse_long)
-        sequences = {}
+        sequences: dict[str, Sequence[Sequence[Piece]]] = {}
         for part, pieces in parts.items():
             rest = iter(pieces)
             sequences[part] = [list(itertools.islice(rest, len(several))) for several in texts]
@@ -231,7 +231,7 @@ class GivenFrames:
         if not 1 <= count < shape[1]:
             raise ValueError(f"given_frames must lie in 1..{shape[1] - 1} for clips of {shape[1]} frames, got {count}")
         self.tokenizer, self.count = tokenizer, count
-        self.spec = IdSpec(spec.codebook_size, spec.length)
+        self.spec = IdSpec(spec.num_ids, spec.length)
 
     def of(self, batch: ImageBatch, batch_size: int) -> dict[str, Sequence[Sequence[Piece]]]:
         """Of each clip the tokens given before it, one sequence for each of its views."""
@@ -288,7 +288,7 @@ def _write_shards(
 
 def _settings(data: DataConfig, augmentation: str) -> dict[str, Any]:
     """What else the shards depend on."""
-    names = ("image_size", "channels", "reading", "crop", "flip", "affine", "seed", "captions")
+    names: tuple[str, ...] = ("image_size", "channels", "reading", "crop", "flip", "affine", "seed", "captions")
     names += () if data.num_frames is None else ("num_frames", "frame_stride", "clip_start", "short_clips")
     values = dataclasses.asdict(data)
     return {"augmentation": augmentation, "shard_size": SHARD_SIZE, **{name: values[name] for name in names}}

@@ -167,7 +167,10 @@ def _drawn(case: Case, step: Step) -> tuple[MingSession, list[Tensor]]:
         raise GoldenFailure(f"{step.id}: the model draws {model.spec.length} tokens, not {count}")
     noise = case.tensor("noise")[None]
     guidance = Guidance() if len(names) == 1 else _guidance(options, len(names))
-    session = MingSession(model, prompt, options, guidance, noise, _tokenizer(case), hidden=hidden)
+    length = prompt.valid.shape[1] + count + 2
+    session = MingSession(model, len(prompt.valid), options, _tokenizer(case), length=length)
+    session.read(prompt)
+    session.begin_image(guidance, noise, hidden)
     conditions = []
     for _ in range(count):
         session.advance()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from vistok.generators.engine.packed import DecodingCopies
 from vistok.generators.engine.plan import Plan
 from vistok.generators.engine.sampling import DecodingOptions, part_draws
 from vistok.generators.engine.session import AutoregressiveSession
+from vistok.nn.attention import Mask
+from vistok.nn.containers import ModuleList
 from vistok.nn.rotary import Positions
 from vistok.types import Clock, Condition, Expands, GeneratorOutput, TokenSpec
 
@@ -39,9 +41,13 @@ class AutoregressiveGenerator(Generator):
     condition_length: int
     condition_dropout: float
     num_classes: int | None
-    blocks: nn.ModuleList
+    blocks: ModuleList[Any]
+    norm: nn.Module
+    output: nn.Module
     num_parts: int = 1  # how many parts an id is drawn in, one after another
     shift_dim: int = 0  # width of the token shift's memory in the cache; 0 without one
+    trains_in_sequence: bool = True
+    """Whether training predicts one id after another in raster order, as ``forward`` of this class does."""
     compiled_step: CompiledStep | None = None
 
     def __init__(self) -> None:
@@ -75,7 +81,7 @@ class AutoregressiveGenerator(Generator):
 
     @abstractmethod
     def transform(
-        self, x: Tensor, positions: Positions, mask: Tensor | None, kv_cache: Layers | None, *state: Tensor
+        self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: Layers | None, *state: Tensor
     ) -> Tensor:
         """Logits' inputs: hidden states (R, e, D) of entries (R, e, D).
 
@@ -206,12 +212,17 @@ class AutoregressiveGenerator(Generator):
         weights: Tensor | None = None,
         clock: Clock | None = None,
         tokenizer: Expands | None = None,
+        context: Tensor | None = None,
     ) -> GeneratorOutput:
-        """Cross entropy in nats per token, (weighted) mean over samples; metric: "accuracy", share of ids right."""
+        """Cross entropy in nats per token, (weighted) mean over samples; metric: "accuracy", share of ids right.
+
+        Args:
+            context: (B, L) ids that are fed in place of the tokens, which stay what is predicted.
+        """
         self.check_tokenizer(tokenizer)
         if draws and "drop" in draws:
             condition = condition.drop(draws["drop"] < self.condition_dropout)
-        logits = self.logits(tokens, condition)
+        logits = self.logits(tokens if context is None else context, condition)
         per_sample = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none").mean(1)
         loss = per_sample.mean() if weights is None else weighted_mean(per_sample, weights)
         accuracy = (logits.detach().argmax(-1) == tokens).float().mean()

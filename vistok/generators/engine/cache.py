@@ -6,6 +6,7 @@ It counts entries, which are what the transformer was fed: one for a token, or o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,9 +36,17 @@ class LayerBuffer:
 
     def shift(self, x: Tensor) -> Tensor:
         """x (R, n, D) delayed by one position: row i becomes x[i - 1], row 0 the last x of the previous call."""
-        shifted = torch.cat([self._shift.to(x.dtype), x[:, :-1]], 1)
-        self._shift.copy_(x[:, -1:])
+        memory = self.shift_memory
+        shifted = torch.cat([memory.to(x.dtype), x[:, :-1]], 1)
+        memory.copy_(x[:, -1:])
         return shifted
+
+    @property
+    def shift_memory(self) -> Tensor:
+        """(R, 1, D), the last entry that ``shift`` was given. Raises ValueError for a cache without a token shift."""
+        if self._shift is None:
+            raise ValueError("this cache has no memory of a token shift; it was made with shift_dim 0")
+        return self._shift
 
     def at(self, slots: Tensor) -> IndexedBuffer:
         """The same memory for entries whose slots are in a tensor."""
@@ -83,21 +92,25 @@ class IndexedBuffer:
 
     def shift(self, x: Tensor) -> Tensor:
         """As of ``LayerBuffer``; ``cut`` can take back a part of x."""
-        memory = self._layer._shift
         if self._slots.ndim == 1:
             return self._layer.shift(x)
-        self._recent = torch.cat([memory.to(x), x], 1)
+        self._recent = torch.cat([self._layer.shift_memory.to(x), x], 1)
         return self._recent[:, :-1]
 
     def cut(self, kept: Tensor) -> None:
         """Remember only the first ``kept`` (R,) of the entries of the last call, of each row."""
         if self._recent is not None:
             index = kept[:, None, None].expand(-1, 1, self._recent.shape[2])
-            self._layer._shift.copy_(self._recent.gather(1, index))
+            self._layer.shift_memory.copy_(self._recent.gather(1, index))
 
 
 Layer = LayerBuffer | IndexedBuffer
 Layers = Sequence[Layer]
+
+
+def of_layers(kv_cache: Layers | None, count: int) -> Sequence[Layer | None]:
+    """The cache of each of ``count`` layers, None for each without a cache."""
+    return kv_cache or [None] * count
 
 
 class KVCache:
@@ -126,7 +139,7 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
-        like = {"dtype": dtype, "device": device}
+        like: dict[str, Any] = {"dtype": dtype, "device": device}
         kept = (rows, num_heads, length, head_dim)
         # Each a tensor of its own: compilers copy the whole of a tensor of which a part is written.
         self.layers = [

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from vistok.generators.engine.sampling import DecodingOptions, draw_ids
 from vistok.generators.engine.split import split_layers
 from vistok.guidance import weighted_sum
 from vistok.nn.attention import Mask
+from vistok.nn.containers import ModuleList
 from vistok.nn.flex import FEWEST_CHANNELS, LiveKeys
 
 
@@ -83,8 +85,8 @@ class CompiledStep:
         compiled = [copy.copy(block) for block in blocks]
         for shell, block in zip(compiled, blocks, strict=True):
             shell.forward = partial(self._block, block)
-        like = copy.copy(model)
-        like._modules = model._modules | {"blocks": nn.ModuleList(compiled)}
+        like: Any = copy.copy(model)
+        like._modules = like._modules | {"blocks": ModuleList(compiled)}
         return like
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from vistok.draws import Draws, Keys
 from vistok.generators.engine.cache import KVCache, Layers
 from vistok.generators.engine.plan import Plan
 from vistok.generators.engine.sampling import DecodingOptions
 from vistok.nn.attention import Mask
+from vistok.nn.containers import ModuleList
 from vistok.nn.rotary import Positions
 from vistok.types import Condition, TokenChunk, TokenSpec
 
@@ -21,9 +23,17 @@ class NextTokenModel(Protocol):
 
     spec: TokenSpec
     condition_length: int
-    num_entries: int
     num_parts: int
-    blocks: nn.ModuleList
+    blocks: ModuleList[Any]  # with an ``attn`` each
+
+    @property
+    def num_entries(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
     def plan(self, draws: Draws) -> Plan: ...
 
@@ -59,11 +69,17 @@ class SamplingSession(Protocol):
     options: DecodingOptions
     draws: Draws
     step: int
-    tokens: Tensor
     sequence: Tensor
-    vocabulary_size: int
-    grid_width: int
     num_parts: int
+
+    @property
+    def tokens(self) -> Tensor: ...
+
+    @property
+    def vocabulary_size(self) -> int: ...
+
+    @property
+    def grid_width(self) -> int: ...
 
     def next_logits(self, parts: Sequence[Tensor] = ()) -> Tensor: ...
 
@@ -72,6 +88,8 @@ class SamplingSession(Protocol):
     def run_compiled(self) -> TokenChunk | None: ...
 
     def open_window(self, size: int) -> WindowPasses: ...
+
+    def choose(self, rows: Tensor) -> None: ...
 
 
 class WindowPasses(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import TypeGuard
 
 from torch import nn
 
@@ -25,11 +26,11 @@ def with_layers(module: nn.Module, other: Callable[[nn.Module], nn.Module | None
     if all(children[name] is child for name, child in module.named_children()):
         return module
     like = copy.copy(module)
-    like._modules = module._modules | children
+    like._modules = {**module._modules, **children}
     return like
 
 
-def is_plain_linear(module: nn.Module) -> bool:
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether this is a linear layer as PyTorch has it, which does no more in a call than multiply."""
     # A subclass of Parameter is quantised, or sharded over processes.
     return type(module) is nn.Linear and type(module.weight) is nn.Parameter and not is_altered(module)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +31,10 @@ class DecodingCopy:
         rows: how many rows a step has.
     """
 
-    model: nn.Module
+    model: Any  # a module, with all that the original has
     rows: int
     _seen: list[tuple[Any, ...]]
-    _weights: list[Tensor]
+    _weights: list[nn.Parameter]
     _versions: list[int]
 
     @classmethod
@@ -97,7 +97,7 @@ class _Same:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Same) and self.value is other.value
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]  # this is how Python has it
 
 
 def pack(model: nn.Module, rows: int) -> nn.Module:
@@ -110,7 +110,7 @@ def pack(model: nn.Module, rows: int) -> nn.Module:
         return model
     dtypes = _packable_dtypes()
 
-    def is_packable(module: nn.Module) -> bool:
+    def is_packable(module: nn.Module) -> TypeGuard[nn.Linear]:
         return is_plain_linear(module) and module.weight.is_cpu and module.weight.dtype in dtypes
 
     def packed(module: nn.Module) -> nn.Module | None:
@@ -118,11 +118,10 @@ def pack(model: nn.Module, rows: int) -> nn.Module:
             return module  # graphs choose their own products, and cannot take ours
         if is_packable(module):
             return PackedLinear([module], rows)
-        joinable = isinstance(module, GatedMLP) and is_packable(module.gate) and is_packable(module.up)
-        if joinable and not is_altered(module):
-            return PackedGatedMLP(
-                module, PackedLinear([module.gate, module.up], rows), with_layers(module.down, packed)
-            )
+        if isinstance(module, GatedMLP) and not is_altered(module):
+            gate, up = module.gate, module.up
+            if is_packable(gate) and is_packable(up):
+                return PackedGatedMLP(module, PackedLinear([gate, up], rows), with_layers(module.down, packed))
         return None
 
     return with_layers(model, packed)

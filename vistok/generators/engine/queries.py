@@ -78,6 +78,9 @@ class QueryOptions(DecodingOptions):
 class QuerySession(AutoregressiveSession):
     """Cached sampling in groups: the cache keeps known tokens, and of queries what training has in their place."""
 
+    model: QueryGenerator
+    options: QueryOptions
+
     def _plan(self) -> Plan:
         return self.model.steps(self.draws, self.options)
 
@@ -103,8 +106,8 @@ class QuerySession(AutoregressiveSession):
     def _run(self, x: Tensor, known: Tensor | None, upcoming: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states (R, e, D), and logits (R, n, V) of the places ``upcoming``, whose queries are last in x."""
         model, cache, count = self.network(), self.kv_cache, upcoming.shape[1]
-        mask = model.step_mask(x.shape[1] - count, count, cache.length, x.device)
-        hidden = model.transform(x, model.entry_positions(known, upcoming), mask, cache.layers, *self.state)
+        mask = self.model.step_mask(x.shape[1] - count, count, cache.length, x.device)
+        hidden = model.transform(x, self.model.entry_positions(known, upcoming), mask, cache.layers, *self.state)
         return hidden, model.step_logits(hidden, count)
 
 
@@ -115,6 +118,7 @@ class QueryGenerator(AutoregressiveGenerator):
     one step's tokens and the queries of the next. A subclass further defines what is abstract here.
     """
 
+    trains_in_sequence = False
     options_type = QueryOptions
     condition_length = 1
     kept_queries: int
@@ -192,7 +196,7 @@ class QueryGenerator(AutoregressiveGenerator):
         length = self.spec.length
         return [guidance.weights(plan.bounds[step], length) for step in range(len(plan))]
 
-    def session_type(self, options: QueryOptions) -> type[QuerySession]:
+    def session_type(self, options: DecodingOptions) -> type[QuerySession]:
         """Sessions whose cache keeps known tokens and few queries."""
         return QuerySession
 

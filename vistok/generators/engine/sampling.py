@@ -15,7 +15,7 @@ from torch import Tensor
 from vistok.draws import inverse_cdf
 from vistok.guidance import GuidanceOptions
 
-DecodingName = Literal["plain", "jacobi"]
+DecodingName = Literal["plain", "jacobi", "cautious"]
 DraftName = Literal["random", "repeat_left", "repeat_above"]
 CriterionName = Literal["speculative", "exact"]
 
@@ -28,14 +28,20 @@ class DecodingOptions(GuidanceOptions):
         temperature: logits are divided by it; 0 takes the most likely id.
         top_k: only the k most likely ids (and ties with the k-th) can be drawn; 0 is off.
         top_p: only the smallest set of likeliest ids whose probability reaches top_p can be drawn; 1 is off.
-        decoding: ``plain`` draws one token after another, ``jacobi`` several in a pass, from the same distribution
-            (see ``vistok.generators.engine.decodings``).
+        decoding: ``plain`` draws one token after another, ``jacobi`` several in a pass, from the same distribution,
+            ``cautious`` keeps the likeliest of several draws where the model is unsure (see
+            ``vistok.generators.engine.decodings``).
         window: of ``jacobi``: positions that a pass is fed.
         draft: of ``jacobi``: the first guess of a token: any id, or the token to the left or above.
         criterion: of ``jacobi``: ``speculative`` accepts a draft by the ratio of its probabilities, ``exact`` if it is
             what would be drawn now, which gives the ids of ``plain``.
         coupled: of ``jacobi``: drafts of a position are drawn with the same Gumbel noise in all passes, so that they
             change less, and more are accepted.
+        entropy_threshold: of ``cautious``: several continuations are drawn where the next token's entropy, in nats and
+            before temperature and truncation, is above it.
+        trials: of ``cautious``: how many.
+        trial_length: of ``cautious``: tokens of a continuation, which ends at a multiple of it; 0 is a row of the
+            raster.
 
     The others are as of ``GuidanceOptions``; of the logits. A step is a token.
 
@@ -51,6 +57,9 @@ class DecodingOptions(GuidanceOptions):
     draft: DraftName = "random"
     criterion: CriterionName = "speculative"
     coupled: bool = False
+    entropy_threshold: float = 2.0
+    trials: int = 4
+    trial_length: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,6 +69,13 @@ class DecodingOptions(GuidanceOptions):
             raise ValueError(f"top_k must be 0 (off) or a number of ids, got {self.top_k}")
         if self.window < 1:
             raise ValueError(f"window must be at least 1, got {self.window}")
+        if not 0 <= self.entropy_threshold < math.inf:
+            raise ValueError(f"entropy_threshold must be 0 or more nats, and finite, got {self.entropy_threshold}")
+        if self.trials < 1 or self.trial_length < 0:
+            raise ValueError(
+                "trials must be at least 1 and trial_length 0 (a row) or more, got "
+                f"{self.trials} and {self.trial_length}"
+            )
         for name, names in (("decoding", DecodingName), ("draft", DraftName), ("criterion", CriterionName)):
             if getattr(self, name) not in get_args(names):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(names))}, got {getattr(self, name)!r}")
@@ -101,6 +117,8 @@ def draw_ids(logits: Tensor, uniforms: Tensor | None, options: DecodingOptions) 
     (...) int64. Of logits that are not finite the ids mean nothing, but are ids."""
     if options.temperature == 0:
         return logits.argmax(-1)
+    if uniforms is None:
+        raise ValueError(f"drawing at temperature {options.temperature} needs uniforms")
     logits = filter_logits(logits, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
     ids = inverse_cdf(logits.softmax(-1).flatten(0, -2), uniforms.flatten())
     return ids.clamp_max(logits.shape[-1] - 1).view(logits.shape[:-1])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vistok.draws import Draws
 from vistok.generators.engine.compiled import CompiledStep, SessionSteps
@@ -49,7 +50,7 @@ class AutoregressiveSession:
         compiled_step: CompiledStep | None = None,
         expander: Expander | None = None,
     ):
-        device = next(model.parameters()).device
+        device = model.device
         condition = condition.to(device)
         self.model, self.options, self._copies, self._compiled_step = model, options, copies, compiled_step
         self.expander = expander
@@ -128,7 +129,8 @@ class AutoregressiveSession:
             if values.shape != self.sequence.shape:
                 raise ValueError(f"ids and mask must be {tuple(self.sequence.shape)}, got {tuple(values.shape)}")
         ids = self.model.spec.check_ids(ids)
-        self.forced = tuple(values.to(self._order.device).gather(1, self._order) for values in (ids, where))
+        device = self._order.device
+        self.forced = ids.to(device).gather(1, self._order), where.to(device).gather(1, self._order)
 
     @torch.inference_mode()
     def generate(self, num_tokens: int | None = None) -> Iterator[TokenChunk]:
@@ -187,7 +189,7 @@ class AutoregressiveSession:
     @property
     def vocabulary_size(self) -> int:
         """How many ids there are."""
-        return self.model.spec.codebook_size
+        return self.model.spec.num_ids
 
     @property
     def grid_width(self) -> int:
@@ -200,6 +202,25 @@ class AutoregressiveSession:
     def open_window(self, size: int) -> Windows:
         """Passes of ``size`` entries per row, each row at a place of its own. One token has not been fed yet."""
         return Windows(self, size)
+
+    def choose(self, rows: Tensor) -> None:
+        """Go on with these samples (n,), in this order; one may be listed more than once (branches, trials).
+
+        Raises:
+            ValueError: guidance that remembers earlier steps of each sample.
+        """
+        if self.guidance.combination != PLAIN:
+            raise ValueError("samples cannot branch under guidance that remembers earlier steps; take plain guidance")
+        count = len(self.sequence)
+        every = torch.cat([rows + number * count for number in range(len(self.guidance.rows))])
+        with torch.inference_mode(False), torch.no_grad():  # callers may train on the tokens
+            self.sequence, self._order, self._valid = (t[rows] for t in (self.sequence, self._order, self._valid))
+            self.draws = {name: values[rows] for name, values in self.draws.items()}
+            self.forced = None if self.forced is None else tuple(values[rows] for values in self.forced)
+            self._hidden, self._logits = self._hidden[every], self._logits[every]
+            self.rows, self.state = self.rows[every], tuple(values[every] for values in self.state)
+            self.kv_cache.choose(every)
+        self._copy, self._compiled = self._decoding_copy(), None
 
     # -----------------------------------------------------------------------------------------------------------------
     # Passes through the model
@@ -227,11 +248,12 @@ class AutoregressiveSession:
 
     def _inputs(self, here: slice) -> Tensor:
         """What the model reads of tokens that are set: the ids (B, n), or what the expander makes of them."""
-        ids = self.sequence[:, here]
-        return ids if self.expander is None else self._expanded(ids)
+        return self._expanded(self.sequence[:, here])
 
     def _expanded(self, tokens: Tensor) -> Tensor:
-        """Inputs (B, m, E) that follow the next tokens, as the model computes."""
+        """Inputs (B, m, E) that follow the next tokens, as the model computes; the tokens without an expander."""
+        if self.expander is None:
+            return tokens
         return self.expander.step(tokens).to(self.sequence.device).to(self.kv_cache.dtype)
 
     def _for_rows(self, places: Tensor) -> Tensor:
@@ -268,7 +290,7 @@ class AutoregressiveSession:
         """Raise ValueError if logits were not finite: the one time that the host waits for the device."""
         failed = int(self.failed)
         if failed < self.sequence.shape[1]:
-            dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+            dtype = str(self.model.dtype).removeprefix("torch.")
             raise ValueError(
                 f"the logits of token {failed} are not finite in {dtype}: "
                 + ("float16 has too small a range; sample in bfloat16 or float32" if dtype == "float16" else "")
@@ -283,7 +305,7 @@ class AutoregressiveSession:
 
     def _decoding_copy(self) -> DecodingCopy:
         rows = 1 if self._compiled_step else len(self.rows)  # compilers choose products themselves
-        return self._copies.of(self.model, rows)
+        return self._copies.of(cast(nn.Module, self.model), rows)
 
     def _compiled_steps(self) -> SessionSteps | None:
         """Steps of one token, where the model was told to compile them and rows are combined without a memory."""

@@ -7,6 +7,8 @@ products are added up, and the two layers of a gated feed-forward that take the 
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -84,6 +86,7 @@ class JoinedMLP(nn.Module):
         return self.down(self.activation(gate) * up)
 
 
-def _is_joinable(module: nn.Module) -> bool:
-    gated = isinstance(module, GatedMLP) and not is_altered(module)
-    return gated and is_plain_linear(module.gate) and is_plain_linear(module.up) and module.gate.bias is None
+def _is_joinable(module: nn.Module) -> TypeGuard[GatedMLP]:
+    if not isinstance(module, GatedMLP) or is_altered(module):
+        return False
+    return is_plain_linear(module.gate) and is_plain_linear(module.up) and module.gate.bias is None

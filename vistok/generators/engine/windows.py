@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from vistok.generators.engine.cache import KVCache
 from vistok.generators.engine.contracts import NextTokenModel
 from vistok.guidance import Guidance, Weights
-from vistok.types import TokenChunk
+from vistok.types import Condition, TokenChunk
 
 
 class WindowedSession(Protocol):
@@ -21,8 +21,8 @@ class WindowedSession(Protocol):
     kv_cache: KVCache
     guidance: Guidance
     combine: Callable[[Tensor, Weights], Tensor]
-    weights: list[tuple[float, ...]]
-    rows: Sized
+    weights: list[Weights]
+    rows: Condition
     state: tuple[Tensor, ...]
     sequence: Tensor
     forced: tuple[Tensor, Tensor] | None
@@ -83,8 +83,9 @@ class Windows:
         self._session.kv_cache.settle(self._offset + step - 1)
 
     def _cut(self) -> None:
-        for layer in self._layers if self._kept is not None else ():
-            layer.cut(self._kept)
+        if self._kept is not None:
+            for layer in self._layers:
+                layer.cut(self._kept)
         self._kept = None
 
 

@@ -18,12 +18,13 @@ from vistok.checkpoints import CheckpointError, OfficialCheckpoint, load_strictl
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.generators.engine.cache import Layer, Layers
 from vistok.generators.llama import Block, Llama
+from vistok.nn.attention import Mask
 from vistok.nn.modulation import modulate
 from vistok.nn.norms import RMSNorm
 from vistok.nn.rotary import Positions, Rotation
 from vistok.types import Condition, ConditionSpec, TokenSpec
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "B": {"dim": 1024, "num_layers": 16, "num_heads": 16},
     "L": {"dim": 1280, "num_layers": 20, "num_heads": 20},
     "XL": {"dim": 1536, "num_layers": 24, "num_heads": 24, "gate_init": 1e-4},
@@ -48,9 +49,10 @@ class ModulatedBlock(Block):
         self.modulation = nn.Linear(dim, 6 * dim)
 
     def forward(
-        self, x: Tensor, rotation: Rotation | None, mask: Tensor | None, cache: Layer | None, class_vector: Tensor
+        self, x: Tensor, rotation: Rotation | None, mask: Tensor | None, cache: Layer | None, *state: Tensor
     ) -> Tensor:
-        """``class_vector`` is (B, 1, D), behind its activation."""
+        """The state is the class vector (B, 1, D), behind its activation."""
+        (class_vector,) = state
         gate1, gate2, scale1, scale2, shift1, shift2 = self.modulation(class_vector).chunk(6, -1)
         y = modulate(self.norm1(x), shift1, scale1)
         x = x + gate1 * self.attn(y, mask=mask, causal=mask is None, rotation=rotation, cache=cache)
@@ -64,7 +66,8 @@ class ModulatedNorm(RMSNorm):
         super().__init__(dim, eps)
         self.modulation = nn.Linear(dim, 2 * dim)
 
-    def forward(self, x: Tensor, class_vector: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *state: Tensor) -> Tensor:
+        (class_vector,) = state
         scale, shift = self.modulation(class_vector).chunk(2, -1)
         return modulate(super().forward(x), shift, scale)
 
@@ -156,9 +159,9 @@ class IBQGPT(Llama):
         return (F.silu(self._embed_class(condition)),)
 
     def transform(
-        self, x: Tensor, positions: Positions, mask: Tensor | None, kv_cache: Layers | None, class_vector: Tensor
+        self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: Layers | None, *state: Tensor
     ) -> Tensor:
-        return self.norm(super().transform(x, positions, mask, kv_cache, class_vector), class_vector)
+        return self.norm(super().transform(x, positions, mask, kv_cache, *state), *state)
 
     def head(self, hidden: Tensor) -> Tensor:
         return self.output(hidden).float()

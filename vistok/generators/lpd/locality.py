@@ -73,7 +73,8 @@ def _group(
     shuffled = listed
     listed = listed[np.argsort(-scores[listed], kind="stable")]
     near = listed[scores[listed] >= proximity]
-    taken, rejected = [], []
+    taken: list[int] = []
+    rejected: list[int] = []
     for place in near:
         if len(taken) == size:
             break

@@ -14,13 +14,17 @@ from torch import Tensor, nn
 
 from vistok.checkpoints import OfficialCheckpoint, load_strictly
 from vistok.draws import Draws, Keys
-from vistok.generators.engine.cache import Layers
+from vistok.generators.engine.cache import Layers, of_layers
 from vistok.generators.engine.plan import Plan
 from vistok.generators.engine.queries import QueryGenerator
+from vistok.generators.engine.sampling import DecodingOptions
 from vistok.generators.lpd import official
 from vistok.generators.lpd.locality import locality_order
 from vistok.generators.lpd.sampling import PUBLISHED, LPDOptions
 from vistok.guidance import Guidance, Weights
+from vistok.nn.attention import Mask
+from vistok.nn.containers import ModuleList
+from vistok.nn.rotary import Positions
 from vistok.nn.vit import ViTBlock
 from vistok.types import Condition, TokenSpec, as_dataclass
 
@@ -88,16 +92,16 @@ class LPD(QueryGenerator):
         if num_classes:
             self.class_embedding = nn.Embedding(num_classes, dim)
         self.null_class = nn.Parameter(torch.zeros(1, dim))
-        self.token_embedding = nn.Embedding(self.spec.codebook_size, dim)
+        self.token_embedding = nn.Embedding(self.spec.num_ids, dim)
         self.query = nn.Parameter(torch.zeros(1, 1, dim))
         self.positions = nn.Parameter(torch.zeros(1, self.spec.length + 1, dim))  # the first is the class's
         self.input_norm = nn.LayerNorm(dim, NORM_EPS)
-        self.blocks = nn.ModuleList(
+        self.blocks = ModuleList(
             ViTBlock(dim, num_heads, mlp_ratio=mlp_ratio, eps=NORM_EPS, attn_drop=attn_drop, proj_drop=proj_drop)
             for _ in range(num_layers)
         )
         self.norm = nn.LayerNorm(dim, NORM_EPS)
-        self.output = nn.Linear(dim, self.spec.codebook_size, bias=False)
+        self.output = nn.Linear(dim, self.spec.num_ids, bias=False)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -156,8 +160,10 @@ class LPD(QueryGenerator):
         mask[:known, start + known :] = False
         return mask
 
-    def transform(self, x: Tensor, positions: slice, mask: Tensor | None, kv_cache: Layers | None) -> Tensor:
-        for block, memory in zip(self.blocks, kv_cache or [None] * len(self.blocks)):
+    def transform(
+        self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: Layers | None, *state: Tensor
+    ) -> Tensor:
+        for block, memory in zip(self.blocks, of_layers(kv_cache, len(self.blocks))):
             x = block(x, mask=mask, cache=memory)
         return x
 
@@ -179,25 +185,27 @@ class LPD(QueryGenerator):
         chosen = (keys.uniform("groups") * len(choices)).long()
         return super().training_draws(keys) | {"groups": numbers[chosen]}
 
-    def sampling_draws(self, keys: Keys, options: LPDOptions | None = None) -> Draws:
+    def sampling_draws(self, keys: Keys, options: DecodingOptions | None = None) -> Draws:
         """ "ids" (B, L), a uniform number for each token; "order" (B, L), the order that the options name.
 
         Raises:
             ValueError: the order "locality" for tokens on no raster, or for group sizes that do not begin with 1.
         """
         options = options or LPDOptions()
-        draws = super().sampling_draws(keys, options)
-        is_raster = self.spec.grid is not None and len(self.spec.grid) == 2
+        if not isinstance(options, LPDOptions):
+            raise TypeError(f"the options of this generator are LPDOptions, got {type(options).__name__}")
+        draws, grid = super().sampling_draws(keys, options), self.spec.grid
+        is_raster = grid is not None and len(grid) == 2
         if options.order == "random" or (options.order is None and not is_raster):
             return draws
-        if not is_raster:
+        if grid is None or len(grid) != 2:
             raise ValueError("the order 'locality' needs tokens on an image raster; take order='random'")
         sizes, length = self.group_sizes(options), self.spec.length
         first = (keys.uniform("first") * length).long().clamp_max(length - 1)
         ties = keys.uniform("ties", len(sizes), length).numpy()
         orders = [
             locality_order(
-                self.spec.grid,
+                grid,
                 sizes,
                 place,
                 rows,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from einops import rearrange
@@ -334,7 +334,8 @@ class MAR(ContinuousGenerator):
                 f"tokens must be (B, {self.spec.length}, D) and regenerate ({self.spec.length},) or (B, "
                 f"{self.spec.length}), got {tuple(tokens.shape)} and {tuple(regenerate.shape)}"
             )
-        tokens, regenerate, condition = (given.to(self.members.device) for given in (tokens, regenerate, condition))
+        device = self.members.device
+        tokens, regenerate, condition = tokens.to(device), regenerate.to(device), condition.to(device)
         regenerate = regenerate.expand(len(tokens), -1)[:, self.members].any(-1)  # (B, n), of the model's tokens
         counts, edited = regenerate.sum(1), torch.empty_like(tokens)
         for count in counts.unique():  # all rows of a session draw as many tokens
@@ -342,7 +343,7 @@ class MAR(ContinuousGenerator):
             kept = (~regenerate[rows]).nonzero()[:, 1].view(len(rows), -1)
             positions = self.members[kept].flatten(1)
             chosen = None if draws is None else {name: value[rows.to(value.device)] for name, value in draws.items()}
-            session = self.start(condition[rows], options, draws=chosen)
+            session = cast(MARSession, self.start(condition[rows], options, draws=chosen))
             session.append(take(tokens[rows], positions), positions)
             for _ in session.generate():
                 pass

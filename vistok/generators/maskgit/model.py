@@ -75,10 +75,11 @@ class MaskGIT(Generator):
             raise ValueError(f"network must be one of {', '.join(map(repr, NETWORKS))}, got {network!r}")
         self.num_classes, self.condition_dropout = num_classes or None, condition_dropout
         self.has_null = condition_dropout > 0 or not num_classes
-        self.label_smoothing, self.mask_id = label_smoothing, self.spec.codebook_size
+        self.label_smoothing, self.mask_id = label_smoothing, self.spec.num_ids
         # Rows of the embedding: the codes, the mask, the classes, the null class.
+        self.class_rows_from = self.mask_id + 1
         self.network = NETWORKS[network](
-            self.spec.codebook_size + 1 + num_classes + 1,
+            self.spec.num_ids + 1 + num_classes + 1,
             self.spec.length + 1,
             dim,
             num_layers,
@@ -87,7 +88,7 @@ class MaskGIT(Generator):
             attn_drop,
             proj_drop,
         )
-        self.output = nn.Linear(dim, self.spec.codebook_size)
+        self.output = nn.Linear(dim, self.spec.num_ids)
         self.apply(_initialise)
 
     def condition_rows(self, condition: Condition) -> Tensor:

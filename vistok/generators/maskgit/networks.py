@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vistok.nn.attention import Attention
+from vistok.nn.containers import ModuleList
 from vistok.nn.mlp import MLP
 from vistok.nn.vit import ViTBlock
 
@@ -94,10 +95,10 @@ class UViT(nn.Module):
         half = num_layers // 2
         self.embedding = nn.Embedding(vocabulary, dim)
         self.positions = nn.Parameter(torch.empty(1, length, dim))
-        self.in_blocks = nn.ModuleList(block() for _ in range(half))
+        self.in_blocks = ModuleList(block() for _ in range(half))
         self.mid_block = block()
-        self.out_blocks = nn.ModuleList(block() for _ in range(half))
-        self.skips = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(half))
+        self.out_blocks = ModuleList(block() for _ in range(half))
+        self.skips = ModuleList(nn.Linear(2 * dim, dim) for _ in range(half))
         self.norm = nn.LayerNorm(dim, UVIT_EPS)
         nn.init.trunc_normal_(self.positions, std=0.02)
 

@@ -76,7 +76,7 @@ class MaskGITSession:
         self.model, self.options, self._guidance = model, options, options.guidance
         rows = self._guidance.conditions(condition)
         self._classes = model.condition_rows(rows)
-        self._draws = None if draws is None else {name: value.to(device) for name, value in draws.items()}
+        self._draws = {name: value.to(device) for name, value in (draws or {}).items()}
         shape = (len(condition), model.spec.length)
         self._ids = torch.full(shape, model.mask_id, dtype=torch.int64, device=device)
         self._places = torch.arange(shape[1], device=device).expand(shape)

@@ -9,19 +9,23 @@ token. A latent that it has written is expanded and read at once, so drawing and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vistok.checkpoints import load_strictly
 from vistok.checkpoints.official_config import OfficialConfig
+from vistok.data.streams import KINDS, Streams
 from vistok.draws import Draws, Keys
 from vistok.generators.base import weighted_mean
 from vistok.generators.engine.continuous import ContinuousGenerator
 from vistok.generators.ming_univision import official
+from vistok.generators.ming_univision.language_model import LanguageModel
 from vistok.generators.ming_univision.networks import (
     EPS,
     Backbone,
@@ -31,6 +35,7 @@ from vistok.generators.ming_univision.networks import (
     end_losses,
     projection,
 )
+from vistok.generators.ming_univision.reading import Reading, StreamReader
 from vistok.generators.ming_univision.sampling import (
     ALWAYS,
     IMAGE,
@@ -54,6 +59,8 @@ from vistok.types import (
     as_dataclass,
 )
 
+IMAGE_KIND = KINDS.index("image")
+
 
 class MingUniVision(ContinuousGenerator):
     """Text to image, image and text to image, image to text.
@@ -71,18 +78,29 @@ class MingUniVision(ContinuousGenerator):
         image_start, image_patch, image_end, end: ids of the marks; None takes the four behind those of texts.
         human, assistant: ids of the roles, before and behind what the human says.
         backbone: the language model.
+        language_model: in its place a causal language model of Hugging Face, by a folder or a name on the hub, whose
+            weights it starts from; a saved model has its config here.
         head: the network that draws latents.
         num_projection_layers: linear layers between features and the language model.
         condition_dropout: share of the samples that are trained without their text, half of them without an image too.
         end_weight: weight of the loss of the mark behind an image.
+        text_weight: weight of the loss of words and marks, where it learns from streams.
+        latent_mean, latent_scale: what its tokenizer standardises latents with; another tokenizer's are refused. None
+            is not known.
 
     Raises:
         ValueError: discrete tokens, or a mark that is no id.
     """
 
+    human: Tensor
+    assistant: Tensor
+    projection: nn.Module
+    to_condition: nn.Module
+
     registry_name = "ming_univision"
     options_type = MingOptions
     needs_tokenizer = True
+    takes_streams = True
     tiny = {
         "spec": TokenSpec(16, None, dim=4, grid=(4, 4)),
         "feature_dim": 24,
@@ -133,37 +151,52 @@ class MingUniVision(ContinuousGenerator):
         human: tuple[int, ...] = (),
         assistant: tuple[int, ...] = (),
         backbone: BackboneConfig = BackboneConfig(),  # noqa: B008 (immutable)
+        language_model: str | dict[str, Any] | None = None,
         head: FlowHeadConfig = FlowHeadConfig(),  # noqa: B008
         num_projection_layers: int = 2,
         condition_dropout: float = 0.1,
         end_weight: float = 0.1,
+        text_weight: float = 1.0,
+        latent_mean: float | None = None,
+        latent_scale: float | None = None,
     ):
         super().__init__()
         self.spec = self.check_spec(as_dataclass(TokenSpec, spec), "MingUniVision")
         config, head = as_dataclass(BackboneConfig, backbone), as_dataclass(FlowHeadConfig, head)
         size = text_vocabulary_size + 4 if vocabulary_size is None else vocabulary_size
+        model = None if language_model is None else LanguageModel(language_model, size)
+        if model is not None:
+            self._arguments["language_model"] = model.sizes  # its weights are ours from now on
         marks = {"image_start": image_start, "image_patch": image_patch, "image_end": image_end, "end": end}
-        for number, (name, mark) in enumerate(marks.items()):
-            mark = text_vocabulary_size + number if mark is None else mark
+        ids = [text_vocabulary_size + number if mark is None else mark for number, mark in enumerate(marks.values())]
+        for name, mark in zip(marks, ids):
             if not 0 <= mark < size:
                 raise ValueError(f"{name} {mark} is no id of a vocabulary of {size}")
-            setattr(self, name, mark)
+        self.image_start, self.image_patch, self.image_end, self.end = ids
         if not 0 <= condition_dropout <= 1:
             raise ValueError(f"condition_dropout must lie in [0, 1], got {condition_dropout}")
         self.num_classes = num_classes or None
         self.text = IdSpec(text_vocabulary_size, text_length) if text_length else None
         self.given = FeatureSpec(self.spec.dim, given_length) if given_length else None
         self.feature_dim = feature_dim
-        for name, ids in (("human", human), ("assistant", assistant)):
-            self.register_buffer(name, torch.tensor(tuple(ids), dtype=torch.int64), persistent=False)
-        self.condition_dropout, self.end_weight = condition_dropout, end_weight
-        self.embedding = nn.Embedding(size, config.dim)
-        nn.init.normal_(self.embedding.weight, std=0.02)
-        self.classes = nn.Embedding(num_classes, config.dim) if num_classes else None
-        self.backbone = Backbone(config)
-        self.output = nn.Linear(config.dim, size, bias=False)
-        self.projection = projection(feature_dim, config.dim, num_projection_layers)
-        self.to_condition = nn.Sequential(nn.Linear(config.dim, head.dim), nn.LayerNorm(head.dim, EPS))
+        self.latent_statistics = {"latent_mean": latent_mean, "latent_scale": latent_scale}
+        self.register_buffer("human", torch.tensor(tuple(human), dtype=torch.int64), persistent=False)
+        self.register_buffer("assistant", torch.tensor(tuple(assistant), dtype=torch.int64), persistent=False)
+        self.condition_dropout, self.end_weight, self.text_weight = condition_dropout, end_weight, text_weight
+        roles = {"begin": human, "answer": assistant}
+        ends = {"end": self.end, "begin_image": self.image_start, "end_image": self.image_end}
+        own = {**roles, **{name: (mark,) for name, mark in ends.items()}}
+        self.reader = StreamReader(text_vocabulary_size, self.image_patch, own)
+        if model is None:
+            self.embedding, self.output = nn.Embedding(size, config.dim), nn.Linear(config.dim, size, bias=False)
+            nn.init.normal_(self.embedding.weight, std=0.02)
+        else:
+            self.embedding, self.output = model.release()
+        self.backbone = Backbone(config) if model is None else model
+        dim = self.backbone.dim
+        self.classes = nn.Embedding(num_classes, dim) if num_classes else None
+        self.projection = projection(feature_dim, dim, num_projection_layers)
+        self.to_condition = nn.Sequential(nn.Linear(dim, head.dim), nn.LayerNorm(head.dim, EPS))
         self.flow_head = FlowHead(self.spec.dim, head.dim, head)
 
     @property
@@ -182,6 +215,20 @@ class MingUniVision(ContinuousGenerator):
             "text_length": spec.ids.length if spec.ids else 0,
             "given_length": given.length if given else 0,
         }
+
+    @classmethod
+    def tokenizer_arguments(cls, tokenizer: Expands) -> dict[str, Any]:
+        return dict(tokenizer.latent_statistics or {})
+
+    def check_tokenizer(self, tokenizer: Expands | None) -> None:
+        super().check_tokenizer(tokenizer)
+        others = tokenizer.latent_statistics or {}
+        for name, own in self.latent_statistics.items():
+            if own is not None and name in others and not math.isclose(own, others[name], rel_tol=1e-4, abs_tol=1e-6):
+                raise ValueError(
+                    f"the latents of this tokenizer are standardised with {name} {others[name]:.6g}, and this model "
+                    f"learned latents with {own:.6g}: it was trained with another tokenizer, which you may load instead"
+                )
 
     # -----------------------------------------------------------------------------------------------------------------
     # Reading
@@ -223,7 +270,8 @@ class MingUniVision(ContinuousGenerator):
         rows, device = len(condition), self.output.weight.device
         parts = [self._fixed(self.human, rows, device)]
         if (given := condition.part("given")) is not None:
-            features = self.embed_features(tokenizer.expander().expand(given.values.to(self.output.weight.dtype)))
+            expander = self.needed_tokenizer(tokenizer).expander()
+            features = self.embed_features(expander.expand(given.values.to(self.output.weight.dtype)))
             valid = given.valid() & ~given.dropped[:, None]
             ends = valid.any(1, keepdim=True)
             for x, where, is_image in (
@@ -233,7 +281,7 @@ class MingUniVision(ContinuousGenerator):
             ):
                 kinds = torch.full(where.shape, IMAGE, device=device)
                 parts.append(Prompt(x, where, kinds, torch.full_like(where, is_image)))
-        if (label := condition.part("labels")) is not None:
+        if self.classes is not None and (label := condition.part("labels")) is not None:
             valid = ~label.dropped[:, None]
             embeddings = self.classes(label.values.where(valid[:, 0], 0))[:, None]
             parts.append(
@@ -284,7 +332,7 @@ class MingUniVision(ContinuousGenerator):
 
     def forward(
         self,
-        tokens: Tensor,
+        tokens: Tensor | Streams,
         condition: Condition,
         *,
         draws: Draws | None = None,
@@ -292,16 +340,23 @@ class MingUniVision(ContinuousGenerator):
         clock: Clock | None = None,
         tokenizer: Expands | None = None,
     ) -> GeneratorOutput:
-        """Mean squared error of the velocity, and ``end_weight`` times the cross entropy of the mark behind the image;
-        metrics "flow" and "image_end". All places in one pass; the tokenizer is not trained.
+        """All places in one pass; the tokenizer is not trained. Draws without "drop" leave nothing out.
+
+        Of latents: mean squared error of the velocity, and ``end_weight`` times the cross entropy of the mark behind
+        the image; metrics "flow" and "image_end". Of streams, which have what they are conditioned on in themselves:
+        the same error, and ``text_weight`` times the mean cross entropy of the words and marks in the loss; metrics
+        "flow" and "text".
 
         Raises:
-            ValueError: latents of another tokenizer, a missing tokenizer, or missing draws.
+            ValueError: latents of another tokenizer, a missing tokenizer, missing draws, or streams that this model
+                does not read.
         """
-        self.check_tokenizer(tokenizer)
-        self.spec.check_latents(tokens)
+        tokenizer = self.needed_tokenizer(tokenizer)
         if not draws or not {"time", "noise"} <= draws.keys():
             raise ValueError("training needs the draws 'time' and 'noise'; see training_draws")
+        if isinstance(tokens, Streams):
+            return self._stream_losses(tokens, draws, weights, tokenizer)
+        self.spec.check_latents(tokens)
         with torch.no_grad():
             features = tokenizer.expander().expand(tokens)
         prompt = self.prompt(condition, tokenizer)
@@ -327,19 +382,65 @@ class MingUniVision(ContinuousGenerator):
         """
         rows, start = prompt.valid.shape
         own = torch.cat([self._mark(self.image_start, rows), image], 1)
-        x = torch.cat([prompt.embeddings, own], 1)
-        seen = torch.cat([prompt.valid, prompt.valid.new_ones(own.shape[:2])], 1)
-        hidden = torch.zeros_like(prompt.valid)
+        new = prompt.valid.new_ones(own.shape[:2])
+        x, valid = torch.cat([prompt.embeddings, own], 1), torch.cat([prompt.valid, new], 1)
+        kinds = torch.cat([prompt.kinds, torch.full_like(new, ALWAYS, dtype=torch.int64)], 1)
+        response = torch.cat([torch.zeros_like(prompt.valid), new], 1)
+        images = torch.cat([prompt.images, torch.zeros_like(new)], 1)
+        return self._states(x, valid, kinds, response, images, drop)[:, start:]
+
+    def _states(
+        self, x: Tensor, valid: Tensor, kinds: Tensor, response: Tensor, images: Tensor, drop: Tensor | None
+    ) -> Tensor:
+        """Hidden states (B, n, D) of entries, of which a response does without what ``drop`` leaves out."""
+        left = valid
         if drop is not None:
             for kind, share in ((TEXT, 1.0), (IMAGE, 0.5)):
                 dropped = (drop < share * self.condition_dropout)[:, None]
-                hidden = hidden | (dropped & (prompt.kinds == kind))
-        left = torch.cat([prompt.valid & ~hidden, seen[:, start:]], 1)
-        # The prompt is read as a whole, as in sampling; what follows does without, and closes the gap.
-        mask = torch.cat([attention_mask(seen, 0)[:, :, :start], attention_mask(left, start)], 2)
-        positions = torch.cat([seen.cumsum(1)[:, :start], left.cumsum(1)[:, start:]], 1) - 1
-        images = torch.cat([prompt.images, torch.zeros_like(seen[:, start:])], 1)
-        return self.backbone(x, positions.clamp_min(0), mask, images=images)[:, start:]
+                left = left & ~(dropped & (kinds == kind))
+        # What comes before is read as a whole, as in sampling; the response does without, and closes the gap.
+        mask = attention_mask(valid, 0).where(~response[:, None, :, None], attention_mask(left, 0))
+        positions = torch.where(response, left.cumsum(1), valid.cumsum(1)) - 1
+        return self.backbone(x, positions.clamp_min(0), mask, images=images)
+
+    def read_streams(self, streams: Streams, tokenizer: Expands, drop: Tensor | None) -> tuple[Reading, Tensor, Tensor]:
+        """The entries of streams, the latents (M, C) of all their images, and the hidden states (B, n, D).
+
+        Args:
+            drop: as of ``_image_states``.
+
+        Raises:
+            ValueError: images of another number of latents, or of other ones.
+        """
+        reading, length = self.reader(streams), self.spec.length
+        latents = streams.latents[(streams.kinds == IMAGE_KIND) & streams.mask]
+        if len(latents) % length:
+            raise ValueError(f"the images of streams have {length} latents each for this model; these have others")
+        with torch.no_grad():
+            features = tokenizer.expander().expand(self.spec.check_latents(latents.unflatten(0, (-1, length))))
+        x, embedded = self.embedding(reading.ids), self.embed_features(features).flatten(0, 1)
+        x = x.masked_scatter(reading.images[..., None], embedded.to(x))
+        return (
+            reading,
+            latents,
+            self._states(x, reading.valid, reading.kinds, reading.response, reading.inputs, drop),
+        )
+
+    def _stream_losses(
+        self, streams: Streams, draws: Draws, weights: Tensor | None, tokenizer: Expands
+    ) -> GeneratorOutput:
+        reading, latents, hidden = self.read_streams(streams, tokenizer, draws.get("drop"))
+        drawn = reading.learned & reading.images
+        rows, places = drawn.nonzero(as_tuple=True)
+        slots = (drawn.cumsum(1) - 1)[rows, places] % self.spec.length  # images of one stream share their draws
+        z, targets = self.to_condition(hidden[rows, places - 1]), latents[reading.learned[reading.images]]
+        flow = self.flow_head.losses(targets, z, draws["time"][rows, slots], draws["noise"][rows, slots])
+        word_rows, word_places = (reading.learned & ~reading.images).nonzero(as_tuple=True)
+        logits = self.output(hidden[word_rows, word_places - 1]).float()
+        words = F.cross_entropy(logits, reading.ids[word_rows, word_places], reduction="none")
+        terms = {"flow": _mean_of(flow, rows, weights), "text": _mean_of(words, word_rows, weights)}
+        loss = terms["flow"] + self.text_weight * terms["text"]
+        return GeneratorOutput(loss, flow, {name: term.detach() for name, term in terms.items()})
 
     def training_draws(self, keys: Keys) -> Draws:
         """ "drop" (B,) and "time" (B, L) uniform, "noise" (B, L, C) normal."""
@@ -364,16 +465,20 @@ class MingUniVision(ContinuousGenerator):
         draws: Draws | None = None,
         tokenizer: Expands | None = None,
     ) -> MingSession:
-        self.check_tokenizer(tokenizer)
+        tokenizer = self.needed_tokenizer(tokenizer)
         self.check_condition(condition)
         if not draws or "noise" not in draws:
             raise ValueError("latents are drawn from noise: pass draws=sampling_draws(Keys.range(seed, B))")
-        options = options or MingOptions()
-        condition = condition.to(self.output.weight.device)
-        with torch.no_grad():
-            prompt = self.prompt(condition, tokenizer)
-        guidance = options.guidance(has_image=condition.part("given") is not None)
-        return MingSession(self, prompt, options, guidance, draws["noise"], tokenizer)
+        session = self.converse(len(condition), options, tokenizer=tokenizer)
+        session.ask(condition)
+        session.begin_image(session.options.guidance(has_image=condition.part("given") is not None), draws["noise"])
+        return session
+
+    def converse(self, rows: int = 1, options: MingOptions | None = None, *, tokenizer: Expands) -> MingSession:
+        self.check_tokenizer(tokenizer)
+        text, given = self.text.length if self.text else 1, self.given.length + 2 if self.given else 0
+        length = len(self.human) + given + text + len(self.assistant) + self.spec.length + 2
+        return MingSession(self, rows, options or MingOptions(), tokenizer, length=length)
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -387,3 +492,8 @@ class MingUniVision(ContinuousGenerator):
         model = cls(**arguments)
         load_strictly(model, official.our_names(state_dict, arguments["backbone"]), source="the official state dict")
         return model
+
+
+def _mean_of(losses: Tensor, rows: Tensor, weights: Tensor | None) -> Tensor:
+    """The mean of losses (M,) of entries in ``rows`` (M,), 0 of none, each with the weight of its sample."""
+    return weighted_mean(losses, torch.ones_like(losses) if weights is None else weights[rows])

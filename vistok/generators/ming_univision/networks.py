@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from vistok.flow import LinearPath, euler, guided, last, shift_time
 from vistok.guidance import Guidance
 from vistok.nn.attention import Attention, LayerCache
+from vistok.nn.containers import ModuleList
 from vistok.nn.diffusion_head import DiffusionHead
 from vistok.nn.mlp import SwiGLU, two_thirds
 from vistok.nn.moe import MixtureOfExperts
@@ -77,6 +78,7 @@ class Block(nn.Module):
             qkv_bias=config.qkv_bias,
             out_bias=config.out_bias,
         )
+        self.mlp: SwiGLU | MixtureOfExperts
         if dense:
             self.mlp = SwiGLU(config.dim, config.mlp_dim)
         else:
@@ -99,17 +101,25 @@ class Block(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Embeddings (R, n, D) to normed hidden states (R, n, D)."""
+    """Embeddings (R, n, D) to normed hidden states (R, n, D).
+
+    Attributes:
+        dim: D.
+        max_length: the most positions of a context.
+        cache_sizes: layers, heads of keys and values, and channels of a head.
+    """
 
     def __init__(self, config: BackboneConfig):
         super().__init__()
         self.config = config
-        self.blocks = nn.ModuleList(
+        self.blocks = ModuleList(
             Block(config, dense=not config.num_experts or index < config.num_dense_layers)
             for index in range(config.num_layers)
         )
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        places, head_dim = torch.arange(config.max_length)[:, None], self.blocks[0].attn.head_dim
+        self.dim, self.max_length, attention = config.dim, config.max_length, self.blocks[0].attn
+        self.cache_sizes = (config.num_layers, attention.num_kv_heads, attention.head_dim)
+        places, head_dim = torch.arange(config.max_length)[:, None], attention.head_dim
         self.rotation = FixedRotation(rotation_table(places, head_dim, base=config.rope_base))
 
     def forward(
@@ -128,7 +138,8 @@ class Backbone(nn.Module):
             images: (R, n) bool, True at positions of images that are read; None for none.
         """
         rotation = self.rotation(positions)
-        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
+        each: Sequence[LayerCache | None] = caches or [None] * len(self.blocks)
+        for block, cache in zip(self.blocks, each, strict=True):
             x = block(x, mask, rotation, cache, images)
         return self.norm(x)
 

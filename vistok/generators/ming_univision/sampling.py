@@ -10,7 +10,9 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from vistok.draws import Draws
 from vistok.generators.engine.cache import KVCache
+from vistok.generators.ming_univision.language_model import LanguageModel
 from vistok.generators.ming_univision.networks import Backbone, FlowHead
 from vistok.guidance import OFF, PLAIN, ChannelNorm, Guidance, constant
 from vistok.types import Condition, Expander, Expands, TokenChunk, TokenSpec
@@ -94,6 +96,11 @@ class Prompt:
         names = ("embeddings", "valid", "kinds", "images")
         return cls(*(torch.cat([getattr(part, name) for part in parts], 1) for name in names))
 
+    def trimmed(self) -> Prompt:
+        """Without entries that are padding in all rows."""
+        kept = self.valid.any(0)
+        return Prompt(self.embeddings[:, kept], self.valid[:, kept], self.kinds[:, kept], self.images[:, kept])
+
 
 class JointModel(Protocol):
     """What a session needs of MingUniVision; see there."""
@@ -102,7 +109,7 @@ class JointModel(Protocol):
     image_start: int
     image_end: int
     end: int
-    backbone: Backbone
+    backbone: Backbone | LanguageModel
     flow_head: FlowHead
     embedding: nn.Embedding
     to_condition: nn.Module
@@ -124,19 +131,24 @@ class Context:
     """
 
     def __init__(self, model: JointModel, rows: int, length: int):
-        weight, attention = model.output.weight, model.backbone.blocks[0].attn
+        weight, (layers, heads, head_dim) = model.output.weight, model.backbone.cache_sizes
         self.model, self.rows = model, rows
-        self.cache = KVCache(
-            len(model.backbone.blocks),
-            rows,
-            attention.num_kv_heads,
-            length,
-            attention.head_dim,
-            dtype=weight.dtype,
-            device=weight.device,
-        )
+        self.cache = KVCache(layers, rows, heads, length, head_dim, dtype=weight.dtype, device=weight.device)
         self.visible = torch.zeros(rows, 0, dtype=torch.bool, device=weight.device)
         self.kinds = torch.zeros(rows, 0, dtype=torch.int64, device=weight.device)
+
+    def __len__(self) -> int:
+        """Entries of each sequence."""
+        return self.visible.shape[1]
+
+    def check_room(self, count: int, what: str = "entries") -> None:
+        """Raise ValueError unless ``count`` more entries fit."""
+        limit = self.model.backbone.max_length
+        if len(self) + count > limit:
+            raise ValueError(
+                f"the context has {len(self)} entries, and {count} more {what} exceed the {limit} that this model is "
+                "built for; begin a new one, ask for less, or build the model with a larger max_length"
+            )
 
     def read(
         self, x: Tensor, valid: Tensor | None = None, kinds: Tensor | None = None, images: Tensor | None = None
@@ -147,12 +159,8 @@ class Context:
             ValueError: the context would be longer than the model's.
         """
         rows, count = x.shape[:2]
-        start, limit = self.visible.shape[1], self.model.backbone.config.max_length
-        if start + count > limit:
-            raise ValueError(
-                f"the context has {start} entries and {count} more exceed the {limit} that this model is built for; "
-                "begin a new one, or build the model with a larger max_length"
-            )
+        start = len(self)
+        self.check_room(count)
         if valid is None:
             valid = torch.ones(rows, count, dtype=torch.bool, device=x.device)
         if kinds is None:
@@ -189,51 +197,137 @@ def attention_mask(visible: Tensor, start: int) -> Tensor:
 
 
 class MingSession:
-    """One context for a batch: a prompt, an image, and then more text, or another prompt and another image.
+    """One context for a batch: what a human asks, what the model replies, an image or a text, and so on. Nothing is
+    read twice.
 
     Args:
-        prompt: what is read first.
-        guidance: which rows there are.
-        noise: (B, L, C) normal numbers, one for each latent.
-        hidden: of each row of guidance what it does without, (B, n) bool of the prompt; None goes by the kinds.
+        rows: sequences of the batch.
+        options: how images are drawn, until ``draw`` is given others.
+        length: entries that are expected, to begin with.
 
     Attributes:
         context: what was read and written.
         hidden: (R * B, D), the state that the next latent, or the next word, is drawn from.
+        tokens: (B, n, C), latents of the last image so far.
     """
 
     @torch.no_grad()
-    def __init__(
-        self,
-        model: JointModel,
-        prompt: Prompt,
-        options: MingOptions,
-        guidance: Guidance,
-        noise: Tensor,
-        tokenizer: Expands,
-        *,
-        hidden: list[Tensor] | None = None,
-    ):
+    def __init__(self, model: JointModel, rows: int, options: MingOptions, tokenizer: Expands, *, length: int):
         self.model, self.options, self._tokenizer = model, options, tokenizer
-        rows = len(prompt.embeddings)
-        self.context = Context(model, rows, prompt.embeddings.shape[1] + model.spec.length + 2)
-        self._begin(prompt, guidance, noise, hidden)
+        self.context, self.guidance = Context(model, rows, length), OFF
+        self.tokens = model.output.weight.new_zeros(rows, 0, model.spec.dim)
+        self._length = 0  # latents of the image that is drawn, or was drawn last
+        self._read = 0  # latents that the context has read
+        self._image_stop = -1  # entries of the context at the end of its last image
+        self._reply = -1  # entries of the context where the model's last reply begins
 
-    def _begin(self, prompt: Prompt, guidance: Guidance, noise: Tensor, hidden: list[Tensor] | None) -> None:
-        """Read a prompt and the mark that an image starts."""
-        model, context, weight = self.model, self.context, self.model.output.weight
-        self.guidance, self._noise = guidance, noise.to(weight)
+    # -----------------------------------------------------------------------------------------------------------------
+    # Turns
+
+    @torch.no_grad()
+    def ask(self, condition: Condition) -> None:
+        """Read another turn of the human.
+
+        The image before it is closed by its end mark, unless text was told or written behind it. Text of earlier turns
+        stays in all rows of guidance; images of earlier turns are what ``image_guidance_scale`` is of.
+
+        Raises:
+            ValueError: a condition that the model does not take, an image that is not whole, or no room.
+        """
+        self.model.check_condition(condition)
+        self.read(self.model.prompt(condition.to(self.context.visible.device), self._tokenizer).trimmed())
+
+    @torch.no_grad()
+    def read(self, prompt: Prompt) -> None:
+        """``ask`` with a prompt that is embedded."""
+        context, model = self.context, self.model
+        is_open = len(context) == self._image_stop  # nothing was told or written since
+        context.check_room(prompt.embeddings.shape[1] + is_open)
+        self.leave_image()
+        if self._reply >= 0:
+            context.kinds = torch.where(context.kinds == TEXT, ALWAYS, context.kinds)
+            context.kinds[:, self._reply :] = IMAGE
+        if is_open:
+            context.read(self._mark(model.image_end, context.rows))
         if prompt.embeddings.shape[1]:
-            context.read(prompt.embeddings, prompt.valid, prompt.kinds, prompt.images)
+            self.hidden = context.read(prompt.embeddings, prompt.valid, prompt.kinds, prompt.images)[:, -1]
+        self._reply = len(context)
+
+    @torch.no_grad()
+    def wants_image(self) -> Tensor:
+        """(B,) bool, True where the model would begin an image now, and not write.
+
+        Raises:
+            ValueError: nothing was asked.
+        """
+        self._check_asked()
+        return self.model.output(self.hidden).argmax(-1) == self.model.image_start
+
+    def _check_asked(self) -> None:
+        if not len(self.context):
+            raise ValueError("nothing was asked yet, so there is nothing to reply to; ask first")
+
+    @torch.no_grad()
+    def begin_image(self, guidance: Guidance, noise: Tensor, hidden: list[Tensor] | None = None) -> None:
+        """Read the mark that an image starts.
+
+        Args:
+            guidance: which rows there are.
+            noise: (B, L, C) normal numbers, one for each latent.
+            hidden: of each row of guidance what it does without, (B, n) bool of the context; None goes by the kinds.
+
+        Raises:
+            ValueError: no room for the image.
+        """
+        model, context, weight = self.model, self.context, self.model.output.weight
+        context.check_room(1 + model.spec.length, f"entries of an image of {model.spec.length} tokens")
+        self.guidance, self._noise = guidance, noise.to(weight)
         if hidden is None:
             hidden = [self._without(parts) for parts in guidance.rows]
         self._kept = context.visible
         context.branch(hidden)
         self._expander: Expander = self._tokenizer.expander()
-        self.tokens = weight.new_zeros(context.rows, 0, model.spec.dim)
-        self._read = 0  # latents that the context has read
-        self._image_stop = 0  # entries of the context at the end of its last image
+        self.tokens, self._length = weight.new_zeros(context.rows, 0, model.spec.dim), model.spec.length
+        self._read = 0
         self.hidden = context.read(self._mark(model.image_start, len(context.visible)))[:, -1]
+
+    @torch.no_grad()
+    def turn(self, condition: Condition, noise: Tensor) -> None:
+        """Read another turn of the human, and begin another image.
+
+        Args:
+            noise: as of ``begin_image``.
+        """
+        self.ask(condition)
+        self.begin_image(self.options.guidance(has_image=self.has_image), noise)
+
+    @property
+    def has_image(self) -> bool:
+        """Whether the context has an image that rows of guidance can do without."""
+        return bool((self.context.kinds == IMAGE).any())
+
+    @torch.no_grad()
+    def draw(self, options: MingOptions, draws: Draws) -> Tensor:
+        """Reply with an image: its latents (B, L, C), with the model's ``sampling_draws``.
+
+        Raises:
+            ValueError: nothing was asked, or no room for the image.
+        """
+        self._check_asked()
+        self.options = options
+        self.begin_image(options.guidance(has_image=self.has_image), draws["noise"])
+        for _ in self.generate():
+            pass
+        self.leave_image()
+        return self.tokens
+
+    @torch.no_grad()
+    def show(self, tokens: Tensor) -> None:
+        """Take given latents (B, L, C) for the model's reply."""
+        self._check_asked()
+        self.begin_image(OFF, torch.zeros_like(tokens))
+        self.append(tokens)
+        self.leave_image()
 
     def _without(self, parts: tuple[str, ...]) -> Tensor:
         hidden = torch.zeros_like(self.context.visible)
@@ -262,7 +356,7 @@ class MingSession:
     @property
     def left(self) -> int:
         """Latents that are still to be drawn."""
-        return self.model.spec.length - self.tokens.shape[1]
+        return self._length - self.tokens.shape[1]
 
     @torch.no_grad()
     def generate(self, num_tokens: int | None = None) -> Iterator[TokenChunk]:
@@ -303,55 +397,49 @@ class MingSession:
     # After the image
 
     @torch.no_grad()
+    def leave_image(self) -> None:
+        """Leave guidance behind once the image, if there is one, is whole.
+
+        Raises:
+            ValueError: the image is not whole.
+        """
+        if self.left:
+            raise ValueError(f"the image lacks {self.left} of its {self._length} latents; generate them")
+        self.advance()
+        if self.guidance.is_on:
+            self.hidden = self.hidden[: self.context.rows]
+            self.context.join(self._kept)
+            self.guidance = OFF
+
+    @torch.no_grad()
     def finish(self) -> Tensor:
         """Leave guidance behind once the image is whole; logits (B, V) of the word that follows it.
 
         Raises:
             ValueError: the image is not whole.
         """
-        if self.left:
-            raise ValueError(f"the image lacks {self.left} of its {self.model.spec.length} latents; generate them")
-        self.advance()
-        if len(self.hidden) > self.context.rows or self.guidance.is_on:
-            self.hidden = self.hidden[: self.context.rows]
-            self.context.join(self._kept)
-            self.guidance = OFF
+        self.leave_image()
         return self.model.output(self.hidden).float()
 
     @torch.no_grad()
     def tell(self, ids: Tensor) -> Tensor:
-        """Read given ids (B, n) after the image; logits (B, V) of the word that follows them."""
-        self.finish()
+        """Read given ids (B, n) as the model's; logits (B, V) of the word that follows them."""
+        self.leave_image()
         self.hidden = self.context.read(self.model.embedding(ids))[:, -1]
         return self.model.output(self.hidden).float()
 
     @torch.no_grad()
     def write(self, max_tokens: int) -> Tensor:
-        """Write text after the image, the likeliest word each time: ids (B, n), n <= max_tokens, filled up with the end
-        mark where a row ended before the others."""
-        self.finish()
+        """Write text, the likeliest word each time: ids (B, n), n <= max_tokens, filled up with the end mark where a
+        row ended before the others.
+
+        Raises:
+            ValueError: nothing was asked, an image that is not whole, or no room.
+        """
+        self._check_asked()
+        self.leave_image()
         ids, self.hidden = write_text(self.model, self.context, self.hidden, max_tokens)
         return ids
-
-    @torch.no_grad()
-    def turn(self, condition: Condition, noise: Tensor) -> None:
-        """Another turn in the same context: read another text, and begin another image. Nothing is read twice.
-
-        The image's end mark is read first, unless text was told or written behind it. Text of earlier turns stays in
-        all rows of guidance; images of earlier turns are what ``image_guidance_scale`` is of.
-
-        Args:
-            noise: as of the session.
-        """
-        self.model.check_condition(condition)
-        self.finish()
-        context, start = self.context, self._kept.shape[1]
-        context.kinds = torch.where(context.kinds == TEXT, ALWAYS, context.kinds)
-        context.kinds[:, start:] = IMAGE
-        if context.visible.shape[1] == self._image_stop:  # nothing was told or written since
-            context.read(self._mark(self.model.image_end, context.rows))
-        prompt = self.model.prompt(condition.to(context.visible.device), self._tokenizer)
-        self._begin(prompt, self.options.guidance(has_image=True), noise, None)
 
 
 @torch.no_grad()
@@ -361,6 +449,8 @@ def write_text(model: JointModel, context: Context, hidden: Tensor, max_tokens: 
     ended = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
     ids = [torch.zeros(len(hidden), 0, dtype=torch.int64, device=hidden.device)]
     for _ in range(max_tokens):
+        if bool(ended.all()):
+            break
         new = torch.where(ended, model.end, model.output(hidden).argmax(-1))
         ids.append(new[:, None])
         hidden = context.read(model.embedding(new)[:, None], valid=~ended[:, None])[:, -1]

@@ -20,6 +20,7 @@ from vistok.generators.llama import Llama
 from vistok.generators.open_magvit2_gpt import official
 from vistok.generators.open_magvit2_gpt.sampling import SubTokenOptions
 from vistok.generators.open_magvit2_gpt.sub_tokens import SubTokens
+from vistok.nn.containers import ModuleList
 from vistok.nn.mlp import rounded_hidden_dim
 from vistok.types import Clock, Condition, ConditionSpec, Expands, GeneratorOutput, TokenSpec, as_dataclass
 
@@ -55,7 +56,11 @@ class OpenMAGVIT2GPT(Llama):
             as many bits as the ids.
     """
 
+    trains_in_sequence = False
     registry_name = "open_magvit2_gpt"
+    token_embedding: ModuleList[nn.Embedding]
+    output: ModuleList[nn.Linear]
+
     options_type = SubTokenOptions
     tiny = {
         "spec": TokenSpec(16, 32, dim=5, grid=(4, 4)),
@@ -103,7 +108,7 @@ class OpenMAGVIT2GPT(Llama):
                 f"factorized_bits {self.sub_tokens.bits} add up to {sum(self.sub_tokens.bits)} bits, which are {codes} "
                 f"codes, but this tokenizer has {spec.codebook_size}; choose bits that add up to those of its ids"
             )
-        drops = {"attn_drop": attn_drop, "proj_drop": proj_drop, "ffn_drop": ffn_drop}
+        drops: dict[str, Any] = {"attn_drop": attn_drop, "proj_drop": proj_drop, "ffn_drop": ffn_drop}
         super().__init__(
             spec,
             num_classes=num_classes,
@@ -119,19 +124,19 @@ class OpenMAGVIT2GPT(Llama):
             **drops,
         )
         hidden_dim = rounded_hidden_dim(dim, multiple_of)
-        sizes = {"num_kv_heads": None, "qk_norm": False, "eps": norm_eps}
-        self.intra_blocks = nn.ModuleList(
+        sizes: dict[str, Any] = {"num_kv_heads": None, "qk_norm": False, "eps": norm_eps}
+        self.intra_blocks = ModuleList(
             self.block_type(dim, num_heads, hidden_dim, **sizes, **drops) for _ in range(num_intra_layers)
         )
         for module in self.intra_blocks.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
 
-    def build_embedding(self, dim: int) -> nn.Module:
-        return nn.ModuleList(nn.Embedding(size, dim) for size in self.sub_tokens.sizes)
+    def build_embedding(self, dim: int) -> ModuleList[nn.Embedding]:
+        return ModuleList(nn.Embedding(size, dim) for size in self.sub_tokens.sizes)
 
-    def build_output(self, dim: int) -> nn.Module:
-        return nn.ModuleList(nn.Linear(dim, size, bias=False) for size in self.sub_tokens.sizes)
+    def build_output(self, dim: int) -> ModuleList[nn.Linear]:
+        return ModuleList(nn.Linear(dim, size, bias=False) for size in self.sub_tokens.sizes)
 
     @classmethod
     def condition_arguments(cls, spec: ConditionSpec) -> dict[str, Any]:
@@ -175,7 +180,7 @@ class OpenMAGVIT2GPT(Llama):
         x = torch.stack(rows, 2).flatten(0, 1)  # (R * n, p + 1, D): each position is a sequence of its own
         # Sub-tokens take the places of the class and of the first image tokens in the table of rotations: the hidden
         # state's query and key vanish, as the class's do.
-        rotation = self.rotation(slice(0, len(rows)))
+        rotation = None if self.rotation is None else self.rotation(slice(0, len(rows)))
         for block in self.intra_blocks:
             x = block(x, rotation, None, None)
         x = self.norm(x).unflatten(0, hidden.shape[:2])
@@ -199,7 +204,8 @@ class OpenMAGVIT2GPT(Llama):
         if draws and "drop" in draws:
             condition = condition.drop(draws["drop"] < self.condition_dropout)
         predictions, parts = self.part_predictions(tokens, condition), self.split_ids(tokens)
-        losses, right, metrics = [], [], {}
+        losses, right = [], []
+        metrics: dict[str, Tensor] = {}
         for number, (logits, part) in enumerate(zip(predictions, parts)):
             per_sample = F.cross_entropy(logits.transpose(1, 2), part, reduction="none").mean(1)
             losses.append(per_sample.mean() if weights is None else weighted_mean(per_sample, weights))

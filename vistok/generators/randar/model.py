@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from vistok.checkpoints import OfficialCheckpoint, load_strictly
 from vistok.draws import Draws, Keys
-from vistok.generators.engine.cache import Layers
+from vistok.generators.engine.cache import Layers, of_layers
 from vistok.generators.engine.queries import QueryGenerator
 from vistok.generators.llama import Block, position_table
 from vistok.generators.randar import official
+from vistok.nn.attention import Mask
+from vistok.nn.containers import ModuleList
 from vistok.nn.mlp import rounded_hidden_dim
 from vistok.nn.norms import RMSNorm
-from vistok.nn.rotary import FixedRotation, rotate
+from vistok.nn.rotary import FixedRotation, Positions, rotate
 from vistok.types import Condition, TokenSpec, as_dataclass
 
 SIZES = {
@@ -110,10 +112,10 @@ class RandAR(QueryGenerator):
         self.num_classes, self.num_heads = num_classes or None, num_heads
         self.has_null = condition_dropout > 0 or not num_classes
         self.class_embedding = nn.Embedding(num_classes + self.has_null, dim)
-        self.token_embedding = nn.Embedding(self.spec.codebook_size, dim)
+        self.token_embedding = nn.Embedding(self.spec.num_ids, dim)
         self.position_instruction = nn.Parameter(torch.randn(1, dim) * 0.02)
         self.dropout = nn.Dropout(token_drop)
-        self.blocks = nn.ModuleList(
+        self.blocks = ModuleList(
             Block(
                 dim,
                 num_heads,
@@ -128,7 +130,7 @@ class RandAR(QueryGenerator):
             for _ in range(num_layers)
         )
         self.norm = RMSNorm(dim, norm_eps)
-        self.output = nn.Linear(dim, self.spec.codebook_size, bias=False)
+        self.output = nn.Linear(dim, self.spec.num_ids, bias=False)
         self.rotation = FixedRotation(position_table(self.spec, 1, dim // num_heads, positions, rope_base))
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -183,9 +185,11 @@ class RandAR(QueryGenerator):
         stop = known + queries
         return None if start == 0 else torch.ones(stop, start + stop, dtype=torch.bool, device=device).tril(start)
 
-    def transform(self, x: Tensor, positions: Tensor, mask: Tensor | None, kv_cache: Layers | None) -> Tensor:
+    def transform(
+        self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: Layers | None, *state: Tensor
+    ) -> Tensor:
         rotation = self.rotation(positions)
-        for block, memory in zip(self.blocks, kv_cache or [None] * len(self.blocks)):
+        for block, memory in zip(self.blocks, of_layers(kv_cache, len(self.blocks))):
             x = block(x, rotation, mask, memory)
         return x
 

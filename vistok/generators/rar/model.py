@@ -20,11 +20,13 @@ from vistok.checkpoints import OfficialCheckpoint, load_strictly
 from vistok.draws import Draws, Keys
 from vistok.generators.base import weighted_mean
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
-from vistok.generators.engine.cache import Layers
+from vistok.generators.engine.cache import Layers, of_layers
 from vistok.generators.engine.sampling import DecodingOptions
 from vistok.generators.engine.session import AutoregressiveSession
 from vistok.generators.rar import official
 from vistok.generators.rar.networks import Block
+from vistok.nn.attention import Mask
+from vistok.nn.containers import ModuleList
 from vistok.nn.modulation import FinalModulation
 from vistok.nn.rotary import Positions
 from vistok.types import Clock, Condition, Expands, GeneratorOutput, TokenSpec, as_dataclass
@@ -62,6 +64,7 @@ class RAR(AutoregressiveGenerator):
         ValueError: a spec without ids, or with several per position; or steps that do not rise.
     """
 
+    trains_in_sequence = False
     registry_name = "rar"
     tiny = {"spec": TokenSpec(16, 32, dim=4, grid=(4, 4)), "num_classes": 5, "dim": 16, "num_layers": 2, "num_heads": 2}
     sizes = SIZES
@@ -97,17 +100,18 @@ class RAR(AutoregressiveGenerator):
         self.has_null = condition_dropout > 0 or not num_classes  # its row is there, but untrained otherwise
         length = self.spec.length
         # Rows: the codes, a mask that nothing uses, the classes, the null class.
-        self.token_embedding = nn.Embedding(self.spec.codebook_size + 1 + num_classes + 1, dim)
+        self.class_rows_from = self.spec.num_ids + 1
+        self.token_embedding = nn.Embedding(self.spec.num_ids + 1 + num_classes + 1, dim)
         self.start_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.positions = nn.Parameter(torch.zeros(1, length + SPARE_PLACES, dim))
         self.target_positions = nn.Parameter(torch.zeros(1, length + SPARE_PLACES, dim))
         self.slots = nn.Parameter(torch.zeros(1, length + SPARE_SLOTS, dim))
-        self.blocks = nn.ModuleList(
+        self.blocks = ModuleList(
             Block(dim, num_heads, mlp_dim or 4 * dim, attn_drop=attn_drop, proj_drop=proj_drop)
             for _ in range(num_layers)
         )
         self.norm = FinalModulation(dim)
-        self.output = nn.Linear(dim, self.spec.codebook_size)
+        self.output = nn.Linear(dim, self.spec.num_ids)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -123,7 +127,7 @@ class RAR(AutoregressiveGenerator):
 
     def condition_rows(self, condition: Condition) -> Tensor:
         """(R,) rows of ``token_embedding``: of the class, or of the null class where it is dropped."""
-        first = self.spec.codebook_size + 1
+        first = self.spec.num_ids + 1
         null = torch.full_like(condition.dropped, first + (self.num_classes or 0), dtype=torch.int64)
         return null if condition.labels is None else torch.where(condition.dropped, null, first + condition.labels)
 
@@ -148,10 +152,11 @@ class RAR(AutoregressiveGenerator):
         return self.token_embedding(ids) + self.positions[0, 2 + places] + target
 
     def transform(
-        self, x: Tensor, positions: Positions, mask: Tensor | None, kv_cache: Layers | None, class_vector: Tensor
+        self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: Layers | None, *state: Tensor
     ) -> Tensor:
+        (class_vector,) = state
         condition = class_vector[:, None] + self.slots[0, positions]  # (R, n, D)
-        for block, memory in zip(self.blocks, kv_cache or [None] * len(self.blocks)):
+        for block, memory in zip(self.blocks, of_layers(kv_cache, len(self.blocks))):
             x = block(x, condition, mask, memory)
         return self.norm(x, condition)
 

@@ -20,11 +20,13 @@ from vistok.conditions import ConditionPart
 from vistok.draws import Draws
 from vistok.generators.base import weighted_mean
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
-from vistok.generators.engine.cache import Layers
+from vistok.generators.engine.cache import Layers, of_layers
 from vistok.generators.engine.plan import Plan
 from vistok.generators.engine.sampling import DecodingOptions
 from vistok.generators.llama import Block
 from vistok.guidance.schedules import ScheduleName
+from vistok.nn.attention import Mask
+from vistok.nn.containers import ModuleList
 from vistok.nn.mlp import MLP, rounded_hidden_dim
 from vistok.nn.norms import RMSNorm
 from vistok.nn.rotary import FixedRotation, Positions, rotation_table
@@ -123,6 +125,7 @@ class TokenShuffle(AutoregressiveGenerator):
 
     members: Tensor
 
+    trains_in_sequence = False
     registry_name = "token_shuffle"
     options_type = TokenShuffleOptions
     sizes = SIZES
@@ -168,7 +171,7 @@ class TokenShuffle(AutoregressiveGenerator):
         self.num_classes, self.condition_dropout = num_classes or None, condition_dropout
         self.text_weight, self.z_loss, self.window = text_weight, z_loss, window
         self.text = IdSpec(text_vocabulary, text_length) if text_length else None
-        self.vocabulary = JointVocabulary(num_classes + text_vocabulary, self.spec.codebook_size, MARKS)
+        self.vocabulary = JointVocabulary(num_classes + text_vocabulary, self.spec.num_ids, MARKS)
         self.register_buffer(
             "members", window_members(self.spec.length, self.spec.grid, window, "window"), persistent=False
         )
@@ -179,7 +182,7 @@ class TokenShuffle(AutoregressiveGenerator):
         fusion = (dim, window, num_fusion_blocks, fusion_ratio, norm_eps)
         self.fold = Fold(*fusion) if window > 1 else None
         self.unfold = Unfold(*fusion) if window > 1 else None
-        self.blocks = nn.ModuleList(
+        self.blocks = ModuleList(
             Block(
                 dim,
                 num_heads,
@@ -362,15 +365,10 @@ class TokenShuffle(AutoregressiveGenerator):
         return self._image_part(self.window_logits(hidden))[:, :, 0]
 
     def transform(
-        self,
-        x: Tensor,
-        positions: Positions,
-        mask: Tensor | None,
-        kv_cache: Layers | None,
-        state: Tensor | None = None,
+        self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: Layers | None, *state: Tensor
     ) -> Tensor:
         x, rotation = self.dropout(x), self.rotation(positions)
-        for block, memory in zip(self.blocks, kv_cache or [None] * len(self.blocks)):
+        for block, memory in zip(self.blocks, of_layers(kv_cache, len(self.blocks))):
             x = block(x, rotation, mask, memory)
         return x
 

@@ -20,13 +20,15 @@ from vistok.checkpoints import OfficialCheckpoint, load_strictly
 from vistok.draws import Draws, Keys
 from vistok.generators.base import weighted_mean
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
-from vistok.generators.engine.cache import Layers
+from vistok.generators.engine.cache import Layers, of_layers
 from vistok.generators.engine.plan import Plan
 from vistok.generators.engine.sampling import DecodingOptions
 from vistok.generators.engine.session import AutoregressiveSession
 from vistok.generators.var import official
 from vistok.generators.var.networks import Block, SharedModulation
 from vistok.generators.var.smooth import GUMBEL, SmoothSession
+from vistok.nn.attention import Mask
+from vistok.nn.containers import ModuleList
 from vistok.nn.modulation import FinalModulation, modulation
 from vistok.nn.rotary import Positions
 from vistok.types import Clock, Condition, Expands, GeneratorOutput, TokenSpec, as_dataclass
@@ -81,8 +83,11 @@ class VAR(AutoregressiveGenerator):
         ValueError: a spec without ids or scales, or scales to begin with that there are not.
     """
 
+    norm: FinalModulation
+    output: nn.Linear
     scales: Tensor
 
+    trains_in_sequence = False
     registry_name = "var"
     options_type = VAROptions
     needs_tokenizer = True
@@ -149,7 +154,7 @@ class VAR(AutoregressiveGenerator):
         self.positions = nn.Parameter(torch.zeros(1, self.spec.length, dim))
         self.scale_embedding = nn.Embedding(len(self.scale_sizes), dim)
         self.shared_modulation = modulation(dim, 6) if shared_modulation else None
-        self.blocks = nn.ModuleList(
+        self.blocks = ModuleList(
             Block(
                 dim,
                 num_heads,
@@ -164,7 +169,7 @@ class VAR(AutoregressiveGenerator):
             for i in range(num_layers)
         )
         self.norm = FinalModulation(dim, norm_eps)
-        self.output = nn.Linear(dim, self.spec.codebook_size)
+        self.output = nn.Linear(dim, self.spec.num_ids)
         scales = [k for k, size in enumerate(self.scale_sizes) for _ in range(size)]
         self.register_buffer("scales", torch.tensor(scales), persistent=False)  # (L,), the scale of each token
         self._initialise(dim, gate_init)
@@ -231,13 +236,13 @@ class VAR(AutoregressiveGenerator):
         return (self.scales[start:stop, None] >= self.scales[None, :stop])[None, None]
 
     def transform(
-        self, x: Tensor, positions: Positions, mask: Tensor | None, kv_cache: Layers | None, class_vector: Tensor
+        self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: Layers | None, *state: Tensor
     ) -> Tensor:
-        shared = self.shared_modulation
+        (class_vector,), shared = state, self.shared_modulation
         condition = class_vector if shared is None else shared(class_vector)
         if kv_cache is not None:  # a step is a scale: it sees all that is there
             mask = None
-        for block, memory in zip(self.blocks, kv_cache or [None] * len(self.blocks)):
+        for block, memory in zip(self.blocks, of_layers(kv_cache, len(self.blocks))):
             x = block(x, condition, mask, memory)
         return self.norm(x, class_vector[:, None])
 
@@ -250,8 +255,9 @@ class VAR(AutoregressiveGenerator):
     # -----------------------------------------------------------------------------------------------------------------
     # Training
 
-    def logits(self, ids: Tensor, condition: Condition, tokenizer: Expands) -> Tensor:
-        """Teacher-forced logits (B, L, V) of ids (B, L), each from all smaller scales."""
+    def logits(self, ids: Tensor, condition: Condition, tokenizer: Expands | None = None) -> Tensor:
+        """Teacher-forced logits (B, L, V) of ids (B, L), each from all smaller scales; needs the tokenizer."""
+        tokenizer = self.needed_tokenizer(tokenizer)
         return self.logits_of(tokenizer.expander().expand(ids), condition)
 
     def logits_of(self, inputs: Tensor, condition: Condition, num_scales: int | None = None) -> Tensor:
@@ -281,7 +287,7 @@ class VAR(AutoregressiveGenerator):
         In progressive training scales beyond the stage are left out, and the others weigh as little as they do among
         all.
         """
-        self.check_tokenizer(tokenizer)
+        tokenizer = self.needed_tokenizer(tokenizer)
         if draws and "drop" in draws:
             condition = condition.drop(draws["drop"] < self.condition_dropout)
         with without_autocast(tokens.device):
@@ -338,13 +344,14 @@ class VAR(AutoregressiveGenerator):
         """ "ids" (B, L) uniform, in order; for smooth sampling also "gumbel" (B, L, V) of Gumbel's distribution."""
         options = options or VAROptions()
         draws = super().sampling_draws(keys, options)
-        if options.more_smooth:
-            uniforms = keys.uniform("gumbel", self.spec.length, self.spec.codebook_size)
+        if isinstance(options, VAROptions) and options.more_smooth:
+            uniforms = keys.uniform("gumbel", self.spec.length, self.spec.num_ids)
             draws[GUMBEL] = -(-uniforms.clamp_min(torch.finfo(torch.float32).tiny).log()).log()
         return draws
 
     def session_type(self, options: DecodingOptions) -> type[AutoregressiveSession]:
-        return SmoothSession if options.more_smooth else super().session_type(options)
+        smooth = isinstance(options, VAROptions) and options.more_smooth
+        return SmoothSession if smooth else super().session_type(options)
 
     @torch.no_grad()
     def edit(

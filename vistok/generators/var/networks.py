@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ class QVBiasAttention(Attention):
     """
 
     def __init__(self, dim: int, num_heads: int, *, l2_norm: bool, attn_drop: float, proj_drop: float):
-        options = {"qkv_bias": False, "attn_drop": attn_drop, "proj_drop": proj_drop}
+        options: dict[str, Any] = {"qkv_bias": False, "attn_drop": attn_drop, "proj_drop": proj_drop}
         super().__init__(dim, num_heads, **options, scale=1.0 if l2_norm else 0.25 / math.sqrt(dim // num_heads))
         self.q_bias, self.v_bias = (nn.Parameter(torch.zeros(dim)) for _ in range(2))
         if l2_norm:

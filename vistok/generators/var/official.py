@@ -23,7 +23,8 @@ REBUILT = r"lvl_1L|attn_bias_for_masking|blocks\.\d+\.attn\.zero_k_bias"
 
 def spec_of(scales: tuple[int, ...], codebook_size: int = 4096, dim: int = 32) -> TokenSpec:
     """The tokens of square grids with these sides."""
-    return TokenSpec(sum(side * side for side in scales), codebook_size, dim, scales=[(side, side) for side in scales])
+    grids = tuple((side, side) for side in scales)
+    return TokenSpec(sum(side * side for side in scales), codebook_size, dim, scales=grids)
 
 
 def size(depth: int) -> dict[str, Any]:

@@ -27,7 +27,8 @@ class SmoothSession(AutoregressiveSession):
     @torch.no_grad()
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._codes = self.expander.codes.to(self.sequence.device, torch.float32)  # (V, D)
+        expander: Any = self.expander  # of a tokenizer with a codebook
+        self._codes = expander.codes.to(self.sequence.device, torch.float32)  # (V, D)
         self._vectors = self._codes.new_zeros(*self.sequence.shape, self._codes.shape[1])
 
     @property

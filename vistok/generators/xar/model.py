@@ -28,6 +28,7 @@ from vistok.generators.engine.continuous import ContinuousGenerator
 from vistok.generators.xar.layouts import EntityLayout, LayoutConfig
 from vistok.generators.xar.sampling import PATH, XAROptions, XARSession
 from vistok.nn.attention import Attention, LayerCache
+from vistok.nn.containers import ModuleList
 from vistok.nn.flex import FEWEST_CHANNELS, FlexMask, block_causal
 from vistok.nn.mlp import GatedMLP
 from vistok.nn.modulation import modulate
@@ -156,9 +157,9 @@ class XAR(ContinuousGenerator):
         self.encoder_positions = nn.Parameter(torch.empty(1, self.layout.length, dim))
         self.decoder_positions = nn.Parameter(torch.empty(1, self.layout.length, dim))
 
-        def blocks(count: int) -> nn.ModuleList:
+        def blocks(count: int) -> ModuleList:
             hidden_dim = int(dim * mlp_ratio * 2 / 3)
-            return nn.ModuleList(Block(dim, num_heads, hidden_dim, attn_drop, proj_drop) for _ in range(count))
+            return ModuleList(Block(dim, num_heads, hidden_dim, attn_drop, proj_drop) for _ in range(count))
 
         self.encoder_blocks, self.decoder_blocks = blocks(num_encoder_layers), blocks(num_decoder_layers)
         self.encoder_norm, self.decoder_norm = RMSNorm(dim, NORM_EPS), RMSNorm(dim, NORM_EPS)

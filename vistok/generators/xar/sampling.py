@@ -75,6 +75,8 @@ class XAROptions(GuidanceOptions):
         """From noise x (B, n, D) to data; ``noise`` (B, num_steps - 1, n, D) feeds the stochastic solver."""
         if self.solver == "euler":
             return euler(velocity, x, self.times())
+        if noise is None:
+            raise ValueError("the stochastic solver needs noise")
         return euler_maruyama(velocity, x, self.times(), noise.unbind(1))
 
 

@@ -20,6 +20,7 @@ from vistok.checkpoints import OfficialCheckpoint, load_strictly
 from vistok.draws import Draws, Keys
 from vistok.flow import SOLVERS, LinearPath, shift_time
 from vistok.nn.alignment import AlignmentConfig
+from vistok.nn.containers import ModuleList
 from vistok.nn.masks import prefix_causal_mask
 from vistok.quantizers import VectorQuantizer
 from vistok.tokenizers.base import Tokenizer, image_sides, prefix_lengths, times
@@ -154,7 +155,7 @@ class DAR(Tokenizer):
             GridPositions(self._grid((height, width), encoder_patch_size), encoder_dim) if absolute_positions else None
         )
         self.encoder_norm, self.decoder_norm = plain_norm(encoder_dim), plain_norm(decoder_dim)
-        self.encoder = nn.ModuleList(Block(encoder_dim, gate_init) for _ in range(num_encoder_layers))
+        self.encoder = ModuleList(Block(encoder_dim, gate_init) for _ in range(num_encoder_layers))
         self.pre_quant = nn.Linear(encoder_dim, codebook_embed_dim, bias=False)
         self.quantizer = VectorQuantizer(
             codebook_size,
@@ -167,7 +168,7 @@ class DAR(Tokenizer):
         self.post_quant = nn.Linear(codebook_embed_dim, decoder_dim, bias=False)
         self.token_positions = nn.Embedding(max_tokens, decoder_dim)
         nn.init.trunc_normal_(self.token_positions.weight, std=position_std)
-        self.decoder = nn.ModuleList(Block(decoder_dim, gate_init) for _ in range(num_decoder_layers))
+        self.decoder = ModuleList(Block(decoder_dim, gate_init) for _ in range(num_decoder_layers))
         self.velocity = VelocityNetwork(
             velocity,
             in_channels,
@@ -198,7 +199,7 @@ class DAR(Tokenizer):
         return None if self.velocity.alignment is None else self.velocity.alignment.dim
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         return self.velocity.patches_out.weight
 
     def _spec_for_sides(self, sides: tuple[int, ...]) -> TokenSpec:
@@ -213,7 +214,7 @@ class DAR(Tokenizer):
         Patches see patches; query i sees all patches and queries up to itself.
         """
         self.check_pixels(pixels)
-        grid = self._grid(pixels.shape[2:], self.encoder_patch)
+        grid = self._grid((pixels.shape[2], pixels.shape[3]), self.encoder_patch)
         patches = self.encoder_norm(rearrange(self.to_patches(pixels), "b d h w -> b (h w) d"))
         if self.encoder_positions is not None:
             patches = patches + self.encoder_positions(grid)
@@ -319,6 +320,8 @@ class DAR(Tokenizer):
                 trajectory = Trajectory(self, len(tokens), draws=draws)
             for _, preview in trajectory.advance(tokens):
                 image = preview
+            if image is None:
+                raise ValueError("a prefix of no tokens has no image")
             return image
 
         return decode
@@ -408,7 +411,7 @@ class Trajectory:
         noise = (draws or model.decoding_draws(Keys.range(0, batch_size)))["noise"]
         noise = noise.to(model.last_layer.device, torch.float32)
         self._states = SOLVERS[solver or model.solver](self._velocity, noise, times)
-        self._condition: Tensor | None = None
+        self._condition = noise.new_empty(0)  # of the tokens so far
 
     def advance(self, tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Take all steps that the ids (B, k) allow; they begin with those of earlier calls.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from einops import rearrange
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from vistok.nn.alignment import AlignmentConfig, AlignmentHead
 from vistok.nn.attention import Attention, CrossAttention
+from vistok.nn.containers import ModuleList
 from vistok.nn.mlp import MLP
 from vistok.nn.modulation import modulate
 from vistok.nn.rotary import FixedRotation, Rotation, grid_positions, rotation_table
@@ -80,7 +81,7 @@ class GridPositions(nn.Module):
         self.table = nn.Parameter(0.7 * torch.randn(dim, *grid))
 
     def forward(self, grid: tuple[int, int]) -> Tensor:
-        table = self.table
+        table: Tensor = self.table
         if grid != table.shape[1:]:
             table = F.interpolate(table[None], grid, mode="bilinear", antialias=True)[0]
         return rearrange(table, "d h w -> (h w) d")
@@ -133,7 +134,7 @@ class VelocityBlock(nn.Module):
     def forward(
         self, x: Tensor, t: Tensor, shared_time: Tensor | None, condition: Tensor, rotation: Rotation
     ) -> Tensor:
-        time = shared_time if self.time_embedding is None else self.time_embedding(t * 1000)
+        time = cast(Tensor, shared_time) if self.time_embedding is None else self.time_embedding(t * 1000)
         context = self.norm(self.cond_embed(condition))
         seen = self.cross_attn(self.norm(x), context, rotation=rotation)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(time[:, None] + seen)).chunk(6, -1)
@@ -177,7 +178,7 @@ class VelocityNetwork(nn.Module):
         self.positions = GridPositions(grid, dim) if absolute_positions else None
         self.rotation = GridRotation(grid, base=config.rope_base)
         self.time_embedding = time_embedding(dim) if config.share_time_embedding else None
-        self.blocks = nn.ModuleList(VelocityBlock(config) for _ in range(config.num_layers))
+        self.blocks = ModuleList(VelocityBlock(config) for _ in range(config.num_layers))
         self.modulation = nn.Linear(dim, 2 * dim) if config.modulated_output else None
         self.patches_out = nn.Linear(dim, in_channels * self.patch**2)
         for module in (self.patches_out, self.modulation):
@@ -185,9 +186,9 @@ class VelocityNetwork(nn.Module):
                 nn.init.zeros_(module.weight)
                 nn.init.zeros_(module.bias)
         self.alignment = alignment
+        self.alignment_layer = None
         if alignment is not None:
-            if not 0 <= alignment.layer < config.num_layers:
-                raise ValueError(f"alignment.layer must lie in 0..{config.num_layers - 1}, got {alignment.layer}")
+            self.alignment_layer = alignment.tap(range(config.num_layers))
             self.alignment_head = AlignmentHead.of(dim, alignment)
 
     def forward(self, noisy: Tensor, t: Tensor, tokens: Tensor, *, align: bool = False) -> Velocity:
@@ -204,12 +205,12 @@ class VelocityNetwork(nn.Module):
         shared_time = None if self.time_embedding is None else self.time_embedding(t * 1000)
         aligned = None
         for index, block in enumerate(self.blocks):
-            if align and index == self.alignment.layer:
+            if align and index == self.alignment_layer:
                 aligned = self.alignment_head(_pooled(x, grid))
             x = block(x, t, shared_time, condition, rotation)
         x = self.norm(x)
         if self.modulation is not None:
-            shift, scale = self.modulation(F.silu(shared_time))[:, None].chunk(2, -1)
+            shift, scale = self.modulation(F.silu(cast(Tensor, shared_time)))[:, None].chunk(2, -1)
             x = modulate(x, shift, scale)
         out = self.patches_out(x)
         return Velocity(rearrange(out, "b (h w) (c p q) -> b c (h p) (w q)", **pixels), aligned)

@@ -175,13 +175,13 @@ class FlexTok(Tokenizer):
         self.num_steps, self.guidance_scale, self.guidance = num_steps, guidance_scale, guidance
 
     def _build_vae(self, vae: dict[str, Any], weights: str | None) -> KLVAE:
-        channels, *size = self._input_shape
-        trained = None if weights is None else KLVAE.from_diffusers(weights, image_size=tuple(size))
+        channels, height, width = self._input_shape
+        trained = None if weights is None else KLVAE.from_diffusers(weights, image_size=(height, width))
         if trained is not None:
             described = trained.config.items()
             vae = {key: value for key, value in described if key not in ("image_size", "in_channels")} | vae
             self._arguments |= {"vae": vae, "vae_weights": None}
-        model = KLVAE(image_size=tuple(size), in_channels=channels, **check(KLVAE, vae, "vae"))
+        model = KLVAE(image_size=(height, width), in_channels=channels, **check(KLVAE, vae, "vae"))
         if trained is not None:
             load_strictly(model, trained.state_dict(), source=str(weights))
         self._vae_loaded = trained is not None
@@ -230,10 +230,9 @@ class FlexTok(Tokenizer):
         if self.vae is None:
             return maps
         self._check_vae()
-        weight = next(self.vae.parameters())
         with without_autocast(maps.device):
-            latents = rearrange(maps, "b c h w -> b (h w) c").to(weight.dtype)
-            return self.vae.decode(latents, grid=tuple(maps.shape[2:]))
+            latents = rearrange(maps, "b c h w -> b (h w) c").to(self.vae.dtype)
+            return self.vae.decode(latents, grid=(maps.shape[2], maps.shape[3]))
 
     def _check_vae(self) -> None:
         if not self._vae_loaded:
@@ -356,8 +355,9 @@ class FlexTok(Tokenizer):
         predicted = self.decoder(PATH.interpolate(clean, draws["noise"], t), t, given)
         flow = (predicted.velocity - PATH.velocity(clean, draws["noise"])).square().flatten(1).mean(1)
         features = {"latents": registers, "quantized": quantized.quantized, "time": t}
-        if predicted.patches is not None:
-            features["alignment"] = self.decoder.alignment_head(predicted.patches)
+        head = self.decoder.alignment_head
+        if predicted.patches is not None and head is not None:
+            features["alignment"] = head(predicted.patches)
         return TokenizerOutput(None, quantized.ids, {"flow": flow}, features)
 
     def _perturb(self, codes: Tensor, registers: Tensor, draws: Draws) -> Tensor:
@@ -368,7 +368,7 @@ class FlexTok(Tokenizer):
         if self.token_corruption:
             chosen, share = draws["corrupt"].unbind(1)
             share = torch.where(chosen < CORRUPTED_SHARE, share * self.token_corruption, 0)
-            ids = (draws["corrupt ids"] * self._spec.codebook_size).long()
+            ids = (draws["corrupt ids"] * self._spec.num_ids).long()
             wrong = draws["corrupt tokens"] < share[:, None]
             codes = torch.where(wrong[..., None], self.quantizer.ids_to_latents(ids), codes)
         return codes

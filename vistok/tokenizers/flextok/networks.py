@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from vistok.checkpoints import load_strictly
 from vistok.flow import FlowState, LinearPath, euler, guided
 from vistok.flow.solvers import VelocityField
-from vistok.guidance import APG, PLAIN, Guidance, Scale, at_time, classifier_free
+from vistok.guidance import APG, PLAIN, Combination, Guidance, Scale, at_time, classifier_free
 from vistok.nn.alignment import AlignmentConfig, AlignmentHead
 from vistok.nn.attention import Attention
+from vistok.nn.containers import ModuleList
 from vistok.nn.masks import prefix_causal_mask
 from vistok.nn.mlp import SwiGLU
 from vistok.nn.modulation import modulate
@@ -82,7 +83,7 @@ class ModulatedBlock(Block):
         self.streams = streams
         self.modulation = nn.Linear(config.dim, streams * 6 * config.dim)
 
-    def forward(self, x: Tensor, embedding: Tensor, sizes: list[int]) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, sizes: list[int]) -> Tensor:  # type: ignore[override]  # shares parts
         """Transform x (B, N, D).
 
         Args:
@@ -150,7 +151,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.patches = PatchEmbedding(channels, patch, grid, config.dim)
         self.registers = nn.Parameter(torch.empty(num_tokens, config.dim))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = layer_norm(config.dim)
         self.to_codes = nn.Linear(config.dim, code_dim)
         _initialise(self, zero=[], normal=[self.registers])
@@ -207,7 +208,7 @@ class FlowDecoder(nn.Module):
         self.dropped_token, self.null_token = nn.Parameter(torch.empty(dim)), nn.Parameter(torch.empty(dim))
         self.patches = PatchEmbedding(channels, patch, grid, dim)
         self.time_embedding = TimestepEmbedding(dim, frequency_dim, scale=1000 / max_timestep, base=256)
-        self.blocks = nn.ModuleList(ModulatedBlock(config, streams) for _ in range(config.num_layers))
+        self.blocks = ModuleList(ModulatedBlock(config, streams) for _ in range(config.num_layers))
         self.norm = layer_norm(dim)
         self.modulation = nn.Linear(dim, 2 * dim)
         self.to_patches = nn.Linear(dim, channels * patch[0] * patch[1])
@@ -217,10 +218,8 @@ class FlowDecoder(nn.Module):
             normal=[self.register_positions, self.dropped_token, self.null_token],
         )
         alignment = AlignmentConfig.filled(alignment, dim=1024, layer=1, hidden_dim=4 * dim)
-        self.alignment_layer = None if alignment is None else alignment.layer
+        self.alignment_layer = None if alignment is None else alignment.tap(range(config.num_layers))
         self.alignment_head = None if alignment is None else NormedAlignmentHead(dim, alignment)
-        if alignment is not None and not 0 <= alignment.layer < config.num_layers:
-            raise ValueError(f"alignment.layer must lie in 0..{config.num_layers - 1}, got {alignment.layer}")
 
     def condition(self, codes: Tensor, lengths: Tensor, null: Tensor) -> Tensor:
         """Embed codes (B, N, d) as registers (B, N, D).
@@ -273,6 +272,8 @@ class FlowDecoder(nn.Module):
 class NormedAlignmentHead(nn.Module):
     """A norm and the head: (..., D) -> (..., dim of the frozen encoder). ``mlp`` and ``out`` are the released names."""
 
+    out: Any  # a linear layer
+
     def __init__(self, dim: int, config: AlignmentConfig):
         super().__init__()
         *hidden, self.out = AlignmentHead.of(dim, config)
@@ -298,7 +299,8 @@ def denoise(
         codes, lengths: codes (B, N, d), and how many of them count, (B,).
         guidance_scale, guidance: see ``FlexTok.decode``; with guidance, both rows of a sample run in one batch.
     """
-    combination = {"cfg": PLAIN, "apg": APG()}[guidance] if isinstance(guidance, str) else guidance
+    named: dict[str, Combination] = {"cfg": PLAIN, "apg": APG()}
+    combination = named[guidance] if isinstance(guidance, str) else guidance
     scale = at_time(guidance_scale) if callable(guidance_scale) else guidance_scale
     rows = classifier_free(scale, combination=combination)
     null = torch.cat([torch.full_like(lengths, bool(parts), dtype=torch.bool) for parts in rows.rows])

@@ -170,7 +170,7 @@ class GigaTok(Tokenizer):
         self.direct_until = direct_until
         self.alignment = AlignmentConfig.filled(alignment, dim=768, layer=3, hidden_dim=4 * decoder_size.dim)
 
-        options = {"norm_groups": norm_groups, "dropout": dropout, "attend": conv_attention}
+        options: dict[str, Any] = {"norm_groups": norm_groups, "dropout": dropout, "attend": conv_attention}
         self.encoder = ConvEncoder(in_channels, z_channels, channels, encoder_channel_mult, res_blocks, **options)
         self.decoder = ConvDecoder(
             z_channels,
@@ -184,6 +184,8 @@ class GigaTok(Tokenizer):
         )
         self.encoder.apply(initialise), self.decoder.apply(initialise)
         around = (z_channels, self.map_grid)
+        self.token_encoder: QueryEncoder | GridEncoder
+        self.token_decoder: QueryDecoder | GridDecoder
         if layout == "1d":
             self.token_encoder = QueryEncoder(*around, num_tokens, encoder_size, query_init)
             self.token_decoder = QueryDecoder(*around, num_tokens, decoder_size, self.alignment)
@@ -224,7 +226,7 @@ class GigaTok(Tokenizer):
         return on_raster | {"decoded": self.decoder.conv_in.in_channels}
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         return self.decoder.conv_out.weight
 
     def encode_map(self, pixels: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ the map. In two dimensions a plain vision transformer refines the map. Positions
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from vistok.nn.alignment import AlignmentConfig, AlignmentHead
 from vistok.nn.attention import attend
+from vistok.nn.containers import ModuleList
 from vistok.nn.mlp import MLP
 
 LayerKind = Literal["self_attention", "cross_attention"]
@@ -66,7 +68,7 @@ class PositionedAttention(nn.Module):
         return self.out(attend(q, k, v, None, False))
 
 
-class SelfAttentionLayer(nn.Module):
+class SelfAttentionBlock(nn.Module):
     """Pre-norm self-attention and MLP: (B, N, D) -> (B, N, D)."""
 
     def __init__(self, dim: int, num_heads: int):
@@ -81,7 +83,7 @@ class SelfAttentionLayer(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class CrossAttentionLayer(nn.Module):
+class CrossAttentionBlock(nn.Module):
     """DETR's pre-norm decoder layer: attention among queries (B, N, D), to a memory (B, M, D), and an MLP.
 
     The memory is not normalised. Positions are added to queries and keys in every layer.
@@ -142,7 +144,7 @@ class Layers(nn.Module):
         if kind not in LAYERS:
             raise ValueError(f"layer_kind must be one of {', '.join(map(repr, LAYERS))}, got {kind!r}")
         self.kind = kind
-        self.layers = nn.ModuleList(LAYERS[kind](size.dim, size.num_heads) for _ in range(size.num_layers))
+        self.layers = ModuleList(LAYERS[kind](size.dim, size.num_heads) for _ in range(size.num_layers))
 
     def forward(
         self,
@@ -181,6 +183,10 @@ class _Encoder(nn.Module):
     def embed_map(self, spatial: Tensor) -> Tensor:
         """(B, C, h, w) to (B, h * w, D), without positions."""
         return self.embed(self.norm_in(rearrange(spatial, "b c h w -> b (h w) c")))
+
+    @abstractmethod
+    def features(self, spatial: Tensor) -> Tensor:
+        """A map (B, C, h, w) to features of the tokens (B, N, D)."""
 
     def forward(self, spatial: Tensor) -> Tensor:
         """A map (B, C, h, w) to tokens (B, N, C)."""
@@ -256,11 +262,7 @@ class _Decoder(nn.Module):
         alignment: AlignmentConfig | None,
     ):
         super().__init__()
-        if alignment is not None and not 1 <= alignment.layer <= size.num_layers:
-            raise ValueError(
-                f"alignment.layer is {alignment.layer}, but the decoder has the layers 1..{size.num_layers}"
-            )
-        self.grid, self.tap = grid, None if alignment is None else alignment.layer
+        self.grid, self.tap = grid, None if alignment is None else alignment.tap(range(1, size.num_layers + 1))
         self.norm_in, self.embed = nn.LayerNorm(channels), nn.Linear(channels, size.dim)
         self.positions = learned_positions(math.prod(grid), size.dim)
         self.transformer = Layers(size, kind)
@@ -270,11 +272,16 @@ class _Decoder(nn.Module):
     def forward(self, tokens: Tensor) -> Decoded:
         """Tokens (B, N, C) to a map, and features to align where there is a head for them."""
         spatial, tapped = self._run(tokens)
-        return Decoded(spatial, None if tapped is None else self.alignment_head(tapped))
+        head = self.alignment_head
+        return Decoded(spatial, None if tapped is None or head is None else head(tapped))
 
     def decode_map(self, tokens: Tensor) -> Tensor:
         """Tokens (B, N, C) to a map (B, C, h, w), without the head."""
         return self._run(tokens)[0]
+
+    @abstractmethod
+    def features(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Embedded tokens (B, N, D) to features of the map (B, h * w, D), and those of the tapped layer."""
 
     def _run(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
         x, tapped = self.features(self.embed(self.norm_in(tokens)))
@@ -329,7 +336,7 @@ class GridDecoder(_Decoder):
         return self.transformer(x + self.positions, self.positions, tap=self.tap)
 
 
-LAYERS = {"self_attention": SelfAttentionLayer, "cross_attention": CrossAttentionLayer}
+LAYERS = {"self_attention": SelfAttentionBlock, "cross_attention": CrossAttentionBlock}
 
 
 def learned_positions(count: int, dim: int) -> nn.Parameter:
@@ -346,4 +353,5 @@ def initialise(module: nn.Module) -> None:
             nn.init.uniform_(projection.weight, -bound, bound)
     elif isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -159,7 +159,7 @@ def _alignment(given: OfficialConfig) -> dict[str, int] | None:
 
 def our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights of the reference under our names; tensors that are the same in other layouts change theirs."""
-    ours = {}
+    ours: dict[str, Tensor] = {}
     for key, tensor in state.items():
         if key == USAGE_COUNTER:
             continue

@@ -97,7 +97,7 @@ class IBQ(ConvTokenizer):
     ):
         super().__init__(image_size, in_channels, len(channel_mult))
         sizes = (channels, channel_mult, res_blocks)
-        options = {"norm_groups": norm_groups, "dropout": dropout, "attention_levels": attention_levels}
+        options: dict[str, Any] = {"norm_groups": norm_groups, "dropout": dropout, "attention_levels": attention_levels}
         self.build(
             ConvEncoder(in_channels, z_channels, *sizes, **options),
             nn.Conv2d(z_channels, codebook_embed_dim, 1),

@@ -68,7 +68,7 @@ class LARP(Tokenizer):
         "codebook_dim": 4,
     }
     native_range = (0.0, 1.0)
-    data_arguments: ClassVar[Mapping[str, str]] = Tokenizer.data_arguments | {"num_frames": "num_frames"}
+    data_arguments: ClassVar[Mapping[str, str]] = {**Tokenizer.data_arguments, "num_frames": "num_frames"}
     sizes = {"L": {"encoder": L, "decoder": L}}
     checkpoints = official.CHECKPOINTS
 
@@ -185,7 +185,7 @@ class LARP(Tokenizer):
         return self.quantizer.loss_terms
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         return self.decoder.to_pixels.weight
 
     def read(self, pixels: Tensor) -> Tensor:

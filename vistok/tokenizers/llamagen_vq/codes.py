@@ -31,6 +31,8 @@ class LlamaGenCodes(PeerCache):
     def __iter__(self) -> Iterator[PeerSample]:
         for path in self._files:
             codes, label = load_array(path), load_array(self._labels / path.name)
+            if isinstance(codes, dict) or isinstance(label, dict):
+                raise PeerCacheError(f"{path} and its label must be one array each")
             if codes.ndim != 3 or codes.shape[0] != 1 or label.size != 1:
                 raise PeerCacheError(f"{path} holds codes {codes.shape} with a label {label.shape}; expected (1, V, L)")
             yield PeerSample(

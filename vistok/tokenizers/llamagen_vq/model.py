@@ -108,7 +108,7 @@ class LlamaGenVQ(ConvTokenizer):
                 f"the encoder has {len(encoder_channel_mult)} levels and the decoder {len(decoder_channel_mult)}; "
                 "images come back at their own size only if both have as many"
             )
-        options = {"norm_groups": norm_groups, "dropout": dropout}
+        options: dict[str, Any] = {"norm_groups": norm_groups, "dropout": dropout}
         self.build(
             ConvEncoder(in_channels, z_channels, channels, encoder_channel_mult, res_blocks, **options),
             nn.Conv2d(z_channels, codebook_embed_dim, 1),

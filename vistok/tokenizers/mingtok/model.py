@@ -15,7 +15,7 @@ from dataclasses import asdict
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vistok.checkpoints import OfficialCheckpoint, load_strictly
 from vistok.checkpoints.official_config import OfficialConfig
@@ -132,7 +132,7 @@ class MingTok(Tokenizer):
         return {"latents": self.encoder.latent_dim, "semantic": self.semantic_decoder.norm.normalized_shape[0]}
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         return self.pixel_decoder.head.weight
 
     def latents(self, pixels: Tensor) -> Tensor:
@@ -144,6 +144,11 @@ class MingTok(Tokenizer):
         """Pixels to standardised latents (B, N, d) of the patches, in raster order; nothing is drawn."""
         self.check_condition(condition)
         return self.scale.standardise(self.latents(pixels)[:, :-1])
+
+    @property
+    def latent_statistics(self) -> Mapping[str, float] | None:
+        values = {"latent_mean": self.scale.mean, "latent_scale": self.scale.scale}
+        return {name: float(value[0]) for name, value in values.items()} if self.scale.is_uniform else None
 
     def expander(self) -> SemanticExpander:
         return SemanticExpander(self.semantic_decoder, self.scale, self.spec)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vistok.nn.attention import GrowingCache
+from vistok.nn.containers import ModuleList
 from vistok.nn.positions import resized_grid
 from vistok.nn.vit import FeedForward, ViTBlock
 
@@ -35,9 +36,9 @@ class StageConfig:
     num_heads: int
     feed_forward: FeedForward = "gelu"
 
-    def blocks(self) -> nn.ModuleList:
+    def blocks(self) -> ModuleList:
         """The blocks of the transformer: pre-norm, without positions of any kind."""
-        return nn.ModuleList(
+        return ModuleList(
             ViTBlock(self.dim, self.num_heads, eps=EPS, feed_forward=self.feed_forward) for _ in range(self.num_layers)
         )
 
@@ -85,7 +86,7 @@ class LowLevelEncoder(nn.Module):
         patches = self.patches(pixels)  # (B, D, h, w)
         grid = tuple(patches.shape[2:])
         patches = patches.flatten(2).mT  # (B, N, D)
-        if masked is not None:
+        if masked is not None and self.mask_token is not None:
             patches = torch.where(masked[..., None], self.mask_token.to(patches.dtype), patches)
         cells, last = self.positions[:, :-1], self.positions[:, -1:]
         positions = torch.cat([resized_grid(cells, self.grid, grid, offset=POSITION_OFFSET), last], 1)
@@ -139,7 +140,8 @@ class SemanticDecoder(nn.Module):
         mask = None
         if past and count > 1:
             mask = torch.ones(count, past + count, dtype=torch.bool, device=x.device).tril(past)
-        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
+        each: Sequence[GrowingCache | None] = caches or [None] * len(self.blocks)
+        for block, cache in zip(self.blocks, each, strict=True):
             x = block(x, mask=mask, causal=mask is None, cache=cache)
         return self.norm(x)
 

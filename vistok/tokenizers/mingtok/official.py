@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vistok.checkpoints import CheckpointError, rename
 from vistok.checkpoints.official_config import OfficialConfig
+from vistok.nn.vit import FeedForward
 from vistok.tokenizers.mingtok.networks import StageConfig
 
 HEAD_DIM = 64
@@ -59,7 +60,7 @@ WITHOUT_EFFECT = {
 }
 """Keys of the reference's config that change nothing of what the model computes, each with the reason."""
 
-FEED_FORWARDS = {"swiglu": "swiglu", "swiglufused": "swiglu", "mlp": "gelu"}
+FEED_FORWARDS: dict[str, FeedForward] = {"swiglu": "swiglu", "swiglufused": "swiglu", "mlp": "gelu"}
 
 
 def arguments(given: OfficialConfig) -> dict[str, Any]:

@@ -76,7 +76,12 @@ class OpenMAGVIT2(ConvTokenizer):
     ):
         super().__init__(image_size, in_channels, len(channel_mult))
         sizes = (channels, channel_mult, res_blocks)
-        options = {"norm_groups": norm_groups, "attend": False, "middle_blocks": res_blocks, "bias": False}
+        options: dict[str, Any] = {
+            "norm_groups": norm_groups,
+            "attend": False,
+            "middle_blocks": res_blocks,
+            "bias": False,
+        }
         self.build(
             ConvEncoder(in_channels, bits, *sizes, **options, padding="around", out_kernel=1),
             nn.Identity(),

@@ -22,12 +22,11 @@ class OpenMAGVIT2Video(ConvTokenizer):
 
     A level whose ``channel_mult`` is 1 halves the sides alone, and the others time, too, but for the deepest, which
     halves nothing. With n levels that halve time a clip has 1 + k 2 ** n frames and 1 + k tokens in time. Convolutions
-    do not look ahead; group norms read the whole clip.
+    do not look ahead; group norms read the whole clip. Arguments that are not explained here are those of
+    ``OpenMAGVIT2``.
 
     Args:
         num_frames: frames of the clips that ``spec`` describes.
-        image_size, in_channels, channels, channel_mult, res_blocks, bits, entropy_temperature, position_weight,
-            usage_weight, norm_groups: as of ``OpenMAGVIT2``.
 
     Raises:
         ValueError: sides that are no multiple of the stride, another number of frames, or widths that norm_groups does
@@ -35,7 +34,7 @@ class OpenMAGVIT2Video(ConvTokenizer):
     """
 
     registry_name = "open_magvit2_video"
-    data_arguments: ClassVar[Mapping[str, str]] = Tokenizer.data_arguments | {"num_frames": "num_frames"}
+    data_arguments: ClassVar[Mapping[str, str]] = {**Tokenizer.data_arguments, "num_frames": "num_frames"}
     tiny = {
         "num_frames": 5,
         "image_size": 16,
@@ -71,7 +70,12 @@ class OpenMAGVIT2Video(ConvTokenizer):
         in_time = [mult != 1 for mult in channel_mult[:-1]]
         self.time_stride = 2 ** sum(in_time)
         sizes = (channels, channel_mult, res_blocks)
-        options = {"norm_groups": norm_groups, "attend": False, "middle_blocks": res_blocks, "bias": False}
+        options: dict[str, Any] = {
+            "norm_groups": norm_groups,
+            "attend": False,
+            "middle_blocks": res_blocks,
+            "bias": False,
+        }
         options["conv"] = CausalConv3d
         self.build(
             ConvEncoder(
@@ -120,7 +124,7 @@ class OpenMAGVIT2Video(ConvTokenizer):
                 f"clips of {frames}x{height}x{width} have a single token, and the decoder reads the variance of the "
                 "tokens; take larger ones"
             )
-        return TokenSpec(steps * flat.length, flat.codebook_size, flat.dim, grid=(steps, *flat.grid))
+        return TokenSpec(steps * flat.length, flat.codebook_size, flat.dim, grid=(steps, *flat.raster))
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:

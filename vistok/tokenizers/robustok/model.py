@@ -113,7 +113,7 @@ class RobusTok(Tokenizer):
         return self.quantizer.loss_terms
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         return self.decoder.to_pixels.weight
 
     def latents(self, pixels: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ class RobusTok(Tokenizer):
         return {key: tensor for key, tensor in state.items() if not key.startswith(official.TRAINING_ONLY)}
 
 
-def from_backbone(backbone: nn.Module, **arguments: Any) -> RobusTok:
+def from_backbone(backbone: Any, **arguments: Any) -> RobusTok:
     """A new tokenizer whose encoder and decoder begin with the weights of a vision transformer of timm.
 
     Args:
@@ -192,7 +192,7 @@ def from_backbone(backbone: nn.Module, **arguments: Any) -> RobusTok:
         CheckpointError: another kind of transformer.
         ValueError: arguments that do not fit.
     """
-    size = {
+    size: dict[str, Any] = {
         "dim": backbone.embed_dim,
         "num_layers": len(backbone.blocks),
         "num_heads": backbone.blocks[0].attn.num_heads,

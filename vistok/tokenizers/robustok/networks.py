@@ -9,6 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vistok.nn.containers import ModuleList
 from vistok.nn.vit import ViTBlock
 
 Grid = tuple[int, int]
@@ -30,7 +31,7 @@ class Backbone(nn.Module):
         self.class_token = nn.Parameter(torch.empty(1, 1, dim))
         self.positions = nn.Parameter(torch.empty(1, 1 + grid[0] * grid[1], dim))
         rates = [drop_path * layer / max(num_layers - 1, 1) for layer in range(num_layers)]
-        self.blocks = nn.ModuleList(
+        self.blocks = ModuleList(
             ViTBlock(dim, num_heads, eps=NORM_EPS, layer_scale=LAYER_SCALE, drop_path=rate) for rate in rates
         )
         self.norm = nn.LayerNorm(dim, NORM_EPS)

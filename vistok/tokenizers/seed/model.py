@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -222,9 +222,9 @@ class SEED(Tokenizer):
     def embed(self, decoded: Tensor) -> Tensor:
         """Decoded codes (B, L, D) to image embeddings (B, E)."""
         x = self.image_blocks(decoded)
-        if self.reverse is not None:
-            return self.image_proj(self.reverse(x)[:, 0])
-        return self.image_proj(self.image_down(x).flatten(1))  # (B, L * width) -> (B, E)
+        if self.image_down is not None:
+            return self.image_proj(self.image_down(x).flatten(1))  # (B, L * width) -> (B, E)
+        return self.image_proj(cast(QFormer, self.reverse)(x)[:, 0])
 
     def forward(
         self,

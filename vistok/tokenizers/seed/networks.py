@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from einops import rearrange
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from vistok.checkpoints import load_strictly, read_weights
 from vistok.nn.attention import attend
+from vistok.nn.containers import ModuleList
 from vistok.nn.mlp import MLP
 from vistok.nn.vit import ViTBlock
 
@@ -49,6 +50,10 @@ class Tower(nn.Module):
         ValueError: timm knows no such model, or it is no vision transformer.
     """
 
+    model: Any  # timm's models do not declare their attributes
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, config: TowerConfig, image_size: tuple[int, int], embedding_dim: int | None = None):
         super().__init__()
         import timm
@@ -61,7 +66,7 @@ class Tower(nn.Module):
             "num_heads": config.num_heads,
             "patch_size": config.patch_size,
         }
-        own = {name: value for name, value in sizes.items() if value is not None}
+        own: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
         try:
             self.model = timm.create_model(config.name, img_size=image_size, num_classes=embedding_dim or 0, **own)
         except TypeError as error:  # other networks have other arguments
@@ -72,8 +77,8 @@ class Tower(nn.Module):
         if self.gives_tokens:
             self.model.norm = self.model.fc_norm = nn.Identity()
         self.requires_grad_(False)
-        for name, values in (("mean", CLIP_MEAN), ("std", CLIP_STD)):
-            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(CLIP_STD).view(1, -1, 1, 1), persistent=False)
 
     @property
     def dim(self) -> int:
@@ -178,7 +183,7 @@ class QFormer(nn.Module):
         super().__init__()
         self.queries = nn.Parameter(0.02 * torch.randn(1, num_queries, dim))
         self.norm = nn.LayerNorm(dim, BERT_EPS)
-        self.layers = nn.ModuleList(
+        self.layers = ModuleList(
             QFormerLayer(dim, num_heads, mlp_dim, None if i % cross_attention_every else context_dim, causal)
             for i in range(num_layers)
         )
@@ -196,7 +201,7 @@ class PositionedBlocks(nn.Module):
     def __init__(self, length: int, dim: int, num_layers: int, num_heads: int):
         super().__init__()
         self.positions = nn.Parameter(0.02 * torch.randn(1, length, dim))
-        self.blocks = nn.ModuleList(ViTBlock(dim, num_heads) for _ in range(num_layers))
+        self.blocks = ModuleList(ViTBlock(dim, num_heads) for _ in range(num_layers))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.positions

@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vistok.checkpoints import CheckpointError, OfficialCheckpoint, load_strictly
 from vistok.checkpoints.official_config import OfficialConfig
@@ -200,13 +200,14 @@ class TiTok(Tokenizer):
     def predicted_codes(self) -> tuple[int, int] | None:
         if self.output == "pixels":
             return None
-        return self.decoder.num_patches, self.head[-1].out_features
+        return self.decoder.num_patches, cast(CodeHead, self.head).num_codes
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         if self.output == "codes":
             return super().last_layer
-        return (self.head if self.output == "pixels" else self.renderer.decoder).conv_out.weight
+        decoder: Any = self.head if self.renderer is None else self.renderer.decoder
+        return decoder.conv_out.weight
 
     def latents(self, pixels: Tensor) -> Tensor:
         """Pixels (B, C, H, W) in [-1, 1] to what the encoder gives: (B, N, D), or (B, N, 2D) means and log-variances of
@@ -319,7 +320,7 @@ class TiTok(Tokenizer):
                 "model.vq_model.finetune_decoder is True with is_legacy False: a single-stage model predicts pixels, "
                 "not the codes that such a decoder reads; set one of them to the other value"
             )
-        output = "pixels" if not legacy else "codec" if finetuned else "codes"
+        output: Output = "pixels" if not legacy else "codec" if finetuned else "codes"
         codec = CodecConfig() if output == "pixels" else official.codec(given)
         model = cls(**arguments, output=output, codec=codec)
         given.finish()

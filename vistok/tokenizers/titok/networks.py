@@ -8,6 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from vistok.nn.containers import ModuleList
 from vistok.nn.vit import ViTBlock
 from vistok.tokenizers.maskgit_vqgan import F16, CodecDecoder
 
@@ -63,9 +64,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.norm_pre = nn.LayerNorm(config.dim, NORM_EPS)
-        self.blocks = nn.ModuleList(
-            ViTBlock(config.dim, config.num_heads, eps=NORM_EPS) for _ in range(config.num_layers)
-        )
+        self.blocks = ModuleList(ViTBlock(config.dim, config.num_heads, eps=NORM_EPS) for _ in range(config.num_layers))
         self.norm_post = nn.LayerNorm(config.dim, NORM_EPS)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -175,6 +174,7 @@ class CodeHead(nn.Sequential):
 
     def __init__(self, dim: int, codebook_size: int):
         super().__init__(nn.Linear(dim, 2 * dim), nn.Tanh(), nn.Linear(2 * dim, codebook_size))
+        self.num_codes = codebook_size
 
 
 class CodecRenderer(nn.Module):

@@ -108,7 +108,9 @@ def codec(given: OfficialConfig) -> CodecConfig:
     names = {"hidden_channels": "channels", "z_channels": "codebook_embed_dim", "channel_mult": "channel_mult"}
     if unknown := sizes.keys() - names.keys():
         raise CheckpointError(f"overrides.pixel has unknown keys {', '.join(sorted(unknown))}")
-    values = {names[key]: tuple(value) if isinstance(value, list) else value for key, value in sizes.items()}
+    values: dict[str, Any] = {
+        names[key]: tuple(value) if isinstance(value, list) else value for key, value in sizes.items()
+    }
     return CodecConfig(codebook_size=given.take("overrides.proxy_codes", 1024), **values)
 
 

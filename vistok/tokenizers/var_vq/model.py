@@ -108,8 +108,8 @@ class VARVQ(Tokenizer):
                 f"the scales end at {self.quantizer.scales[-1]}, but images of {height}x{width} have a map of "
                 f"{self.grid}: the last scale must be the whole map"
             )
-        options = {"norm_groups": norm_groups, "dropout": dropout}
-        kernel = {"kernel_size": quant_conv_kernel, "padding": quant_conv_kernel // 2}
+        options: dict[str, Any] = {"norm_groups": norm_groups, "dropout": dropout}
+        kernel: dict[str, Any] = {"kernel_size": quant_conv_kernel, "padding": quant_conv_kernel // 2}
         self.encoder = ConvEncoder(in_channels, z_channels, channels, channel_mult, res_blocks, **options)
         self.pre_quant = nn.Conv2d(z_channels, z_channels, **kernel)
         self.post_quant = nn.Conv2d(z_channels, z_channels, **kernel)
@@ -133,7 +133,7 @@ class VARVQ(Tokenizer):
         return {"latents": self.quantizer.dim, "decoded": self.decoder.conv_in.out_channels}
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         return self.decoder.conv_out.weight
 
     def latents(self, pixels: Tensor) -> Tensor:

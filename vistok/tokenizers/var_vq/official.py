@@ -107,7 +107,7 @@ def our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     kept = {key: tensor for key, tensor in state.items() if key != USAGE}
     for rules in (OFFICIAL_NAMES, PARTS, LAYERS):
         kept = rename(kept, rules)
-    named = {}
+    named: dict[str, Tensor] = {}
     for key, tensor in kept.items():
         fused = re.fullmatch(r"(.+)\.qkv\.(\w+)", key)
         if fused and tensor.shape[0] % 3 == 0:

@@ -214,7 +214,7 @@ class ViTVQGAN(Tokenizer):
         return {"latents": self.spec.dim, "decoded": self.to_pixels.in_channels}
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         return self.to_pixels.weight
 
     def latents(self, pixels: Tensor) -> Tensor:

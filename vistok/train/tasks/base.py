@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -57,12 +57,17 @@ class Learner(nn.Module):
         Raises:
             ConfigError: a pattern that no name fits.
         """
+        self.leave(matching(self.parameters_by_name(), patterns, "freeze"))
+
+    def leave(self, names: Collection[str]) -> None:
+        """Train none of these parameters; modules that have no others stay in evaluation mode."""
         named = self.parameters_by_name()
-        for name in matching(named, patterns, "freeze"):
+        for name in names:
             named[name].requires_grad_(False)
-        parts = [module for module in self.modules() if module is not self] if patterns else []
+        parts = [module for module in self.modules() if module is not self] if names else []
         own = [(module, list(module.parameters())) for module in parts]
-        self._frozen = tuple(module for module, trained in own if trained and not any(p.requires_grad for p in trained))
+        still = tuple(module for module, trained in own if trained and not any(p.requires_grad for p in trained))
+        self._frozen = still or self._frozen
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of all but frozen modules."""
@@ -152,19 +157,21 @@ class Task(ABC):
     def validate(self, learner: Learner, clock: Clock, stopping: Callable[[], bool]) -> dict[str, float]:
         """Means over the held-out samples, as "val_loss", ...; the draws are those of every time before. Nothing if
         there are none, or if the run is ``stopping`` before all are measured."""
-        device, totals, count = next(learner.parameters()).device, {}, 0
+        device, count = learner.model.device, 0
+        totals: dict[str, Tensor] = {}
         self.held_out.epoch = 0  # of a token cache with several views, the same ones
         for number, batch in enumerate(self.held_out):
             if stopping():
                 return {}
             batch = on_device(batch, device)
             for name, value in self._held_out_terms(learner, batch, clock, number).items():
-                totals[name] = totals.get(name, 0) + value.float() * len(batch.indices)
+                value = value.float() * len(batch.indices)
+                totals[name] = totals[name] + value if name in totals else value
             count += len(batch.indices)
         return {f"val_{name}": (total / count).item() for name, total in totals.items()}
 
     @abstractmethod
-    def _held_out_terms(self, learner: Learner, batch: Any, clock: Clock, number: int) -> dict[str, Tensor]:
+    def _held_out_terms(self, learner: Any, batch: Any, clock: Clock, number: int) -> dict[str, Tensor]:
         """Means over one batch, "loss" among them; it is batch ``number`` of the held-out ones."""
 
     def dead_worker(self) -> str | None:
@@ -207,14 +214,14 @@ class Task(ABC):
         raise ValueError("this run trains on tokens, not on images")
 
     @abstractmethod
-    def pictures(self, model: Model) -> list[Image.Image]:
+    def pictures(self, model: Any) -> list[Image.Image]:
         """Pictures of what the model can do now: one, or none where it makes no pixels."""
 
     def accompany(self, folder: Path) -> None:  # noqa: B027 (most models stand alone)
         """Write what goes with the model into the run folder, before it is trained: checkpoints are used with it."""
 
     @abstractmethod
-    def export(self, folder: Path, model: Model) -> None:
+    def export(self, folder: Path, model: Any) -> None:
         """Write what users load into the run folder."""
 
 

@@ -17,6 +17,7 @@ from vistok.config import ConfigError, check
 from vistok.data.loader import Loader, no_samples
 from vistok.data.overlap import shared_tokens
 from vistok.data.pictures import grid
+from vistok.data.streams import KINDS, StreamConfig, Streams, stream_loader
 from vistok.data.tokens import TokenBatch, TokenCache, TokenMixture, token_evaluation_loader, token_loader
 from vistok.draws import Draws, Keys, draws_on
 from vistok.generators.base import Generator
@@ -26,9 +27,11 @@ from vistok.text import TEXT, copy_encoders
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.config import MODEL, RunConfig
 from vistok.train.tasks.base import Learner, Task, Turn
+from vistok.train.tasks.prediction import PredictionConfig, PredictionObjective
 from vistok.types import Clock, Condition, ConditionSpec, GeneratorOutput, TokenSpec, to_json
 
 log = logging.getLogger(__name__)
+PLAIN = PredictionConfig()
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,10 @@ class GeneratorRun(RunConfig):
         token_weights: how often each of several token caches is drawn, relative to the others; all alike by default.
         condition: what of the tokens' condition the generator learns: of ``labels``, ``ids``, ``features`` and
             ``given``; all that the cache has by default, nothing with [].
+        streams: of a model that reads and writes texts and images in one sequence: templates that samples become
+            streams by, each a share, or a ``StreamConfig``. By default it learns tokens, given their condition.
         sampling: default sampling options, saved with the pipeline and used for its pictures.
+        objective: what is predicted in training (see ``PredictionConfig``); the generator's own loss by default.
     """
 
     needed = "tokens"
@@ -50,13 +56,19 @@ class GeneratorRun(RunConfig):
     tokens: str | tuple[str, ...] | None = None
     token_weights: tuple[float, ...] | None = None
     condition: tuple[str, ...] | None = None
+    streams: dict[str, float | StreamConfig] = field(default_factory=dict)
     sampling: dict[str, Any] = field(default_factory=dict)
+    objective: PredictionConfig = PLAIN
 
 
 class GeneratorLearner(Learner):
-    """A generator, whose loss is its own."""
+    """A generator, whose loss is its own, or in training that of an objective."""
 
     model: Generator
+
+    def __init__(self, model: Generator, objective: PredictionObjective | None = None):
+        super().__init__(model)
+        self.objective = objective
 
     def forward(
         self,
@@ -66,7 +78,13 @@ class GeneratorLearner(Learner):
         draws: Draws,
         tokenizer: Tokenizer | None = None,
     ) -> GeneratorOutput:
+        if self.objective is not None and self.training:
+            return self.objective(self.model, tokens, condition, clock, draws, tokenizer)
         return self.model(tokens, condition, draws=draws, clock=clock, tokenizer=tokenizer)
+
+    def training_draws(self, keys: Keys) -> Draws:
+        draws = self.model.training_draws(keys)
+        return draws if self.objective is None else draws | self.objective.training_draws(keys, self.model.spec.length)
 
 
 class GeneratorTask(Task):
@@ -78,7 +96,7 @@ class GeneratorTask(Task):
     unit = "tokens_per_second"
 
     def __init__(self, config: GeneratorRun, rank: int, world_size: int):
-        folders = [config.tokens] if isinstance(config.tokens, str) else config.tokens
+        folders = [config.tokens] if isinstance(config.tokens, str) else config.tokens or ()
         cache = TokenMixture([TokenCache(folder) for folder in folders], config.token_weights)
         self.tokenizer = load_tokenizer(cache.folder)
         cache.check_tokenizer(self.tokenizer.fingerprint())
@@ -86,30 +104,55 @@ class GeneratorTask(Task):
         self.classes = cache.classes if "labels" in condition.parts else ()
         spec = TokenSpec(**cache.spec)
         self.config, self.seed, self.length = config, config.seed, spec.length
-        derived = config.model_entry().load().condition_arguments(condition)
-        self.learner = GeneratorLearner(config.build_model({"spec": to_json(spec), **derived}))
+        kind = config.model_entry().load()
+        derived = kind.condition_arguments(condition) | kind.tokenizer_arguments(self.tokenizer)
+        model = config.build_model({"spec": to_json(spec), **derived})
+        objective = None
+        if not config.objective.is_plain:
+            objective = PredictionObjective(model, config.objective, config.seed, config.training.max_steps)
+            self.changing_parameters = bool(list(objective.parameters()))
+        self.learner = GeneratorLearner(model, objective)
         check(self.model.options_type, config.sampling, "sampling")
-        self.cache_folder = cache.folder
-        self.loader = token_loader(
-            cache,
-            config.training.batch_size,
-            seed=config.seed,
-            rank=rank,
-            world_size=world_size,
-            parts=condition.parts,
-        )
-        self.held_out = _held_out_tokens(config, cache, condition.parts)
+        self.cache_folder, self.parts = cache.folder, condition.parts
+        processes = {"rank": rank, "world_size": world_size}
+        if config.streams:
+            self._check_streams(condition)
+            self.loader = stream_loader(
+                cache, config.streams, config.training.batch_size, seed=config.seed, **processes
+            )
+            self.held_out = None
+        else:
+            self.loader = token_loader(
+                cache, config.training.batch_size, seed=config.seed, parts=condition.parts, **processes
+            )
+            self.held_out = _held_out_tokens(config, cache, condition.parts)
+
+    def _check_streams(self, condition: ConditionSpec) -> None:
+        if not self.model.takes_streams:
+            raise ConfigError(
+                f"{self.model.registry_name} reads no streams of texts and images; leave streams out, or take a "
+                "model that does"
+            )
+        if self.config.validation is not None or not self.config.objective.is_plain:
+            raise ConfigError("streams have their own loss, and no held-out ones: leave validation and objective out")
+        if condition.ids is None:
+            raise ConfigError("streams have texts, and these tokens have no ids; make them with --text-tokenizer")
+
+    @property
+    def model(self) -> Generator:
+        return self.learner.model
 
     def frozen(self) -> dict[str, nn.Module]:
         """The tokenizer, where the generator has it in its loop."""
         return {TOKENIZER: self.tokenizer} if self.model.needs_tokenizer else {}
 
     def losses(self, players: Mapping[str, nn.Module], batch: TokenBatch, clock: Clock) -> Iterator[Turn]:
-        output = self._output(players[MODEL], batch, clock, self._draws(batch, clock.step))
+        draws = self.learner.training_draws(self._keys(batch, clock.step))
+        output = self._output(players[MODEL], batch, clock, draws)
         yield Turn(MODEL, output.loss, {"loss": output.loss.detach()} | output.metrics)
 
-    def _draws(self, batch: TokenBatch, step: int) -> Draws:
-        return self.model.training_draws(Keys.of(self.seed, batch.indices, step).on(batch.tokens.device))
+    def _keys(self, batch: TokenBatch, step: int) -> Keys:
+        return Keys.of(self.seed, batch.indices, step).on(batch.tokens.device)
 
     def _output(self, learner: nn.Module, batch: TokenBatch, clock: Clock, draws: Draws) -> GeneratorOutput:
         draws, tokenizer = draws_on(draws, batch.tokens.device), self.frozen().get(TOKENIZER)
@@ -118,7 +161,9 @@ class GeneratorTask(Task):
     def _held_out_terms(
         self, learner: GeneratorLearner, batch: TokenBatch, clock: Clock, number: int
     ) -> dict[str, Tensor]:
-        draws = self._draws(batch, number)  # of which some may be one for the whole batch: MAR's share of masks
+        draws = self.model.training_draws(
+            self._keys(batch, number)
+        )  # of which some may be one for the whole batch: MAR's share of masks
         draws.pop("drop", None)  # classes stay
         output = self._output(learner, batch, clock, draws)
         return {"loss": output.loss} | output.metrics
@@ -132,7 +177,7 @@ class GeneratorTask(Task):
     @torch.no_grad()
     def show(self, batch: TokenBatch) -> Tensor:
         condition = self.tokenizer.own_condition(batch.condition)
-        return self.tokenizer.eval().decode(batch.tokens, condition=condition).clamp(-1, 1)
+        return self.tokenizer.eval().decode(_image_tokens(batch.tokens, self.length), condition=condition).clamp(-1, 1)
 
     def pipeline(self, model: Generator) -> Pipeline:
         return Pipeline(self.tokenizer, model, class_names=self.classes, sampling=self.config.sampling)
@@ -144,9 +189,15 @@ class GeneratorTask(Task):
             return []
         rows, columns = min(len(self.classes), 8) or 4, 1 if len(self.tokenizer.input_shape) == 4 else 8
         reader = self.loader.reader
-        if reader.parts == ("labels",):
+        what: dict[str, Any]
+        if self.config.streams:
+            asked = reader.prompts(np.arange(rows) * len(reader) // rows)
+            if asked is None:
+                return []
+            what = {"condition": asked, "num_images_per_label": columns}
+        elif self.parts == ("labels",):
             what = {"class_labels": range(rows), "num_images_per_label": columns}
-        elif reader.parts:
+        elif self.parts:
             shown = np.arange(rows) * len(reader) // rows
             what = {"condition": reader.load(shown, 0)[0].condition, "num_images_per_label": columns}
         else:
@@ -164,12 +215,22 @@ class GeneratorTask(Task):
         if not (folder / TOKENIZER).exists():
             self.tokenizer.save_pretrained(folder / TOKENIZER)
         if not (folder / TEXT).exists():
-            copy_encoders(self.cache_folder / TEXT, folder / TEXT, self.loader.reader.parts)
+            copy_encoders(self.cache_folder / TEXT, folder / TEXT, self.parts)
         write_settings(folder, class_names=self.classes, sampling=self.config.sampling)
 
     def export(self, folder: Path, model: Generator) -> None:
         model.save_pretrained(folder / GENERATOR)
         self.accompany(folder)
+
+
+def _image_tokens(tokens: Tensor | Streams, length: int) -> Tensor:
+    """The tokens of a batch; of streams those of their last images."""
+    if not isinstance(tokens, Streams):
+        return tokens
+    images = tokens.kinds == KINDS.index("image")
+    last = images & (images.flip(1).cumsum(1).flip(1) <= length)
+    values = tokens.ids if tokens.latents is None else tokens.latents
+    return values[last].unflatten(0, (len(tokens), length))
 
 
 def _chosen_parts(cache: TokenMixture, chosen: Sequence[str] | None) -> ConditionSpec:
@@ -185,7 +246,7 @@ def _chosen_parts(cache: TokenMixture, chosen: Sequence[str] | None) -> Conditio
 
 
 def _held_out_tokens(config: GeneratorRun, trained: TokenMixture, parts: Sequence[str]) -> Loader[TokenBatch]:
-    if config.validation is None:
+    if config.validation is None or config.validation.tokens is None:
         return no_samples()
     cache = TokenCache(config.validation.tokens)
     cache.check_tokenizer(trained.tokenizer_hash)

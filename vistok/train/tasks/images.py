@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict
+from typing import cast
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from vistok.data.config import DataConfig
 from vistok.data.loader import Loader, Source, batch_reader, check_failures, evaluation_loader, no_samples
 from vistok.data.opening import open_source
 from vistok.data.overlap import shared_images
+from vistok.data.sources import ImageSource
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ def held_out_images(trained: DataConfig, trained_source: Source, changes: dict |
             raise ConfigError(f"validation.data.{key} is {asked}, but the run's images have {own}; leave the key out")
     if all(getattr(data, key) == getattr(trained, key) for key in ("source", "root", "name", "split")):
         raise ConfigError("validation.data names the images that the run trains on; name others: split=test, or a root")
-    shared = shared_images(trained_source, source)
+    shared = shared_images(cast(ImageSource, trained_source), cast(ImageSource, source))
     if shared.is_whole:
         raise ConfigError(
             "validation.data names the images that the run trains on, by another name or in a copy "
@@ -60,7 +62,8 @@ def example_images(source: Source, data: DataConfig, count: int = 8) -> Tensor:
         TooManyUnreadableError: the ones that cannot be read are more than 1 % of the source.
     """
     reader = batch_reader(source, data, augmented=False)
-    count, pixels, failures = min(count, len(source)), [], {}
+    count, pixels = min(count, len(source)), []
+    failures: dict[int, str] = {}
     for part in range(count):
         for index in range(part * len(source) // count, (part + 1) * len(source) // count):
             batch, failed = reader.load(np.array([index]), epoch=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -77,10 +77,10 @@ class TokenizerObjective(nn.Module):
         super().__init__()
         configs = check_terms(tokenizer, losses)
         order = [*(name for name in configs if name not in TERMS), *(name for name in TERMS if name in configs)]
-        self.terms = nn.ModuleDict({name: _term(name, configs[name], tokenizer) for name in order})
+        self.terms: Any = nn.ModuleDict({name: _term(name, configs[name], tokenizer) for name in order})
         self.reconstructions = _reconstructions(losses)
 
-    def _active(self, step: int) -> Iterator[Term]:
+    def _active(self, step: int) -> Iterator[Any]:
         return (term for term in self.terms.values() if term.config.active(step))
 
     @property
@@ -131,7 +131,7 @@ class TokenizerObjective(nn.Module):
     def weight(self, name: str) -> float:
         """Of a term by its name in ``forward``."""
         term, _, reconstruction = name.partition("/")
-        weight = self.terms[term].config.weight
+        weight: float = self.terms[term].config.weight
         return weight * self._reconstruction(reconstruction).weight if reconstruction else weight
 
     def total(self, terms: Mapping[str, Tensor]) -> Tensor:
@@ -189,7 +189,7 @@ def _config(name: str, value: Any, losses: Mapping[str, Any]) -> TermConfig:
 
 def _check_times(tokenizer: Tokenizer, losses: Mapping[str, Any], configs: Mapping[str, TermConfig]) -> None:
     """``time`` is a weighting that only tokenizers with times can have; it is checked where LPIPS is off, too."""
-    config = configs.get("lpips") or _config("lpips", 0.0, losses)
+    config: Any = configs.get("lpips") or _config("lpips", 0.0, losses)
     if config.weighting == "time" and "flow" not in tokenizer.loss_terms:
         raise ConfigError(f"losses.lpips.weighting: {type(tokenizer).__name__} trains at no time; leave it out")
 
@@ -205,7 +205,10 @@ def _check_feature(tokenizer: Tokenizer, configs: Mapping[str, TermConfig]) -> N
 
 
 def _term(name: str, config: TermConfig, tokenizer: Tokenizer) -> Term:
-    return TERMS[name](name, config, tokenizer) if name in TERMS else OwnTerm(name, config)
+    if name not in TERMS:
+        return OwnTerm(name, config)
+    make: Callable[[str, Any, Tokenizer], Term] = TERMS[name]
+    return make(name, config, tokenizer)
 
 
 def _reconstructions(losses: Mapping[str, Any]) -> dict[str, ReconstructionConfig]:

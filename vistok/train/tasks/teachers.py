@@ -84,11 +84,11 @@ class CodePredictionTerm(Term):
         if not codec.spec.discrete or codec.spec.depth != 1:
             raise ConfigError(f"losses.{name}.tokenizer: {config.tokenizer} has no single ids to predict")
         sides = codec.spec_for(tokenizer.input_shape)
-        given = (sides.length, codec.spec.codebook_size)
-        if given != tokenizer.predicted_codes:
+        given, predicted = (sides.length, codec.spec.num_ids), tokenizer.predicted_codes
+        if predicted is not None and given != predicted:
             raise ConfigError(
                 f"losses.{name}.tokenizer: {config.tokenizer} makes {given[0]} codes of {given[1]} of an image, but "
-                f"the model predicts {tokenizer.predicted_codes[0]} of {tokenizer.predicted_codes[1]}; see model.codec"
+                f"the model predicts {predicted[0]} of {predicted[1]}; see model.codec"
             )
         self.codec = Frozen(codec)
 

@@ -61,9 +61,9 @@ class Term(nn.Module):
     """A named term. Its parameters, if it has any, are trained with the tokenizer, and end with the run."""
 
     config_type: ClassVar[type[TermConfig]] = TermConfig
-    compares_pixels: ClassVar[bool] = False
+    compares_pixels: bool = False
     """Whether the adaptive weight of a GAN is balanced against it."""
-    reads_codes: ClassVar[bool] = False
+    reads_codes: bool = False
     """Whether it reads the feature "codes", the tokenizer's whole codebook."""
 
     def __init__(self, name: str, config: TermConfig):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, cast
 
 from PIL import Image
 from torch import Tensor, nn
@@ -102,28 +102,36 @@ class TokenizerTask(Task):
     unit = "images_per_second"
 
     def __init__(self, config: TokenizerRun, rank: int, world_size: int):
+        if config.data is None:
+            raise ConfigError("task tokenizer needs 'data'")
         source = open_source(config.data)
         model = config.build_model(config.model_entry().load().arguments_from(config.data))
-        self.config, self.seed = config, config.seed
+        self.config, self.data, self.seed = config, config.data, config.seed
         perturbation = LatentPerturbation(config.perturbation, model) if config.perturbation else None
         self.learner = TokenizerLearner(model, TokenizerObjective(model, config.losses), perturbation)
         self.gan = gan_config(model, config.losses)
         self.adversary = Adversary(self.gan, model.input_shape, model.native_range) if self.gan else None
-        self.loader = training_loader(source, config.data, rank=rank, world_size=world_size)
-        self.held_out = held_out_images(config.data, source, config.validation and config.validation.data)
+        self.loader = training_loader(source, self.data, rank=rank, world_size=world_size)
+        changes = None if config.validation is None else config.validation.data
+        self.held_out = held_out_images(self.data, source, changes)
         self.codebook = CodebookMonitor(model.spec.codebook_size, _codebook_watch(model, config, world_size))
         begins = {self.gan.start_step} if self.gan else set()
         self.objective_changes = tuple(sorted(begins | self.learner.objective.changes))
         self.changing_parameters = self.learner.objective.changing_parameters
         self._source = source
-        self._examples = example_images(source, config.data)
+        self._examples = example_images(source, self.data)
+
+    @property
+    def model(self) -> Tokenizer:
+        return self.learner.model
 
     def players(self) -> dict[str, nn.Module]:
         return super().players() | ({ADVERSARY: self.adversary} if self.adversary is not None else {})
 
     def player_config(self, name: str) -> PlayerConfig:
-        own = {"lr": self.gan.lr} if name == ADVERSARY and self.gan.lr else {}
-        return self.config.player(name, **own)
+        if name == ADVERSARY and self.gan is not None and self.gan.lr:
+            return self.config.player(name, lr=self.gan.lr)
+        return self.config.player(name)
 
     def frozen(self) -> dict[str, nn.Module]:
         return self.learner.objective.frozen() | (self.adversary.frozen() if self.adversary is not None else {})
@@ -143,7 +151,8 @@ class TokenizerTask(Task):
         if self.gan is None or clock.step < self.gan.start_step:
             yield self._model_turn(output, terms, batch)
             return
-        real, fake = (self.model.to_native(pixels) for pixels in (_target(batch), output.reconstruction))
+        reconstruction = cast(Tensor, output.reconstruction)  # a GAN has one
+        real, fake = self.model.to_native(_target(batch)), self.model.to_native(reconstruction)
         learns = (clock.step - self.gan.start_step) % self.gan.every_n_steps == 0
         if learns and self.gan.order == "adversary_first":
             yield self._adversary_turn(players, real, fake, keys)
@@ -166,18 +175,18 @@ class TokenizerTask(Task):
     ) -> Turn:
         """The learner's turn; ``shown`` is what the adversary gets to see, with its keys, if it takes part."""
         total = self.learner.objective.total(terms)
-        if shown is not None:
+        if shown is not None and self.adversary is not None and self.gan is not None:
             g_loss = self.adversary.fool(*shown)
-            total = total + self._gan_weight(terms, g_loss) * g_loss
+            total = total + self._gan_weight(self.gan, terms, g_loss) * g_loss
             terms = terms | {"g_loss": g_loss}
         logged = {name: value.detach() for name, value in terms.items()}
         return Turn(MODEL, total, {"loss": total.detach()} | logged | _psnr_of(output, _target(batch)))
 
-    def _gan_weight(self, terms: Mapping[str, Tensor], g_loss: Tensor) -> Tensor | float:
-        if self.gan.balance == "fixed":
-            return self.gan.weight
+    def _gan_weight(self, gan: GanConfig, terms: Mapping[str, Tensor], g_loss: Tensor) -> Tensor | float:
+        if gan.balance == "fixed":
+            return gan.weight
         reconstruction = self.learner.objective.reconstruction_total(terms)
-        return self.gan.weight * adaptive_weight(reconstruction, g_loss, self.model.last_layer)
+        return gan.weight * adaptive_weight(reconstruction, g_loss, self.model.last_layer)
 
     def _adversary_turn(self, players: Mapping[str, nn.Module], real: Tensor, fake: Tensor, keys: Keys) -> Turn:
         terms = players[ADVERSARY](real, fake.detach(), keys)
@@ -213,19 +222,18 @@ class TokenizerTask(Task):
         return batch.pixels
 
     def examples(self, count: int) -> Tensor:
-        return example_images(self._source, self.config.data, count)
+        return example_images(self._source, self.data, count)
 
     def pictures(self, model: Tokenizer) -> list[Image.Image]:
         """Originals over reconstructions; the originals alone of a tokenizer that renders none."""
         if not model.renders:
             return [overview(self._examples)]
-        examples = self._examples.to(next(model.parameters()).device)
+        examples = self._examples.to(model.device)
         return [compared(examples, model.reconstruct(examples))]
 
     def export(self, folder: Path, model: Tokenizer) -> None:
         if not model.spec.discrete:
-            device = next(model.parameters()).device
-            model.standardise(example_images(self._source, self.config.data, STANDARDISED_ON).to(device))
+            model.standardise(example_images(self._source, self.data, STANDARDISED_ON).to(model.device))
         model.save_pretrained(folder / TOKENIZER)
 
 
@@ -243,9 +251,9 @@ def gan_config(tokenizer: Tokenizer, losses: Mapping[str, Any]) -> GanConfig | N
 
 def _codebook_watch(tokenizer: Tokenizer, config: TokenizerRun, world_size: int) -> CodebookWatch | None:
     """Only discrete tokenizers have a codebook; the remedies are those that this one offers and does not use yet."""
-    if not tokenizer.spec.discrete:
+    if not tokenizer.spec.discrete or config.data is None:
         return None
-    training, size = config.training, tokenizer.spec.codebook_size
+    training, size = config.training, tokenizer.spec.num_ids
     images = config.data.batch_size * world_size * training.gradient_accumulation_steps * max(training.log_every, 1)
     possible = 1 - (1 - 1 / size) ** (images * tokenizer.spec.length * tokenizer.spec.depth)
     arguments, remedies = tokenizer.config, []

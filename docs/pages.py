@@ -1,0 +1,88 @@
+"""Pages of the site that are made from the registry: one per system, and the model zoo with its licences."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from vistok.checkpoints import registry
+from vistok.checkpoints.released import licence_of
+from vistok.utils.recipes import models_of_configs, summary
+
+HERE = Path(__file__).parent
+NOTEBOOKS = HERE.parent / "notebooks"
+
+
+def write_pages(folder: Path) -> None:
+    """Write all generated pages into ``folder``, which is made anew."""
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "systems").mkdir(parents=True)
+    (folder / "notebooks").mkdir()
+    catalogue = json.loads((files("vistok") / "checkpoints" / "catalogue.json").read_text())
+    for item in catalogue:
+        (folder / "systems" / f"{item['name']}.md").write_text(system_page(item))
+    (folder / "zoo.md").write_text(zoo_page(catalogue))
+    for notebook in sorted(NOTEBOOKS.glob("*.ipynb")):
+        shutil.copyfile(notebook, folder / "notebooks" / notebook.name)
+
+
+def system_page(item: dict[str, Any]) -> str:
+    """What it is (the class' docstring), sizes, recipes, checkpoints, reference curves."""
+    module, _, name = registry.entry(item["name"]).target.partition(":")
+    lines = [f"# {item['name']}", "", f"A {item['kind']}: `{item['official']}` in official names."]
+    if item["paper"]:
+        lines.append(f"Paper: [arXiv {item['paper']}](https://arxiv.org/abs/{item['paper']}).")
+    if item["tokenizer"]:
+        lines.append(f"Its paper models the tokens of [{item['tokenizer']}]({item['tokenizer']}.md).")
+    lines += ["", "```{eval-rst}", f".. autoclass:: {module}.{name}", "```", "", "## Sizes", ""]
+    lines += table(("size", "parameters"), ((size, f"{count:,}") for size, count in item["sizes"].items()))
+    lines += ["", "## Recipes", ""]
+    own = [config for config, model in models_of_configs().items() if model == item["name"]]
+    lines += table(("config", "what it trains"), ((f"`vistok train {config}`", summary(config)) for config in own))
+    lines += ["", "## Official checkpoints", ""]
+    lines += checkpoint_table(item["checkpoints"])
+    curves = [curve for curve in curve_names() if curve.endswith(f"-{item['name']}")]
+    for curve in curves:
+        lines += ["", "## Reference curve", "", f"![{curve}](../../curves/{curve}.png)"]
+    return "\n".join(lines) + "\n"
+
+
+def zoo_page(catalogue: list[dict[str, Any]]) -> str:
+    """Every released file, what it goes with, and licences."""
+    lines = [
+        "# Model zoo", "",
+        "Every checkpoint that vistok reads. `vistok models WORD` shows the same. Licences are those that the",
+        "repositories state; read them there before you use weights.", "",
+    ]  # fmt: skip
+    lines += ["## Licences of code", ""]
+    systems = {item["official"].partition("/")[0]: item for item in catalogue}
+    lines += table(
+        ("system", "reference implementation", "weights"),
+        ((name, licence_of(name).code, licence_of(name).weights) for name in systems),
+    )
+    lines += ["", "## Checkpoints", ""]
+    lines += checkpoint_table([file for item in catalogue for file in item["checkpoints"]])
+    return "\n".join(lines) + "\n"
+
+
+def checkpoint_table(checkpoints: list[dict[str, Any]]) -> list[str]:
+    def row(file: dict[str, Any]) -> tuple[str, ...]:
+        goes_with = f"`{file['tokenizer']}`" if file["tokenizer"] else ""
+        return f"`{file['id']}`", file["official"], goes_with, file["licence"]
+
+    return table(("checkpoint", "system", "goes with", "licence of weights"), map(row, checkpoints))
+
+
+def curve_names() -> list[str]:
+    return sorted(file.stem for file in (HERE / "curves").glob("*.png"))
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """Lines of a table; a sentence where there are no rows."""
+    body = [f"| {' | '.join(row)} |" for row in rows]
+    head = list(header)
+    return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *body] if body else ["None."]

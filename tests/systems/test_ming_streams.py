@@ -1,0 +1,215 @@
+"""Ming-UniVision learns from streams what it reads when it samples; and a language model of Hugging Face carries it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from support.tiny_models import tiny
+
+import vistok
+from vistok.config import ConfigError
+from vistok.data import TokenCache, TokenWriter
+from vistok.data.ragged import Piece
+from vistok.data.streams import StreamBatches, StreamConfig, Streams
+from vistok.draws import Keys
+from vistok.generators.ming_univision import MingOptions, MingUniVision
+from vistok.train.config import RunConfig
+from vistok.train.tasks.generator import GeneratorTask
+from vistok.types import Condition, ConditionSpec, FeatureSpec, IdSpec
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+TALK = StreamConfig(
+    template="begin ids:0 answer begin_image* given* end_image* begin ids:1 answer begin_image* tokens* end_image*"
+)
+CHANGE = StreamConfig(template="begin begin_image given end_image ids:1 answer begin_image* tokens* end_image*")
+TEXTS = ([[7, 8, 9], [4, 11]], [[5, 6], [12, 13, 4, 5]], [[4], [6, 6, 6]])
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny("mingtok")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("streams") / "tokens"
+    latents, given = (Keys.range(seed, 3).normal("image", 1, 16, 4) for seed in (0, 1))
+    condition = ConditionSpec(ids=IdSpec(20, 5), given=FeatureSpec(4, 16))
+    spec = asdict(tokenizer.spec)
+    with TokenWriter(folder, spec, tokenizer.fingerprint(), condition=condition, feature_dtype="float32") as writer:
+        ids = [[Piece(np.array(text), len(text)) for text in texts] for texts in TEXTS]
+        before = [[Piece(view.numpy(), 16) for view in image] for image in given]
+        writer.write(latents, torch.full((3,), -1), {"ids": ids, "given": before})
+        tokenizer.save_pretrained(writer.folder / "tokenizer")
+    return TokenCache(folder)
+
+
+def streams(cache, **configs) -> Streams:
+    return StreamBatches(cache, configs).load(np.arange(3), 0)[0].tokens
+
+
+@pytest.fixture
+def model():
+    return tiny("ming_univision", num_classes=0)
+
+
+def text(row: int, number: int) -> Condition:
+    ids = TEXTS[row][number]
+    mask = torch.tensor([[False] * (5 - len(ids)) + [True] * len(ids)])
+    return Condition.from_ids(torch.tensor([[0] * (5 - len(ids)) + ids]), mask)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("row", range(3))
+@pytest.mark.parametrize("turns", [1, 2])
+@pytest.mark.parametrize("drop", [None, 0.07, 0.01])
+def test_sampling_reads_what_streams_teach(model, tokenizer, cache, row, turns, drop):
+    """A stream of one pass has the states that a conversation has turn by turn, in each row of guidance."""
+    batch = streams(cache, mine=TALK if turns == 2 else CHANGE)
+    draws = None if drop is None else torch.full((3,), drop)
+    reading, _, hidden = model.read_streams(batch, tokenizer, draws)
+    taught = hidden[row][reading.valid[row]]
+    tokens, _ = cache.batch([row], [0])
+    given = cache.condition(np.array([row]), np.array([0]), np.array([0.0])).only(["given"])
+    session = model.converse(1, MingOptions(), tokenizer=tokenizer)
+    if turns == 2:
+        session.ask(text(row, 0))
+        session.show(given.given)
+        session.ask(text(row, 1))
+    else:
+        session.ask(Condition.together(text(row, 1), given))
+    torch.testing.assert_close(session.hidden[0], taught[len(session.context) - 1], **CLOSE)
+    session.begin_image(MingOptions().guidance(has_image=True), torch.zeros(1, 16, 4))
+    guided = {None: 0, 0.07: 1, 0.01: 2}[drop]  # everything, without the text, without text and image
+    torch.testing.assert_close(session.hidden[guided], taught[len(session.context) - 1], **CLOSE)
+    session.append(tokens)
+    session.advance()
+    torch.testing.assert_close(session.hidden[guided], taught[len(session.context) - 1], **CLOSE)
+    assert len(session.context) == len(taught) - 1  # the end mark
+
+
+def test_roles_of_any_length_stand_where_turns_begin(model, cache):
+    reading = model.reader(streams(cache, mine=TALK))
+    start, patch, end = model.image_start, model.image_patch, model.image_end
+    image = [start, *[patch] * 16, end]
+    assert reading.ids[0][reading.valid[0]].tolist() == [1, 7, 8, 9, 2, 3, *image, 1, 4, 11, 2, 3, *image]
+    plain = tiny("ming_univision", num_classes=0, human=(), assistant=(3,))
+    reading = plain.reader(streams(cache, image_to_text=StreamConfig()))
+    words = TEXTS[1][0]
+    row = reading.ids[1][reading.valid[1]].tolist()
+    assert row[:19] == [*image, 3]
+    assert row[-1] == plain.end
+    assert row[19:-1] in TEXTS[1]
+    assert words in TEXTS[1]
+    assert reading.learned.sum(1).tolist() == [len(r[r != 0]) - 19 for r in reading.ids.where(reading.valid, 0)]
+
+
+def test_the_joint_loss_has_a_part_of_images_and_one_of_texts(tokenizer, cache):
+    model = tiny("ming_univision", num_classes=0, text_weight=0.5).train()
+    both = {"image_to_text": 1.0, "talk": TALK}
+    batch = streams(cache, **both)
+    draws = model.training_draws(Keys.range(0, 3))
+    output = model(batch, Condition.none(3), draws=draws, tokenizer=tokenizer)
+    parts = output.metrics
+    assert set(parts) == {"flow", "text"}
+    torch.testing.assert_close(output.loss.detach(), parts["flow"] + 0.5 * parts["text"])
+    output.loss.backward()
+    for part in (model.flow_head, model.output, model.projection, model.backbone):
+        assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in part.parameters())
+    read = model(streams(cache, image_to_text=1.0), Condition.none(3), draws=draws, tokenizer=tokenizer).metrics
+    assert read["flow"] == 0
+    assert read["text"] > 0
+    alone = streams(cache, talk=TALK)
+    weights = torch.tensor([0.0, 1.0, 0.0])
+    weighted = model(alone, Condition.none(3), draws=draws, weights=weights, tokenizer=tokenizer).loss
+    own = {name: value[1:2] for name, value in draws.items()}
+    torch.testing.assert_close(weighted, model(alone[1:2], Condition.none(1), draws=own, tokenizer=tokenizer).loss)
+
+
+def config(cache, **changes) -> RunConfig:
+    values = {
+        "task": "generator",
+        "output_dir": "run",
+        "tokens": str(cache.folder),
+        "model": {"name": "ming_univision"} | {k: v for k, v in tiny("ming_univision").config.items() if k in KEPT},
+        "training": {"max_steps": 1, "batch_size": 3},
+        "streams": {"image_to_text": 1.0, "talk": {"template": TALK.template, "share": 2.0}},
+    }
+    return RunConfig.parse(values | changes)
+
+
+KEPT = ("feature_dim", "human", "assistant", "backbone", "head")
+
+
+def test_a_run_of_streams_learns_them(cache):
+    task = GeneratorTask(config(cache), 0, 1)
+    batch = next(iter(task.loader))
+    assert isinstance(batch.tokens, Streams)
+    assert task.show(batch).shape == (3, 3, 16, 16)
+    assert len(task.pictures(task.model.eval())) == 3 * 8 + 8
+    assert task.loader.reader.prompts(np.arange(3)).ids[2].tolist() == [0, 0, 6, 6, 6]  # of the last turn
+
+
+def test_runs_that_cannot_learn_streams_are_refused(cache):
+    other = {"name": "mar", "dim": 16, "num_layers": 1, "num_heads": 2}
+    with pytest.raises(ConfigError, match="mar reads no streams"):
+        GeneratorTask(config(cache, model=other, condition=[]), 0, 1)
+    with pytest.raises(ConfigError, match="have no ids"):
+        GeneratorTask(config(cache, condition=["given"]), 0, 1)
+    with pytest.raises(ConfigError, match=r"streams\.talk"):
+        config(cache, streams={"talk": {"tempalte": "begin"}})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Language models of Hugging Face
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2"])
+def language_model(request, tmp_path_factory):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "vocab_size": 24, "max_position_embeddings": 128}
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    configuration = transformers.AutoConfig.for_model(
+        request.param, **sizes, tie_word_embeddings=request.param == "qwen2"
+    )
+    transformers.AutoModelForCausalLM.from_config(configuration).save_pretrained(folder)
+    return folder
+
+
+def test_a_language_model_by_name_is_the_backbone(language_model, tokenizer, cache, tmp_path):
+    import transformers
+
+    arguments = {"text_vocabulary_size": 24, "num_classes": 0, "human": (), "assistant": ()}
+    original = transformers.AutoModelForCausalLM.from_pretrained(language_model)
+    torch.manual_seed(1)
+    model = MingUniVision(**MingUniVision.tiny | arguments | {"language_model": str(language_model)}).eval()
+    ids = torch.randint(24, (2, 7), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = original.eval()(ids).logits
+        torch.testing.assert_close(model.logits(model.embed_ids(ids))[..., :24], expected, **CLOSE)
+    assert model.output.out_features == 28  # four marks that it did not know
+    condition, draws = text(0, 0), model.sampling_draws(Keys.range(0, 1))
+    options = MingOptions(num_steps=2)
+    drawn = model.sample(condition, options, draws=draws, tokenizer=tokenizer)
+    model.save_pretrained(tmp_path / "model")
+    again = vistok.load(tmp_path / "model")
+    assert torch.equal(again.sample(condition, options, draws=draws, tokenizer=tokenizer), drawn)
+    batch = streams(cache, talk=TALK)
+    reading, _, hidden = model.read_streams(batch, tokenizer, None)
+    session = model.converse(1, options, tokenizer=tokenizer)
+    session.ask(text(1, 0))
+    session.show(cache.condition(np.array([1]), np.array([0]), np.array([0.0])).given)
+    session.ask(text(1, 1))
+    taught = hidden[1][reading.valid[1]][len(session.context) - 1]
+    torch.testing.assert_close(session.hidden[0], taught.detach(), **CLOSE)
+
+
+def test_a_language_model_that_is_none_is_refused(tmp_path):
+    pytest.importorskip("transformers")
+    with pytest.raises(ValueError, match="is no causal language model"):
+        tiny("ming_univision", language_model=str(tmp_path))

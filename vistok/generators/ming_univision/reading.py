@@ -1,0 +1,105 @@
+"""How Ming-UniVision reads training streams: which entries, what of them rows of guidance do without, what is learned.
+
+A stream is turns: each begins with the human's role, and the model's role stands before the reply. The last image of a
+stream that is in the loss, with its start mark, is what guidance would draw: there, and there alone, the text or the
+text and the images before it are left out of some samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, nn
+
+from vistok.data.streams import KINDS, Streams
+from vistok.generators.ming_univision.sampling import ALWAYS, IMAGE, TEXT
+from vistok.types import JointVocabulary
+
+TEXT_ID, IMAGE_ID = KINDS.index("text"), KINDS.index("image")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The entries that the language model is fed for streams, (B, N) each.
+
+    Attributes:
+        ids: int64, of the language model; at images their patch mark.
+        valid: bool, False in padding.
+        images: bool, where latents are.
+        learned: bool, what is in the loss; an entry is predicted from the one before it.
+        kinds: int64, what rows of guidance do without: ``ALWAYS`` nothing, ``TEXT`` or ``IMAGE``.
+        response: bool, the image that guidance would draw, from its start mark on, and what follows.
+        inputs: bool, images that the human shows, which routers of their own may take.
+    """
+
+    ids: Tensor
+    valid: Tensor
+    images: Tensor
+    learned: Tensor
+    kinds: Tensor
+    response: Tensor
+    inputs: Tensor
+
+
+class StreamReader(nn.Module):
+    """Streams in their joint vocabulary as entries of the language model.
+
+    Args:
+        text_size: ids of texts.
+        patch: the mark at images.
+        marks: by the stream's names, the ids that stand for a mark: none, one, or several.
+    """
+
+    def __init__(self, text_size: int, patch: int, marks: Mapping[str, Sequence[int]]):
+        super().__init__()
+        self.vocabulary = JointVocabulary(text_size, 1)
+        own = [[patch], *(list(marks[name]) for name in self.vocabulary.specials)]
+        width = max(map(len, own))
+        self.register_buffer("_own", torch.tensor([row + [0] * (width - len(row)) for row in own]), persistent=False)
+        self.register_buffer("_counts", torch.tensor([len(row) for row in own]), persistent=False)
+        self._is_plain = all(len(row) == 1 for row in own)
+
+    def forward(self, streams: Streams) -> Reading:
+        """
+        Raises:
+            ValueError: streams of another vocabulary, or of image ids.
+        """
+        vocabulary = self.vocabulary
+        if streams.latents is None:
+            raise ValueError("these streams have images as ids; this model reads latents")
+        ids, images = streams.ids, (streams.kinds == IMAGE_ID) & streams.mask
+        begins, answers, starts, ends = (
+            (ids == vocabulary.special(name)) & streams.mask for name in ("begin", "answer", "begin_image", "end_image")
+        )
+        turn, start = begins.cumsum(1), starts.cumsum(1)
+        asked = turn > answers.cumsum(1)
+        is_last = (start == start[:, -1:]) & (start > 0)
+        response = is_last & (is_last & images & streams.in_loss).any(1, keepdim=True)
+        shown = ~response & (images | starts | (ends & asked))
+        wish = ~response & asked & (turn == turn[:, -1:]) & (streams.kinds == TEXT_ID) & streams.mask
+        kinds = torch.where(shown, IMAGE, torch.where(wish, TEXT, ALWAYS))
+        row = (ids - vocabulary.text_size).clamp_min(0)
+        own = torch.where((ids < vocabulary.text_size)[..., None], ids[..., None], self._own[row])  # (B, N, R)
+        reading = Reading(own[..., 0], streams.mask, images, streams.in_loss, kinds, response, images & asked)
+        if self._is_plain:
+            return reading
+        counts = torch.where(ids < vocabulary.text_size, 1, self._counts[row]) * streams.mask
+        places = torch.arange(own.shape[2], device=ids.device)
+        return _packed(Reading(own, *_spread(reading, places < counts[..., None])), places < counts[..., None])
+
+
+def _spread(reading: Reading, there: Tensor) -> list[Tensor]:
+    """All but the ids, each entry as often as it has ids, (B, N, R)."""
+    return [getattr(reading, field.name)[..., None].expand_as(there) for field in fields(reading)[1:]]
+
+
+def _packed(reading: Reading, there: Tensor) -> Reading:
+    """The entries that are there, moved together; what is left over at the end is padding."""
+    flat = there.flatten(1)
+    order = (~flat).int().sort(dim=1, stable=True).indices[:, : int(flat.sum(1).max())]
+    columns = {f.name: getattr(reading, f.name).flatten(1).gather(1, order) for f in fields(reading)}
+    kept = flat.gather(1, order)
+    flags = {name: column & kept for name, column in columns.items() if column.dtype == torch.bool}
+    return Reading(**{**columns, **flags})

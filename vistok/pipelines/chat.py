@@ -1,0 +1,187 @@
+"""Captions and conversations, with generators that read and write texts and images in one context."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vistok.conditions import WORDS
+from vistok.data.movies import shown
+from vistok.draws import Keys
+from vistok.types import Condition
+
+if TYPE_CHECKING:
+    from vistok.pipelines.generation import Pipeline
+
+HUMAN, ASSISTANT = ROLES = ("human", "assistant")
+MAX_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Message:
+    """What was said in one turn.
+
+    Attributes:
+        role: ``human`` or ``assistant``, who is the model.
+        text: None for an image alone.
+        image: None for a text alone.
+
+    Raises:
+        ValueError: an unknown role, or neither a text nor an image.
+    """
+
+    role: Literal["human", "assistant"]
+    text: str | None = None
+    image: Image.Image | None = None
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ValueError(f"unknown role {self.role!r}; messages are of {' or '.join(ROLES)}")
+        if self.text is None and self.image is None:
+            raise ValueError(f"the message of {self.role} is empty: give it a text, an image, or both")
+        if self.role == ASSISTANT and self.text is not None and self.image is not None:
+            raise ValueError("a reply of the assistant is a text or an image, not both")
+
+    def _repr_png_(self) -> bytes | None:
+        """The image, for notebooks."""
+        return None if self.image is None else self.image._repr_png_()
+
+
+class Chat:
+    """A conversation with a model, which replies in text or with an image. Nothing is read twice.
+
+    Args:
+        pipe: of a generator that writes texts and images.
+        history: what was said before: messages, or mappings with their fields.
+        seed: of the images; the same conversation with the same seed gives the same ones.
+
+    Attributes:
+        messages: what was said so far.
+
+    Raises:
+        ValueError: a generator that writes no texts, an unknown role, messages of one role in a row, or a history that
+            does not fit the model.
+    """
+
+    def __init__(self, pipe: Pipeline, history: Iterable[Message | Mapping[str, Any]] = (), *, seed: int = 0):
+        self._pipe, self._seed = pipe, seed
+        self.messages: list[Message] = []
+        self._session = pipe.generator.converse(1, pipe.options(), tokenizer=pipe.in_loop)
+        for entry in history:
+            self._recall(entry if isinstance(entry, Message) else _message(entry))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        text: str | None = None,
+        image: Image.Image | None = None,
+        *,
+        reply: Literal["text", "image"] | None = None,
+        max_tokens: int = MAX_TOKENS,
+        **sampling: Any,
+    ) -> Message:
+        """Say something, and get the model's reply.
+
+        Args:
+            text, image: what is said, or shown, or both.
+            reply: None lets the model choose.
+            max_tokens: of a text.
+            **sampling: options of ``generator.options_type`` for an image, in place of the pipeline's.
+
+        Raises:
+            ValueError: nothing said, an image to a model that reads none, a text without a text tokenizer, or no room
+                left in the context.
+            ConfigError: an unknown option.
+        """
+        if reply not in (None, "text", "image"):
+            raise ValueError(f"a reply is 'text' or 'image', or None for what the model chooses; got {reply!r}")
+        if reply == "image" and text is None and image is None:
+            raise ValueError("say what to draw")
+        pipe, said, options = self._pipe, Message(HUMAN, text, image), self._pipe.options(**sampling)
+        self._ask(said)
+        if reply is None:
+            reply = "image" if bool(self._session.wants_image()) else "text"
+        if reply == "text":
+            answer = Message(ASSISTANT, texts(pipe, self._session.write(max_tokens))[0])
+        else:
+            keys = Keys.range(self._seed, 1, len(self.messages) // 2)
+            tokens = self._session.draw(options, pipe.generator.sampling_draws(keys, options))
+            answer = Message(ASSISTANT, image=shown(pipe.decode(tokens, keys))[0])
+        self.messages += [said, answer]
+        return answer
+
+    def _ask(self, message: Message) -> None:
+        if self.messages and self.messages[-1].role == HUMAN:
+            raise ValueError("the human spoke last; a reply of the assistant comes before the human speaks again")
+        self._session.ask(asked(self._pipe, message.text, None if message.image is None else [message.image]))
+
+    @torch.no_grad()
+    def _recall(self, message: Message) -> None:
+        if message.role == HUMAN:
+            self._ask(message)
+        elif not self.messages or self.messages[-1].role == ASSISTANT:
+            raise ValueError("a reply of the assistant comes after something that the human said")
+        elif message.image is not None:
+            self._session.show(self._pipe.tokens_of([message.image]))
+        else:
+            generator = self._pipe.generator
+            ids = self._pipe.text.condition([message.text]).part("ids")
+            words = [*ids.values[0][ids.valid()[0]].tolist(), generator.end]
+            self._session.tell(torch.tensor([words], device=self._pipe.device))
+        self.messages.append(message)
+
+
+def _message(values: Mapping[str, Any]) -> Message:
+    unknown = [key for key in values if key not in ("role", "text", "image")]
+    if unknown or "role" not in values:
+        raise ValueError(f"a message has role, and text or image; got {', '.join(map(str, values)) or 'nothing'}")
+    return Message(**values)
+
+
+@torch.no_grad()
+def captions(
+    pipe: Pipeline, images: Sequence[Image.Image] | Tensor, question: str | None, max_tokens: int, batch_size: int
+) -> list[str]:
+    """What the model says of each image, asked a question or nothing."""
+    pipe.generator.check_writes()
+    said = []
+    for start in range(0, len(images), batch_size):
+        part = images[start : start + batch_size]
+        condition = asked(pipe, question, part).to(pipe.device)
+        said += texts(pipe, pipe.generator.describe(condition, max_tokens, tokenizer=pipe.in_loop))
+    return said
+
+
+def asked(pipe: Pipeline, text: str | None, images: Sequence[Image.Image] | Tensor | None) -> Condition:
+    """The condition of a text, images, or both; the text is the same for all.
+
+    Raises:
+        ValueError: images to a model that reads none, or a text without a text tokenizer.
+    """
+    spec, parts, rows = pipe.generator.condition_spec, [], 1 if images is None else len(images)
+    if images is not None:
+        if spec.given is None:
+            raise ValueError(
+                f"{type(pipe.generator).__name__} reads no images: it takes {spec.describe()}. A model that reads them "
+                f"is trained with {WORDS['given']} (condition=[ids, given])"
+            )
+        parts.append(Condition.from_given(pipe.tokens_of(images).cpu()))
+    if text is not None:
+        if "ids" not in pipe.text.parts:
+            raise ValueError(f"this pipeline has no text tokenizer and takes no text; it takes {spec.describe()}")
+        parts.append(pipe.text.condition([text] * rows))
+    return Condition.together(*parts)
+
+
+def texts(pipe: Pipeline, ids: Tensor) -> list[str]:
+    """What was written (B, n), up to the end mark, without other marks."""
+    spec, end, said = pipe.generator.condition_spec.ids, pipe.generator.end, []
+    for row in ids.tolist():
+        words = row[: row.index(end)] if end in row else row
+        said.append(pipe.text.decode([word for word in words if word < spec.vocabulary_size]))
+    return said

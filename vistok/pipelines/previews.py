@@ -1,0 +1,104 @@
+"""Unfinished images, while a pipeline generates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from vistok.data.movies import shown
+from vistok.data.pictures import to_pil
+from vistok.draws import Keys
+from vistok.types import Condition
+
+if TYPE_CHECKING:
+    from vistok.pipelines.generation import Pipeline
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Unfinished images.
+
+    Attributes:
+        step: positions that every image has by now.
+        total: positions of a finished image.
+        tokens: (N, L[, depth]) ids or (N, L, D) latents, zero where they are not generated yet, on the CPU.
+        known: (N, L) bool, True where they are.
+        images: N images, or None where this tokenizer shows nothing of this many tokens. Tokenizers whose prefixes
+            decode show what the tokens so far mean. Of raster tokenizers the finished positions are shown and the rest
+            is mid-grey; they are an estimate, because the decoder reads stand-ins (known tokens, repeated) for what is
+            still missing. Images of the last preview are the final ones.
+    """
+
+    step: int
+    total: int
+    tokens: Tensor
+    known: Tensor
+    images: list[Image.Image] | None
+
+
+@torch.no_grad()
+def previews(pipe: Pipeline, condition: Condition, options: Any, keys: Keys, every: int) -> Iterator[Preview]:
+    """Generate the images of a condition in one batch, with a preview each time that ``every`` positions more are
+    there."""
+    total, seen = pipe.generator.spec.length, 0
+    tokens, known = None, torch.zeros(len(condition), total, dtype=torch.bool)
+    show = _previewer(pipe, keys, condition)
+    draws = pipe.generator.sampling_draws(keys, options)
+    stream = pipe.generator.stream(condition.to(pipe.device), options, draws=draws, tokenizer=pipe.in_loop)
+    for chunk in stream:
+        if tokens is None:
+            tokens = torch.zeros(len(condition), total, *chunk.tokens.shape[2:], dtype=chunk.tokens.dtype)
+        rows, columns = chunk.valid.cpu().nonzero(as_tuple=True)
+        positions = chunk.positions.cpu()[rows, columns]
+        tokens[rows, positions] = chunk.tokens.cpu()[rows, columns]
+        known[rows, positions] = True
+        step = int(known.sum(1).min())
+        if step - seen >= every or (step == total and seen < total):
+            seen = step
+            yield Preview(step, total, tokens.clone(), known.clone(), show(tokens, known))
+
+
+def preview_step(pipe: Pipeline) -> int:
+    """Positions between two previews: a row of the grid, or what the tokenizer's prefixes are multiples of."""
+    spec = pipe.tokenizer.spec
+    if spec.scales:
+        return 1  # every scale shows
+    return spec.prefix_step or (pipe.grid[-1] if pipe.grid else max(1, spec.length // 8))
+
+
+def _previewer(
+    pipe: Pipeline, keys: Keys, condition: Condition
+) -> Callable[[Tensor, Tensor], list[Image.Image] | None]:
+    """What shows the tokens of one batch, again and again, as more of them are known."""
+    spec, decode_prefix = pipe.tokenizer.spec, None
+    if spec.prefixes_decode:
+        draws, own = pipe.tokenizer.decoding_draws(keys), pipe.own_condition(condition)
+        decode_prefix = pipe.tokenizer.prefix_decoder(draws, condition=own)
+
+    def show(tokens: Tensor, known: Tensor) -> list[Image.Image] | None:
+        if decode_prefix is not None:
+            prefix = spec.decodable(int(known.int().cumprod(1).sum(1).min()))  # the longest that all images have
+            return shown(decode_prefix(pipe.to_tokenizer(tokens[:, :prefix])).float()) if prefix else None
+        if bool(known.all()):
+            return shown(pipe.decode(tokens, keys, condition))
+        if pipe.grid is None or not bool(known.any(1).all()):
+            return None
+        pixels = pipe.decode(_fill(tokens, known), keys, condition)
+        mask = known.view(len(known), 1, *pipe.grid).float()
+        return to_pil(pixels * F.interpolate(mask, pixels.shape[2:], mode="nearest"))
+
+    return show
+
+
+def _fill(tokens: Tensor, known: Tensor) -> Tensor:
+    """Unknown positions repeat the known tokens in turn, so that a decoder sees statistics that it is used to."""
+    positions = [row.nonzero()[:, 0] for row in known]
+    source = torch.stack([row[torch.arange(known.shape[1]) % len(row)] for row in positions])  # (N, L)
+    shape = (*known.shape, *[1] * (tokens.ndim - 2))
+    return torch.where(known.view(shape), tokens, tokens.gather(1, source.view(shape).expand_as(tokens)))

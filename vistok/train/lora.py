@@ -1,0 +1,53 @@
+"""Low-rank adaptation (LoRA, arXiv 2106.09685): few parameters are trained, beside weights that stay as they are.
+
+Each weight W (out, in) of the layers chosen becomes ``W + alpha / rank * B A``, with A (rank, in) drawn and B (out,
+rank) zero at first, so that training begins with the model as it was (section 4.1). It is a parametrization of torch:
+whatever reads the weight of a layer, reads the sum.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from vistok.checkpoints import Model
+from vistok.checkpoints.adapters import added
+from vistok.config import ConfigError
+from vistok.train.config import LoraConfig
+from vistok.train.names import matching
+
+
+class LowRank(nn.Module):
+    """What is added to a weight (out, ...) of a layer."""
+
+    scale: Tensor
+
+    def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.down = nn.Parameter(weight.new_empty(rank, weight[0].numel()))
+        self.up = nn.Parameter(weight.new_zeros(len(weight), rank))
+        self.register_buffer("scale", weight.new_tensor(alpha / rank))
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))  # as the layers' own weights are drawn
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return added(weight, self.down, self.up, self.scale)
+
+
+def add_adapters(model: Model, config: LoraConfig) -> set[str]:
+    """Put adapters into a model; the names of their parameters.
+
+    Raises:
+        ConfigError: a pattern that fits no layer.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    layers = {name: layer for name, layer in layers.items() if not parametrize.is_parametrized(layer)}
+    if not layers:
+        raise ConfigError(f"training.lora: {type(model).__name__} has no linear or convolutional layers")
+    chosen = matching(layers, config.targets, "training.lora.targets")
+    for name in sorted(chosen):
+        weight = layers[name].weight
+        parametrize.register_parametrization(layers[name], "weight", LowRank(weight, config.rank, config.alpha))
+    model.adapter_apart = not config.merge
+    return {name for name, _ in model.named_parameters() if ".parametrizations.weight.0." in name}
