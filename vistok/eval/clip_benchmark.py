@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vistok.data.pictures import to_uint8
+from vistok.data.video_decoders import decoder_versions
 from vistok.eval.batches import Regrouper
 from vistok.eval.clip_report import write_clip_report
 from vistok.eval.clips import STATISTICS, ClipSet, choose_clips, distance_notes, open_videos, statistics_of
@@ -329,5 +330,5 @@ def _score(
         "video_protocol": score["protocol"],
         "left_out": left_out,
         "warnings": distance_notes(rules, ours.count, theirs.count, left_out),
-        "libraries": library_versions(),
+        "libraries": library_versions() | decoder_versions(),
     }
