@@ -120,7 +120,7 @@ class GeneratorTask(Task):
             self.loader = stream_loader(
                 cache, config.streams, config.training.batch_size, seed=config.seed, **processes
             )
-            self.held_out = None
+            self.held_out = no_samples()
         else:
             self.loader = token_loader(
                 cache, config.training.batch_size, seed=config.seed, parts=condition.parts, **processes
