@@ -69,13 +69,12 @@ def zoo_page(catalogue: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _code(text: str | None) -> str:
-    return f"`{text}`" if text else ""
-
-
 def checkpoint_table(checkpoints: list[dict[str, Any]]) -> list[str]:
-    rows = ((f"`{file['id']}`", file["official"], _code(file["tokenizer"]), file["licence"]) for file in checkpoints)
-    return table(("checkpoint", "system", "goes with", "licence of weights"), rows)
+    def row(file: dict[str, Any]) -> tuple[str, ...]:
+        goes_with = f"`{file['tokenizer']}`" if file["tokenizer"] else ""
+        return f"`{file['id']}`", file["official"], goes_with, file["licence"]
+
+    return table(("checkpoint", "system", "goes with", "licence of weights"), map(row, checkpoints))
 
 
 def curve_names() -> list[str]:

@@ -116,3 +116,41 @@ def test_two_processes_write_the_samples_of_one(whole, tmp_path):
     for name in ("samples.npz", "samples.json"):
         assert (tmp_path / "two" / name).exists()
     assert not unfinished(tmp_path / "two").exists()
+
+
+def test_a_bar_goes_on_while_one_batch_runs(tmp_path, monkeypatch):
+    from vistok.utils.progress import Bar
+
+    shown = []
+    init = Bar.__init__
+
+    def live(self, *arguments):
+        init(self, *arguments)
+        self.live = True
+
+    monkeypatch.setattr(Bar, "__init__", live)
+    monkeypatch.setattr(Bar, "show", lambda self, completed, note="": shown.append((completed, note)))
+    write_samples(tiny_pipeline(), tmp_path / "out", 4, batch_size=4)
+    length = RASTER.length
+    assert shown[0] == (4 / length, f"1/{length} tokens, step 1")
+    assert shown[length - 1 :] == [(4, f"{length}/{length} tokens, step {length}"), (4, "")]
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    from vistok.cli import main
+    from vistok.pipelines import samples
+
+    tiny_pipeline().save_pretrained(tmp_path / "pipe")
+    write, calls = samples._write, []
+
+    def interrupt(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        write(*arguments)
+
+    monkeypatch.setattr(samples, "_write", interrupt)
+    with pytest.raises(SystemExit) as end:
+        main(["sample", str(tmp_path / "pipe"), "--out", str(tmp_path / "out"), "--num", "4", "--batch-size", "2"])
+    assert end.value.code not in (0, None)
+    assert "--resume" in capsys.readouterr().err

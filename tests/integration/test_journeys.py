@@ -86,13 +86,13 @@ def test_own_photos_become_a_generator_that_is_tuned_to_other_classes(tmp_path, 
 
 
 def test_samples_of_others_are_scored_and_guidance_is_swept(tmp_path, vistok_command):
-    np.savez(tmp_path / "theirs.npz", smooth_images(8, seed=0, size=16))
-    np.savez(tmp_path / "real.npz", smooth_images(8, seed=1, size=16))
+    np.savez(tmp_path / "theirs.npz", smooth_images(12, seed=0, size=16))
+    np.savez(tmp_path / "real.npz", smooth_images(12, seed=1, size=16))
     printed = vistok_command("eval", tmp_path / "theirs.npz", "--reference", tmp_path / "real.npz", "--protocol",
                              "torch-fidelity", "--metrics", "fid,is")  # fmt: skip
     assert "fid" in printed
     Pipeline(tiny("vit_vqgan"), tiny("vit_vqgan_gpt")).save_pretrained(tmp_path / "pipe")
-    command = ("benchmark", tmp_path / "pipe", "--num", 6, "--reference", tmp_path / "real.npz", "--protocol",
+    command = ("benchmark", tmp_path / "pipe", "--num", 12, "--reference", tmp_path / "real.npz", "--protocol",
                "torch-fidelity", "--guidance-sweep", "1.0,2.0", "--out", tmp_path / "bench")  # fmt: skip
     vistok_command(*command)
     vistok_command(*command)  # which reuses the features that are there

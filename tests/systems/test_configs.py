@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,6 @@ import torch
 from vistok.checkpoints import registry
 from vistok.checkpoints.model import find_official
 from vistok.config import load_config
-from vistok.generators.engine.continuous import ContinuousGenerator
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.config import RunConfig
 from vistok.train.tasks.objective import check_terms
@@ -18,13 +19,58 @@ from vistok.train.tasks.tokenizer import gan_config
 from vistok.types import ConditionSpec, FeatureSpec, IdSpec, TokenSpec, to_json
 from vistok.utils.recipes import FOLDER
 
-CONFIGS = FOLDER
-FILES = sorted(CONFIGS.rglob("*.yaml"))
-GRID = {"cifar10": 8, "emoji": 8, "imagenet256": 16, "photos": 16, "imagenet512": 16, "datacomp256": 16}
-LENGTH = {"moving_digits": 64, "ucf101": 1024, "k600": 1024}
-"""Tokens of a clip."""
-SCALES = {8: (1, 2, 3, 4, 6, 8), 16: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), 32: (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)}
-"""Of multi-scale tokens, by the side of the last grid."""
+FILES = sorted(FOLDER.rglob("*.yaml"))
+SOMEWHERE = ("data.root", "data.target_root", "tokens")
+VAR_512 = TokenSpec(2240, 4096, dim=32, scales=tuple((n, n) for n in (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)))
+"""Of ``var-512.json``, the reference's config that the recipe for 512 pixels converts with."""
+
+
+def parsed(path: Path) -> RunConfig:
+    text = path.read_text()
+    missing = [
+        f"{key}=somewhere"
+        for key in SOMEWHERE
+        if re.search(rf"^ *{key.split('.')[-1]}: (null|\?\?\?)", text, re.MULTILINE)
+    ]
+    return RunConfig.parse(load_config(path, missing))
+
+
+@cache
+def recipes_by_folder() -> dict[str, Path]:
+    """The recipes of tokenizers by the run folder that they fill."""
+    runs = {path: parsed(path) for path in FILES}
+    return {run.output_dir: path for path, run in runs.items() if run.task == "tokenizer"}
+
+
+def build_tokenizer(run: RunConfig) -> Tokenizer:
+    return run.build_model(run.model_entry().load().arguments_from(run.data))
+
+
+def given_before(spec: TokenSpec) -> IdSpec | None:
+    return IdSpec(spec.num_ids, spec.length) if spec.discrete else None
+
+
+def spec_of_named_tokenizer(path: Path, run: RunConfig) -> TokenSpec:
+    """The tokens that ``vistok tokenize FOLDER …`` in the recipe's first lines makes.
+
+    The folder is that of another recipe, or of a file that ``vistok convert`` made; of others it is the tokenizer of
+    the generator's paper.
+    """
+    lines = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    command = next(re.search(r"vistok tokenize (\S+)(.*)", line) for line in lines if "vistok tokenize" in line)
+    converted = [re.search(r"vistok convert (\S+) .*--out (\S+)", line) for line in lines]
+    official = {match[2]: match[1] for match in converted if match}
+    if command[1] in recipes_by_folder():
+        tokenizer = build_tokenizer(parsed(recipes_by_folder()[command[1]]))
+    elif command[1] == "tokenizers/var-512":
+        return VAR_512
+    elif command[1] in official:
+        tokenizer = registry.official_entry(official[command[1]]).load()()
+    else:
+        tokenizer = registry.entry(run.model_entry().tokenizer, "tokenizer").load()()
+    size = re.search(r"data\.image_size=(\d+)", command[2])
+    sides = tokenizer.input_shape[1:] if size is None else (int(size[1]), int(size[1]))
+    return tokenizer.spec_for((tokenizer.input_shape[0], *sides))
 
 
 def test_there_are_configs():
@@ -33,36 +79,21 @@ def test_there_are_configs():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_config_builds(path):
-    text = path.read_text()
-    missing = [
-        f"{key}=somewhere"
-        for key in ("data.root", "data.target_root", "tokens")
-        if re.search(rf"^ *{key.split('.')[-1]}: (null|\?\?\?)", text, re.MULTILINE)
-    ]
-    run = RunConfig.parse(load_config(path, missing))
+    run = parsed(path)
     if not run.model:  # that of released weights
         official, _ = find_official(run.sources[-1].path)
         assert registry.official_entry(official).kind == run.kind
         return
     with torch.device("meta"):
         if run.task == "tokenizer":
-            model = run.build_model(run.model_entry().load().arguments_from(run.data))
+            model = build_tokenizer(run)
             assert isinstance(model, Tokenizer)
             check_terms(model, run.losses)
             gan_config(model, run.losses)
         else:
             kind = run.model_entry().load()
-            if path.parent.name in LENGTH:
-                spec = TokenSpec(LENGTH[path.parent.name], 1024, dim=8)
-            else:
-                side = GRID.get(path.parent.name) or int(path.stem.rpartition("_")[2]) // 16
-                bits = sum(run.model.get("factorized_bits", (10,)))
-                codebook_size = None if issubclass(kind, ContinuousGenerator) else 2**bits
-                spec = TokenSpec(side * side, codebook_size, dim=8, grid=(side, side))
-                if kind.needs_tokenizer and codebook_size:
-                    scales = [(n, n) for n in SCALES[side]]
-                    spec = TokenSpec(sum(n * n for n, _ in scales), 1024, dim=8, scales=scales)
-            given = ConditionSpec(10, IdSpec(256, 64), FeatureSpec(384, 16), IdSpec(1024, spec.length))
+            spec = spec_of_named_tokenizer(path, run)
+            given = ConditionSpec(10, IdSpec(256, 64), FeatureSpec(384, 16), given_before(spec))
             condition = given.only(("labels",) if run.condition is None else run.condition)
             model = run.build_model({"spec": to_json(spec), **kind.condition_arguments(condition)})
             model.options_type(**run.sampling)

@@ -59,7 +59,7 @@ def test_rows_that_are_no_classes_stay(name):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(7)
-    start = Start(InitFrom("x"), {"model": name, "arguments": source.config}, model=source)
+    start = Start(InitFrom("x"), {"model": name, "arguments": source.config}, source)
     tables = initialise(model, [start])
     assert tables
     first, old, new = model.class_rows_from, source.state_dict(), model.state_dict()

@@ -176,6 +176,28 @@ def test_sixteen_bits_are_scaled(tmp_path: Path, extension: str):
     assert torch.equal(pixels, from_pil([Image.fromarray(grey)], (10, 10), 1))
 
 
+@pytest.mark.parametrize(("bits", "white"), [(12, 1), (16, 0), (16, 1), (8, 0)])
+def test_grey_tiff_files_of_other_bits_and_of_white_at_0_are_read_for_what_they_are(tmp_path: Path, bits, white):
+    grey = levels(0, 1)
+    stored = (grey if white else 255 - grey).astype(np.uint16) << (bits - 8)
+    if bits == 12:  # two levels in three bytes
+        left, right = stored[:, ::2], stored[:, 1::2]
+        data = np.stack([left >> 4, (left & 15) << 4 | right >> 8, right & 255], -1).astype(np.uint8).tobytes()
+    else:
+        data = stored.astype(f"<u{bits // 8}").tobytes()
+    (tmp_path / "a.tif").write_bytes(tiff(data, bits, photometric=white))
+    [seen] = training_images(tmp_path, channels=1).values()
+    assert np.array_equal(seen, grey)
+
+
+def tiff(data: bytes, bits: int, photometric: int) -> bytes:
+    """A TIFF file of one grey image of SIZE in one strip."""
+    width, height = SIZE
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: height, 279: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -269,6 +291,23 @@ def test_a_root_one_level_too_high_and_images_in_no_split_are_told(tmp_path: Pat
     with caplog.at_level(logging.WARNING):
         assert len(open_source(DataConfig(8, root=str(tmp_path / "c")))) == 1
     assert "1 images are in none of train, val and are ignored, such as extra/0.png" in caplog.text
+
+
+@pytest.mark.parametrize("names", ["Training Testing", "train2017 val2017", "seg_train seg_test", "dev TEST eval"])
+def test_splits_of_other_names_are_not_taken_for_classes_without_a_word(tmp_path: Path, caplog, names: str):
+    for name in names.split():
+        (tmp_path / name).mkdir()
+        picture(0).save(tmp_path / name / "a.png")
+    assert len(open_source(DataConfig(8, root=str(tmp_path))).classes) == len(names.split())
+    assert "are read as classes; if they are splits, take one as root" in caplog.text
+
+
+def test_classes_may_be_called_like_trains(tmp_path: Path, caplog):
+    for name in ("trainer", "bullet train", "testament", "car"):
+        (tmp_path / name).mkdir()
+        picture(0).save(tmp_path / name / "a.png")
+    open_source(DataConfig(8, root=str(tmp_path)))
+    assert not caplog.text
 
 
 # Archives

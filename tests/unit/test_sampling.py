@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.tiny_models import names
 from torch import Tensor
 
+from vistok.checkpoints import registry
 from vistok.draws import first_above, inverse_cdf
 from vistok.generators.engine.sampling import DecodingOptions, draw_ids, filter_logits
 
@@ -98,6 +101,15 @@ def test_largest_uniform_stays_below_any_total(total):
     uniforms = torch.tensor([1 - 2**-24])  # times some totals it rounds to the total itself
     probabilities = torch.tensor([[total, 0.0]])
     assert inverse_cdf(probabilities, uniforms).tolist() == first_above(probabilities, uniforms).tolist() == [0]
+
+
+@pytest.mark.parametrize("name", names("generator"))
+def test_every_option_of_every_generator_is_finite(name):
+    kind = registry.entry(name).load().options_type
+    for field in fields(kind):
+        for value in (math.nan, math.inf, -math.inf) if "float" in str(field.type) else ():
+            with pytest.raises((ValueError, TypeError)):
+                kind(**{field.name: value})
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-6}])

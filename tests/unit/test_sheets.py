@@ -8,7 +8,7 @@ from PIL import Image, ImageFont
 
 from vistok.data.pictures import GAP
 from vistok.data.sheets import LINE, TEXT, enlarged, enlargement, sheet, shortened
-from vistok.pipelines.samples import overview
+from vistok.pipelines.display import overview
 
 
 def grey(level: int, size: tuple[int, int] = (16, 16)) -> Image.Image:
@@ -62,5 +62,8 @@ def test_classes_that_take_turns_get_a_column_each():
     images = [grey(level) for level in range(6)]
     assert overview(images, ["a", "b"] * 3).size == (2 * 64 + GAP, LINE + 3 * 64 + 2 * GAP)
     assert overview(images, ["a", "b", "c", "d", "e", "f", "g"]).size[0] == 6 * 64 + 5 * GAP  # the seventh is not shown
+    blocks = overview(images, ["a", "a", "a", "b", "b", "b"])
+    assert blocks.size == (2 * 64 + GAP, LINE + 3 * 64 + 2 * GAP)
+    assert [blocks.getpixel((x, y))[0] for y in (40, 110, 180) for x in (30, 90)] == [0, 3, 1, 4, 2, 5]
     assert overview(images, ["a", "a", "b", "b", "a", "b"]).size == (3 * 64 + 2 * GAP, 2 * (64 + LINE) + GAP)
     assert overview(images).size == (3 * 64 + 2 * GAP, 2 * 64 + GAP)

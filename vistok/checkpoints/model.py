@@ -66,6 +66,9 @@ class Model(
     """Inert classes that take the place of those that released files pickle beside their weights, with the pickled
     names."""
 
+    num_classes: int | None = None
+    """Of a generator: how many classes it can be conditioned on; None if it takes no labels."""
+
     class_names: tuple[str, ...] = ()
     """Of a generator: the names of its classes, where they go with its weights, in the order of the ids."""
 

@@ -102,7 +102,7 @@ def convert(
     if dropped:
         log.info("%s: %d entries are no part of the model and were dropped: %s", file, len(dropped), listing(dropped))
     model = from_official(name, config, kept)
-    if getattr(model, "num_classes", None) == imagenet.NUM_CLASSES:  # no other data set of theirs has so many
+    if model.num_classes == imagenet.NUM_CLASSES:  # no other data set of theirs has so many
         model.class_names = imagenet.class_names()
     return model
 

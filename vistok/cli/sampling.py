@@ -125,6 +125,22 @@ def reconstruct(
     output.print(f"Originals over reconstructions are in {escape(str(out))}")
 
 
+def demo(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Runs, saved tokenizers, pipelines, or hub ids.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="A free one from 7860 on by default.")] = None,
+    max_upload: Annotated[float, typer.Option(metavar="MB", help="Larger uploads are refused.")] = 10,
+    device: Device = None,
+) -> None:
+    """Try runs in a browser: generate, reconstruct a picture, look at its tokens and swap them.
+
+    It listens on this machine alone unless --host says otherwise, and keeps no files of its visitors.
+    """
+    from vistok.demo import launch
+
+    launch(runs, host=host, port=port, max_upload_mb=max_upload, device=device)
+
+
 FROM_FOLDER = 16
 """Images of a folder that are looked at."""
 
@@ -135,7 +151,7 @@ def _image_files(path: Path) -> list[Path]:
 
     if not path.is_dir():
         return [path]
-    found = sorted(file for file in path.rglob("*") if is_image(file.name))
+    found = sorted(file for file in path.rglob("*") if is_image(file.name) and not file.name.startswith("."))
     if not found:
         raise FileNotFoundError(f"there are no image files in {path}")
     if len(found) > FROM_FOLDER:

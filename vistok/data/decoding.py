@@ -23,6 +23,7 @@ LARGE = 50_000_000
 STRIP = 1 << 22
 """Pixels that are converted at a time."""
 ORIENTATION, TURNED_SIDEWAYS = 0x0112, (5, 6, 7, 8)
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 DEEP_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")  # Pillow clips these to 8 bit instead of scaling them
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
@@ -60,6 +61,13 @@ class Header(NamedTuple):
     turned: bool
     transparent: bool
     deep: bool
+
+
+class Levels(NamedTuple):
+    """What the grey levels of more than 8 bits mean: 0 .. 2^bits - 1, where 0 may be white."""
+
+    bits: int = 16
+    white_is_zero: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,18 +124,17 @@ class Decoder:
         # Pillow turns TIFF files while it decodes; its versions of 2023 leave the tag as it was.
         orientation = None if image.format == "TIFF" else _orientation(image)
         transparent = _is_transparent(image)
-        if image.mode in DEEP_MODES:
-            _check_levels(image)
+        levels = _levels(image) if image.mode in DEEP_MODES else None
         # A power of two that leaves twice the side that is wanted, as ``draft`` does.
         factor = 1 << max(0, (min(image.size) // (2 * self.side)).bit_length() - 1) if large else 1
         if image.mode != self.mode or transparent or factor > 1:
-            image = _in_strips(image, self.mode, factor, lambda strip: self._eight_bit(strip, transparent))
+            image = _in_strips(image, self.mode, factor, lambda strip: self._eight_bit(strip, levels, transparent))
         return image if orientation is None else image.transpose(orientation)
 
-    def _eight_bit(self, image: Image.Image, transparent: bool) -> Image.Image:
-        """An image, or a strip of one, as ``mode``."""
-        if image.mode in DEEP_MODES:
-            image = _eight_bit(image)
+    def _eight_bit(self, image: Image.Image, levels: Levels | None, transparent: bool) -> Image.Image:
+        """An image, or a strip of one, as ``mode``; ``levels`` are those of more than 8 bits."""
+        if levels is not None:
+            image = _eight_bit(image, levels)
         if transparent:
             image = image.convert("RGBA")
             below = Image.new("RGBA", image.size, (self.background,) * 3 + (255,))
@@ -217,26 +224,33 @@ def _in_strips(image: Image.Image, mode: str, factor: int, change: Callable[[Ima
     return result
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """An image of more than 8 bits, whose levels are checked, as mode L or LA."""
+def _eight_bit(image: Image.Image, levels: Levels) -> Image.Image:
+    """An image of more than 8 bits as mode L or LA."""
     values = np.asarray(image)
     if image.mode == "F":
         return Image.fromarray(np.rint(values * 255).astype(np.uint8))
     transparent = image.info.get("transparency")
-    result = Image.fromarray((values >> 8).astype(np.uint8))  # as Pillow itself reads 16-bit RGB
+    grey = (values >> (levels.bits - 8)).astype(np.uint8)  # as Pillow itself reads 16-bit RGB
+    result = Image.fromarray(255 - grey if levels.white_is_zero else grey)
     if isinstance(transparent, int):
         result.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
     return result
 
 
-def _check_levels(image: Image.Image) -> None:
-    """Raise ValueError if more than 8 bits could mean anything: 32-bit integers, or floats outside [0, 1]."""
+def _levels(image: Image.Image) -> Levels:
+    """What the levels of an image of more than 8 bits mean.
+
+    Raises:
+        ValueError: they could mean anything: 32-bit integers, or floats outside [0, 1].
+    """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # PNG has no more than 16 bits
-        return
+        tags = getattr(image, "tag_v2", {})  # of TIFF files, which Pillow gives as they are stored
+        (bits, *_) = tags.get(BITS_PER_SAMPLE, (16,))
+        return Levels(bits, tags.get(PHOTOMETRIC) == WHITE_IS_ZERO)
     values = np.asarray(image)
     low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
     if image.mode == "F" and 0 <= low <= high <= 1:
-        return
+        return Levels()
     kind = "floats" if image.mode == "F" else "32-bit integers"
     known = "floats are read within [0, 1] only" if image.mode == "F" else "which of them is white is not known"
     raise ValueError(f"its pixels are {kind} of {low:g} to {high:g}; {known}: store it with 8 or 16 bits")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,9 @@ from vistok.data.sources import FileSource, hash_lines
 from vistok.data.tar import UNCONDITIONAL
 
 log = logging.getLogger(__name__)
+
+LIKE_SPLITS = re.compile(r"(?i)(?<![a-z])(train(ing)?|val(id(ation)?)?|test(ing)?|dev|eval|held.?out)(?![a-z])")
+"""How people call splits, in names of folders."""
 
 
 def accepted_layouts() -> str:
@@ -152,8 +156,20 @@ def _label(files: Sequence[str], prefix: str, tree: FileTree) -> tuple[tuple[str
             f"{', '.join(classes[1:6])}; {accepted_layouts()}"
         )
     _warn_of_a_single_class(files, prefix, tree)
+    _warn_of_splits_as_classes(classes, tree)
     labels = {name: label for label, name in enumerate(classes)}
     return classes, [labels[folder] for folder in folders]
+
+
+def _warn_of_splits_as_classes(classes: Sequence[str], tree: FileTree) -> None:
+    """Say so if all classes are called like splits ("train2017", "Validation", "seg_test")."""
+    if len(classes) > 1 and all(LIKE_SPLITS.search(name) for name in classes):
+        log.warning(
+            "%s: its folders %s are read as classes; if they are splits, take one as root, or call them %s",
+            tree.root,
+            ", ".join(classes),
+            ", ".join(SPLITS),
+        )
 
 
 def _warn_of_a_single_class(files: Sequence[str], prefix: str, tree: FileTree) -> None:

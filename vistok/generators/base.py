@@ -72,9 +72,6 @@ class Generator(Model):
     takes_streams: ClassVar[bool] = False
     """Whether ``forward`` takes streams of texts and images (``Streams``) in place of tokens, too."""
 
-    num_classes: int | None = None
-    """Number of classes that it can be conditioned on; None if it takes no labels."""
-
     class_rows_from: int = 0
     """The row at which the classes begin in tables that hold them, among others or alone."""
 
@@ -179,10 +176,16 @@ class Generator(Model):
         Raises:
             ValueError: this generator cannot, because it has an order of its own.
         """
-        raise ValueError(
-            f"{type(self).__name__} generates in an order of its own and cannot keep tokens that come later; editing "
-            "needs a generator that fills in any positions"
-        )
+        self.check_edits()
+        raise NotImplementedError
+
+    def check_edits(self) -> None:
+        """Raise ValueError if this generator has no ``edit`` of its own."""
+        if type(self).edit is Generator.edit:
+            raise ValueError(
+                f"{type(self).__name__} generates in an order of its own and cannot keep tokens that come later; "
+                "editing needs a generator that fills in any positions"
+            )
 
     end: int | None = None
     """Of a model that writes texts, the id that ends one."""

@@ -40,13 +40,12 @@ def pipeline(
         ValueError: parts that do not fit each other, an unknown dtype, or a device that is not there.
     """
     source = local(source)
-    tokenizer: str | Path | None = source
-    if generator is None:
-        of_run = (Path(source) / STATE).is_file()
-        tokenizer, generator = home_of(source) if of_run else tokenizer_of(str(source)), source
-        if tokenizer is None:
-            return Pipeline.from_pretrained(source, device=device, dtype=dtype)
-    return assemble(tokenizer, generator).to(choose_device(device), choose_dtype(dtype))
+    if generator is not None:
+        return assemble(source, generator).to(choose_device(device), choose_dtype(dtype))
+    tokenizer = home_of(source) if (Path(source) / STATE).is_file() else tokenizer_of(str(source))
+    if tokenizer is None:
+        return Pipeline.from_pretrained(source, device=device, dtype=dtype)
+    return assemble(tokenizer, source).to(choose_device(device), choose_dtype(dtype))
 
 
 def assemble(

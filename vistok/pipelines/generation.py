@@ -7,6 +7,7 @@ is one.
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,11 +22,12 @@ from vistok.config import check
 from vistok.data.clips import repeat_last
 from vistok.data.masks import pixel_masks, scale_masks, token_masks
 from vistok.data.movies import Movie, frames_to_pixels, shown, to_frames
-from vistok.data.pictures import from_pil
 from vistok.draws import Draws, Keys
 from vistok.generators.base import Generator
+from vistok.pipelines.card import model_card, push_to_hub
 from vistok.pipelines.chat import MAX_TOKENS, Chat, Message, captions
 from vistok.pipelines.classes import ClassLabel, ClassNames
+from vistok.pipelines.display import MOVIES, Shown, describe
 from vistok.pipelines.folders import (
     GENERATOR,
     PIPELINE,
@@ -35,8 +37,10 @@ from vistok.pipelines.folders import (
     read_settings,
     write_settings,
 )
+from vistok.pipelines.keywords import check_keywords
 from vistok.pipelines.previews import Preview, preview_step, previews
 from vistok.pipelines.requests import Conditions, Prompt, Request
+from vistok.pipelines.runs import RUN_CONFIG
 from vistok.pipelines.steps import StepCallback, every_step
 from vistok.text import TEXT, PromptEncoder
 from vistok.tokenizers.base import Tokenizer
@@ -52,8 +56,8 @@ Frames = np.ndarray | Tensor | Sequence[Image.Image]
 
 
 @dataclass(frozen=True)
-class PipelineOutput:
-    """What a pipeline generated.
+class PipelineOutput(Shown):
+    """What a pipeline generated; in a notebook it shows itself.
 
     Attributes:
         images: N images, mode RGB or L; of clips each shows its frames in a row.
@@ -62,6 +66,7 @@ class PipelineOutput:
             bit.
         labels: the class id of each image, or None where the condition is not a class.
         prompts: the text of each image, or None where there are no prompts.
+        class_names: the name of each image's class, or None where classes have no names.
     """
 
     images: list[Image.Image]
@@ -69,6 +74,14 @@ class PipelineOutput:
     pixels: Tensor
     labels: list[int] | None
     prompts: list[str | None] | None = None
+    class_names: list[str] | None = None
+
+    @property
+    def names(self) -> list[str] | None:
+        """What each image was asked to show, as a grid has it."""
+        if self.prompts is not None:
+            return [prompt or "" for prompt in self.prompts]
+        return self.class_names or (None if self.labels is None else list(map(str, self.labels)))
 
     @property
     def videos(self) -> np.ndarray:
@@ -88,7 +101,7 @@ class PipelineOutput:
 
     def _repr_html_(self) -> str | None:
         """Clips play in a notebook; images have their own pictures."""
-        return None if self.pixels.ndim != 5 else "\n".join(movie.html(128) for movie in self.movies)
+        return None if self.pixels.ndim != 5 else "\n".join(movie.html(128) for movie in self.movies[:MOVIES])
 
 
 class Pipeline:
@@ -105,6 +118,9 @@ class Pipeline:
             other texts than ``text`` makes.
         ConfigError: ``sampling`` does not fit the generator's options.
     """
+
+    source: Path | None = None
+    """The folder that it was loaded from."""
 
     def __init__(
         self,
@@ -124,6 +140,9 @@ class Pipeline:
         self._conditions = Conditions(spec, self._classes, text)
         self.sampling = dict(sampling or {})
         generator.options_type(**check(generator.options_type, self.sampling, "sampling"))
+
+    def __repr__(self) -> str:
+        return describe(self)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -181,6 +200,7 @@ class Pipeline:
         tokenizer: Tokenizer = load_part(folder, TOKENIZER, Tokenizer)
         generator: Generator = load_part(folder, GENERATOR, Generator)
         pipe = cls(tokenizer, generator, **settings, text=PromptEncoder.load(folder / TEXT))
+        pipe.source = folder
         return pipe.to(choose_device(device), choose_dtype(dtype))
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -200,6 +220,31 @@ class Pipeline:
             if self.text.parts:
                 self.text.save(partial / TEXT)
             write_settings(partial, class_names=self.class_names, sampling=self.sampling)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        license: str | None = None,
+        scores: Mapping[str, float] | str | Path | None = None,
+        run: str | Path | None = None,
+        private: bool = False,
+        token: str | None = None,
+    ) -> str:
+        """Upload the pipeline with a model card; ``vistok.pipeline(repo_id)`` loads it. Returns its address.
+
+        Args:
+            license, scores, run: for the card; see ``vistok.pipelines.card.model_card``. ``run`` is by default the run
+                that the pipeline was loaded from.
+            private: whether a new repository is.
+            token: of the hub; by default the one that is logged in.
+
+        Raises:
+            FileNotFoundError, ValueError: as ``model_card``.
+        """
+        own = self.source if self.source is not None and (self.source / RUN_CONFIG).is_file() else None
+        card = model_card(self, repo_id, licence=license, scores=scores, run=own if run is None else run)
+        return push_to_hub(self, repo_id, card, private=private, token=token)
 
     def options(self, **sampling: Any) -> Any:
         """The options that a call with these would use: an ``options_type``, with ``self.sampling`` for the others."""
@@ -257,6 +302,7 @@ class Pipeline:
             if condition is not None:
                 raise ValueError("give frames or condition, not both: frames are a condition")
             condition = self.given(frames)
+        check_keywords(self.__call__, self.generator.options_type, sampling)
         options = self.options(**sampling)
         copies = _copies(num_images_per_label, num_images_per_prompt)
         request = Request(class_labels, prompt, negative_prompt, num_images, condition, copies)
@@ -303,6 +349,8 @@ class Pipeline:
             ValueError: a generator that cannot fill in any positions (``mar`` and ``var`` can), masks or classes that
                 do not fit the images, tokens without a place in the image, and as of :meth:`__call__`.
         """
+        check_keywords(self.edit, self.generator.options_type, sampling)
+        self.generator.check_edits()
         options, pixels = self.options(**sampling), self._pixels(images)
         scales = self.tokenizer.spec.scales
         grid = scales[-1] if scales else self.grid
@@ -346,7 +394,8 @@ class Pipeline:
             pixels.append(self.decode(batch, keys, condition[rows]))
         whole = torch.cat(pixels)
         labels = None if condition.labels is None else condition.labels.tolist()
-        return PipelineOutput(shown(whole), torch.cat(tokens), whole, labels)
+        names = [self.class_names[label] for label in labels] if labels and self.class_names else None
+        return PipelineOutput(shown(whole), torch.cat(tokens), whole, labels, class_names=names)
 
     def stream(
         self,
@@ -370,6 +419,7 @@ class Pipeline:
             preview_every: positions between two previews; None takes a row of the grid, or what the tokenizer's
                 prefixes are multiples of.
         """
+        check_keywords(self.stream, self.generator.options_type, sampling)
         options = self.options(**sampling)
         copies = _copies(num_images_per_label, num_images_per_prompt)
         request = Request(class_labels, prompt, negative_prompt, num_images, condition, copies)
@@ -452,10 +502,7 @@ class Pipeline:
 
     def _pixels(self, images: Image.Image | Sequence[Image.Image] | Tensor) -> Tensor:
         """Pixels (B, C, H, W) as they are, or of PIL images."""
-        if isinstance(images, Tensor):
-            return images
-        channels, height, width = self.tokenizer.image_shape("reading PIL images")
-        return from_pil([images] if isinstance(images, Image.Image) else images, (height, width), channels)
+        return images if isinstance(images, Tensor) else self.tokenizer.preprocess(images).float().cpu()
 
     def to_tokenizer(self, values: Tensor) -> Tensor:
         """Pixels, latents or ids on the tokenizer's device, which need not be the generator's; floats in its
@@ -542,8 +589,11 @@ def _prompts(request: Request, count: int) -> list[str | None] | None:
 
 
 def _seed(seed: int | None, generator: torch.Generator | None) -> int:
-    if generator is None:
-        return 0 if seed is None else seed
-    if seed is not None:
+    if seed is not None and generator is not None:
         raise ValueError("give either seed or generator, not both")
-    return int(torch.randint(1 << 62, (), generator=generator, device=generator.device))
+    if generator is not None:
+        return int(torch.randint(1 << 62, (), generator=generator, device=generator.device))
+    try:
+        return 0 if seed is None else operator.index(seed)
+    except TypeError:
+        raise ValueError(f"seed must be a whole number, got {seed!r} ({type(seed).__name__})") from None

@@ -24,6 +24,7 @@ from vistok.eval.reconstruction import psnr
 from vistok.eval.video import psnr as psnr_of_clips
 from vistok.pipelines import Pipeline
 from vistok.pipelines.classes import ClassLabel
+from vistok.pipelines.display import overview
 from vistok.pipelines.generation import PipelineOutput
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json
@@ -36,7 +37,6 @@ from vistok.utils.unfinished import discard, how_to_go_on, open_unfinished, publ
 
 GRID, NPZ, RECORD = "grid.png", "samples.npz", "samples.json"
 GRID_IMAGES = 64
-MOST_COLUMNS = 16
 PAIRS = 8
 """Originals in a row over their reconstructions."""
 STRIP = 128
@@ -182,22 +182,6 @@ def _finish(files: Sequence[Path], record: Mapping[str, Any], labels: Sequence[s
                 writer.write([open_picture(file)])
     save_png(overview([open_picture(file) for file in files[:GRID_IMAGES]], labels, clips=clips), folder / GRID)
     write_json(folder / RECORD, record)
-
-
-def overview(images: Sequence[Image.Image], labels: Sequence[str] = (), *, clips: bool = False) -> Image.Image:
-    """Samples in a grid: a column for each class or prompt where few take turns, else a label below each image.
-
-    Args:
-        labels: of the images, and of those that follow them.
-        clips: whether the images are frames in a row, which lie below each other.
-    """
-    labels = labels[: len(images)]
-    turns = len(set(labels))
-    if clips:
-        return sheet(images, 1, row_labels=labels)
-    if 1 < turns <= MOST_COLUMNS and all(label == labels[index % turns] for index, label in enumerate(labels)):
-        return sheet(images, turns, column_labels=labels[:turns])
-    return sheet(images, labels=labels)
 
 
 def reconstruct_files(tokenizer: Tokenizer, files: Sequence[str | Path], out: str | Path) -> list[float]:

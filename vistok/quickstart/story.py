@@ -260,7 +260,7 @@ def _next_commands(out: Path) -> list[str]:
         "# FID and more; the Inception weights are fetched once, or named with --weights",
         "vistok eval samples/ --reference photos/",
         "",
-        "# Every model there is; configs/ in the repository holds larger recipes",
+        "# Every model there is; vistok configs: larger recipes",
         "vistok models",
     ]
 

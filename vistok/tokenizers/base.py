@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vistok.checkpoints import Model
@@ -239,17 +241,36 @@ class Tokenizer(Model):
         low, high = self.native_range
         return pixels if (low, high) == (-1.0, 1.0) else (pixels - low) * (2 / (high - low)) - 1
 
+    def preprocess(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
+        """PIL images of any size as pixels (B, C, H, W) in [-1, 1] that ``encode`` reads: upright, ADM's centre crop to
+        the tokenizer's size, grey or RGB, on its device and in its precision.
+
+        Raises:
+            ValueError: no images, a tokenizer of clips or of images that are not square.
+        """
+        from vistok.data.pictures import from_pil
+
+        channels, height, width = self.image_shape("reading PIL images")
+        several = [images] if isinstance(images, Image.Image) else images
+        parameter = next(self.parameters())
+        return from_pil(several, (height, width), channels).to(parameter.device, parameter.dtype)
+
     def check_pixels(self, pixels: Tensor) -> TokenSpec:
-        """Check shape and type of a batch of public pixels and return its TokenSpec.
+        """Check shape and type of a batch of public pixels and return its TokenSpec; outside of training, warn of
+        values that no picture has.
 
         Raises:
             ValueError: wrong rank, channels, size or dtype.
         """
         expected = self.input_shape
+        if not isinstance(pixels, Tensor):
+            raise ValueError(f"pixels must be a tensor, got {type(pixels).__name__}; tokenizer.preprocess(…) makes one")
         if not pixels.is_floating_point():
             raise ValueError(f"pixels must be float in [-1, 1], got {pixels.dtype}; divide uint8 by 127.5, subtract 1")
         if pixels.ndim != len(expected) + 1:
             raise ValueError(f"pixels must be (B, {', '.join(map(str, expected))}), got shape {tuple(pixels.shape)}")
+        if not self.training and pixels.numel():  # training would wait for the device
+            _warn_of_range(pixels)
         return self.spec_for(pixels.shape[1:])
 
     def image_shape(self, purpose: str) -> tuple[int, int, int]:
@@ -290,6 +311,20 @@ class Tokenizer(Model):
     def reconstruct(self, pixels: Tensor, *, condition: Condition | None = None) -> Tensor:
         """Encode and decode; what a user sees, clamped to [-1, 1]."""
         return self.decode(self.encode(pixels, condition=condition), condition=condition).clamp(-1, 1)
+
+
+OVERSHOOT = 1.5
+"""How far from 0 pixels may lie without a warning: decoders overshoot [-1, 1] a little."""
+
+
+def _warn_of_range(pixels: Tensor) -> None:
+    low, high = torch.stack(torch.aminmax(pixels.detach())).tolist()
+    if low < -OVERSHOOT or high > OVERSHOOT:
+        warnings.warn(
+            f"pixels lie in [{low:.3g}, {high:.3g}], but tokenizers read [-1, 1]: divide 8-bit values by 127.5 and "
+            "subtract 1, or let tokenizer.preprocess(…) read PIL images",
+            stacklevel=4,
+        )
 
 
 def image_sides(image_size: int | Sequence[int]) -> tuple[int, int]:

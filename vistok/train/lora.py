@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -23,12 +22,13 @@ from vistok.train.names import matching
 class LowRank(nn.Module):
     """What is added to a weight (out, ...) of a layer."""
 
+    scale: Tensor
+
     def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
         super().__init__()
-        options = {"device": weight.device, "dtype": weight.dtype}
-        self.down = nn.Parameter(torch.empty(rank, weight[0].numel(), **options))
-        self.up = nn.Parameter(torch.zeros(len(weight), rank, **options))
-        self.register_buffer("scale", torch.tensor(alpha / rank, **options))
+        self.down = nn.Parameter(weight.new_empty(rank, weight[0].numel()))
+        self.up = nn.Parameter(weight.new_zeros(len(weight), rank))
+        self.register_buffer("scale", weight.new_tensor(alpha / rank))
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))  # as the layers' own weights are drawn
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -17,10 +17,11 @@ from vistok.checkpoints.model import CONFIG, model_folder, read_exported
 from vistok.checkpoints.weights import STATE, exported, listing
 from vistok.conditions import PARTS
 from vistok.config import ConfigError
+from vistok.generators.base import Generator
 from vistok.train.config import InitFrom, LoraConfig, RunConfig
 from vistok.train.lora import add_adapters
 from vistok.train.tasks import Learner, task_type
-from vistok.types import ConditionSpec
+from vistok.types import ConditionSpec, FeatureSpec, IdSpec
 
 log = logging.getLogger(__name__)
 
@@ -32,27 +33,26 @@ class Start:
     Attributes:
         source: what the config says.
         saved: ``config.json`` of the model, or None where weights stand alone.
-        folder: of the model or the checkpoint; or the file of the weights.
-        model: one that had to be fetched and converted whole.
+        place: the folder of the model or the checkpoint, or the file of the weights; or a model that had to be fetched
+            and converted whole.
     """
 
     source: InitFrom
     saved: Mapping[str, Any] | None
-    folder: Path | None = None
-    model: Model | None = None
+    place: Path | Model
 
     @property
     def name(self) -> str:
         return f"init_from {self.source.path}"
 
     def weights(self) -> dict[str, Tensor]:
-        if self.model is not None:
-            return self.model.state_dict()
-        if self.folder.is_file():
-            return unwrap(read_weights(self.folder))
-        if (self.folder / CONFIG).is_file():
-            return read_exported(self.folder)
-        return merged(exported(read_weights(self.folder / STATE), self.folder))
+        if isinstance(self.place, Model):
+            return self.place.state_dict()
+        if self.place.is_file():
+            return unwrap(read_weights(self.place))
+        if (self.place / CONFIG).is_file():
+            return read_exported(self.place)
+        return merged(exported(read_weights(self.place / STATE), self.place))
 
 
 def find(source: InitFrom, kind: str) -> Start:
@@ -70,7 +70,7 @@ def find(source: InitFrom, kind: str) -> Start:
     if not path.exists():
         model = load(source.path)
         saved = {"model": model.registry_name, "arguments": model.config}
-        return Start(source, saved, model=model)
+        return Start(source, saved, model)
     folder = path / kind if (path / kind).is_dir() else model_folder(path)
     if (folder / STATE).is_file() and not (folder / CONFIG).is_file():  # of an earlier version
         return Start(source, None, folder)
@@ -114,13 +114,11 @@ def _derived_keys(name: str, kind: str) -> set[str]:
     return {"spec", "num_classes", *_condition_keys(model_class)}
 
 
-def _condition_keys(model_class: type[Model]) -> set[str]:
-    from vistok.types import FeatureSpec, IdSpec
-
-    everything, found = ConditionSpec(1, IdSpec(1, 1), FeatureSpec(1, 1), IdSpec(1, 1)), set()
+def _condition_keys(model_class: type[Generator]) -> set[str]:
+    everything, found = ConditionSpec(1, IdSpec(1, 1), FeatureSpec(1, 1), IdSpec(1, 1)), set[str]()
     for part in PARTS:
         try:
-            found |= set(model_class.condition_arguments(everything.only((part,))))
+            found.update(model_class.condition_arguments(everything.only((part,))))
         except ValueError:  # which this generator does not take
             continue
     return found
@@ -178,7 +176,7 @@ def adapt(learner: Learner, lora: LoraConfig, new: set[str]) -> None:
 
 def _load(model: Model, start: Start) -> tuple[set[str], set[str]]:
     """Load one source; the keys of the model's state that it filled, and the tables whose classes are new."""
-    source, tables = start.source, set()
+    source, tables = start.source, set[str]()
     part = _module(model, source.module)
     weights = _renamed(start.weights(), source.rename, start.name)
     if not source.module:

@@ -107,7 +107,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 @contextmanager
-def atomic_file(target: str | Path, *, durable: bool = True) -> Iterator[Path]:
+def atomic_file(target: str | os.PathLike[str], *, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside ``target``; it replaces ``target`` if the block succeeds, and vanishes if not.
 
     Args:

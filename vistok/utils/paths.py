@@ -12,8 +12,9 @@ from typing import Any
 def at_home(text: str) -> str:
     """A text of a command line, in which a path that begins with ``~`` is one below the home folder: ``~/photos``, and
     ``data.root=~/photos``, which shells leave as it is."""
-    key, value = re.fullmatch(r"([\w.-]+=)?(.*)", text, re.DOTALL).groups()
-    return f"{key or ''}{os.path.expanduser(value)}" if value == "~" or value.startswith("~/") else text
+    key = match[0] if (match := re.match(r"[\w.-]+=", text)) else ""
+    value = text.removeprefix(key)
+    return f"{key}{os.path.expanduser(value)}" if value == "~" or value.startswith("~/") else text
 
 
 def local(path: str | Path) -> str | Path:

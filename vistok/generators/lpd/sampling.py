@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -26,7 +27,7 @@ class LPDOptions(QueryOptions):
         proximity_threshold, repulsion_threshold: of "locality", see ``locality_order``.
 
     Raises:
-        ValueError: an unknown order.
+        ValueError: an unknown order, or a threshold that is negative or not finite.
     """
 
     order: OrderName | None = None
@@ -37,3 +38,6 @@ class LPDOptions(QueryOptions):
         super().__post_init__()
         if self.order not in (None, *get_args(OrderName)):
             raise ValueError(f"order must be 'locality' or 'random', got {self.order!r}")
+        for name in ("proximity_threshold", "repulsion_threshold"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")

@@ -77,7 +77,7 @@ class MaskGIT(Generator):
         self.has_null = condition_dropout > 0 or not num_classes
         self.label_smoothing, self.mask_id = label_smoothing, self.spec.num_ids
         # Rows of the embedding: the codes, the mask, the classes, the null class.
-        self.class_rows_from = self.spec.codebook_size + 1
+        self.class_rows_from = self.mask_id + 1
         self.network = NETWORKS[network](
             self.spec.num_ids + 1 + num_classes + 1,
             self.spec.length + 1,

@@ -276,8 +276,8 @@ class NormedAlignmentHead(nn.Module):
 
     def __init__(self, dim: int, config: AlignmentConfig):
         super().__init__()
-        head = AlignmentHead.of(dim, config)
-        self.mlp, self.out = nn.Sequential(layer_norm(dim), *head[:-1]), head[-1]
+        *hidden, self.out = AlignmentHead.of(dim, config)
+        self.mlp = nn.Sequential(layer_norm(dim), *hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.mlp(x))

@@ -22,12 +22,11 @@ class OpenMAGVIT2Video(ConvTokenizer):
 
     A level whose ``channel_mult`` is 1 halves the sides alone, and the others time, too, but for the deepest, which
     halves nothing. With n levels that halve time a clip has 1 + k 2 ** n frames and 1 + k tokens in time. Convolutions
-    do not look ahead; group norms read the whole clip.
+    do not look ahead; group norms read the whole clip. Arguments that are not explained here are those of
+    ``OpenMAGVIT2``.
 
     Args:
         num_frames: frames of the clips that ``spec`` describes.
-        image_size, in_channels, channels, channel_mult, res_blocks, bits, entropy_temperature, position_weight,
-            usage_weight, norm_groups: as of ``OpenMAGVIT2``.
 
     Raises:
         ValueError: sides that are no multiple of the stride, another number of frames, or widths that norm_groups does

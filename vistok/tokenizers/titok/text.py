@@ -51,11 +51,9 @@ class TextGuidance(nn.Module):
 
 class TATiTok(TiTok):
     """A single-stage TiTok with text. Without a condition, or in its dropped rows, the decoder sees no text.
+    Arguments that are not explained here are those of ``TiTok``.
 
     Args:
-        image_size, in_channels, encoder_patch_size, decoder_patch_size, encoder, decoder, num_tokens, token_dim,
-            bottleneck, codebook_size, codebook_l2_norm, codebook_clustering, latent_mean, latent_scale: as of
-            ``TiTok``.
         text_dim: channels of the text features.
         text_length: features of a text; shorter ones are padded, with a mask.
     """
