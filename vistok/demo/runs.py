@@ -97,6 +97,11 @@ class Run:
         return list(names) if names else [str(i) for i in range(self.pipe.generator.condition_spec.num_classes)]
 
     @property
+    def first_class(self) -> str | None:
+        """What is chosen at first; None without classes."""
+        return next(iter(self.classes), None)
+
+    @property
     def takes_prompts(self) -> bool:
         return self.pipe is not None and bool(self.pipe.text.parts)
 
@@ -126,12 +131,14 @@ class Run:
         Raises:
             ValueError: as the pipeline.
         """
-        request = self._request(what, prompt, count)
+        if self.pipe is None:
+            raise ValueError(f"{self.name} is a tokenizer, which generates nothing")
+        request = self._request(what, prompt, count) | sampling
         if self.is_video:  # whose previews would be frames in a row
-            out = self.pipe(**request, seed=seed, **sampling)
+            out = self.pipe(**request, seed=seed)
             yield None, "", out
             return
-        for shown in self.pipe.stream(**request, seed=seed, **sampling):
+        for shown in self.pipe.stream(**request, seed=seed):
             images = None if shown.images is None else overview(shown.images)
             yield images, f"{shown.step} of {shown.total} tokens", None
 
@@ -139,9 +146,14 @@ class Run:
         if self.takes_prompts:
             return {"prompt": prompt, "num_images_per_prompt": count}
         if self.classes:
-            label = what if self.pipe.class_names else int(what)
-            return {"class_labels": label, "num_images_per_label": count}
+            return {"class_labels": self._label(what), "num_images_per_label": count}
         return {"num_images": count}
+
+    def _label(self, what: str | int | None) -> str | int:
+        """The class of a name or an id."""
+        if what is None or self.pipe is None:
+            raise ValueError("choose a class")
+        return what if self.pipe.class_names else int(what)
 
     @torch.no_grad()
     def look(self, image: Image.Image) -> Looked:
@@ -156,10 +168,11 @@ class Run:
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens (1, k[, …]) to pixels (1, C, H, W) in [-1, 1], always with the same noise where a decoder draws
         some."""
-        parameter = next(self.tokenizer.parameters())
-        draws = draws_on(self.tokenizer.decoding_draws(Keys.range(0, len(tokens))), parameter.device)
-        tokens = tokens.to(parameter.device, parameter.dtype if tokens.is_floating_point() else tokens.dtype)
-        return self.tokenizer.decode(tokens, **({"draws": draws} if draws else {})).float().clamp(-1, 1).cpu()
+        tokenizer = self.tokenizer
+        draws = draws_on(tokenizer.decoding_draws(Keys.range(0, len(tokens))), tokenizer.device)
+        tokens = tokens.to(tokenizer.device, tokenizer.dtype if tokens.is_floating_point() else tokens.dtype)
+        options: dict[str, Any] = {"draws": draws} if draws else {}
+        return tokenizer.decode(tokens, **options).float().clamp(-1, 1).cpu()
 
     def prefixes(self) -> list[int]:
         """How many of the first tokens decode, in order; empty where all are needed."""
@@ -175,8 +188,8 @@ class Run:
         """
         if not 0 <= position < tokens.shape[1]:
             raise ValueError(f"position {position} is none of 0..{tokens.shape[1] - 1}")
-        if not 0 <= index < self.spec.codebook_size:
-            raise ValueError(f"id {index} is none of 0..{self.spec.codebook_size - 1}")
+        if not 0 <= index < self.spec.num_ids:
+            raise ValueError(f"id {index} is none of 0..{self.spec.num_ids - 1}")
         changed = tokens.clone()
         changed[0, position] = index
         return changed
@@ -192,7 +205,7 @@ class Run:
         if self.pipe is None or not self.spec.discrete or self.spec.depth != 1 or self.takes_prompts:
             return None
         generator = self.pipe.generator
-        label = (what if self.pipe.class_names else int(what)) if self.classes else None
+        label = self._label(what) if self.classes else None
         condition = (
             Condition.none(1) if label is None else Condition.from_labels(torch.tensor(self.pipe.class_ids(label)))
         )
@@ -200,7 +213,7 @@ class Run:
         options = self.pipe.options(**unguided)
         draws = generator.sampling_draws(Keys.range(0, 1), options)
         in_loop = self.tokenizer if generator.needs_tokenizer else None
-        session = generator.start(condition.to(self.pipe.device), options, draws=draws, tokenizer=in_loop)
+        session: Any = generator.start(condition.to(self.pipe.device), options, draws=draws, tokenizer=in_loop)
         if not hasattr(session, "next_logits"):
             return None
         order = session.plan.order[0]

@@ -28,7 +28,10 @@ class Shown:
     """What has images, shown as a grid: ``images``, and ``names``, the class or prompt of each, or None."""
 
     images: list[Image.Image] | None
-    names: list[str] | None
+
+    @property
+    def names(self) -> list[str] | None:
+        return None
 
     def grid(self, scale: float | None = None, columns: int | None = None) -> Image.Image:
         """The images side by side, named where they have classes or prompts.
@@ -55,7 +58,9 @@ class Shown:
         """What a notebook shows."""
         if not self.images:
             return None
-        first = dataclasses.replace(self, images=self.images[:MOST_SHOWN]) if len(self.images) > MOST_SHOWN else self
+        first: Any = self  # a dataclass
+        if len(self.images) > MOST_SHOWN:
+            first = dataclasses.replace(first, images=self.images[:MOST_SHOWN])
         buffer = io.BytesIO()
         first.grid().save(buffer, format="PNG")
         return buffer.getvalue()
