@@ -95,17 +95,15 @@ def score_rows(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def best_run(runs: Sequence[Mapping[str, Any]]) -> tuple[int, str] | None:
     """Which of several runs has the lowest distance, and the name of that distance; None where none is measured."""
     name = next((name for name in LOWER_IS_BETTER if name in runs[0]["scores"]), None)
-    if name is None or len(runs) < 2:
-        return None
-    scored = [index for index, run in enumerate(runs) if run["scores"].get(name) is not None]
-    if not scored:
+    scored = [index for index, run in enumerate(runs) if name is not None and run["scores"].get(name) is not None]
+    if len(runs) < 2 or name is None or not scored:
         return None
     return min(scored, key=lambda index: runs[index]["scores"][name]), name
 
 
 def score_blocks(runs: Sequence[Mapping[str, Any]]) -> Iterator[Block]:
     best = best_run(runs)
-    marked = frozenset() if best is None else frozenset({best})
+    marked: frozenset[tuple[int, str]] = frozenset() if best is None else frozenset({best})
     yield Table(score_rows(runs), marked)
     if best is not None:
         index, name = best

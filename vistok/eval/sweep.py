@@ -73,7 +73,7 @@ def choose_settings(
     Raises:
         ValueError: a sweep of what the generator does not know, or a value that it refuses.
     """
-    options, swept = pipe.options(**sampling), []
+    options, swept = pipe.options(**sampling), list[Sequence[Any]]()
     for name, values in (("guidance_scale", scales), ("temperature", temperatures)):
         own, word = getattr(options, name, None), name.replace("_", " ")
         if values is not None and own is None:

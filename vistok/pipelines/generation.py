@@ -112,7 +112,7 @@ class Pipeline:
     @property
     def device(self) -> torch.device:
         """Where the generator is; the tokenizer may be elsewhere."""
-        return next(self.generator.parameters()).device
+        return self.generator.device
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move the models; returns the pipeline itself. Text encoders keep their dtype."""
@@ -460,8 +460,8 @@ class Pipeline:
     def to_tokenizer(self, values: Tensor) -> Tensor:
         """Pixels, latents or ids on the tokenizer's device, which need not be the generator's; floats in its
         precision."""
-        parameter = next(self.tokenizer.parameters())
-        return values.to(parameter.device, parameter.dtype if values.is_floating_point() else values.dtype)
+        tokenizer = self.tokenizer
+        return values.to(tokenizer.device, tokenizer.dtype if values.is_floating_point() else values.dtype)
 
     def _condition(self, request: Request, options: Any) -> Condition:
         """The condition of every image of a request."""
@@ -500,7 +500,7 @@ class Pipeline:
     def own_condition(self, condition: Condition) -> Condition | None:
         """What the tokenizer takes of the generator's condition, on its device."""
         own = self.tokenizer.own_condition(condition)
-        return None if own is None else own.to(next(self.tokenizer.parameters()).device)
+        return None if own is None else own.to(self.tokenizer.device)
 
     @property
     def grid(self) -> tuple[int, int] | None:

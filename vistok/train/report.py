@@ -178,7 +178,7 @@ def _chart(name: str, rows: Sequence[Mapping[str, Any]], reference: Sequence[Map
 def _codebook(folder: Path, examples: Examples | None) -> Iterator[Section]:
     if not (folder / TOKENIZER).is_dir():
         return
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder / TOKENIZER)
     if not tokenizer.spec.discrete:
         return
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal, TypeAlias
 
 from vistok.utils.report.blocks import Block
 
@@ -16,7 +16,7 @@ LOG_FROM = 100
 MOST_POINTS = 400
 
 Points = Sequence[tuple[float, float]]
-Style = Literal["own", "second", "reference"]
+Style: TypeAlias = Literal["own", "second", "reference"]
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class Line:
     names: Sequence[str] = ()
 
     @classmethod
-    def of(cls, rows: Sequence[Mapping[str, Any]], name: str, label: str = "", style: Style = "own") -> Line:
+    def of(cls, rows: Sequence[Mapping[str, float | None]], name: str, label: str = "", style: Style = "own") -> Line:
         """The curve of metric ``name`` over "step" in the rows of a metrics.jsonl."""
-        return cls([(row["step"], row[name]) for row in rows if name in row], label, style)
+        return cls([(row["step"] or 0, row[name]) for row in rows if name in row], label, style)
 
     @property
     def runs(self) -> list[Points]:
