@@ -109,7 +109,7 @@ def refused(capsys):
 
 def test_help_is_fast_and_lists_the_commands():
     code = "import sys; from vistok.cli import app; sys.exit(any(m in sys.modules for m in ('torch', 'numpy')))"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 @pytest.mark.parametrize(
