@@ -63,11 +63,11 @@ def quickstart(
         from vistok.quickstart.talk import present
     else:
         from vistok.quickstart.images import present
-    scores, protocol, lines = present(chain, stages)
-    result = {name: round(value, 4) for name, value in asdict(scores).items()}
-    result |= {"seconds": round(chain.seconds, 1), "protocol": protocol}
+    made = present(chain, stages)
+    result = {name: round(value, 4) for name, value in asdict(made.scores).items()}
+    result |= {"seconds": round(made.seconds, 1), "protocol": made.protocol}
     write_json(out / "result.json", result)
-    print_summary(lines, str(chain.report))
+    print_summary(made.lines, str(chain.report))
     return result
 
 
