@@ -182,7 +182,7 @@ def test_options_default_to_the_pipelines(pipe):
 
 
 def test_bad_options(pipe):
-    with pytest.raises(ConfigError, match=r"guidence_scale: unknown key; did you mean guidance_scale\? allowed"):
+    with pytest.raises(ConfigError, match=r"'guidence_scale' here; did you mean guidance_scale\?"):
         pipe([0], guidence_scale=2.0)
     with pytest.raises(ConfigError, match=r"top_k: got '5' \(str\)"):
         pipe([0], top_k="5")

@@ -98,5 +98,13 @@ class MovingDigitsSource(ClipSource):
         return f"moving digits/{index}"
 
     def fingerprint(self) -> str:
-        parts = (self._digits.fingerprint(), self.image_size, self.side, self.num_frames, self.motions, self.speed, self.seed)
+        parts = (
+            self._digits.fingerprint(),
+            self.image_size,
+            self.side,
+            self.num_frames,
+            self.motions,
+            self.speed,
+            self.seed,
+        )
         return hash_lines(map(str, parts))

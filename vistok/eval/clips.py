@@ -272,11 +272,11 @@ def evaluate_clip_tokenizer(
     tokenizer.spec_for(data.input_shape)
     source, rules = open_source(data), video_protocol(protocol)
     loader = evaluation_loader(source, data, rank=processes.index, world_size=processes.count)
-    parameter = next(tokenizer.eval().parameters())
+    tokenizer.eval()
     sums, count = dict.fromkeys(PAIR_SCORES, 0.0), 0
     moments: list[Moments | None] = [None, None]
     for batch in track(loader, "reconstructions", len(loader)):
-        pixels = batch.pixels.to(parameter.device, parameter.dtype)
+        pixels = batch.pixels.to(tokenizer.device, tokenizer.dtype)
         made = tokenizer.reconstruct(pixels)
         count += len(pixels)
         for name, values in pair_scores(pixels, made, lpips).items():

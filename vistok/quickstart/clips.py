@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
+from vistok.pipelines import Pipeline
 from vistok.quickstart.chain import Chain, Outcome
 from vistok.quickstart.clip_scores import (
     COPIES,
@@ -30,7 +33,9 @@ def present(chain: Chain, stages: Stages) -> Outcome:
     samples = pipe(list(range(CLASSES)), num_images_per_label=each, seed=recipe.seed, batch_size=128)
     generated = Clips(samples.pixels, torch.arange(CLASSES).repeat_interleave(each))
     asked = spread(test, PREDICTED)
-    predicted = chain.predictor(frames=asked.pixels[:, :, :given], seed=recipe.seed, batch_size=128).pixels
+    predicted = cast(Pipeline, chain.predictor)(
+        frames=asked.pixels[:, :, :given], seed=recipe.seed, batch_size=128
+    ).pixels
 
     stages.begin("scores", "by a classifier that is fitted to real frames now")
     scores = score_clips(

@@ -15,10 +15,9 @@ def present(chain: Chain, stages: Stages) -> Outcome:
     """Sample, score and write the report."""
     recipe, pipe = chain.recipe, chain.pipe
     stages.begin("samples", f"{recipe.samples_per_class} digits of each class")
+    what: dict[str, Any] = {"class_labels": list(range(CLASSES))}
     if chain.system.text_length:
         what = {"prompt": [spell_digit(digit)[0] for digit in range(CLASSES)]}
-    else:
-        what = {"class_labels": list(range(CLASSES))}
     samples = pipe(**what, num_images_per_label=recipe.samples_per_class, seed=recipe.seed, batch_size=250)
     generated = Digits(samples.pixels, torch.arange(CLASSES).repeat_interleave(recipe.samples_per_class))
 

@@ -132,14 +132,6 @@ class KLVAE(Tokenizer):
         self.register_buffer("scale", _per_channel("latent_scale", latent_scale, latent_channels), persistent=False)
 
     @property
-    def spec(self) -> TokenSpec:
-        return self._spec
-
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        return self._input_shape
-
-    @property
     def loss_terms(self) -> tuple[str, ...]:
         return ("kl",)
 

@@ -186,7 +186,7 @@ class OpenMAGVIT2GPT(Llama):
         x = self.norm(x).unflatten(0, hidden.shape[:2])
         return [self.output[part](x[:, :, part]).float() for part in range(first, len(rows))]
 
-    def forward(
+    def forward(  # type: ignore[override]  # without a context of other ids
         self,
         tokens: Tensor,
         condition: Condition,

@@ -184,7 +184,7 @@ class RAR(AutoregressiveGenerator):
         hidden = self.transform(x, slice(0, x.shape[1]), None, None, self.class_vector(condition))
         return self.head(hidden[:, 1:])
 
-    def forward(
+    def forward(  # type: ignore[override]  # without a context of other ids
         self,
         tokens: Tensor,
         condition: Condition,

@@ -271,7 +271,7 @@ class VAR(AutoregressiveGenerator):
         mask = self.attention_mask(condition, 0, length)
         return self.head(self.transform(x, slice(0, length), mask, None, self.class_vector(condition)))
 
-    def forward(
+    def forward(  # type: ignore[override]  # without a context of other ids
         self,
         tokens: Tensor,
         condition: Condition,

@@ -120,7 +120,7 @@ class GeneratorTask(Task):
             self.loader = stream_loader(
                 cache, config.streams, config.training.batch_size, seed=config.seed, **processes
             )
-            self.held_out = None
+            self.held_out = no_samples()
         else:
             self.loader = token_loader(
                 cache, config.training.batch_size, seed=config.seed, parts=condition.parts, **processes
@@ -161,9 +161,8 @@ class GeneratorTask(Task):
     def _held_out_terms(
         self, learner: GeneratorLearner, batch: TokenBatch, clock: Clock, number: int
     ) -> dict[str, Tensor]:
-        draws = self.model.training_draws(
-            self._keys(batch, number)
-        )  # of which some may be one for the whole batch: MAR's share of masks
+        # Some of these may be one for the whole batch, such as a share of masks.
+        draws = self.model.training_draws(self._keys(batch, number))
         draws.pop("drop", None)  # classes stay
         output = self._output(learner, batch, clock, draws)
         return {"loss": output.loss} | output.metrics
