@@ -73,6 +73,10 @@ class StreamReader(nn.Module):
         if streams.latents is None:
             raise ValueError("these streams have images as ids; this model reads latents")
         ids, images = streams.ids, (streams.kinds == IMAGE_ID) & streams.mask
+        if bool((((ids < vocabulary.text_size) != (streams.kinds == TEXT_ID)) & streams.mask).any()):
+            raise ValueError(
+                f"these streams are of another vocabulary: this model's has texts of {vocabulary.text_size} ids"
+            )
         begins, answers, starts, ends = (
             (ids == vocabulary.special(name)) & streams.mask for name in ("begin", "answer", "begin_image", "end_image")
         )
