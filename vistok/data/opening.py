@@ -58,7 +58,7 @@ def _open(config: DataConfig) -> ImageSource | ClipSource:
             split=config.split,
             image_size=config.image_size,
             num_frames=MOVING_SPANS * span,
-            digit=DIGIT_SHARES.get(config.name, 0.5),
+            digit=0.5 if config.name is None else DIGIT_SHARES[config.name],
             seed=config.seed,
         )
     if config.source == "video_list":
