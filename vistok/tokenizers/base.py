@@ -221,9 +221,10 @@ class Tokenizer(Model):
         return {}
 
     @property
-    @abstractmethod
     def loss_terms(self) -> tuple[str, ...]:
-        """The names of the terms in ``TokenizerOutput.losses``: what an objective can weight."""
+        """The names of the terms in ``TokenizerOutput.losses``, which an objective can weight: those of the quantizer,
+        unless the tokenizer says otherwise."""
+        return self.quantizer.loss_terms
 
     @property
     def last_layer(self) -> Tensor:

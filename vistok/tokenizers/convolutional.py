@@ -49,10 +49,6 @@ class ConvTokenizer(Tokenizer):
         self._spec = self.spec_for(self._input_shape)
 
     @property
-    def loss_terms(self) -> tuple[str, ...]:
-        return self.quantizer.loss_terms
-
-    @property
     def raster_features(self) -> Mapping[str, int]:
         return {"latents": self.spec.dim, "decoded": self.decoder.conv_in.out_channels}
 

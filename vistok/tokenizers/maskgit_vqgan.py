@@ -204,10 +204,6 @@ class MaskGITVQGAN(Tokenizer):
         self._spec = self.spec_for(self._input_shape)
 
     @property
-    def loss_terms(self) -> tuple[str, ...]:
-        return self.quantizer.loss_terms
-
-    @property
     def last_layer(self) -> Tensor:
         return self.decoder.conv_out.weight
 

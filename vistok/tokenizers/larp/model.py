@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vistok.draws import Draws, Keys
 from vistok.quantizers import StochasticQuantizer, VectorQuantizer
-from vistok.tokenizers.base import Tokenizer
+from vistok.tokenizers.base import Tokenizer, image_sides, times
 from vistok.tokenizers.larp import official
 from vistok.tokenizers.larp.networks import Decoder, Encoder, LatentNorm, NormOfLatents, Table, TransformerConfig
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec, as_dataclass
@@ -111,11 +111,11 @@ class LARP(Tokenizer):
         ):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}")
-        sides = (num_frames, *_pair(image_size))
-        self.patch = (temporal_patch_size, *_pair(patch_size))
+        sides = (num_frames, *image_sides(image_size))
+        self.patch = (temporal_patch_size, *image_sides(patch_size))
         if any(side % patch for side, patch in zip(sides, self.patch)) or min(sides) < 1:
             raise ValueError(
-                f"a clip of {_times(sides)} (frames x height x width) is no multiple of patches of {_times(self.patch)}"
+                f"a clip of {times(sides)} (frames x height x width) is no multiple of patches of {times(self.patch)}"
             )
         t, h, w = (side // patch for side, patch in zip(sides, self.patch))
         self.grid = (t, h, w)
@@ -175,10 +175,6 @@ class LARP(Tokenizer):
         """Shorter clips give as many tokens."""
         self._time_steps(sides[0])
         return super()._spec_for_sides((self._input_shape[1], *sides[1:]))
-
-    @property
-    def loss_terms(self) -> tuple[str, ...]:
-        return self.quantizer.loss_terms
 
     @property
     def last_layer(self) -> Tensor:
@@ -262,14 +258,6 @@ class LARP(Tokenizer):
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
         return official.build_tokenizer(cls, config, state_dict)
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
-def _times(sides: Sequence[int]) -> str:
-    return "x".join(map(str, sides))
 
 
 def _initialise(module: nn.Module) -> None:

@@ -101,10 +101,6 @@ class RobusTok(Tokenizer):
         self._spec = TokenSpec(num_tokens, codebook_size, codebook_embed_dim, grid=(side, side))
 
     @property
-    def loss_terms(self) -> tuple[str, ...]:
-        return self.quantizer.loss_terms
-
-    @property
     def last_layer(self) -> Tensor:
         return self.decoder.to_pixels.weight
 

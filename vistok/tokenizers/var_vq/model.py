@@ -121,10 +121,6 @@ class VARVQ(Tokenizer):
         return TokenSpec(sum(map(math.prod, scales)), self.quantizer.codebook_size, self.quantizer.dim, scales=scales)
 
     @property
-    def loss_terms(self) -> tuple[str, ...]:
-        return self.quantizer.loss_terms
-
-    @property
     def raster_features(self) -> Mapping[str, int]:
         return {"latents": self.quantizer.dim, "decoded": self.decoder.conv_in.out_channels}
 
