@@ -154,9 +154,10 @@ def test_a_run_of_streams_learns_them(cache):
 
 
 def test_runs_that_cannot_learn_streams_are_refused(cache, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="ming_univision reads no streams"):
+    with monkeypatch.context() as patch:
         patch.setattr(MingUniVision, "takes_streams", False)
-        GeneratorTask(config(cache), 0, 1)
+        with pytest.raises(ConfigError, match="ming_univision reads no streams"):
+            GeneratorTask(config(cache), 0, 1)
     with pytest.raises(ConfigError, match="have no ids"):
         GeneratorTask(config(cache, condition=["given"]), 0, 1)
     with pytest.raises(ConfigError, match=r"streams\.talk"):
