@@ -21,7 +21,7 @@ from vistok.signatures import (
     ConfigError,
     KeysOf,
     ShellCommand,
-    annotations,
+    annotations_of,
     build,
     check,
     check_least,
@@ -30,6 +30,7 @@ from vistok.signatures import (
     mismatch,
     nearest,
     section_type,
+    suggestion,
     with_todays_names,
 )
 from vistok.utils.files import atomic_file
@@ -41,7 +42,7 @@ __all__ = [
     "ConfigError",
     "KeysOf",
     "ShellCommand",
-    "annotations",
+    "annotations_of",
     "build",
     "check",
     "check_least",
@@ -51,6 +52,7 @@ __all__ = [
     "nearest",
     "override",
     "save_config",
+    "suggestion",
     "with_todays_names",
 ]
 
@@ -240,12 +242,13 @@ def _annotation_at(target: Callable[..., Any] | None, parts: Sequence[str], valu
     Args:
         values: the config, whose own values may decide which keys a section has.
     """
-    known, annotation = {} if target is None else annotations(target), None
+    known: Mapping[str, Any] = {} if target is None else annotations_of(target)
+    annotation: Any = None
     for part in parts:
         if part not in known:
             return None
-        annotation, values = known[part], values.get(part)
-        values = values if isinstance(values, Mapping) else {}
+        annotation, inner = known[part], values.get(part)
+        values = inner if isinstance(inner, Mapping) else {}
         known = _key_annotations(annotation, values)
     return annotation
 
@@ -256,7 +259,7 @@ def _key_annotations(annotation: Any, values: Mapping[str, Any]) -> Mapping[str,
     target = next((note.target for note in notes if isinstance(note, KeysOf)), None) or section_type(annotation)
     if target is None:
         return {}
-    return annotations(target) if inspect.isclass(target) else target(values)
+    return annotations_of(target) if inspect.isclass(target) else target(values)
 
 
 def _alternatives(annotation: Any) -> list[Any]:

@@ -82,7 +82,7 @@ class KeysOf:
     target: type | Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
-def annotations(target: Callable[..., Any]) -> dict[str, Any]:
+def annotations_of(target: Callable[..., Any]) -> dict[str, Any]:
     """The annotations of the parameters of a class or function, by name."""
     return {name: parameter.annotation for name, parameter in _parameters(target).items()}
 
@@ -149,6 +149,12 @@ def nearest(name: str, allowed: Sequence[str]) -> str | None:
     lowered = {candidate.lower(): candidate for candidate in allowed}
     matches = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.6)
     return lowered[matches[0]] if matches else None
+
+
+def suggestion(name: Any, allowed: Sequence[str]) -> str:
+    """What a message says of an unknown name: "; did you mean 'x'?", or nothing where no allowed one is near."""
+    near = nearest(name, allowed) if isinstance(name, str) else None
+    return f"; did you mean {near!r}?" if near else ""
 
 
 def describe(annotation: Any) -> str:
@@ -230,8 +236,7 @@ def _check_value(annotation: Any, value: Any, path: str) -> Any:
         return _adapter(annotation).validate_python(value)
     except ValidationError as error:
         choices = [choice for choice in _literals(annotation) if isinstance(choice, str)]
-        guess = nearest(value, choices) if isinstance(value, str) else None
-        hint = f"; did you mean {guess!r}?" if guess else ""
+        hint = suggestion(value, choices)
         raise ConfigError(f"{mismatch(path, value)}: expected {describe(annotation)}{hint}") from error
 
 

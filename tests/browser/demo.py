@@ -29,6 +29,11 @@ from vistok.demo import launched
 WIDTHS = {"desk": 1200, "phone": 390}
 PATIENCE = 60
 """Seconds that a step may take."""
+BEYOND = """
+return [...document.querySelectorAll('*')].filter(element => element.getBoundingClientRect().right > arguments[0] + 1)
+  .map(element => `${element.tagName}.${element.className}`).slice(-6)
+"""
+"""The elements that end off-screen, the innermost ones last."""
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -39,10 +44,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run")
     parser.add_argument("--out", type=Path, default=Path("screenshots"))
+    parser.add_argument("--width", choices=WIDTHS, help="one of the widths; both by default")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     with launched([arguments.run], device="cpu") as app, tempfile.TemporaryDirectory() as folder:
         for name, width in WIDTHS.items():
+            if arguments.width not in (None, name):
+                continue
             browser = Browser(width, Path(folder) / name)
             try:
                 visit(browser, app.local_url, Path(folder), arguments.out / name)
@@ -86,7 +94,9 @@ class Browser:
     def check_width(self, where: str) -> None:
         """Nothing may begin or end off-screen."""
         wide = self.driver.execute_script("return document.documentElement.scrollWidth")
-        assert wide <= self.width, f"{where}: the page is {wide} px wide on a screen of {self.width}"
+        if wide > self.width:
+            beyond = self.driver.execute_script(BEYOND, self.width)
+            raise AssertionError(f"{where}: the page is {wide} px wide on a screen of {self.width}, by {beyond}")
 
     def shoot(self, path: Path) -> None:
         height = min(4000, self.driver.execute_script("return document.documentElement.scrollHeight"))

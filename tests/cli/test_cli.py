@@ -109,7 +109,7 @@ def refused(capsys):
 
 def test_help_is_fast_and_lists_the_commands():
     code = "import sys; from vistok.cli import app; sys.exit(any(m in sys.modules for m in ('torch', 'numpy')))"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 @pytest.mark.parametrize(
@@ -489,6 +489,19 @@ def test_what_a_config_leaves_open_hides_no_other_mistake(tmp_path, refused):
     assert "needs 'tokens'" in refused("train", "cifar10/llama")
     paired = refused("train", "imagenet256/robustok_post", "data.root=x")
     assert "data.target_root is left open (???); give it: data.target_root=…" in paired
+
+
+def test_messages_say_what_to_do(pipe, photos, tmp_path, run_command, refused, monkeypatch):
+    assert "1 sample is in" in run_command("sample", pipe, "--num", 1, "--out", tmp_path / "one")
+    unknown = refused("eval", photos, "--reference", photos, "--protocol", "pertubation")
+    assert "of a tokenizer: reconstruction, perturbation" in unknown
+
+    def unreachable(*given, **named):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", unreachable)
+    lpips = refused("train", "imagenet256/llamagen_vq16", f"data.root={photos}", f"output_dir={tmp_path}/r")
+    assert "losses.lpips_weights=FILE" in lpips
 
 
 def test_configs_are_listed_printed_and_copied(run_command, refused, tmp_path):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from support.eval_data import as_tensor, colour_statistics, smooth_images
+from support.processes import end, wait_until
 from support.tiny_models import tiny
 
 import vistok
@@ -190,10 +191,8 @@ def test_a_killed_benchmark_goes_on_without_duplicates(pipe, finished, tmp_path)
     places = (Path(__file__).parent, Path(__file__).parents[1], Path(vistok.__file__).parents[1])
     paths = os.pathsep.join(map(str, places))
     worker = subprocess.Popen([sys.executable, "-c", code, str(out)], env=os.environ | {"PYTHONPATH": paths})
-    while worker.poll() is None and not list(out.rglob("*.safetensors")):
-        time.sleep(0.05)
-    worker.kill()
-    worker.wait()
+    wait_until(lambda: bool(list(out.rglob("*.safetensors"))), worker)
+    end(worker)
     assert not (out / "result.json").exists()
     there = {path: path.read_bytes() for path in out.rglob("*.safetensors")}
     assert there

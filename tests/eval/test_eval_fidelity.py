@@ -66,7 +66,7 @@ def torch_fidelitys_scores(generated: Path, real: Path, weights: Path) -> dict[s
         "--feature-extractor", "inception-v3-compat", "--feature-extractor-weights-path", weights,
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

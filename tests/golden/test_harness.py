@@ -221,6 +221,7 @@ def test_environment_adds_cases_and_foreign_ones_fail(tmp_path):
         capture_output=True,
         text=True,
         check=False,
+        timeout=300,
     )
     assert "1 failed, 3 passed" in result.stdout, result.stdout + result.stderr
     assert "extra:vit_vqgan_loss/0-double: no runner for model 'nobody/knows'" in result.stdout

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from support.tiny_models import RASTER, tiny
 
+from vistok.data.sheets import sheet
 from vistok.demo.pictures import colour, compare, entropy_of, error_map, heat, note, picture, token_map, token_strip
 from vistok.demo.runs import Run
 from vistok.pipelines import Pipeline
@@ -59,7 +60,7 @@ def test_generation_previews_end_in_what_the_pipeline_makes(run):
     assert out is None
     assert text == f"{RASTER.length} of {RASTER.length} tokens"
     expected = run.pipe(["dog"], num_images_per_label=2, seed=5, temperature=0.5)
-    assert np.array_equal(np.asarray(last), np.asarray(expected.grid(columns=2).crop((0, 0, *last.size))))
+    assert np.array_equal(np.asarray(last), np.asarray(sheet(expected.images, 2, least=160)))
 
 
 def test_a_picture_is_reconstructed_and_its_tokens_swapped(run, photo):

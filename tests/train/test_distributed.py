@@ -7,12 +7,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.processes import wait_until
 from support.tiny_models import names, tiny, training_loss
 from support.tiny_runs import GAN, generator_config, tokenizer_config, write_tokens
 from torch import distributed
@@ -176,8 +176,7 @@ def test_sigterm_stops_all_processes_at_one_step(tmp_path):
     command = [*TORCHRUN, "-m", "vistok", "train", str(tmp_path / "two.yaml")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "two" / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and read_metrics(metrics)):
-        time.sleep(0.05)
+    wait_until(lambda: metrics.exists() and bool(read_metrics(metrics)), process)
     for child in children(process):  # as a scheduler that signals every process; torchrun passes its own on
         os.kill(child, signal.SIGTERM)
     process.terminate()

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.images import fill_folder
+from support.processes import SECONDS, end, wait_until
 from support.tiny_models import tiny
 from support.tiny_runs import GAN, generator_config, losses_of, saved_steps, tokenizer_config, write_tokens
 
@@ -57,13 +58,9 @@ def start(config: dict, *options: str, start_new_session: bool = False) -> subpr
 
 
 def wait_for_step(process: subprocess.Popen, folder: Path, step: int) -> None:
-    while process.poll() is None:
-        if (folder / "metrics.jsonl").exists() and any(
-            r["step"] >= step for r in read_metrics(folder / "metrics.jsonl")
-        ):
-            return
-        time.sleep(0.01)
-    pytest.fail(process.communicate()[1][-2000:])
+    metrics = folder / "metrics.jsonl"
+    if not wait_until(lambda: metrics.exists() and any(r["step"] >= step for r in read_metrics(metrics)), process):
+        pytest.fail(process.communicate(timeout=SECONDS)[1][-2000:])
 
 
 def same_weights(one: Path, other: Path, part: str) -> bool:
@@ -72,18 +69,18 @@ def same_weights(one: Path, other: Path, part: str) -> bool:
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "generator"])
-def test_killed_at_random_steps(tmp_path, tokens, stage):
+def test_killed_at_any_moment(tmp_path, tokens, stage):
     def config(name: str) -> dict:
         if stage == "tokenizer":
             return tokenizer_config(tmp_path / name, losses={"gan": GAN | {"start_step": 9}}, training=LONG)
         return generator_config(tmp_path / name, tokens, training=LONG | {"image_every": 0})
 
+    moment = random.Random(stage)  # one that can be gone back to
     whole = train(config("whole"))
     process = start(config("part"))
-    wait_for_step(process, tmp_path / "part", random.randrange(15, 30))
-    time.sleep(random.random() * 0.1)
-    process.kill()
-    process.communicate()
+    wait_for_step(process, tmp_path / "part", moment.randrange(15, 30))
+    time.sleep(moment.random() * 0.1)
+    end(process)
     steps = [int(name[5:]) for name in saved_steps(tmp_path / "part")]
     assert steps
     assert 60 not in steps, "it must be killed before its end"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.processes import SECONDS, end, first_line
 from support.tiny_runs import tokenizer_config, write_tokens
 
 from vistok.data import DataConfig
@@ -28,10 +29,9 @@ with locked(sys.argv[1]):
 @pytest.fixture
 def in_use(tmp_path: Path):
     process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
-    process.stdout.readline()
+    first_line(process)
     yield tmp_path / "out"
-    process.kill()
-    process.communicate()
+    end(process)
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -56,15 +56,14 @@ def test_a_second_training_on_the_command_line(tmp_path: Path):
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "vistok", "train", str(tmp_path / "x.yaml")]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert first.stdout.readline().startswith("step 1/")
+    assert first_line(first).startswith("step 1/")
     for extra in ([], ["--resume"]):
-        second = subprocess.run([*command, *extra], capture_output=True, text=True)
+        second = subprocess.run([*command, *extra], capture_output=True, text=True, timeout=SECONDS)
         assert second.returncode == 2
         assert f"process {first.pid} on " in second.stderr
         assert "Traceback" not in second.stderr
     assert first.poll() is None
-    first.kill()
-    first.communicate()
+    end(first)
     with locked(tmp_path / "run"):  # which the dead one holds no longer
         pass
 

@@ -18,6 +18,7 @@ from vistok.cli import main
 from vistok.config import ConfigError, save_config
 from vistok.nn.conv import ResBlock
 from vistok.train import train
+from vistok.train.config import RunConfig
 from vistok.train.monitor import Console, MetricsFile, read_metrics
 from vistok.train.parallel import checkpoint_activations
 from vistok.train.preview import preview
@@ -99,6 +100,14 @@ def test_activation_checkpointing_of_every_model(name):
         assert plain is None or torch.equal(plain, recomputed)
 
 
+def test_a_warmup_that_never_ends_is_said(tmp_path, caplog):
+    RunConfig.parse(tokenizer_config(tmp_path / "run", lr_scheduler={"warmup_steps": 6}))
+    assert "warmup_steps 6 is no less than training.max_steps 6: the learning rate never reaches" in caplog.text
+    caplog.clear()
+    RunConfig.parse(tokenizer_config(tmp_path / "run", lr_scheduler={"warmup_steps": 5}))
+    assert not caplog.text
+
+
 def test_dry_run_says_what_training_would_take(tmp_path, capsys):
     config = tokenizer_config(tmp_path / "run", losses={"gan": GAN}, training={"gradient_accumulation_steps": 2})
     found = preview(config)
@@ -107,6 +116,7 @@ def test_dry_run_says_what_training_would_take(tmp_path, capsys):
     assert (found.samples_per_epoch, found.units_per_epoch, found.batch_size) == (1433, 1433, 32)
     assert found.epochs == pytest.approx(6 * 32 / 1433)
     assert found.memory["gradients"] == 4 * sum(found.parameters.values())
+    assert found.operations > 3 * 32 * found.parameters["model"]
     assert found.memory["optimizer"] == 2 * found.memory["gradients"]
     assert found.memory["averaged weights"] >= 4 * found.parameters["model"]
     less = preview(config | {"training": config["training"] | {"activation_checkpointing": True, "ema_decay": 0.0}})

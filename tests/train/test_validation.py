@@ -21,10 +21,12 @@ from vistok.checkpoints import CheckpointError
 from vistok.cli import app
 from vistok.config import ConfigError, save_config
 from vistok.data import DataConfig, TokenCacheError, TokenWriter
+from vistok.data.clip_sources import SelectedClips
 from vistok.data.loader import TooManyUnreadableError
 from vistok.data.opening import open_source
-from vistok.data.overlap import shared_tokens
+from vistok.data.overlap import shared_images, shared_tokens
 from vistok.data.tokens import TokenCache
+from vistok.data.video_files import VideoSource
 from vistok.data.workers import LoaderWorkerError
 from vistok.pipelines.runs import data_of_run
 from vistok.tokenizers.vit_vqgan import ViTConfig, ViTVQGAN
@@ -404,6 +406,23 @@ def test_copies_among_held_out_images_are_counted(tmp_path, caplog):
         train(config | {"training": {"max_steps": 1}})
     assert "3 of 8 held-out samples that were looked for are trained on: " in caplog.text
     assert f"{tmp_path}/test/017.png" in caplog.text
+
+
+def test_copies_among_held_out_videos_are_counted(tmp_path):
+    def videos(folder: str, numbers: range) -> VideoSource:
+        (tmp_path / folder).mkdir()
+        paths = [tmp_path / folder / f"{number}.mp4" for number in numbers] + [tmp_path / folder / "frames"]
+        for number, path in zip([*numbers, max(numbers)], paths, strict=True):
+            if path.suffix:
+                path.write_bytes(bytes([number]) * 100)
+            else:
+                save_pictures(path, range(number))
+        return VideoSource(paths, [-1] * len(paths))
+
+    trained = videos("trained", range(8))
+    assert shared_images(trained, videos("copy", range(8))).is_whole
+    some = shared_images(SelectedClips(trained, range(7)), videos("some", range(6, 9)))
+    assert (some.found, some.looked_at, some.example) == (1, 4, str(tmp_path / "some" / "6.mp4"))
 
 
 def test_held_out_digits_of_the_whole_set_are_counted(tmp_path):

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.processes import SECONDS, first_line
 
 from vistok.utils import files
 from vistok.utils.files import atomic_folder, remove_leftovers, restore
@@ -54,9 +55,8 @@ def test_whatever_the_moment_of_a_kill_old_or_new_is_there(tmp_path: Path, how: 
         folder.mkdir(parents=True)
         for name in ("a", "b"):
             (folder / name).write_text("old")
-        codes.append(
-            subprocess.run([sys.executable, "-c", KILLED, str(countdown), how, str(folder)], check=False).returncode
-        )
+        command = [sys.executable, "-c", KILLED, str(countdown), how, str(folder)]
+        codes.append(subprocess.run(command, check=False, timeout=SECONDS).returncode)
         if how == "exchange":
             assert folder.exists(), "there is no moment without the folder"
         restore(folder.parent)
@@ -121,13 +121,13 @@ def holder(folder: Path, *how: str) -> subprocess.Popen:
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(folder), *how], stdout=subprocess.PIPE, text=True, start_new_session=True
     )
-    assert process.stdout.readline() == "held\n"
+    assert first_line(process) == "held\n"
     return process
 
 
 def end(process: subprocess.Popen) -> None:
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.communicate(timeout=SECONDS)
 
 
 def test_a_living_owner_is_named(tmp_path: Path):
@@ -151,7 +151,7 @@ def test_a_dead_owner_holds_nothing(tmp_path: Path, how: tuple[str, ...]):
     """Even if a process that it has started, such as one that reads data, lives on with its files."""
     process = holder(tmp_path / "run", *how)
     process.kill()
-    process.wait()
+    process.wait(timeout=SECONDS)
     begin = time.monotonic()
     with locked(tmp_path / "run"):
         assert json.loads((tmp_path / ".run.owner").read_text())["pid"] == os.getpid()

@@ -189,6 +189,7 @@ def test_every_door_of_the_command_line_is_closed(tmp_path: Path):
         capture_output=True,
         text=True,
         cwd=tmp_path,
+        timeout=120,
     )
     assert done.returncode == 2
     assert "add --allow-environment" in done.stderr

@@ -202,8 +202,8 @@ def benchmark(
     protocol: Annotated[
         str | None,
         typer.Option(
-            help="adm (the default), torch-fidelity, clean-fid or dinov2; of clips larp-ucf-gen, larp-k600-fp, "
-            "stylegan-v, tats, videogpt, …, or own-FRAMESxSIDE for other sizes."
+            help="adm (the default), torch-fidelity, clean-fid or dinov2; of clips a video protocol (a wrong name "
+            "lists them), or own-FRAMESxSIDE for other sizes."
         ),
     ] = None,
     weights: Annotated[

@@ -55,26 +55,26 @@ class SelectedClips(ClipSource):
     """Some of a source's videos, by their indices there."""
 
     def __init__(self, source: ClipSource, indices: Sequence[int]) -> None:
-        self._source, self._indices = source, indices
+        self.source, self.indices = source, indices
         self.classes = source.classes
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self.indices)
 
     def length(self, index: int) -> int:
-        return self._source.length(self._indices[index])
+        return self.source.length(self.indices[index])
 
     def read(self, index: int, frames: Sequence[int]) -> np.ndarray:
-        return self._source.read(self._indices[index], frames)
+        return self.source.read(self.indices[index], frames)
 
     def label(self, index: int) -> int:
-        return self._source.label(self._indices[index])
+        return self.source.label(self.indices[index])
 
     def name(self, index: int) -> str:
-        return self._source.name(self._indices[index])
+        return self.source.name(self.indices[index])
 
     def fingerprint(self) -> str:
-        return hash_lines([self._source.fingerprint(), *map(str, self._indices)])
+        return hash_lines([self.source.fingerprint(), *map(str, self.indices)])
 
 
 class InMemoryClips(ClipSource):

@@ -18,7 +18,8 @@ import torch
 from vistok.data.clip_sources import ClipSource
 from vistok.data.clips import ClipTransform, resize_frames
 from vistok.data.sources import hash_lines
-from vistok.data.videos import DecoderMissingError, UnreadableClipError, require_pyav
+from vistok.data.video_decoders import decoder_versions
+from vistok.data.videos import UnreadableClipError
 from vistok.utils.files import atomic_folder, cache_folder, read_json
 from vistok.utils.progress import track
 
@@ -47,7 +48,7 @@ class DecodedClips(ClipSource):
 
         self._source, self.classes = source, source.classes
         keep_aspect = transform.crop != "resize"
-        parts = (FORMAT, source.fingerprint(), transform.image_size, keep_aspect, _decoder_version())
+        parts = (FORMAT, source.fingerprint(), transform.image_size, keep_aspect, decoder_versions())
         folder = (cache or cache_folder("clips")) / hash_lines(map(str, parts))[:32]
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
@@ -128,11 +129,3 @@ def _append(source: ClipSource, index: int, file: BinaryIO, size: int, *, keep_a
 
 def _shard_file(folder: Path, number: int) -> Path:
     return folder / f"frames-{number:05d}.u8"
-
-
-def _decoder_version() -> str:
-    """Other decoders may give other pixels."""
-    try:
-        return require_pyav().__version__
-    except DecoderMissingError:
-        return "none"  # folders of frames need none

@@ -117,16 +117,17 @@ class Decoder:
                 )
             image.load()
             return image if image.mode == self.mode else image.convert(self.mode)
-        large = self.side is not None and image.width * image.height > LARGE
-        if large and image.format in ("JPEG", "MPO"):
-            image.draft(None, (2 * self.side, 2 * self.side))
+        # Twice the side that is wanted, of an image that is large enough to be read smaller.
+        enough = 2 * self.side if self.side is not None and image.width * image.height > LARGE else None
+        if enough and image.format in ("JPEG", "MPO"):
+            image.draft(None, (enough, enough))
         image.load()
         # Pillow turns TIFF files while it decodes; its versions of 2023 leave the tag as it was.
         orientation = None if image.format == "TIFF" else _orientation(image)
         transparent = _is_transparent(image)
         levels = _levels(image) if image.mode in DEEP_MODES else None
         # A power of two that leaves twice the side that is wanted, as ``draft`` does.
-        factor = 1 << max(0, (min(image.size) // (2 * self.side)).bit_length() - 1) if large else 1
+        factor = 1 << max(0, (min(image.size) // enough).bit_length() - 1) if enough else 1
         if image.mode != self.mode or transparent or factor > 1:
             image = _in_strips(image, self.mode, factor, lambda strip: self._eight_bit(strip, levels, transparent))
         return image if orientation is None else image.transpose(orientation)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import BinaryIO, NamedTuple
+from typing import IO, NamedTuple
 
 from vistok.data.files import CAPTIONS, FileTree, printable
 
@@ -55,7 +55,7 @@ class ImageFiles(ABC):
         """Its place below the source, with its extension."""
 
     @abstractmethod
-    def open(self, index: int) -> BinaryIO:
+    def open(self, index: int) -> IO[bytes]:
         """Open it, for seeking and reading. Raises OSError if it cannot be had."""
 
     @abstractmethod
@@ -88,7 +88,7 @@ class TreeFiles(ImageFiles):
     def path(self, index: int) -> str:
         return self.paths[index]
 
-    def open(self, index: int) -> BinaryIO:
+    def open(self, index: int) -> IO[bytes]:
         return self._tree.open(self.paths[index])
 
     def size(self, index: int) -> int:

@@ -107,14 +107,14 @@ def gif_bytes(frames: np.ndarray, fps: float = FPS) -> bytes:
     return buffer.getvalue()
 
 
-def side_by_side(clips: Sequence[np.ndarray], columns: int | None = None) -> np.ndarray:
+def side_by_side(clips: Sequence[np.ndarray] | np.ndarray, columns: int | None = None) -> np.ndarray:
     """Clips (T, H, W, C) uint8 of one size as one clip that shows all at once, in a grid; see ``grid``."""
     sheets = [grid(list(frames), columns) for frames in zip(*map(to_images, clips), strict=True)]
     frames = np.stack([np.asarray(sheet) for sheet in sheets])
     return frames if frames.ndim == 4 else frames[..., None]
 
 
-def contact_sheet(clips: Sequence[np.ndarray], columns: int = 8) -> Image.Image:
+def contact_sheet(clips: Sequence[np.ndarray] | np.ndarray, columns: int = 8) -> Image.Image:
     """A picture with a row for each clip (T, H, W, C) uint8: up to ``columns`` of its frames, evenly spread in time.
 
     Raises:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import IO, NamedTuple, Protocol, cast
 
 import numpy as np
 
+from vistok.data.clip_sources import SelectedClips
 from vistok.data.decoding import DECODING_ERRORS
-from vistok.data.sources import DigitsSource, FileSource, ImageSource, Selection, TorchvisionSource
+from vistok.data.loader import Source
+from vistok.data.sources import DigitsSource, FileSource, Selection, TorchvisionSource
 from vistok.data.tokens import TokenCache
+from vistok.data.video_files import VideoSource
+from vistok.utils.files import sha256
 
 MOST_LOOKED_AT = 256
 """Held-out samples that are looked for, evenly spread: enough to see that sets overlap, and few enough to wait for."""
@@ -47,14 +53,14 @@ class Shared(NamedTuple):
         return text if self.told_apart else f"{text} (or look alike: held-out samples equal one another, too)"
 
 
-def shared_images(trained: ImageSource, held_out: ImageSource) -> Shared:
-    """Look for held-out images among those that are trained on: by their bytes, wherever they lie, where they are
-    files; by their names, where these are of a known data set; else only by the fingerprints of the whole sets."""
+def shared_images(trained: Source, held_out: Source) -> Shared:
+    """Look for held-out images or videos among those that are trained on: by their bytes, wherever they lie, where they
+    are files; by their names, where these are of a known data set; else only by the fingerprints of the whole sets."""
     looked = _spread(len(held_out))
     if trained.fingerprint() == held_out.fingerprint():
         found = looked
-    elif _files(trained) is not None and _files(held_out) is not None:
-        found = _same_bytes(trained, held_out, looked)
+    elif (files := _files(trained)) is not None and (others := _files(held_out)) is not None:
+        found = _same_bytes(files, others, looked)
     elif isinstance(_whole(trained), NAMED) and isinstance(_whole(held_out), NAMED):
         names = {trained.name(index) for index in range(len(trained))}
         found = [index for index in looked if held_out.name(index) in names]
@@ -75,10 +81,10 @@ def shared_tokens(trained: Sequence[TokenCache], held_out: TokenCache) -> Shared
             for start in range(0, len(cache), CHUNK):
                 others = _rows(cache, np.arange(start, min(start + CHUNK, len(cache))), view)
                 found |= _are_among(rows, keys, others, others @ direction)
-    found = found.reshape(held_out.views, len(looked)).any(0)
-    example = f"{held_out.folder}[{looked[found][0]}]" if found.any() else None
+    among = found.reshape(held_out.views, len(looked)).max(0)
+    example = f"{held_out.folder}[{looked[among][0]}]" if among.any() else None
     distinct = len(np.unique(rows[: len(looked)].round(3), axis=0))
-    return Shared(int(found.sum()), len(looked), example, told_apart=distinct > TOLD_APART * len(looked))
+    return Shared(int(among.sum()), len(looked), example, told_apart=distinct > TOLD_APART * len(looked))
 
 
 def _rows(cache: TokenCache, indices: np.ndarray, view: int) -> np.ndarray:
@@ -91,10 +97,8 @@ def _are_among(rows: np.ndarray, keys: np.ndarray, others: np.ndarray, other_key
     """(n,) bool, which of the rows (n, d) are among the others (m, d); keys are projections, near where rows are."""
     order = np.argsort(other_keys)
     tolerance = 1e-3 + 1e-5 * np.abs(rows).sum(1)
-    first, last = (
-        np.searchsorted(other_keys[order], keys + sign * tolerance, side=side)
-        for sign, side in ((-1, "left"), (1, "right"))
-    )
+    first = np.searchsorted(other_keys[order], keys - tolerance, side="left")
+    last = np.searchsorted(other_keys[order], keys + tolerance, side="right")
     among = np.zeros(len(rows), dtype=bool)
     for number in np.flatnonzero(first < last):
         among[number] = np.isclose(rows[number], others[order[first[number] : last[number]]], atol=1e-3).all(1).any()
@@ -106,39 +110,66 @@ def _spread(count: int) -> list[int]:
     return [number * count // looked for number in range(looked)]
 
 
-def _whole(source: ImageSource) -> ImageSource:
-    return source.source if isinstance(source, Selection) else source
+def _whole(source: Source) -> Source:
+    return source.source if isinstance(source, Selection | SelectedClips) else source
 
 
-def _files(source: ImageSource) -> tuple[FileSource, Sequence[int]] | None:
+class _Files(Protocol):
+    """Files by index."""
+
+    def size(self, index: int) -> int: ...
+
+    def open(self, index: int) -> IO[bytes]: ...
+
+
+class _VideoFiles:
+    """Videos as files; a folder of frames is one that holds the hashes of its frames, in their order."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths = paths
+
+    def size(self, index: int) -> int:
+        path = self._paths[index]
+        return sum(frame.stat().st_size for frame in path.iterdir()) if path.is_dir() else path.stat().st_size
+
+    def open(self, index: int) -> IO[bytes]:
+        path = self._paths[index]
+        if not path.is_dir():
+            return path.open("rb")
+        return io.BytesIO("".join(sha256(frame) for frame in sorted(path.iterdir())).encode())
+
+
+def _files(source: Source) -> tuple[_Files, Sequence[int]] | None:
     """The files of a source, and which of them it takes; None if it does not read files."""
     whole = _whole(source)
-    if not isinstance(whole, FileSource):
-        return None
-    return whole, source.indices if isinstance(source, Selection) else range(len(source))
+    indices = source.indices if isinstance(source, Selection | SelectedClips) else range(len(source))
+    if isinstance(whole, FileSource):
+        return whole.files, indices
+    if isinstance(whole, VideoSource) and all(path.exists() for path in whole.paths):
+        return _VideoFiles(whole.paths), indices
+    return None
 
 
-def _same_bytes(trained: ImageSource, held_out: ImageSource, looked: Sequence[int]) -> list[int]:
-    """Which of the held-out images at ``looked`` have the bytes of one that is trained on.
+def _same_bytes(
+    trained: tuple[_Files, Sequence[int]], held_out: tuple[_Files, Sequence[int]], looked: Sequence[int]
+) -> list[int]:
+    """Which of the held-out files at ``looked`` have the bytes of one that is trained on.
 
     Only files of the same length are read.
     """
-    ours, theirs = _files(trained), _files(held_out)
-    if ours is None or theirs is None:
-        return []
-    (source, indices), (other, positions) = ours, theirs
-    sizes = {index: other.files.size(positions[index]) for index in looked}
+    (files, indices), (others, positions) = trained, held_out
+    sizes = {index: others.size(positions[index]) for index in looked}
     wanted = set(sizes.values())
-    candidates = [index for index in indices if source.files.size(index) in wanted]
+    candidates = [index for index in indices if files.size(index) in wanted]
     if not candidates:
         return []
-    digests = {_digest(source, index) for index in candidates} - {None}
-    return [index for index in looked if _digest(other, positions[index]) in digests]
+    digests = {_digest(files, index) for index in candidates} - {None}
+    return [index for index in looked if _digest(others, positions[index]) in digests]
 
 
-def _digest(source: FileSource, index: int) -> bytes | None:
+def _digest(files: _Files, index: int) -> bytes | None:
     try:
-        with source.files.open(index) as file:
-            return hashlib.file_digest(file, "sha256").digest()
+        with files.open(index) as file:
+            return hashlib.file_digest(cast(io.BufferedReader, file), "sha256").digest()
     except DECODING_ERRORS:
         return None  # it cannot be read, which is told elsewhere

@@ -87,7 +87,7 @@ def enlarged(image: Image.Image, factor: int) -> Image.Image:
     )
 
 
-def shortened(text: str, width: float, font: ImageFont.FreeTypeFont) -> str:
+def shortened(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """The text, cut with … where it is wider than ``width`` pixels."""
     if font.getlength(text) <= width:
         return text

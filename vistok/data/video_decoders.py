@@ -11,7 +11,14 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from vistok.data.decoding import Decoder
-from vistok.data.videos import FrameFolder, UnreadableClipError, Video, VideoFile
+from vistok.data.videos import (
+    DecoderMissingError,
+    FrameFolder,
+    UnreadableClipError,
+    Video,
+    VideoFile,
+    require_pyav,
+)
 
 log = logging.getLogger(__name__)
 
@@ -72,3 +79,12 @@ def open_video(path: str | Path, decoder: Decoder = Decoder()) -> Video:  # noqa
     """A video file, or a folder of frames, which ``decoder`` reads."""
     path = Path(path)
     return FrameFolder(path, decoder) if path.is_dir() else video_file(path)
+
+
+def decoder_versions() -> dict[str, str]:
+    """What is there to decode videos: frames may depend on it."""
+    try:
+        found = {"av": require_pyav().__version__}
+    except DecoderMissingError:
+        return {}
+    return found if torchcodec() is None else found | {"torchcodec": torchcodec().__version__}

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import PIL
@@ -136,7 +136,7 @@ class VideoFile(Video):
 class _Opened:
     """A file that is being decoded: enters as (container, video stream); errors of the decoder name the file."""
 
-    def __init__(self, path: Path, opens: Callable[[], BinaryIO]):
+    def __init__(self, path: Path, opens: Callable[[], Any]):
         self.path, self._opens = path, opens
 
     def __enter__(self):

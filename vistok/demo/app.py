@@ -98,7 +98,7 @@ def launched(
             app.queue(default_concurrency_limit=1).launch(
                 server_name=host,
                 server_port=port,
-                max_file_size=f"{max_upload_mb:g}mb",
+                max_file_size=int(max_upload_mb * 2**20),
                 prevent_thread_lock=True,
                 share=False,
                 ssr_mode=False,
@@ -167,7 +167,7 @@ def _run_page(gr: Any, run: Run, uploads: Path, suffix: str) -> None:
 def _generation(gr: Any, run: Run, suffix: str) -> None:
     with gr.Row():
         what = gr.Dropdown(
-            run.classes, value=(run.classes or [None])[0], label="class", visible=bool(run.classes), filterable=True
+            run.classes, value=next(iter(run.classes), None), label="class", visible=bool(run.classes), filterable=True
         )
         prompt = gr.Textbox(label="prompt", visible=run.takes_prompts)
         most = MOST_CLIPS if run.is_video else MOST_IMAGES
@@ -187,7 +187,7 @@ def _generation(gr: Any, run: Run, suffix: str) -> None:
         with _told(gr):
             for image, text, out in run.generate(what, prompt, int(count), int(seed), **sampling):
                 if out is not None:
-                    yield out._repr_html_(), note(f"seed {int(seed)}")
+                    yield out._repr_html_() or "", note(f"seed {int(seed)}")
                 elif image is not None:
                     yield picture(image, "what is generated", width=min(image.width, 720)), note(text)
                 else:
@@ -230,7 +230,7 @@ def _reconstruction(gr: Any, run: Run, looked: Any, uploads: Path, suffix: str) 
 
     upload.upload(take, upload, [looked, sides, errors], api_name=f"reconstruct{suffix}")
     upload.clear(lambda: (None, "", ""), None, [looked, sides, errors], api_name=False)
-    if ordered:
+    if prefix is not None:
         prefix.release(cut, [looked, prefix], prefix_view, api_name=f"prefix{suffix}")
 
 
@@ -238,13 +238,13 @@ def _tokens(gr: Any, run: Run, looked: Any, suffix: str) -> None:
     gr.HTML(note("Of the picture in the tab Reconstruct. Equal ids have equal colours."))
     with gr.Row():
         what = gr.Dropdown(
-            run.classes, value=(run.classes or [None])[0], label="entropy given the class", visible=bool(run.classes)
+            run.classes, value=next(iter(run.classes), None), label="entropy given the class", visible=bool(run.classes)
         )
         show = gr.Button("Show the tokens")
     maps = gr.HTML()
     with gr.Row():
         position = gr.Slider(0, run.spec.length - 1, value=0, step=1, label="place of a token")
-        index = gr.Number(0, precision=0, label=f"another id, 0..{run.spec.codebook_size - 1}")
+        index = gr.Number(0, precision=0, label=f"another id, 0..{run.spec.num_ids - 1}")
     with gr.Row():
         swap, draw = gr.Button("Swap the token"), gr.Button("Another id at random")
     swapped = gr.HTML()
@@ -278,7 +278,7 @@ def _tokens(gr: Any, run: Run, looked: Any, suffix: str) -> None:
 
     show.click(draw_maps, [looked, what], maps, api_name=f"tokens{suffix}")
     swap.click(change, [looked, position, index], swapped, api_name=f"swap{suffix}")
-    draw.click(partial(random.randrange, run.spec.codebook_size), None, index, api_name=False).then(
+    draw.click(partial(random.randrange, run.spec.num_ids), None, index, api_name=False).then(
         change, [looked, position, index], swapped, api_name=False
     )
 

@@ -15,6 +15,7 @@ from vistok.data.pictures import to_pil
 from vistok.demo.pictures import entropy_of
 from vistok.draws import Keys, draws_on
 from vistok.eval.reconstruction import psnr
+from vistok.generators.engine.session import AutoregressiveSession
 from vistok.pipelines import Pipeline, PipelineOutput, pipeline
 from vistok.pipelines.display import overview
 from vistok.pipelines.folders import load_tokenizer
@@ -24,6 +25,8 @@ from vistok.types import Condition, TokenSpec
 from vistok.utils.devices import choose_device
 
 MOST_IMAGES = 16
+ENLARGED = 160
+"""Pixels of a generated image, at least."""
 KNOBS = {"guidance_scale": (1.0, 10.0, 0.1), "temperature": (0.0, 2.0, 0.05), "top_p": (0.0, 1.0, 0.01)}
 """Sampling options that the demo offers where a generator has them: lowest, highest, step."""
 
@@ -68,8 +71,9 @@ class Run:
         if self.name in ("tokenizer", "generator") and Path(path).absolute().parent.name:
             self.name = f"{Path(path).absolute().parent.name}/{self.name}"
         self.pipe: Pipeline | None = None
+        self.tokenizer: Tokenizer
         if holds_tokenizer_only(path):
-            self.tokenizer: Tokenizer = load_tokenizer(path).to(choose_device(device)).eval()
+            self.tokenizer = load_tokenizer(path).to(choose_device(device)).eval()
         else:
             self.pipe = pipeline(path, device=device)
             self.tokenizer = self.pipe.tokenizer
@@ -97,6 +101,11 @@ class Run:
         return list(names) if names else [str(i) for i in range(self.pipe.generator.condition_spec.num_classes)]
 
     @property
+    def first_class(self) -> str | None:
+        """What is chosen at first; None without classes."""
+        return next(iter(self.classes), None)
+
+    @property
     def takes_prompts(self) -> bool:
         return self.pipe is not None and bool(self.pipe.text.parts)
 
@@ -115,7 +124,7 @@ class Run:
         }
 
     def generate(
-        self, what: str | int | None, prompt: str, count: int, seed: int, **sampling: float
+        self, what: str | int | None, prompt: str, count: int, seed: int, **sampling: Any
     ) -> Iterator[tuple[Image.Image | None, str, PipelineOutput | None]]:
         """Generate ``count`` images step by step: previews of them in a grid, what to say, and at last the output.
 
@@ -126,22 +135,27 @@ class Run:
         Raises:
             ValueError: as the pipeline.
         """
-        request = self._request(what, prompt, count)
+        pipe = self._pipeline()
+        request = self._request(pipe, what, prompt, count)
         if self.is_video:  # whose previews would be frames in a row
-            out = self.pipe(**request, seed=seed, **sampling)
-            yield None, "", out
+            yield None, "", pipe(**request, seed=seed, **sampling)
             return
-        for shown in self.pipe.stream(**request, seed=seed, **sampling):
-            images = None if shown.images is None else overview(shown.images)
+        for shown in pipe.stream(**request, seed=seed, **sampling):
+            images = None if shown.images is None else overview(shown.images, least=ENLARGED)
             yield images, f"{shown.step} of {shown.total} tokens", None
 
-    def _request(self, what: str | int | None, prompt: str, count: int) -> dict[str, Any]:
+    def _request(self, pipe: Pipeline, what: str | int | None, prompt: str, count: int) -> dict[str, Any]:
         if self.takes_prompts:
             return {"prompt": prompt, "num_images_per_prompt": count}
-        if self.classes:
-            label = what if self.pipe.class_names else int(what)
-            return {"class_labels": label, "num_images_per_label": count}
+        if self.classes and what is not None:
+            return {"class_labels": what, "num_images_per_label": count}
         return {"num_images": count}
+
+    def _pipeline(self) -> Pipeline:
+        """The run's; ValueError if it has none."""
+        if self.pipe is None:
+            raise ValueError(f"{self.name} is a tokenizer: it generates nothing")
+        return self.pipe
 
     @torch.no_grad()
     def look(self, image: Image.Image) -> Looked:
@@ -159,7 +173,8 @@ class Run:
         parameter = next(self.tokenizer.parameters())
         draws = draws_on(self.tokenizer.decoding_draws(Keys.range(0, len(tokens))), parameter.device)
         tokens = tokens.to(parameter.device, parameter.dtype if tokens.is_floating_point() else tokens.dtype)
-        return self.tokenizer.decode(tokens, **({"draws": draws} if draws else {})).float().clamp(-1, 1).cpu()
+        options: dict[str, Any] = {"draws": draws} if draws else {}
+        return self.tokenizer.decode(tokens, **options).float().clamp(-1, 1).cpu()
 
     def prefixes(self) -> list[int]:
         """How many of the first tokens decode, in order; empty where all are needed."""
@@ -175,8 +190,8 @@ class Run:
         """
         if not 0 <= position < tokens.shape[1]:
             raise ValueError(f"position {position} is none of 0..{tokens.shape[1] - 1}")
-        if not 0 <= index < self.spec.codebook_size:
-            raise ValueError(f"id {index} is none of 0..{self.spec.codebook_size - 1}")
+        if not 0 <= index < self.spec.num_ids:
+            raise ValueError(f"id {index} is none of 0..{self.spec.num_ids - 1}")
         changed = tokens.clone()
         changed[0, position] = index
         return changed
@@ -192,7 +207,7 @@ class Run:
         if self.pipe is None or not self.spec.discrete or self.spec.depth != 1 or self.takes_prompts:
             return None
         generator = self.pipe.generator
-        label = (what if self.pipe.class_names else int(what)) if self.classes else None
+        label = what if self.classes else None
         condition = (
             Condition.none(1) if label is None else Condition.from_labels(torch.tensor(self.pipe.class_ids(label)))
         )
@@ -201,7 +216,7 @@ class Run:
         draws = generator.sampling_draws(Keys.range(0, 1), options)
         in_loop = self.tokenizer if generator.needs_tokenizer else None
         session = generator.start(condition.to(self.pipe.device), options, draws=draws, tokenizer=in_loop)
-        if not hasattr(session, "next_logits"):
+        if not isinstance(session, AutoregressiveSession):
             return None
         order = session.plan.order[0]
         ids, found = tokens[0].to(order.device), torch.zeros(tokens.shape[1], dtype=torch.float64)

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -244,7 +244,7 @@ def _search(start: float, runs: list[_Run], try_setting: Callable[[Setting], _Ru
         if known is None:
             known = try_setting(setting)
             runs.append(known)
-        return known.distance
+        return cast(float, known.distance)  # a search has a distance
 
     return local_minimum(distance, start)
 

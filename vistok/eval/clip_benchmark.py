@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vistok.data.pictures import to_uint8
+from vistok.data.video_decoders import decoder_versions
 from vistok.eval.batches import Regrouper
 from vistok.eval.clip_report import write_clip_report
 from vistok.eval.clips import STATISTICS, ClipSet, choose_clips, distance_notes, open_videos, statistics_of
@@ -23,7 +24,7 @@ from vistok.eval.plan import claim, shards_of
 from vistok.eval.record import library_versions, save_result
 from vistok.eval.store import FeatureStore
 from vistok.eval.sweep import Setting, choose_settings
-from vistok.eval.video_protocols import VideoProtocol, video_protocol
+from vistok.eval.video_protocols import VIDEO_PROTOCOLS, VideoProtocol, video_protocol
 from vistok.generators.base import Generator
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json
@@ -140,7 +141,7 @@ def benchmark_clips(
         raise ValueError(f"the number of clips must be at least 2, got {count}; say how many with --num")
     if source.real is not None and count > len(source.real):
         raise ValueError(
-            f"{count} clips are asked for, but they follow real ones, of which {reference} has {len(real)}"
+            f"{count} clips are asked for, but they follow real ones, of which {reference} has {len(source.real)}"
         )
     plan = _plan(pipe, rules, network, source, count, seed, sampling)
     settings = choose_settings(pipe, guidance_scales, temperatures, sampling, plan.sampling)
@@ -201,9 +202,10 @@ class _Requests:
         spec = pipe.generator.condition_spec
         if spec.parts == ("given",):
             if not rules.given_frames:
+                giving = ", ".join(name for name, other in VIDEO_PROTOCOLS.items() if other.given_frames)
                 raise ValueError(
-                    f"this generator goes on from given frames; {rules.name!r} gives none: take "
-                    "larp-k600-fp, or own-FRAMESxSIDE-givenN"
+                    f"this generator goes on from given frames; {rules.name!r} gives none: take {giving}, or "
+                    "own-FRAMESxSIDE-givenN"
                 )
             if real is None:
                 raise ValueError(f"frames are given from real clips, but {reference} holds statistics only")
@@ -224,7 +226,7 @@ class _Requests:
 
     def of_range(self, start: int, stop: int) -> dict[str, Any]:
         """Arguments of the pipeline for clips ``start`` to ``stop``."""
-        if self.given_frames:
+        if self.given_frames and self.real is not None:
             clips = torch.cat(list(self.real.batches(stop - start, start, stop)))
             return {"frames": clips[:, :, : self.given_frames]}
         if self.real is not None:
@@ -285,7 +287,7 @@ def _generate(
             frames = to_uint8(pixels).expand(-1, 3, -1, -1, -1)
             columns.append(frames.flatten(2, 3))  # (B, 3, T * H, W): the frames of a clip below each other
             hashes.append(digests_of(columns[-1]))
-        if len(groups.rest):
+        if groups.rest is not None and len(groups.rest):
             features.append(_features(network, rules, groups.rest))
         extraction = Extraction(store.size, torch.cat(hashes), {"pool": torch.cat(features)}, {})
         store.write(shard, torch.cat(columns), extraction)
@@ -328,5 +330,5 @@ def _score(
         "video_protocol": score["protocol"],
         "left_out": left_out,
         "warnings": distance_notes(rules, ours.count, theirs.count, left_out),
-        "libraries": library_versions(),
+        "libraries": library_versions() | decoder_versions(),
     }

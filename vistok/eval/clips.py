@@ -17,6 +17,7 @@ from vistok.data.config import DataConfig
 from vistok.data.loader import evaluation_loader
 from vistok.data.opening import open_source
 from vistok.data.sources import hash_lines
+from vistok.data.video_decoders import decoder_versions
 from vistok.data.video_files import folder_videos, listed_videos
 from vistok.data.videos import UnreadableClipError
 from vistok.draws import Keys
@@ -209,7 +210,7 @@ def evaluate_clips(
         "video_protocol": score["protocol"],
         "left_out": left_out | left_out_there,
         "warnings": distance_notes(rules, ours.count, theirs.count, left_out | left_out_there),
-        "libraries": library_versions(),
+        "libraries": library_versions() | decoder_versions(),
     }
 
 
@@ -271,11 +272,11 @@ def evaluate_clip_tokenizer(
     tokenizer.spec_for(data.input_shape)
     source, rules = open_source(data), video_protocol(protocol)
     loader = evaluation_loader(source, data, rank=processes.index, world_size=processes.count)
-    parameter = next(tokenizer.eval().parameters())
+    tokenizer.eval()
     sums, count = dict.fromkeys(PAIR_SCORES, 0.0), 0
     moments: list[Moments | None] = [None, None]
     for batch in track(loader, "reconstructions", len(loader)):
-        pixels = batch.pixels.to(parameter.device, parameter.dtype)
+        pixels = batch.pixels.to(tokenizer.device, tokenizer.dtype)
         made = tokenizer.reconstruct(pixels)
         count += len(pixels)
         for name, values in pair_scores(pixels, made, lpips).items():
@@ -291,7 +292,12 @@ def evaluate_clip_tokenizer(
     total = sum(part[1] for part in parts)
     named = [name for name in PAIR_SCORES if any(part[0][name] for part in parts)]
     scores = {name: sum(part[0][name] for part in parts) / total for name in named}
-    result: dict[str, Any] = {"protocol": protocol, "scores": scores, "warnings": [], "libraries": library_versions()}
+    result: dict[str, Any] = {
+        "protocol": protocol,
+        "scores": scores,
+        "warnings": [],
+        "libraries": library_versions() | decoder_versions(),
+    }
     name = f"{data.name or data.root or data.source} ({data.split or 'all clips'})"
     result |= {"images": {"source": f"reconstructions of {name}", "count": total}, "reference": {"source": name}}
     if network is not None:

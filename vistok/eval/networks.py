@@ -78,14 +78,15 @@ class InceptionV3Compat:
         weights_sha256: str | None = None,
         device: torch.device | str = "cpu",
     ):
-        self.network: Any = _build_inception(state_dict)
+        self.network: Any = _build_inception(state_dict)  # of a library that does not declare its layers
         self.network.to(device, memory_format=torch.channels_last)
         self.resize = resize
         self.weights_sha256 = weights_sha256
         self.device = torch.device(device)
         # The extractor's stages follow one another; what it would do before them, the resize, is done here. With
         # channels last, CPUs and GPUs run the convolutions markedly faster, to the same float32 results.
-        *stages, self._head = self.network.children()
+        stages = list(self.network.children())
+        self._head: Any = stages.pop()
         self._stages = nn.Sequential(*stages)
         self._spatial_map = torch.empty(0)
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial_map)
@@ -127,7 +128,7 @@ class InceptionV3Compat:
         self._spatial_map = output
 
 
-def _build_inception(state_dict: Mapping[str, Tensor]) -> nn.Module:
+def _build_inception(state_dict: Mapping[str, Tensor]) -> Any:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     # The extractor unpickles whatever path it is given. It gets tensors only, from memory.

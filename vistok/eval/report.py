@@ -25,6 +25,7 @@ from vistok.utils.report import (
     cell_text,
 )
 from vistok.utils.report import write_report as write_page
+from vistok.utils.report.charts import Style
 
 LOWER_IS_BETTER = (
     "fid",
@@ -41,7 +42,7 @@ COLUMNS = 16
 """Classes that get a column each, at most."""
 GRID_WIDTH = 690
 """CSS pixels of a grid of samples, at most."""
-STYLES = ("own", "second", "reference")
+STYLES: tuple[Style, ...] = ("own", "second", "reference")
 CLASS_COLUMNS = (
     "Diversity is the spread of a class's features as a share of that of all images: near 0, it repeats one image. "
     "Precision is the share of its images within the manifold of the reference."
@@ -95,14 +96,14 @@ def best_run(runs: Sequence[Mapping[str, Any]]) -> tuple[int, str] | None:
     """Which of several runs has the lowest distance, and the name of that distance; None where none is measured."""
     name = next((name for name in LOWER_IS_BETTER if name in runs[0]["scores"]), None)
     scored = [index for index, run in enumerate(runs) if name is not None and run["scores"].get(name) is not None]
-    if len(runs) < 2 or not scored:
+    if len(runs) < 2 or name is None or not scored:
         return None
     return min(scored, key=lambda index: runs[index]["scores"][name]), name
 
 
 def score_blocks(runs: Sequence[Mapping[str, Any]]) -> Iterator[Block]:
     best = best_run(runs)
-    marked = frozenset() if best is None else frozenset({best})
+    marked: frozenset[tuple[int, str]] = frozenset() if best is None else frozenset({best})
     yield Table(score_rows(runs), marked)
     if best is not None:
         index, name = best
@@ -151,7 +152,7 @@ def _matrix(runs: Sequence[Mapping[str, Any]]) -> Table:
     rows = [
         {head: f"{scale:g}"} | {f"temperature {t:g}": values.get((scale, t)) for t in temperatures} for scale in scales
     ]
-    marked = frozenset()
+    marked: frozenset[tuple[int, str]] = frozenset()
     if best is not None:
         run = runs[best[0]]
         marked = frozenset({(scales.index(_scale(run)), f"temperature {run['temperature']:g}")})

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vistok.config import nearest
+from vistok.config import suggestion
 from vistok.eval import metrics as m
 from vistok.eval.features import Extraction, extract_features
 from vistok.eval.networks import FeatureNetwork, full_precision
@@ -85,9 +85,7 @@ def choose_metrics(
     """
     for metric in metrics or ():
         if metric not in METRICS:
-            near = nearest(metric, METRICS)
-            hint = f"; did you mean {near!r}?" if near else ""
-            raise ValueError(f"unknown metric {metric!r}; known: {', '.join(METRICS)}{hint}")
+            raise ValueError(f"unknown metric {metric!r}; known: {', '.join(METRICS)}{suggestion(metric, METRICS)}")
         if metric not in protocol.metrics:
             defined = ", ".join(protocol.metrics)
             raise ValueError(f"the protocol {protocol.name!r} does not define {metric!r}; it has {defined}")

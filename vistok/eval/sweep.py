@@ -73,7 +73,7 @@ def choose_settings(
     Raises:
         ValueError: a sweep of what the generator does not know, or a value that it refuses.
     """
-    options, swept = pipe.options(**sampling), []
+    options, swept = pipe.options(**sampling), list[Sequence[Any]]()
     for name, values in (("guidance_scale", scales), ("temperature", temperatures)):
         own, word = getattr(options, name, None), name.replace("_", " ")
         if values is not None and own is None:
@@ -81,7 +81,7 @@ def choose_settings(
         if values is not None and not values:
             raise ValueError(f"the sweep names no {word}")
         swept.append([own] if values is None else values)
-    settings = Setting.over(*swept, plan)
+    settings = Setting.over(swept[0], swept[1], plan)
     for setting in settings:
         pipe.options(**setting.options(sampling))
     return settings

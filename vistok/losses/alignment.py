@@ -166,12 +166,11 @@ def load_encoder(config: EncoderConfig, option: str, **arguments: Any) -> nn.Mod
     import timm
 
     from vistok.checkpoints import CheckpointError
-    from vistok.config import nearest
+    from vistok.config import suggestion
 
     architecture, _, _ = config.name.partition(".")
     if not timm.is_model(architecture):
-        near = nearest(config.name, _pretrained_names(timm))
-        raise ValueError(f"timm has no model {config.name!r}" + (f"; did you mean {near!r}?" if near else ""))
+        raise ValueError(f"timm has no model {config.name!r}{suggestion(config.name, _pretrained_names(timm))}")
     if config.weights and not Path(config.weights).is_file():
         raise CheckpointError(f"there is no weights file {config.weights} for {config.name}")
     try:

@@ -47,7 +47,6 @@ class DINODiscriminator(Discriminator):
         CheckpointError: the weights file is absent, damaged or of another model, or the download failed.
     """
 
-    backbone: Any  # timm's models do not declare their attributes
     mean: Tensor
     std: Tensor
 
@@ -93,7 +92,7 @@ class DINODiscriminator(Discriminator):
         return {"value_range": value_range}
 
     @property
-    def backbone(self) -> nn.Module:
+    def backbone(self) -> Any:
         """The transformer."""
         return self._backbone.network
 
@@ -147,7 +146,7 @@ class DINODiscriminator(Discriminator):
         return (x[:, prefix:] + x[:, :1]).mT  # (B, D, patches)
 
 
-def _without_key_bias(transformer: nn.Module) -> nn.Module:
+def _without_key_bias(transformer: Any) -> nn.Module:
     for block in transformer.blocks:
         with torch.no_grad():
             _, key_bias, _ = block.attn.qkv.bias.chunk(3)

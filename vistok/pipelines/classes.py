@@ -6,7 +6,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import SupportsIndex, cast
 
-from vistok.config import nearest
+from vistok.config import suggestion
 
 ClassLabel = SupportsIndex | str
 """A class: its id (int, or an integer scalar of NumPy or torch), or its name."""
@@ -65,8 +65,7 @@ class ClassNames:
             raise ValueError(f"class {name!r} is ambiguous; give its id ({meant})")
         if name.lstrip("-").isdigit():
             return self._check_range(int(name))
-        guess = nearest(name, list(self._ids))
-        hint = f"; did you mean {guess!r}?" if guess else "."
+        hint = suggestion(name, list(self._ids)) or "."
         raise ValueError(f"unknown class {name!r}{hint} {self._known()}")
 
     def _check_range(self, index: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -28,7 +27,11 @@ class Shown:
     """What has images, shown as a grid: ``images``, and ``names``, the class or prompt of each, or None."""
 
     images: list[Image.Image] | None
-    names: list[str] | None
+
+    @property
+    def names(self) -> list[str] | None:
+        """What each image shows; None where nothing was asked for."""
+        return None
 
     def grid(self, scale: float | None = None, columns: int | None = None) -> Image.Image:
         """The images side by side, named where they have classes or prompts.
@@ -55,9 +58,8 @@ class Shown:
         """What a notebook shows."""
         if not self.images:
             return None
-        first = dataclasses.replace(self, images=self.images[:MOST_SHOWN]) if len(self.images) > MOST_SHOWN else self
         buffer = io.BytesIO()
-        first.grid().save(buffer, format="PNG")
+        overview(self.images[:MOST_SHOWN], self.names or ()).save(buffer, format="PNG")
         return buffer.getvalue()
 
 
@@ -139,6 +141,6 @@ def _takes(pipe: Pipeline) -> str:
     if spec.num_classes:
         shown = [name.split(",")[0] for name in names[:5]] + ["…"] * (len(names) > 5)
         taken.append(f"{spec.num_classes:,} classes" + (f" ({', '.join(shown)})" if shown else ""))
-    taken += ["texts"] * (spec.ids is not None or spec.features is not None)
+    taken += ["texts"] * (spec.features is not None or (spec.ids is not None and not spec.num_classes))
     taken += ["given tokens"] * (spec.given is not None and not taken)
     return " and ".join(taken) or "unconditional"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,13 +21,13 @@ from torch import Tensor
 from vistok.config import check
 from vistok.data.clips import repeat_last
 from vistok.data.masks import pixel_masks, scale_masks, token_masks
-from vistok.data.movies import Movie, frames_to_pixels, shown, to_frames
+from vistok.data.movies import frames_to_pixels, shown
 from vistok.draws import Draws, Keys
 from vistok.generators.base import Generator
 from vistok.pipelines.card import model_card, push_to_hub
 from vistok.pipelines.chat import MAX_TOKENS, Chat, Message, captions
 from vistok.pipelines.classes import ClassLabel, ClassNames
-from vistok.pipelines.display import MOVIES, Shown, describe
+from vistok.pipelines.display import describe
 from vistok.pipelines.folders import (
     GENERATOR,
     PIPELINE,
@@ -38,6 +38,7 @@ from vistok.pipelines.folders import (
     write_settings,
 )
 from vistok.pipelines.keywords import check_keywords
+from vistok.pipelines.output import PipelineOutput
 from vistok.pipelines.previews import Preview, preview_step, previews
 from vistok.pipelines.requests import Conditions, Prompt, Request
 from vistok.pipelines.runs import RUN_CONFIG
@@ -53,55 +54,6 @@ NO_TEXT = PromptEncoder()
 
 Frames = np.ndarray | Tensor | Sequence[Image.Image]
 """The first frames of clips; see ``Pipeline.given``."""
-
-
-@dataclass(frozen=True)
-class PipelineOutput(Shown):
-    """What a pipeline generated; in a notebook it shows itself.
-
-    Attributes:
-        images: N images, mode RGB or L; of clips each shows its frames in a row.
-        tokens: (N, L[, depth]) ids or (N, L, D) latents, on the CPU.
-        pixels: (N, C, H, W), or (N, C, T, H, W) of clips, float32 in [-1, 1], on the CPU; ``images`` are these in 8
-            bit.
-        labels: the class id of each image, or None where the condition is not a class.
-        prompts: the text of each image, or None where there are no prompts.
-        class_names: the name of each image's class, or None where classes have no names.
-    """
-
-    images: list[Image.Image]
-    tokens: Tensor
-    pixels: Tensor
-    labels: list[int] | None
-    prompts: list[str | None] | None = None
-    class_names: list[str] | None = None
-
-    @property
-    def names(self) -> list[str] | None:
-        """What each image was asked to show, as a grid has it."""
-        if self.prompts is not None:
-            return [prompt or "" for prompt in self.prompts]
-        return self.class_names or (None if self.labels is None else list(map(str, self.labels)))
-
-    @property
-    def videos(self) -> np.ndarray:
-        """The clips, (N, T, H, W, C) uint8.
-
-        Raises:
-            ValueError: these are images.
-        """
-        if self.pixels.ndim != 5:
-            raise ValueError("this pipeline generates images, which have no frames; they are in .images")
-        return to_frames(self.pixels)
-
-    @property
-    def movies(self) -> list[Movie]:
-        """The clips as movies, which play in a notebook and can be saved."""
-        return [Movie(frames) for frames in self.videos]
-
-    def _repr_html_(self) -> str | None:
-        """Clips play in a notebook; images have their own pictures."""
-        return None if self.pixels.ndim != 5 else "\n".join(movie.html(128) for movie in self.movies[:MOVIES])
 
 
 class Pipeline:
@@ -160,7 +112,7 @@ class Pipeline:
     @property
     def device(self) -> torch.device:
         """Where the generator is; the tokenizer may be elsewhere."""
-        return next(self.generator.parameters()).device
+        return self.generator.device
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move the models; returns the pipeline itself. Text encoders keep their dtype."""
@@ -350,12 +302,13 @@ class Pipeline:
                 do not fit the images, tokens without a place in the image, and as of :meth:`__call__`.
         """
         check_keywords(self.edit, self.generator.options_type, sampling)
-        self.generator.check_edits()
-        options, pixels = self.options(**sampling), self._pixels(images)
+        options = self.options(**sampling)
         scales = self.tokenizer.spec.scales
         grid = scales[-1] if scales else self.grid
         if grid is None:
             raise ValueError("the tokens of this tokenizer have no place in the image, so a part of it has none either")
+        self.generator.check_edits()
+        pixels = self._pixels(images)
         masks = pixel_masks(masks, len(pixels), (pixels.shape[2], pixels.shape[3]))
         regenerate = token_masks(masks, grid).to(self.device)
         if scales:
@@ -507,8 +460,8 @@ class Pipeline:
     def to_tokenizer(self, values: Tensor) -> Tensor:
         """Pixels, latents or ids on the tokenizer's device, which need not be the generator's; floats in its
         precision."""
-        parameter = next(self.tokenizer.parameters())
-        return values.to(parameter.device, parameter.dtype if values.is_floating_point() else values.dtype)
+        tokenizer = self.tokenizer
+        return values.to(tokenizer.device, tokenizer.dtype if values.is_floating_point() else values.dtype)
 
     def _condition(self, request: Request, options: Any) -> Condition:
         """The condition of every image of a request."""
@@ -547,7 +500,7 @@ class Pipeline:
     def own_condition(self, condition: Condition) -> Condition | None:
         """What the tokenizer takes of the generator's condition, on its device."""
         own = self.tokenizer.own_condition(condition)
-        return None if own is None else own.to(next(self.tokenizer.parameters()).device)
+        return None if own is None else own.to(self.tokenizer.device)
 
     @property
     def grid(self) -> tuple[int, int] | None:

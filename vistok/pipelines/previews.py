@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from vistok.data.movies import shown
 from vistok.data.pictures import to_pil
 from vistok.draws import Keys
+from vistok.pipelines.display import Shown
 from vistok.types import Condition
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Preview:
-    """Unfinished images.
+class Preview(Shown):
+    """Unfinished images; in a notebook they show themselves.
 
     Attributes:
         step: positions that every image has by now.

@@ -51,7 +51,7 @@ def probe_generator(train_tokens: Path, test_tokens: Path, out: Path, settings: 
         | {"training": config["training"] | rhythm},
         resume=out.exists(),
     )
-    last = next(row for row in reversed(read_metrics(folder / "metrics.jsonl")) if "val_loss" in row)
+    last: dict[str, Any] = next(row for row in reversed(read_metrics(folder / "metrics.jsonl")) if "val_loss" in row)
     model = load(folder / GENERATOR).eval()
     result = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -61,7 +61,7 @@ def probe_generator(train_tokens: Path, test_tokens: Path, out: Path, settings: 
         "loss_per_image": last["val_loss"] * spec.length,
     }
     if spec.discrete:
-        result |= {"accuracy": last["val_accuracy"], "uniform_loss": float(np.log(spec.codebook_size))}
+        result |= {"accuracy": last["val_accuracy"], "uniform_loss": float(np.log(spec.num_ids))}
         if len(cache.classes) > 1:
             features = [_middle(model, tokens) for tokens in (cache, held_out)]
             result["probe"] = probe(features[0], cache.labels, features[1], held_out.labels)

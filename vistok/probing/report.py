@@ -75,7 +75,8 @@ def warnings_of(results: Sequence[Mapping[str, Any]]) -> list[str]:
         found += (result["reconstruction"] or {}).get("warnings", [])
         if "refused" in (result["generator"] or {}):
             found.append(f"{result['name']}: {result['generator']['refused']}")
-    kinds = {(result["generator"] or {}).get("loss") for result in results} - {None}
+    losses = ((result["generator"] or {}).get("loss") for result in results)
+    kinds = {loss for loss in losses if loss is not None}
     if len(kinds) > 1:
         found.append("losses of ids and of latents are no common measure: " + "; ".join(sorted(kinds)))
     return list(dict.fromkeys(found))

@@ -107,7 +107,7 @@ def compare(
             f"a comparison needs at least two different tokenizers, got {', '.join(map(str, runs)) or 'none'}"
         )
     first, data, held_out = _open(runs[0], overrides, settings, device, allowed)
-    others = [_fitted(load_tokenizer(run), data).to(next(first.parameters()).device) for run in runs[1:]]
+    others = [_fitted(load_tokenizer(run), data).to(first.device) for run in runs[1:]]
     for run, tokenizer in zip(runs[1:], others):
         _check_same(tokenizer, data, str(run), str(runs[0]))
     tokenizers = [first, *others]
@@ -188,7 +188,7 @@ def _judge(
         "reconstruction": reconstruction(tokenizer, held_out, settings),
         "code_usage": code_usage(caches[1]),
         "speed": speed(tokenizer, held_out),
-        "feature_probes": feature_probes(tokenizer, *caches, data, held_out),
+        "feature_probes": feature_probes(tokenizer, caches[0], caches[1], data, held_out),
         "generator": None,
     }
     result["data"]["test_images"] = len(caches[1])
@@ -213,10 +213,9 @@ def _cache(tokenizer: Tokenizer, data: DataConfig, folder: Path) -> TokenCache:
 def _draw(tokenizer: Tokenizer, data: DataConfig) -> Image.Image:
     """Held-out originals over reconstructions; originals alone of a tokenizer that renders none."""
     examples = example_images(open_source(data), data, SHOWN)
-    parameter = next(tokenizer.parameters())
     if not tokenizer.renders:
         return compared(examples, examples)
-    made = tokenizer.reconstruct(examples.to(parameter.device, parameter.dtype)).float().cpu()
+    made = tokenizer.reconstruct(examples.to(tokenizer.device, tokenizer.dtype)).float().cpu()
     return compared(examples, made)
 
 

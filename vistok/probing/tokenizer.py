@@ -45,14 +45,14 @@ def describe(tokenizer: Tokenizer, data: DataConfig) -> dict[str, Any]:
 
 
 def bits(spec: TokenSpec) -> float | None:
-    return spec.length * spec.depth * math.log2(spec.codebook_size) if spec.discrete else None
+    return spec.length * spec.depth * math.log2(spec.num_ids) if spec.discrete else None
 
 
 def reconstruction(tokenizer: Tokenizer, data: DataConfig, settings: ProbeSettings) -> dict[str, Any] | None:
     """What ``evaluate_tokenizer`` says of the held-out images or clips; None of a tokenizer that renders none."""
     if not tokenizer.renders:
         return None
-    device, distance = _device(tokenizer), lpips(settings.lpips_weights, _device(tokenizer))
+    device, distance = tokenizer.device, lpips(settings.lpips_weights, tokenizer.device)
     if data.num_frames is not None:
         network = clip_network(settings.network, settings.weights, device)
         return evaluate_clip_tokenizer(tokenizer, data, network=network, lpips=distance)
@@ -66,9 +66,9 @@ def code_usage(cache: TokenCache) -> dict[str, float] | None:
     spec = TokenSpec(**cache.spec)
     if not spec.discrete:
         return None
-    counts = torch.zeros(spec.codebook_size, dtype=torch.int64)
+    counts = torch.zeros(spec.num_ids, dtype=torch.int64)
     for ids in _tokens(cache):
-        counts += torch.bincount(ids.flatten(), minlength=spec.codebook_size)
+        counts += torch.bincount(ids.flatten(), minlength=spec.num_ids)
     share = counts[counts > 0].double() / counts.sum()
     entropy = -(share * share.log()).sum()
     return {
@@ -81,8 +81,8 @@ def code_usage(cache: TokenCache) -> dict[str, float] | None:
 @torch.no_grad()
 def speed(tokenizer: Tokenizer, data: DataConfig) -> dict[str, float]:
     """Images (or clips) per second that are encoded and decoded, in batches of ``TIMED_BATCH``."""
-    parameter = next(tokenizer.eval().parameters())
-    examples = example_images(open_source(data), data, TIMED_BATCH).to(parameter.device, parameter.dtype)
+    tokenizer.eval()
+    examples = example_images(open_source(data), data, TIMED_BATCH).to(tokenizer.device, tokenizer.dtype)
     tokens = tokenizer.encode(examples)
     rates = {"encode": _rate(lambda: tokenizer.encode(examples), examples)}
     if tokenizer.renders:
@@ -108,7 +108,7 @@ def feature_probes(
     raster that the tokenizer names, averaged over places. Empty without two classes."""
     if min(len(labels.unique()) for labels in (train.labels, test.labels)) < 2:
         return {}
-    features = {"tokens": (_vectors(tokenizer, train), _vectors(tokenizer, test))}
+    features: dict[str, tuple[Any, Any]] = {"tokens": (_vectors(tokenizer, train), _vectors(tokenizer, test))}
     rasters = [_rasters(tokenizer, part) for part in (data, held_out)]
     features |= {name: (rasters[0][name], rasters[1][name]) for name in rasters[0]}
     return {name: probe(a, train.labels, b, test.labels) for name, (a, b) in features.items() if a is not None}
@@ -140,11 +140,11 @@ def _rasters(tokenizer: Tokenizer, data: DataConfig) -> dict[str, Tensor]:
     names = [name for name in tokenizer.raster_features if name != "latents"]
     if not names or tokenizer.condition_spec.parts:
         return {}
-    parameter = next(tokenizer.eval().parameters())
+    tokenizer.eval()
     found: dict[str, list[Tensor]] = {name: [] for name in names}
     loader = evaluation_loader(open_source(data), data)
     for batch in track(loader, "features", len(loader)):
-        output = tokenizer(batch.pixels.to(parameter.device, parameter.dtype))
+        output = tokenizer(batch.pixels.to(tokenizer.device, tokenizer.dtype))
         for name in names:
             found[name].append(output.features[name].float().mean(1).cpu())
     return {name: torch.cat(parts) for name, parts in found.items()}
@@ -155,7 +155,3 @@ def _tokens(cache: TokenCache, batch_size: int = 1024):
     for start in range(0, len(cache), batch_size):
         indices = np.arange(start, min(start + batch_size, len(cache)))
         yield cache.batch(indices, np.zeros_like(indices))[0]
-
-
-def _device(tokenizer: Tokenizer) -> torch.device:
-    return next(tokenizer.parameters()).device

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from vistok.config import build, nearest
+from vistok.config import build, suggestion
 from vistok.quantizers.fsq import FSQ
 from vistok.quantizers.index import IndexQuantizer
 from vistok.quantizers.lfq import LFQ
@@ -28,8 +28,7 @@ def build_quantizer(config: Mapping[str, Any], dim: int) -> Any:
     arguments = dict(config)
     name = arguments.pop("name", None)
     if not isinstance(name, str) or name not in QUANTIZERS:
-        near = nearest(str(name), tuple(QUANTIZERS))
-        hint = f"; did you mean {near!r}?" if near else ""
+        hint = suggestion(str(name), tuple(QUANTIZERS))
         raise ValueError(f"quantizer.name: unknown {name!r}{hint} Known: {', '.join(QUANTIZERS)}.")
     kind = QUANTIZERS[name]
     given = {"dim": arguments.pop("dim", dim)} if kind is not FSQ else {}

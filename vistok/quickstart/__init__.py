@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from vistok.config import load_config
 from vistok.pipelines import pipeline
 from vistok.pipelines.folders import load_tokenizer
 from vistok.pipelines.runs import data_of_run
-from vistok.quickstart.chain import Chain, Recipe
+from vistok.quickstart.chain import Chain, Outcome, Recipe
 from vistok.quickstart.console import Stages, print_summary
 from vistok.quickstart.styled import write_conversations
 from vistok.quickstart.systems import Stage, System, config_file, find_system, systems
@@ -57,17 +58,13 @@ def quickstart(
     predictor = ("predictor",) if system.given_frames else ()
     stages = Stages(("tokenizer", "tokens", "generator", *predictor, "samples", "scores", "report"))
     chain = _train(out, recipe, system, stages, begin)
-    if len(chain.pipe.tokenizer.input_shape) == 4:
-        from vistok.quickstart.clips import present
-    elif system.captions:
-        from vistok.quickstart.talk import present
-    else:
-        from vistok.quickstart.images import present
-    scores, protocol, lines = present(chain, stages)
-    result = {name: round(value, 4) for name, value in asdict(scores).items()}
-    result |= {"seconds": round(chain.seconds, 1), "protocol": protocol}
+    shape, medium = chain.pipe.tokenizer.input_shape, "talk" if system.captions else "images"
+    medium = "clips" if len(shape) == 4 else medium
+    made: Outcome = import_module(f"vistok.quickstart.{medium}").present(chain, stages)
+    result = {name: round(value, 4) for name, value in asdict(made.scores).items()}
+    result |= {"seconds": round(made.seconds, 1), "protocol": made.protocol}
     write_json(out / "result.json", result)
-    print_summary(lines, str(chain.report))
+    print_summary(made.lines, str(chain.report))
     return result
 
 

@@ -145,8 +145,7 @@ def mean_displacement(clips: Tensor) -> float:
 
 def prediction_psnr(real: Tensor, predicted: Tensor, given: int) -> float:
     """PSNR in dB of the frames after the first ``given``, mean over clips."""
-    pair = [(clips[:, :, given:] + 1) / 2 for clips in (real, predicted)]
-    return float(psnr(*pair).mean())
+    return float(psnr((real[:, :, given:] + 1) / 2, (predicted[:, :, given:] + 1) / 2).mean())
 
 
 def repeat_given(real: Tensor, given: int) -> Tensor:
@@ -179,7 +178,7 @@ def score_clips(
         train, test: real clips, for fitting and held out.
     """
     repeats = repeated_ids(tokens, torch.cat([encode(tokenizer, train.pixels), cached_tokens(cache)]))
-    whole = [(clips + 1) / 2 for clips in (test.pixels, reconstruct(tokenizer, test.pixels))]
+    whole, decoded = (test.pixels + 1) / 2, (reconstruct(tokenizer, test.pixels) + 1) / 2
     asked, predicted = prediction
     return ClipScores(
         recognised=classifier.accuracy(generated),
@@ -188,7 +187,7 @@ def score_clips(
         displacement_real=mean_displacement(test.pixels),
         distinct=repeats.distinct,
         copies=repeats.copies,
-        psnr=float(psnr(*whole).mean()),
+        psnr=float(psnr(whole, decoded).mean()),
         prediction=prediction_psnr(asked, predicted, given),
         prediction_repeat=prediction_psnr(asked, repeat_given(asked, given), given),
     )

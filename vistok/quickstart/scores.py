@@ -235,7 +235,7 @@ def reconstruct(tokenizer: Tokenizer, pixels: Tensor) -> Tensor:
 @torch.no_grad()
 def _in_parts(tokenizer: Tokenizer, work: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
     """``work`` on some rows at a time, on the tokenizer's device."""
-    device = next(tokenizer.parameters()).device
+    device = tokenizer.device
     return torch.cat([work(part.to(device)).cpu() for part in rows.split(256)])
 
 

@@ -45,10 +45,13 @@ class Tokenizer(Model):
     has_posterior: bool = False
     """Whether latents are drawn from a distribution, whose moments ``encode_moments`` gives."""
 
+    _spec: TokenSpec
+    _input_shape: tuple[int, ...]
+
     @property
-    @abstractmethod
     def spec(self) -> TokenSpec:
         """The tokens of one image at the size that the tokenizer was built for."""
+        return self._spec
 
     @classmethod
     def arguments_from(cls, data: DataConfig) -> dict[str, Any]:
@@ -65,9 +68,9 @@ class Tokenizer(Model):
         return {argument: getattr(data, key) for argument, key in cls.data_arguments.items()}
 
     @property
-    @abstractmethod
     def input_shape(self) -> tuple[int, ...]:
         """The pixels that ``spec`` belongs to, without the batch: (C, H, W) or (C, T, H, W)."""
+        return self._input_shape
 
     def spec_for(self, shape: Sequence[int]) -> TokenSpec:
         """The tokens of pixels of ``shape``, without the batch: (C, H, W) or (C, T, H, W).

@@ -26,7 +26,7 @@ class ConvTokenizer(Tokenizer):
         super().__init__()
         self.stride = 2 ** (num_levels - 1)
         height, width = image_sides(image_size)
-        self._input_shape: tuple[int, ...] = (in_channels, height, width)
+        self._input_shape = (in_channels, height, width)
 
     def build(
         self,
@@ -47,14 +47,6 @@ class ConvTokenizer(Tokenizer):
         self.encoder, self.pre_quant, self.quantizer = encoder, pre_quant, quantizer
         self.post_quant, self.decoder = post_quant, decoder
         self._spec = self.spec_for(self._input_shape)
-
-    @property
-    def spec(self) -> TokenSpec:
-        return self._spec
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        return self._input_shape
 
     @property
     def loss_terms(self) -> tuple[str, ...]:

@@ -80,9 +80,15 @@ class KLVAE(Tokenizer):
     }
     checkpoints = (
         OfficialCheckpoint("", "kl16.ckpt", {"embed_dim": 16, "ch_mult": [1, 1, 2, 2, 4]}),
-        OfficialCheckpoint("EPFL-VILAB/flextok_vae_c4", DIFFUSERS_WEIGHTS, _narrow_latents(4)),
-        OfficialCheckpoint("EPFL-VILAB/flextok_vae_c8", DIFFUSERS_WEIGHTS, _narrow_latents(8)),
-        OfficialCheckpoint("EPFL-VILAB/flextok_vae_c16", DIFFUSERS_WEIGHTS, _narrow_latents(16)),
+        OfficialCheckpoint(
+            "EPFL-VILAB/flextok_vae_c4", DIFFUSERS_WEIGHTS, _narrow_latents(4), licence="Apple, research only"
+        ),
+        OfficialCheckpoint(
+            "EPFL-VILAB/flextok_vae_c8", DIFFUSERS_WEIGHTS, _narrow_latents(8), licence="Apple, research only"
+        ),
+        OfficialCheckpoint(
+            "EPFL-VILAB/flextok_vae_c16", DIFFUSERS_WEIGHTS, _narrow_latents(16), licence="Apple, research only"
+        ),
     )
 
     def __init__(
@@ -130,14 +136,6 @@ class KLVAE(Tokenizer):
         # They live in the config; a copy in the weights could disagree with it.
         self.register_buffer("mean", _per_channel("latent_mean", latent_mean, latent_channels), persistent=False)
         self.register_buffer("scale", _per_channel("latent_scale", latent_scale, latent_channels), persistent=False)
-
-    @property
-    def spec(self) -> TokenSpec:
-        return self._spec
-
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        return self._input_shape
 
     @property
     def loss_terms(self) -> tuple[str, ...]:

@@ -204,14 +204,6 @@ class MaskGITVQGAN(Tokenizer):
         self._spec = self.spec_for(self._input_shape)
 
     @property
-    def spec(self) -> TokenSpec:
-        return self._spec
-
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        return self._input_shape
-
-    @property
     def loss_terms(self) -> tuple[str, ...]:
         return self.quantizer.loss_terms
 

@@ -64,16 +64,16 @@ def codebook_atlas(tokenizer: Tokenizer, pixels: Tensor) -> Atlas:
     spec = tokenizer.spec
     if not spec.discrete:
         raise ValueError(f"{type(tokenizer).__name__} has no codebook: its tokens are continuous")
-    parameter = next(tokenizer.parameters())
-    ids = torch.cat([tokenizer.encode(part.to(parameter)).cpu() for part in pixels.split(BATCH)])  # (B, L[, depth])
-    counts = torch.bincount(ids.flatten(), minlength=spec.codebook_size)
+    parts = (part.to(tokenizer.device, tokenizer.dtype) for part in pixels.split(BATCH))
+    ids = torch.cat([tokenizer.encode(part).cpu() for part in parts])  # (B, L[, depth])
+    counts = torch.bincount(ids.flatten(), minlength=spec.num_ids)
     placed = pixels.ndim == 4 and spec.grid is not None and len(spec.grid) == 2 and not spec.scales
     picture = _picture(tokenizer, pixels, ids if spec.depth == 1 else ids[..., 0], counts) if placed else None
     return Atlas(counts, len(pixels), picture)
 
 
 def _picture(tokenizer: Tokenizer, pixels: Tensor, ids: Tensor, counts: Tensor) -> Image.Image:
-    rows, columns = tokenizer.spec.grid
+    rows, columns = tokenizer.spec.raster
     height, width = pixels.shape[2] // rows, pixels.shape[3] // columns  # of the pixels that one token stands for
     around = (height * (CONTEXT - 1) // 2, width * (CONTEXT - 1) // 2)
     padded = F.pad(pixels, (around[1], around[1], around[0], around[0]), mode="replicate")
@@ -97,10 +97,9 @@ def _distances(tokenizer: Tokenizer, pixels: Tensor, ids: Tensor) -> Tensor:
     unknown, found = torch.zeros(ids.shape), []
     if tokenizer.spec.depth != 1 or tokenizer.condition_spec.parts:
         return unknown
-    parameter = next(tokenizer.parameters())
     for start in range(0, len(pixels), BATCH):
-        part = pixels[start : start + BATCH].to(parameter)
-        draws = draws_on(tokenizer.training_draws(Keys.range(0, len(part), start)), parameter.device)
+        part = pixels[start : start + BATCH].to(tokenizer.device, tokenizer.dtype)
+        draws = draws_on(tokenizer.training_draws(Keys.range(0, len(part), start)), tokenizer.device)
         features = tokenizer(part, draws=draws).features
         latents, quantized = features.get("latents"), features.get("quantized")
         if latents is None or quantized is None or latents.shape != quantized.shape or latents.ndim != 3:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from vistok.checkpoints import registry
 from vistok.checkpoints.bounds import bounded
-from vistok.config import ConfigError, KeysOf, annotations, check, check_least
+from vistok.config import ConfigError, KeysOf, annotations_of, check, check_least
 from vistok.data.config import DataConfig
 from vistok.train.curves import curve_file
 
@@ -272,7 +272,7 @@ class InitFrom:
 def _model_keys(section: Mapping[str, Any]) -> dict[str, Any]:
     """The types of the keys of a ``model`` section; a name that is none is told later."""
     try:
-        return {"name": str, **annotations(registry.entry(section.get("name", "")).load())}
+        return {"name": str, **annotations_of(registry.entry(section.get("name", "")).load())}
     except registry.UnknownModelError:
         return {"name": str}
 

@@ -17,6 +17,7 @@ import torch
 
 from vistok._version import __version__
 from vistok.config import ConfigError
+from vistok.data.video_decoders import decoder_versions
 from vistok.train.config import RunConfig
 from vistok.utils.files import atomic_file
 
@@ -80,6 +81,7 @@ def environment() -> dict[str, Any]:
         "git_revision": _git_revision(),
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
+        **decoder_versions(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "command": sys.argv,
     }

@@ -340,7 +340,7 @@ class Trainer:
         clock = Clock(self.step, self.config.max_steps)
         with self.players.best() as learner:
             if learner is not None and self.accelerator.is_main_process:
-                home = next(learner.parameters()).device  # the whole copy of a sharded model lives on the CPU
+                home = learner.model.device  # the whole copy of a sharded model lives on the CPU
                 learner.to(self.accelerator.device)
                 try:
                     with self.accelerator.autocast():

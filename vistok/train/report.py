@@ -14,10 +14,10 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
-from vistok.checkpoints import WEIGHTS, load
+from vistok.checkpoints import WEIGHTS
 from vistok.config import ConfigError, load_config
 from vistok.data.opening import open_source
-from vistok.pipelines.folders import GENERATOR, TOKENIZER
+from vistok.pipelines.folders import GENERATOR, TOKENIZER, load_tokenizer
 from vistok.pipelines.runs import RUN_CONFIG, data_of_run
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.atlas import codebook_atlas
@@ -178,7 +178,7 @@ def _chart(name: str, rows: Sequence[Mapping[str, Any]], reference: Sequence[Map
 def _codebook(folder: Path, examples: Examples | None) -> Iterator[Section]:
     if not (folder / TOKENIZER).is_dir():
         return
-    tokenizer = load(folder / TOKENIZER)
+    tokenizer = load_tokenizer(folder / TOKENIZER)
     if not tokenizer.spec.discrete:
         return
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")

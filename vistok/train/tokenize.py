@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vistok.config import nearest
+from vistok.config import suggestion
 from vistok.data.captions import class_caption
 from vistok.data.clip_sources import ClipSource
 from vistok.data.clips import ClipBatches, repeat_last
@@ -326,10 +326,9 @@ def check_size(tokenizer: Tokenizer, data: DataConfig) -> TokenSpec:
 @torch.no_grad()
 def _encode(tokenizer: Tokenizer, pixels: Tensor, batch_size: int) -> Tensor:
     """(B, V, C, H, W) to tokens (B, V, L[, depth or D]), or moments (B, V, L, 2D), ``batch_size`` images at a time."""
-    parameter = next(tokenizer.parameters())
     images = pixels.flatten(0, 1).split(batch_size)
     encode = tokenizer.encode_moments if tokenizer.has_posterior else tokenizer.encode
-    tokens = [encode(part.to(parameter.device, parameter.dtype)).cpu() for part in images]
+    tokens = [encode(part.to(tokenizer.device, tokenizer.dtype)).cpu() for part in images]
     return torch.cat(tokens).unflatten(0, pixels.shape[:2])
 
 
@@ -417,8 +416,7 @@ def parse_augmentation(name: str) -> FixedViews | RandomViews:
         return RandomViews(int(argument))
     if kind == "random":
         raise ValueError(f"augmentation {name!r}: random needs a number of views, for example random:10")
-    guess = nearest(name, AUGMENTATIONS)
-    hint = f"; did you mean {guess!r}?" if guess else ""
+    hint = suggestion(name, AUGMENTATIONS)
     raise ValueError(f"unknown augmentation {name!r}{hint} Known: {', '.join(AUGMENTATIONS)}.")
 
 

@@ -282,7 +282,7 @@ class QueryGenerator(AutoregressiveGenerator):
             return ids, torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
         return ids.gather(1, orders), orders
 
-    def forward(
+    def forward(  # type: ignore[override]  # without a context of other ids
         self,
         tokens: Tensor,
         condition: Condition,

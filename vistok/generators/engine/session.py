@@ -216,7 +216,7 @@ class AutoregressiveSession:
         with torch.inference_mode(False), torch.no_grad():  # callers may train on the tokens
             self.sequence, self._order, self._valid = (t[rows] for t in (self.sequence, self._order, self._valid))
             self.draws = {name: values[rows] for name, values in self.draws.items()}
-            self.forced = None if self.forced is None else tuple(values[rows] for values in self.forced)
+            self.forced = None if self.forced is None else (self.forced[0][rows], self.forced[1][rows])
             self._hidden, self._logits = self._hidden[every], self._logits[every]
             self.rows, self.state = self.rows[every], tuple(values[every] for values in self.state)
             self.kv_cache.choose(every)

@@ -52,6 +52,9 @@ class StreamReader(nn.Module):
         marks: by the stream's names, the ids that stand for a mark: none, one, or several.
     """
 
+    _own: Tensor
+    _counts: Tensor
+
     def __init__(self, text_size: int, patch: int, marks: Mapping[str, Sequence[int]]):
         super().__init__()
         self.vocabulary = JointVocabulary(text_size, 1)

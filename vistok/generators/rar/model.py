@@ -70,8 +70,25 @@ class RAR(AutoregressiveGenerator):
     sizes = SIZES
     condition_length = 2
     checkpoints = (
-        *(OfficialCheckpoint("yucornetto/RAR", f"rar_{s.lower()}.bin", official.config(SIZES[s], 1024)) for s in SIZES),
-        *(OfficialCheckpoint("qiuk6/RobusTok", f"rar_{s}.bin", official.config(SIZES[s.upper()], 4096)) for s in "bl"),
+        *(
+            OfficialCheckpoint(
+                "yucornetto/RAR",
+                f"rar_{s.lower()}.bin",
+                official.config(SIZES[s], 1024),
+                tokenizer="fun-research/TiTok/maskgit-vqgan-imagenet-f16-256.bin",
+            )
+            for s in SIZES
+        ),
+        *(
+            OfficialCheckpoint(
+                "qiuk6/RobusTok",
+                f"rar_{s}.bin",
+                official.config(SIZES[s.upper()], 4096),
+                tokenizer="qiuk6/RobusTok/post-train.pt",
+                licence="not stated",
+            )
+            for s in "bl"
+        ),
     )
 
     def __init__(
@@ -184,7 +201,7 @@ class RAR(AutoregressiveGenerator):
         hidden = self.transform(x, slice(0, x.shape[1]), None, None, self.class_vector(condition))
         return self.head(hidden[:, 1:])
 
-    def forward(
+    def forward(  # type: ignore[override]  # without a context of other ids
         self,
         tokens: Tensor,
         condition: Condition,

@@ -288,7 +288,7 @@ class TokenShuffle(AutoregressiveGenerator):
         """Values (B, M, s^2, ...) of windows to (B, L, ...)."""
         return values.flatten(1, 2)[:, self.members.flatten().argsort()]
 
-    def forward(
+    def forward(  # type: ignore[override]  # without a context of other ids
         self,
         tokens: Tensor,
         condition: Condition,

@@ -104,7 +104,14 @@ class VAR(AutoregressiveGenerator):
         for depth in DEPTHS
     }
     checkpoints = tuple(
-        OfficialCheckpoint("FoundationVision/var", f"var_d{depth}.pth", official.config(depth)) for depth in DEPTHS
+        OfficialCheckpoint(
+            "FoundationVision/var",
+            f"var_d{depth}.pth",
+            official.config(depth),
+            # That of 512 px is the same file, whose arguments have to say the size.
+            tokenizer="FoundationVision/var/vae_ch160v4096z32.pth" if depth < 36 else None,
+        )
+        for depth in DEPTHS
     )
 
     def __init__(
@@ -271,7 +278,7 @@ class VAR(AutoregressiveGenerator):
         mask = self.attention_mask(condition, 0, length)
         return self.head(self.transform(x, slice(0, length), mask, None, self.class_vector(condition)))
 
-    def forward(
+    def forward(  # type: ignore[override]  # without a context of other ids
         self,
         tokens: Tensor,
         condition: Condition,

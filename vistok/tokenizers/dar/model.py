@@ -183,14 +183,6 @@ class DAR(Tokenizer):
         return size[0] // patch, size[1] // patch
 
     @property
-    def spec(self) -> TokenSpec:
-        return self._spec
-
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        return self._input_shape
-
-    @property
     def loss_terms(self) -> tuple[str, ...]:
         return (*self.quantizer.loss_terms, "flow")
 

@@ -189,14 +189,6 @@ class FlexTok(Tokenizer):
         return model.requires_grad_(False)
 
     @property
-    def spec(self) -> TokenSpec:
-        return self._spec
-
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        return self._input_shape
-
-    @property
     def loss_terms(self) -> tuple[str, ...]:
         return ("flow",)
 

@@ -205,14 +205,6 @@ class GigaTok(Tokenizer):
         self.post_quant = nn.Linear(codebook_embed_dim, z_channels)
 
     @property
-    def spec(self) -> TokenSpec:
-        return self._spec
-
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        return self._input_shape
-
-    @property
     def loss_terms(self) -> tuple[str, ...]:
         return (*self.quantizer.loss_terms, "feature")
 

@@ -171,10 +171,6 @@ class LARP(Tokenizer):
     def spec(self) -> TokenSpec:
         return TokenSpec(self.num_tokens, self.quantizer.codebook_size, self.quantizer.dim)
 
-    @property
-    def input_shape(self) -> tuple[int, int, int, int]:
-        return self._input_shape
-
     def _spec_for_sides(self, sides: tuple[int, ...]) -> TokenSpec:
         """Shorter clips give as many tokens."""
         self._time_steps(sides[0])

@@ -111,10 +111,6 @@ class MingTok(Tokenizer):
     def _spec_of(self, grid: tuple[int, int]) -> TokenSpec:
         return TokenSpec(math.prod(grid), None, self.encoder.latent_dim, grid=grid)
 
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        return self._input_shape
-
     def _spec_for_sides(self, sides: tuple[int, ...]) -> TokenSpec:
         if min(sides) < 1 or any(side % self.patch_size for side in sides):
             raise ValueError(

@@ -101,14 +101,6 @@ class RobusTok(Tokenizer):
         self._spec = TokenSpec(num_tokens, codebook_size, codebook_embed_dim, grid=(side, side))
 
     @property
-    def spec(self) -> TokenSpec:
-        return self._spec
-
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        return self._input_shape
-
-    @property
     def loss_terms(self) -> tuple[str, ...]:
         return self.quantizer.loss_terms
 

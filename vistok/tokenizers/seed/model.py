@@ -144,10 +144,6 @@ class SEED(Tokenizer):
         return TokenSpec(self.qformer.queries.shape[1], self.quantizer.codebook_size, self.quantizer.dim)
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
-        return self._input_shape
-
-    @property
     def loss_terms(self) -> tuple[str, ...]:
         """ "codebook" and "commitment" of the quantizer, "query" and, with a target tower, "image"."""
         return (*self.quantizer.loss_terms, "query", *(("image",) if self.target_tower is not None else ()))

@@ -185,14 +185,6 @@ class TiTok(Tokenizer):
             self._spec = TokenSpec(num_tokens, codebook_size, token_dim)
 
     @property
-    def spec(self) -> TokenSpec:
-        return self._spec
-
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        return self._input_shape
-
-    @property
     def loss_terms(self) -> tuple[str, ...]:
         return ("kl",) if self.has_posterior else self.quantizer.loss_terms
 

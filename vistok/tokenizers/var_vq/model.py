@@ -121,10 +121,6 @@ class VARVQ(Tokenizer):
         return TokenSpec(sum(map(math.prod, scales)), self.quantizer.codebook_size, self.quantizer.dim, scales=scales)
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
-        return self._input_shape
-
-    @property
     def loss_terms(self) -> tuple[str, ...]:
         return self.quantizer.loss_terms
 

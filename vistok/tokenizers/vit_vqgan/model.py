@@ -202,10 +202,6 @@ class ViTVQGAN(Tokenizer):
         return TokenSpec(h * w, vector_quantizer.codebook_size, vector_quantizer.dim, depth=self.depth, grid=(h, w))
 
     @property
-    def input_shape(self) -> tuple[int, int, int]:
-        return self._input_shape
-
-    @property
     def loss_terms(self) -> tuple[str, ...]:
         return (*self.quantizer.loss_terms, *(("logit_laplace",) if self.distribution else ()))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import import_module
 
-from vistok.config import ConfigError, nearest
+from vistok.config import ConfigError, suggestion
 from vistok.train.tasks.base import Learner, Task, Turn
 
 __all__ = ["TASKS", "Learner", "Task", "Turn", "any_config", "task_type"]
@@ -29,8 +29,6 @@ def task_type(name: str | None) -> type[Task]:
         ConfigError: there is none.
     """
     if not isinstance(name, str) or name not in TASKS:
-        near = nearest(name, tuple(TASKS)) if isinstance(name, str) else None
-        hint = f"; did you mean {near!r}?" if near else ""
-        raise ConfigError(f"task: got {name!r}, expected one of {', '.join(TASKS)}{hint}")
+        raise ConfigError(f"task: got {name!r}, expected one of {', '.join(TASKS)}{suggestion(name, tuple(TASKS))}")
     module, _, kind = TASKS[name].partition(":")
     return getattr(import_module(module), kind)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from torch import Tensor, nn
 
-from vistok.config import ConfigError, KeysOf, annotations, build, check_least, nearest
+from vistok.config import ConfigError, KeysOf, annotations_of, build, check_least, suggestion
 from vistok.draws import Keys
 from vistok.losses import (
     BlurDiscriminator,
@@ -43,7 +43,7 @@ GameName = Literal["vanilla", "non_saturating", "non_saturating_mean", "hinge", 
 def _discriminator_keys(section: Mapping[str, Any]) -> dict[str, Any]:
     """The types of the keys of a ``discriminator`` section; a name that is none is told later."""
     kind = DISCRIMINATORS.get(section.get("name", "patchgan"))
-    return {"name": str, **({} if kind is None else annotations(kind))}
+    return {"name": str, **({} if kind is None else annotations_of(kind))}
 
 
 @dataclass(frozen=True)
@@ -173,8 +173,7 @@ def build_discriminator(
     arguments = dict(config.discriminator)
     name = arguments.pop("name", "patchgan")
     if not isinstance(name, str) or name not in DISCRIMINATORS:
-        near = nearest(str(name), tuple(DISCRIMINATORS))
-        hint = f"; did you mean {near!r}?" if near else ""
+        hint = suggestion(str(name), tuple(DISCRIMINATORS))
         raise ConfigError(f"losses.gan.discriminator.name: unknown {name!r}{hint} Known: {', '.join(DISCRIMINATORS)}.")
     kind = DISCRIMINATORS[name]
     derived = kind.arguments_for(input_shape) | kind.arguments_for_range(value_range)

@@ -161,9 +161,8 @@ class GeneratorTask(Task):
     def _held_out_terms(
         self, learner: GeneratorLearner, batch: TokenBatch, clock: Clock, number: int
     ) -> dict[str, Tensor]:
-        draws = self.model.training_draws(
-            self._keys(batch, number)
-        )  # of which some may be one for the whole batch: MAR's share of masks
+        # Some of these may be one for the whole batch, such as a share of masks.
+        draws = self.model.training_draws(self._keys(batch, number))
         draws.pop("drop", None)  # classes stay
         output = self._output(learner, batch, clock, draws)
         return {"loss": output.loss} | output.metrics
@@ -188,7 +187,7 @@ class GeneratorTask(Task):
         if not self.tokenizer.renders:
             return []
         rows, columns = min(len(self.classes), 8) or 4, 1 if len(self.tokenizer.input_shape) == 4 else 8
-        reader = self.loader.reader
+        reader: Any = self.loader.reader
         what: dict[str, Any]
         if self.config.streams:
             asked = reader.prompts(np.arange(rows) * len(reader) // rows)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vistok.config import ConfigError, build, check, nearest
+from vistok.config import ConfigError, build, check, suggestion
 from vistok.draws import Draws, Keys
 from vistok.losses import EncoderConfig
 from vistok.tokenizers.base import Tokenizer
@@ -160,8 +160,7 @@ def check_terms(tokenizer: Tokenizer, losses: Mapping[str, Any]) -> dict[str, Te
         if name in SETTINGS:
             continue
         if name not in allowed:
-            near = nearest(name, allowed)
-            hint = f"; did you mean {near!r}?" if near else ""
+            hint = suggestion(name, allowed)
             raise ConfigError(
                 f"losses.{name}: {type(tokenizer).__name__} provides no such term{hint} "
                 f"It provides: {', '.join(allowed)}."

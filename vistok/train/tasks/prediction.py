@@ -197,7 +197,7 @@ class PredictionObjective(nn.Module):
                 own = inverse_cdf(logits.softmax(-1).flatten(0, 1), numbers).clamp_max(logits.shape[-1] - 1)
             context = torch.where(draws["own"][..., 0] < share, own.view_as(tokens), tokens)
         if self.config.token_noise:
-            size = model.spec.codebook_size
+            size = model.spec.num_ids
             noise = (draws["any"][..., 1] * size).long().clamp_max(size - 1)
             given = tokens if context is None else context
             context = torch.where(draws["any"][..., 0] < self.config.token_noise, noise, given)
@@ -205,6 +205,8 @@ class PredictionObjective(nn.Module):
 
     def next_all_logits(self, model: AutoregressiveGenerator, hidden: Tensor, targets: Tensor) -> Tensor:
         """Logits (B, L, m, V) of the tokens at the places targets (B or 1, L, m), from hidden states (B, L, D) each."""
+        if self.target_positions is None or self.look_ahead is None:
+            raise ValueError("this run predicts no tokens after the next")
         x = hidden[:, :, None] + self.target_positions[targets]
         return model.head(hidden[:, :, None] + self.look_ahead(x))
 
@@ -269,7 +271,7 @@ def _hidden(
     x, first = model.embed_sequence(given[:, :-1], condition), model.condition_length
     length = x.shape[1]
     mask = model.attention_mask(condition, 0, length)
-    if masked is not None:
+    if masked is not None and mask_vector is not None:
         shift = masked[:, :-1, None] * mask_vector
         x = torch.cat([x[:, :first], x[:, first:] + shift], 1)
         # The last entry sees all that may be seen.

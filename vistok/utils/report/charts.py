@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
 from vistok.utils.report.blocks import Block
 
@@ -16,6 +16,7 @@ LOG_FROM = 100
 MOST_POINTS = 400
 
 Points = Sequence[tuple[float, float]]
+Style: TypeAlias = Literal["own", "second", "reference"]
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,13 @@ class Line:
 
     points: Sequence[tuple[float, float | None]]
     label: str = ""
-    style: Literal["own", "second", "reference"] = "own"
+    style: Style = "own"
     names: Sequence[str] = ()
 
     @classmethod
-    def of(cls, rows: Sequence[Mapping[str, float | None]], name: str, label: str = "", style: str = "own") -> Line:
+    def of(cls, rows: Sequence[Mapping[str, float | None]], name: str, label: str = "", style: Style = "own") -> Line:
         """The curve of metric ``name`` over "step" in the rows of a metrics.jsonl."""
-        return cls([(row["step"], row[name]) for row in rows if name in row], label, style)
+        return cls([(row["step"] or 0, row[name]) for row in rows if name in row], label, style)
 
     @property
     def runs(self) -> list[Points]:
@@ -67,6 +68,8 @@ class Chart:
     lines: Sequence[Line]
     x_label: str = "step"
     dots: bool = False
+    x_axis: Axis = field(init=False)
+    y_axis: Axis = field(init=False)
 
     def __post_init__(self) -> None:
         drawn = [point for line in self.lines for run in line.runs for point in run]

@@ -1,0 +1,40 @@
+"""Waiting for processes that tests start, never for ever."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable
+from threading import Timer
+
+SECONDS = 300
+"""How long a test waits for a process; many times what it takes on a busy machine."""
+
+
+def wait_until(done: Callable[[], bool], process: subprocess.Popen, *, seconds: float = SECONDS) -> bool:
+    """Wait until ``done``; False if the process ended before. One that takes longer is killed, and that is an error."""
+    end = time.monotonic() + seconds
+    while not done():
+        if process.poll() is not None:
+            return False
+        if time.monotonic() > end:
+            process.kill()
+            raise TimeoutError(f"waited {seconds} s for {process.args}")
+        time.sleep(0.01)
+    return True
+
+
+def first_line(process: subprocess.Popen, *, seconds: float = SECONDS) -> str:
+    """The first line that the process prints; empty if it ended, or was killed for taking too long."""
+    timer = Timer(seconds, process.kill)
+    timer.start()
+    try:
+        return process.stdout.readline()
+    finally:
+        timer.cancel()
+
+
+def end(process: subprocess.Popen) -> None:
+    """Kill it, and read what is left in its pipes."""
+    process.kill()
+    process.communicate(timeout=SECONDS)
