@@ -48,7 +48,8 @@ class DataConfig:
         root: the folder or .zip file; the pattern of the shards; where torchvision keeps its datasets. A command that
             writes shards is a ``ShellCommand``, never a text.
         name: the dataset's name: torchvision's, for example ``CIFAR10``, or its id on the hub; ``turned`` digits come
-            upright, turned left and turned right, ``styled`` ones as they are, slanted, thin and bold.
+            upright, turned left and turned right, ``styled`` ones as they are, slanted, thin and bold;
+            ``large`` moving digits take three quarters of the frame's side, others half of it.
         image_column, label_column: which columns of a data set of the hub hold the images and the class ids; by default
             its only image column and its only class label column.
         caption_column: which column of a data set of the hub holds texts, if any.

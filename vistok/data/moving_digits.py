@@ -22,7 +22,8 @@ class MovingDigitsSource(ClipSource):
 
     Args:
         split: "train", "test" or None for both, as of the digits.
-        image_size: side of the frames; the digit takes half of it.
+        image_size: side of the frames.
+        digit: side of the digit, as a share of the frame's.
         num_frames: frames of a video.
         motions: videos of each digit image, which differ in their motion.
         speed: smallest and largest pixels per frame, as a share of the side.
@@ -38,12 +39,15 @@ class MovingDigitsSource(ClipSource):
         split: str | None = "train",
         image_size: int = 32,
         num_frames: int = 16,
+        digit: float = 0.5,
         motions: int = 1,
         speed: tuple[float, float] = (0.03, 0.09),
         seed: int = 0,
     ) -> None:
         if image_size < 16:
             raise ValueError(f"moving digits need frames of at least 16 px, got {image_size}")
+        if not 0 < digit < 1:
+            raise ValueError(f"the digit takes a share in (0, 1) of the frame, got {digit}")
         if not 0 <= speed[0] <= speed[1] < 0.5:
             raise ValueError(f"speed must be two ascending shares in [0, 0.5), got {speed}")
         if motions < 1 or num_frames < 1:
@@ -56,6 +60,7 @@ class MovingDigitsSource(ClipSource):
             speed,
             seed,
         )
+        self.side = round(digit * image_size)
         self.classes = self._digits.classes
 
     def __len__(self) -> int:
@@ -69,7 +74,7 @@ class MovingDigitsSource(ClipSource):
 
     def read(self, index: int, frames: Sequence[int]) -> np.ndarray:
         digit = self._digits[index // self.motions][0]
-        side = self.image_size // 2
+        side = self.side
         stamp = np.asarray(digit.resize((side, side), Image.Resampling.BICUBIC))
         canvas = np.zeros((len(frames), self.image_size, self.image_size, 1), np.uint8)
         for image, (left, top) in zip(canvas, self.positions(index, frames), strict=True):
@@ -78,7 +83,7 @@ class MovingDigitsSource(ClipSource):
 
     def positions(self, index: int, frames: Sequence[int]) -> np.ndarray:
         """The left and top edge of the digit in these frames, (n, 2) integers."""
-        room = self.image_size - self.image_size // 2
+        room = self.image_size - self.side
         uniforms = Keys.of(self.seed, [index]).uniform("motion", 4)[0].double().numpy()
         angle, speed = (
             2 * np.pi * uniforms[2],
@@ -93,5 +98,13 @@ class MovingDigitsSource(ClipSource):
         return f"moving digits/{index}"
 
     def fingerprint(self) -> str:
-        parts = (self._digits.fingerprint(), self.image_size, self.num_frames, self.motions, self.speed, self.seed)
+        parts = (
+            self._digits.fingerprint(),
+            self.image_size,
+            self.side,
+            self.num_frames,
+            self.motions,
+            self.speed,
+            self.seed,
+        )
         return hash_lines(map(str, parts))

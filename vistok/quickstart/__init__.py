@@ -18,7 +18,7 @@ from vistok.config import load_config
 from vistok.pipelines import pipeline
 from vistok.pipelines.folders import load_tokenizer
 from vistok.pipelines.runs import data_of_run
-from vistok.quickstart.chain import Chain, Recipe
+from vistok.quickstart.chain import Chain, Outcome, Recipe
 from vistok.quickstart.console import Stages, print_summary
 from vistok.quickstart.styled import write_conversations
 from vistok.quickstart.systems import Stage, System, config_file, find_system, systems
@@ -60,11 +60,11 @@ def quickstart(
     chain = _train(out, recipe, system, stages, begin)
     shape, medium = chain.pipe.tokenizer.input_shape, "talk" if system.captions else "images"
     medium = "clips" if len(shape) == 4 else medium
-    scores, protocol, lines = import_module(f"vistok.quickstart.{medium}").present(chain, stages)
-    result = {name: round(value, 4) for name, value in asdict(scores).items()}
-    result |= {"seconds": round(chain.seconds, 1), "protocol": protocol}
+    made: Outcome = import_module(f"vistok.quickstart.{medium}").present(chain, stages)
+    result = {name: round(value, 4) for name, value in asdict(made.scores).items()}
+    result |= {"seconds": round(made.seconds, 1), "protocol": made.protocol}
     write_json(out / "result.json", result)
-    print_summary(lines, str(chain.report))
+    print_summary(made.lines, str(chain.report))
     return result
 
 

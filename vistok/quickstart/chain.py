@@ -12,6 +12,7 @@ from vistok.data.config import DataConfig
 from vistok.data.tokens import TokenCache
 from vistok.pipelines import Pipeline
 from vistok.quickstart.systems import System
+from vistok.utils.report import Score
 
 
 @dataclass(frozen=True)
@@ -74,3 +75,20 @@ class Chain:
     def report(self) -> Path:
         """The page that says what came out."""
         return self.out / "report.html"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out.
+
+    Attributes:
+        scores: a dataclass of numbers.
+        seconds: since the beginning, when the scores were there.
+        protocol: what the scores depend on.
+        lines: the scores as they are told.
+    """
+
+    scores: Any
+    seconds: float
+    protocol: dict[str, Any]
+    lines: list[Score]

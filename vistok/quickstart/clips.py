@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 
 from vistok.pipelines import Pipeline
-from vistok.quickstart.chain import Chain
+from vistok.quickstart.chain import Chain, Outcome
 from vistok.quickstart.clip_scores import (
     COPIES,
     Clips,
-    ClipScores,
     fit_frame_classifier,
     load_clips,
     score_clips,
@@ -19,14 +18,13 @@ from vistok.quickstart.clip_scores import (
 from vistok.quickstart.clip_story import curves, draw, score_lines, write_story
 from vistok.quickstart.console import Stages
 from vistok.quickstart.scores import CLASSES
-from vistok.utils.report import Score
 
 PREDICTED = 100
 """Held-out clips whose frames are predicted."""
 
 
-def present(chain: Chain, stages: Stages) -> tuple[ClipScores, dict[str, Any], list[Score]]:
-    """Sample, predict, score and write the report; returns the scores, what they depend on, and how they are told."""
+def present(chain: Chain, stages: Stages) -> Outcome:
+    """Sample, predict, score and write the report."""
     recipe, pipe, given = chain.recipe, chain.pipe, chain.system.given_frames
     each = max(recipe.samples_per_class // 5, 1)
     train, test = (load_clips(chain.split(name)) for name in ("train", "test"))
@@ -70,7 +68,8 @@ def present(chain: Chain, stages: Stages) -> tuple[ClipScores, dict[str, Any], l
         **chain.facts,
     }
     spec = pipe.tokenizer.spec
-    lines = score_lines(scores, chain.seconds, chain.system, spec=spec, num_frames=length)
+    seconds = chain.seconds
+    lines = score_lines(scores, seconds, chain.system, spec=spec, num_frames=length)
     write_story(
         chain.report,
         pictures,
@@ -80,7 +79,7 @@ def present(chain: Chain, stages: Stages) -> tuple[ClipScores, dict[str, Any], l
         tokenizer=pipe.tokenizer,
         protocol=protocol,
     )
-    return scores, protocol, lines
+    return Outcome(scores, seconds, protocol, lines)
 
 
 def spread(clips: Clips, count: int) -> Clips:

@@ -7,15 +7,14 @@ from typing import Any
 import torch
 
 from vistok.data.captions import spell_digit
-from vistok.quickstart.chain import Chain
+from vistok.quickstart.chain import Chain, Outcome
 from vistok.quickstart.console import Stages
-from vistok.quickstart.scores import CLASSES, COPIES, Digits, Scores, equal_counts, fit_classifier, load_digits, score
+from vistok.quickstart.scores import CLASSES, COPIES, Digits, equal_counts, fit_classifier, load_digits, score
 from vistok.quickstart.story import curves, draw, score_lines, write_story
-from vistok.utils.report import Score
 
 
-def present(chain: Chain, stages: Stages) -> tuple[Scores, dict[str, Any], list[Score]]:
-    """Sample, score and write the report; returns the scores, what they depend on, and how they are told."""
+def present(chain: Chain, stages: Stages) -> Outcome:
+    """Sample, score and write the report."""
     recipe, pipe = chain.recipe, chain.pipe
     stages.begin("samples", f"{recipe.samples_per_class} digits of each class")
     what: dict[str, Any] = {"class_labels": list(range(CLASSES))}
@@ -50,7 +49,8 @@ def present(chain: Chain, stages: Stages) -> tuple[Scores, dict[str, Any], list[
         **chain.facts,
     }
     spec = pipe.tokenizer.spec
-    lines = score_lines(scores, chain.seconds, chain.system, spec=spec)
+    seconds = chain.seconds
+    lines = score_lines(scores, seconds, chain.system, spec=spec)
     write_story(
         chain.report,
         pictures,
@@ -60,4 +60,4 @@ def present(chain: Chain, stages: Stages) -> tuple[Scores, dict[str, Any], list[
         spec=spec,
         protocol=protocol,
     )
-    return scores, protocol, lines
+    return Outcome(scores, seconds, protocol, lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from vistok.data.tokens import TokenCache
 from vistok.draws import Keys
 from vistok.pipelines import Message, Pipeline
-from vistok.quickstart.chain import Chain
+from vistok.quickstart.chain import Chain, Outcome
 from vistok.quickstart.console import Stages
 from vistok.quickstart.scores import (
     CLASSES,
@@ -27,7 +27,6 @@ from vistok.quickstart.scores import (
 from vistok.quickstart.styled import STYLE_NAMES, StyledDigits, draw_request, edit_request, load_styled, word
 from vistok.quickstart.talk_story import curves, draw, score_lines, write_story
 from vistok.types import Condition
-from vistok.utils.report import Score
 
 TURNS = 3
 """Images of a conversation that the report shows."""
@@ -62,8 +61,8 @@ class TalkScores:
     psnr: float
 
 
-def present(chain: Chain, stages: Stages) -> tuple[TalkScores, dict[str, Any], list[Score]]:
-    """Talk, score and write the report; returns the scores, what they depend on, and how they are told."""
+def present(chain: Chain, stages: Stages) -> Outcome:
+    """Talk, score and write the report."""
     recipe, pipe = chain.recipe, chain.pipe
     stages.begin("samples", "drawings, captions and edits")
     real, held_out = load_styled("train"), load_styled("test")
@@ -93,10 +92,11 @@ def present(chain: Chain, stages: Stages) -> tuple[TalkScores, dict[str, Any], l
         "copies": COPIES[False],
         **chain.facts,
     }
-    lines = score_lines(asdict(scores), chain.seconds, chain.system)
+    seconds = chain.seconds
+    lines = score_lines(asdict(scores), seconds, chain.system)
     charts = curves((chain.out / "tokenizer", chain.out / "generator"))
     write_story(chain.report, pictures, lines, talks[7], charts=charts, system=chain.system, protocol=protocol)
-    return scores, protocol, lines
+    return Outcome(scores, seconds, protocol, lines)
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Judged:
         edits = pipe(condition=condition, seed=seed + 1, batch_size=250)
         pixels = [pipe.decode(tokens, Keys.range(seed, count)) for tokens in (first, second)]
         latents = torch.cat([first.cpu(), second.cpu(), edits.tokens])
-        said = pipe.caption(held_out.pixels, max_tokens=8, batch_size=250)
+        said = cast(list[str], pipe.caption(held_out.pixels, max_tokens=8, batch_size=250))  # of a batch
         return cls(pixels[0], wanted, pixels[1], following, shown, edits.pixels, changed, said, latents)
 
 
