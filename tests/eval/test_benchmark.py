@@ -239,7 +239,7 @@ def test_a_sweep_of_temperatures_joins_those_of_guidance(pipe, finished, tmp_pat
     assert fingerprints(both)[:2] == fingerprints(first)
     assert fingerprints(both)[2] != fingerprints(both)[1]
     page = (out / "report.html").read_text()
-    assert "frechet_distance: guidance" in page
+    assert "frechet distance: guidance" in page
     assert page.count('class="number best"') == 2  # in the table of scores, and in that of guidance and temperature
     with pytest.raises(ValueError, match="the sweep names no temperature"):
         benchmark(pipe, out, temperatures=[], **CALL)

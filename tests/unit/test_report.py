@@ -69,8 +69,8 @@ def test_a_slider_brings_its_script_and_shows_the_last_picture(tmp_path):
 
 def test_the_best_cell_stands_out_and_columns_of_numbers_are_aligned():
     html = Table([{"a": "x", "b": 1.5}, {"a": "y", "b": None}], frozenset({(0, "b")})).html()
-    assert '<td class="number best">1.500</td>' in html
-    assert '<td class="number">–</td>' in html
+    assert '<td data-label="b" class="number best">1.500</td>' in html
+    assert '<td data-label="b" class="number">–</td>' in html
 
 
 def test_curves_skip_gaps_and_stay_within_their_frame():

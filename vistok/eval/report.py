@@ -86,7 +86,8 @@ def score_rows(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     swept = [name for name in ("guidance", "temperature") if name == "guidance" or _differ(runs, name)]
     rows = []
     for run in runs:
-        setting = {"guidance": _scale_text(run), "temperature": run.get("temperature")}
+        temperature = run.get("temperature")
+        setting = {"guidance": _scale_text(run), "temperature": "" if temperature is None else f"{temperature:g}"}
         scores = {name: value for name, value in run["scores"].items() if not name.endswith("_std")}
         rows.append({name: setting[name] for name in swept} | scores | {"distinct": run["images"]["distinct"]})
     return rows
