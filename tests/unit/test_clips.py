@@ -259,6 +259,15 @@ def test_digits_move_inside_the_frame_at_their_speed(index, seed, size):
     assert steps.sum() > 0
 
 
+def test_sideways_digits_move_left_and_right_at_their_speed():
+    source = MovingDigitsSource(image_size=32, num_frames=40, sideways=True)
+    places = np.stack([source.positions(index, range(40)) for index in range(20)])  # (clips, frames, left and top)
+    assert set(places[..., 1].flatten()) == {8}
+    assert (places[..., 0].min(), places[..., 0].max()) == (0, 16)
+    assert np.abs(np.diff(places[..., 0], axis=1)).max() <= 32 * 0.09 + 1
+    assert source.fingerprint() != MovingDigitsSource(image_size=32, num_frames=40).fingerprint()
+
+
 def test_moving_digits_are_of_their_class_and_keep_their_split():
     train, test = (MovingDigitsSource(split=split, motions=2) for split in ("train", "test"))
     assert len(train) + len(test) == 2 * 1797

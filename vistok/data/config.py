@@ -49,7 +49,7 @@ class DataConfig:
             writes shards is a ``ShellCommand``, never a text.
         name: the dataset's name: torchvision's, for example ``CIFAR10``, or its id on the hub; ``turned`` digits come
             upright, turned left and turned right, ``styled`` ones as they are, slanted, thin and bold;
-            ``large`` moving digits take three quarters of the frame's side, others half of it.
+            ``sideways`` moving digits go left and right only.
         image_column, label_column: which columns of a data set of the hub hold the images and the class ids; by default
             its only image column and its only class label column.
         caption_column: which column of a data set of the hub holds texts, if any.

@@ -22,8 +22,8 @@ class MovingDigitsSource(ClipSource):
 
     Args:
         split: "train", "test" or None for both, as of the digits.
-        image_size: side of the frames.
-        digit: side of the digit, as a share of the frame's.
+        image_size: side of the frames; the digit takes half of it.
+        sideways: digits move along the middle of the frame only, left and right.
         num_frames: frames of a video.
         motions: videos of each digit image, which differ in their motion.
         speed: smallest and largest pixels per frame, as a share of the side.
@@ -39,15 +39,13 @@ class MovingDigitsSource(ClipSource):
         split: str | None = "train",
         image_size: int = 32,
         num_frames: int = 16,
-        digit: float = 0.5,
+        sideways: bool = False,
         motions: int = 1,
         speed: tuple[float, float] = (0.03, 0.09),
         seed: int = 0,
     ) -> None:
         if image_size < 16:
             raise ValueError(f"moving digits need frames of at least 16 px, got {image_size}")
-        if not 0 < digit < 1:
-            raise ValueError(f"the digit takes a share in (0, 1) of the frame, got {digit}")
         if not 0 <= speed[0] <= speed[1] < 0.5:
             raise ValueError(f"speed must be two ascending shares in [0, 0.5), got {speed}")
         if motions < 1 or num_frames < 1:
@@ -60,7 +58,7 @@ class MovingDigitsSource(ClipSource):
             speed,
             seed,
         )
-        self.side = round(digit * image_size)
+        self.side, self.sideways = image_size // 2, sideways
         self.classes = self._digits.classes
 
     def __len__(self) -> int:
@@ -89,8 +87,10 @@ class MovingDigitsSource(ClipSource):
             2 * np.pi * uniforms[2],
             self.image_size * (self.speed[0] + uniforms[3] * (self.speed[1] - self.speed[0])),
         )
-        velocity = speed * np.array([np.cos(angle), np.sin(angle)])
-        straight = uniforms[:2] * room + np.asarray(frames)[:, None] * velocity  # (n, 2)
+        velocity, begin = speed * np.array([np.cos(angle), np.sin(angle)]), uniforms[:2] * room
+        if self.sideways:
+            velocity, begin[1] = speed * np.array([np.sign(velocity[0]), 0.0]), room / 2
+        straight = begin + np.asarray(frames)[:, None] * velocity  # (n, 2)
         folded = np.abs((straight + room) % (2 * room) - room)  # a wave between 0 and room: bouncing
         return np.rint(folded).astype(int)
 
@@ -101,7 +101,7 @@ class MovingDigitsSource(ClipSource):
         parts = (
             self._digits.fingerprint(),
             self.image_size,
-            self.side,
+            self.sideways,
             self.num_frames,
             self.motions,
             self.speed,

@@ -15,8 +15,6 @@ from vistok.data.video_files import folder_videos, listed_videos
 
 MOVING_SPANS = 4
 """Moving digits are videos of this many clips, so that a random clip shows other places of the same path."""
-DIGIT_SHARES = {"large": 0.75}
-"""How much of a frame's side a moving digit takes, by ``data.name``; half of it without."""
 _ROOTS = {
     "folder": "a folder or .zip file of images",
     "torchvision": "torchvision's data folder",
@@ -51,14 +49,14 @@ def _open(config: DataConfig) -> ImageSource | ClipSource:
     if config.source == "moving_digits":
         if config.num_frames is None:
             raise ValueError("data.source=moving_digits needs data.num_frames=…, for example data.num_frames=16")
-        if config.name not in (None, *DIGIT_SHARES):
-            raise ValueError(f"data.source=moving_digits takes data.name=large, or none; got {config.name!r}")
+        if config.name not in (None, "sideways"):
+            raise ValueError(f"data.source=moving_digits takes data.name=sideways, or none; got {config.name!r}")
         span = (config.num_frames - 1) * config.frame_stride + 1
         return MovingDigitsSource(
             split=config.split,
             image_size=config.image_size,
             num_frames=MOVING_SPANS * span,
-            digit=0.5 if config.name is None else DIGIT_SHARES[config.name],
+            sideways=config.name == "sideways",
             seed=config.seed,
         )
     if config.source == "video_list":

@@ -295,7 +295,7 @@ def _next_commands(out: Path, given: int) -> list[str]:
         "",
         "# The same chain on your own videos (a folder for each class, or one for all)",
         f"vistok train {tokenizer}/config.yaml output_dir=runs/tokenizer \\",
-        "    data.source=videos data.root=clips/ data.channels=3",
+        "    data.source=videos data.name=null data.root=clips/ data.channels=3",
         f"vistok tokenize runs/tokenizer --augmentation random:8 --given-frames {given} --out tokens/",
         f"vistok train {generator}/config.yaml output_dir=runs/generator tokens=tokens/",
         "vistok sample runs/generator --num 100 --out samples/",
