@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from vistok.checkpoints import registry
-from vistok.checkpoints.released import licence_of
 from vistok.utils.recipes import models_of_configs, summary
 
 HERE = Path(__file__).parent
@@ -59,10 +58,11 @@ def zoo_page(catalogue: list[dict[str, Any]]) -> str:
         "repositories state; read them there before you use weights.", "",
     ]  # fmt: skip
     lines += ["## Licences of code", ""]
-    systems = {item["official"].partition("/")[0]: item for item in catalogue}
+    names = {name.partition("/")[0]: name for item in registry.ENTRIES for name in reversed(item.official_names)}
+    licences = {system: registry.official_entry(name).licence_of(name) for system, name in names.items()}
     lines += table(
         ("system", "reference implementation", "weights"),
-        ((name, licence_of(name).code, licence_of(name).weights) for name in systems),
+        ((system, licence.code, licence.weights) for system, licence in sorted(licences.items())),
     )
     lines += ["", "## Checkpoints", ""]
     lines += checkpoint_table([file for item in catalogue for file in item["checkpoints"]])

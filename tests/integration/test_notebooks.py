@@ -12,7 +12,6 @@ import torch
 from nbclient import NotebookClient
 
 from vistok.config import load_config
-from vistok.data.captions import spell_digit
 from vistok.pipelines import Pipeline
 from vistok.quickstart.systems import config_file, find_system
 from vistok.text import PromptEncoder, open_text_tokenizer
@@ -58,8 +57,9 @@ def write_quickstart(folder: Path, system: str) -> None:
     (folder / "tokenizer" / "config.yaml").write_text(config_file(system, "tokenizer").read_text())
     tokenizer_run, generator_run = runs["tokenizer"], runs["generator"]
     tokenizer = tokenizer_run.build_model(tokenizer_run.model_entry().load().arguments_from(tokenizer_run.data))
-    encoder = PromptEncoder([open_text_tokenizer("bytes", text)] if text else [])
-    spec = ConditionSpec(ids=encoder.condition([spell_digit(0)[0]]).spec.ids) if text else ConditionSpec(num_classes=10)
+    texts = [open_text_tokenizer("bytes", text)] if text else []
+    encoder = PromptEncoder(texts)
+    spec = ConditionSpec(ids=texts[0].spec) if texts else ConditionSpec(num_classes=10)
     arguments = generator_run.model_entry().load().condition_arguments(spec)
     generator = generator_run.build_model({"spec": to_json(tokenizer.spec), **arguments})
     names = () if text else [str(digit) for digit in range(10)]
@@ -67,7 +67,7 @@ def write_quickstart(folder: Path, system: str) -> None:
     pipe.save_pretrained(folder / "generator")
     if find_system(system).given_frames:
         run = RunConfig.parse(load_config(config_file(system, "predictor")))
-        given = ConditionSpec(given=IdSpec(tokenizer.spec.length, tokenizer.spec.num_ids))
+        given = ConditionSpec(given=IdSpec(tokenizer.spec.num_ids, tokenizer.spec.length))
         arguments = run.model_entry().load().condition_arguments(given)
         Pipeline(tokenizer, run.build_model({"spec": to_json(tokenizer.spec), **arguments})).save_pretrained(
             folder / "predictor"

@@ -331,6 +331,10 @@ def test_an_unreachable_hub_is_reported(monkeypatch):
         vistok.pipeline("owner/name")
 
 
+ADAPTER_FILES = ("config.json", "model.safetensors")
+"""What follows "adapter_" in the names of the files that a part may have beside its own."""
+
+
 def test_a_hub_id_fetches_exactly_the_pipeline(pipe, tmp_path, monkeypatch):
     pipe.save_pretrained(tmp_path / "pipe")
     asked = {}
@@ -342,7 +346,8 @@ def test_a_hub_id_fetches_exactly_the_pipeline(pipe, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     assert vistok.pipeline("owner/name", device="cpu").class_names == NAMES
     saved = sorted(p.relative_to(tmp_path / "pipe").as_posix() for p in (tmp_path / "pipe").rglob("*") if p.is_file())
-    assert asked == {"repo": "owner/name", "files": sorted([*saved, "text_encoder/*"])}
+    adapters = [f"{part}/adapter_{file}" for part in ("tokenizer", "generator") for file in ADAPTER_FILES]
+    assert asked == {"repo": "owner/name", "files": sorted([*saved, *adapters, "text_encoder/*"])}
 
 
 def test_load_tokenizer_finds_it_in_runs_and_model_folders(pipe, tmp_path):

@@ -153,10 +153,11 @@ def test_a_run_of_streams_learns_them(cache):
     assert task.loader.reader.prompts(np.arange(3)).ids[2].tolist() == [0, 0, 6, 6, 6]  # of the last turn
 
 
-def test_runs_that_cannot_learn_streams_are_refused(cache):
-    other = {"name": "mar", "dim": 16, "num_layers": 1, "num_heads": 2}
-    with pytest.raises(ConfigError, match="mar reads no streams"):
-        GeneratorTask(config(cache, model=other, condition=[]), 0, 1)
+def test_runs_that_cannot_learn_streams_are_refused(cache, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(MingUniVision, "takes_streams", False)
+        with pytest.raises(ConfigError, match="ming_univision reads no streams"):
+            GeneratorTask(config(cache), 0, 1)
     with pytest.raises(ConfigError, match="have no ids"):
         GeneratorTask(config(cache, condition=["given"]), 0, 1)
     with pytest.raises(ConfigError, match=r"streams\.talk"):
@@ -171,7 +172,7 @@ def test_runs_that_cannot_learn_streams_are_refused(cache):
 def language_model(request, tmp_path_factory):
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2, "vocab_size": 24, "max_position_embeddings": 128}
+    sizes |= {"num_key_value_heads": 2, "vocab_size": 22, "max_position_embeddings": 128}
     folder = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(0)
     configuration = transformers.AutoConfig.for_model(
@@ -184,22 +185,24 @@ def language_model(request, tmp_path_factory):
 def test_a_language_model_by_name_is_the_backbone(language_model, tokenizer, cache, tmp_path):
     import transformers
 
-    arguments = {"text_vocabulary_size": 24, "num_classes": 0, "human": (), "assistant": ()}
+    arguments = {"text_vocabulary_size": 20, "num_classes": 0, "human": (), "assistant": ()}
     original = transformers.AutoModelForCausalLM.from_pretrained(language_model)
     torch.manual_seed(1)
     model = MingUniVision(**MingUniVision.tiny | arguments | {"language_model": str(language_model)}).eval()
-    ids = torch.randint(24, (2, 7), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(20, (2, 7), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = original.eval()(ids).logits
-        torch.testing.assert_close(model.logits(model.embed_ids(ids))[..., :24], expected, **CLOSE)
-    assert model.output.out_features == 28  # four marks that it did not know
+        torch.testing.assert_close(model.logits(model.embed_ids(ids))[..., :22], expected, **CLOSE)
+    assert model.output.out_features == 24  # two marks that it did not know
+    batch = streams(cache, talk=TALK)
+    with pytest.raises(ValueError, match="streams are of another vocabulary: this model's has texts of 21 ids"):
+        tiny("ming_univision", text_vocabulary_size=21).reader(batch)
     condition, draws = text(0, 0), model.sampling_draws(Keys.range(0, 1))
     options = MingOptions(num_steps=2)
     drawn = model.sample(condition, options, draws=draws, tokenizer=tokenizer)
     model.save_pretrained(tmp_path / "model")
     again = vistok.load(tmp_path / "model")
     assert torch.equal(again.sample(condition, options, draws=draws, tokenizer=tokenizer), drawn)
-    batch = streams(cache, talk=TALK)
     reading, _, hidden = model.read_streams(batch, tokenizer, None)
     session = model.converse(1, options, tokenizer=tokenizer)
     session.ask(text(1, 0))

@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from support.tiny_models import names, tiny, training_loss
-from support.tiny_runs import GAN, generator_config, losses_of, tokenizer_config, write_tokens
+from support.tiny_models import ARGUMENTS, names, tiny, training_loss
+from support.tiny_runs import GAN, TINY, generator_config, losses_of, tokenizer_config, write_tokens
 
 from vistok.cli import main
 from vistok.config import ConfigError, save_config
@@ -252,3 +252,24 @@ def test_runs_of_different_precision_follow_one_another(tmp_path):
         changes = {"training": {"max_steps": 1, "mixed_precision": precision}}
         folder = train(tokenizer_config(tmp_path / str(number), **changes))
         assert (folder / "tokenizer").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("vit_vqgan", {"codebook_size": -1}),
+        ("vit_vqgan", {"codebook_size": 0}),
+        ("vit_vqgan", {"patch_size": 0}),
+        ("vit_vqgan", {"num_heads": 0}),
+        ("ibq", {"codebook_size": 0}),
+        ("llamagen_vq", {"norm_groups": 0}),
+        ("llamagen_vq", {"codebook_size": 0}),
+        ("flextok", {"num_tokens": -1}),
+    ],
+)
+def test_sizes_of_no_model_are_named(tmp_path, name, wrong):
+    tiny = {key: value for key, value in ARGUMENTS[name].items() if key != "image_size"}
+    given = {"encoder": TINY | wrong} if "num_heads" in wrong else wrong
+    run = RunConfig.parse(tokenizer_config(tmp_path / "run") | {"model": {**tiny, "name": name, **given}})
+    with pytest.raises(ValueError, match="|".join(wrong)):
+        run.build_model({"image_size": 16})

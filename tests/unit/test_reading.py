@@ -439,6 +439,12 @@ def test_samples_that_are_not_read_are_named(tmp_path: Path, caplog):
         ("a.json", b'{"label": 1e400}'),
         ("a.json", b'{"label": 100000}'),
         ("a.json", b"[" * 100_000),
+        ("a.cls", b"1_000"),
+        ("a.cls", "٣".encode()),
+        ("a.cls", b"3.0"),
+        ("a.cls", b"0x3"),
+        ("a.cls", b""),
+        ("a.json", b'{"label": true}'),
     ],
 )
 def test_labels_have_a_bound(tmp_path: Path, name: str, content: bytes):

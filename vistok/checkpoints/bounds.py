@@ -32,7 +32,7 @@ def bounded(arguments: Mapping[str, Any], weights: Mapping[str, Tensor] | None =
         OversizedError: an integer beyond 2^40, an image size beyond 2^16; more parameters than ``weights`` could fill;
             more than 50,000 tensors; or more bytes than the machine has memory.
     """
-    for place, value in _integers(arguments):
+    for place, value in integers(arguments):
         if abs(value) > (MAX_IMAGE_SIZE if "image_size" in place else MAX_INTEGER):
             raise OversizedError(f"{place} is {_short(value)}, beyond the size of any model")
     builder = threading.get_ident()
@@ -69,12 +69,13 @@ def _short(value: int) -> str:
     return str(value) if abs(value) < 10**12 else "a number of more than 12 digits"  # Python may refuse to write it
 
 
-def _integers(value: Any, place: str = "") -> Iterator[tuple[str, int]]:
+def integers(value: Any, place: str = "") -> Iterator[tuple[str, int]]:
+    """The integers in nested arguments, each with where it stands: "encoder.num_layers"."""
     if isinstance(value, int):
         yield place, value
     elif isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _integers(inner, f"{place}.{key}" if place else str(key))
+            yield from integers(inner, f"{place}.{key}" if place else str(key))
     elif isinstance(value, Sequence) and not isinstance(value, str):
         for number, inner in enumerate(value):
-            yield from _integers(inner, f"{place}.{number}")
+            yield from integers(inner, f"{place}.{number}")

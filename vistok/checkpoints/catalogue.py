@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from vistok.checkpoints import Model, registry
-from vistok.checkpoints.released import licence_of, licence_of_weights, tokenizer_of
 from vistok.types import TokenSpec
 from vistok.utils.files import write_json
 
@@ -75,11 +74,14 @@ def _describe(item: registry.Entry) -> CatalogueEntry:
     build: Callable[..., Model] = model_class if item.kind == "tokenizer" else partial(_generator, item)
     sizes = {name: _parameters(build, arguments) for name, arguments in model_class.sizes.items()}
     checkpoints = tuple(
-        ReleasedFile(checkpoint.id, official, tokenizer_of(checkpoint.id), licence_of_weights(official, checkpoint.id))
+        ReleasedFile(
+            checkpoint.id, official, checkpoint.tokenizer, checkpoint.licence or item.licence_of(official).weights
+        )
         for official, checkpoint in item.released()
     )
-    licence = licence_of(item.official).code
-    return CatalogueEntry(item.name, item.kind, item.official, item.paper, item.tokenizer, licence, sizes, checkpoints)
+    return CatalogueEntry(
+        item.name, item.kind, item.official, item.paper, item.tokenizer, item.licence.code, sizes, checkpoints
+    )
 
 
 def _generator(item: registry.Entry, **arguments: Any) -> Model:

@@ -24,11 +24,23 @@ log = logging.getLogger(__name__)
 class OfficialCheckpoint:
     """One released file: hub repository, file name, and the reference's arguments that build it.
 
-    ``repo`` is "owner/name" on the hub; for a file that is not there, the folder that its authors put it in, or "".
+    Args:
+        repo: "owner/name" on the hub; for a file that is not there, the folder that its authors put it in, or "".
+        tokenizer: of a generator: the id of the released tokenizer whose tokens it models.
+        licence: of the weights, where it is another one than their system's.
     """
 
-    def __init__(self, repo: str, filename: str, config: Mapping[str, Any]):
+    def __init__(
+        self,
+        repo: str,
+        filename: str,
+        config: Mapping[str, Any],
+        *,
+        tokenizer: str | None = None,
+        licence: str | None = None,
+    ):
         self.repo, self.filename, self.config = repo, filename, config
+        self.tokenizer, self.licence = tokenizer, licence
 
     @property
     def id(self) -> str:
@@ -42,10 +54,12 @@ class Reference:
     Attributes:
         build: builds our class of model from the reference's arguments and state dict.
         checkpoints: its released files.
+        licence: of its code and its weights.
     """
 
     build: Callable[[type[Any], Mapping[str, Any], Mapping[str, Tensor]], Any]
     checkpoints: tuple[OfficialCheckpoint, ...] = ()
+    licence: registry.Licence = registry.UNSTATED
 
 
 def from_official(name: str, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Model:

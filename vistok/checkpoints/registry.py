@@ -19,6 +19,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Licence:
+    """Of a reference implementation and of the weights that it released, as their repositories state them; whoever uses
+    them reads the repositories' own words."""
+
+    code: str = "not stated"
+    weights: str = "not stated"
+
+
+UNSTATED = Licence()
+
+
+@dataclass(frozen=True)
 class Entry:
     """One model: its ``name`` in configs, its ``kind``, where it lives, and what official weights call it."""
 
@@ -33,6 +45,7 @@ class Entry:
     token_files: Mapping[str, str] = field(default_factory=dict)
     # Of a generator: the tokenizer whose tokens its paper models, by its name in configs.
     tokenizer: str | None = None
+    licence: Licence = UNSTATED
 
     @property
     def official_names(self) -> tuple[str, ...]:
@@ -53,6 +66,11 @@ class Entry:
         """How official weights called ``name`` become ours; None where the model's own ``from_official`` knows."""
         return _load(self.references[name]) if name in self.references else None
 
+    def licence_of(self, name: str) -> Licence:
+        """Of the reference implementation that calls the model ``name``."""
+        reference = self.reference(name)
+        return self.licence if reference is None else reference.licence
+
     def released(self) -> list[tuple[str, OfficialCheckpoint]]:
         """All released files, each with the official name of what it holds."""
         own = [(self.official, checkpoint) for checkpoint in self.load().checkpoints]
@@ -60,7 +78,14 @@ class Entry:
 
 
 ENTRIES = (
-    Entry("vit_vqgan", "tokenizer", "vistok.tokenizers.vit_vqgan:ViTVQGAN", "vit_vqgan/tokenizer", "2110.04627"),
+    Entry(
+        "vit_vqgan",
+        "tokenizer",
+        "vistok.tokenizers.vit_vqgan:ViTVQGAN",
+        "vit_vqgan/tokenizer",
+        "2110.04627",
+        licence=Licence("MIT"),
+    ),
     Entry(
         "llamagen_vq",
         "tokenizer",
@@ -68,29 +93,112 @@ ENTRIES = (
         "llamagen/tokenizer",
         "2406.06525",
         token_files={"llamagen": "vistok.tokenizers.llamagen_vq.codes:LlamaGenCodes"},
+        licence=Licence("MIT"),
     ),
-    Entry("var_vq", "tokenizer", "vistok.tokenizers.var_vq:VARVQ", "var/tokenizer", "2404.02905"),
-    Entry("kl_vae", "tokenizer", "vistok.tokenizers.kl_vae:KLVAE", "kl_vae/tokenizer", "2112.10752"),
-    Entry("flextok", "tokenizer", "vistok.tokenizers.flextok:FlexTok", "flextok/tokenizer", "2502.13967"),
-    Entry("dar", "tokenizer", "vistok.tokenizers.dar:DAR", "dar/tokenizer", "2505.23660"),
-    Entry("gigatok", "tokenizer", "vistok.tokenizers.gigatok:GigaTok", "gigatok/tokenizer", "2504.08736"),
+    Entry(
+        "var_vq", "tokenizer", "vistok.tokenizers.var_vq:VARVQ", "var/tokenizer", "2404.02905", licence=Licence("MIT")
+    ),
+    Entry(
+        "kl_vae",
+        "tokenizer",
+        "vistok.tokenizers.kl_vae:KLVAE",
+        "kl_vae/tokenizer",
+        "2112.10752",
+        licence=Licence("MIT"),
+    ),
+    Entry(
+        "flextok",
+        "tokenizer",
+        "vistok.tokenizers.flextok:FlexTok",
+        "flextok/tokenizer",
+        "2502.13967",
+        licence=Licence("Apple sample code", "Apple, research only"),
+    ),
+    Entry(
+        "dar",
+        "tokenizer",
+        "vistok.tokenizers.dar:DAR",
+        "dar/tokenizer",
+        "2505.23660",
+        licence=Licence("MIT, parts other"),
+    ),
+    Entry(
+        "gigatok",
+        "tokenizer",
+        "vistok.tokenizers.gigatok:GigaTok",
+        "gigatok/tokenizer",
+        "2504.08736",
+        licence=Licence("MIT"),
+    ),
     Entry("framewise", "tokenizer", "vistok.tokenizers.framewise:Framewise", "framewise/tokenizer", ""),
-    Entry("larp", "tokenizer", "vistok.tokenizers.larp:LARP", "larp/tokenizer", "2410.21264"),
-    Entry("maskgit_vqgan", "tokenizer", "vistok.tokenizers.maskgit_vqgan:MaskGITVQGAN", "titok/codec", "2202.04200"),
-    Entry("titok", "tokenizer", "vistok.tokenizers.titok:TiTok", "titok/tokenizer", "2406.07550"),
-    Entry("ta_titok", "tokenizer", "vistok.tokenizers.titok:TATiTok", "tatitok/tokenizer", "2501.07730"),
-    Entry("robustok", "tokenizer", "vistok.tokenizers.robustok:RobusTok", "robustok/tokenizer", "2509.12474"),
-    Entry("mingtok", "tokenizer", "vistok.tokenizers.mingtok:MingTok", "mingtok/tokenizer", "2510.06590"),
-    Entry("open_magvit2", "tokenizer", "vistok.tokenizers.open_magvit2:OpenMAGVIT2", "magvit2/tokenizer", "2409.04410"),
+    Entry("larp", "tokenizer", "vistok.tokenizers.larp:LARP", "larp/tokenizer", "2410.21264", licence=Licence("MIT")),
+    Entry(
+        "maskgit_vqgan",
+        "tokenizer",
+        "vistok.tokenizers.maskgit_vqgan:MaskGITVQGAN",
+        "titok/codec",
+        "2202.04200",
+        licence=Licence("Apache-2.0", "research only"),
+    ),
+    Entry(
+        "titok",
+        "tokenizer",
+        "vistok.tokenizers.titok:TiTok",
+        "titok/tokenizer",
+        "2406.07550",
+        licence=Licence("Apache-2.0", "research only"),
+    ),
+    Entry(
+        "ta_titok",
+        "tokenizer",
+        "vistok.tokenizers.titok:TATiTok",
+        "tatitok/tokenizer",
+        "2501.07730",
+        licence=Licence("Apache-2.0", "research only"),
+    ),
+    Entry(
+        "robustok",
+        "tokenizer",
+        "vistok.tokenizers.robustok:RobusTok",
+        "robustok/tokenizer",
+        "2509.12474",
+        licence=Licence("no licence file"),
+    ),
+    Entry(
+        "mingtok",
+        "tokenizer",
+        "vistok.tokenizers.mingtok:MingTok",
+        "mingtok/tokenizer",
+        "2510.06590",
+        licence=Licence("MIT", "Apache-2.0"),
+    ),
+    Entry(
+        "open_magvit2",
+        "tokenizer",
+        "vistok.tokenizers.open_magvit2:OpenMAGVIT2",
+        "magvit2/tokenizer",
+        "2409.04410",
+        licence=Licence("Apache-2.0"),
+    ),
     Entry(
         "open_magvit2_video",
         "tokenizer",
         "vistok.tokenizers.open_magvit2:OpenMAGVIT2Video",
         "magvit2/video_tokenizer",
         "2409.04410",
+        licence=Licence("Apache-2.0"),
     ),
-    Entry("ibq", "tokenizer", "vistok.tokenizers.ibq:IBQ", "ibq/tokenizer", "2412.02692"),
-    Entry("seed", "tokenizer", "vistok.tokenizers.seed:SEED", "seed/tokenizer", "2307.08041"),
+    Entry(
+        "ibq", "tokenizer", "vistok.tokenizers.ibq:IBQ", "ibq/tokenizer", "2412.02692", licence=Licence("Apache-2.0")
+    ),
+    Entry(
+        "seed",
+        "tokenizer",
+        "vistok.tokenizers.seed:SEED",
+        "seed/tokenizer",
+        "2307.08041",
+        licence=Licence("Apache-2.0"),
+    ),
     Entry(
         "vit_vqgan_gpt",
         "generator",
@@ -98,6 +206,7 @@ ENTRIES = (
         "vit_vqgan/gpt",
         "2110.04627",
         tokenizer="vit_vqgan",
+        licence=Licence("MIT"),
     ),
     Entry(
         "mar",
@@ -107,13 +216,44 @@ ENTRIES = (
         "2406.11838",
         tokenizer="kl_vae",
         token_files={"mar": "vistok.generators.mar.moments:MarMoments"},
+        licence=Licence("MIT"),
     ),
-    Entry("xar", "generator", "vistok.generators.xar:XAR", "xar/generator", "2502.20388", tokenizer="kl_vae"),
     Entry(
-        "maskgit", "generator", "vistok.generators.maskgit:MaskGIT", "titok/generator", "2202.04200", tokenizer="titok"
+        "xar",
+        "generator",
+        "vistok.generators.xar:XAR",
+        "xar/generator",
+        "2502.20388",
+        tokenizer="kl_vae",
+        licence=Licence("no licence file"),
     ),
-    Entry("rar", "generator", "vistok.generators.rar:RAR", "rar/generator", "2411.00776", tokenizer="maskgit_vqgan"),
-    Entry("var", "generator", "vistok.generators.var:VAR", "var/gpt", "2404.02905", tokenizer="var_vq"),
+    Entry(
+        "maskgit",
+        "generator",
+        "vistok.generators.maskgit:MaskGIT",
+        "titok/generator",
+        "2202.04200",
+        tokenizer="titok",
+        licence=Licence("Apache-2.0", "research only"),
+    ),
+    Entry(
+        "rar",
+        "generator",
+        "vistok.generators.rar:RAR",
+        "rar/generator",
+        "2411.00776",
+        tokenizer="maskgit_vqgan",
+        licence=Licence("Apache-2.0", "research only"),
+    ),
+    Entry(
+        "var",
+        "generator",
+        "vistok.generators.var:VAR",
+        "var/gpt",
+        "2404.02905",
+        tokenizer="var_vq",
+        licence=Licence("MIT"),
+    ),
     Entry(
         "open_magvit2_gpt",
         "generator",
@@ -121,8 +261,17 @@ ENTRIES = (
         "magvit2/gpt",
         "2409.04410",
         tokenizer="open_magvit2",
+        licence=Licence("Apache-2.0"),
     ),
-    Entry("ibq_gpt", "generator", "vistok.generators.ibq_gpt:IBQGPT", "ibq/gpt", "2412.02692", tokenizer="ibq"),
+    Entry(
+        "ibq_gpt",
+        "generator",
+        "vistok.generators.ibq_gpt:IBQGPT",
+        "ibq/gpt",
+        "2412.02692",
+        tokenizer="ibq",
+        licence=Licence("Apache-2.0"),
+    ),
     Entry(
         "llama",
         "generator",
@@ -135,6 +284,7 @@ ENTRIES = (
             "larp/gpt": "vistok.generators.larp:REFERENCE",
         },
         tokenizer="llamagen_vq",
+        licence=Licence("MIT"),
     ),
     Entry(
         "ming_univision",
@@ -143,6 +293,7 @@ ENTRIES = (
         "ming_univision/generator",
         "2510.06590",
         tokenizer="mingtok",
+        licence=Licence("MIT"),
     ),
     Entry(
         "token_shuffle",
@@ -153,7 +304,13 @@ ENTRIES = (
         tokenizer="llamagen_vq",
     ),
     Entry(
-        "randar", "generator", "vistok.generators.randar:RandAR", "randar/gpt", "2412.01827", tokenizer="llamagen_vq"
+        "randar",
+        "generator",
+        "vistok.generators.randar:RandAR",
+        "randar/gpt",
+        "2412.01827",
+        tokenizer="llamagen_vq",
+        licence=Licence("MIT"),
     ),
     Entry("lpd", "generator", "vistok.generators.lpd:LPD", "lpd/generator", "2507.01957", tokenizer="llamagen_vq"),
 )

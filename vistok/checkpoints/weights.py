@@ -214,8 +214,7 @@ def with_averages(state: Mapping[str, Tensor], prefix: str = "model_ema.") -> di
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, source: str = "the state dict") -> None:
-    """Load ``state`` into ``model``: every key must be there, none may be left over, every shape and kind of number
-    must fit, and every number must be one.
+    """Load ``state`` into ``model``. Keys, shapes and kinds of numbers must be the model's, and no number may be NaN.
 
     Works for a model on the meta device too (its parameters become the given tensors).
 

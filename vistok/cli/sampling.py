@@ -177,7 +177,8 @@ def caption(
     files = [file for path in images for file in _image_files(path)]
     pictures = [open_picture(file, decoder) for file in files]
     for image, text in zip(files, pipe.caption(pictures, question=question, max_tokens=max_tokens), strict=True):
-        output.print(f"{escape(str(image))}  {escape(text)}")
+        line = "".join(letter if letter.isprintable() else " " for letter in text)
+        output.print(f"{escape(str(image))}  {escape(line)}")
 
 
 def _prompts(given: list[str] | None, file: Path | None) -> list[str] | None:

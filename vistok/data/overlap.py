@@ -6,7 +6,7 @@ import hashlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol, cast
+from typing import IO, NamedTuple, Protocol, cast
 
 import numpy as np
 
@@ -119,7 +119,7 @@ class _Files(Protocol):
 
     def size(self, index: int) -> int: ...
 
-    def open(self, index: int) -> BinaryIO: ...
+    def open(self, index: int) -> IO[bytes]: ...
 
 
 class _VideoFiles:
@@ -132,7 +132,7 @@ class _VideoFiles:
         path = self._paths[index]
         return sum(frame.stat().st_size for frame in path.iterdir()) if path.is_dir() else path.stat().st_size
 
-    def open(self, index: int) -> BinaryIO:
+    def open(self, index: int) -> IO[bytes]:
         path = self._paths[index]
         if not path.is_dir():
             return path.open("rb")

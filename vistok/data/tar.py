@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -227,10 +228,13 @@ def _label(content: bytes, kind: str) -> int | None:
         label = value.get("label") if isinstance(value, dict) else None
     if label is None:
         return None
-    if not isinstance(label, int | str | bytes) or isinstance(label, bool) or int(label) < UNCONDITIONAL:
-        raise ValueError(f"expected an integer from 0, got {label!r}")
-    check_class(int(label))
-    return int(label)
+    if isinstance(label, str | bytes):  # Python's own int() also takes 1_000 and digits of other scripts
+        text = label.decode("ascii", "replace") if isinstance(label, bytes) else label
+        label = int(text) if re.fullmatch(r"\s*-?[0-9]+\s*", text) else text
+    if not isinstance(label, int) or isinstance(label, bool) or label < UNCONDITIONAL:
+        raise ValueError(f"expected an integer from 0, got {label!r}"[:200])
+    check_class(label)
+    return label
 
 
 def check_class(label: int) -> None:

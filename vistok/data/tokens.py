@@ -169,7 +169,10 @@ class TokenCache:
     def text_of(self, indices: np.ndarray, number: int) -> Condition:
         """The ids of one of the texts of samples (B,): that of the ``number``; dropped where a sample has fewer."""
         shards, spec = np.searchsorted(self._ends, indices, side="right"), self.condition_spec.ids
-        values, mask = np.zeros((len(indices), spec.length), np.int64), np.zeros((len(indices), spec.length), bool)
+        if spec is None:
+            raise ValueError(f"{self.folder} has no texts")
+        shape = (len(indices), spec.length)
+        values, mask = np.zeros(shape, np.int64), np.zeros(shape, np.bool_)
         for shard in np.unique(shards):
             part = self._sequences["ids"][shard]
             places = indices - (self._ends[shard] - len(part.counts))

@@ -198,7 +198,7 @@ class Generator(Model):
                 "conversations need a model that writes texts, too"
             )
 
-    def converse(self, rows: int = 1, options: Any = None, *, tokenizer: Expands) -> Conversation:
+    def converse(self, rows: int = 1, options: Any = None, *, tokenizer: Expands | None) -> Conversation:
         """An empty context for a batch of ``rows`` conversations.
 
         Raises:
@@ -207,7 +207,7 @@ class Generator(Model):
         self.check_writes()
         raise NotImplementedError
 
-    def describe(self, condition: Condition, max_tokens: int, *, tokenizer: Expands) -> Tensor:
+    def describe(self, condition: Condition, max_tokens: int, *, tokenizer: Expands | None) -> Tensor:
         """Answer in text: ids (B, n), n <= max_tokens, filled up with ``end``.
 
         Args:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from vistok.checkpoints import Model, OfficialCheckpoint, Reference
+from vistok.checkpoints.registry import Licence
 
 POSITIONS = {"positions": "rope1d"}
 
@@ -29,10 +30,12 @@ def build(model_class: type[Model], config: Mapping[str, Any], state_dict: Mappi
     return model_class.from_official({**config, **POSITIONS}, state_dict)
 
 
+TOKENIZER = "showlab/D-AR/D-AR-tokenizer_v1.pt"
 REFERENCE = Reference(
     build,
     (
-        OfficialCheckpoint("showlab/D-AR", "D-AR-L-360K.pt", _released(1024, 24, 16)),
-        OfficialCheckpoint("showlab/D-AR", "D-AR-XL-360K.pt", _released(1280, 36, 20)),
+        OfficialCheckpoint("showlab/D-AR", "D-AR-L-360K.pt", _released(1024, 24, 16), tokenizer=TOKENIZER),
+        OfficialCheckpoint("showlab/D-AR", "D-AR-XL-360K.pt", _released(1280, 36, 20), tokenizer=TOKENIZER),
     ),
+    Licence("MIT, parts other"),
 )

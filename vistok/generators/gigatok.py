@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vistok.checkpoints import CheckpointError, OfficialCheckpoint, Reference, load_strictly, rename
 from vistok.checkpoints.official_config import OfficialConfig
+from vistok.checkpoints.registry import Licence
 from vistok.types import TokenSpec
 
 T = TypeVar("T", bound=nn.Module)
@@ -106,9 +107,17 @@ def _released(dim: int, num_layers: int, num_heads: int) -> dict[str, Any]:
 
 
 _B, _XL, _XXL = _released(768, 12, 12), _released(1280, 36, 20), _released(1536, 48, 24)
+TOKENIZERS = {
+    "SS": "VQ_SS256_e100",
+    "SB": "VQ_SB256_e200",
+    "BL": "VQ_BL256_e200",
+    "BL_dino_disc": "VQ_BL256_dino_disc",
+    "XLXXL": "VQ_XLXXL256_e300",
+}
+"""By what follows _VQ_ in a generator's name."""
 CHECKPOINTS = tuple(
     # On Google Drive, linked from the repository's README.
-    OfficialCheckpoint("", f"{name}.pt", config)
+    OfficialCheckpoint("", f"{name}.pt", config, tokenizer=f"{TOKENIZERS[name.partition('_VQ_')[2]]}.pt")
     for name, config in {
         "GPT_B256_e300_VQ_SS": _B,
         "GPT_B256_e300_VQ_SB": _B,
@@ -121,4 +130,4 @@ CHECKPOINTS = tuple(
     }.items()
 )
 
-REFERENCE = Reference(build, CHECKPOINTS)
+REFERENCE = Reference(build, CHECKPOINTS, Licence("MIT"))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vistok.checkpoints import CheckpointError, OfficialCheckpoint, Reference, load_strictly, rename
 from vistok.checkpoints.official_config import OfficialConfig
+from vistok.checkpoints.registry import Licence
 from vistok.types import TokenSpec
 
 # Keys of the reference's config that change nothing of what the model computes.
@@ -103,9 +104,14 @@ def _released(frame_prediction: bool) -> dict[str, Any]:
     }
 
 
+TOKENIZER = "hywang66/LARP-L-long-tokenizer/model.safetensors"
 CHECKPOINTS = (
-    OfficialCheckpoint("hywang66/LARP-L-long-AR", "model.safetensors", _released(frame_prediction=False)),
-    OfficialCheckpoint("hywang66/LARP-L-long-AR-FP", "model.safetensors", _released(frame_prediction=True)),
+    OfficialCheckpoint(
+        "hywang66/LARP-L-long-AR", "model.safetensors", _released(frame_prediction=False), tokenizer=TOKENIZER
+    ),
+    OfficialCheckpoint(
+        "hywang66/LARP-L-long-AR-FP", "model.safetensors", _released(frame_prediction=True), tokenizer=TOKENIZER
+    ),
 )
 
-REFERENCE = Reference(build, CHECKPOINTS)
+REFERENCE = Reference(build, CHECKPOINTS, Licence("MIT"))

@@ -84,6 +84,9 @@ class Block(nn.Module):
         return x + self.ffn(self.norm2(x))
 
 
+C2I_TOKENIZER, T2I_TOKENIZER = "FoundationVision/LlamaGen/vq_ds16_c2i.pt", "peizesun/llamagen_t2i/vq_ds16_t2i.pt"
+
+
 class Llama(AutoregressiveGenerator):
     """A causal transformer over [condition, image tokens], the condition being one class token or a caption.
 
@@ -138,15 +141,21 @@ class Llama(AutoregressiveGenerator):
     }
     sizes: ClassVar[Mapping[str, Mapping[str, Any]]] = SIZES
     checkpoints: ClassVar[tuple[OfficialCheckpoint, ...]] = (
-        OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_B_256.pt", _official("B", 256)),
-        OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_B_384.pt", _official("B", 576)),
-        OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_L_256.pt", _official("L", 256)),
-        OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_L_384.pt", _official("L", 576)),
-        OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_XL_384.pt", _official("XL", 576)),
-        OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_XXL_384.pt", _official("XXL", 576)),
-        OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_3B_384.pt", _official("3B", 576)),
-        OfficialCheckpoint("peizesun/llamagen_t2i", "t2i_XL_stage1_256.pt", _official_t2i(256)),
-        OfficialCheckpoint("peizesun/llamagen_t2i", "t2i_XL_stage2_512.pt", _official_t2i(1024)),
+        OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_B_256.pt", _official("B", 256), tokenizer=C2I_TOKENIZER),
+        OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_B_384.pt", _official("B", 576), tokenizer=C2I_TOKENIZER),
+        OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_L_256.pt", _official("L", 256), tokenizer=C2I_TOKENIZER),
+        OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_L_384.pt", _official("L", 576), tokenizer=C2I_TOKENIZER),
+        OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_XL_384.pt", _official("XL", 576), tokenizer=C2I_TOKENIZER),
+        OfficialCheckpoint(
+            "FoundationVision/LlamaGen", "c2i_XXL_384.pt", _official("XXL", 576), tokenizer=C2I_TOKENIZER
+        ),
+        OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_3B_384.pt", _official("3B", 576), tokenizer=C2I_TOKENIZER),
+        OfficialCheckpoint(
+            "peizesun/llamagen_t2i", "t2i_XL_stage1_256.pt", _official_t2i(256), tokenizer=T2I_TOKENIZER
+        ),
+        OfficialCheckpoint(
+            "peizesun/llamagen_t2i", "t2i_XL_stage2_512.pt", _official_t2i(1024), tokenizer=T2I_TOKENIZER
+        ),
     )
 
     def __init__(

@@ -25,8 +25,11 @@ class Combination(Protocol):
 
 
 def weighted_sum(rows: Sequence[Tensor], weights: Weights) -> Tensor:
-    """last + sum of weight * (row - last), over the rows whose weight is not 0: of others nothing counts, not even an
-    infinity. A row of weight 1 beside rows of weight 0 stays as it is to the last bit."""
+    """last + sum of weight * (row - last).
+
+    A row of weight 0 is left out, so that its infinities do no harm. A row of weight 1 beside such rows comes back bit
+    for bit.
+    """
     if isinstance(weights, Tensor):
         return _weighted_sum_on_device(rows, weights)
     (*others, (last, _)) = [(row, weight) for row, weight in zip(rows, weights, strict=True) if weight != 0]

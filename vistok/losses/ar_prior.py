@@ -125,8 +125,8 @@ class ARPrior(nn.Module):
         }
 
     def predict(self, fed: Tensor) -> Tensor:
-        """The code vectors (B, n, d) that follow from ``fed`` (B, n, d): position i from those before it; position 0,
-        of which there are none, is that of ``fed``.
+        """Predict each code vector of ``fed`` (B, n, d) from those before it, (B, n, d). Nothing comes before the first
+        one, which is handed on. All are normalised where codes are.
 
         Raises:
             ValueError: more tokens than ``max_length``.

@@ -33,8 +33,8 @@ class FlexMask:
 
 
 class LiveKeys(NamedTuple):
-    """What a single query sees of a static cache: the keys up to its own. Those behind are not even read, which a mask
-    in a tensor cannot promise. For code that is compiled as a whole.
+    """The mask of a single query over a static cache: it sees the keys up to its own position. Unlike with a mask in a
+    tensor, later keys are not read at all. For code that is compiled as a whole.
 
     Attributes:
         last: (1,) int64, position of the query.

@@ -8,7 +8,8 @@ from torch import nn
 
 
 class Frozen:
-    """Holds a network that is never trained: no part of the module that asks it, and shared by that module's copies."""
+    """Holds a network that is never trained. It does not appear among the submodules of the module that has it, and
+    copies of that module share it."""
 
     def __init__(self, network: nn.Module):
         self.network: Any = network.eval().requires_grad_(False)

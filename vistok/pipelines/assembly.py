@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vistok.checkpoints.released import tokenizer_of
+from vistok.checkpoints.model import find_official
 from vistok.checkpoints.weights import STATE
 from vistok.pipelines.folders import home_of, load_generator, load_tokenizer, read_settings
 from vistok.pipelines.generation import NO_TEXT, Pipeline
@@ -42,10 +42,16 @@ def pipeline(
     source = local(source)
     if generator is not None:
         return assemble(source, generator).to(choose_device(device), choose_dtype(dtype))
-    tokenizer = home_of(source) if (Path(source) / STATE).is_file() else tokenizer_of(str(source))
+    tokenizer = home_of(source) if (Path(source) / STATE).is_file() else _official_tokenizer(source)
     if tokenizer is None:
         return Pipeline.from_pretrained(source, device=device, dtype=dtype)
     return assemble(tokenizer, source).to(choose_device(device), choose_dtype(dtype))
+
+
+def _official_tokenizer(generator: str | Path) -> str | None:
+    """The id of the tokenizer that an official generator goes with; None if it is none."""
+    official = None if Path(generator).exists() else find_official(str(generator))
+    return None if official is None else official[1].tokenizer
 
 
 def assemble(

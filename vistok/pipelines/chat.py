@@ -18,7 +18,10 @@ from vistok.types import Condition
 if TYPE_CHECKING:
     from vistok.pipelines.generation import Pipeline
 
-HUMAN, ASSISTANT = ROLES = ("human", "assistant")
+Role = Literal["human", "assistant"]
+HUMAN: Role = "human"
+ASSISTANT: Role = "assistant"
+ROLES = (HUMAN, ASSISTANT)
 MAX_TOKENS = 64
 
 
@@ -35,7 +38,7 @@ class Message:
         ValueError: an unknown role, or neither a text nor an image.
     """
 
-    role: Literal["human", "assistant"]
+    role: Role
     text: str | None = None
     image: Image.Image | None = None
 
@@ -130,7 +133,7 @@ class Chat:
             self._session.show(self._pipe.tokens_of([message.image]))
         else:
             generator = self._pipe.generator
-            ids = self._pipe.text.condition([message.text]).part("ids")
+            ids = self._pipe.text.condition([message.text]).parts["ids"]
             words = [*ids.values[0][ids.valid()[0]].tolist(), generator.end]
             self._session.tell(torch.tensor([words], device=self._pipe.device))
         self.messages.append(message)
@@ -180,7 +183,9 @@ def asked(pipe: Pipeline, text: str | None, images: Sequence[Image.Image] | Tens
 
 def texts(pipe: Pipeline, ids: Tensor) -> list[str]:
     """What was written (B, n), up to the end mark, without other marks."""
-    spec, end, said = pipe.generator.condition_spec.ids, pipe.generator.end, []
+    spec, end, said = pipe.generator.condition_spec.ids, pipe.generator.end, list[str]()
+    if spec is None:
+        raise ValueError("this generator has no vocabulary of texts")
     for row in ids.tolist():
         words = row[: row.index(end)] if end in row else row
         said.append(pipe.text.decode([word for word in words if word < spec.vocabulary_size]))

@@ -141,6 +141,6 @@ def _takes(pipe: Pipeline) -> str:
     if spec.num_classes:
         shown = [name.split(",")[0] for name in names[:5]] + ["…"] * (len(names) > 5)
         taken.append(f"{spec.num_classes:,} classes" + (f" ({', '.join(shown)})" if shown else ""))
-    taken += ["texts"] * (spec.ids is not None or spec.features is not None)
+    taken += ["texts"] * (spec.features is not None or (spec.ids is not None and not spec.num_classes))
     taken += ["given tokens"] * (spec.given is not None and not taken)
     return " and ".join(taken) or "unconditional"

@@ -27,6 +27,9 @@ class IndexQuantizer(nn.Module):
         dim: channels D of a code.
         entropy_temperature: softmax temperature of the "entropy" term; None leaves the term out.
         position_weight, usage_weight: of both entropies in it.
+
+    Raises:
+        ValueError: no codes.
     """
 
     def __init__(
@@ -39,6 +42,8 @@ class IndexQuantizer(nn.Module):
         usage_weight: float = 1.0,
     ):
         super().__init__()
+        if min(codebook_size, dim) < 1:
+            raise ValueError(f"codebook_size and dim must be at least 1, got {codebook_size} and {dim}")
         self.codebook_size, self.dim = codebook_size, dim
         self.embedding = nn.Embedding(codebook_size, dim)
         weights = {"position_weight": position_weight, "usage_weight": usage_weight}

@@ -42,7 +42,7 @@ class VectorQuantizer(nn.Module, AfterBackward):
             Needs the same call.
 
     Raises:
-        ValueError: both ways of moving codes at once.
+        ValueError: no codes, or both ways of moving codes at once.
 
     Attributes:
         perturbation: in training, exchange tokens of some images for near codes behind the loss terms, which see the
@@ -66,6 +66,8 @@ class VectorQuantizer(nn.Module, AfterBackward):
         super().__init__()
         if gradient not in get_args(Gradient):
             raise ValueError(f"gradient must be one of {', '.join(map(repr, get_args(Gradient)))}, got {gradient!r}")
+        if min(codebook_size, dim) < 1:
+            raise ValueError(f"codebook_size and dim must be at least 1, got {codebook_size} and {dim}")
         if restart_after and clustering:
             raise ValueError(f"restart_after {restart_after} and clustering both move unused codes; choose one of them")
         self.codebook_size, self.dim = codebook_size, dim

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,7 @@ class StyledDigits(Digits):
         return StyledDigits(self.pixels[rows], self.labels[rows], self.styles[rows])
 
 
+@cache
 def load_styled(split: str) -> StyledDigits:
     """scikit-learn's digits at 32x32 in all styles: "train" (5,732) or "test" (1,456)."""
     config = DataConfig(image_size=32, source="digits", name="styled", split=split, channels=1, batch_size=512)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -136,7 +137,7 @@ class Judged:
         edits = pipe(condition=condition, seed=seed + 1, batch_size=250)
         pixels = [pipe.decode(tokens, Keys.range(seed, count)) for tokens in (first, second)]
         latents = torch.cat([first.cpu(), second.cpu(), edits.tokens])
-        said = pipe.caption(held_out.pixels, max_tokens=8, batch_size=250)
+        said = cast(list[str], pipe.caption(held_out.pixels, max_tokens=8, batch_size=250))  # of a batch
         return cls(pixels[0], wanted, pixels[1], following, shown, edits.pixels, changed, said, latents)
 
 

@@ -80,9 +80,15 @@ class KLVAE(Tokenizer):
     }
     checkpoints = (
         OfficialCheckpoint("", "kl16.ckpt", {"embed_dim": 16, "ch_mult": [1, 1, 2, 2, 4]}),
-        OfficialCheckpoint("EPFL-VILAB/flextok_vae_c4", DIFFUSERS_WEIGHTS, _narrow_latents(4)),
-        OfficialCheckpoint("EPFL-VILAB/flextok_vae_c8", DIFFUSERS_WEIGHTS, _narrow_latents(8)),
-        OfficialCheckpoint("EPFL-VILAB/flextok_vae_c16", DIFFUSERS_WEIGHTS, _narrow_latents(16)),
+        OfficialCheckpoint(
+            "EPFL-VILAB/flextok_vae_c4", DIFFUSERS_WEIGHTS, _narrow_latents(4), licence="Apple, research only"
+        ),
+        OfficialCheckpoint(
+            "EPFL-VILAB/flextok_vae_c8", DIFFUSERS_WEIGHTS, _narrow_latents(8), licence="Apple, research only"
+        ),
+        OfficialCheckpoint(
+            "EPFL-VILAB/flextok_vae_c16", DIFFUSERS_WEIGHTS, _narrow_latents(16), licence="Apple, research only"
+        ),
     )
 
     def __init__(

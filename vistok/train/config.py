@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar, Literal
 
 from vistok.checkpoints import registry
-from vistok.checkpoints.bounds import bounded
+from vistok.checkpoints.bounds import bounded, integers
 from vistok.config import ConfigError, KeysOf, annotations_of, check, check_least
 from vistok.data.config import DataConfig
 from vistok.train.curves import curve_file
@@ -391,7 +391,13 @@ class RunConfig:
                 return model_class(**arguments)
         except (TypeError, LookupError, ArithmeticError, AssertionError, RuntimeError, MemoryError) as error:
             # What sizes that no model has do to torch, such as a negative one.
-            raise ConfigError(f"model: no {self.model['name']} can be built of these arguments: {error}") from error
+            odd = [
+                f"model.{place}={value}" for place, value in integers(arguments) if value <= 0 and value is not False
+            ]
+            hint = f"; look at {', '.join(odd)}" if odd else ""
+            raise ConfigError(
+                f"model: no {self.model['name']} can be built of these arguments: {error}{hint}"
+            ) from error
 
     def player(self, name: str, **optimizer: Any) -> PlayerConfig:
         """How the player ``name`` is trained: as the run says, changed by ``players.NAME``.

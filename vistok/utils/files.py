@@ -1,5 +1,4 @@
-"""Writing that leaves either the whole new thing or what was there before, and nothing half-made beside it; and where
-things are cached."""
+"""Atomic writing: afterwards a file or folder is either new as a whole or as it was before. Also where caches lie."""
 
 from __future__ import annotations
 
@@ -98,8 +97,8 @@ def _remove(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the half-written files and folders that a killed process left in ``folder``; put back what it had set
-    aside. Only for who holds the folder's lock: another's half-written files look the same."""
+    """Remove the half-written files and folders that a killed process left in ``folder``, and put back what it had set
+    aside. The caller must hold the folder's lock, because a living process has such files, too."""
     restore(folder)
     for pattern in (f".*{PARTIAL}", f".*{RETIRED}"):
         for path in list(folder.glob(pattern)):

@@ -86,7 +86,7 @@ def _acquire(kind: type, path: Path, folder: Path) -> Any:
 
 
 def _still_stands(kind: type, path: Path) -> bool:
-    """Whether the lock that was just taken is the one at ``path``, and not one that its owner has removed meanwhile."""
+    """Whether the file of the lock that was just taken is still at ``path``: its last owner may have removed it."""
     from filelock import Timeout
 
     other = kind(path)

@@ -97,8 +97,8 @@ class AutoregressiveGenerator(Generator):
         return self.output(self.norm(hidden)).float()
 
     def step_logits(self, hidden: Tensor, count: int) -> Tensor:
-        """Float32 logits (R, count, V) of the tokens of the next step, from the hidden states (R, e, D) of the entries
-        before it: of the last ``count`` of them, unless the model says otherwise."""
+        """Float32 logits (R, count, V) of the tokens of the next step, from the hidden states (R, e, D) of all entries
+        before it. By default the last ``count`` entries give one token each."""
         return self.entry_logits(hidden[:, -count:])
 
     def entry_logits(self, hidden: Tensor) -> Tensor:
@@ -107,11 +107,12 @@ class AutoregressiveGenerator(Generator):
         return self.head(hidden)
 
     def part_logits(self, hidden: Tensor, count: int, parts: Sequence[Tensor]) -> Tensor:
-        """Float32 logits (R, count, V_p) of the next part of the tokens of the next step, given the first parts
-        (R, count) each; of models that draw an id in several parts. ``step_logits`` is of the first one.
+        """Float32 logits (R, count, V_p) of one part of the ids of the next step. For models that draw an id in several
+        parts; ``step_logits`` gives the first.
 
         Args:
             hidden: as of ``step_logits``.
+            parts: (R, count) each, the parts that come before it.
         """
         raise ValueError(f"{type(self).__name__} draws whole ids, which have no parts")
 
@@ -133,8 +134,8 @@ class AutoregressiveGenerator(Generator):
         return Plan.raster(self.spec.length)
 
     def condition_state(self, condition: Condition) -> tuple[Tensor, ...]:
-        """What follows from the condition once, such as the class vector of adaptive norms, with the rows R as first
-        axis: further arguments of every ``transform``."""
+        """Tensors (R, ...) that are computed from the condition once and handed to every ``transform``, such as the
+        class vector of adaptive norms."""
         return ()
 
     @property

@@ -66,7 +66,8 @@ class LayerBuffer:
 
 
 class IndexedBuffer:
-    """A layer's cache for steps whose shapes never change, as compiled graphs want it, or whose rows differ in length.
+    """A layer's cache that is written at given slots: for compiled graphs, whose shapes must not change, and for rows
+    of different lengths.
 
     Attention reads the whole buffer: a mask must hide what is not there.
 
@@ -171,8 +172,8 @@ class KVCache:
             layer.length = min(layer.length, length)
 
     def at(self, slots: Tensor) -> list[IndexedBuffer]:
-        """The layers for entries that are written at ``slots``, (n,) or (R, n); what lies in a slot is replaced, so
-        that rows are cut by writing there again."""
+        """The layers, writing to ``slots``, (n,) or (R, n). Writing replaces what lies in a slot, so a row is cut back
+        by writing over its last entries."""
         return [layer.at(slots) for layer in self.layers]
 
     def settle(self, length: int) -> None:

@@ -49,8 +49,8 @@ class DecodingCopy:
         return self._seen == _state(model) and self.has_todays_weights()
 
     def has_todays_weights(self) -> bool:
-        """Whether the weights are those that were packed. Seen are changes that PyTorch counts: all but those through
-        ``.data``."""
+        """Whether the weights have not changed since they were packed. A change through ``.data`` goes unnoticed,
+        because PyTorch does not count it."""
         return [weight._version for weight in self._weights] == self._versions
 
 
@@ -103,8 +103,8 @@ class _Same:
 def pack(model: nn.Module, rows: int) -> nn.Module:
     """A copy of ``model`` for steps of ``rows`` rows without gradients, or the model itself where nothing is packed.
 
-    As they are stay layers on other devices, quantised or hooked ones, those in modules that the caller compiled, and
-    all of them under autocast, which chooses their types itself.
+    Layers are left as they are on other devices, if they are quantised or have hooks, and inside modules that the
+    caller compiled. Under autocast all are left, because autocast chooses their types.
     """
     if rows < FEWEST_ROWS or torch.is_autocast_enabled("cpu"):
         return model

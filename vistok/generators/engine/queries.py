@@ -131,13 +131,22 @@ class QueryGenerator(AutoregressiveGenerator):
 
     @abstractmethod
     def entry_positions(self, known: Tensor | None, upcoming: Tensor) -> Tensor | slice:
-        """What ``transform`` is told of where the entries of a step lie: of tokens at the places ``known`` (1 or R, m),
-        None for the condition, and of queries at ``upcoming`` (1 or R, n)."""
+        """The ``positions`` that ``transform`` gets for the entries of a step.
+
+        Args:
+            known: (1 or R, m), places of the tokens that are fed; None for the condition.
+            upcoming: (1 or R, n), places of the queries.
+        """
 
     @abstractmethod
     def step_mask(self, known: int, queries: int, start: int, device: torch.device) -> Tensor | None:
-        """What ``known`` entries of a step and then its queries see of the ``start`` entries before and of each other:
-        bool (known + queries, start + known + queries); None is plainly causal attention without any before."""
+        """The attention mask of a step, bool (known + queries, start + known + queries), True where attention is
+        allowed. None is plain causal attention, where nothing is cached yet.
+
+        Args:
+            known, queries: how many entries are tokens, and how many are queries, which come last.
+            start: entries that the cache holds already.
+        """
 
     @abstractmethod
     def predict(self, ids: Tensor, orders: Tensor, condition: Condition, draws: Draws) -> Tensor:

@@ -113,8 +113,12 @@ def filter_logits(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, t
 
 
 def draw_ids(logits: Tensor, uniforms: Tensor | None, options: DecodingOptions) -> Tensor:
-    """Draw an id for each row of guided logits (..., V) with uniforms (...), which are not needed at temperature 0;
-    (...) int64. Of logits that are not finite the ids mean nothing, but are ids."""
+    """Draw ids (...) int64 from guided logits (..., V).
+
+    Args:
+        uniforms: (...) in [0, 1); None at temperature 0, which takes the likeliest id. Logits that are not finite give
+            an arbitrary id below V: whoever calls checks them.
+    """
     if options.temperature == 0:
         return logits.argmax(-1)
     if uniforms is None:

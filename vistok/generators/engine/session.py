@@ -119,8 +119,8 @@ class AutoregressiveSession:
         self.step = step
 
     def force(self, ids: Tensor, where: Tensor) -> None:
-        """Take ids (B, L) instead of drawing where ``where`` (B, L) is True, both in raster order. What comes before
-        them is generated without looking at them.
+        """Take the given ids (B, L) where ``where`` (B, L) is True, and draw the others; both are in raster order.
+        Tokens that come before a given one in the order of generation do not see it.
 
         Raises:
             ValueError: ids out of range, or other shapes.

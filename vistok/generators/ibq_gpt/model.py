@@ -104,7 +104,13 @@ class IBQGPT(Llama):
     }
     sizes = SIZES
     checkpoints = tuple(
-        OfficialCheckpoint(f"TencentARC/IBQ-AR-{name}", f"AR_256_{name}.ckpt", _official(name)) for name in SIZES
+        OfficialCheckpoint(
+            f"TencentARC/IBQ-AR-{name}",
+            f"AR_256_{name}.ckpt",
+            _official(name),
+            tokenizer="TencentARC/IBQ-Tokenizer-16384/imagenet256_16384.ckpt",
+        )
+        for name in SIZES
     )
 
     def __init__(

@@ -68,6 +68,7 @@ class LPD(QueryGenerator):
             f"mit-han-lab/lpd_{name.lower()}_{side}",
             f"lpd_{name.lower()}_{side}.pth",
             official.config(SIZES[name], side),
+            tokenizer="FoundationVision/LlamaGen/vq_ds16_c2i.pt",
         )
         for name, side in RELEASED
     )

@@ -132,7 +132,10 @@ class MAR(ContinuousGenerator):
     session_type = MARSession
     """Its ``append`` also takes known tokens at any positions, for inpainting and editing."""
     sizes = SIZES
-    checkpoints = tuple(OfficialCheckpoint(f"mar_{size}", "checkpoint-last.pth", _official(size)) for size in SIZES)
+    checkpoints = tuple(
+        OfficialCheckpoint(f"mar_{size}", "checkpoint-last.pth", _official(size), tokenizer="kl16.ckpt")
+        for size in SIZES
+    )
 
     def __init__(
         self,

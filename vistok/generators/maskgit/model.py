@@ -50,9 +50,24 @@ class MaskGIT(Generator):
     options_type = MaskGITOptions
     sizes = {"bert": BERT, "uvit": UVIT}
     checkpoints = (
-        OfficialCheckpoint("yucornetto/generator_titok_l32_imagenet", "model.safetensors", official.config(BERT, 32)),
-        OfficialCheckpoint("yucornetto/generator_titok_b64_imagenet", "model.safetensors", official.config(BERT, 64)),
-        OfficialCheckpoint("yucornetto/generator_titok_s128_imagenet", "model.safetensors", official.config(UVIT, 128)),
+        OfficialCheckpoint(
+            "yucornetto/generator_titok_l32_imagenet",
+            "model.safetensors",
+            official.config(BERT, 32),
+            tokenizer="yucornetto/tokenizer_titok_l32_imagenet/model.safetensors",
+        ),
+        OfficialCheckpoint(
+            "yucornetto/generator_titok_b64_imagenet",
+            "model.safetensors",
+            official.config(BERT, 64),
+            tokenizer="yucornetto/tokenizer_titok_b64_imagenet/model.safetensors",
+        ),
+        OfficialCheckpoint(
+            "yucornetto/generator_titok_s128_imagenet",
+            "model.safetensors",
+            official.config(UVIT, 128),
+            tokenizer="yucornetto/tokenizer_titok_s128_imagenet/model.safetensors",
+        ),
     )
 
     def __init__(

@@ -51,7 +51,8 @@ class LanguageModel(nn.Module):
 
     def release(self) -> tuple[nn.Embedding, nn.Linear]:
         """The embedding and the output layer, which belong to the caller from now on."""
-        ends, self._ends = self._ends, ()
+        ends = self._ends
+        del self._ends
         return ends
 
     def forward(
@@ -74,7 +75,7 @@ class LanguageModel(nn.Module):
         return answer.last_hidden_state
 
 
-def _open(source: str | Mapping[str, Any]) -> nn.Module:
+def _open(source: str | Mapping[str, Any]) -> Any:
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError as error:
@@ -96,7 +97,7 @@ def _cache(caches: Sequence[LayerCache]) -> Any:
 
     class Caches(Cache):
         def __init__(self) -> None:
-            self.layers = []
+            self.layers: list[Any] = []
 
         def update(
             self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -104,6 +105,7 @@ def _cache(caches: Sequence[LayerCache]) -> Any:
             return caches[layer_idx].append(key, value)
 
         def get_seq_length(self, layer_idx: int = 0) -> int:
-            return caches[layer_idx].length
+            memory: Any = caches[layer_idx]
+            return memory.length
 
     return Caches()

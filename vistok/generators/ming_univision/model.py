@@ -222,7 +222,7 @@ class MingUniVision(ContinuousGenerator):
 
     def check_tokenizer(self, tokenizer: Expands | None) -> None:
         super().check_tokenizer(tokenizer)
-        others = tokenizer.latent_statistics or {}
+        others = (tokenizer.latent_statistics if tokenizer is not None else None) or {}
         for name, own in self.latent_statistics.items():
             if own is not None and name in others and not math.isclose(own, others[name], rel_tol=1e-4, abs_tol=1e-6):
                 raise ValueError(
@@ -312,7 +312,7 @@ class MingUniVision(ContinuousGenerator):
         return self.output(hidden).float()
 
     @torch.no_grad()
-    def describe(self, condition: Condition, max_tokens: int, *, tokenizer: Expands) -> Tensor:
+    def describe(self, condition: Condition, max_tokens: int, *, tokenizer: Expands | None) -> Tensor:
         """Answer in text: ids (B, n), n <= max_tokens, the likeliest each time, filled up with the end mark.
 
         Args:
@@ -413,6 +413,8 @@ class MingUniVision(ContinuousGenerator):
             ValueError: images of another number of latents, or of other ones.
         """
         reading, length = self.reader(streams), self.spec.length
+        if streams.latents is None:
+            raise ValueError("these streams have images as ids; this model reads latents")
         latents = streams.latents[(streams.kinds == IMAGE_KIND) & streams.mask]
         if len(latents) % length:
             raise ValueError(f"the images of streams have {length} latents each for this model; these have others")
@@ -474,8 +476,8 @@ class MingUniVision(ContinuousGenerator):
         session.begin_image(session.options.guidance(has_image=condition.part("given") is not None), draws["noise"])
         return session
 
-    def converse(self, rows: int = 1, options: MingOptions | None = None, *, tokenizer: Expands) -> MingSession:
-        self.check_tokenizer(tokenizer)
+    def converse(self, rows: int = 1, options: MingOptions | None = None, *, tokenizer: Expands | None) -> MingSession:
+        tokenizer = self.needed_tokenizer(tokenizer)
         text, given = self.text.length if self.text else 1, self.given.length + 2 if self.given else 0
         length = len(self.human) + given + text + len(self.assistant) + self.spec.length + 2
         return MingSession(self, rows, options or MingOptions(), tokenizer, length=length)

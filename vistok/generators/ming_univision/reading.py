@@ -52,6 +52,9 @@ class StreamReader(nn.Module):
         marks: by the stream's names, the ids that stand for a mark: none, one, or several.
     """
 
+    _own: Tensor
+    _counts: Tensor
+
     def __init__(self, text_size: int, patch: int, marks: Mapping[str, Sequence[int]]):
         super().__init__()
         self.vocabulary = JointVocabulary(text_size, 1)
@@ -70,6 +73,10 @@ class StreamReader(nn.Module):
         if streams.latents is None:
             raise ValueError("these streams have images as ids; this model reads latents")
         ids, images = streams.ids, (streams.kinds == IMAGE_ID) & streams.mask
+        if bool((((ids < vocabulary.text_size) != (streams.kinds == TEXT_ID)) & streams.mask).any()):
+            raise ValueError(
+                f"these streams are of another vocabulary: this model's has texts of {vocabulary.text_size} ids"
+            )
         begins, answers, starts, ends = (
             (ids == vocabulary.special(name)) & streams.mask for name in ("begin", "answer", "begin_image", "end_image")
         )

@@ -108,7 +108,7 @@ class JointModel(Protocol):
     spec: TokenSpec
     image_start: int
     image_end: int
-    end: int
+    end: int | None
     backbone: Backbone | LanguageModel
     flow_head: FlowHead
     embedding: nn.Embedding
@@ -131,7 +131,8 @@ class Context:
     """
 
     def __init__(self, model: JointModel, rows: int, length: int):
-        weight, (layers, heads, head_dim) = model.output.weight, model.backbone.cache_sizes
+        weight = model.output.weight
+        layers, heads, head_dim = model.backbone.cache_sizes
         self.model, self.rows = model, rows
         self.cache = KVCache(layers, rows, heads, length, head_dim, dtype=weight.dtype, device=weight.device)
         self.visible = torch.zeros(rows, 0, dtype=torch.bool, device=weight.device)
@@ -446,6 +447,8 @@ class MingSession:
 def write_text(model: JointModel, context: Context, hidden: Tensor, max_tokens: int) -> tuple[Tensor, Tensor]:
     """Greedy ids (B, n) from the state (B, D) that the first is drawn from, and the state behind the last; what rows
     that have ended are filled up with is hidden from them."""
+    if model.end is None:
+        raise ValueError("this model has no mark that ends a text")
     ended = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
     ids = [torch.zeros(len(hidden), 0, dtype=torch.int64, device=hidden.device)]
     for _ in range(max_tokens):

@@ -75,7 +75,10 @@ class OpenMAGVIT2GPT(Llama):
     sizes = SIZES
     checkpoints = tuple(
         OfficialCheckpoint(
-            f"TencentARC/Open-MAGVIT2-AR-{name}-256-resolution", f"AR_256_{name}.ckpt", official.config(SIZES[name])
+            f"TencentARC/Open-MAGVIT2-AR-{name}-256-resolution",
+            f"AR_256_{name}.ckpt",
+            official.config(SIZES[name]),
+            tokenizer="TencentARC/Open-MAGVIT2-Tokenizer-256-resolution/imagenet_256_L.ckpt",
         )
         for name in SIZES
     )

@@ -29,6 +29,11 @@ SIZES = {
     "L": {"dim": 1024, "num_layers": 24, "num_heads": 16},
     "XL": {"dim": 1280, "num_layers": 36, "num_heads": 20},
 }
+TOKENIZERS = {
+    16384: "FoundationVision/LlamaGen/vq_ds16_c2i.pt",
+    1024: "fun-research/TiTok/maskgit-vqgan-imagenet-f16-256.bin",
+}
+"""Whose tokens the released models are of, by their number of codes."""
 RELEASED = {"0.3b_llamagen": ("L", 16384), "0.3b_maskgit": ("L", 1024), "0.7b_llamagen": ("XL", 16384)}
 OrderKind = Literal["random", "raster"]
 PlaceKind = Literal["rope2d", "rope1d"]
@@ -78,6 +83,7 @@ class RandAR(QueryGenerator):
             "ziqipang/RandAR",
             f"randar_{name}_360k_bs_1024_lr_0.0004.safetensors",
             official.config(SIZES[size], codebook_size),
+            tokenizer=TOKENIZERS[codebook_size],
         )
         for name, (size, codebook_size) in RELEASED.items()
     )

@@ -70,8 +70,25 @@ class RAR(AutoregressiveGenerator):
     sizes = SIZES
     condition_length = 2
     checkpoints = (
-        *(OfficialCheckpoint("yucornetto/RAR", f"rar_{s.lower()}.bin", official.config(SIZES[s], 1024)) for s in SIZES),
-        *(OfficialCheckpoint("qiuk6/RobusTok", f"rar_{s}.bin", official.config(SIZES[s.upper()], 4096)) for s in "bl"),
+        *(
+            OfficialCheckpoint(
+                "yucornetto/RAR",
+                f"rar_{s.lower()}.bin",
+                official.config(SIZES[s], 1024),
+                tokenizer="fun-research/TiTok/maskgit-vqgan-imagenet-f16-256.bin",
+            )
+            for s in SIZES
+        ),
+        *(
+            OfficialCheckpoint(
+                "qiuk6/RobusTok",
+                f"rar_{s}.bin",
+                official.config(SIZES[s.upper()], 4096),
+                tokenizer="qiuk6/RobusTok/post-train.pt",
+                licence="not stated",
+            )
+            for s in "bl"
+        ),
     )
 
     def __init__(

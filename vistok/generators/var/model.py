@@ -104,7 +104,14 @@ class VAR(AutoregressiveGenerator):
         for depth in DEPTHS
     }
     checkpoints = tuple(
-        OfficialCheckpoint("FoundationVision/var", f"var_d{depth}.pth", official.config(depth)) for depth in DEPTHS
+        OfficialCheckpoint(
+            "FoundationVision/var",
+            f"var_d{depth}.pth",
+            official.config(depth),
+            # That of 512 px is the same file, whose arguments have to say the size.
+            tokenizer="FoundationVision/var/vae_ch160v4096z32.pth" if depth < 36 else None,
+        )
+        for depth in DEPTHS
     )
 
     def __init__(

@@ -127,7 +127,8 @@ class XAR(ContinuousGenerator):
     session_type = XARSession
     sizes = SIZES
     checkpoints = tuple(
-        OfficialCheckpoint("OliverRen/xAR", f"xAR-{size}.pth", _official(size)) for size in ("B", "L", "H")
+        OfficialCheckpoint("OliverRen/xAR", f"xAR-{size}.pth", _official(size), tokenizer="kl16.ckpt")
+        for size in ("B", "L", "H")
     )
 
     def __init__(

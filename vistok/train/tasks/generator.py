@@ -187,7 +187,7 @@ class GeneratorTask(Task):
         if not self.tokenizer.renders:
             return []
         rows, columns = min(len(self.classes), 8) or 4, 1 if len(self.tokenizer.input_shape) == 4 else 8
-        reader = self.loader.reader
+        reader: Any = self.loader.reader
         what: dict[str, Any]
         if self.config.streams:
             asked = reader.prompts(np.arange(rows) * len(reader) // rows)

@@ -67,7 +67,11 @@ def verify(drafts: Tensor, draft_probs: Tensor, target_probs: Tensor, uniforms: 
 
 
 def agree(drafts: Tensor, next_tokens: Tensor) -> Tensor:
-    """(B,) how many tokens are committed if drafts are accepted as long as they are what is drawn there now, (B, n)."""
+    """(B,) how many tokens are committed: the drafts (B, n) up to the first that is not drawn again, and one more.
+
+    Args:
+        next_tokens: (B, n), the token that is now drawn behind each draft.
+    """
     return 1 + (drafts[:, 1:] == next_tokens[:, :-1]).int().cumprod(1).sum(1)
 
 
@@ -89,8 +93,9 @@ class Jacobi:
     """The decoding; its settings are in ``DecodingOptions``."""
 
     def draws(self, keys: Keys, length: int, options: DecodingOptions) -> Draws:
-        """Uniform numbers (B, L) of every position: "ids" draws it, "accept" tests a draft, "redraw" takes the place of
-        a rejected one, "draft" makes the first draft, and "coupling" stands for noise of all ids."""
+        """Five uniform numbers (B, L) for every position: "draft" makes the first draft, "accept" decides on a draft,
+        "redraw" draws the id that replaces a rejected one, "ids" draws an id, and "coupling" is the key of the Gumbel
+        noise of all ids."""
         return {name: keys.uniform(name, length) for name in ("ids", "accept", "redraw", "draft", "coupling")}
 
     def check(self, plan: Plan, options: DecodingOptions, num_parts: int) -> None:
