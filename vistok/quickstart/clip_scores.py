@@ -57,6 +57,7 @@ class ClipScores:
         psnr: of the tokenizer on held-out clips in dB, mean over clips.
         prediction: PSNR in dB of the frames that are predicted of held-out clips, mean over clips.
         prediction_repeat: the same where the last given frame is repeated instead.
+        prediction_black: the same of black frames, which most of a frame is.
     """
 
     recognised: float
@@ -68,6 +69,7 @@ class ClipScores:
     psnr: float
     prediction: float
     prediction_repeat: float
+    prediction_black: float
 
 
 def load_clips(data: DataConfig) -> Clips:
@@ -190,4 +192,5 @@ def score_clips(
         psnr=float(psnr(whole, decoded).mean()),
         prediction=prediction_psnr(asked, predicted, given),
         prediction_repeat=prediction_psnr(asked, repeat_given(asked, given), given),
+        prediction_black=prediction_psnr(asked, torch.full_like(asked, -1), given),
     )

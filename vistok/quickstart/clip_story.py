@@ -146,13 +146,18 @@ def score_lines(scores: ClipScores, seconds: float, system: System, *, spec: Tok
             "prediction",
             f"{scores.prediction:.1f} dB",
             f"PSNR of frames {predicted} of held-out clips, predicted from the {system.given_frames} before.",
-            "above repeating",
-            scores.prediction > scores.prediction_repeat,
+            "above repeating and black",
+            scores.prediction > max(scores.prediction_repeat, scores.prediction_black),
         ),
         Score(
             "prediction_repeat",
             f"{scores.prediction_repeat:.1f} dB",
             f"The same where frame {system.given_frames} is repeated instead.",
+        ),
+        Score(
+            "prediction_black",
+            f"{scores.prediction_black:.1f} dB",
+            "The same of black frames: what a predictor gets that says nothing.",
         ),
         Score(
             "distinct",
