@@ -11,6 +11,7 @@ from support.tiny_models import tiny
 import vistok
 from vistok.cli import main
 from vistok.data.tokens import TokenCache
+from vistok.draws import Keys
 from vistok.pipelines import Message, Pipeline
 from vistok.quickstart import Recipe, quickstart
 from vistok.quickstart.scores import fit_classifier
@@ -21,7 +22,11 @@ from vistok.types import Condition
 
 SHORT = Recipe(
     system="ming_univision",
-    tokenizer=("training.max_steps=2", "training.log_every=1"),
+    tokenizer=(
+        "training.max_steps=2",
+        "training.log_every=1",
+        *(f"model.{part}.num_layers=1" for part in ("encoder", "semantic_decoder", "pixel_decoder")),
+    ),
     generator=("training.max_steps=2", "training.log_every=1", "model.backbone.num_layers=1", "sampling.num_steps=2"),
     views=1,
     classifier_steps=20,
@@ -93,7 +98,7 @@ def test_held_out_digits_in_the_place_of_edits_score_as_they_should(folder, held
     styles = fit_classifier(real.by_style(), steps=200, classes=len(STYLE_NAMES))
     said = [word(digit) for digit in held_out.labels.tolist()]
     images = held_out.pixels
-    far = 1e3 * (1 + torch.arange(float(len(images)))).view(-1, 1, 1).expand(-1, 16, 4)
+    far = 100 * Keys.range(9, len(images)).normal("far", 16, 4)
     judged = Judged(images, held_out.labels, images, held_out.labels, held_out, images, held_out.labels, said, far)
     scores = score(judged, digits, styles, pipe=pipe, cache=cache, held_out=held_out)
     assert scores.drawings == scores.edits == scores.recognised_real > 0.8
