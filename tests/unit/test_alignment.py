@@ -145,7 +145,7 @@ def test_absent_and_damaged_weights_are_named(tmp_path, weights):
     with pytest.raises(CheckpointError, match="there is no weights file nowhere"):
         FrozenEncoder(EncoderConfig(ENCODER, "nowhere.safetensors"))
     (tmp_path / "cut.safetensors").write_bytes(Path(weights).read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match=r"could not be read from .*cut\.safetensors.*repa_encoder\.weights"):
+    with pytest.raises(CheckpointError, match=r"could not be read from .*cut\.safetensors.*encoder\.weights of the loss"):
         FrozenEncoder(EncoderConfig(ENCODER, str(tmp_path / "cut.safetensors")))
 
 
@@ -331,3 +331,9 @@ def test_two_teachers_teach_two_features_where_patches_were_masked(efficientnet_
 def test_features_that_a_tokenizer_does_not_name_are_refused(name, section, message):
     with pytest.raises(ConfigError, match=message):
         check_terms(tiny(name), {"semantic": section})
+
+
+def test_absent_weights_name_the_teacher_that_needs_no_download():
+    with pytest.raises(CheckpointError, match="no weights file nowhere") as failure:
+        FrozenEncoder(EncoderConfig(weights="nowhere.pth"))
+    assert "encoder.name=efficientnet_lite0" in " ".join(failure.value.__notes__)
