@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import diffusers
 import pytest
 import torch
 from golden.harness import Case
@@ -21,6 +24,8 @@ from vistok.draws import Keys
 from vistok.eval.retrieval import Embeddings, Gallery, embeddings, retrieval_scores
 from vistok.eval.tokenizers import evaluate_tokenizer
 from vistok.losses.efficientnet import EfficientNetFeatures
+from vistok.pipelines import Pipeline
+from vistok.pipelines.renderers import UnCLIP
 from vistok.probing import ProbeSettings, probe
 from vistok.train import train
 from vistok.train.monitor import read_metrics
@@ -276,7 +281,7 @@ def test_evaluation_and_probes_take_embeddings_and_a_gallery_shows_the_nearest_i
     found = embeddings(model, data)
     assert gallery.nearest(found.targets).tolist() == list(range(20))
     batch = next(iter(evaluation_loader(open_source(data), data)))
-    torch.testing.assert_close(gallery.show(found.targets[3:5]), batch.pixels[3:5])
+    torch.testing.assert_close(gallery(found.targets[3:5]), batch.pixels[3:5])
     with pytest.raises(ValueError, match="has no target_tower"):
         embeddings(tiny("seed", target_tower=None), data)
     model.save_pretrained(tmp_path / "saved" / "tokenizer")
@@ -308,3 +313,49 @@ def test_efficientnet_is_a_tower_of_tokens_and_of_embeddings():
     ):
         with pytest.raises(ValueError, match=message):
             tiny("seed", **arguments)
+
+
+def test_a_pipeline_shows_generated_ids_by_its_renderer():
+    model = tiny("seed")
+    generator = tiny("llama", spec=model.spec, positions="rope1d", num_classes=10)
+    pipe = Pipeline(model, generator)
+    with pytest.raises(ValueError, match=r"decodes to embeddings, not to images: set pipe\.renderer"):
+        pipe([1, 2])
+    data = DataConfig(16, source="digits", channels=3, split="test", limit=10)
+    pipe.renderer = Gallery(model, data)
+    made = pipe([1, 2], seed=0)
+    torch.testing.assert_close(made.pixels, pipe.renderer(model.decode_features(made.tokens)))
+    shown = {tuple(batch.flatten().tolist()) for batch in next(iter(evaluation_loader(open_source(data), data))).pixels}
+    assert all(tuple(image.flatten().tolist()) in shown for image in made.pixels)
+
+
+class _UnCLIP:
+    """In place of diffusers' pipeline."""
+
+    dtype = torch.float32
+
+    @classmethod
+    def from_pretrained(cls, name):
+        if name == "nowhere":
+            raise OSError("nowhere is no folder")
+        return cls()
+
+    def to(self, device):
+        return self
+
+    def __call__(self, prompt, image_embeds, generator, **options):
+        assert options == {"num_inference_steps": 20, "guidance_scale": 10.0, "noise_level": 0, "output_type": "pt"}
+        assert prompt == [""] * len(image_embeds) == [""] * len(generator)
+        noise = torch.stack([torch.rand(3, 8, 8, generator=each) for each in generator])
+        return SimpleNamespace(images=(noise + image_embeds[:, :1, None, None].sigmoid()) / 2)
+
+
+def test_unclip_gets_embeddings_without_text_and_repeatable_noise(monkeypatch):
+    monkeypatch.setattr(diffusers, "StableUnCLIPImg2ImgPipeline", _UnCLIP)
+    render, embeddings = UnCLIP("weights"), torch.randn(3, 6)
+    images = render(embeddings)
+    assert images.shape == (3, 3, 8, 8)
+    assert -1 <= images.min() < 0 < images.max() <= 1
+    assert torch.equal(images, render(embeddings))
+    with pytest.raises(CheckpointError, match=r"holds no unCLIP pipeline .*Gallery shows the nearest image"):
+        UnCLIP("nowhere")

@@ -124,7 +124,7 @@ class Gallery:
         """The positions (B,) in the gallery of the images nearest to embeddings (B, E), by cosine."""
         return (F.normalize(decoded.float().cpu(), dim=-1) @ self._targets.T).argmax(1)
 
-    def show(self, decoded: Tensor) -> Tensor:
+    def __call__(self, decoded: Tensor) -> Tensor:
         """Those images, (B, C, H, W) in [-1, 1]. They are no renderings of the embeddings."""
         positions = self.nearest(decoded).tolist()
         return torch.cat([self._reader.load(np.array([position]), 0)[0].pixels for position in positions])

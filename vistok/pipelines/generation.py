@@ -35,6 +35,7 @@ from vistok.pipelines.folders import (
     read_settings,
     write_settings,
 )
+from vistok.pipelines.renderers import Renderer
 from vistok.pipelines.requests import Conditions, Prompt, Request
 from vistok.pipelines.steps import StepCallback, every_step
 from vistok.text import TEXT, PromptEncoder
@@ -117,11 +118,16 @@ class Pipeline:
         sampling: default options, by the names of ``generator.options_type``.
         text: what turns prompts into conditions of the generator; without encoders there are no prompts.
 
+    Attributes:
+        renderer: makes the images where the tokenizer decodes to embeddings; to be set before images are made.
+
     Raises:
         ValueError: the generator models other tokens than the tokenizer's, has another number of classes, or takes
             other texts than ``text`` makes.
         ConfigError: ``sampling`` does not fit the generator's options.
     """
+
+    renderer: Renderer | None = None
 
     def __init__(
         self,
@@ -351,7 +357,14 @@ class Pipeline:
         """The images of all rows of ``condition``, whose tokens ``make`` returns for some rows and their draws."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.tokenizer.check_renders("making images")
+        if self.renderer is None and self.tokenizer.embeds:
+            raise ValueError(
+                f"{type(self.tokenizer).__name__} decodes to embeddings, not to images: set pipe.renderer, to "
+                "vistok.pipelines.renderers.UnCLIP(weights), or to vistok.eval.retrieval.Gallery(tokenizer, data), "
+                "which shows the nearest image of a data set"
+            )
+        if not self.tokenizer.embeds:
+            self.tokenizer.check_renders("making images")
         tokens, pixels = [], []
         for start in range(0, len(condition), batch_size):
             rows = slice(start, start + batch_size)
@@ -461,6 +474,8 @@ class Pipeline:
         Args:
             condition: that the tokens were generated with; the tokenizer takes its part of it.
         """
+        if self.renderer is not None and self.tokenizer.embeds:
+            return self.renderer(self.tokenizer.decode_features(self._to_tokenizer(tokens))).float().clamp(-1, 1).cpu()
         options = self._decode_options | ({"draws": draws} if draws else {})
         own = self._own_condition(condition)
         return self.tokenizer.decode(self._to_tokenizer(tokens), condition=own, **options).float().clamp(-1, 1).cpu()

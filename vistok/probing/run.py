@@ -220,7 +220,7 @@ def _draw(tokenizer: Tokenizer, gallery: DataConfig, data: DataConfig) -> Image.
     if tokenizer.renders:
         return compared(examples, tokenizer.reconstruct(pixels).float().cpu())
     if tokenizer.embeds:
-        return compared(examples, Gallery(tokenizer, gallery).show(tokenizer.decode_features(tokenizer.encode(pixels))))
+        return compared(examples, Gallery(tokenizer, gallery)(tokenizer.decode_features(tokenizer.encode(pixels))))
     return grid(to_pil(examples))
 
 
