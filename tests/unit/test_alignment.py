@@ -15,15 +15,18 @@ from support.tiny_runs import tokenizer_config
 
 import vistok
 from vistok.checkpoints import CheckpointError
-from vistok.config import ConfigError
+from vistok.config import ConfigError, load_config
 from vistok.draws import Keys
 from vistok.losses import Alignment, EncoderConfig, alignment_distance
 from vistok.losses.alignment import FrozenEncoder
 from vistok.losses.efficientnet import efficientnet_lite0
 from vistok.train import train
+from vistok.train.config import RunConfig
 from vistok.train.monitor import read_metrics
 from vistok.train.tasks.objective import TokenizerObjective, check_terms
 from vistok.types import Clock
+
+RECIPES = Path(vistok.__file__).parent / "train" / "configs"
 
 ENCODER = "vit_tiny_patch16_224"  # its weights are random here
 DIM = 192
@@ -145,7 +148,9 @@ def test_absent_and_damaged_weights_are_named(tmp_path, weights):
     with pytest.raises(CheckpointError, match="there is no weights file nowhere"):
         FrozenEncoder(EncoderConfig(ENCODER, "nowhere.safetensors"))
     (tmp_path / "cut.safetensors").write_bytes(Path(weights).read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match=r"could not be read from .*cut\.safetensors.*repa_encoder\.weights"):
+    with pytest.raises(
+        CheckpointError, match=r"could not be read from .*cut\.safetensors.*encoder\.weights of the loss"
+    ):
         FrozenEncoder(EncoderConfig(ENCODER, str(tmp_path / "cut.safetensors")))
 
 
@@ -331,3 +336,23 @@ def test_two_teachers_teach_two_features_where_patches_were_masked(efficientnet_
 def test_features_that_a_tokenizer_does_not_name_are_refused(name, section, message):
     with pytest.raises(ConfigError, match=message):
         check_terms(tiny(name), {"semantic": section})
+
+
+def test_absent_weights_name_the_teacher_that_needs_no_download():
+    with pytest.raises(CheckpointError, match="no weights file nowhere") as failure:
+        FrozenEncoder(EncoderConfig(weights="nowhere.pth"))
+    assert "encoder.name=efficientnet_lite0" in " ".join(failure.value.__notes__)
+
+
+@pytest.mark.parametrize(
+    ("name", "term"),
+    [("vit_vqgan", "semantic"), ("llamagen_vq", "semantic"), ("gigatok_2d", "semantic"), ("flextok", "repa")],
+)
+def test_recipes_take_semantic_regularisation_as_an_override(name, term):
+    section = "{weight: 0.5, encoder: {name: efficientnet_lite0, image_size: 128, stride: 16}}"
+    overrides = ["data.root=somewhere", f"losses.{term}={section}"]
+    head = ["model.alignment={dim: 112}"] if term == "repa" else []
+    run = RunConfig.parse(load_config(RECIPES / "cifar10" / f"{name}.yaml", [*overrides, *head]))
+    with torch.device("meta"):
+        model = run.build_model(run.model_entry().load().arguments_from(run.data))
+    assert check_terms(model, run.losses)[term].encoder.name == "efficientnet_lite0"

@@ -22,6 +22,7 @@ from vistok.eval.images import ImageError
 from vistok.eval.networks import FeatureNetwork
 from vistok.eval.pairs import evaluate_reconstruction
 from vistok.eval.record import save_result
+from vistok.eval.retrieval import evaluate_embeddings
 from vistok.tokenizers.base import Tokenizer
 from vistok.utils.processes import Processes
 from vistok.utils.progress import track
@@ -96,12 +97,18 @@ def evaluate_tokenizer(
     processes: Processes = Processes(),  # noqa: B008 (immutable)
     out: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Score the reconstructions of all images of ``data``; see ``evaluate_reconstruction`` for the scores.
+    """Score the reconstructions of all images of ``data``; see ``evaluate_reconstruction`` for the scores. A tokenizer
+    that decodes to image embeddings is scored by them, see ``retrieval_scores``.
 
     Raises:
         ImageError: an image that cannot be read.
         ValueError: images of another size or other channels than the tokenizer's.
     """
+    if tokenizer.embeds:
+        result = evaluate_embeddings(tokenizer, data)
+        if out is not None and processes.is_first:
+            save_result(result, out)
+        return result
     tokenizer.check_renders("scoring reconstructions")
     originals = DataImages(data)
     device = tokenizer.device

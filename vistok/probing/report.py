@@ -21,8 +21,10 @@ SCORES = (
     "rfvd",
     "frechet_distance",
     "rfrechet_distance",
+    "cosine",
+    "class_recall",
 )
-CAPTION = "Held-out originals over reconstructions."
+CAPTION = "Held-out originals over reconstructions; over the nearest training image of a tokenizer that renders none."
 WHAT = (
     "loss/token and loss/image: of a small generator on held-out tokens, trained for the steps of this page; losses of "
     "ids and of latents are no common measure. probe of generator: a linear classifier on its middle block, fed "

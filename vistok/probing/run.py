@@ -15,9 +15,10 @@ from vistok.config import NOTHING, Allowed
 from vistok.data.config import DataConfig
 from vistok.data.movies import compared
 from vistok.data.opening import open_source
-from vistok.data.pictures import save_png
+from vistok.data.pictures import grid, save_png, to_pil
 from vistok.data.tokens import TokenCache
 from vistok.eval.record import library_versions, save_result
+from vistok.eval.retrieval import Gallery
 from vistok.pipelines.folders import load_tokenizer
 from vistok.pipelines.runs import data_of_run
 from vistok.probing.generator import probe_generator
@@ -192,7 +193,7 @@ def _judge(
         "generator": None,
     }
     result["data"]["test_images"] = len(caches[1])
-    save_png(_draw(tokenizer, held_out), out / PICTURE)
+    save_png(_draw(tokenizer, data, held_out), out / PICTURE)
     if settings.steps:
         result["generator"] = probe_generator(caches[0].folder, caches[1].folder, out / "generator", settings)
     result |= {"settings": asdict(settings), "versions": library_versions()}
@@ -210,13 +211,16 @@ def _cache(tokenizer: Tokenizer, data: DataConfig, folder: Path) -> TokenCache:
 
 
 @torch.no_grad()
-def _draw(tokenizer: Tokenizer, data: DataConfig) -> Image.Image:
-    """Held-out originals over reconstructions; originals alone of a tokenizer that renders none."""
+def _draw(tokenizer: Tokenizer, gallery: DataConfig, data: DataConfig) -> Image.Image:
+    """Held-out originals over reconstructions. What is no image is shown as the nearest one of the gallery's, or, where
+    there are no embeddings either, not at all."""
     examples = example_images(open_source(data), data, SHOWN)
-    if not tokenizer.renders:
-        return compared(examples, examples)
-    made = tokenizer.reconstruct(examples.to(tokenizer.device, tokenizer.dtype)).float().cpu()
-    return compared(examples, made)
+    pixels = examples.to(tokenizer.device, tokenizer.dtype)
+    if tokenizer.renders:
+        return compared(examples, tokenizer.reconstruct(pixels).float().cpu())
+    if tokenizer.embeds:
+        return compared(examples, Gallery(tokenizer, gallery)(tokenizer.decode_features(tokenizer.encode(pixels))))
+    return grid(to_pil(examples))
 
 
 def _picture(folder: Path) -> Image.Image:

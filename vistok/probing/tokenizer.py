@@ -49,13 +49,16 @@ def bits(spec: TokenSpec) -> float | None:
 
 
 def reconstruction(tokenizer: Tokenizer, data: DataConfig, settings: ProbeSettings) -> dict[str, Any] | None:
-    """What ``evaluate_tokenizer`` says of the held-out images or clips; None of a tokenizer that renders none."""
-    if not tokenizer.renders:
+    """What ``evaluate_tokenizer`` says of the held-out images or clips; None of a tokenizer that makes neither pixels
+    nor embeddings."""
+    if not (tokenizer.renders or tokenizer.embeds):
         return None
     device, distance = tokenizer.device, lpips(settings.lpips_weights, tokenizer.device)
     if data.num_frames is not None:
         network = clip_network(settings.network, settings.weights, device)
         return evaluate_clip_tokenizer(tokenizer, data, network=network, lpips=distance)
+    if tokenizer.embeds:
+        return evaluate_tokenizer(tokenizer, data)
     network = image_network(settings.network, settings.weights, device)
     return evaluate_tokenizer(tokenizer, data, network=network, lpips=distance)
 

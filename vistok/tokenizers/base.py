@@ -40,6 +40,8 @@ class Tokenizer(Model):
     """Whether ``decode`` makes pixels."""
     reconstructs: bool = True
     """Whether ``forward`` gives a reconstruction, so that pixel losses and a GAN can apply."""
+    embeds: bool = False
+    """Whether ``decode_features`` makes image embeddings."""
     quantizer: Any
     """Of discrete tokenizers: latents to codes and back, a module of ``vistok.quantizers``."""
     has_posterior: bool = False
@@ -213,6 +215,24 @@ class Tokenizer(Model):
         """Features (B, ``semantic_dim``) of a frozen encoder as the latents are projected, (B, spec.dim), for the loss
         "semantic_contrast"."""
         raise ValueError(f"{type(self).__name__} projects no features of a frozen encoder")
+
+    @property
+    def summary_features(self) -> Mapping[str, int]:
+        """Features that ``forward`` gives as (B, L, D) whose last position stands for the whole image, each with its D:
+        what the loss "text_contrast" can compare with texts."""
+        return {}
+
+    def decode_features(self, tokens: Tensor) -> Tensor:
+        """Ids (B, L) to image embeddings (B, E); of tokenizers that ``embeds`` is True of."""
+        raise ValueError(f"{type(self).__name__} decodes to pixels, not to an image embedding")
+
+    def target_features(self, pixels: Tensor) -> Tensor:
+        """The embeddings (B, E) of images (B, C, H, W) in [-1, 1] that ``decode_features`` is to give.
+
+        Raises:
+            ValueError: this tokenizer has no network that makes them.
+        """
+        raise ValueError(f"{type(self).__name__} decodes to pixels, not to an image embedding")
 
     @property
     def raster_features(self) -> Mapping[str, int]:

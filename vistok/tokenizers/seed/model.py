@@ -30,7 +30,8 @@ from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec, as_datacl
 class SEED(Tokenizer):
     """Images to ids by a causal Q-Former over a frozen vision transformer, and ids to an image embedding.
 
-    Its training is the second stage of the paper: the Q-Former is frozen, codes and decoder learn (section 3.2).
+    Training has two stages. In the first the Q-Former learns to tell texts by its last query (the loss "text_contrast",
+    section 3.1, with ``freeze_qformer`` False); in the second it is frozen, and codes and decoder learn (section 3.2).
 
     Args:
         image_size: side of the images, or (height, width).
@@ -45,6 +46,7 @@ class SEED(Tokenizer):
         causal: a query sees itself and earlier ones alone.
         freeze_qformer: whether the Q-Former, and the norm before it, keep their weights.
         codebook_size, code_dim: number of codes, and channels of one.
+        codebook_restart_after: steps after which an unused code is moved onto a latent; 0 is never.
         num_blocks, block_heads: of the two stacks of transformer blocks behind the codes.
         reverse_layers: layers of the reverse Q-Former, which makes the embedding with one query; None makes it of all
             tokens, narrowed by ``image_down``.
@@ -57,6 +59,7 @@ class SEED(Tokenizer):
 
     registry_name = "seed"
     renders = reconstructs = False
+    embeds = True
     tiny = {
         "image_size": 16,
         "tower": {"name": "test_vit", "dim": 8, "num_layers": 1, "num_heads": 2, "patch_size": 4},
@@ -99,6 +102,7 @@ class SEED(Tokenizer):
         reverse_layers: int | None = None,
         image_down: tuple[int, ...] = (256, 128, 32),
         target_dim: int = 1024,
+        codebook_restart_after: int = 0,
     ):
         super().__init__()
         if in_channels != 3:
@@ -125,7 +129,9 @@ class SEED(Tokenizer):
             self.vision_norm.requires_grad_(False)
             self.qformer.requires_grad_(False)
         self.to_latents = bottleneck(dim, dim, code_dim)
-        self.quantizer = VectorQuantizer(codebook_size, code_dim, normalize=False, init="uniform")
+        self.quantizer = VectorQuantizer(
+            codebook_size, code_dim, normalize=False, init="uniform", restart_after=codebook_restart_after
+        )
         self.from_latents = bottleneck(code_dim, code_dim, dim)
         self.query_blocks, self.image_blocks = (
             PositionedBlocks(num_queries, dim, num_blocks, block_heads) for _ in range(2)
@@ -147,6 +153,17 @@ class SEED(Tokenizer):
     def loss_terms(self) -> tuple[str, ...]:
         """ "codebook" and "commitment" of the quantizer, "query" and, with a target tower, "image"."""
         return (*self.quantizer.loss_terms, "query", *(("image",) if self.target_tower is not None else ()))
+
+    @property
+    def summary_features(self) -> Mapping[str, int]:
+        """The Q-Former's outputs: the last query has seen all others (section 3.1)."""
+        return {"queries": self.qformer.queries.shape[2]}
+
+    def target_features(self, pixels: Tensor) -> Tensor:
+        if self.target_tower is None:
+            raise ValueError("this SEED has no target_tower, whose embeddings its own could be compared with")
+        self.check_pixels(pixels)
+        return self.target_tower(pixels)
 
     def read_tower(self, file: str | Path) -> None:
         """Read the vision transformer's weights from a local file under timm's names.

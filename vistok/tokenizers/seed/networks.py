@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vistok.checkpoints import load_strictly, read_weights
+from vistok.losses.efficientnet import NAME as EFFICIENTNET
+from vistok.losses.efficientnet import EfficientNetFeatures
 from vistok.nn.attention import attend
 from vistok.nn.containers import ModuleList
 from vistok.nn.mlp import MLP
@@ -23,11 +25,14 @@ BERT_EPS = 1e-12
 
 @dataclass(frozen=True)
 class TowerConfig:
-    """A vision transformer of timm, built without weights; those are part of the saved model.
+    """A vision transformer of timm, built without weights; those are part of the saved model. Or "efficientnet_lite0",
+    which brings its weights (``losses.efficientnet``): its features of stride 16 are the tokens, and the mean of those
+    of stride 32 the embedding.
 
     Attributes:
         name: its name in timm.
         dim, num_layers, num_heads, patch_size: in place of the model's own.
+        resize_to: side to which "efficientnet_lite0" gets images resized, bicubic; None leaves them.
     """
 
     name: str
@@ -35,10 +40,18 @@ class TowerConfig:
     num_layers: int | None = None
     num_heads: int | None = None
     patch_size: int | None = None
+    resize_to: int | None = None
+
+    def __post_init__(self) -> None:
+        sizes = [self.dim, self.num_layers, self.num_heads, self.patch_size]
+        if self.name == EFFICIENTNET and any(size is not None for size in sizes):
+            raise ValueError(f"{self.name} has sizes of its own; leave dim, num_layers, num_heads and patch_size out")
+        if self.name != EFFICIENTNET and self.resize_to is not None:
+            raise ValueError(f"resize_to is of {EFFICIENTNET}; {self.name} is built for the image size")
 
 
 class Tower(nn.Module):
-    """A frozen vision transformer that reads pixels in [-1, 1] with the colour statistics of CLIP (arXiv 2103.00020).
+    """A frozen network that reads pixels in [-1, 1]; a transformer with CLIP's colour statistics (arXiv 2103.00020).
 
     Args:
         config: the transformer.
@@ -56,6 +69,21 @@ class Tower(nn.Module):
 
     def __init__(self, config: TowerConfig, image_size: tuple[int, int], embedding_dim: int | None = None):
         super().__init__()
+        self.gives_tokens, self.resize_to = embedding_dim is None, config.resize_to
+        mean, std = CLIP_MEAN, CLIP_STD
+        if config.name == EFFICIENTNET:
+            self.model = EfficientNetFeatures(16 if self.gives_tokens else 32)
+            self._features, mean, std = self.model.dim, self.model.mean, self.model.std
+            if embedding_dim not in (None, self._features):
+                raise ValueError(f"target_dim is {embedding_dim}, but {config.name} has {self._features} channels")
+        else:
+            self.model = self._transformer(config, image_size, embedding_dim)
+            self._features = self.model.num_features
+        self.requires_grad_(False)
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
+
+    def _transformer(self, config: TowerConfig, image_size: tuple[int, int], embedding_dim: int | None) -> nn.Module:
         import timm
 
         if not timm.is_model(config.name):
@@ -68,22 +96,19 @@ class Tower(nn.Module):
         }
         own: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
         try:
-            self.model = timm.create_model(config.name, img_size=image_size, num_classes=embedding_dim or 0, **own)
+            model = timm.create_model(config.name, img_size=image_size, num_classes=embedding_dim or 0, **own)
         except TypeError as error:  # other networks have other arguments
             raise ValueError(f"{config.name} is no vision transformer of such sizes: {error}") from error
-        if not hasattr(self.model, "num_prefix_tokens"):
+        if not hasattr(model, "num_prefix_tokens"):
             raise ValueError(f"{config.name} is no vision transformer; its tokens are needed")
-        self.gives_tokens = embedding_dim is None
         if self.gives_tokens:
-            self.model.norm = self.model.fc_norm = nn.Identity()
-        self.requires_grad_(False)
-        self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(CLIP_STD).view(1, -1, 1, 1), persistent=False)
+            model.norm = model.fc_norm = nn.Identity()
+        return model
 
     @property
     def dim(self) -> int:
         """Channels of a token."""
-        return self.model.num_features
+        return self._features
 
     def train(self, mode: bool = True) -> Self:
         """Stays in evaluation mode."""
@@ -105,6 +130,12 @@ class Tower(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [-1, 1] to all tokens (B, T, D), or to embeddings (B, E)."""
         pixels = ((pixels + 1) / 2 - self.mean) / self.std
+        if isinstance(self.model, EfficientNetFeatures):
+            if self.resize_to is not None:
+                side = (self.resize_to, self.resize_to)
+                pixels = F.interpolate(pixels, side, mode="bicubic", align_corners=False)
+            tokens = self.model(pixels)
+            return tokens if self.gives_tokens else tokens.mean(1)
         return self.model.forward_features(pixels) if self.gives_tokens else self.model(pixels)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from vistok.train.tasks.terms import (
     Term,
     TermConfig,
 )
+from vistok.train.tasks.texts import TextContrastTerm
 from vistok.types import MAIN, Clock, TokenizerOutput
 
 SETTING_TYPES = {
@@ -53,6 +54,7 @@ TERMS: dict[str, type[Term]] = {
     "classifier": ClassifierTerm,
     "code_prediction": CodePredictionTerm,
     "semantic_contrast": SemanticContrastTerm,
+    "text_contrast": TextContrastTerm,
 }
 """Terms that any tokenizer can have which gives what they read; others are the tokenizer's own."""
 OLD_SETTINGS = {"lpips": ("lpips_weights", "lpips_weighting"), "repa": ("repa_encoder",)}
@@ -102,6 +104,19 @@ class TokenizerObjective(nn.Module):
     def reads_codes(self, step: int) -> bool:
         """Whether a term reads the feature "codes" in this step."""
         return any(term.reads_codes for term in self._active(step))
+
+    def reads_labels(self, step: int) -> bool:
+        """Whether a term reads the feature "labels", the classes of the batch, in this step."""
+        return any(term.reads_labels for term in self._active(step))
+
+    def prepare(self, classes: Sequence[str]) -> None:
+        """Tell the terms the names of the classes.
+
+        Raises:
+            ConfigError: a term that needs them, and there are none.
+        """
+        for term in self.terms.values():
+            term.prepare(classes)
 
     def frozen(self) -> dict[str, nn.Module]:
         """Networks that the terms ask, by name."""

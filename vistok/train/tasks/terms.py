@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import ClassVar, Literal
 
@@ -65,6 +65,8 @@ class Term(nn.Module):
     """Whether the adaptive weight of a GAN is balanced against it."""
     reads_codes: bool = False
     """Whether it reads the feature "codes", the tokenizer's whole codebook."""
+    reads_labels: ClassVar[bool] = False
+    """Whether it reads the feature "labels", the classes of the batch."""
 
     def __init__(self, name: str, config: TermConfig):
         super().__init__()
@@ -74,6 +76,9 @@ class Term(nn.Module):
     def fits(cls, tokenizer: Tokenizer) -> bool:
         """Whether the tokenizer gives what the term reads."""
         return True
+
+    def prepare(self, classes: Sequence[str]) -> None:
+        """Get to know the names of the classes, before training."""
 
     def frozen(self) -> dict[str, nn.Module]:
         """Networks that it asks, by name."""

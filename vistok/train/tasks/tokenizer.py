@@ -73,18 +73,21 @@ class TokenizerLearner(Learner):
         self.objective, self.perturbation = objective, perturbation
 
     def forward(
-        self, pixels: Tensor, target: Tensor | None, clock: Clock, draws: Draws
+        self, pixels: Tensor, target: Tensor | None, clock: Clock, draws: Draws, labels: Tensor | None = None
     ) -> tuple[TokenizerOutput, dict[str, Tensor]]:
         """The tokenizer's output for pixels (B, C, H, W), or clips, and the unweighted terms of its objective.
 
         Args:
             target: what to reconstruct where it is not the pixels.
+            labels: (B,) classes, -1 where there is none.
         """
         if self.perturbation is not None:
             self.perturbation.set(self.model, clock)
         output = self.model(pixels, target=target, clock=clock, draws=draws)
         if self.objective.reads_codes(clock.step):
             output.features["codes"] = self.model.codes()
+        if self.objective.reads_labels(clock.step):
+            output.features["labels"] = labels
         return output, self.objective(output, pixels if target is None else target, clock, draws)
 
     def training_draws(self, keys: Keys) -> Draws:
@@ -108,7 +111,9 @@ class TokenizerTask(Task):
         model = config.build_model(config.model_entry().load().arguments_from(config.data))
         self.config, self.data, self.seed = config, config.data, config.seed
         perturbation = LatentPerturbation(config.perturbation, model) if config.perturbation else None
-        self.learner = TokenizerLearner(model, TokenizerObjective(model, config.losses), perturbation)
+        objective = TokenizerObjective(model, config.losses)
+        objective.prepare(source.classes)
+        self.learner = TokenizerLearner(model, objective, perturbation)
         self.gan = gan_config(model, config.losses)
         self.adversary = Adversary(self.gan, model.input_shape, model.native_range) if self.gan else None
         self.loader = training_loader(source, self.data, rank=rank, world_size=world_size)
@@ -164,7 +169,7 @@ class TokenizerTask(Task):
         self, learner: nn.Module, batch: ImageBatch, clock: Clock, keys: Keys
     ) -> tuple[TokenizerOutput, dict[str, Tensor]]:
         draws = draws_on(self.learner.training_draws(keys), batch.pixels.device)
-        return learner(batch.pixels, batch.target, clock, draws)
+        return learner(batch.pixels, batch.target, clock, draws, batch.labels)
 
     def _model_turn(
         self,

@@ -1,0 +1,174 @@
+"""What do other predictions and self-made contexts buy a next-token generator? Four objectives at equal compute.
+
+Plain training, a mixture of predictions that anneals to the plain one (arXiv 2405.16847), scheduled sampling, and token
+noise, on the tokens of one tokenizer: scikit-learn's digits, and CIFAR-10 if the run of a tokenizer on it is named.
+Each is scored by the held-out loss of the next token in nats, by the share of samples that a classifier recognises, and
+by the Frechet distance on its features. A scheduled step has one more pass, so that there are 3/4 as many of them.
+
+    python benchmarks/objectives.py --out objectives/
+    python benchmarks/objectives.py --digits quickstart/tokenizer --out objectives/
+    python benchmarks/objectives.py --cifar runs/cifar10-llamagen-vq --out objectives/
+
+The digits' tokenizer is trained first unless ``--digits`` names one. A run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common import RECIPES, ROOT, find, finish, load_instrument, say
+
+ANNEALED = {"next": [0.4, 1.0], "next_all": [0.4, 0.0], "random": [0.2, 0.0]}
+OBJECTIVES: dict[str, tuple[dict[str, Any], float]] = {
+    "plain": ({}, 1.0),
+    "mixture": (ANNEALED, 1.0),
+    "scheduled_sampling": ({"scheduled_sampling": {"share": 0.25}}, 0.75),
+    "token_noise": ({"token_noise": 0.1}, 1.0),
+}
+"""By name the section of the config, and how many of the plain steps it gets."""
+MEASURES = ("val_loss", "recognised", "frechet")
+Scores = dict[str, float]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of all runs")
+    parser.add_argument("--digits", type=Path, help="run of a tokenizer of 32 px digits")
+    parser.add_argument("--cifar", type=Path, help="run of a tokenizer of CIFAR-10; without it only digits are tried")
+    parser.add_argument("--data", help="CIFAR-10 as a .zip or folder")
+    parser.add_argument("--instrument", help="module of the classifier of 32 px samples")
+    parser.add_argument("--tokenizer-steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=600, help="of a plain generator")
+    parser.add_argument("--samples", type=int, default=500)
+    parser.add_argument("--seeds", type=int, default=2)
+    arguments = parser.parse_args()
+    figures: dict[str, Any] = {}
+    ratios: dict[str, float] = {}
+    for name, prepare in (("digits", digits), ("cifar10", cifar10)):
+        if name == "cifar10" and arguments.cifar is None:
+            continue
+        config, score = prepare(arguments)
+        rows = [
+            {"objective": objective, "seed": seed} | measure(config, objective, seed, arguments, name, score)
+            for seed in range(arguments.seeds)
+            for objective in OBJECTIVES
+        ]
+        print(f"\n| {name} | " + " | ".join(MEASURES) + " |\n" + "|---" * (1 + len(MEASURES)) + "|")
+        for objective in OBJECTIVES:
+            own = [row for row in rows if row["objective"] == objective]
+            print(f"| {objective} | " + " | ".join(" / ".join(f"{r[m]:.4g}" for r in own) for m in MEASURES) + " |")
+            for measured in MEASURES:
+                figures[f"{name}_{measured}_{objective}"] = statistics.mean(row[measured] for row in own)
+            loss = figures[f"{name}_val_loss_{objective}"]
+            ratios[f"{name}_val_loss_{objective}_over_plain"] = loss / figures[f"{name}_val_loss_plain"]
+    names = ("tokenizer_steps", "steps", "samples", "seeds")
+    finish("objectives", ratios, figures | {name: getattr(arguments, name) for name in names})
+
+
+def measure(
+    config: dict[str, Any],
+    objective: str,
+    seed: int,
+    arguments: argparse.Namespace,
+    data: str,
+    score: Callable[[Any], Scores],
+) -> Scores:
+    """Train one generator, or go on with it, and score it."""
+    from vistok.pipelines import pipeline
+    from vistok.train import train
+    from vistok.train.monitor import read_metrics
+
+    section, share = OBJECTIVES[objective]
+    steps = round(arguments.steps * share)
+    rhythm = {"max_steps": steps, "log_every": max(steps // 10, 1), "image_every": 0, "save_every": steps}
+    folder = arguments.out / f"{data}-{objective}-{seed}"
+    run = train(
+        config
+        | {"seed": seed, "output_dir": str(folder), "objective": section}
+        | {"training": config["training"] | rhythm},
+        resume=folder.exists(),
+    )
+    rows = read_metrics(Path(run) / "metrics.jsonl")
+    scores = {"val_loss": next(row["val_loss"] for row in reversed(rows) if "val_loss" in row)}
+    scores |= score(pipeline(run))
+    say(f"{data} {objective:18} seed {seed}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+    return scores
+
+
+def generator_config(file: Path, tokens: Path) -> dict[str, Any]:
+    from vistok.config import load_config
+
+    config = load_config(file, [f"tokens={tokens / 'train'}"])
+    return config | {"validation": {"tokens": str(tokens / "test")}, "curve": None}
+
+
+def write_tokens(run: Path, folder: Path, augmentation: str, data: list[str]) -> None:
+    """Caches of both splits, each once."""
+    from vistok.pipelines.folders import load_tokenizer
+    from vistok.pipelines.runs import data_of_run
+    from vistok.train.tokenize import tokenize
+    from vistok.utils.unfinished import unfinished
+
+    tokenizer = load_tokenizer(run)
+    for split, views in (("train", augmentation), ("test", "none")):
+        out = folder / split
+        if not out.exists():
+            config = data_of_run(run, [f"data.split={split}", *data], input_shape=tokenizer.input_shape)
+            tokenize(tokenizer, config, out, augmentation=views, resume=unfinished(out).exists())
+
+
+def digits(arguments: argparse.Namespace) -> tuple[dict[str, Any], Callable[[Any], Scores]]:
+    """The config of a generator of digits, and what scores its pipeline."""
+    import torch
+
+    from vistok.config import load_config
+    from vistok.eval.metrics import frechet_distance
+    from vistok.quickstart.scores import Digits, fit_classifier, load_digits
+    from vistok.train import train
+
+    recipe = ROOT / "vistok" / "tokenizers" / "vit_vqgan" / "quickstart"
+    run = arguments.digits
+    if run is None:
+        run = arguments.out / "digits-tokenizer"
+        steps = [f"training.max_steps={arguments.tokenizer_steps}", f"output_dir={run}"]
+        train(load_config(recipe / "tokenizer.yaml", steps), resume=run.exists())
+    tokens = arguments.out / "digits-tokens"
+    write_tokens(run, tokens, "random:16", [])
+    real = load_digits("train")
+    classifier = fit_classifier(real, steps=600)
+    reference = classifier.moments(real).gaussian
+
+    def score(pipe: Any) -> Scores:
+        made = pipe(list(range(10)), num_images_per_label=arguments.samples // 10, batch_size=250)
+        generated = Digits(made.pixels, torch.tensor(made.labels))
+        frechet = frechet_distance(classifier.moments(generated).gaussian, reference)
+        return {"recognised": classifier.accuracy(generated), "frechet": frechet}
+
+    return generator_config(recipe / "generator.yaml", tokens), score
+
+
+def cifar10(arguments: argparse.Namespace) -> tuple[dict[str, Any], Callable[[Any], Scores]]:
+    """The config of a generator of CIFAR-10, and what scores its pipeline."""
+    import cifar10 as shared
+
+    data = find(arguments.data, "data/cifar10.zip", "--data")
+    instrument = load_instrument(find(arguments.instrument, "instruments/cifar10_classifier.py", "--instrument"))
+    tokens = arguments.out / "cifar10-tokens"
+    write_tokens(arguments.cifar, tokens, "flip", [f"data.root={data}"])
+    real = shared.real_features(instrument, data)
+    config = generator_config(RECIPES / "cifar10" / "llama.yaml", tokens)
+    config["model"] |= {"positions": "learned"}  # of any tokenizer, on a raster or not
+
+    def score(pipe: Any) -> Scores:
+        found = shared.score_pipeline(instrument, pipe, real, arguments.samples)
+        return {"recognised": found["agreement"], "frechet": found["frechet_cifar10_classifier"]}
+
+    return config, score
+
+
+if __name__ == "__main__":
+    main()
