@@ -33,7 +33,7 @@ def test_config_builds(path):
     text = path.read_text()
     missing = [
         f"{key}=somewhere"
-        for key in ("data.root", "data.target_root", "tokens")
+        for key in ("data.root", "data.target_root", "tokens", "text.encoder")
         if f"{key.split('.')[-1]}: ???" in text
     ]
     run = RunConfig.parse(load_config(path, missing))

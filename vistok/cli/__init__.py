@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from vistok.cli.console import errors, output
 from vistok.cli.models import convert, models
-from vistok.cli.sampling import reconstruct, sample
+from vistok.cli.sampling import pairs, reconstruct, sample
 from vistok.cli.scoring import benchmark, evaluate
 from vistok.cli.training import import_tokens, quickstart, tokenize, train
 
@@ -94,6 +94,7 @@ COMMANDS = {
     "tokenize": tokenize,
     "import-tokens": import_tokens,
     "sample": sample,
+    "pairs": pairs,
     "reconstruct": reconstruct,
     "eval": evaluate,
     "benchmark": benchmark,

@@ -136,9 +136,10 @@ class Generator(Model):
         options: Any = None,
         *,
         draws: Draws | None = None,
+        tokenizer: Expands | None = None,
     ) -> Tensor:
-        """Generate some positions of tokens (B, L[, D]) anew, those where ``regenerate`` (B, L) is True. A generator
-        that needs its tokenizer takes ``tokenizer=``, too.
+        """Generate some positions of tokens (B, L[, D]) anew, those where ``regenerate`` (B, L) is True. Generators
+        that need no tokenizer may leave that argument out.
 
         Raises:
             ValueError: this generator cannot, because it has an order of its own.
@@ -147,6 +148,28 @@ class Generator(Model):
             f"{type(self).__name__} generates in an order of its own and cannot keep tokens that come later; editing "
             "needs a generator that fills in any positions"
         )
+
+    def sample_forced(
+        self,
+        tokens: Tensor,
+        forced: Tensor,
+        condition: Condition,
+        options: Any = None,
+        *,
+        draws: Draws | None = None,
+        tokenizer: Expands | None = None,
+    ) -> Tensor:
+        """Sample, but take the tokens (B, L[, D]) where ``forced`` (B, L) is True: partly teacher-forced generation, as
+        the post-training of tokenizers wants it (RobusTok, arXiv 2509.12474).
+
+        A generator of one step after another meets a forced token when its turn comes; others see them from the
+        beginning, as in ``edit``.
+
+        Raises:
+            ValueError: this generator can take no tokens of which some come later.
+        """
+        in_loop = {} if tokenizer is None else {"tokenizer": tokenizer}
+        return self.edit(tokens, ~forced, condition, options, draws=draws, **in_loop)
 
     def compile_decoding(self, backend: str = "inductor") -> None:
         """From now on sample with compiled steps.

@@ -274,7 +274,7 @@ class Pipeline:
         condition = self._condition(request, options)
 
         def sample(rows: slice, draws: Draws) -> Tensor:
-            return self.generator.sample(condition[rows].to(self.device), options, draws=draws, tokenizer=self._in_loop)
+            return self.generator.sample(condition[rows].to(self.device), options, draws=draws, tokenizer=self.in_loop)
 
         made = self._run(sample, condition, options, _seed(seed, generator), index_start, batch_size)
         return replace(made, prompts=_prompts(request, len(condition)))
@@ -352,7 +352,7 @@ class Pipeline:
             keys = Keys.range(seed, len(condition[rows]), index_start + start)
             batch = make(rows, self.generator.sampling_draws(keys, options))
             tokens.append(batch.cpu())
-            pixels.append(self._decode(batch, self.tokenizer.decoding_draws(keys), condition[rows]))
+            pixels.append(self.decode(batch, self.tokenizer.decoding_draws(keys), condition[rows]))
         pixels = torch.cat(pixels)
         labels = None if condition.labels is None else condition.labels.tolist()
         return PipelineOutput(shown(pixels), torch.cat(tokens), pixels, labels)
@@ -449,7 +449,7 @@ class Pipeline:
                 raise ValueError(f"negative_prompt has no effect without guidance: guidance_scale is {scale}")
         return condition
 
-    def _decode(self, tokens: Tensor, draws: Draws, condition: Condition) -> Tensor:
+    def decode(self, tokens: Tensor, draws: Draws, condition: Condition) -> Tensor:
         """Whole sequences to pixels (B, C, H, W) in [-1, 1], float32 on the CPU, with ``decoding_draws``.
 
         Args:
@@ -460,7 +460,7 @@ class Pipeline:
         return self.tokenizer.decode(self._to_tokenizer(tokens), condition=own, **options).float().clamp(-1, 1).cpu()
 
     @property
-    def _in_loop(self) -> Tokenizer | None:
+    def in_loop(self) -> Tokenizer | None:
         """The tokenizer, for a generator that has it in its loop."""
         return self.tokenizer if self.generator.needs_tokenizer else None
 
@@ -475,7 +475,7 @@ class Pipeline:
         tokens, known = None, torch.zeros(len(condition), total, dtype=torch.bool)
         show = self._previewer(self.tokenizer.decoding_draws(keys), condition)
         draws = self.generator.sampling_draws(keys, options)
-        stream = self.generator.stream(condition.to(self.device), options, draws=draws, tokenizer=self._in_loop)
+        stream = self.generator.stream(condition.to(self.device), options, draws=draws, tokenizer=self.in_loop)
         for chunk in stream:
             if tokens is None:
                 tokens = torch.zeros(len(condition), total, *chunk.tokens.shape[2:], dtype=chunk.tokens.dtype)
@@ -499,10 +499,10 @@ class Pipeline:
                 prefix = spec.decodable(int(known.int().cumprod(1).sum(1).min()))  # the longest that all images have
                 return shown(decode_prefix(self._to_tokenizer(tokens[:, :prefix])).float()) if prefix else None
             if bool(known.all()):
-                return shown(self._decode(tokens, draws, condition))
+                return shown(self.decode(tokens, draws, condition))
             if self._grid is None or not bool(known.any(1).all()):
                 return None
-            pixels = self._decode(_fill(tokens, known), draws, condition)
+            pixels = self.decode(_fill(tokens, known), draws, condition)
             mask = known.view(len(known), 1, *self._grid).float()
             return to_pil(pixels * F.interpolate(mask, pixels.shape[2:], mode="nearest"))
 

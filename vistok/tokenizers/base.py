@@ -38,6 +38,8 @@ class Tokenizer(Model):
     """Whether ``decode`` makes pixels."""
     reconstructs: ClassVar[bool] = True
     """Whether ``forward`` gives a reconstruction, so that pixel losses and a GAN can apply."""
+    encoding_parts: ClassVar[tuple[str, ...]] = ("encoder.*", "pre_quant.*", "quantizer.*")
+    """Patterns of the names of all parameters that ``encode`` depends on, so that a decoder can be trained alone."""
     quantizer: nn.Module
     """Of discrete tokenizers: latents to codes and back."""
     has_posterior: ClassVar[bool] = False

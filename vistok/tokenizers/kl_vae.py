@@ -63,6 +63,7 @@ class KLVAE(Tokenizer):
     """
 
     registry_name = "kl_vae"
+    encoding_parts = ("vae.encoder.*", "vae.quant_conv.*")
     tiny = {
         "image_size": 16,
         "block_out_channels": (8, 8, 16),

@@ -100,7 +100,7 @@ def prepare(run: RunConfig, folder: Path) -> tuple[Any, Task]:
     set_seed(run.seed)
     task = task_type(run.task)(run, accelerator.process_index, accelerator.num_processes)
     initialise(task.model, run.sources, run.kind)
-    task.learner.freeze(run.freeze)
+    task.learner.freeze(task.freeze)
     return accelerator, task
 
 

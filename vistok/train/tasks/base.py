@@ -110,6 +110,11 @@ class Task(ABC):
         """What is exported."""
         return self.learner.model
 
+    @property
+    def freeze(self) -> tuple[str, ...]:
+        """Patterns of the names of the model's parameters that are not trained."""
+        return self.config.freeze
+
     def players(self) -> dict[str, nn.Module]:
         """Who is trained, by name, the learner of the model first: each one module that is called once per batch."""
         return {MODEL: self.learner}
