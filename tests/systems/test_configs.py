@@ -20,7 +20,7 @@ from vistok.types import ConditionSpec, FeatureSpec, IdSpec, TokenSpec, to_json
 from vistok.utils.recipes import FOLDER
 
 FILES = sorted(FOLDER.rglob("*.yaml"))
-SOMEWHERE = ("data.root", "data.target_root", "tokens")
+SOMEWHERE = ("data.root", "data.target_root", "tokens", "text.encoder")
 VAR_512 = TokenSpec(2240, 4096, dim=32, scales=tuple((n, n) for n in (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)))
 """Of ``var-512.json``, the reference's config that the recipe for 512 pixels converts with."""
 

@@ -259,13 +259,13 @@ def test_the_trained_autoencoder_is_standardised(vae_run):
 
 
 def test_moments_are_cached_with_the_mirror_image_and_sampled_at_load(vae_run, cache):
-    from vistok.train.tasks.images import example_images
+    from vistok.train.tasks.images import example_batch
 
     tokenizer = vistok.load(vae_run / "tokenizer")
     assert cache.content == "moments"
     assert cache.views == 2
     data = DataConfig(**DATA | {"limit": 40})
-    images = example_images(open_source(data), data, 40)
+    images = example_batch(open_source(data), data, 40).pixels
     with torch.no_grad():
         for view, seen in enumerate((images, images.flip(-1))):
             moments, _ = cache.batch(np.arange(40), np.full(40, view))

@@ -15,6 +15,8 @@ from vistok.generators.engine.queries import QueryOptions, cosine_groups
 from vistok.generators.lpd import LPDOptions
 from vistok.generators.lpd.locality import locality_order
 from vistok.generators.lpd.model import group_numbers
+from vistok.generators.randar import sample_larger
+from vistok.generators.randar.larger import enlarged
 from vistok.types import TokenSpec
 
 NAMES = ("randar", "lpd")
@@ -269,3 +271,38 @@ def test_the_published_groups_are_taken():
         tiny("lpd").sampling_draws(Keys.range(0, 1), LPDOptions(group_sizes=(2, 14)))
     with pytest.raises(ValueError, match="order must be"):
         LPDOptions(order="raster")
+
+
+def test_a_larger_grid_lies_around_a_sample_of_the_trained_size():
+    model, condition, keys = tiny("randar"), labels(0, 1, 2), Keys.range(0, 3)
+    options = QueryOptions(num_steps=5, guidance_scale=2.0)
+    ids = sample_larger(model, condition, options, keys=keys)
+    assert ids.shape == (3, 64)
+    coarse = model.sample(condition, options, draws=model.sampling_draws(keys, options))
+    assert torch.equal(ids.unflatten(1, (8, 8))[:, ::2, ::2].flatten(1), coarse)
+    assert torch.equal(sample_larger(model, condition[1:2], options, keys=keys.at([1])), ids[1:2])
+    assert len(enlarged(model).steps({}, QueryOptions(num_steps=20)).order[0]) == 64
+    assert model.spec.length == 16  # which is as it was
+
+
+def test_larger_grids_turn_fast_frequencies_on_and_slow_ones_in_the_range_of_training():
+    model = tiny("randar")
+    small, large = model.rotation, enlarged(model, 1).rotation
+    pairs = small.cos.shape[1] // 2
+    angle = torch.atan2(large.sin[1:], large.cos[1:]).unflatten(0, (8, 8))
+    old = torch.atan2(small.sin[1:], small.cos[1:]).unflatten(0, (4, 4))
+    torch.testing.assert_close(angle[:4, :4, 0], old[..., 0])  # the fastest, by row
+    torch.testing.assert_close(angle[7, 7, 1:pairs], old[3, 3, 1:pairs])  # the others end where they ended
+    assert float(large.cos[0].abs().max()) == 0  # the class is not seen by its position
+    plain = enlarged(model, pairs).rotation
+    torch.testing.assert_close(plain.cos[1:].unflatten(0, (8, 8))[:4, :4], small.cos[1:].unflatten(0, (4, 4)))
+
+
+def test_larger_grids_that_cannot_be():
+    keys = Keys.range(0, 3)
+    with pytest.raises(ValueError, match=r"these are 16 of grid None with positions 'rope1d'"):
+        sample_larger(tiny("randar", spec=TokenSpec(16, 32, dim=4), positions="rope1d"), labels(0, 1, 2), keys=keys)
+    with pytest.raises(ValueError, match=r"extrapolated must lie in 0\.\.\d+, the frequencies of an axis; got 99"):
+        sample_larger(tiny("randar"), labels(0, 1, 2), keys=keys, extrapolated=99)
+    with pytest.raises(ValueError, match="give num_steps, not group_sizes"):
+        sample_larger(tiny("randar"), labels(0, 1, 2), QueryOptions(group_sizes=(1,) * 16), keys=keys)

@@ -74,14 +74,12 @@ def test_known_tokens_are_taken_and_fed_on():
     model, condition = tiny("rar"), labels(0, 1, 2)
     real, draws = token_ids(model, seed=5), model.sampling_draws(Keys.range(0, 3))
     kept = Keys.range(3, 3).uniform("kept", 16) < 0.5
-    session = model.start(condition, draws=draws, known=(real, kept))
-    for _ in session.generate():
-        pass
-    assert torch.equal(session.tokens[kept], real[kept])
-    assert not torch.equal(session.tokens[~kept], real[~kept])
+    tokens = model.sample_forced(real, kept, condition, draws=draws)
+    assert torch.equal(tokens[kept], real[kept])
+    assert not torch.equal(tokens[~kept], real[~kept])
     # A token behind is the one that is drawn after the whole beginning, known tokens included.
     prefix = model.start(condition, draws=draws)
-    prefix.append(session.tokens[:, :9])
+    prefix.append(tokens[:, :9])
     next(iter(prefix.generate(1)))
     drawn = ~kept[:, 9]
-    assert torch.equal(prefix.tokens[:, 9][drawn], session.tokens[:, 9][drawn])
+    assert torch.equal(prefix.tokens[:, 9][drawn], tokens[:, 9][drawn])

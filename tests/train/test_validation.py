@@ -32,7 +32,7 @@ from vistok.pipelines.runs import data_of_run
 from vistok.tokenizers.vit_vqgan import ViTConfig, ViTVQGAN
 from vistok.train import TrainingInterrupted, train
 from vistok.train.monitor import read_metrics
-from vistok.train.tasks.images import example_images, psnr
+from vistok.train.tasks.images import example_batch, psnr
 from vistok.train.tasks.tokenizer import TokenizerTask
 from vistok.train.tokenize import tokenize
 from vistok.types import Condition, TokenSpec
@@ -66,7 +66,7 @@ def test_a_tokenizer_is_measured_with_its_averaged_weights_where_checkpoints_are
     assert [step for step, row in rows.items() if "val_loss" in row] == [3, 6] == [step for step in rows if step != 4]
     assert {"val_l2", "val_codebook", "val_psnr"} <= rows[6].keys()
     images = open_source(DataConfig(16, source="digits", channels=1, split="test", limit=50))
-    pixels = example_images(images, DataConfig(16, source="digits", channels=1), 50)
+    pixels = example_batch(images, DataConfig(16, source="digits", channels=1), 50).pixels
     exported = vistok.load(tmp_path / "run" / "tokenizer")
     assert rows[6]["val_psnr"] == pytest.approx(psnr(exported.reconstruct(pixels), pixels).item(), abs=1e-3)
 

@@ -39,7 +39,7 @@ from vistok.data.loader import TooManyUnreadableError
 from vistok.data.sources import UnreadableImageError
 from vistok.data.transforms import random_affine, random_crop, random_resized_crop, squash
 from vistok.draws import Keys
-from vistok.train.tasks.images import example_images
+from vistok.train.tasks.images import example_batch
 
 
 @pytest.fixture
@@ -492,19 +492,19 @@ def test_a_process_whose_whole_batch_is_unreadable_stays_in_step(tmp_path: Path)
 def test_examples_of_a_source_step_over_damaged_files(tmp_path: Path):
     root = fill_folder(tmp_path, {"ant": 201})
     source, settings = open_folder(root), config(**AUGMENTED)
-    whole = example_images(source, settings)
+    whole = example_batch(source, settings).pixels
     assert whole.shape == (8, 3, 8, 8)
     for number in (25, 150):  # the first of the second and of the seventh part
         (root / "ant" / f"{number:03d}.png").write_bytes(b"no image")
-    examples = example_images(source, settings)
+    examples = example_batch(source, settings).pixels
     loaded = by_index(evaluation_loader(source, settings))
     assert torch.equal(examples[[1, 6]], torch.stack([loaded[26], loaded[151]]))
     rest = [0, 2, 3, 4, 5, 7]
     assert torch.equal(examples[rest], whole[rest])
-    assert len(example_images(source, settings, 256)) == 199
+    assert len(example_batch(source, settings, 256).pixels) == 199
     (root / "ant" / "151.png").write_bytes(b"no image")
     with pytest.raises(TooManyUnreadableError, match="3 of 201"):
-        example_images(source, settings, 256)
+        example_batch(source, settings, 256)
 
 
 def test_memory_keeps_crops_only_where_they_are_not_random(folder: Path):

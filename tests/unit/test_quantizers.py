@@ -7,10 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tiny_models import pixels, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vistok
 from vistok.losses import BitEntropyLoss, EntropyLoss
-from vistok.quantizers import LFQ, IndexQuantizer, ResidualQuantizer, VectorQuantizer
+from vistok.quantizers import BSQ, LFQ, IndexQuantizer, ResidualQuantizer, VectorQuantizer
+from vistok.quantizers.bsq import MultiScaleBSQ
 from vistok.quantizers.vq import rotate_to
 
 
@@ -193,6 +195,49 @@ def test_ids_of_signs_come_back_as_themselves(bits, seed):
     assert torch.equal(codes[..., 0] > 0, ids % 2 == 1)  # the first channel is the lowest bit
 
 
+def test_spherical_codes_are_those_of_a_single_grid():
+    """And the gradient is that of the normalisation."""
+    z = latents(n=6, dim=4)[0].requires_grad_()
+    output = BSQ(4)(z[None])
+    grid = MultiScaleBSQ(4, [(1, 6)])
+    other = grid(z.T[None, :, None])
+    torch.testing.assert_close(output.quantized[0], other.quantized[0, :, 0].T)
+    assert torch.equal(output.ids[0], (other.ids[0] * 2 ** torch.arange(4)).sum(-1))
+    ours, theirs = (torch.autograd.grad(q.pow(3).sum(), z)[0] for q in (output.quantized, other.quantized))
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(output.quantized.norm(dim=-1), torch.ones(1, 6))
+
+
+def test_the_entropy_of_spherical_codes_is_that_of_their_softmax():
+    quantizer = BSQ(5, entropy_temperature=0.3)
+    z = latents(n=50, dim=5)[0]
+    codes = quantizer.ids_to_latents(torch.arange(32))
+    p = (2 * torch.nn.functional.normalize(z, dim=-1) @ codes.T / 0.3).softmax(-1)
+    position, shares = -(p * p.log()).sum(-1).mean(), p.mean(0)
+    usage = -(shares * (shares + 1e-5).log()).sum()  # shifted as every entropy loss is
+    torch.testing.assert_close(quantizer(z[None]).losses["entropy"], position - usage, atol=1e-5, rtol=1e-5)
+
+
+def test_entropy_over_many_codes_makes_no_large_tensor():
+    """At 2^18 codes and 8 images of 256 positions a table of all probabilities would be 2 GiB."""
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            nonlocal largest
+            made = function(*arguments, **(options or {}))
+            for tensor in made if isinstance(made, tuple | list) else (made,):
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.numel() * tensor.element_size())
+            return made
+
+    z = torch.randn(8, 256, 18, requires_grad=True)
+    with Watch():
+        LFQ(18)(z).losses["entropy"].backward()
+    assert z.grad.isfinite().all()
+    assert largest < 64 * 2**20
+
+
 def test_a_latent_of_zero_is_negative():
     assert LFQ(3).encode(torch.tensor([0.0, -0.0, 1e-30])) == 4
 
@@ -277,6 +322,7 @@ def test_ids_by_products_under_autocast_are_those_of_float32():
 
 BY_NAME = {
     "lfq": ({}, 16),
+    "bsq": ({}, 16),
     "index": ({"codebook_size": 10}, 10),
     "fsq": ({"levels": [3, 3, 2, 2]}, 36),
     "vq": ({"codebook_size": 12, "normalize": False}, 12),

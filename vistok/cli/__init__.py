@@ -16,7 +16,7 @@ from vistok.cli.configs import configs
 from vistok.cli.console import errors, output
 from vistok.cli.models import convert, models, pipeline
 from vistok.cli.probing import compare, probe
-from vistok.cli.sampling import caption, demo, reconstruct, sample
+from vistok.cli.sampling import caption, demo, pairs, reconstruct, sample
 from vistok.cli.scoring import benchmark, evaluate
 from vistok.cli.training import import_tokens, quickstart, report, tokenize, train
 from vistok.utils.paths import at_home
@@ -124,6 +124,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "tokenize": tokenize,
     "import-tokens": import_tokens,
     "sample": sample,
+    "pairs": pairs,
     "reconstruct": reconstruct,
     "demo": demo,
     "caption": caption,

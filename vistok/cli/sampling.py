@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from vistok.cli.console import Device, Dtype, output
+from vistok.cli.console import Commands, Device, Dtype, Environment, output
 
 
 def sample(
@@ -86,6 +86,57 @@ def sample(
     if processes.is_first:
         what = "1 sample is" if num == 1 else f"{num:,} samples are"
         output.print(f"{what} in {escape(str(out))}; see {escape(str(out / 'grid.png'))}")
+
+
+def pairs(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run of a generator, pipeline folder, or hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder for the pairs; must not exist yet, or be empty.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE", help="The real images: data.root=photos/ data.limit=200000; and sampling options."
+        ),
+    ] = None,
+    sigma: Annotated[float, typer.Option(help="Share of the real images' tokens that are kept, 0 to 1.")] = 0.7,
+    seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Images generated at a time; changes them by rounding at most.")] = 64,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
+    allow_commands: Commands = False,
+    allow_environment: Environment = False,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Generate images of partly real tokens, beside the real ones: what a tokenizer is post-trained on.
+
+    A tokenizer learns from them with data.root=PAIRS/generated data.target_root=PAIRS/real; see
+    configs/cifar10/post_training.yaml.
+
+    On several GPUs, or in several processes: torchrun --nproc_per_node=8 -m vistok pairs …
+    """
+    from vistok.config import Allowed, override
+    from vistok.pipelines import pipeline
+    from vistok.pipelines.pairs import write_pairs
+    from vistok.pipelines.runs import data_of_run
+    from vistok.utils.processes import Processes
+
+    processes = Processes.join()
+    pipe = pipeline(run, device=device or processes.device(), dtype=dtype)
+    of_data = [text for text in overrides or () if text.startswith("data.")]
+    allowed = Allowed(commands=allow_commands, environment=allow_environment)
+    record = write_pairs(
+        pipe,
+        data_of_run(run, of_data, input_shape=pipe.tokenizer.input_shape, allowed=allowed),
+        out,
+        sigma=sigma,
+        seed=seed,
+        batch_size=batch_size,
+        sampling=override({}, [text for text in overrides or () if text not in of_data]),
+        resume=resume,
+        processes=processes,
+    )
+    if processes.is_first:
+        count = record["images"] - len(record["unreadable"])
+        output.print(f"{count:,} pairs are in {escape(str(out))}: generated/ and real/")
 
 
 def reconstruct(

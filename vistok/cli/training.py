@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.box import SIMPLE
@@ -168,6 +168,9 @@ def tokenize(
         str | None,
         typer.Option(help="Also store ids of the captions: bytes, a tokenizer.json, or a Hugging Face folder or name."),
     ] = None,
+    text_positions: Annotated[
+        str, typer.Option(help="Of the text encoder: those of the text, or all (CLIP, as TA-TiTok reads it).")
+    ] = "text",
     text_length: Annotated[int, typer.Option(help="Tokens of a caption at most; longer ones are cut.")] = 120,
     refuse_long_texts: Annotated[
         bool, typer.Option("--refuse-long-texts", help="A caption that is too long is an error.")
@@ -199,8 +202,9 @@ def tokenize(
     data = data_of_run(run, overrides or (), input_shape=tokenizer.input_shape, allowed=allowed)
     if text_dtype not in ("float16", "float32"):
         raise ValueError(f"--text-dtype is float16 or float32, not {text_dtype!r}")
-    openers = ((open_text_encoder, text_encoder), (open_text_tokenizer, text_tokenizer))
-    text = PromptEncoder([opener(name, text_length) for opener, name in openers if name is not None])
+    encoders = [] if text_encoder is None else [open_text_encoder(text_encoder, text_length, cast(Any, text_positions))]
+    encoders += [] if text_tokenizer is None else [open_text_tokenizer(text_tokenizer, text_length)]
+    text = PromptEncoder(encoders)
     cache = write_cache(
         tokenizer,
         data,

@@ -46,8 +46,8 @@ class PairedBatches(ImageBatches):
                 "data.flip and no data.affine"
             )
         super().__init__(source, transform, seed=seed)
-        known = {key: index for index, key in enumerate(_keys(targets))}
-        keys = {root.name(index): key for index, key in enumerate(_keys(root))}
+        known = {key: index for index, key in enumerate(stems(targets))}
+        keys = {root.name(index): key for index, key in enumerate(stems(root))}
         wanted = [keys[source.name(index)] for index in range(len(source))]
         missing = [key for key in wanted if key not in known]
         if missing:
@@ -89,7 +89,7 @@ def _folder(path: str, split: str | None, decoder: Decoder) -> FolderSource:
     return FolderSource(path, split=split, decoder=decoder)
 
 
-def _keys(source: FolderSource) -> list[str]:
-    """The names of its files below the split, without their endings."""
+def stems(source: FolderSource) -> list[str]:
+    """The names of its files below the split, without their endings: what pairs an image with other versions of it."""
     paths = (source.files.path(index).removeprefix(source.prefix) for index in range(len(source)))
     return [str(PurePosixPath(path).with_suffix("")) for path in paths]

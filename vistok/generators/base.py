@@ -219,6 +219,28 @@ class Generator(Model):
         self.check_writes()
         raise NotImplementedError
 
+    def sample_forced(
+        self,
+        tokens: Tensor,
+        forced: Tensor,
+        condition: Condition,
+        options: Any = None,
+        *,
+        draws: Draws | None = None,
+        tokenizer: Expands | None = None,
+    ) -> Tensor:
+        """Sample, but take the tokens (B, L[, D]) where ``forced`` (B, L) is True: partly teacher-forced generation, as
+        the post-training of tokenizers wants it (RobusTok, arXiv 2509.12474).
+
+        A generator of one step after another meets a forced token when its turn comes; others see them from the
+        beginning, as in ``edit``.
+
+        Raises:
+            ValueError: this generator can take no tokens of which some come later.
+        """
+        in_loop: dict[str, Any] = {} if tokenizer is None else {"tokenizer": tokenizer}
+        return self.edit(tokens, ~forced, condition, options, draws=draws, **in_loop)
+
     def compile_decoding(self, backend: str = "inductor") -> None:
         """From now on sample with compiled steps.
 

@@ -27,7 +27,7 @@ from vistok.probing.settings import ProbeSettings, claim
 from vistok.probing.tokenizer import code_usage, describe, feature_probes, reconstruction, speed
 from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.framewise import Framewise
-from vistok.train.tasks.images import example_images
+from vistok.train.tasks.images import example_batch
 from vistok.train.tokenize import tokenize
 from vistok.utils.devices import choose_device
 from vistok.utils.files import read_json, write_json
@@ -214,7 +214,7 @@ def _cache(tokenizer: Tokenizer, data: DataConfig, folder: Path) -> TokenCache:
 def _draw(tokenizer: Tokenizer, gallery: DataConfig, data: DataConfig) -> Image.Image:
     """Held-out originals over reconstructions. What is no image is shown as the nearest one of the gallery's, or, where
     there are no embeddings either, not at all."""
-    examples = example_images(open_source(data), data, SHOWN)
+    examples = example_batch(open_source(data), data, SHOWN).pixels
     pixels = examples.to(tokenizer.device, tokenizer.dtype)
     if tokenizer.renders:
         return compared(examples, tokenizer.reconstruct(pixels).float().cpu())

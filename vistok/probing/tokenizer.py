@@ -22,7 +22,7 @@ from vistok.probing.linear import linear_probe
 from vistok.probing.networks import clip_network, image_network, lpips
 from vistok.probing.settings import ProbeSettings
 from vistok.tokenizers.base import Tokenizer
-from vistok.train.tasks.images import example_images
+from vistok.train.tasks.images import example_batch
 from vistok.types import TokenSpec
 from vistok.utils.progress import track
 
@@ -85,7 +85,7 @@ def code_usage(cache: TokenCache) -> dict[str, float] | None:
 def speed(tokenizer: Tokenizer, data: DataConfig) -> dict[str, float]:
     """Images (or clips) per second that are encoded and decoded, in batches of ``TIMED_BATCH``."""
     tokenizer.eval()
-    examples = example_images(open_source(data), data, TIMED_BATCH).to(tokenizer.device, tokenizer.dtype)
+    examples = example_batch(open_source(data), data, TIMED_BATCH).pixels.to(tokenizer.device, tokenizer.dtype)
     tokens = tokenizer.encode(examples)
     rates = {"encode": _rate(lambda: tokenizer.encode(examples), examples)}
     if tokenizer.renders:

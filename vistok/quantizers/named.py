@@ -11,9 +11,16 @@ from vistok.config import build, suggestion
 from vistok.quantizers.fsq import FSQ
 from vistok.quantizers.index import IndexQuantizer
 from vistok.quantizers.lfq import LFQ
+from vistok.quantizers.spherical import BSQ
 from vistok.quantizers.vq import VectorQuantizer
 
-QUANTIZERS: dict[str, type[nn.Module]] = {"vq": VectorQuantizer, "lfq": LFQ, "fsq": FSQ, "index": IndexQuantizer}
+QUANTIZERS: dict[str, type[nn.Module]] = {
+    "vq": VectorQuantizer,
+    "lfq": LFQ,
+    "bsq": BSQ,
+    "fsq": FSQ,
+    "index": IndexQuantizer,
+}
 
 
 def build_quantizer(config: Mapping[str, Any], dim: int) -> Any:

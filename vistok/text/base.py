@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from torch import nn
+
 from vistok.data.ragged import Piece
 from vistok.types import FeatureSpec, IdSpec
 
@@ -42,6 +44,11 @@ class TextEncoder(ABC):
     @abstractmethod
     def identity(self) -> dict[str, Any]:
         """What it is, as JSON values: "kind", "name", "length", and a "hash" of all that its answers depend on."""
+
+    @property
+    def network(self) -> nn.Module | None:
+        """What it computes with, if it is a network."""
+        return None
 
     def to(self, device: Any) -> TextEncoder:
         """Move what it computes with; returns itself."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vistok.checkpoints.weights import hash_weights
 from vistok.data.ragged import Piece
@@ -64,19 +64,28 @@ class HuggingFaceEncoder(TextEncoder):
         texts, length = list(texts), self.spec.length
         uncut = [len(ids) for ids in self._tokenizer(texts, verbose=False)["input_ids"]]
         rows = self._tokenizer(texts, truncation=True, max_length=length, verbose=False)["input_ids"]
+        states = self._states(rows)
+        return [Piece(s.numpy(), full) for s, full in zip(states, uncut, strict=True)]
+
+    def _states(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        """The states (n, D) of each text of n ids, float32 on the CPU."""
         device, longest = next(self._model.parameters()).device, max(map(len, rows))
         ids, mask = torch.zeros(2, len(rows), longest, dtype=torch.int64).unbind(0)
         for row, values in enumerate(rows):  # padded on the right, as encoders with absolute positions want it
             ids[row, : len(values)] = torch.tensor(values, dtype=torch.int64)
             mask[row, : len(values)] = 1
         states = self._model(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state.float().cpu()
-        return [Piece(s[: len(values)].numpy(), full) for s, values, full in zip(states, rows, uncut, strict=True)]
+        return [state[: len(values)] for state, values in zip(states, rows, strict=True)]
 
     @cached_property
     def identity(self) -> dict[str, Any]:
         digest = hashlib.sha256(repr(sorted(self._tokenizer.get_vocab().items())).encode())
         hash_weights(digest, self._model.state_dict())
         return {"kind": self.kind, "name": self._name, "length": self.spec.length, "hash": digest.hexdigest()}
+
+    @property
+    def network(self) -> nn.Module:
+        return self._model
 
     def to(self, device: Any) -> HuggingFaceEncoder:
         self._model.to(device)
@@ -95,6 +104,34 @@ class HuggingFaceEncoder(TextEncoder):
         for file in [*files, *weights]:
             shutil.copyfile(file, folder / file.name)
         return True
+
+
+class CLIPTower(HuggingFaceEncoder):
+    """CLIP's tower of texts, read at all its ``length`` positions after its last norm, neither projected nor pooled.
+
+    A text is followed by ids 0, as OpenAI's and open_clip's tokenizers pad; the tower is causal, so the text itself
+    does not see them. TA-TiTok (arXiv 2501.07730) decodes with all 77 positions.
+
+    Raises:
+        TextError: another kind of model, or more positions than it has.
+    """
+
+    kind = "clip"
+
+    def __init__(self, name: str, length: int) -> None:
+        super().__init__(name, length)
+        config = self._model.config
+        if config.model_type != "clip_text_model":
+            raise TextError(f"{name} is no text tower of CLIP but {config.model_type}; its padding means nothing")
+        if length > config.max_position_embeddings:
+            raise TextError(f"{name} has {config.max_position_embeddings} positions, not {length}")
+
+    def _states(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        ids = torch.zeros(len(rows), self.spec.length, dtype=torch.int64)
+        for row, values in enumerate(rows):
+            ids[row, : len(values)] = torch.tensor(values, dtype=torch.int64)
+        states = self._model(input_ids=ids.to(next(self._model.parameters()).device)).last_hidden_state
+        return list(states.float().cpu())
 
 
 def _load_model(name: str) -> nn.Module:

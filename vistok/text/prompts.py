@@ -6,11 +6,11 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from vistok.data.ragged import Piece, pad_left
 from vistok.text.base import TextEncoder, TextError
-from vistok.text.encoders import HuggingFaceEncoder
+from vistok.text.encoders import CLIPTower, HuggingFaceEncoder
 from vistok.text.tokenizers import ByteTokenizer, FileTokenizer
 from vistok.types import Condition, ConditionSpec
 from vistok.utils.files import atomic_folder, read_json, write_json
@@ -20,18 +20,26 @@ TEXT = "text_encoder"
 RECORD = "text_encoder.json"
 LENGTH = 120
 """The most tokens of a text, unless told otherwise (LlamaGen's)."""
+Positions = Literal["text", "all"]
 KINDS = {
     "bytes": lambda _, length: ByteTokenizer(length),
     "tokenizers": FileTokenizer,
     "huggingface": HuggingFaceEncoder,
+    "clip": CLIPTower,
 }
 
 log = logging.getLogger(__name__)
 
 
-def open_text_encoder(name: str, length: int = LENGTH) -> TextEncoder:
-    """The text encoder in a folder, or of a name on the hub; see :class:`HuggingFaceEncoder`."""
-    return HuggingFaceEncoder(name, _checked(length))
+def open_text_encoder(name: str, length: int = LENGTH, positions: Positions = "text") -> TextEncoder:
+    """The text encoder in a folder, or of a name on the hub; see :class:`HuggingFaceEncoder`.
+
+    Args:
+        positions: those of the text, or ``all`` that there are, of CLIP's towers alone (see :class:`CLIPTower`).
+    """
+    if positions not in get_args(Positions):
+        raise ValueError(f"positions of a text encoder are 'text' or 'all', got {positions!r}")
+    return (CLIPTower if positions == "all" else HuggingFaceEncoder)(name, _checked(length))
 
 
 def open_text_tokenizer(name: str, length: int = LENGTH) -> TextEncoder:

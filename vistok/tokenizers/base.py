@@ -42,6 +42,8 @@ class Tokenizer(Model):
     """Whether ``forward`` gives a reconstruction, so that pixel losses and a GAN can apply."""
     embeds: bool = False
     """Whether ``decode_features`` makes image embeddings."""
+    encoding_parts: tuple[str, ...] = ("encoder.*", "pre_quant.*", "quantizer.*")
+    """Patterns of the names of all parameters that ``encode`` depends on, so that a decoder can be trained alone."""
     quantizer: Any
     """Of discrete tokenizers: latents to codes and back, a module of ``vistok.quantizers``."""
     has_posterior: bool = False

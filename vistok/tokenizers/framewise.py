@@ -69,6 +69,7 @@ class Framewise(Tokenizer):
         self.tokenizer = tokenizer
         self.native_range, self.renders = tokenizer.native_range, tokenizer.renders
         self.reconstructs = tokenizer.reconstructs
+        self.encoding_parts = tuple(f"tokenizer.{part}" for part in tokenizer.encoding_parts)
 
     @property
     def spec(self) -> TokenSpec:

@@ -66,6 +66,7 @@ class KLVAE(Tokenizer):
     scale: Tensor
 
     registry_name = "kl_vae"
+    encoding_parts = ("vae.encoder.*", "vae.quant_conv.*")
     tiny = {
         "image_size": 16,
         "block_out_channels": (8, 8, 16),

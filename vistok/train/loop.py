@@ -113,7 +113,7 @@ def prepare(run: RunConfig, folder: Path) -> tuple[Any, Task]:
     new = initialise(task.model, starts)
     if run.training.lora is not None:
         adapt(task.learner, run.training.lora, new)
-    task.learner.freeze(run.freeze)
+    task.learner.freeze(task.freeze)
     return accelerator, task
 
 

@@ -23,7 +23,7 @@ from vistok.tokenizers.base import Tokenizer
 from vistok.train.atlas import codebook_atlas
 from vistok.train.curves import reference_curve
 from vistok.train.monitor import METRICS_FILE, read_metrics
-from vistok.train.tasks.images import example_images
+from vistok.train.tasks.images import example_batch
 from vistok.utils.files import read_json
 from vistok.utils.report import (
     REPORT_FILE,
@@ -222,7 +222,7 @@ def example_count(shape: Sequence[int]) -> int:
 
 def _examples_of(folder: Path, tokenizer: Tokenizer) -> Examples:
     data = data_of_run(folder, (), input_shape=tokenizer.input_shape)
-    return lambda count: example_images(open_source(data), data, count)
+    return lambda count: example_batch(open_source(data), data, count).pixels
 
 
 def _speed(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from vistok.config import suggestion
-from vistok.data.captions import class_caption
 from vistok.data.clip_sources import ClipSource
 from vistok.data.clips import ClipBatches, repeat_last
 from vistok.data.config import DataConfig
@@ -43,6 +42,7 @@ from vistok.data.transforms import ImageTransform, ten_crop
 from vistok.pipelines.folders import TOKENIZER
 from vistok.text import TEXT, PromptEncoder
 from vistok.tokenizers.base import Tokenizer
+from vistok.train.captions import CaptionReader
 from vistok.types import IdSpec, TokenSpec, to_json
 from vistok.utils.locks import locked
 from vistok.utils.processes import Processes
@@ -175,40 +175,6 @@ def _tokenize(
             captions.text.save(unfinished(out) / TEXT)
         publish(out)
     processes.wait()
-
-
-@dataclass(frozen=True)
-class CaptionReader:
-    """The captions of a source as sequences for a cache.
-
-    Attributes:
-        kind: ``own`` captions, or ``class_names``.
-        text: what turns them into sequences.
-        refuse_long: whether one that is too long is an error.
-    """
-
-    source: ImageSource | ClipSource
-    kind: Literal["own", "class_names"]
-    text: PromptEncoder
-    refuse_long: bool
-
-    def of(self, batch: ImageBatch) -> dict[str, Sequence[Sequence[Piece]]]:
-        """By part of the condition, the sequences of each image."""
-        if not self.text.parts:
-            return {}
-        texts = [self._captions(index, label) for index, label in zip(batch.indices.tolist(), batch.labels.tolist())]
-        flat = [text for several in texts for text in several]
-        parts = self.text.encode(flat, refuse_long=self.refuse_long)
-        sequences: dict[str, Sequence[Sequence[Piece]]] = {}
-        for part, pieces in parts.items():
-            rest = iter(pieces)
-            sequences[part] = [list(itertools.islice(rest, len(several))) for several in texts]
-        return sequences
-
-    def _captions(self, index: int, label: int) -> Sequence[str]:
-        if self.kind == "own":
-            return self.source.captions(index)
-        return class_caption(self.source.classes[label]) if label >= 0 else ()
 
 
 class GivenFrames:

@@ -106,7 +106,9 @@ def _options(step: Step) -> DecodingOptions:
 def _sampled(model: RAR, step: Step, uniforms: Tensor | None, known=None) -> Tensor:
     condition = Condition.from_labels(step.tensor("labels", 0))
     draws = None if uniforms is None else {"ids": uniforms}
-    session = model.start(condition, _options(step), draws=draws, known=known)
+    session = model.start(condition, _options(step), draws=draws)
+    if known is not None:
+        session.force(*known)
     for _ in session.generate(step.args.get("num_steps", model.spec.length)):
         pass
     return session.tokens

@@ -260,6 +260,23 @@ class AutoregressiveGenerator(Generator):
         session = self.session_type(options)
         return session(self, condition, options, draws, copies=copies, compiled_step=compiled, expander=expander)
 
+    @torch.no_grad()
+    def sample_forced(
+        self,
+        tokens: Tensor,
+        forced: Tensor,
+        condition: Condition,
+        options: DecodingOptions | None = None,
+        *,
+        draws: Draws | None = None,
+        tokenizer: Expands | None = None,
+    ) -> Tensor:
+        session = self.start(condition, options, draws=draws, tokenizer=tokenizer)
+        session.force(tokens, forced)
+        for _ in session.generate():
+            pass
+        return session.tokens
+
     def session_type(self, options: DecodingOptions) -> type[AutoregressiveSession]:
         """The sessions that sample with these options."""
         return AutoregressiveSession

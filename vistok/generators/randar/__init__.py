@@ -1,5 +1,6 @@
 """RandAR: a causal transformer over tokens in any order, each announced by a position instruction token."""
 
+from vistok.generators.randar.larger import sample_larger
 from vistok.generators.randar.model import RandAR
 
-__all__ = ["RandAR"]
+__all__ = ["RandAR", "sample_larger"]

@@ -115,7 +115,8 @@ class RandAR(QueryGenerator):
         if positions not in get_args(PlaceKind):
             raise ValueError(f"positions must be 'rope2d' or 'rope1d', got {positions!r}")
         self.position_order, self.condition_dropout = position_order, condition_dropout
-        self.num_classes, self.num_heads = num_classes or None, num_heads
+        self.num_classes, self.num_heads, self.rope_base = num_classes or None, num_heads, rope_base
+        self.position_kind = positions
         self.has_null = condition_dropout > 0 or not num_classes
         self.class_embedding = nn.Embedding(num_classes + self.has_null, dim)
         self.token_embedding = nn.Embedding(self.spec.num_ids, dim)

@@ -21,8 +21,6 @@ from vistok.draws import Draws, Keys
 from vistok.generators.base import weighted_mean
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
 from vistok.generators.engine.cache import Layers, of_layers
-from vistok.generators.engine.sampling import DecodingOptions
-from vistok.generators.engine.session import AutoregressiveSession
 from vistok.generators.rar import official
 from vistok.generators.rar.networks import Block
 from vistok.nn.attention import Mask
@@ -242,26 +240,6 @@ class RAR(AutoregressiveGenerator):
         raster = torch.arange(self.spec.length, device=random.device).expand(len(keys), -1)
         order = torch.where(random[:, None], keys.permutation("order", self.spec.length), raster)
         return {"drop": keys.uniform("drop"), "order": order}
-
-    def start(
-        self,
-        condition: Condition,
-        options: DecodingOptions | None = None,
-        *,
-        draws: Draws | None = None,
-        tokenizer: Expands | None = None,
-        known: tuple[Tensor, Tensor] | None = None,
-    ) -> AutoregressiveSession:
-        """As of every generator; ``known`` are ids (B, L) and a mask (B, L) bool, True where the id is taken instead of
-        drawing one: partly teacher-forced images for the post-training of a tokenizer.
-
-        Raises:
-            ValueError: as of every generator, or ids and mask of another shape.
-        """
-        session = super().start(condition, options, draws=draws, tokenizer=tokenizer)
-        if known is not None:
-            session.force(*known)
-        return session
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:

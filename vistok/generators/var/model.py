@@ -373,11 +373,7 @@ class VAR(AutoregressiveGenerator):
     ) -> Tensor:
         """Generate some tokens of all scales anew, those where ``regenerate`` (B, L) is True; see
         ``vistok.data.masks.scale_masks``. What is kept is kept as codes: the decoder blends it with what is new."""
-        session = self.start(condition, options, draws=draws, tokenizer=tokenizer)
-        session.force(tokens, ~regenerate)
-        for _ in session.generate():
-            pass
-        return session.tokens
+        return self.sample_forced(tokens, ~regenerate, condition, options, draws=draws, tokenizer=tokenizer)
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:

@@ -78,6 +78,7 @@ class DAR(Tokenizer):
     """
 
     registry_name = "dar"
+    encoding_parts = ("to_patches.*", "queries.*", "query_proj.*", *Tokenizer.encoding_parts)
     tiny = {
         "image_size": 16,
         "encoder_patch_size": 8,

@@ -93,6 +93,7 @@ class GigaTok(Tokenizer):
     """
 
     registry_name = "gigatok"
+    encoding_parts = ("token_encoder.*", *Tokenizer.encoding_parts)
     tiny = {
         "image_size": 16,
         "num_tokens": 8,

@@ -79,6 +79,7 @@ class TiTok(Tokenizer):
     """
 
     registry_name = "titok"
+    encoding_parts = ("latent_tokens", *Tokenizer.encoding_parts)
     tiny = {
         "image_size": 16,
         "encoder_patch_size": 4,

@@ -118,6 +118,7 @@ class ViTVQGAN(Tokenizer):
     """
 
     registry_name = "vit_vqgan"
+    encoding_parts = ("to_patches.*", *Tokenizer.encoding_parts)
     tiny = {
         "image_size": 16,
         "patch_size": 4,

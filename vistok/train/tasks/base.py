@@ -120,6 +120,11 @@ class Task(ABC):
         """Whether there are held-out samples."""
         return len(self.held_out) > 0
 
+    @property
+    def freeze(self) -> tuple[str, ...]:
+        """Patterns of the names of the model's parameters that are not trained."""
+        return self.config.freeze
+
     def players(self) -> dict[str, nn.Module]:
         """Who is trained, by name, the learner of the model first: each one module that is called once per batch."""
         return {MODEL: self.learner}

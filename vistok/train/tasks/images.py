@@ -53,8 +53,8 @@ def held_out_images(trained: DataConfig, trained_source: Source, changes: dict |
     return evaluation_loader(source, data)
 
 
-def example_images(source: Source, data: DataConfig, count: int = 8) -> Tensor:
-    """A few images, evenly spread over the source, as evaluation sees them: (at most ``count``, C, H, W) in [-1, 1].
+def example_batch(source: Source, data: DataConfig, count: int = 8) -> ImageBatch:
+    """A few images, at most ``count``, evenly spread over the source, as evaluation sees them.
 
     Of each of ``count`` equal parts of the source it is the first image that can be read.
 
@@ -62,17 +62,18 @@ def example_images(source: Source, data: DataConfig, count: int = 8) -> Tensor:
         TooManyUnreadableError: the ones that cannot be read are more than 1 % of the source.
     """
     reader = batch_reader(source, data, augmented=False)
-    count, pixels = min(count, len(source)), []
+    count, batches = min(count, len(source)), []
     failures: dict[int, str] = {}
     for part in range(count):
         for index in range(part * len(source) // count, (part + 1) * len(source) // count):
             batch, failed = reader.load(np.array([index]), epoch=0)
             failures |= failed
             if not failed:
-                pixels.append(batch.pixels)
+                batches.append(batch)
                 break
     check_failures(failures, len(source))
-    return torch.cat(pixels)
+    pixels, labels, indices = (torch.cat(part) for part in list(zip(*batches))[:3])
+    return ImageBatch(pixels, labels, indices)
 
 
 def psnr(reconstruction: Tensor, target: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from vistok.config import ConfigError, KeysOf, build
 from vistok.data.batches import ImageBatch
 from vistok.data.config import DataConfig
-from vistok.data.loader import training_loader
+from vistok.data.loader import Source, training_loader
 from vistok.data.movies import compared, overview
 from vistok.data.opening import open_source
 from vistok.draws import Draws, Keys, draws_on
@@ -24,11 +25,12 @@ from vistok.tokenizers.base import Tokenizer
 from vistok.train.config import MODEL, PlayerConfig, RunConfig
 from vistok.train.monitor import CodebookMonitor, CodebookWatch
 from vistok.train.tasks.adversary import Adversary, GanConfig
-from vistok.train.tasks.base import Learner, Task, Turn
-from vistok.train.tasks.images import example_images, held_out_images, psnr
+from vistok.train.tasks.base import Learner, Task, Turn, on_device
+from vistok.train.tasks.images import example_batch, held_out_images, psnr
 from vistok.train.tasks.objective import SETTING_TYPES, TERMS, TokenizerObjective
 from vistok.train.tasks.perturbation import LatentPerturbation, PerturbationConfig
-from vistok.types import Clock, TokenizerOutput
+from vistok.train.tasks.text import TextConfig, text_guide, text_of
+from vistok.types import Clock, Condition, TokenizerOutput
 
 ADVERSARY = "adversary"
 STANDARDISED_ON = 256
@@ -48,6 +50,9 @@ class TokenizerRun(RunConfig):
         losses: terms by name, a weight or a section each (see ``TokenizerObjective``); ``gan`` is the adversary's.
         data: the images.
         perturbation: exchanges tokens for near codes in training (see ``PerturbationConfig``); None does not.
+        decoder_only: leave all that tokens depend on as it is, besides what ``freeze`` names, so that the tokenizer
+            still makes the tokens that generators know.
+        text: what the captions of images become, for a tokenizer that decodes with texts; None shows it none.
     """
 
     needed = "data"
@@ -56,6 +61,8 @@ class TokenizerRun(RunConfig):
     losses: Annotated[dict[str, Any], KeysOf(loss_keys)] = field(default_factory=dict)
     data: DataConfig | None = None
     perturbation: PerturbationConfig | None = None
+    decoder_only: bool = False
+    text: TextConfig | None = None
 
     def check_sections(self) -> None:
         super().check_sections()
@@ -73,17 +80,24 @@ class TokenizerLearner(Learner):
         self.objective, self.perturbation = objective, perturbation
 
     def forward(
-        self, pixels: Tensor, target: Tensor | None, clock: Clock, draws: Draws, labels: Tensor | None = None
+        self,
+        pixels: Tensor,
+        target: Tensor | None,
+        clock: Clock,
+        draws: Draws,
+        labels: Tensor | None = None,
+        condition: Condition | None = None,
     ) -> tuple[TokenizerOutput, dict[str, Tensor]]:
         """The tokenizer's output for pixels (B, C, H, W), or clips, and the unweighted terms of its objective.
 
         Args:
             target: what to reconstruct where it is not the pixels.
             labels: (B,) classes, -1 where there is none.
+            condition: what the tokenizer is told of the images, where it reads a condition.
         """
         if self.perturbation is not None:
             self.perturbation.set(self.model, clock)
-        output = self.model(pixels, target=target, clock=clock, draws=draws)
+        output = self.model(pixels, condition=condition, target=target, clock=clock, draws=draws)
         if self.objective.reads_codes(clock.step):
             output.features["codes"] = self.model.codes()
         if self.objective.reads_labels(clock.step):
@@ -124,11 +138,21 @@ class TokenizerTask(Task):
         self.objective_changes = tuple(sorted(begins | self.learner.objective.changes))
         self.changing_parameters = self.learner.objective.changing_parameters
         self._source = source
-        self._examples = example_images(source, self.data)
+        self._examples = example_batch(source, self.data)
+        self._text = text_guide(config.text, model, self.data)
 
     @property
     def model(self) -> Tokenizer:
         return self.learner.model
+
+    @property
+    def freeze(self) -> tuple[str, ...]:
+        if not self.config.decoder_only:
+            return self.config.freeze
+        self.model.check_renders("decoder_only")
+        names = self.learner.parameters_by_name()
+        present = [p for p in self.model.encoding_parts if any(fnmatchcase(name, p) for name in names)]
+        return (*self.config.freeze, *present)
 
     def players(self) -> dict[str, nn.Module]:
         return super().players() | ({ADVERSARY: self.adversary} if self.adversary is not None else {})
@@ -139,7 +163,12 @@ class TokenizerTask(Task):
         return self.config.player(name)
 
     def frozen(self) -> dict[str, nn.Module]:
-        return self.learner.objective.frozen() | (self.adversary.frozen() if self.adversary is not None else {})
+        parts = dict(self.learner.objective.frozen())
+        if self.adversary is not None:
+            parts |= self.adversary.frozen()
+        if self._text is not None:
+            parts["text_encoder"] = self._text.network
+        return parts
 
     @property
     def complete_from(self) -> int:
@@ -151,7 +180,7 @@ class TokenizerTask(Task):
 
     def losses(self, players: Mapping[str, nn.Module], batch: ImageBatch, clock: Clock) -> Iterator[Turn]:
         keys = Keys.of(self.seed, batch.indices, clock.step).on(batch.pixels.device)
-        output, terms = self._output(players[MODEL], batch, clock, keys)
+        output, terms = self._output(players[MODEL], batch, clock, keys, self._source)
         self.codebook.add(output.tokens)
         if self.gan is None or clock.step < self.gan.start_step:
             yield self._model_turn(output, terms, batch)
@@ -166,10 +195,14 @@ class TokenizerTask(Task):
             yield self._adversary_turn(players, real, fake, keys)
 
     def _output(
-        self, learner: nn.Module, batch: ImageBatch, clock: Clock, keys: Keys
+        self, learner: nn.Module, batch: ImageBatch, clock: Clock, keys: Keys, source: Source
     ) -> tuple[TokenizerOutput, dict[str, Tensor]]:
+        """``source`` is what the batch is of."""
         draws = draws_on(self.learner.training_draws(keys), batch.pixels.device)
-        return learner(batch.pixels, batch.target, clock, draws, batch.labels)
+        return learner(batch.pixels, batch.target, clock, draws, batch.labels, self._condition(batch, keys, source))
+
+    def _condition(self, batch: ImageBatch, keys: Keys, source: Source) -> Condition | None:
+        return None if self._text is None else text_of(batch, self._text.reader(source), keys)
 
     def _model_turn(
         self,
@@ -202,7 +235,7 @@ class TokenizerTask(Task):
     ) -> dict[str, Tensor]:
         # Each image has draws of its own, in whichever batch.
         keys = Keys.of(self.seed, batch.indices, 0).on(batch.pixels.device)
-        output, terms = self._output(learner, batch, clock, keys)
+        output, terms = self._output(learner, batch, clock, keys, cast(Any, self.held_out.reader).source)
         return {"loss": learner.objective.total(terms)} | terms | _psnr_of(output, _target(batch))
 
     def window_metrics(self) -> dict[str, Tensor]:
@@ -227,18 +260,20 @@ class TokenizerTask(Task):
         return batch.pixels
 
     def examples(self, count: int) -> Tensor:
-        return example_images(self._source, self.data, count)
+        return example_batch(self._source, self.data, count).pixels
 
     def pictures(self, model: Tokenizer) -> list[Image.Image]:
         """Originals over reconstructions; the originals alone of a tokenizer that renders none."""
         if not model.renders:
-            return [overview(self._examples)]
-        examples = self._examples.to(model.device)
-        return [compared(examples, model.reconstruct(examples))]
+            return [overview(self._examples.pixels)]
+        examples = on_device(self._examples, model.device)
+        condition = self._condition(examples, Keys.of(self.seed, examples.indices, 0), self._source)
+        return [compared(examples.pixels, model.reconstruct(examples.pixels, condition=condition))]
 
     def export(self, folder: Path, model: Tokenizer) -> None:
         if not model.spec.discrete:
-            model.standardise(example_images(self._source, self.data, STANDARDISED_ON).to(model.device))
+            examples = example_batch(self._source, self.data, STANDARDISED_ON)
+            model.standardise(examples.pixels.to(model.device))
         model.save_pretrained(folder / TOKENIZER)
 
 

@@ -1,0 +1,242 @@
+"""Pairs for the post-training of a tokenizer: images of partly generated tokens, beside the real ones.
+
+RobusTok: Image Tokenizer Needs Post-Training (arXiv 2509.12474). A generator samples while each token is that of the
+real image with probability sigma; the tokenizer then learns to make the real image of what these tokens decode to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vistok._version import __version__
+from vistok.data.batches import Failures, ImageBatch
+from vistok.data.config import DataConfig
+from vistok.data.folders import FolderSource
+from vistok.data.loader import Source, batch_reader, check_failures, listed
+from vistok.data.movies import shown
+from vistok.data.opening import open_source
+from vistok.data.pictures import save_png
+from vistok.data.sources import Selection
+from vistok.data.targets import stems
+from vistok.draws import Keys
+from vistok.pipelines.generation import Pipeline
+from vistok.types import Condition, to_json
+from vistok.utils.files import write_json
+from vistok.utils.locks import locked
+from vistok.utils.processes import Processes
+from vistok.utils.progress import track
+from vistok.utils.unfinished import discard, how_to_go_on, open_unfinished, publish, unfinished
+
+GENERATED, REAL, RECORD = "generated", "real", "pairs.json"
+ALONE = Processes()
+
+log = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def partly_generated(
+    pipe: Pipeline, pixels: Tensor, condition: Condition, sigma: float, keys: Keys, options: Any
+) -> Tensor:
+    """Images (B, C, H, W) in [-1, 1] of the tokens of ``pixels`` (B, C, H, W), of which each is kept with probability
+    ``sigma`` and the others are generated, float32 on the CPU.
+
+    Args:
+        condition: what the generator is told of the images.
+        keys: of the images; each depends on its own alone.
+        options: of sampling, as of ``pipe.options``.
+    """
+    own, parameter = pipe.tokenizer.own_condition(condition), next(pipe.tokenizer.parameters())
+    tokens = pipe.tokenizer.encode(
+        pixels.to(parameter.device, parameter.dtype), condition=None if own is None else own.to(parameter.device)
+    )
+    kept = keys.uniform("kept", tokens.shape[1]) < sigma
+    made = pipe.generator.sample_forced(
+        tokens.to(pipe.device),
+        kept.to(pipe.device),
+        condition.to(pipe.device),
+        options,
+        draws=pipe.generator.sampling_draws(keys, options),
+        tokenizer=pipe.in_loop,
+    )
+    return pipe.decode(made, keys, condition)
+
+
+def write_pairs(
+    pipe: Pipeline,
+    data: DataConfig,
+    out: str | Path,
+    *,
+    sigma: float = 0.7,
+    seed: int = 0,
+    batch_size: int = 64,
+    sampling: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    processes: Processes = ALONE,
+) -> dict[str, Any]:
+    """Make a pair of every image of ``data``: out/generated/NAME.png of partly generated tokens, out/real/NAME.png.
+
+    Images are read as evaluation sees them. Names are those of the files, or of other sources the numbers of their
+    images. A pair depends on the seed and the image's number in the source, not on batches and processes. Until all is
+    there the pairs lie in ``OUT.unfinished/``, where a killed run can go on; at last out/pairs.json says what made
+    them.
+
+    Args:
+        sigma: share of the tokens that are kept, in [0, 1]; RobusTok's is 0.7.
+        sampling: options that differ from the pipeline's.
+        resume: keep the pairs that an unfinished run has written.
+        processes: those that share the work; each calls this with the same arguments.
+
+    Returns:
+        what pairs.json holds.
+
+    Raises:
+        FileExistsError: ``out`` exists and is not an empty folder; or an unfinished one, and ``resume`` is False.
+        ResumeError: nothing to resume, or pairs of other settings.
+        FolderInUseError: another process writes ``out``.
+        TooManyUnreadableError: more than 1 % of the images cannot be read.
+        ValueError: sigma out of range, images of another size or of other classes than the pipeline's, two files of one
+            name, or a generator that cannot take tokens of which some come later.
+    """
+    out = Path(out)
+    if not 0 <= sigma <= 1:
+        raise ValueError(f"sigma is the share of tokens that are kept and must lie in [0, 1], got {sigma}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    pipe.tokenizer.check_renders("making pairs")
+    pipe.tokenizer.image_shape("making pairs")
+    pipe.tokenizer.spec_for(data.input_shape)
+    source, options = open_source(data), pipe.options(**(sampling or {}))
+    _check_classes(pipe, source.classes)
+    settings = {
+        "sigma": sigma,
+        "seed": seed,
+        "images": len(source),
+        "source": source.fingerprint(),
+        **{name: getattr(data, name) for name in ("image_size", "channels", "reading", "crop")},
+        "options": to_json(dataclasses.asdict(options)),
+        "tokenizer": pipe.tokenizer.fingerprint(),
+        "generator": pipe.generator.fingerprint(),
+    }
+    names = pair_names(source)
+    with locked(out) if processes.is_first else nullcontext():
+        if processes.is_first:
+            open_unfinished(out, settings, resume=resume)
+        processes.wait()
+        folder = unfinished(out)
+        writer = _Writer(pipe, source, data, names, folder, sigma=sigma, seed=seed, options=options)
+        try:
+            ranges = writer.missing(batch_size, processes)
+            for start, stop in track(ranges, f"{len(source):,} pairs", len(ranges)):
+                writer.write(start, stop)
+            failures = {key: why for part in processes.gather(writer.failures) for key, why in part.items()}
+            check_failures(failures, len(source))
+        except BaseException as error:
+            if processes.count == 1 and not (folder / GENERATED).exists():
+                discard(out)
+            else:
+                error.add_note(how_to_go_on(out))
+            raise
+        record = settings | {"unreadable": sorted(failures.values()), "vistok_version": __version__}
+        if processes.is_first:
+            if failures:
+                log.warning("%d images could not be read and have no pair:\n%s", len(failures), listed(failures))
+            write_json(folder / RECORD, record)
+            publish(out)
+        processes.wait()
+    return record
+
+
+class _Writer:
+    """Writes the pairs of some images at a time."""
+
+    def __init__(
+        self,
+        pipe: Pipeline,
+        source: Source,
+        data: DataConfig,
+        names: Sequence[str],
+        folder: Path,
+        *,
+        sigma: float,
+        seed: int,
+        options: Any,
+    ) -> None:
+        self.pipe, self.source, self.names, self.folder = pipe, source, names, folder
+        self.sigma, self.seed, self.options = sigma, seed, options
+        self.reader = batch_reader(source, data, augmented=False)
+        self.failures: Failures = {}
+
+    def file(self, kind: str, index: int) -> Path:
+        return self.folder / kind / f"{self.names[index]}.png"
+
+    def missing(self, batch_size: int, processes: Processes) -> list[tuple[int, int]]:
+        """This process's ranges of images whose pairs are not all there: by their numbers alone, since processes look
+        at different times."""
+        starts = range(processes.index * batch_size, len(self.names), processes.count * batch_size)
+        ranges = [(start, min(start + batch_size, len(self.names))) for start in starts]
+        return [part for part in ranges if not all(self.file(GENERATED, index).exists() for index in range(*part))]
+
+    def write(self, start: int, stop: int) -> None:
+        batch, failures = self.reader.load(np.arange(start, stop), 0)
+        self.failures |= failures
+        if not len(batch.indices):
+            return
+        keys, condition = Keys.of(self.seed, batch.indices), self._condition(batch)
+        made = partly_generated(self.pipe, batch.pixels, condition, self.sigma, keys, self.options)
+        for kind, pixels in ((REAL, batch.pixels), (GENERATED, made)):  # the latter says that the pair is whole
+            for index, image in zip(batch.indices.tolist(), shown(pixels), strict=True):
+                file = self.file(kind, index)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                save_png(image, file)
+
+    def _condition(self, batch: ImageBatch) -> Condition:
+        """What the generator takes of what is known of the images: their classes, their first captions."""
+        taken, given = self.pipe.generator.condition_spec.parts, []
+        if "labels" in taken:
+            given.append(Condition.from_labels(batch.labels))
+        if self.pipe.text.parts:
+            captions = (self.source.captions(index) for index in batch.indices.tolist())
+            given.append(self.pipe.text.condition([next(iter(texts), None) for texts in captions]))
+        condition = Condition.together(*given) if given else Condition.none(len(batch.indices))
+        self.pipe.generator.check_condition(condition)
+        return condition
+
+
+def pair_names(source: Source) -> list[str]:
+    """A name for each image, which its pair has: the file's path in the source without its ending, or its number.
+
+    Raises:
+        ValueError: two files that differ in their endings only.
+    """
+    if isinstance(source, Selection):
+        names = pair_names(source.source)
+        return [names[index] for index in source.indices]
+    if not isinstance(source, FolderSource):
+        return [f"{index:08d}" for index in range(len(source))]
+    names, seen = stems(source), set()
+    for name in names:
+        if name in seen:
+            raise ValueError(f"two images are called {name} and differ in their endings only: pairs go by that name")
+        seen.add(name)
+    return names
+
+
+def _check_classes(pipe: Pipeline, classes: Sequence[str]) -> None:
+    """Labels must mean the same to the images and to the pipeline."""
+    known = pipe.class_names
+    if pipe.generator.num_classes and known and classes and tuple(classes) != tuple(known):
+        foreign = sorted(set(classes) ^ set(known))
+        raise ValueError(
+            f"the images have other classes than the generator was trained on "
+            f"({', '.join(foreign[:3]) or 'in another order'}), so their labels mean something else; take images of "
+            "the same classes"
+        )
