@@ -28,7 +28,7 @@ BUILT_IN = {
     "mingtok": {"ming_univision"},
     "rar": {"robustok", "titok", "maskgit"},  # the hub's names of its weights, and of their tokenizer
     "randar": {"llama", "llamagen", "maskgit", "titok"},  # its blocks; the hub's names of weights
-    "lpd": {"llamagen"},  # the hub's name of its tokenizer
+    "lpd": {"llama", "llamagen"},  # the hub's name of its tokenizer
     "kl_vae": {"flextok"},
     "token_shuffle": {"llama"},  # its blocks
     "open_magvit2_gpt": {"llama"},  # the transformer that it extends
