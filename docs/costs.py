@@ -33,8 +33,8 @@ GRIDS = {"photos/llama_128": 16, "cifar10/llama": 8}
 
 def main(names: list[str]) -> None:
     torch.set_num_threads(1)
-    print("| config | parameters | samples per step | memory | operations per step | steps | hours |")
-    print("|---|---|---|---|---|---|---|")
+    header = ("config", "parameters", "samples per step", "memory", "operations per step", "steps", "hours")
+    print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
     with tempfile.TemporaryDirectory() as scratch:
         for name in names or CONFIGS:
             print(row(name, Path(scratch)), flush=True)
