@@ -24,12 +24,12 @@ def wait_until(done: Callable[[], bool], process: subprocess.Popen, *, seconds: 
     return True
 
 
-def first_line(process: subprocess.Popen, *, seconds: float = SECONDS) -> str:
-    """The first line that the process prints; empty if it ended, or was killed for taking too long."""
+def first_line(process: subprocess.Popen, begin: str = "", *, seconds: float = SECONDS) -> str:
+    """The first line that the process prints that begins so; empty if it ended, or was killed for taking too long."""
     timer = Timer(seconds, process.kill)
     timer.start()
     try:
-        return process.stdout.readline()
+        return next((line for line in process.stdout if line.startswith(begin)), "")
     finally:
         timer.cancel()
 
