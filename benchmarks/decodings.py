@@ -4,7 +4,8 @@
     python benchmarks/decodings.py runs/generator --thresholds 1,2,3 --trials 8
 
 For each: calls of the transformer after the condition, rows that it was fed in all, seconds, and the mean
-log-likelihood of a token in nats under the unguided model. ``RUN`` is the run of a generator, or a folder with one in ``generator/``.
+log-likelihood of a token in nats under the unguided model. ``RUN`` is the run of a generator, or a folder with one in
+``generator/``.
 """
 
 from __future__ import annotations
