@@ -511,7 +511,8 @@ def test_configs_are_listed_printed_and_copied(run_command, refused, tmp_path):
     assert (tmp_path / "mine" / "llama.yaml").read_bytes() == (FOLDER / "cifar10" / "llama.yaml").read_bytes()
     assert "exists already" in refused("configs", "cifar10/llama", "--copy", tmp_path / "mine")
     run_command("configs", "emoji", "--copy", tmp_path / "mine")
-    assert sorted(file.name for file in (tmp_path / "mine" / "emoji").iterdir()) == ["llama.yaml", "llamagen_vq.yaml"]
+    copied = sorted(file.name for file in (tmp_path / "mine" / "emoji").iterdir())
+    assert copied == ["llama.yaml", "llamagen_vq.yaml", "ta_titok.yaml"]
     assert "did you mean cifar10/llama" in refused("configs", "cifar10/lama")
 
 

@@ -299,7 +299,7 @@ def test_keys_behind_the_last_are_not_read(last, blocks, padded):
     q, last = q[:, :, :1], torch.tensor([last])
     visible = torch.arange(150).view(1, 1, 1, -1) != torch.tensor([5, 7]).view(2, 1, 1, 1) if padded else None
     keys = LiveKeys.up_to(last, 150, visible)
-    assert keys.count.item() == blocks
+    assert keys.num_blocks.item() == blocks
     expected = scaled_dot_product_attention(q, k, v, attn_mask=dense_mask(last, 150, visible))
     torch.testing.assert_close(keys.attend(q, k, v), expected, **TOLERANCE)
 

@@ -36,7 +36,9 @@ def run(tmp_path_factory):
 
 def test_a_run_ends_with_its_page(run):
     report = ReportReader(run / "report.html")
-    labels = [attributes["data-label"] for tag, attributes in report.tags if "data-label" in attributes]
+    labels = [
+        attributes["data-label"] for tag, attributes in report.tags if tag == "div" and "data-label" in attributes
+    ]
     assert labels == ["step 3", "step 6"]
     assert "after 6 of 6 steps" in report.text
     assert "reference: quickstart-tokenizer" in report.text

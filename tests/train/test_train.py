@@ -195,9 +195,10 @@ def test_the_newest_checkpoints_and_the_best_stay(tmp_path):
 def test_by_default_the_best_has_the_highest_psnr_and_else_the_lowest_loss(tmp_path):
     rows = [{"loss": 0.3, "psnr": 20.0}, {"loss": 0.2, "psnr": 19.0}]
     tokenizers, generators = Checkpoints(tmp_path / "a", 1, None), Checkpoints(tmp_path / "b", 1, None)
+    model = tiny("vit_vqgan")
     for step, row in enumerate(rows, start=1):
-        tokenizers.save(step, {}, row)
-        generators.save(step, {}, {"loss": row["loss"]})
+        tokenizers.save(step, {}, row, model)
+        generators.save(step, {}, {"loss": row["loss"]}, model)
     assert tokenizers.best() == {"step": 1, "metric": "psnr", "value": 20.0}
     assert generators.best() == {"step": 2, "metric": "loss", "value": 0.2}
 

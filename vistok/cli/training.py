@@ -169,7 +169,7 @@ def tokenize(
         typer.Option(help="Also store ids of the captions: bytes, a tokenizer.json, or a Hugging Face folder or name."),
     ] = None,
     text_positions: Annotated[
-        str, typer.Option(help="Of the text encoder: those of the text, or all (CLIP, as TA-TiTok reads it).")
+        str, typer.Option(help="Of the text encoder: those of the text, or all (of CLIP's towers).")
     ] = "text",
     text_length: Annotated[int, typer.Option(help="Tokens of a caption at most; longer ones are cut.")] = 120,
     refuse_long_texts: Annotated[

@@ -238,6 +238,7 @@ class Generator(Model):
         Raises:
             ValueError: this generator can take no tokens of which some come later.
         """
+        self.check_edits()
         in_loop: dict[str, Any] = {} if tokenizer is None else {"tokenizer": tokenizer}
         return self.edit(tokens, ~forced, condition, options, draws=draws, **in_loop)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -229,6 +229,11 @@ class MingUniVision(ContinuousGenerator):
                     f"the latents of this tokenizer are standardised with {name} {others[name]:.6g}, and this model "
                     f"learned latents with {own:.6g}: it was trained with another tokenizer, which you may load instead"
                 )
+
+    def needed_tokenizer(self, tokenizer: Expands | None) -> Expands:
+        # In training it is called for every batch, and reading statistics waits for the device.
+        super().check_tokenizer(tokenizer)
+        return cast(Expands, tokenizer)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Reading
@@ -467,6 +472,7 @@ class MingUniVision(ContinuousGenerator):
         draws: Draws | None = None,
         tokenizer: Expands | None = None,
     ) -> MingSession:
+        self.check_tokenizer(tokenizer)
         tokenizer = self.needed_tokenizer(tokenizer)
         self.check_condition(condition)
         if not draws or "noise" not in draws:
@@ -477,6 +483,7 @@ class MingUniVision(ContinuousGenerator):
         return session
 
     def converse(self, rows: int = 1, options: MingOptions | None = None, *, tokenizer: Expands | None) -> MingSession:
+        self.check_tokenizer(tokenizer)
         tokenizer = self.needed_tokenizer(tokenizer)
         text, given = self.text.length if self.text else 1, self.given.length + 2 if self.given else 0
         length = len(self.human) + given + text + len(self.assistant) + self.spec.length + 2

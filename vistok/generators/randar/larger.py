@@ -83,12 +83,12 @@ def sample_larger(
     Raises:
         ValueError: as of ``enlarged``, and group sizes, which are of one size alone.
     """
-    options, grid = options or model.options_type(), model.spec.raster
+    options = options or model.options_type()
     if options.group_sizes is not None:
         raise ValueError("a larger grid is generated in two parts; give num_steps, not group_sizes")
     view = enlarged(model, extrapolated)
     coarse = model.sample(condition, options, draws=model.sampling_draws(keys, options))
-    even = even_places(grid).to(coarse.device)
+    even = even_places(model.spec.raster).to(coarse.device)
     ids = coarse.new_zeros(len(coarse), view.spec.length)
     ids[:, even] = coarse
     if options.num_steps is not None:

@@ -156,7 +156,9 @@ class Layers(nn.Module):
         tap: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """What the last layer gives, and what layer number ``tap`` (from 1) does, both (B, N, D)."""
-        tapped = None
+        # Under autocast the residual stream and the memory, which all layers read, would be added up in its type.
+        dtype, tapped = next(self.parameters()).dtype, None
+        x, memory = x.to(dtype), None if memory is None else memory.to(dtype)
         for number, layer in enumerate(self.layers, 1):
             if self.kind == "self_attention":
                 x = layer(x)
