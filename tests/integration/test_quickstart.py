@@ -47,12 +47,7 @@ SHORT = Recipe(
 KEYS = ["recognised", "recognised_real", "frechet", "frechet_real", "distinct", "copies", "psnr", "seconds", "protocol"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

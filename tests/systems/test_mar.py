@@ -28,12 +28,7 @@ SPEC = TokenSpec(16, None, dim=3, grid=(4, 4))
 LABELS = Condition.from_labels([0, 3, 1])
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(spec: TokenSpec = SPEC, **arguments) -> MAR:

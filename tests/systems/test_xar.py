@@ -37,12 +37,7 @@ LAYOUTS = {
 LABELS = Condition.from_labels([0, 3, 1])
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(layout: LayoutConfig = LAYOUTS["cell"], spec: TokenSpec = SPEC, **arguments) -> XAR:

@@ -34,12 +34,7 @@ from vistok.train.stopping import StopRequest
 LONG = {"max_steps": 60, "save_every": 7, "log_every": 5, "image_every": 20}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -22,13 +22,7 @@ from vistok.train.tasks.terms import Term
 from vistok.train.tasks.tokenizer import TokenizerTask
 from vistok.types import Clock, TokenizerOutput
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def terms_at(step: int, objective: TokenizerObjective, output: TokenizerOutput, target: torch.Tensor) -> dict:

@@ -19,13 +19,7 @@ from vistok.train.loop import Trainer
 from vistok.train.report import example_count, write_run_report
 from vistok.types import TokenSpec
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

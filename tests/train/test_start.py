@@ -17,12 +17,7 @@ STILL = {"optimizer": {"lr": 0.0}, "training": {"max_steps": 1, "image_every": 0
 """A run that leaves its weights as they are."""
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

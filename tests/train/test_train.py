@@ -32,13 +32,7 @@ from vistok.train.config import SchedulerConfig
 from vistok.train.monitor import read_metrics
 from vistok.train.optim import lr_factor
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_run_folder(tmp_path):

@@ -25,13 +25,7 @@ from vistok.train.preview import preview
 from vistok.train.profile import profile
 from vistok.train.tasks.adversary import Adversary
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -16,19 +16,24 @@ from torch import Tensor
 from vistok.data.movies import contact_sheet, gif_bytes, save_gif, save_mp4, side_by_side, to_frames
 from vistok.data.pictures import save_png
 from vistok.quickstart.clip_scores import Clips, ClipScores, repeat_given
+from vistok.quickstart.pages import (
+    NOTE,
+    charts_of,
+    distinct_score,
+    environment_facts,
+    recognised_score,
+    seconds_score,
+)
 from vistok.quickstart.scores import CLASSES, nearest, reconstruct
-from vistok.quickstart.story import environment_facts
 from vistok.quickstart.systems import System
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.monitor import read_metrics
 from vistok.types import TokenSpec
 from vistok.utils.report import (
     Animation,
-    Chart,
     Charts,
     Commands,
     Facts,
-    Line,
     Paragraph,
     Picture,
     Score,
@@ -114,9 +119,8 @@ def curves(runs: Sequence[Path]) -> Charts:
         ("Generator: nats per token", generator, "loss"),
         ("Predictor: nats per token", predictor, "loss"),
     ]
-    charts = [Chart(title, [Line.of(rows, name)]) for title, rows, name in named if any(name in row for row in rows)]
-    return Charts(
-        charts,
+    return charts_of(
+        named,
         "From metrics.jsonl of the runs, which have a report.html each. TensorBoard shows all of it: tensorboard "
         "--logdir with this folder.",
     )
@@ -126,12 +130,10 @@ def score_lines(scores: ClipScores, seconds: float, system: System, *, spec: Tok
     """The scores as people read them, with targets."""
     predicted = f"{system.given_frames + 1} to {num_frames}"
     return [
-        Score(
-            "recognised",
-            f"{scores.recognised:.1%}",
+        recognised_score(
+            scores.recognised,
+            system,
             "Generated frames that a classifier, fitted to real frames only, takes for the digit asked for.",
-            f"at least {system.recognised:.0%}".replace("%", " %"),
-            scores.recognised >= system.recognised,
         ),
         Score("recognised_real", f"{scores.recognised_real:.1%}", "The same classifier on real clips it has not seen."),
         Score(
@@ -159,13 +161,7 @@ def score_lines(scores: ClipScores, seconds: float, system: System, *, spec: Tok
             f"{scores.prediction_black:.1f} dB",
             "The same of black frames: what a predictor gets that says nothing.",
         ),
-        Score(
-            "distinct",
-            f"{scores.distinct:.1%}",
-            "Different token sequences among the generated ones; low where the generator repeats itself.",
-            "at least 90 %",
-            scores.distinct >= 0.9,
-        ),
+        distinct_score(scores.distinct),
         Score(
             "copies",
             f"{scores.copies:.1%}",
@@ -174,20 +170,10 @@ def score_lines(scores: ClipScores, seconds: float, system: System, *, spec: Tok
             scores.copies == 0,
         ),
         Score("psnr", f"{scores.psnr:.1f} dB", f"Held-out clips after {spec.length} tokens and back."),
-        Score(
-            "seconds",
-            f"{seconds:.0f}",
-            "For all of it on this machine.",
-            f"at most {60 * system.minutes:.0f}",
-            seconds <= 60 * system.minutes,
-        ),
+        seconds_score(seconds, system),
     ]
 
 
-NOTE = (
-    "The classifier is tiny and so is the data set: these scores tell a good run from a bad one, and no more. "
-    "result.json holds them with everything they depend on."
-)
 COPIED = (
     "There are 1,433 training digits, each on one path. The generator trains on clips from random places of these "
     "paths. Equal tokens are counted above; near copies would show here."

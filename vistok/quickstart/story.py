@@ -13,17 +13,23 @@ from PIL import Image
 
 from vistok.data.pictures import save_png, to_pil
 from vistok.data.sheets import sheet
+from vistok.quickstart.pages import (
+    NOTE,
+    charts_of,
+    distinct_score,
+    environment_facts,
+    recognised_score,
+    seconds_score,
+)
 from vistok.quickstart.scores import CLASSES, Digits, Scores, decode, encode, nearest, reconstruct
 from vistok.quickstart.systems import System
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.monitor import read_metrics
 from vistok.types import TokenSpec
 from vistok.utils.report import (
-    Chart,
     Charts,
     Commands,
     Facts,
-    Line,
     Paragraph,
     Picture,
     Score,
@@ -84,9 +90,8 @@ def curves(runs: tuple[Path, Path], spec: TokenSpec) -> Charts:
         ("Tokenizer: share of codes used", tokenizer, "codebook_usage"),
         ("Generator: " + ("nats per token" if spec.discrete else "loss"), generator, "loss"),
     ]
-    charts = [Chart(title, [Line.of(rows, name)]) for title, rows, name in named if any(name in row for row in rows)]
-    return Charts(
-        charts,
+    return charts_of(
+        named,
         "From metrics.jsonl of both runs, which have a report.html each. TensorBoard shows all of it: tensorboard "
         "--logdir with this folder.",
     )
@@ -113,12 +118,10 @@ def prefix_ladder(spec: TokenSpec) -> list[int]:
 def score_lines(scores: Scores, seconds: float, system: System, *, spec: TokenSpec) -> list[Score]:
     """The scores as people read them, with targets."""
     return [
-        Score(
-            "recognised",
-            f"{scores.recognised:.1%}",
+        recognised_score(
+            scores.recognised,
+            system,
             "Generated digits that a classifier, fitted to real digits only, takes for the class asked for.",
-            f"at least {system.recognised:.0%}".replace("%", " %"),
-            scores.recognised >= system.recognised,
         ),
         Score(
             "recognised_real", f"{scores.recognised_real:.1%}", "The same classifier on real digits it has not seen."
@@ -131,13 +134,7 @@ def score_lines(scores: Scores, seconds: float, system: System, *, spec: TokenSp
             scores.frechet <= 5 * scores.frechet_real,
         ),
         Score("frechet_real", f"{scores.frechet_real:.1f}", "The same for as many real digits held out from training."),
-        Score(
-            "distinct",
-            f"{scores.distinct:.1%}",
-            "Different token sequences among the generated ones; low where the generator repeats itself.",
-            "at least 90 %",
-            scores.distinct >= 0.9,
-        ),
+        distinct_score(scores.distinct),
         Score(
             "copies",
             f"{scores.copies:.1%}",
@@ -146,13 +143,7 @@ def score_lines(scores: Scores, seconds: float, system: System, *, spec: TokenSp
             scores.copies < 0.1,
         ),
         Score("psnr", f"{scores.psnr:.1f} dB", f"Held-out digits after {spec.length} tokens and back."),
-        Score(
-            "seconds",
-            f"{seconds:.0f}",
-            "For all of it on this machine.",
-            f"at most {60 * system.minutes:.0f}",
-            seconds <= 60 * system.minutes,
-        ),
+        seconds_score(seconds, system),
     ]
 
 
@@ -193,10 +184,6 @@ def write_story(
 
 SCALE = 1.0
 """CSS pixels per pixel of the pictures, in which small images are enlarged already."""
-NOTE = (
-    "The classifier is tiny and so is the data set: these scores tell a good run from a bad one, and no more. "
-    "result.json holds them with everything they depend on."
-)
 COPIES = (
     "There are so few training digits that a generator could learn them by heart. It trains on many slightly turned, "
     "shifted and scaled views of each. Equal tokens are counted above; near copies would show here."
@@ -274,18 +261,4 @@ def _facts(protocol: Mapping[str, Any]) -> dict[str, str]:
         "distance: of each class as many as are held out",
         "Copies": protocol["copies"],
         **environment_facts(protocol),
-    }
-
-
-def environment_facts(protocol: Mapping[str, Any]) -> dict[str, str]:
-    """How the samples were drawn, and where everything ran."""
-    environment = protocol["environment"]
-    return {
-        "Sampling": ", ".join(f"{name} {value}" for name, value in protocol["sampling"].items()) or "defaults",
-        "Seed": str(protocol["recipe"]["seed"]),
-        "Versions": ", ".join(
-            f"{name} {environment[name]}" for name in ("vistok", "python", "torch", "numpy") if name in environment
-        ),
-        "Device": str(environment["device"]),
-        "Revision": environment["git_revision"] or "not from a git checkout",
     }

@@ -14,16 +14,15 @@ from PIL import Image
 from vistok.data.pictures import save_png, to_pil
 from vistok.data.sheets import sheet
 from vistok.pipelines import Message
+from vistok.quickstart.pages import charts_of, environment_facts, seconds_score
 from vistok.quickstart.scores import CLASSES
 from vistok.quickstart.systems import System
 from vistok.train.monitor import read_metrics
 from vistok.utils.report import (
     Block,
-    Chart,
     Charts,
     Commands,
     Facts,
-    Line,
     Paragraph,
     Picture,
     Score,
@@ -73,8 +72,7 @@ def curves(runs: tuple[Path, Path]) -> Charts:
         ("Generator: error of images", generator, "flow"),
         ("Generator: nats per word", generator, "text"),
     ]
-    charts = [Chart(title, [Line.of(rows, name)]) for title, rows, name in named if any(name in row for row in rows)]
-    return Charts(charts, "From metrics.jsonl of both runs, which have a report.html each.")
+    return charts_of(named, "From metrics.jsonl of both runs, which have a report.html each.")
 
 
 def score_lines(scores: Mapping[str, float], seconds: float, system: System) -> list[Score]:
@@ -106,13 +104,7 @@ def score_lines(scores: Mapping[str, float], seconds: float, system: System) -> 
         ),
         share("distinct", "Different drawings and edits among all."),
         Score("psnr", f"{scores['psnr']:.1f} dB", "Held-out digits as latents and back."),
-        Score(
-            "seconds",
-            f"{seconds:.0f}",
-            "For all of it on this machine.",
-            f"at most {60 * system.minutes:.0f}",
-            seconds <= 60 * system.minutes,
-        ),
+        seconds_score(seconds, system),
     ]
 
 
@@ -197,19 +189,12 @@ def _next_commands(out: Path) -> list[str]:
 
 
 def _facts(protocol: Mapping[str, Any]) -> dict[str, str]:
-    environment = protocol["environment"]
     return {
         "Data": f"{protocol['training_digits']:,} training and {protocol['held_out_digits']:,} held-out images of "
         f"{protocol['data']}",
         "Classifiers": protocol["classifiers"],
         "Judged": f"{protocol['drawings']:,} drawings, {protocol['captions']:,} captions, {protocol['edits']:,} edits "
         f"of held-out digits, {protocol['turns']:,} changes of drawings",
-        "Sampling": ", ".join(f"{name} {value}" for name, value in protocol["sampling"].items()) or "defaults",
         "Copies": protocol["copies"],
-        "Seed": str(protocol["recipe"]["seed"]),
-        "Versions": ", ".join(
-            f"{name} {environment[name]}" for name in ("vistok", "python", "torch", "numpy") if name in environment
-        ),
-        "Device": str(environment["device"]),
-        "Revision": environment["git_revision"] or "not from a git checkout",
+        **environment_facts(protocol),
     }
