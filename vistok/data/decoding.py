@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import io
 import struct
-import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
+
+from vistok.data.files import UNPACKING_ERRORS
+from vistok.data.formats import decoders
 
 Reading = Literal["photo", "raw"]
 """How a file is read. ``photo``: upright as its EXIF data say, transparent parts on white, 16 bits scaled to 8.
@@ -25,6 +26,8 @@ STRIP = 1 << 22
 ORIENTATION, TURNED_SIDEWAYS = 0x0112, (5, 6, 7, 8)
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 DEEP_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")  # Pillow clips these to 8 bit instead of scaling them
+GREY_SCALES = {"L;2": 85, "L;4": 17}
+"""By what Pillow multiplies grey levels of PNG files of 2 and 4 bits."""
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 
@@ -33,14 +36,12 @@ DECODING_ERRORS = (
     OSError,
     ValueError,
     SyntaxError,
-    EOFError,
     TypeError,
     LookupError,
     ArithmeticError,
     NotImplementedError,
     struct.error,
-    zlib.error,
-    zipfile.BadZipFile,
+    *UNPACKING_ERRORS,
     Image.DecompressionBombError,
 )
 
@@ -154,17 +155,30 @@ class Decoder:
         return Header(size, turned, _is_transparent(image), image.mode in DEEP_MODES)
 
 
+def open_image(file: IO[bytes]) -> Image.Image:
+    """Look at an image file of a format that is read; raises one of ``DECODING_ERRORS``."""
+    image = Image.open(file, formats=decoders())
+    transparent = image.info.get("transparency")
+    # Pillow scales levels of other than 8 bits, and leaves the transparent one as the file has it.
+    raw = image.tile[0][3] if image.format == "PNG" and image.tile else None
+    if raw in GREY_SCALES and isinstance(transparent, int):
+        image.info["transparency"] = transparent * GREY_SCALES[raw]
+    elif raw == "RGB;16B" and isinstance(transparent, tuple):
+        image.info["transparency"] = tuple(level >> 8 for level in transparent)
+    return image
+
+
 def _read(file: IO[bytes], use: Callable[[Image.Image], T]) -> T:
     """What ``use`` makes of the image in a file; a PNG whose texts are too long for Pillow is read without them."""
     start = file.tell()
     try:
-        with Image.open(file) as image:
+        with open_image(file) as image:
             return use(image)
     except ValueError as error:
         if "decompressed data too large" not in str(error).lower():  # the versions of Pillow write it differently
             raise
     file.seek(start)
-    with Image.open(io.BytesIO(_without_texts(file.read()))) as image:
+    with open_image(io.BytesIO(_without_texts(file.read()))) as image:
         return use(image)
 
 

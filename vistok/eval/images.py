@@ -31,7 +31,8 @@ from vistok.data.shards import ShardFiles, shard_paths
 from vistok.data.transforms import center_crop_adm
 from vistok.utils.files import cache_folder
 
-RUN_MARKERS = ("metrics.jsonl", "config.yaml")
+RUN_MARKERS = (("metrics.jsonl",), ("config.yaml", "environment.json"))
+"""Files of which a run has all of one line; people keep a config.yaml beside their photos, too."""
 THREADS = 4  # decoding releases the interpreter lock
 
 
@@ -171,7 +172,7 @@ def _no_crop(images: ImageSet, crop: int | None) -> ImageSet:
 
 def is_run(folder: Path) -> bool:
     """Whether ``folder`` is a vistok run, whose own pictures (previews) are not what is to be scored."""
-    return any((folder / name).is_file() for name in RUN_MARKERS)
+    return any(all((folder / name).is_file() for name in names) for names in RUN_MARKERS)
 
 
 def _samples_of_run(folder: Path) -> Path:
