@@ -134,6 +134,7 @@ def test_config_json(model: Path, tmp_path_factory: pytest.TempPathFactory, dama
         {"codebook_size": -1},
         {"codebook_size": 0},
         {"codebook_size": 1.5},
+        {"codebook_size": 10**8},
         {"encoder": None},
         {"encoder": {"dim": -16, "num_layers": 1, "num_heads": 1, "mlp_dim": 16}},
         {"encoder": {"dim": 0, "num_layers": 1, "num_heads": 0, "mlp_dim": 16}},
