@@ -651,9 +651,7 @@ def test_every_large_photo_becomes_small_at_once(tmp_path: Path, monkeypatch, ki
 
 @pytest.mark.parametrize("options", [{"quality": 80}, {"lossless": True}])
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
-def test_a_large_webp_is_decoded_once_to_what_pillow_makes_of_it(
-    tmp_path: Path, monkeypatch, options: dict, mode: str
-):
+def test_a_large_webp_is_decoded_once_to_what_pillow_makes_of_it(tmp_path: Path, monkeypatch, options: dict, mode: str):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (301, 400, len(mode)), dtype=np.uint8))
     image.save(tmp_path / "a.webp", **options)
     monkeypatch.setattr(decoding, "LARGE", 1000)

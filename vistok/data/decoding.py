@@ -254,7 +254,9 @@ def _still_webp(image: Image.Image) -> np.ndarray | None:
         return None  # wrong with the file
 
 
-def _in_strips(image: Image.Image | Rows, mode: str, factor: int, change: Callable[[Image.Image], Image.Image]) -> Image.Image:
+def _in_strips(
+    image: Image.Image | Rows, mode: str, factor: int, change: Callable[[Image.Image], Image.Image]
+) -> Image.Image:
     """What ``change`` makes of an image, of ``mode``, reduced by ``factor``; of a large one a strip at a time, so that
     no second one of its size is held."""
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from vistok.draws import Keys
 from vistok.eval.batches import NETWORK_BATCH
-from vistok.utils.files import read_json, write_json
+from vistok.utils.files import read_object, write_json
 from vistok.utils.locks import holds_files
 
 Labels = Literal["balanced", "random", "none"]
@@ -118,7 +118,7 @@ def claim(folder: Path, plan: Mapping[str, Any]) -> None:
         write_json(path, plan)
         return
     try:
-        found = read_json(path)
+        found = read_object(path)
     except ValueError as error:
         raise BenchmarkError(f"{path} is damaged ({error}); remove the folder and start again") from error
     differing = [key for key in {**plan, **found} if found.get(key) != plan.get(key)]

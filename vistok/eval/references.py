@@ -8,7 +8,6 @@ some pooled features in place of images, and name all that made them, so that a 
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vistok.data.decoding import Reading
+from vistok.data.decoding import DECODING_ERRORS, Reading
 from vistok.eval.features import extract_features
 from vistok.eval.images import ImageSet, NpzImages, open_images
 from vistok.eval.metrics import Gaussian, check_symmetric, is_positive
@@ -41,6 +40,10 @@ WRONG_REFERENCE = (
 
 class InvalidReferenceError(ValueError):
     """A reference that cannot serve: without the keys, damaged, or made otherwise than the images are scored."""
+
+
+NUMBERS = ("count", "crop")
+"""Which of the following are numbers; others are texts."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,7 @@ def _open_npz(path: Path) -> Reference:
         with np.load(path, allow_pickle=False) as file:
             keys = list(file.files)
             arrays = {key: file[key] for key in keys if key in wanted}
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
+    except (*DECODING_ERRORS, RuntimeError, MemoryError) as error:  # RuntimeError: zipfile's word for a password
         raise InvalidReferenceError(f"{path} is not a readable .npz file: {error}") from error
     gaussians = {
         name: _gaussian(path, arrays, *pair) for name, pair in MOMENT_KEYS.items() if any(key in arrays for key in pair)
@@ -214,7 +217,13 @@ def _provenance(path: Path, arrays: dict[str, np.ndarray]) -> Provenance:
         if item.name in arrays:
             if arrays[item.name].size != 1:
                 raise InvalidReferenceError(f"{path}: {item.name!r} must be one value, got {arrays[item.name].shape}")
-            told[item.name] = arrays[item.name].item()
+            value = arrays[item.name].item()
+            kind = int if item.name in NUMBERS else str
+            if type(value) is not kind or (kind is int and value < 0):
+                raise InvalidReferenceError(
+                    f"{path}: {item.name!r} must be of the type {kind.__name__}, got {value!r}"[:500]
+                )
+            told[item.name] = value
     return Provenance(**told)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,10 +59,15 @@ def data_of_run(
     if folder.name == BEST_MODEL and not file.is_file():
         file = folder.parent / RUN_CONFIG
     section = load_config(file).get("data") if file.is_file() else None
+    if section and not isinstance(section, Mapping):
+        raise ConfigError(f"{file}: data is {section!r}, no section")
     if not section:
         frames = {"num_frames": input_shape[1]} if len(input_shape) == 4 else {}
         section = {"channels": input_shape[0], "image_size": input_shape[-2]} | frames
     if split is not None:
         section = {**section, "split": split}
     values = override({"data": section}, overrides, source=str(file), target=_Sections, allowed=allowed)["data"]
-    return DataConfig(**check(DataConfig, values, "data"))
+    try:
+        return DataConfig(**check(DataConfig, values, "data"))
+    except ValueError as error:
+        raise ConfigError(f"data, of {file}: {error}" if file.is_file() else str(error)) from error

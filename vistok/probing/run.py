@@ -30,7 +30,7 @@ from vistok.tokenizers.framewise import Framewise
 from vistok.train.tasks.images import example_batch
 from vistok.train.tokenize import tokenize
 from vistok.utils.devices import choose_device
-from vistok.utils.files import read_json, write_json
+from vistok.utils.files import read_object, write_json
 from vistok.utils.locks import locked
 from vistok.utils.unfinished import unfinished
 
@@ -178,7 +178,7 @@ def _judge(
     """All that is measured of one tokenizer; tokens and the generator's run stay in ``out``, and are gone on from."""
     finished = out / "measured.json"
     if finished.exists():
-        return read_json(finished)
+        return read_object(finished)
     begin = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.spec_for(data.input_shape)

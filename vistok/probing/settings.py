@@ -9,7 +9,7 @@ from typing import Any
 
 from vistok.config import check_least
 from vistok.types import to_json
-from vistok.utils.files import read_json, write_json
+from vistok.utils.files import read_object, write_json
 from vistok.utils.locks import holds_files
 
 PLAN = "plan.json"
@@ -77,7 +77,7 @@ def claim(folder: Path, settings: ProbeSettings, what: Mapping[str, Any]) -> Non
         write_json(path, wanted)
         return
     try:
-        found = read_json(path)
+        found = read_object(path)
     except ValueError as error:
         raise ProbeFolderError(f"{path} is damaged ({error}); remove {folder} and begin again") from error
     for key in {**wanted, **found}:

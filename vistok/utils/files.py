@@ -161,6 +161,14 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path} does not hold JSON: {error}") from error
 
 
+def read_object(path: str | Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object; raises as ``read_json``, also for anything else."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} does not hold a JSON object, but a {type(value).__name__}")
+    return value
+
+
 def missing_file(path: str | Path) -> str:
     """What a message says of a file that is not there: its name, and what is near it."""
     path = Path(path)

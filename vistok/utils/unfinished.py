@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vistok.utils.files import atomic_folder, read_json, remove_leftovers, write_json
+from vistok.utils.files import atomic_folder, read_object, remove_leftovers, write_json
 from vistok.utils.locks import holds_files
 
 SETTINGS = "unfinished.json"
@@ -54,7 +54,10 @@ def open_unfinished(target: Path, settings: Mapping[str, Any], *, resume: bool) 
 def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     if not (folder / SETTINGS).is_file():
         raise ResumeError(f"nothing to resume: there is no {folder}; start without --resume")
-    saved = read_json(folder / SETTINGS)
+    try:
+        saved = read_object(folder / SETTINGS)
+    except ValueError as error:
+        raise ResumeError(f"{error}; remove {folder} and begin again") from error
     wrong = [key for key, value in settings.items() if saved.get(key) != value]
     if wrong:
         raise ResumeError(
