@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from vistok.checkpoints import CheckpointError, OfficialCheckpoint, load_strictly, rename
+from vistok.checkpoints import CheckpointError, OfficialCheckpoint, rename
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
 from vistok.generators.engine.cache import Layer, Layers, of_layers
@@ -388,8 +388,7 @@ class Llama(AutoregressiveGenerator):
             norm_eps=given.take("norm_eps", 1e-5),
         )
         given.finish()
-        load_strictly(model, rename(state_dict, OFFICIAL_NAMES), source="the official state dict")
-        return model
+        return model.with_official_weights(rename(state_dict, OFFICIAL_NAMES))
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.checkpoints import fuse, load_strictly, rename
+from vistok.checkpoints import fuse, rename
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
 from vistok.generators.engine.cache import Layer, Layers, of_layers
@@ -177,8 +177,7 @@ class ViTVQGANGPT(AutoregressiveGenerator):
         )
         given.finish()
         fused = fuse(state_dict, ("attn.query", "attn.key", "attn.value"), "attn.qkv")
-        load_strictly(model, rename(fused, OFFICIAL_NAMES), source="the official state dict")
-        return model
+        return model.with_official_weights(rename(fused, OFFICIAL_NAMES))
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from vistok.checkpoints import Model
 from vistok.config import ConfigError
 from vistok.draws import Draws, Keys
+from vistok.quantizers.gaussian import GaussianLatents
 from vistok.types import Clock, Condition, ConditionSpec, Expander, TokenizerOutput, TokenSpec
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ class Tokenizer(Model):
     """Of discrete tokenizers: latents to codes and back, a module of ``vistok.quantizers``."""
     has_posterior: bool = False
     """Whether latents are drawn from a distribution, whose moments ``encode_moments`` gives."""
+    gaussian: GaussianLatents
+    """Of those: the distribution, and the scale in which generators see what is drawn."""
 
     _spec: TokenSpec
     _input_shape: tuple[int, ...]
@@ -279,8 +282,7 @@ class Tokenizer(Model):
 
         channels, height, width = self.image_shape("reading PIL images")
         several = [images] if isinstance(images, Image.Image) else images
-        parameter = next(self.parameters())
-        return from_pil(several, (height, width), channels).to(parameter.device, parameter.dtype)
+        return from_pil(several, (height, width), channels).to(self.device, self.dtype)
 
     def check_pixels(self, pixels: Tensor) -> TokenSpec:
         """Check shape and type of a batch of public pixels and return its TokenSpec; outside of training, warn of

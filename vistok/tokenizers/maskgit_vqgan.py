@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.checkpoints import OfficialCheckpoint, load_strictly, rename
+from vistok.checkpoints import OfficialCheckpoint, rename
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.draws import Draws
 from vistok.nn.conv import Upsample, group_norm
@@ -284,8 +284,7 @@ class MaskGITVQGAN(Tokenizer):
             codebook_embed_dim=z_channels,
         )
         given.finish()
-        load_strictly(model, official_names(state_dict, len(channel_mult)), source="the official state dict")
-        return model
+        return model.with_official_weights(official_names(state_dict, len(channel_mult)))
 
 
 WITHOUT_EFFECT = {"commitment_cost": "a weight of the loss, which the run's config names"}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.checkpoints import CheckpointError, OfficialCheckpoint, load_strictly, rename
+from vistok.checkpoints import CheckpointError, OfficialCheckpoint, rename
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.generators.engine.cache import Layer, Layers
 from vistok.generators.llama import Block, Llama
@@ -174,9 +174,7 @@ class IBQGPT(Llama):
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
-        model = cls(**_arguments(config))
-        load_strictly(model, our_names(state_dict), source="the official state dict")
-        return model
+        return cls(**_arguments(config)).with_official_weights(our_names(state_dict))
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.checkpoints import OfficialCheckpoint, load_strictly, rename
+from vistok.checkpoints import OfficialCheckpoint, rename
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.draws import Draws, Keys
 from vistok.flow.diffusion import GaussianDiffusion
@@ -379,8 +379,7 @@ class MAR(ContinuousGenerator):
             norm_eps=given.take("norm_eps", 1e-6),
         )
         given.finish()
-        load_strictly(model, rename(state_dict, OFFICIAL_NAMES), source="the official state dict")
-        return model
+        return model.with_official_weights(rename(state_dict, OFFICIAL_NAMES))
 
 
 WITHOUT_EFFECT = {

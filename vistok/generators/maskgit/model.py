@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.checkpoints import OfficialCheckpoint, load_strictly
+from vistok.checkpoints import OfficialCheckpoint
 from vistok.draws import Draws, Keys
 from vistok.generators.base import Generator, weighted_mean
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
@@ -219,9 +219,7 @@ class MaskGIT(Generator):
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
-        model = cls(**official.arguments(config))
-        load_strictly(model, official.our_names(state_dict), source="the official state dict")
-        return model
+        return cls(**official.arguments(config)).with_official_weights(official.our_names(state_dict))
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

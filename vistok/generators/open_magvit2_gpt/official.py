@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vistok.checkpoints import CheckpointError, rename
+from vistok.checkpoints import CheckpointError
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.types import TokenSpec
 
@@ -78,11 +78,6 @@ def generator_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for key, tensor in state.items()
         if not key.startswith("first_stage_model.") and ".attention.kv_cache." not in key
     }
-
-
-def our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The reference's keys under our names."""
-    return rename(state, OFFICIAL_NAMES)
 
 
 BLOCKS = {"spatial_blocks": "blocks", "factorized_blocks": "intra_blocks"}

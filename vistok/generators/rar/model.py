@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.checkpoints import OfficialCheckpoint, load_strictly
+from vistok.checkpoints import OfficialCheckpoint, rename
 from vistok.draws import Draws, Keys
 from vistok.generators.base import weighted_mean
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
@@ -243,6 +243,4 @@ class RAR(AutoregressiveGenerator):
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
-        model = cls(**official.arguments(config))
-        load_strictly(model, official.our_names(state_dict), source="the official state dict")
-        return model
+        return cls(**official.arguments(config)).with_official_weights(rename(state_dict, official.OFFICIAL_NAMES))

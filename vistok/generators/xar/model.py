@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.checkpoints import CheckpointError, OfficialCheckpoint, load_strictly, rename
+from vistok.checkpoints import CheckpointError, OfficialCheckpoint, rename
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.draws import Draws, Keys
 from vistok.flow import TimeSampling
@@ -314,8 +314,7 @@ class XAR(ContinuousGenerator):
         given.finish()
         # Mask and rotary tables are stored, but follow from the layout.
         state = {key: t for key, t in state_dict.items() if key != "mask" and ".attn.rope.freqs" not in key}
-        load_strictly(model, rename(state, OFFICIAL_NAMES), source="the official state dict")
-        return model
+        return model.with_official_weights(rename(state, OFFICIAL_NAMES))
 
 
 WITHOUT_EFFECT = {

@@ -16,7 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from vistok.checkpoints import OfficialCheckpoint, load_strictly
+from vistok.checkpoints import OfficialCheckpoint
 from vistok.draws import Draws, Keys
 from vistok.flow import SOLVERS, LinearPath, shift_time
 from vistok.nn.alignment import AlignmentConfig
@@ -372,8 +372,7 @@ class DAR(Tokenizer):
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
         model = cls(**official.model_arguments(config, state_dict))
-        load_strictly(model, official.our_names(config, state_dict), source="the official state dict")
-        return model
+        return model.with_official_weights(official.our_names(config, state_dict))
 
     pickled_stand_ins = official.STAND_INS
     embedded_config = staticmethod(official.embedded_config)

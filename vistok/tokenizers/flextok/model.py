@@ -370,8 +370,7 @@ class FlexTok(Tokenizer):
         """Build from the reference's nested config (see ``official``); ``vae.block_out_channels`` may be given
         where the autoencoder has other widths than the released ones."""
         model = cls(**official.model_arguments(config))
-        load_strictly(model, official.our_names(config, state_dict), source="the official state dict")
-        return model
+        return model.with_official_weights(official.our_names(config, state_dict))
 
     embedded_config = staticmethod(official.embedded_config)
 

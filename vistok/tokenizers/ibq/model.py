@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from vistok.checkpoints import OfficialCheckpoint, load_strictly, rename, with_averages
+from vistok.checkpoints import OfficialCheckpoint, rename, with_averages
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.nn.conv import ConvDecoder, ConvEncoder
 from vistok.quantizers import IndexQuantizer
@@ -116,8 +116,7 @@ class IBQ(ConvTokenizer):
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
         model = cls(**_arguments(config))
         names = our_names(state_dict, len(model.decoder.levels))
-        load_strictly(model, names, source="the official state dict")
-        return model
+        return model.with_official_weights(names)
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

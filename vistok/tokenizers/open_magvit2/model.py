@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from vistok.checkpoints import OfficialCheckpoint, load_strictly
+from vistok.checkpoints import OfficialCheckpoint
 from vistok.nn.conv import ConvDecoder, ConvEncoder
 from vistok.quantizers import LFQ
 from vistok.tokenizers.convolutional import ConvTokenizer
@@ -109,10 +109,7 @@ class OpenMAGVIT2(ConvTokenizer):
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
         model = cls(**official.arguments(config))
-        load_strictly(
-            model, official.our_names(state_dict, len(model.decoder.levels)), source="the official state dict"
-        )
-        return model
+        return model.with_official_weights(official.our_names(state_dict, len(model.decoder.levels)))
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

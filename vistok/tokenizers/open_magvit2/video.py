@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from vistok.checkpoints import OfficialCheckpoint, load_strictly
+from vistok.checkpoints import OfficialCheckpoint
 from vistok.nn.causal_conv import CausalConv3d, CausalDepthToSpace, CausalDownsample
 from vistok.nn.conv import ConvDecoder, ConvEncoder
 from vistok.quantizers import LFQ
@@ -130,8 +130,7 @@ class OpenMAGVIT2Video(ConvTokenizer):
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
         model = cls(**official.arguments(config))
         names = official.our_names(official.without_wrappers(state_dict), len(model.decoder.levels))
-        load_strictly(model, names, source="the official state dict")
-        return model
+        return model.with_official_weights(names)
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

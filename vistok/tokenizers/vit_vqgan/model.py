@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from vistok.checkpoints import OfficialCheckpoint, load_strictly, rename
+from vistok.checkpoints import OfficialCheckpoint, rename
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.draws import Draws
 from vistok.losses.pixel import LogitLaplace
@@ -294,8 +294,7 @@ class ViTVQGAN(Tokenizer):
         )
         given.finish()
         rules = OFFICIAL_NAMES if model.depth == 1 else [RESIDUAL_CODEBOOK, *OFFICIAL_NAMES]
-        load_strictly(model, rename(state_dict, rules), source="the official state dict")
-        return model
+        return model.with_official_weights(rename(state_dict, rules))
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
