@@ -48,7 +48,7 @@ def _official_t2i(block_size: int) -> dict[str, Any]:
     return _official("XL", block_size) | {"model_type": "t2i", "cls_token_num": 120, "caption_dim": 2048}
 
 
-class Block(nn.Module):
+class LlamaBlock(nn.Module):
     """Pre-norm block of causal attention and SwiGLU: (B, N, D) -> (B, N, D)."""
 
     def __init__(
@@ -127,7 +127,7 @@ class Llama(AutoregressiveGenerator):
     positions: Tensor | None
     rotation: FixedRotation | None
 
-    block_type: ClassVar[type[nn.Module]] = Block
+    block_type: ClassVar[type[nn.Module]] = LlamaBlock
     norm_type: ClassVar[type[nn.Module]] = RMSNorm
     registry_name = "llama"
     plain_sequence = {"positions": "rope1d"}

@@ -30,7 +30,7 @@ def squared_relu(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
-class Block(nn.Module):
+class GPTBlock(nn.Module):
     """Pre-norm block whose attention reads a learned mix of each position and the one before it (as in RWKV)."""
 
     def __init__(self, dim: int, num_heads: int, dropout: float, *, attn_bias: bool, mlp_bias: bool):
@@ -103,7 +103,7 @@ class ViTVQGANGPT(AutoregressiveGenerator):
         self.token_embedding = nn.Embedding(self.spec.num_ids, dim)
         self.token_positions = nn.Parameter(torch.zeros(1, self.spec.length, dim))
         bias = {"attn_bias": attn_bias, "mlp_bias": mlp_bias}
-        self.blocks = ModuleList(Block(dim, num_heads, dropout, **bias) for _ in range(num_layers))
+        self.blocks = ModuleList(GPTBlock(dim, num_heads, dropout, **bias) for _ in range(num_layers))
         self.shift_dim = dim
         self.norm = nn.LayerNorm(dim)
         self.output = nn.Linear(dim, self.spec.num_ids, bias=False)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from vistok.checkpoints import CheckpointError, OfficialCheckpoint, rename
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.generators.engine.cache import Layer, Layers
-from vistok.generators.llama import Block, Llama
+from vistok.generators.llama import Llama, LlamaBlock
 from vistok.nn.attention import Mask
 from vistok.nn.modulation import modulate
 from vistok.nn.norms import RMSNorm
@@ -41,7 +41,7 @@ def _official(size: str) -> dict[str, Any]:
     return {"vocab_size": 16384, "block_size": 256, **sizes, **drops, **others}
 
 
-class ModulatedBlock(Block):
+class ModulatedLlamaBlock(LlamaBlock):
     """Llama's block with adaptive norms (DiT, arXiv 2212.09748): (B, N, D) -> (B, N, D)."""
 
     def __init__(self, dim: int, num_heads: int, hidden_dim: int, **options: Any):
@@ -91,7 +91,7 @@ class IBQGPT(Llama):
         ValueError: a spec without ids, with several ids per position, or, with "rope2d", without a raster.
     """
 
-    block_type = ModulatedBlock
+    block_type = ModulatedLlamaBlock
     norm_type = ModulatedNorm
     registry_name = "ibq_gpt"
     tiny = {

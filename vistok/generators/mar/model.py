@@ -77,7 +77,7 @@ def _official(size: str) -> dict[str, Any]:
     }
 
 
-class Block(nn.Module):
+class MARBlock(nn.Module):
     """Pre-norm transformer block: (B, N, D) -> (B, N, D)."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, *, eps: float, attn_drop: float, proj_drop: float):
@@ -169,7 +169,7 @@ class MAR(ContinuousGenerator):
         self.length, self.token_dim = len(self.members), self.spec.dim * patch_size**2
         self.diffusion = GaussianDiffusion.cosine(NUM_TIMESTEPS)
         decoder_dim = decoder_dim or dim
-        make = partial(Block, mlp_ratio=mlp_ratio, eps=norm_eps, attn_drop=attn_drop, proj_drop=proj_drop)
+        make = partial(MARBlock, mlp_ratio=mlp_ratio, eps=norm_eps, attn_drop=attn_drop, proj_drop=proj_drop)
 
         self.class_embedding = nn.Embedding(num_classes, dim) if num_classes else None
         self.null_class = nn.Parameter(torch.empty(1, dim))

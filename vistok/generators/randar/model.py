@@ -16,7 +16,7 @@ from vistok.checkpoints import OfficialCheckpoint, rename
 from vistok.draws import Draws, Keys
 from vistok.generators.engine.cache import Layers, of_layers
 from vistok.generators.engine.queries import QueryGenerator
-from vistok.generators.llama import Block, position_table
+from vistok.generators.llama import LlamaBlock, position_table
 from vistok.generators.randar import official
 from vistok.nn.attention import Mask
 from vistok.nn.containers import ModuleList
@@ -123,7 +123,7 @@ class RandAR(QueryGenerator):
         self.position_instruction = nn.Parameter(torch.randn(1, dim) * 0.02)
         self.dropout = nn.Dropout(token_drop)
         self.blocks = ModuleList(
-            Block(
+            LlamaBlock(
                 dim,
                 num_heads,
                 rounded_hidden_dim(dim, multiple_of),

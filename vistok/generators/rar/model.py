@@ -22,7 +22,7 @@ from vistok.generators.base import weighted_mean
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
 from vistok.generators.engine.cache import Layers, of_layers
 from vistok.generators.rar import official
-from vistok.generators.rar.networks import Block
+from vistok.generators.rar.networks import RARBlock
 from vistok.nn.attention import Mask
 from vistok.nn.containers import ModuleList
 from vistok.nn.modulation import FinalModulation
@@ -122,7 +122,7 @@ class RAR(AutoregressiveGenerator):
         self.target_positions = nn.Parameter(torch.zeros(1, length + SPARE_PLACES, dim))
         self.slots = nn.Parameter(torch.zeros(1, length + SPARE_SLOTS, dim))
         self.blocks = ModuleList(
-            Block(dim, num_heads, mlp_dim or 4 * dim, attn_drop=attn_drop, proj_drop=proj_drop)
+            RARBlock(dim, num_heads, mlp_dim or 4 * dim, attn_drop=attn_drop, proj_drop=proj_drop)
             for _ in range(num_layers)
         )
         self.norm = FinalModulation(dim)

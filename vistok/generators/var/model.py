@@ -25,7 +25,7 @@ from vistok.generators.engine.plan import Plan
 from vistok.generators.engine.sampling import DecodingOptions
 from vistok.generators.engine.session import AutoregressiveSession
 from vistok.generators.var import official
-from vistok.generators.var.networks import Block, SharedModulation
+from vistok.generators.var.networks import SharedModulation, VARBlock
 from vistok.generators.var.smooth import GUMBEL, SmoothSession
 from vistok.nn.attention import Mask
 from vistok.nn.containers import ModuleList
@@ -162,7 +162,7 @@ class VAR(AutoregressiveGenerator):
         self.scale_embedding = nn.Embedding(len(self.scale_sizes), dim)
         self.shared_modulation = modulation(dim, 6) if shared_modulation else None
         self.blocks = ModuleList(
-            Block(
+            VARBlock(
                 dim,
                 num_heads,
                 mlp_ratio=mlp_ratio,

@@ -61,7 +61,7 @@ def _official(size: str) -> dict[str, Any]:
     }
 
 
-class Block(nn.Module):
+class XARBlock(nn.Module):
     """Transformer block modulated by a condition per entity: (B, n, D) -> (B, n, D)."""
 
     def __init__(self, dim: int, num_heads: int, hidden_dim: int, attn_drop: float, proj_drop: float):
@@ -160,7 +160,7 @@ class XAR(ContinuousGenerator):
 
         def blocks(count: int) -> ModuleList:
             hidden_dim = int(dim * mlp_ratio * 2 / 3)
-            return ModuleList(Block(dim, num_heads, hidden_dim, attn_drop, proj_drop) for _ in range(count))
+            return ModuleList(XARBlock(dim, num_heads, hidden_dim, attn_drop, proj_drop) for _ in range(count))
 
         self.encoder_blocks, self.decoder_blocks = blocks(num_encoder_layers), blocks(num_decoder_layers)
         self.encoder_norm, self.decoder_norm = RMSNorm(dim, NORM_EPS), RMSNorm(dim, NORM_EPS)

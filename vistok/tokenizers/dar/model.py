@@ -27,7 +27,7 @@ from vistok.tokenizers.base import Tokenizer, image_sides, prefix_lengths, times
 from vistok.tokenizers.dar import official
 from vistok.tokenizers.dar.networks import (
     ROPE_BASE,
-    Block,
+    DARBlock,
     GridPositions,
     GridRotation,
     VelocityConfig,
@@ -156,7 +156,7 @@ class DAR(Tokenizer):
             GridPositions(self._grid((height, width), encoder_patch_size), encoder_dim) if absolute_positions else None
         )
         self.encoder_norm, self.decoder_norm = plain_norm(encoder_dim), plain_norm(decoder_dim)
-        self.encoder = ModuleList(Block(encoder_dim, gate_init) for _ in range(num_encoder_layers))
+        self.encoder = ModuleList(DARBlock(encoder_dim, gate_init) for _ in range(num_encoder_layers))
         self.pre_quant = nn.Linear(encoder_dim, codebook_embed_dim, bias=False)
         self.quantizer = VectorQuantizer(
             codebook_size,
@@ -169,7 +169,7 @@ class DAR(Tokenizer):
         self.post_quant = nn.Linear(codebook_embed_dim, decoder_dim, bias=False)
         self.token_positions = nn.Embedding(max_tokens, decoder_dim)
         nn.init.trunc_normal_(self.token_positions.weight, std=position_std)
-        self.decoder = ModuleList(Block(decoder_dim, gate_init) for _ in range(num_decoder_layers))
+        self.decoder = ModuleList(DARBlock(decoder_dim, gate_init) for _ in range(num_decoder_layers))
         self.velocity = VelocityNetwork(
             velocity,
             in_channels,
@@ -360,8 +360,8 @@ class DAR(Tokenizer):
         used = torch.arange(self._spec.length, device=pixels.device) < start[:, None] + self.group_size
         losses = {name: _masked_mean(value, used) for name, value in quantized.losses.items()}
         features = {"latents": latents, "quantized": quantized.quantized, "time": t}
-        if predicted.aligned is not None:
-            features["alignment"] = predicted.aligned
+        if predicted.features is not None:
+            features["alignment"] = predicted.features
         return TokenizerOutput(
             PATH.data_estimate(noisy, predicted.velocity, t) / self.data_std,
             quantized.ids,

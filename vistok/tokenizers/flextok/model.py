@@ -348,8 +348,8 @@ class FlexTok(Tokenizer):
         flow = (predicted.velocity - PATH.velocity(clean, draws["noise"])).square().flatten(1).mean(1)
         features = {"latents": registers, "quantized": quantized.quantized, "time": t}
         head = self.decoder.alignment_head
-        if predicted.patches is not None and head is not None:
-            features["alignment"] = head(predicted.patches)
+        if predicted.features is not None and head is not None:
+            features["alignment"] = head(predicted.features)
         return TokenizerOutput(None, quantized.ids, {"flow": flow}, features)
 
     def _perturb(self, codes: Tensor, registers: Tensor, draws: Draws) -> Tensor:

@@ -62,7 +62,7 @@ def _official(size: dict[str, int]) -> dict[str, Any]:
     }
 
 
-class Block(nn.Module):
+class ViTVQGANBlock(nn.Module):
     """Pre-norm transformer block with a tanh feed-forward: (B, N, D) -> (B, N, D)."""
 
     def __init__(self, config: ViTConfig):
@@ -85,7 +85,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ViTConfig, grid: tuple[int, int]):
         super().__init__()
         self.positions = nn.Parameter(sincos_2d(grid, config.dim)[None], requires_grad=False)
-        self.blocks = nn.Sequential(*(Block(config) for _ in range(config.num_layers)))
+        self.blocks = nn.Sequential(*(ViTVQGANBlock(config) for _ in range(config.num_layers)))
         self.norm = nn.LayerNorm(config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
