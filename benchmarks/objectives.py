@@ -111,7 +111,7 @@ def write_tokens(run: Path, folder: Path, augmentation: str, data: list[str]) ->
     from vistok.pipelines.folders import load_tokenizer
     from vistok.pipelines.runs import data_of_run
     from vistok.train.tokenize import tokenize
-    from vistok.utils.unfinished import unfinished
+    from vistok.utils.outputs import unfinished
 
     tokenizer = load_tokenizer(run)
     for split, views in (("train", augmentation), ("test", "none")):
