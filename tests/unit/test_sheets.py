@@ -74,7 +74,9 @@ def test_labels_take_lines_before_they_are_cut():
     assert wrapped("cat", 64, font) == ["cat"]
     assert wrapped("draw a seven", 64, font) == ["draw a", "seven"]
     many = wrapped("a photo of a very long name of a class", 64, font)
-    assert len(many) == 3 and many[-1].endswith("…") and all(font.getlength(line) <= 64 for line in many)
+    assert len(many) == 3
+    assert many[-1].endswith("…")
+    assert all(font.getlength(line) <= 64 for line in many)
     assert wrapped("", 64, font) == [""]
     plain = sheet([Image.new("L", (64, 64))] * 2, 2, column_labels=("cat", "dog"))
     tall = sheet([Image.new("L", (64, 64))] * 2, 2, column_labels=("cat", "draw a seven"))

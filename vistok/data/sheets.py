@@ -66,7 +66,8 @@ def sheet(
     draw = ImageDraw.Draw(made)
     for column, lines in enumerate(above):
         x = left + column * across + width / 2
-        draw.multiline_text((x, top / 2), "\n".join(lines), "black", font, anchor="mm", spacing=LINE - TEXT, align="center")
+        text = "\n".join(lines)
+        draw.multiline_text((x, top / 2), text, "black", font, anchor="mm", spacing=LINE - TEXT, align="center")
     for row, text in enumerate(row_labels):
         draw.text((left - MARGIN, top + row * down + height / 2), text, "black", font, anchor="rm")
     for index, image in enumerate(images):
@@ -92,7 +93,7 @@ def enlarged(image: Image.Image, factor: int) -> Image.Image:
 
 
 def wrapped(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """The text in at most ``LINES`` lines that are no wider than ``width`` pixels; the last is cut where it is longer."""
+    """The text in at most ``LINES`` lines, no wider than ``width`` pixels; the last is cut where more is left."""
     lines, words = list[str](), text.split()
     while words and len(lines) < LINES:
         count = 1
