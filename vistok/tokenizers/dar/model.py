@@ -23,7 +23,7 @@ from vistok.nn.alignment import AlignmentConfig
 from vistok.nn.containers import ModuleList
 from vistok.nn.masks import prefix_causal_mask
 from vistok.quantizers import VectorQuantizer
-from vistok.tokenizers.base import Tokenizer, image_sides, prefix_lengths, times
+from vistok.tokenizers.base import Tokenizer, image_sides, times
 from vistok.tokenizers.dar import official
 from vistok.tokenizers.dar.networks import (
     ROPE_BASE,
@@ -288,7 +288,7 @@ class DAR(Tokenizer):
     ) -> Iterator[Tensor]:
         """As ``decode``, but yields the preview after every step; the last one is what it gives."""
         self.check_condition(condition)
-        lengths = prefix_lengths(self._spec, tokens, lengths)[:, None, None, None]
+        lengths = self._spec.prefix_lengths(tokens, lengths)[:, None, None, None]
         trajectory = Trajectory(self, len(tokens), num_steps=num_steps, solver=solver, draws=draws)
         image = None
         for needed, preview in trajectory.advance(tokens[:, : int(lengths.max())]):
@@ -308,7 +308,7 @@ class DAR(Tokenizer):
         @torch.no_grad()
         def decode(tokens: Tensor) -> Tensor:
             nonlocal trajectory, image
-            prefix_lengths(self._spec, tokens, None)
+            self._spec.prefix_lengths(tokens, None)
             if trajectory is None:
                 trajectory = Trajectory(self, len(tokens), draws=draws)
             for _, preview in trajectory.advance(tokens):

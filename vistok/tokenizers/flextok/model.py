@@ -21,7 +21,7 @@ from vistok.flow import FlowState, TimeSampling, last
 from vistok.guidance import APG, Scale
 from vistok.nn.alignment import AlignmentConfig
 from vistok.quantizers import FSQ
-from vistok.tokenizers.base import Tokenizer, image_sides, prefix_lengths, times
+from vistok.tokenizers.base import Tokenizer, image_sides, times
 from vistok.tokenizers.flextok import official
 from vistok.tokenizers.flextok.networks import (
     PATH,
@@ -291,7 +291,7 @@ class FlexTok(Tokenizer):
         guidance: GuidanceName | APG | None,
         draws: Draws | None,
     ) -> Iterator[FlowState]:
-        lengths = prefix_lengths(self._spec, tokens, lengths)
+        lengths = self._spec.prefix_lengths(tokens, lengths)
         draws = draws or self.decoding_draws(Keys.range(0, len(tokens)))
         ids = nn.functional.pad(tokens, (0, self._spec.length - tokens.shape[1]))
         return denoise(
