@@ -47,7 +47,7 @@ SHORT = Recipe(
 KEYS = ["recognised", "recognised_real", "frechet", "frechet_real", "distinct", "copies", "psnr", "seconds", "protocol"]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")
