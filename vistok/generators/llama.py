@@ -275,12 +275,8 @@ class Llama(AutoregressiveGenerator):
         return self._embed_caption(condition) if self.takes_captions else self._embed_class(condition)
 
     def _embed_class(self, condition: Condition) -> Tensor:
-        """(R, 1, D); the null class, if there is one, is the last row of the table."""
-        ids = condition.labels
-        if self.has_null:
-            null = torch.full_like(condition.dropped, self.num_classes or 0, dtype=torch.int64)
-            ids = null if ids is None else torch.where(condition.dropped, null, ids)
-        return self.class_embedding(ids)[:, None]
+        """(R, 1, D)."""
+        return self.class_embedding(self.class_rows(condition))[:, None]
 
     def _embed_given(self, condition: Condition) -> Tensor:
         """(R, T + 1, D) from given ids (R, T), the separator behind them."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vistok.checkpoints import CheckpointError, OfficialCheckpoint, read_weights, rename, snapshot
 from vistok.checkpoints.official_config import OfficialConfig
+from vistok.checkpoints.weights import without_losses
 from vistok.draws import Draws, Keys
 from vistok.quantizers.gaussian import GaussianLatents, gaussian_kl
 from vistok.tokenizers.base import Tokenizer, image_sides
@@ -307,8 +308,7 @@ class KLVAE(Tokenizer):
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Drop the training losses (LPIPS, discriminator) that a training file carries beside the model."""
-        return {key: tensor for key, tensor in state.items() if not key.startswith("loss.")}
+        return without_losses(state)
 
 
 WITHOUT_EFFECT = {

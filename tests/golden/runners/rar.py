@@ -48,7 +48,7 @@ def _logits(case: Case, step: Step) -> tuple[Tensor, Tensor]:
 
 @runner("rar/generator", "condition_ids")
 def condition_ids(case: Case, step: Step) -> dict[str, Tensor]:
-    return step.answers(_model(case, step).condition_rows(_condition(step, 0)))
+    return step.answers(_model(case, step).class_rows(_condition(step, 0)))
 
 
 @runner("rar/generator", "logits")

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from vistok.checkpoints import CheckpointError, OfficialCheckpoint, rename
 from vistok.checkpoints.official_config import OfficialConfig
+from vistok.checkpoints.weights import second_stage
 from vistok.generators.engine.cache import Layer, Layers
 from vistok.generators.llama import Llama, LlamaBlock
 from vistok.nn.attention import Mask
@@ -178,12 +179,7 @@ class IBQGPT(Llama):
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Drop the tokenizer that lies in released files too, and sampling caches."""
-        return {
-            key.removeprefix("transformer."): tensor
-            for key, tensor in state.items()
-            if not key.startswith("first_stage_model.") and ".attention.kv_cache." not in key
-        }
+        return second_stage(state)
 
 
 WITHOUT_EFFECT: dict[str, str] = {}

@@ -284,7 +284,7 @@ class MAR(ContinuousGenerator):
         output = self.head(self.diffusion.add_noise(data, noise, t), t, self.head.condition(z))
         mse, bound = self.diffusion.loss_terms(output, data, noise, t)
         per_sample = (mse + bound).view(len(tokens), -1).mean(1)
-        loss = per_sample.mean() if weights is None else weighted_mean(per_sample, weights)
+        loss = weighted_mean(per_sample, weights)
         prediction = output.view(len(tokens), levels, masked.shape[1], -1)
         return GeneratorOutput(loss, prediction, {"mse": mse.detach().mean(), "vb": bound.detach().mean()})
 

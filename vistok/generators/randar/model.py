@@ -16,6 +16,7 @@ from vistok.checkpoints import OfficialCheckpoint, rename
 from vistok.draws import Draws, Keys
 from vistok.generators.engine.autoregressive import OrderedEntries
 from vistok.generators.engine.cache import Layers, of_layers
+from vistok.generators.engine.plan import in_order
 from vistok.generators.engine.queries import QueryGenerator
 from vistok.generators.llama import LlamaBlock, position_table
 from vistok.generators.randar import official
@@ -162,12 +163,8 @@ class RandAR(QueryGenerator):
         return rotate(vector, self.rotation(1 + places)).transpose(1, 2).flatten(2)  # (R, H, n, h) to (R, n, D)
 
     def _embed_class(self, condition: Condition) -> Tensor:
-        """(R, 1, D); the null class, if there is one, is the last row of the table."""
-        ids = condition.labels
-        if self.has_null:
-            null = torch.full_like(condition.dropped, self.num_classes or 0, dtype=torch.int64)
-            ids = null if ids is None else torch.where(condition.dropped, null, ids)
-        return self.class_embedding(ids)[:, None]
+        """(R, 1, D)."""
+        return self.class_embedding(self.class_rows(condition))[:, None]
 
     def embed_condition(self, condition: Condition, upcoming: Tensor) -> Tensor:
         """(R, 1 + n, D): the class, and the instructions of the first step."""
@@ -213,7 +210,7 @@ class RandAR(QueryGenerator):
         return OrderedEntries(x, positions, orders, slice(2, None, 2), slice(1, None, 2))
 
     def ordered_entries(self, ids: Tensor, condition: Condition, draws: Draws) -> OrderedEntries:
-        return self._entries(*self._in_order(ids, draws.get("order")), condition)
+        return self._entries(*in_order(ids, draws.get("order")), condition)
 
     def training_draws(self, keys: Keys) -> Draws:
         """ "drop" (B,) uniform; "order" (B, L), the places of the tokens in the order of each sample."""

@@ -317,7 +317,7 @@ class TokenShuffle(AutoregressiveGenerator):
         if self.z_loss:
             partition = logits.logsumexp(-1).square().mean(1)
             metrics["z_loss"], per_sample = partition.detach().mean(), per_sample + self.z_loss * partition
-        loss = per_sample.mean() if weights is None else weighted_mean(per_sample, weights)
+        loss = weighted_mean(per_sample, weights)
         return GeneratorOutput(loss, logits, metrics)
 
     def training_logits(self, tokens: Tensor, condition: Condition, draws: Draws, tokenizer: Expands | None) -> Tensor:

@@ -220,9 +220,7 @@ class VAR(AutoregressiveGenerator):
 
     def class_vector(self, condition: Condition) -> Tensor:
         """(R, D) embeddings of the condition, which modulate every position of a row."""
-        null = torch.full_like(condition.dropped, self.num_classes or 0, dtype=torch.int64)
-        labels = null if condition.labels is None else torch.where(condition.dropped, null, condition.labels)
-        return self.class_embedding(labels)
+        return self.class_embedding(self.class_rows(condition))
 
     def condition_state(self, condition: Condition) -> tuple[Tensor, ...]:
         return (self.class_vector(condition),)
@@ -310,7 +308,7 @@ class VAR(AutoregressiveGenerator):
         tokens = tokens[:, : logits.shape[1]]
         per_token = self.cross_entropy(logits, tokens)
         per_sample = per_token @ self.token_weights(stage, warmth)
-        loss = per_sample.mean() if weights is None else weighted_mean(per_sample, weights)
+        loss = weighted_mean(per_sample, weights)
         right, last = (logits.detach().argmax(-1) == tokens).float(), self.scale_sizes[stage]
         metrics = {
             "accuracy": right.mean(),

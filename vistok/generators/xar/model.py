@@ -263,7 +263,7 @@ class XAR(ContinuousGenerator):
         else:
             kept = self._all_of_entity((context == sequence).all(2))
             per_sample = (errors.mean(2) * kept).sum(1) / kept.sum(1).clamp_min(1)
-        loss = per_sample.mean() if weights is None else weighted_mean(per_sample, weights)
+        loss = weighted_mean(per_sample, weights)
         return GeneratorOutput(loss, prediction)
 
     def _all_of_entity(self, values: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from vistok.checkpoints import OfficialCheckpoint
+from vistok.checkpoints.weights import first_stage
 from vistok.nn.conv import ConvDecoder, ConvEncoder
 from vistok.quantizers import LFQ
 from vistok.quantizers.named import chosen_quantizer
@@ -122,4 +123,4 @@ class OpenMAGVIT2(ConvTokenizer):
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The moving averages where the file has them, as in the published scores; without the losses' networks."""
-        return official.tokenizer_part(state)
+        return first_stage(state)

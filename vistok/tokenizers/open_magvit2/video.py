@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from vistok.checkpoints import OfficialCheckpoint
+from vistok.checkpoints.weights import first_stage
 from vistok.nn.causal_conv import CausalConv3d, CausalDepthToSpace, CausalDownsample
 from vistok.nn.conv import ConvDecoder, ConvEncoder
 from vistok.quantizers import LFQ
@@ -135,4 +136,4 @@ class OpenMAGVIT2Video(ConvTokenizer):
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The moving averages where the file has them, as in the published scores; without the losses' networks."""
-        return official.tokenizer_part(state)
+        return first_stage(state)

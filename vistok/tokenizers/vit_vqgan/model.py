@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vistok.checkpoints import OfficialCheckpoint, rename
 from vistok.checkpoints.official_config import OfficialConfig
+from vistok.checkpoints.weights import without_losses
 from vistok.draws import Draws
 from vistok.losses.pixel import LogitLaplace
 from vistok.nn.attention import Attention
@@ -290,8 +291,7 @@ class ViTVQGAN(Tokenizer):
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Drop the training losses (LPIPS, discriminator) that a released file carries beside the model."""
-        return {key: tensor for key, tensor in state.items() if not key.startswith("loss.")}
+        return without_losses(state)
 
 
 WITHOUT_EFFECT = {
