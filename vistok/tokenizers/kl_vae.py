@@ -23,6 +23,7 @@ from vistok.checkpoints.weights import without_losses
 from vistok.draws import Draws, Keys
 from vistok.quantizers.gaussian import GaussianLatents, gaussian_kl
 from vistok.tokenizers.base import Tokenizer, image_sides
+from vistok.tokenizers.convolutional import check_grid, grid_of
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec
 
 KL16_SCALE = 0.2325
@@ -144,12 +145,7 @@ class KLVAE(Tokenizer):
         return self.vae.decoder.conv_out.weight
 
     def _spec_for_sides(self, sides: tuple[int, ...]) -> TokenSpec:
-        height, width = sides
-        if height < 1 or width < 1 or height % self.stride or width % self.stride:
-            raise ValueError(
-                f"image sides must be multiples of {self.stride}, got {height}x{width}; resize or crop the images"
-            )
-        grid = (height // self.stride, width // self.stride)
+        grid = grid_of(sides, self.stride)
         return TokenSpec(grid[0] * grid[1], None, self._latent_channels, grid=grid)
 
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,13 +177,10 @@ class KLVAE(Tokenizer):
             ValueError: latents of another VAE, or not h * w of them.
         """
         self.check_condition(condition)
-        h, w = grid or self.spec.raster
+        places = grid or self.spec.raster
         self.spec.check_latents(tokens)
-        if tokens.shape[1] != h * w:
-            raise ValueError(
-                f"a grid of {h}x{w} has {h * w} tokens, got {tokens.shape[1]}; pass grid=(h, w) for other image sizes"
-            )
-        return self.decode_latents(self.gaussian.restore(tokens), (h, w))
+        check_grid(tokens, places)
+        return self.decode_latents(self.gaussian.restore(tokens), places)
 
     def decode_latents(self, latents: Tensor, grid: tuple[int, ...]) -> Tensor:
         """Latents (B, h * w, D) as the autoencoder has them, not standardised, to pixels."""
