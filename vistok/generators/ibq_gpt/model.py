@@ -175,7 +175,7 @@ class IBQGPT(Llama):
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
-        return cls(**_arguments(config)).with_official_weights(our_names(state_dict))
+        return cls(**_arguments(config)).with_official_weights(rename(state_dict, OFFICIAL_NAMES))
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -213,11 +213,6 @@ def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     }
     given.finish()
     return found
-
-
-def our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The reference's keys under our names."""
-    return rename(state, OFFICIAL_NAMES)
 
 
 OFFICIAL_NAMES = [
