@@ -27,7 +27,7 @@ from vistok.pipelines.runs import data_of_run
 from vistok.text import TextError
 from vistok.train.checkpoints import BEST, Checkpoints
 from vistok.train.monitor import read_metrics
-from vistok.utils.unfinished import SETTINGS, ResumeError, open_unfinished, unfinished
+from vistok.utils.outputs import PLAN, SETTINGS, ResumeError, collected, continued, unfinished
 
 
 @pytest.fixture(scope="module")
@@ -116,12 +116,23 @@ def test_best_checkpoints(tmp_path_factory: pytest.TempPathFactory, damage: Call
 
 @FEW
 @given(damage=damages())
-def test_what_was_left_unfinished(tmp_path_factory: pytest.TempPathFactory, damage: Callable):
-    target = tmp_path_factory.mktemp("samples") / "out"
-    settings = {"seed": 0, "sampling": {"guidance_scale": [1.0, 2.0]}}
-    folder = open_unfinished(target, settings, resume=False)
-    (folder / SETTINGS).write_bytes(damage((folder / SETTINGS).read_bytes()))
-    outcome(lambda: open_unfinished(target, settings, resume=True), ResumeError, unfinished(target).name)
+def test_records_of_what_is_gone_on_with(tmp_path_factory: pytest.TempPathFactory, damage: Callable):
+    target, settings = tmp_path_factory.mktemp("samples") / "out", {"seed": 0, "sampling": {"scale": [1.0, 2.0]}}
+    with pytest.raises(KeyboardInterrupt), collected(target, settings, resume=False) as folder:
+        (folder / "0.png").touch()
+        raise KeyboardInterrupt
+    with continued(target, settings):
+        pass
+    for folder, name in ((unfinished(target), SETTINGS), (target, PLAN)):
+        (folder / name).write_bytes(damage((folder / name).read_bytes()))
+
+    def go_on() -> None:
+        with continued(target, settings):
+            shutil.rmtree(target)
+        with collected(target, settings, resume=True):
+            pass
+
+    outcome(go_on, ResumeError, target.name)
 
 
 @pytest.fixture(scope="module")

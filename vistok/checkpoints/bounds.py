@@ -64,8 +64,9 @@ def bounded(arguments: Mapping[str, Any], weights: Mapping[str, Tensor] | None =
         weights: those that the model will load, where they are known: it has no more than a small multiple of them.
 
     Raises:
-        OversizedError: an integer beyond 2^40, an image size beyond 2^16, a number of layers or blocks beyond 1000; more
-            parameters than ``weights`` could fill; more than 25,000 tensors; or more bytes than the machine has memory.
+        OversizedError: an integer beyond 2^40, an image size beyond 2^16, a number of layers or blocks beyond 1000;
+            more parameters than ``weights`` could fill; more than 25,000 tensors; or more bytes than the machine has
+            memory.
     """
     for place, value in integers(arguments):
         most = min((bound for word, bound in MOST.items() if word in place), default=MAX_INTEGER)
