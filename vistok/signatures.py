@@ -268,6 +268,8 @@ def _adapter(annotation: Any) -> TypeAdapter[Any]:
     """What validates values of an annotation; making one takes longer than all of its work."""
     from pydantic import ConfigDict, TypeAdapter
 
+    if inspect.isclass(annotation) and dataclasses.is_dataclass(annotation):
+        return TypeAdapter(_strict(annotation))  # which pydantic gives a config of its own
     return TypeAdapter(_strict(annotation), config=ConfigDict(arbitrary_types_allowed=True))
 
 

@@ -218,6 +218,15 @@ def test_sizes_and_names_of_no_model_on_the_command_line(tmp_path: Path, capsys)
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(config))
     sizes = "model.encoder={{dim: {}, num_layers: {}, num_heads: 1, mlp_dim: 32}}"
     huge = (sizes.format(32, 2**70), sizes.format(2**30, 1))
+    huge += (
+        "model.codebook_size=100000000000",
+        "data.image_size=60000",
+        "data.num_workers=100000",
+        "training.lora={rank: 100000000}",
+        "losses.gan.discriminator.width=1000000",
+        "losses.ar_prior={dim: 1000000}",
+        "optimizer.lr=.nan",
+    )
     negative = ("model.codebook_size=-1", "model.patch_size=0", "model.codebook_embed_dim=-3")
     names = ("model.name", "model.quantizer.name", "losses.gan.discriminator.name", "optimizer.name")
     for override in (*negative, *huge, *(f"{key}=[1]" for key in names), "task=[1]"):

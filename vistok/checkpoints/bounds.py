@@ -21,11 +21,20 @@ Built = TypeVar("Built", bound=nn.Module)
 MAX_INTEGER = 2**40
 MOST = {"image_size": 2**16, "layers": 1000, "blocks": 1000, "depth": 1000, "refiners": 1000}
 """The largest integer of an argument with such a word in its name."""
+TOO_MUCH_FOR_AN_ERROR = 1 / 16
+"""The share of the memory that is not filled to see an error once more."""
 MAX_TENSORS = 25_000  # published models of many experts have up to 20,000
 
 
 class OversizedError(RuntimeError):
     """Arguments that describe a model larger than any that could be meant."""
+
+
+def check_bytes(what: str, size: int) -> None:
+    """Raise OversizedError if ``what`` would take more bytes than the machine has."""
+    memory = psutil.virtual_memory().total
+    if size > memory:
+        raise OversizedError(f"{what} would take {_gigabytes(size)}; this machine has {_gigabytes(memory)}")
 
 
 def construct(
@@ -44,19 +53,31 @@ def construct(
     if weights is not None and all(value <= max(sides, default=1) for _, value in integers(arguments)):
         with bounded(arguments, weights):
             return module(**arguments)
-    try:
-        with bounded(arguments, weights), torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with bounded(arguments, weights) as counted, torch.random.fork_rng(devices=[]), torch.device("meta"):
+        try:
             module(**arguments)
-    except Exception as error:
-        # What reads numbers while it is built has none there; then the sizes are counted as they are allocated.
-        if "meta" not in str(error).lower():
+        except OversizedError:
             raise
+        except Exception:
+            # Sizes that do not go together, of which building it says more below; or a module that reads numbers or
+            # files while it is built, whose sizes are counted as they are allocated.
+            if counted.bytes > psutil.virtual_memory().total * TOO_MUCH_FOR_AN_ERROR:
+                raise
     with bounded(arguments, weights):
         return module(**arguments)
 
 
+@dataclasses.dataclass
+class Counted:
+    """What was built so far."""
+
+    tensors: int = 0
+    elements: int = 0
+    bytes: int = 0
+
+
 @contextmanager
-def bounded(arguments: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+def bounded(arguments: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> Iterator[Counted]:
     """Within this context, a model built from ``arguments`` has bearable sizes.
 
     Args:
@@ -79,31 +100,32 @@ def bounded(arguments: Mapping[str, Any], weights: Mapping[str, Tensor] | None =
         most_tensors = 4 * len(weights) + 1000
         most_elements = 4 * sum(tensor.numel() for tensor in weights.values() if isinstance(tensor, Tensor)) + 2**20
     memory = psutil.virtual_memory().total
-    tensors = elements = size = 0
+    counted = Counted()
 
     def weigh(_module: nn.Module, name: str, tensor: Tensor | None) -> None:
-        nonlocal size
         if tensor is None or threading.get_ident() != builder:
             return
-        size += tensor.numel() * tensor.element_size() if tensor.device.type in ("cpu", "meta") else 0
-        if size > memory:
+        counted.bytes += tensor.numel() * tensor.element_size() if tensor.device.type in ("cpu", "meta") else 0
+        if counted.bytes > memory:
             raise OversizedError(
-                f"they describe more than {_gigabytes(size)} of weights; this machine has {_gigabytes(memory)}"
+                f"they describe more than {_gigabytes(counted.bytes)} of weights; this machine has {_gigabytes(memory)}"
             )
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        nonlocal tensors, elements
         weigh(module, name, parameter)
         if parameter is None or threading.get_ident() != builder:
             return
-        tensors, elements = tensors + 1, elements + parameter.numel()
-        if tensors > most_tensors or elements > most_elements:
+        counted.tensors += 1
+        counted.elements += parameter.numel()
+        if counted.tensors > most_tensors or counted.elements > most_elements:
             of = "" if weights is None else f"; the weights hold {len(weights):,} tensors"
-            raise OversizedError(f"they describe more than {tensors - 1:,} tensors, {elements:,} numbers{of}")
+            raise OversizedError(
+                f"they describe more than {counted.tensors - 1:,} tensors, {counted.elements:,} numbers{of}"
+            )
 
     hooks = register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(weigh)
     try:
-        yield
+        yield counted
     finally:
         for hook in hooks:
             hook.remove()

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 from einops import rearrange
 from torch import Tensor, nn
 
+from vistok.checkpoints.bounds import OversizedError, construct
 from vistok.config import ConfigError, check_least
 from vistok.draws import Draws, Keys
 from vistok.losses import L1, L2, LPIPS, ARPrior
@@ -221,8 +222,8 @@ class ARPriorTerm(Term):
         spec, outer = tokenizer.spec, {field.name for field in fields(TermConfig)}
         options = {key: value for key, value in asdict(config).items() if key not in outer}
         try:
-            self.prior = ARPrior(spec.dim, spec.length, **options)
-        except ValueError as error:
+            self.prior = construct(ARPrior, {"code_dim": spec.dim, "max_length": spec.length, **options})
+        except (ValueError, OversizedError) as error:
             raise ConfigError(f"losses.{name}: {error}") from error
         self.length = spec.length
 
