@@ -72,9 +72,14 @@ def test_nothing_to_resume(tmp_path: Path):
 
 def test_a_continued_folder_keeps_its_record(tmp_path: Path):
     folder = tmp_path / "out"
-    with pytest.raises(RuntimeError) as failed, continued(folder, SEVEN):
-        (folder / "part.txt").write_text("whole")
-        raise RuntimeError("no power")
+
+    def fail() -> None:
+        with continued(folder, SEVEN):
+            (folder / "part.txt").write_text("whole")
+            raise RuntimeError("no power")
+
+    with pytest.raises(RuntimeError) as failed:
+        fail()
     assert "the same command goes on" in failed.value.__notes__[0]
     with continued(folder, SEVEN) as again:
         assert (again / "part.txt").read_text() == "whole"
