@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
 from torch import nn
@@ -52,9 +54,7 @@ def test_a_state_goes_on_exactly_and_keeps_the_groups_of_the_run():
     assert all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), other.state_dict().values()))
 
 
-def _saved(state: dict):
-    import io
-
+def _saved(state: dict) -> io.BytesIO:
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
