@@ -114,13 +114,18 @@ def test_best_checkpoints(tmp_path_factory: pytest.TempPathFactory, damage: Call
     outcome(lambda: Checkpoints(folder, 2, None).prune(), ValueError, BEST)
 
 
+def killed(target: Path, settings: dict) -> None:
+    with collected(target, settings, resume=False) as folder:
+        (folder / "0.png").touch()
+        raise KeyboardInterrupt
+
+
 @FEW
 @given(damage=damages())
 def test_records_of_what_is_gone_on_with(tmp_path_factory: pytest.TempPathFactory, damage: Callable):
     target, settings = tmp_path_factory.mktemp("samples") / "out", {"seed": 0, "sampling": {"scale": [1.0, 2.0]}}
-    with pytest.raises(KeyboardInterrupt), collected(target, settings, resume=False) as folder:
-        (folder / "0.png").touch()
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        killed(target, settings)
     with continued(target, settings):
         pass
     for folder, name in ((unfinished(target), SETTINGS), (target, PLAN)):
