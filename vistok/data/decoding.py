@@ -241,13 +241,14 @@ class Rows:
 def _still_webp(image: Image.Image) -> np.ndarray | None:
     """The pixels (H, W, 3 or 4) of a WebP file by torchvision, which holds one copy of them where Pillow holds four;
     None for a moving one, or where torchvision cannot."""
-    if image.fp is None or getattr(image, "n_frames", 1) > 1:
+    file = getattr(image, "fp", None)
+    if file is None or getattr(image, "n_frames", 1) > 1:
         return None
     try:
         from torchvision.io import ImageReadMode, decode_webp
 
-        image.fp.seek(0)
-        content = np.frombuffer(image.fp.read(), np.uint8).copy()
+        file.seek(0)
+        content = np.frombuffer(file.read(), np.uint8).copy()
         mode = ImageReadMode.RGB_ALPHA if _is_transparent(image) else ImageReadMode.RGB
         return decode_webp(torch.from_numpy(content), mode).permute(1, 2, 0).numpy()
     except (ImportError, AttributeError, RuntimeError, OSError, ValueError):  # built without it; or Pillow says what is

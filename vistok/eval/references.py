@@ -212,12 +212,12 @@ def _open_npz(path: Path) -> Reference:
 
 
 def _provenance(path: Path, arrays: dict[str, np.ndarray]) -> Provenance:
-    told = {}
+    told: dict[str, Any] = {}
     for item in fields(Provenance):
         if item.name in arrays:
             if arrays[item.name].size != 1:
                 raise InvalidReferenceError(f"{path}: {item.name!r} must be one value, got {arrays[item.name].shape}")
-            value = arrays[item.name].item()
+            value: Any = arrays[item.name].item()
             kind = int if item.name in NUMBERS else str
             if type(value) is not kind or (kind is int and value < 0):
                 raise InvalidReferenceError(
@@ -233,7 +233,8 @@ def _rows(path: Path, rows: np.ndarray, gaussians: dict[str, Gaussian]) -> Tenso
     if rows.dtype.kind not in "fiu" or rows.ndim != 2 or width not in (None, rows.shape[1]):
         expected = f"real numbers (n, {'D' if width is None else width})"
         raise InvalidReferenceError(f"{ROWS_KEY!r} of {path} must be {expected}, got {rows.dtype} {rows.shape}")
-    values = torch.from_numpy(rows.astype(np.float32))
+    with np.errstate(over="ignore"):  # told below
+        values = torch.from_numpy(rows.astype(np.float32))
     if not bool(values.isfinite().all()):
         raise InvalidReferenceError(f"{ROWS_KEY!r} of {path} holds values that are not finite; make it again")
     return values
@@ -246,7 +247,7 @@ def _gaussian(path: Path, arrays: dict[str, np.ndarray], mean_key: str, covarian
         if arrays[key].dtype.kind not in "fiu":
             raise InvalidReferenceError(f"{key!r} of {path} must be real numbers, got {arrays[key].dtype}")
     mean, covariance = (torch.from_numpy(arrays[key].astype(np.float64)) for key in (mean_key, covariance_key))
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+    if mean.ndim != 1 or not len(mean) or covariance.shape != (len(mean), len(mean)):
         raise InvalidReferenceError(
             f"{mean_key!r} and {covariance_key!r} of {path} must be (D,) and (D, D), got {tuple(mean.shape)} and "
             f"{tuple(covariance.shape)}"
