@@ -150,8 +150,8 @@ class Trainer:
                 changes = self._changes(config)
                 if changes:
                     error.add_note(
-                        f"Since that checkpoint the config has another {', another '.join(changes)}. Resume with what it "
-                        f"had, or begin a new run from its weights: output_dir=… init_from={self.folder}"
+                        f"Since that checkpoint the config has another {', another '.join(changes)}. Resume with what "
+                        f"it had, or begin a new run from its weights: output_dir=… init_from={self.folder}"
                     )
                 raise
             if self.accelerator.is_main_process:
