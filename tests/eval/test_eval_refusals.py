@@ -40,7 +40,10 @@ def test_what_is_no_covariance_has_no_distance(covariance, message):
 
 
 def test_moments_too_large_for_a_distance():
-    one, other = gaussian(torch.eye(4).double()), Gaussian(torch.full((4,), 1e200).double(), torch.eye(4).double())
+    one, other = (
+        gaussian(torch.eye(4).double()),
+        Gaussian(torch.full((4,), 1e200, dtype=torch.double), torch.eye(4).double()),
+    )
     with pytest.raises(ValueError, match="so large that their distance is not finite"):
         frechet_distance(one, other)
 
