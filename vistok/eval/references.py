@@ -218,11 +218,10 @@ def _provenance(path: Path, arrays: dict[str, np.ndarray]) -> Provenance:
             if arrays[item.name].size != 1:
                 raise InvalidReferenceError(f"{path}: {item.name!r} must be one value, got {arrays[item.name].shape}")
             value: Any = arrays[item.name].item()
-            kind = int if item.name in NUMBERS else str
-            if type(value) is not kind or (kind is int and value < 0):
-                raise InvalidReferenceError(
-                    f"{path}: {item.name!r} must be of the type {kind.__name__}, got {value!r}"[:500]
-                )
+            is_number = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+            if not (is_number if item.name in NUMBERS else isinstance(value, str)):
+                expected = "a whole number from 0" if item.name in NUMBERS else "a text"
+                raise InvalidReferenceError(f"{path}: {item.name!r} must be {expected}, got {value!r}"[:500])
             told[item.name] = value
     return Provenance(**told)
 
