@@ -15,7 +15,7 @@ from vistok.draws import Keys
 from vistok.pipelines import Message, Pipeline
 from vistok.quickstart import Recipe, quickstart
 from vistok.quickstart.scores import fit_classifier
-from vistok.quickstart.styled import STYLE_NAMES, edit_request, load_styled, word
+from vistok.quickstart.styled import STYLE_NAMES, draw_request, edit_request, load_styled, word
 from vistok.quickstart.talk import Judged, score
 from vistok.text import PromptEncoder, open_text_tokenizer
 from vistok.types import Condition
@@ -76,14 +76,25 @@ def test_the_chain_leaves_scores_pictures_and_a_pipeline_that_talks(folder, held
     assert sum(str(image.name) in line for line in lines) == 2
 
 
-def test_given_digits_are_of_the_same_hand_and_of_another_class(folder):
+def test_given_digits_are_of_the_same_hand_and_of_the_classes_that_are_asked_for(folder):
     digits, cache = load_styled("train"), TokenCache(folder / "tokens")
     tokens, _ = cache.batch(range(len(cache)), [0] * len(cache))
     rows = torch.arange(0, len(cache), 97).numpy()
     given = cache.condition(rows, 0 * rows, 0.0 * rows).given
-    partners = torch.cdist(given.flatten(1), tokens.flatten(1)).argmin(1)
-    assert torch.equal(digits.styles[partners], digits.styles[rows])
-    assert not (digits.labels[partners] == digits.labels[rows]).any()
+    second, first = (
+        torch.cdist(part.flatten(1), tokens.flatten(1)).argmin(1) for part in given.chunk(2, 1)
+    )  # of the chain first, second, sample
+    for partners in (first, second):
+        assert torch.equal(digits.styles[partners], digits.styles[rows])
+    chain = [digits.labels[places].tolist() for places in (first, second, rows)]
+    assert not any(a == b or b == c for a, b, c in zip(*chain))
+
+    def texts(number):
+        return [bytes(row.tolist()).strip(b"\0").decode() for row in cache.text_of(rows, number).ids]
+
+    asked = [draw_request, edit_request, word, draw_request, edit_request, draw_request]
+    for number, (request, place) in enumerate(zip(asked, (2, 2, 2, 1, 1, 0))):
+        assert texts(number) == [request(digit) for digit in chain[place]]
 
 
 def test_held_out_digits_in_the_place_of_edits_score_as_they_should(folder, held_out):
