@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from support.tiny_models import tiny
 
 import vistok
@@ -176,6 +177,15 @@ REFUSED = {
         lambda p, i: p.chat([{"role": "system", "text": "be kind"}]),
         "unknown role 'system'; messages are",
     ),
+    "another role": (lambda p, i: p.chat([{"role": "Human", "text": "be kind"}]), "unknown role 'Human'"),
+    "history of texts": (lambda p, i: p.chat(["hello"]), r"a list of messages, got 'hello' in it"),
+    "text": (lambda p, i: p.chat()(7), r"a text \(str\) and an image \(PIL.Image\), got int"),
+    "path": (lambda p, i: p.chat()("a", "photo.png"), "got str; open files with PIL"),
+    "length": (lambda p, i: p.chat()("a", reply="text", max_tokens=0), "max_tokens must be at least 1, got 0"),
+    "large": (
+        lambda p, i: p.caption(torch.zeros(1, 3, 32, 32)),
+        "become 64 tokens each, and this model reads at most 16",
+    ),
     "no role": (lambda p, i: p.chat([{"text": "be kind"}]), "a message has role"),
     "empty": (lambda p, i: p.chat()(), "message of human is empty"),
     "reply": (lambda p, i: p.chat()("a", reply="sound"), "got 'sound'"),
@@ -191,6 +201,18 @@ def test_bad_requests_are_refused(pipe, images, what):
     call, message = REFUSED[what]
     with pytest.raises(ValueError, match=message):
         call(pipe, images)
+
+
+def test_images_of_any_size_and_mode_are_read(pipe):
+    large = Pipeline(
+        pipe.tokenizer, tiny("ming_univision", **pipe.generator.config | {"given_length": 20}), text=pipe.text
+    )
+    for mode in ("L", "RGBA", "P", "I;16", "1"):
+        for size in ((16, 16), (64, 40), (5, 3)):
+            image = Image.new(mode, size)
+            assert isinstance(pipe.caption(image, max_tokens=2), str)
+    assert large.caption(torch.zeros(2, 3, 16, 16), max_tokens=3) == large.caption([image, image], max_tokens=3)
+    assert len(large.caption(torch.zeros(2, 3, 8, 12), max_tokens=3)) == 2  # fewer tokens than there is room for
 
 
 def test_models_of_texts_alone_or_of_images_alone_say_so(pipe, images):

@@ -294,9 +294,9 @@ class StreamBatches:
             return condition.only([segment.source])
         if segment.source == "ids":
             return self._cache.text_of(indices, segment.number)
-        length = self._cache.spec["length"]
-        given = condition.parts["given"].values[:, segment.number * length : (segment.number + 1) * length]
-        return Condition.from_given(given)
+        length, given = self._cache.spec["length"], condition.parts["given"]
+        places = slice(segment.number * length, (segment.number + 1) * length)
+        return Condition.from_given(given.values[:, places], given.valid()[:, places]).drop(given.dropped)
 
 
 def _count(template: Sequence[Segment], source: str) -> int:

@@ -76,9 +76,9 @@ def write_conversations(
     """A token cache of the styled digits of ``data``, each with two others of its style before it (``given``): the one
     that it is changed from, and behind it the one that this is changed from.
 
-    The texts of a sample are, by number: 0 the request to draw it, 1 the request to change another digit into it, 2 what
-    it is; 3 and 4 the requests to draw the digit before it and to change another one into that; 5 the request to draw
-    the first.
+    The texts of a sample are, by number: 0 the request to draw it, 1 the request to change another digit into it, 2
+    what it is; 3 and 4 the requests to draw the digit before it and to change another one into that; 5 the request to
+    draw the first.
 
     Args:
         data: digits in all styles; their ``affine`` and ``seed`` are those of the views.

@@ -15,9 +15,19 @@ from torch import Tensor, nn
 
 from vistok.data.streams import KINDS, Streams
 from vistok.generators.ming_univision.sampling import ALWAYS, IMAGE, TEXT
-from vistok.types import JointVocabulary
+from vistok.types import Expander, JointVocabulary
 
 TEXT_ID, IMAGE_ID = KINDS.index("text"), KINDS.index("image")
+
+
+def expanded(expander: Expander, latents: Tensor, valid: Tensor) -> Tensor:
+    """Features (B, N, E) of latents (B, N, C) of which some, (B, N) bool, are padding on any side.
+
+    A feature depends on all latents before it, so padding must not lie there.
+    """
+    first = (~valid).int().sort(dim=1, stable=True).indices  # the valid ones, in their order
+    features = expander.expand(latents.gather(1, first[..., None].expand_as(latents)))
+    return features.gather(1, first.argsort(1)[..., None].expand_as(features))
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,8 @@ class GeneratorTask(Task):
     def _check_streams(self, kind: type[Generator], condition: ConditionSpec) -> None:
         if not kind.takes_streams:
             raise ConfigError(
-                f"{kind.registry_name} reads no streams of texts and images; leave streams out, or take a model that does"
+                f"{kind.registry_name} reads no streams of texts and images; leave streams out, or take a model that "
+                "does"
             )
         if not self.config.objective.is_plain:
             raise ConfigError("streams have their own loss: leave objective out")
