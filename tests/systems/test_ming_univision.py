@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from golden.harness import Case
+from safetensors.torch import save_file
 from support.tiny_models import randomise, tiny
 
 import vistok
-from vistok.checkpoints import CheckpointError
+from vistok.checkpoints import CheckpointError, convert
 from vistok.draws import Keys
 from vistok.generators.ming_univision import MingOptions, MingUniVision
 from vistok.nn.moe import MixtureOfExperts
@@ -386,3 +388,21 @@ def test_other_language_models_of_the_reference_load(change, without, added):
     assert model.logits(model.embed_ids(torch.tensor([[1, 2, 3]]))).isfinite().all()
     with pytest.raises(CheckpointError, match="surplus"):
         vistok.from_official(case.model, config, state | {"model.model.layers.0.other.weight": torch.zeros(1)})
+
+
+def test_shards_with_their_index_hold_the_model_and_its_tokenizer(tmp_path):
+    case = Case(CASE)
+    names = {key: f"model-{1 + number % 3:05d}-of-00003.safetensors" for number, key in enumerate(case.state)}
+    for name in set(names.values()):
+        save_file({key: tensor for key, tensor in case.state.items() if names[key] == name}, tmp_path / name)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    model, tokenizer = (
+        convert(case.model, index, case.config),
+        convert("mingtok/tokenizer", index, case.config["mingtok"]),
+    )
+    own = MingUniVision.clean_official(case.state)
+    assert model.fingerprint() == vistok.from_official(case.model, case.config, own).fingerprint()
+    assert torch.equal(tokenizer.encoder.class_token, case.state["vision.low_level_encoder.cls_token"])
+    prompt = Condition.from_given(torch.zeros(1, 1024, 8), torch.arange(1024)[None] >= 1024 - 9)
+    assert model.describe(prompt, 2, tokenizer=tokenizer).shape[0] == 1

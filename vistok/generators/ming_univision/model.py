@@ -301,9 +301,9 @@ class MingUniVision(ContinuousGenerator):
         rows, device = len(condition), self.output.weight.device
         parts = [self._fixed(self.human, rows, device)]
         if (given := condition.part("given")) is not None:
-            expander, there = self.needed_tokenizer(tokenizer).expander(), given.valid()
-            features = self.embed_features(expanded(expander, given.values.to(self.output.weight.dtype), there))
-            valid = there & ~given.dropped[:, None]
+            expander, latents = self.needed_tokenizer(tokenizer).expander(), given.values.to(self.output.weight.dtype)
+            features = self.embed_features(expanded(expander, latents, given.mask))
+            valid = given.valid() & ~given.dropped[:, None]
             ends = valid.any(1, keepdim=True)
             for x, where, is_image in (
                 (self._mark(self.image_start, rows), ends, False),
@@ -352,7 +352,7 @@ class MingUniVision(ContinuousGenerator):
         self.check_condition(condition)
         if not condition.parts:
             raise ValueError("there is nothing to describe: the condition has neither an image nor a text")
-        prompt = self.prompt(condition.to(self.output.weight.device), tokenizer)
+        prompt = self.prompt(condition.to(self.output.weight.device), tokenizer).trimmed()
         count = prompt.embeddings.shape[1]
         context = Context(self, len(condition), count + max_tokens)
         hidden = context.read(prompt.embeddings, prompt.valid, prompt.kinds, prompt.images)

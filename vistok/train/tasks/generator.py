@@ -109,8 +109,9 @@ class GeneratorTask(Task):
         if config.streams:
             self._check_streams(kind, condition)
         self._open_loaders(cache, rank, world_size)
-        if config.streams and condition.given is not None:  # of which each is an image by itself
-            condition = replace(condition, given=replace(condition.given, length=self.loader.reader.given_length))
+        if config.streams and condition.given is not None:  # images of which a stream may take one by itself
+            reader: Any = self.loader.reader
+            condition = replace(condition, given=replace(condition.given, length=reader.given_length))
         derived = kind.condition_arguments(condition) | kind.tokenizer_arguments(self.tokenizer)
         model = config.build_model({"spec": to_json(spec), **derived})
         objective = None
