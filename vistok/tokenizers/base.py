@@ -18,6 +18,7 @@ from vistok.draws import Draws, Keys
 from vistok.quantizers.gaussian import GaussianLatents
 from vistok.quantizers.scaled import ScaledQuantizer
 from vistok.types import Clock, Condition, ConditionSpec, Expander, TokenizerOutput, TokenSpec
+from vistok.utils.sides import times
 
 if TYPE_CHECKING:
     from vistok.data.config import DataConfig
@@ -405,19 +406,6 @@ def _warn_of_range(pixels: Tensor) -> None:
             "subtract 1, or let tokenizer.preprocess(…) read PIL images",
             stacklevel=4,
         )
-
-
-def image_sides(image_size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) of an ``image_size``: the side of a square, or both."""
-    if isinstance(image_size, int):
-        return image_size, image_size
-    height, width = image_size
-    return int(height), int(width)
-
-
-def times(sides: Sequence[int]) -> str:
-    """Sides as people write them: 256x256."""
-    return "x".join(map(str, sides))
 
 
 def _remedy(shape: tuple[int, ...], expected: tuple[int, ...]) -> str:

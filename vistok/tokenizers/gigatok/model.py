@@ -22,7 +22,7 @@ from vistok.quantizers import VectorQuantizer
 from vistok.quantizers.named import chosen_quantizer
 from vistok.quantizers.scaled import spec_of
 from vistok.quantizers.vq import Gradient
-from vistok.tokenizers.base import Tokenizer, image_sides
+from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.gigatok import official
 from vistok.tokenizers.gigatok.networks import (
     GridDecoder,
@@ -35,6 +35,7 @@ from vistok.tokenizers.gigatok.networks import (
     initialise,
 )
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec, as_dataclass
+from vistok.utils.sides import image_sides
 
 CHANNEL_MULT = (1, 1, 2, 2, 4)
 ALIGNMENT = AlignmentConfig()

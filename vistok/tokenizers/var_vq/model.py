@@ -18,9 +18,10 @@ from vistok.checkpoints import OfficialCheckpoint
 from vistok.draws import Draws
 from vistok.nn.conv import ConvDecoder, ConvEncoder
 from vistok.quantizers.multiscale import MultiScaleQuantizer, ScaleExpander
-from vistok.tokenizers.base import Tokenizer, image_sides
+from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.var_vq import official
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec
+from vistok.utils.sides import image_sides
 
 
 class VARVQ(Tokenizer):
