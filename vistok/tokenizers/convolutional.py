@@ -106,7 +106,8 @@ class ConvTokenizer(Tokenizer):
         self.check_condition(condition)
         latents = self.latents(pixels)
         quantized = self.quantizer(latents, draws=draws)
-        grid = (pixels.shape[2] // self.stride, pixels.shape[3] // self.stride)
+        spec = self.spec_for(pixels.shape[1:])
+        grid = spec.scales[-1] if spec.scales else spec.raster
         mapped = self.post_quant(quantized.quantized.transpose(1, 2).unflatten(2, grid))
         decoded = self.decoder.begin(mapped)
         features = {
