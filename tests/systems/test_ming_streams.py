@@ -16,7 +16,7 @@ from vistok.data.ragged import Piece
 from vistok.data.streams import StreamBatches, StreamConfig, Streams
 from vistok.draws import Keys
 from vistok.generators.ming_univision import MingOptions, MingUniVision
-from vistok.generators.ming_univision.sampling import Context
+from vistok.generators.ming_univision.context import Context
 from vistok.train.config import RunConfig
 from vistok.train.tasks.generator import GeneratorTask
 from vistok.types import Clock, Condition, ConditionSpec, FeatureSpec, IdSpec
