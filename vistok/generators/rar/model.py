@@ -21,6 +21,7 @@ from vistok.draws import Draws, Keys
 from vistok.generators.base import weighted_mean
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
 from vistok.generators.engine.cache import Layers, of_layers
+from vistok.generators.engine.plan import check_orders
 from vistok.generators.rar import official
 from vistok.generators.rar.networks import Block
 from vistok.nn.attention import Mask
@@ -190,7 +191,7 @@ class RAR(AutoregressiveGenerator):
     def _in_order(self, ids: Tensor, orders: Tensor | None) -> tuple[Tensor, Tensor]:
         if orders is None:
             return ids, torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-        return ids.gather(1, orders), orders
+        return ids.gather(1, check_orders(orders, self.spec.length, len(ids))), orders
 
     def logits_in_order(self, ids: Tensor, orders: Tensor, condition: Condition) -> Tensor:
         """Logits (B, L + 1, V) of ids (B, L) that are in order already; the last one predicts nothing."""
@@ -218,10 +219,7 @@ class RAR(AutoregressiveGenerator):
         draws = draws or {}
         if "drop" in draws:
             condition = condition.drop(draws["drop"] < self.condition_dropout)
-        orders = draws.get("order")
-        if orders is not None and orders.shape != tokens.shape:
-            raise ValueError(f"orders must be {tuple(tokens.shape)}, one of all tokens each; got {tuple(orders.shape)}")
-        tokens, orders = self._in_order(tokens, orders)
+        tokens, orders = self._in_order(tokens, draws.get("order"))
         logits = self.logits_in_order(tokens, orders, condition)[:, :-1]
         per_sample = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none").mean(1)
         loss = per_sample.mean() if weights is None else weighted_mean(per_sample, weights)
