@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from einops import rearrange
@@ -229,14 +229,14 @@ class BitExpander(ScaleExpander):
         self._packed = quantizer
 
     @torch.no_grad()
-    def correct(self, latents: Tensor, draws: Draws | None, most: float) -> tuple[Tensor, Tensor]:
+    def correct(self, latents: Tensor, draws: Mapping[str, Tensor] | None, most: float) -> tuple[Tensor, Tensor]:
         packed = self._packed
         latents = rearrange(latents.float(), "b (h w) d -> b d h w", h=packed.scales[-1][0])
         latents = latents.to(packed.packing.basis.device)
         length, count = sum(map(math.prod, packed.scales)), len(packed.scales)
         flips, strengths = latents.new_ones(len(latents), length, packed.dim), latents.new_zeros(count)
         if draws is not None:
-            flips, strengths = draws["flips"], packed.bits.drawn_strengths(draws, most, count)
+            flips, strengths = draws["flips"], packed.bits.drawn_strengths(dict(draws), most, count)
         found = packed.bits.self_correct(latents, flips, strengths)
         return found.inputs, packed.pack(found.targets)
 

@@ -91,7 +91,7 @@ class VAR(AutoregressiveGenerator):
     output: nn.Linear
     scales: Tensor
 
-    trains_in_sequence = False
+    only_next = "it predicts a scale of tokens at once, from the map of the smaller ones"
     registry_name = "var"
     options_type = VAROptions
     needs_tokenizer = True
@@ -292,9 +292,25 @@ class VAR(AutoregressiveGenerator):
 
     def logits(self, ids: Tensor, condition: Condition, tokenizer: Expands | None = None) -> Tensor:
         """Teacher-forced logits (B, L, V) of ids (B, L), each from all smaller scales; needs the tokenizer."""
-        tokenizer = self.needed_tokenizer(tokenizer)
-        self._check_whole(ids)
-        return self.logits_of(tokenizer.expander().expand(ids), condition)
+        return self.logits_of(self._inputs(ids, tokenizer), condition)
+
+    def _inputs(self, ids: Tensor, tokenizer: Expands | None) -> Tensor:
+        """Of ids (B, L), what ``logits_of`` reads."""
+        expander = self.needed_tokenizer(tokenizer).expander()
+        if ids.shape[1:] != (self.spec.length,):
+            raise ValueError(f"tokens must be (B, {self.spec.length}), of all scales; got {tuple(ids.shape)}")
+        with without_autocast(ids.device):
+            return expander.expand(ids).to(ids.device)
+
+    def _corrected(self, latents: Tensor, draws: Draws | None, tokenizer: Expands | None) -> tuple[Tensor, Tensor]:
+        """Of latents (B, h * w, D), what ``logits_of`` reads, and the ids that are left to predict."""
+        turned = draws if self.training and self.self_correction else None
+        expander = self.needed_tokenizer(tokenizer).expander()
+        with without_autocast(latents.device):
+            return expander.correct(latents, turned, self.self_correction)
+
+    def training_logits(self, tokens: Tensor, condition: Condition, draws: Draws, tokenizer: Expands | None) -> Tensor:
+        return self.logits(tokens, condition, tokenizer)
 
     def logits_of(self, inputs: Tensor, condition: Condition, num_scales: int | None = None) -> Tensor:
         """Logits (B, l, V) of the first ``num_scales`` scales (None: of all), from the inputs (B, L - n, E) of all
@@ -307,7 +323,7 @@ class VAR(AutoregressiveGenerator):
         mask = self.attention_mask(condition, 0, length)
         return self.head(self.transform(x, slice(0, length), mask, None, self.class_vector(condition)))
 
-    def forward(  # type: ignore[override]  # without a context of other ids
+    def forward(
         self,
         tokens: Tensor,
         condition: Condition,
@@ -316,6 +332,7 @@ class VAR(AutoregressiveGenerator):
         weights: Tensor | None = None,
         clock: Clock | None = None,
         tokenizer: Expands | None = None,
+        context: Tensor | None = None,
     ) -> GeneratorOutput:
         """Cross entropy in nats per token of ids (B, L), or of those of latents (B, h * w, D), some of whose bits are
         turned in training. Metrics: "accuracy", and "last_loss" and "last_accuracy" of the largest scale in use.
@@ -323,17 +340,11 @@ class VAR(AutoregressiveGenerator):
         In progressive training scales beyond the stage are left out, and the others weigh as little as they do among
         all.
         """
-        tokenizer = self.needed_tokenizer(tokenizer)
-        if draws and "drop" in draws:
-            condition = condition.drop(draws["drop"] < self.condition_dropout)
-        with without_autocast(tokens.device):
-            expander = tokenizer.expander()
-            if tokens.is_floating_point():
-                turned = draws if self.training and self.self_correction else None
-                inputs, tokens = expander.correct(tokens, turned, self.self_correction)
-            else:
-                self._check_whole(tokens)
-                inputs = expander.expand(tokens).to(tokens.device)
+        condition = self.drop_condition(condition, draws)
+        if tokens.is_floating_point():
+            inputs, tokens = self._corrected(tokens, draws, tokenizer)
+        else:
+            inputs = self._inputs(tokens if context is None else context, tokenizer)
         stage, warmth = self._stage(clock)
         logits = self.logits_of(inputs, condition, stage + 1)
         tokens = tokens[:, : logits.shape[1]]
@@ -347,10 +358,6 @@ class VAR(AutoregressiveGenerator):
             "last_accuracy": right[:, -last:].mean(),
         }
         return GeneratorOutput(loss, logits, metrics)
-
-    def _check_whole(self, tokens: Tensor) -> None:
-        if tokens.shape[1:] != (self.spec.length,):
-            raise ValueError(f"tokens must be (B, {self.spec.length}), of all scales; got {tuple(tokens.shape)}")
 
     def cross_entropy(self, logits: Tensor, tokens: Tensor) -> Tensor:
         """(B, l) of logits (B, l, V)."""
