@@ -137,7 +137,7 @@ class Tokenizer(Model):
         """
         if not isinstance(getattr(self, "quantizer", None), ScaledQuantizer):
             raise ValueError(f"the quantizer of {type(self).__name__} has no scales; use encode")
-        latents: Callable[[Tensor], Tensor] = self.latents  # which all have that take quantizers by name
+        latents: Any = self.latents  # which all have that take quantizers by name
         return latents(pixels)
 
     def decode(self, tokens: Tensor, *, condition: Condition | None = None) -> Tensor:
