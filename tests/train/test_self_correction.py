@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import vistok
 from vistok.config import ConfigError
-from vistok.data import DataConfig
+from vistok.data import Affine, DataConfig
 from vistok.data.tokens import TokenCache
 from vistok.draws import Keys
 from vistok.generators.var import VAR
@@ -18,7 +18,7 @@ from vistok.train import train
 from vistok.train.tokenize import tokenize
 
 QUANTIZER = {"name": "multi_scale_bsq", "scales": [1, 2], "self_correction": 0.3, "entropy_temperature": 0.1}
-DATA = DataConfig(16, source="digits", channels=1, limit=64)
+DATA = DataConfig(16, source="digits", channels=1, limit=64, affine=Affine(translate=0.1))
 MODEL = {name: value for name, value in VAR.tiny.items() if name not in ("spec", "num_classes")} | {"name": "var"}
 
 
