@@ -85,6 +85,17 @@ class Plan:
         return self.bounds.index(count) if count in self.bounds else None
 
 
+def in_order(values: Tensor, orders: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Values (B, L) by place in an order (B, L), and that order; None is raster order.
+
+    Raises:
+        ValueError: orders that are no permutations, one for each row.
+    """
+    if orders is None:
+        return values, torch.arange(values.shape[1], device=values.device).expand(values.shape)
+    return values.gather(1, check_orders(orders, values.shape[1], len(values))), orders
+
+
 def in_places(values: Tensor, order: Tensor) -> Tensor:
     """Values (B, L, ...) of tokens in order (1 or B, L) at the places of these tokens."""
     back = order.argsort(1).expand(len(values), -1)
