@@ -241,6 +241,9 @@ class GigaTok(Tokenizer):
         """A feature map (B, z_channels, h, w) to latents (B, L, code dim), before quantization."""
         return self.pre_quant(self.token_encoder(spatial))
 
+    def encode_latents(self, pixels: Tensor) -> Tensor:
+        return self.latents(self.encode_map(pixels))
+
     def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
         self.check_condition(condition)
         return self.quantizer.encode(self.latents(self.encode_map(pixels)))
