@@ -60,7 +60,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.root = find(arguments.root, "data/cifar10.zip", "--root")
     rows = []
-    for seed in range(arguments.seeds):  # both variants of a seed first, so that a part of the work is a comparison, too
+    for seed in range(arguments.seeds):  # both variants of a seed first: then a part of the work is a comparison
         for perturbed in (False, True):
             for stage, scores in measure(perturbed, seed, arguments).items():
                 rows.append({"perturbed": perturbed, "seed": seed, "stage": stage} | scores)

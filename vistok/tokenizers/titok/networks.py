@@ -201,9 +201,9 @@ def with_class(class_token: Tensor, tokens: Tensor) -> Tensor:
     return torch.cat([class_token.to(tokens).expand(len(tokens), 1, -1), tokens], 1)
 
 
-def initialise(module: nn.Module) -> None:
-    """Truncated normal weights and zero biases, as the reference has them."""
+def initialise(module: nn.Module, std: float) -> None:
+    """Truncated normal weights and zero biases, as the reference has them, with a deviation of 0.02."""
     if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.trunc_normal_(module.weight, std=std)
     if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
         nn.init.zeros_(module.bias)
