@@ -54,10 +54,7 @@ def partly_generated(
         keys: of the images; each depends on its own alone.
         options: of sampling, as of ``pipe.options``.
     """
-    own, parameter = pipe.tokenizer.own_condition(condition), next(pipe.tokenizer.parameters())
-    tokens = pipe.tokenizer.encode(
-        pixels.to(parameter.device, parameter.dtype), condition=None if own is None else own.to(parameter.device)
-    )
+    tokens = pipe.tokenizer.encode(pipe.to_tokenizer(pixels), condition=pipe.own_condition(condition))
     kept = keys.uniform("kept", tokens.shape[1]) < sigma
     made = pipe.generator.sample_forced(
         tokens.to(pipe.device),

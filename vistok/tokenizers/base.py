@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -332,6 +333,25 @@ class Tokenizer(Model):
         names = self.condition_spec.parts
         parts = {name: part for name, part in condition.parts.items() if name in names}
         return Condition(condition.size, parts, condition.device) if parts else None
+
+    def decode_options(self, spec: TokenSpec) -> dict[str, Any]:
+        """The keyword arguments with which ``decode`` reads the tokens of a ``spec``, such as another image size's.
+
+        Raises:
+            ValueError: it reads no such tokens.
+        """
+        own = self.spec
+        names = ("codebook_size", "depth") if own.discrete else ("codebook_size", "dim")
+        differing = [name for name in names if getattr(own, name) != getattr(spec, name)]
+        if not differing and own.length == spec.length:
+            return {}
+        if not differing and spec.grid is not None and "grid" in inspect.signature(self.decode).parameters:
+            return {"grid": spec.grid}  # a convolutional tokenizer at another image size
+        differing = differing or ["length"]
+        raise ValueError(
+            "the generator models other tokens than this tokenizer makes: "
+            + "; ".join(f"{name} {getattr(spec, name)} instead of {getattr(own, name)}" for name in differing)
+        )
 
     @torch.no_grad()
     def reconstruct(self, pixels: Tensor, *, condition: Condition | None = None) -> Tensor:
