@@ -18,6 +18,7 @@ from vistok.losses import LPIPS
 from vistok.pipelines.folders import load_tokenizer
 from vistok.pipelines.generation import Pipeline
 from vistok.pipelines.runs import data_of_run
+from vistok.pipelines.texts import TEXT_OVERRIDES, conditions_of, text_of_run
 from vistok.tokenizers.base import Tokenizer
 from vistok.utils.devices import choose_device
 from vistok.utils.processes import Processes
@@ -41,7 +42,7 @@ def score_tokenizer(
     """Score a tokenizer on the test split of its data, or on others.
 
     Args:
-        overrides: ``data.key=value`` texts.
+        overrides: ``data.key=value`` texts; for a tokenizer that decodes with texts also ``text.key=value``.
         reference: folder or .zip of other images.
         allowed: what the overrides may do.
         protocol: None for PSNR and SSIM, with rFID if ``weights`` are given; "reconstruction" with rFID in any case;
@@ -56,7 +57,9 @@ def score_tokenizer(
         overrides = [f"data.root={_check_images(reference)}", *overrides]
     where = processes.device() if device is None else choose_device(device)
     tokenizer = load_tokenizer(run).to(where)
-    overrides = [f"data.batch_size={batch_size}", *overrides]
+    of_text = [item for item in overrides if item.startswith(TEXT_OVERRIDES)]
+    text = text_of_run(run, tokenizer, of_text, allowed=allowed)
+    overrides = [f"data.batch_size={batch_size}", *(item for item in overrides if item not in of_text)]
     data = data_of_run(run, overrides, input_shape=tokenizer.input_shape, split="test", allowed=allowed)
     if len(tokenizer.input_shape) == 4:
         return _score_clip_tokenizer(tokenizer, data, protocol, weights, lpips_weights, processes)
@@ -65,9 +68,10 @@ def score_tokenizer(
     network = None
     if protocol is not None or weights is not None:
         network = load_network(choose_protocol(PAIRS, None, None), weights=weights, device=where)
+    told: dict[str, Any] = {"conditions": conditions_of(text, tokenizer, data), "processes": processes}
     if protocol == PERTURBATION and network is not None:
-        return evaluate_perturbation(tokenizer, data, network, processes=processes)
-    return evaluate_tokenizer(tokenizer, data, network=network, lpips=open_lpips(lpips_weights), processes=processes)
+        return evaluate_perturbation(tokenizer, data, network, **told)
+    return evaluate_tokenizer(tokenizer, data, network=network, lpips=open_lpips(lpips_weights), **told)
 
 
 def _score_clip_tokenizer(

@@ -41,8 +41,8 @@ from vistok.data.tokens import TokenCache
 from vistok.data.transforms import ImageTransform, ten_crop
 from vistok.pipelines.folders import TOKENIZER
 from vistok.text import TEXT, PromptEncoder
+from vistok.text.captions import CaptionReader
 from vistok.tokenizers.base import Tokenizer
-from vistok.train.captions import CaptionReader
 from vistok.types import IdSpec, TokenSpec, to_json
 from vistok.utils.locks import locked
 from vistok.utils.processes import Processes

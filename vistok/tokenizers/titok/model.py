@@ -71,8 +71,8 @@ class TiTok(Tokenizer):
             "code_logits") and renders no pixels. "codec" is the second: the expected codes are decoded by the codec's
             decoder, which is a part of the model.
         codec: that codec's codebook and decoder; used by "codes" and "codec".
-        init_std: of the weights at first; the reference's 0.02 suits its widths from 512 on. Narrow transformers hand on
-            so little of an image then that all images have the same tokens for hundreds of steps: take about
+        init_std: of the weights at first; the reference's 0.02 suits its widths from 512 on. Narrow transformers pass
+            so little of an image on then that all images have the same tokens for hundreds of steps: take about
             dim ** -0.5.
         latent_mean, latent_scale: of the standardised latents of "vae", see ``GaussianLatents``.
 

@@ -20,6 +20,7 @@ from vistok.data.opening import open_source
 from vistok.draws import Draws, Keys, draws_on
 from vistok.losses import adaptive_weight
 from vistok.pipelines.folders import TOKENIZER
+from vistok.pipelines.texts import TextConfig
 from vistok.quantizers.perturbation import perturbation_draws
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.config import MODEL, PlayerConfig, RunConfig
@@ -29,7 +30,7 @@ from vistok.train.tasks.base import Learner, Task, Turn, on_device
 from vistok.train.tasks.images import example_batch, held_out_images, psnr
 from vistok.train.tasks.objective import SETTING_TYPES, TERMS, TokenizerObjective
 from vistok.train.tasks.perturbation import LatentPerturbation, PerturbationConfig
-from vistok.train.tasks.text import TextConfig, text_guide, text_of
+from vistok.train.tasks.text import text_guide, text_of
 from vistok.types import Clock, Condition, TokenizerOutput
 
 ADVERSARY = "adversary"
