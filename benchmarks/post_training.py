@@ -63,18 +63,18 @@ def main() -> None:
     for seed in range(arguments.seeds):  # both variants of a seed first: then a part of the work is a comparison
         for perturbed in (False, True):
             for stage, scores in measure(perturbed, seed, arguments).items():
-                rows.append({"perturbed": perturbed, "seed": seed, "stage": stage} | scores)
+                rows.append(({"stage": stage, "perturbation": perturbed}, scores))
                 say(f"{'with' if perturbed else 'without':8} seed {seed} {stage}: {scores}")
     print("| perturbation | decoder | " + " | ".join(MEASURES) + " |")
     print("|---" * (2 + len(MEASURES)) + "|")
     figures: dict[str, Any] = {}
     for perturbed in (False, True):
         for stage in STAGES:
-            own = [row for row in rows if (row["perturbed"], row["stage"]) == (perturbed, stage)]
-            cells = [" / ".join(f"{row[name]:.4g}" for row in own) for name in MEASURES]
+            own = [scores for what, scores in rows if what == {"stage": stage, "perturbation": perturbed}]
+            cells = [" / ".join(f"{scores[name]:.4g}" for scores in own) for name in MEASURES]
             print(f"| {'yes' if perturbed else 'no'} | {stage} | {' | '.join(cells)} |")
             for name in MEASURES:
-                figures[key(name, perturbed, stage)] = statistics.mean(row[name] for row in own)
+                figures[key(name, perturbed, stage)] = statistics.mean(scores[name] for scores in own)
     ratios = {
         f"{key('samples', perturbed, STAGES[1])}_over_{plain(other)}": figures[key("samples", perturbed, STAGES[1])]
         / figures[key("samples", perturbed, other)]
