@@ -28,7 +28,7 @@ from vistok.eval.tokenizers import Conditions, DataImages, to_rgb, told
 from vistok.quantizers.perturbation import perturb, perturbation_draws
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import Condition
-from vistok.utils.processes import Processes
+from vistok.utils.processes import ALONE, Processes
 from vistok.utils.progress import track
 
 UNCERTAIN = (
@@ -77,7 +77,7 @@ def evaluate_perturbation(
     grid: Grid = Grid(),
     seed: int = 0,
     conditions: Conditions | None = None,
-    processes: Processes = Processes(),  # noqa: B008 (immutable)
+    processes: Processes = ALONE,
     out: str | Path | None = None,
 ) -> dict[str, Any]:
     """Frechet distances between images and their reconstructions from perturbed tokens, and their mean, pFID.

@@ -26,7 +26,7 @@ from vistok.eval.record import save_result
 from vistok.eval.retrieval import evaluate_embeddings
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import Condition
-from vistok.utils.processes import Processes
+from vistok.utils.processes import ALONE, Processes
 from vistok.utils.progress import track
 
 Conditions = Callable[[ImageBatch], Condition]
@@ -113,7 +113,7 @@ def evaluate_tokenizer(
     network: FeatureNetwork | None = None,
     lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
     conditions: Conditions | None = None,
-    processes: Processes = Processes(),  # noqa: B008 (immutable)
+    processes: Processes = ALONE,
     out: str | Path | None = None,
 ) -> dict[str, Any]:
     """Score the reconstructions of all images of ``data``; see ``evaluate_reconstruction`` for the scores. A tokenizer

@@ -25,7 +25,7 @@ from vistok.pipelines.runs import data_of_run
 from vistok.pipelines.texts import TEXT_OVERRIDES, conditions_of, text_of_run
 from vistok.probing.generator import probe_generator
 from vistok.probing.report import write_comparison, write_probe
-from vistok.probing.settings import ProbeSettings, claim
+from vistok.probing.settings import ProbeSettings
 from vistok.probing.tokenizer import code_usage, describe, feature_probes, reconstruction, speed
 from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.framewise import Framewise
@@ -33,8 +33,7 @@ from vistok.train.tasks.images import example_batch
 from vistok.train.tokenize import tokenize
 from vistok.utils.devices import choose_device
 from vistok.utils.files import read_json, write_json
-from vistok.utils.locks import locked
-from vistok.utils.unfinished import unfinished
+from vistok.utils.outputs import continued, unfinished
 
 PICTURE = "reconstructions.png"
 SHOWN = 8
@@ -66,7 +65,7 @@ def probe(
         ``code_usage``, ``speed``, ``generator``, ``feature_probes``, ``seconds``, ``settings``, ``versions``.
 
     Raises:
-        ProbeFolderError: ``out`` holds something else.
+        ResumeError: ``out`` holds something else.
         FolderInUseError: another process writes ``out``.
         ValueError, ConfigError, CheckpointError, ImageError: as data, tokenizers and networks.
     """
@@ -78,8 +77,7 @@ def probe(
     conditions = conditions_of(text, tokenizer, held_out)
     what = {"tokenizer": tokenizer.fingerprint(), "data": asdict(data)}
     what |= {} if text is None else {"text": asdict(text)}
-    with locked(out):
-        claim(out, settings, what)
+    with continued(out, settings.plan(what)):
         result = _judge(tokenizer, data, held_out, out, settings, conditions)
         result |= {"name": str(run), "command": command}
         save_result(result, out)
@@ -123,8 +121,7 @@ def compare(
     texts = [conditions_of(text_of_run(run, part), part, held_out) for run, part in zip(runs, tokenizers, strict=True)]
     names = _folders(runs)
     what = {"tokenizers": [t.fingerprint() for t in tokenizers], "data": asdict(data)}
-    with locked(out):
-        claim(out, settings, what)
+    with continued(out, settings.plan(what)):
         results = []
         for run, name, tokenizer, conditions in zip(runs, names, tokenizers, texts, strict=True):
             result = _judge(tokenizer, data, held_out, out / name, settings, conditions) | {"name": str(run)}
