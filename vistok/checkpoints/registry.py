@@ -348,5 +348,5 @@ def _find(name: str, table: dict[str, Entry], what: str) -> Entry:
     if name in table:
         return table[name]
     near = difflib.get_close_matches(str(name), table, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = f"; did you mean {near[0]!r}?" if near else "."
     raise UnknownModelError(f"unknown {what} {name!r}{hint} Known: {', '.join(sorted(table))}.")

@@ -365,7 +365,7 @@ def parse_augmentation(name: str) -> FixedViews | RandomViews:
         return RandomViews(int(argument))
     if kind == "random":
         raise ValueError(f"augmentation {name!r}: random needs a number of views, for example random:10")
-    hint = suggestion(name, AUGMENTATIONS)
+    hint = suggestion(name, AUGMENTATIONS) or "."
     raise ValueError(f"unknown augmentation {name!r}{hint} Known: {', '.join(AUGMENTATIONS)}.")
 
 

@@ -9,6 +9,51 @@ from typing import Self
 import torch
 from torch import Tensor
 
+SHOWN = 12
+"""Places of a wrong order that a message lists."""
+
+
+def check_orders(orders: Tensor, length: int) -> Tensor:
+    """Orders (B, L) as they are.
+
+    Raises:
+        ValueError: one that is no permutation of the places 0 .. length - 1.
+    """
+    if orders.ndim != 2 or orders.shape[1] != length or orders.dtype != torch.int64:
+        raise ValueError(
+            f"orders must be int64 of shape (B, {length}), places in order; got {tuple(orders.shape)} of {orders.dtype}"
+        )
+    if torch.compiler.is_compiling():  # which no comparison of values may interrupt
+        return orders
+    whole = (orders.sort(1).values == torch.arange(length, device=orders.device)).all(1)
+    if not bool(whole.all()):
+        row = int((~whole).nonzero()[0])
+        raise ValueError(
+            f"an order names each of the places 0..{length - 1} once; order {row} does not: {_shortened(orders[row])}"
+        )
+    return orders
+
+
+def in_order(ids: Tensor, orders: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Ids (B, L) of places in raster order, brought into the order of each sample, and these orders (B, L).
+
+    Args:
+        orders: (B, L), the places in the order of each sample; None is raster order.
+
+    Raises:
+        ValueError: orders that are no permutations, or not one for each sample.
+    """
+    if orders is None:
+        return ids, torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+    if len(orders) != len(ids):
+        raise ValueError(f"{len(ids)} samples need as many orders, got {len(orders)}")
+    return ids.gather(1, check_orders(orders, ids.shape[1])), orders
+
+
+def _shortened(order: Tensor) -> str:
+    shown = ", ".join(map(str, order[:SHOWN].tolist()))
+    return f"{shown}, …" if len(order) > SHOWN else shown
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from vistok.draws import Draws, Keys
 from vistok.generators.base import weighted_mean
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
-from vistok.generators.engine.plan import Plan
+from vistok.generators.engine.plan import Plan, check_orders, in_order
 from vistok.generators.engine.sampling import DecodingOptions
 from vistok.generators.engine.session import AutoregressiveSession
 from vistok.guidance import Guidance, Weights
@@ -184,21 +184,8 @@ class QueryGenerator(AutoregressiveGenerator):
             ValueError: an order that is no permutation of the places, or group sizes that are not all tokens.
         """
         length = self.spec.length
-        order = self._check_orders(draws["order"]) if "order" in draws else torch.arange(length)[None]
+        order = check_orders(draws["order"], length) if "order" in draws else torch.arange(length)[None]
         return Plan(order, self.group_sizes(options))
-
-    def _check_orders(self, orders: Tensor) -> Tensor:
-        places = torch.arange(self.spec.length, device=orders.device)
-        if (
-            orders.ndim != 2
-            or orders.shape[1] != len(places)
-            or not torch.equal(orders.sort(1).values, places.expand(orders.shape))
-        ):
-            raise ValueError(
-                f"an order names each of the places 0..{len(places) - 1} once; got orders {tuple(orders.shape)} that "
-                "are no permutations"
-            )
-        return orders
 
     def guidance_weights(self, guidance: Guidance, plan: Plan) -> list[Weights]:
         """How much each row counts in each step: a schedule's step is the first token of the group."""
@@ -284,12 +271,7 @@ class QueryGenerator(AutoregressiveGenerator):
             orders: (B, L), the places of the tokens in order; None is raster order.
             **draws: others of ``training_draws``.
         """
-        return self.predict(*self._in_order(ids, orders), condition, draws)
-
-    def _in_order(self, ids: Tensor, orders: Tensor | None) -> tuple[Tensor, Tensor]:
-        if orders is None:
-            return ids, torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-        return ids.gather(1, orders), orders
+        return self.predict(*in_order(ids, orders), condition, draws)
 
     def forward(  # type: ignore[override]  # without a context of other ids
         self,
@@ -304,16 +286,13 @@ class QueryGenerator(AutoregressiveGenerator):
         """Cross entropy in nats per token; metric "accuracy". Predictions (B, L, V) are in the order of ``draws``.
 
         Raises:
-            ValueError: orders of another shape than the tokens.
+            ValueError: orders that are no permutations, or not one for each sample.
         """
         self.check_tokenizer(tokenizer)
         draws = draws or {}
         if "drop" in draws:
             condition = condition.drop(draws["drop"] < self.condition_dropout)
-        orders = draws.get("order")
-        if orders is not None and orders.shape != tokens.shape:
-            raise ValueError(f"orders must be {tuple(tokens.shape)}, one of all tokens each; got {tuple(orders.shape)}")
-        tokens, orders = self._in_order(tokens, orders)
+        tokens, orders = in_order(tokens, draws.get("order"))
         logits = self.predict(tokens, orders, condition, draws)
         per_sample = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none").mean(1)
         loss = per_sample.mean() if weights is None else weighted_mean(per_sample, weights)

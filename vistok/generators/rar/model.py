@@ -21,6 +21,7 @@ from vistok.draws import Draws, Keys
 from vistok.generators.base import weighted_mean
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
 from vistok.generators.engine.cache import Layers, of_layers
+from vistok.generators.engine.plan import in_order
 from vistok.generators.rar import official
 from vistok.generators.rar.networks import Block
 from vistok.nn.attention import Mask
@@ -184,13 +185,11 @@ class RAR(AutoregressiveGenerator):
         Args:
             ids: (B, L) in raster order.
             orders: (B, L), the raster positions of the tokens in order; None is raster order.
-        """
-        return self.logits_in_order(*self._in_order(ids, orders), condition)[:, :-1]
 
-    def _in_order(self, ids: Tensor, orders: Tensor | None) -> tuple[Tensor, Tensor]:
-        if orders is None:
-            return ids, torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-        return ids.gather(1, orders), orders
+        Raises:
+            ValueError: orders that are no permutations, or not one for each sample.
+        """
+        return self.logits_in_order(*in_order(ids, orders), condition)[:, :-1]
 
     def logits_in_order(self, ids: Tensor, orders: Tensor, condition: Condition) -> Tensor:
         """Logits (B, L + 1, V) of ids (B, L) that are in order already; the last one predicts nothing."""
@@ -212,16 +211,13 @@ class RAR(AutoregressiveGenerator):
         """Cross entropy in nats per token; metric "accuracy". Predictions (B, L, V) are in the order of ``draws``.
 
         Raises:
-            ValueError: an order that is no permutation.
+            ValueError: orders that are no permutations, or not one for each sample.
         """
         self.check_tokenizer(tokenizer)
         draws = draws or {}
         if "drop" in draws:
             condition = condition.drop(draws["drop"] < self.condition_dropout)
-        orders = draws.get("order")
-        if orders is not None and orders.shape != tokens.shape:
-            raise ValueError(f"orders must be {tuple(tokens.shape)}, one of all tokens each; got {tuple(orders.shape)}")
-        tokens, orders = self._in_order(tokens, orders)
+        tokens, orders = in_order(tokens, draws.get("order"))
         logits = self.logits_in_order(tokens, orders, condition)[:, :-1]
         per_sample = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none").mean(1)
         loss = per_sample.mean() if weights is None else weighted_mean(per_sample, weights)

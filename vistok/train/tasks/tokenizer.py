@@ -67,6 +67,10 @@ class TokenizerRun(RunConfig):
 
     def check_sections(self) -> None:
         super().check_sections()
+        if self.decoder_only and not self.sources:
+            raise ConfigError(
+                "decoder_only leaves all that tokens depend on as it is: name the run that it comes from with init_from"
+            )
         if not self.losses:
             raise ConfigError("losses is empty; give at least one weight, for example losses.l2=1.0")
 
