@@ -348,7 +348,7 @@ def as_dataclass(kind: type[T], value: T | Mapping[str, Any]) -> T:
     if isinstance(value, kind):
         return value
     if not isinstance(value, Mapping):
-        names = ", ".join(field.name for field in fields(kind))
+        names = ", ".join(field.name for field in fields(cast(Any, kind)))
         raise ValueError(f"expected a {kind.__name__}, or its {{{names}}}, got {value!r}")
     return kind(**value)
 
