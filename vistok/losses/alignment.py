@@ -192,7 +192,7 @@ def load_encoder(config: EncoderConfig, option: str, **arguments: Any) -> nn.Mod
     except Exception as error:  # timm lets errors of the hub, of unpickling and of torch through
         source = config.weights or "the download"
         raise CheckpointError(
-            f"the weights of {config.name} could not be read from {source}: {str(error).splitlines()[0]}. "
+            f"the weights of {config.name} could not be read from {source}: {(str(error) or type(error).__name__).splitlines()[0].rstrip('.')}. "
             f"Give a local file by {option}"
         ) from error
     if not hasattr(model, "num_prefix_tokens"):
