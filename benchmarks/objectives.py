@@ -45,9 +45,7 @@ def main() -> None:
     parser.add_argument("--tokenizer-steps", type=int, default=600)
     parser.add_argument("--steps", type=int, default=600, help="of a plain generator of digits")
     parser.add_argument("--cifar-steps", type=int, default=600, help="of a plain generator of CIFAR-10")
-    parser.add_argument(
-        "--cifar-images", type=int, help="training images; a fifth of them are held out; all by default"
-    )
+    parser.add_argument("--cifar-images", type=int, help="training images, and a fifth as many held out")
     parser.add_argument("--cifar-set", nargs="*", default=[], metavar="KEY=VALUE", help="changes to cifar10/llama")
     parser.add_argument("--samples", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=2)

@@ -34,22 +34,6 @@ def check_orders(orders: Tensor, length: int) -> Tensor:
     return orders
 
 
-def in_order(ids: Tensor, orders: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Ids (B, L) of places in raster order, brought into the order of each sample, and these orders (B, L).
-
-    Args:
-        orders: (B, L), the places in the order of each sample; None is raster order.
-
-    Raises:
-        ValueError: orders that are no permutations, or not one for each sample.
-    """
-    if orders is None:
-        return ids, torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-    if len(orders) != len(ids):
-        raise ValueError(f"{len(ids)} samples need as many orders, got {len(orders)}")
-    return ids.gather(1, check_orders(orders, ids.shape[1])), orders
-
-
 def _shortened(order: Tensor) -> str:
     shown = ", ".join(map(str, order[:SHOWN].tolist()))
     return f"{shown}, …" if len(order) > SHOWN else shown
@@ -102,3 +86,22 @@ class Plan:
     def step_at(self, count: int) -> int | None:
         """The step that begins after ``count`` tokens; None in the middle of one."""
         return self.bounds.index(count) if count in self.bounds else None
+
+
+def in_order(values: Tensor, orders: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Values (B, L) by place in orders (B, L), and these orders; None is raster order.
+
+    Raises:
+        ValueError: orders that are no permutations, or not one for each sample.
+    """
+    if orders is None:
+        return values, torch.arange(values.shape[1], device=values.device).expand(values.shape)
+    if len(orders) != len(values):
+        raise ValueError(f"{len(values)} samples need as many orders, got {len(orders)}")
+    return values.gather(1, check_orders(orders, values.shape[1])), orders
+
+
+def in_places(values: Tensor, order: Tensor) -> Tensor:
+    """Values (B, L, ...) of tokens in order (1 or B, L) at the places of these tokens."""
+    back = order.argsort(1).expand(len(values), -1)
+    return values.take_along_dim(back.view(*back.shape, *[1] * (values.ndim - 2)), 1)

@@ -84,7 +84,7 @@ class GeneratorLearner(Learner):
 
     def training_draws(self, keys: Keys) -> Draws:
         draws = self.model.training_draws(keys)
-        return draws if self.objective is None else draws | self.objective.training_draws(keys, self.model.spec.length)
+        return draws if self.objective is None else draws | self.objective.training_draws(keys, self.model)
 
 
 class GeneratorTask(Task):
