@@ -121,7 +121,9 @@ def run(clip, tmp_path_factory):
 def scored(run, *overrides):
     names = ("reference", "protocol", "weights", "lpips_weights")
     options = dict.fromkeys(names) | {"batch_size": 7, "device": "cpu", "processes": Processes()}
-    return score_tokenizer(str(run), ["data.limit=20", *overrides], **options)["scores"]
+    result = score_tokenizer(str(run), ["data.limit=20", *overrides], **options)
+    assert (result["tokenizer"]["text"] is None) == ("text=null" in overrides)
+    return result["scores"]
 
 
 def held_out(run):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +71,12 @@ def score_tokenizer(
         network = load_network(choose_protocol(PAIRS, None, None), weights=weights, device=where)
     told: dict[str, Any] = {"conditions": conditions_of(text, tokenizer, data), "processes": processes}
     if protocol == PERTURBATION and network is not None:
-        return evaluate_perturbation(tokenizer, data, network, **told)
-    return evaluate_tokenizer(tokenizer, data, network=network, lpips=open_lpips(lpips_weights), **told)
+        result = evaluate_perturbation(tokenizer, data, network, **told)
+    else:
+        result = evaluate_tokenizer(tokenizer, data, network=network, lpips=open_lpips(lpips_weights), **told)
+    if tokenizer.condition_spec.features is not None:
+        result["tokenizer"]["text"] = None if text is None else asdict(text)
+    return result
 
 
 def _score_clip_tokenizer(
