@@ -9,34 +9,31 @@ from typing import Self
 import torch
 from torch import Tensor
 
-SHOWN = 12
-"""Places of a wrong order that a message lists."""
 
+def check_orders(orders: Tensor, length: int, rows: int | None = None) -> Tensor:
+    """Return ``orders`` (1 or B, L) if each names the places 0 .. length - 1 once.
 
-def check_orders(orders: Tensor, length: int) -> Tensor:
-    """Orders (B, L) as they are.
+    Args:
+        rows: how many there must be; None allows any number.
 
     Raises:
-        ValueError: one that is no permutation of the places 0 .. length - 1.
+        ValueError: another type or shape, or no permutations. On an accelerator, where looking would wait for it, these
+            stop its work with an error of its own.
     """
-    if orders.ndim != 2 or orders.shape[1] != length or orders.dtype != torch.int64:
-        raise ValueError(
-            f"orders must be int64 of shape (B, {length}), places in order; got {tuple(orders.shape)} of {orders.dtype}"
-        )
-    if torch.compiler.is_compiling():  # which no comparison of values may interrupt
-        return orders
-    whole = (orders.sort(1).values == torch.arange(length, device=orders.device)).all(1)
-    if not bool(whole.all()):
-        row = int((~whole).nonzero()[0])
-        raise ValueError(
-            f"an order names each of the places 0..{length - 1} once; order {row} does not: {_shortened(orders[row])}"
-        )
+    wanted = f"({'B' if rows is None else rows}, {length})"
+    if orders.is_floating_point() or orders.dtype == torch.bool:
+        raise ValueError(f"an order names places by integers, got {orders.dtype}")
+    if orders.ndim != 2 or orders.shape[1] != length or (rows is not None and len(orders) != rows):
+        raise ValueError(f"orders must be {wanted}, one of all tokens each; got {tuple(orders.shape)}")
+    whole = (orders.sort(1).values == torch.arange(length, device=orders.device)).all()
+    message = (
+        f"an order names each of the places 0..{length - 1} once; got {tuple(orders.shape)} that are no permutations"
+    )
+    if orders.device.type != "cpu":
+        torch._assert_async(whole, message)
+    elif not bool(whole):
+        raise ValueError(message)
     return orders
-
-
-def _shortened(order: Tensor) -> str:
-    shown = ", ".join(map(str, order[:SHOWN].tolist()))
-    return f"{shown}, …" if len(order) > SHOWN else shown
 
 
 @dataclass(frozen=True)
@@ -89,16 +86,14 @@ class Plan:
 
 
 def in_order(values: Tensor, orders: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Values (B, L) by place in orders (B, L), and these orders; None is raster order.
+    """Values (B, L) by place in an order (B, L), and that order; None is raster order.
 
     Raises:
-        ValueError: orders that are no permutations, or not one for each sample.
+        ValueError: orders that are no permutations, one for each row.
     """
     if orders is None:
         return values, torch.arange(values.shape[1], device=values.device).expand(values.shape)
-    if len(orders) != len(values):
-        raise ValueError(f"{len(values)} samples need as many orders, got {len(orders)}")
-    return values.gather(1, check_orders(orders, values.shape[1])), orders
+    return values.gather(1, check_orders(orders, values.shape[1], len(values))), orders
 
 
 def in_places(values: Tensor, order: Tensor) -> Tensor:

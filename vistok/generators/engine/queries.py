@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -65,12 +66,14 @@ class QueryOptions(DecodingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.num_steps is not None and not isinstance(self.num_steps, Integral):
+            raise ValueError(f"num_steps must be a whole number, got {self.num_steps}")
         if self.group_sizes is None:
             return
         if self.num_steps is not None:
             raise ValueError("group_sizes say how many steps there are; leave num_steps out")
         object.__setattr__(self, "group_sizes", tuple(self.group_sizes))
-        if not self.group_sizes or min(self.group_sizes) < 1:
+        if not self.group_sizes or not all(isinstance(size, Integral) and size >= 1 for size in self.group_sizes):
             raise ValueError(f"group_sizes must be numbers of tokens from 1 on, got {self.group_sizes}")
 
 
@@ -269,6 +272,9 @@ class QueryGenerator(AutoregressiveGenerator):
             ids: (B, L) in raster order.
             orders: (B, L), the places of the tokens in order; None is raster order.
             **draws: others of ``training_draws``.
+
+        Raises:
+            ValueError: orders that are no permutations, one for each row.
         """
         return self.predict(*in_order(ids, orders), condition, draws)
 
@@ -286,7 +292,7 @@ class QueryGenerator(AutoregressiveGenerator):
         """Cross entropy in nats per token; metric "accuracy". Predictions (B, L, V) are in the order of ``draws``.
 
         Raises:
-            ValueError: orders that are no permutations, or not one for each sample.
+            ValueError: orders that are no permutations, one for each row.
         """
         self.check_tokenizer(tokenizer)
         draws = draws or {}

@@ -178,9 +178,6 @@ class RAR(AutoregressiveGenerator):
         Args:
             ids: (B, L) in raster order.
             orders: (B, L), the raster positions of the tokens in order; None is raster order.
-
-        Raises:
-            ValueError: orders that are no permutations, or not one for each sample.
         """
         return self.logits_in_order(*in_order(ids, orders), condition)[:, :-1]
 
@@ -205,7 +202,7 @@ class RAR(AutoregressiveGenerator):
         """Cross entropy in nats per token; metric "accuracy". Predictions (B, L, V) are in the order of ``draws``.
 
         Raises:
-            ValueError: orders that are no permutations, or not one for each sample.
+            ValueError: an order that is no permutation.
         """
         self.check_tokenizer(tokenizer)
         draws = draws or {}
