@@ -217,6 +217,8 @@ def with_todays_names(target: Callable[..., Any], values: Mapping[str, Any], pat
 
 def _check_value(annotation: Any, value: Any, path: str) -> Any:
     section = section_type(annotation)
+    if section is not None and isinstance(value, section):
+        return value
     if section is not None and isinstance(value, Mapping):
         arguments = check(section, value, path)
         try:

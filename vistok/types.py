@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from itertools import accumulate
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -383,8 +383,17 @@ T = TypeVar("T")
 
 
 def as_dataclass(kind: type[T], value: T | Mapping[str, Any]) -> T:
-    """``value`` itself if it is a ``kind`` already, else the dataclass built from a mapping (a saved config's form)."""
-    return kind(**value) if isinstance(value, Mapping) else value
+    """``value`` itself if it is a ``kind`` already, else the dataclass built from a mapping (a saved config's form).
+
+    Raises:
+        ValueError: something else.
+    """
+    if isinstance(value, kind):
+        return value
+    if not isinstance(value, Mapping):
+        names = ", ".join(field.name for field in fields(cast(Any, kind)))
+        raise ValueError(f"expected a {kind.__name__}, or its {{{names}}}, got {value!r}")
+    return kind(**value)
 
 
 def to_json(value: Any) -> Any:

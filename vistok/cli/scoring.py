@@ -25,7 +25,11 @@ def evaluate(
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="data.KEY=VALUE", help="For a tokenizer: other images than the run's test split."),
+        typer.Argument(
+            metavar="data.KEY=VALUE",
+            help="For a tokenizer: other images than the run's test split. One that decodes with texts reads those of "
+            "the images as its run did; text.encoder=… says how, text=null decodes without.",
+        ),
     ] = None,
     reference: Annotated[
         str | None,

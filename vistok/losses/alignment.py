@@ -193,9 +193,9 @@ def load_encoder(config: EncoderConfig, option: str, **arguments: Any) -> nn.Mod
             **arguments,
         )
     except Exception as error:  # timm lets errors of the hub, of unpickling and of torch through
-        source = config.weights or "the download"
+        source, said = config.weights or "the download", str(error) or type(error).__name__
         raise CheckpointError(
-            f"the weights of {config.name} could not be read from {source}: {str(error).splitlines()[0]}. "
+            f"the weights of {config.name} could not be read from {source}: {said.splitlines()[0].rstrip('.')}. "
             f"Give a local file by {option}"
         ) from error
     if not hasattr(model, "num_prefix_tokens"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vistok.checkpoints import CONFIG, read_config
 from vistok.checkpoints.registry import entry
@@ -28,6 +29,22 @@ def holds_tokenizer_only(path: str | Path) -> bool:
     if (folder / CONFIG).is_file():
         return entry(read_config(folder)["model"]).kind == "tokenizer"
     return (folder / TOKENIZER).is_dir() and not any((folder / part).exists() for part in (GENERATOR, PIPELINE))
+
+
+def config_of_run(path: str | Path) -> dict[str, Any] | None:
+    """The config of a run folder, or of its best/; None of what is no run.
+
+    Raises:
+        ConfigError: a file that is no config.
+    """
+    file = _config_file(path)
+    return load_config(file) if file.is_file() else None
+
+
+def _config_file(path: str | Path) -> Path:
+    folder = Path(path).absolute()
+    file = folder / RUN_CONFIG
+    return folder.parent / RUN_CONFIG if folder.name == BEST_MODEL and not file.is_file() else file
 
 
 def data_of_run(
@@ -54,11 +71,7 @@ def data_of_run(
     foreign = [text for text in overrides if not text.startswith("data.")]
     if foreign:
         raise ConfigError(f"override {foreign[0]!r}: only data.… applies here, for example data.root=photos/")
-    folder = Path(path).absolute()
-    file = folder / RUN_CONFIG
-    if folder.name == BEST_MODEL and not file.is_file():
-        file = folder.parent / RUN_CONFIG
-    section = load_config(file).get("data") if file.is_file() else None
+    file, section = _config_file(path), (config_of_run(path) or {}).get("data")
     if section and not isinstance(section, Mapping):
         raise ConfigError(f"{file}: data is {section!r}, no section")
     if not section:

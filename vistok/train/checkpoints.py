@@ -88,7 +88,7 @@ class Checkpoints:
         name = metric.removeprefix(prefix)
         if name not in row:
             near = nearest(name, tuple(row))
-            hint = f"; did you mean {prefix + near!r}?" if near else ""
+            hint = f"; did you mean {prefix + near!r}?" if near else "."
             raise ConfigError(f"training.best_metric: this run logs no {metric!r}{hint} It logs {', '.join(row)}.")
 
     def _metric(self, row: Mapping[str, float]) -> str:

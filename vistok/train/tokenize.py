@@ -40,8 +40,8 @@ from vistok.data.tokens import Content, TokenCache
 from vistok.data.transforms import ImageTransform, ten_crop
 from vistok.pipelines.folders import TOKENIZER
 from vistok.text import TEXT, PromptEncoder
+from vistok.text.captions import CaptionReader
 from vistok.tokenizers.base import Tokenizer
-from vistok.train.captions import CaptionReader
 from vistok.types import IdSpec, TokenSpec, to_json
 from vistok.utils.outputs import collected, unfinished
 from vistok.utils.processes import ALONE, Processes
@@ -378,7 +378,7 @@ def parse_augmentation(name: str) -> FixedViews | RandomViews:
         return RandomViews(int(argument))
     if kind == "random":
         raise ValueError(f"augmentation {name!r}: random needs a number of views, for example random:10")
-    hint = suggestion(name, AUGMENTATIONS)
+    hint = suggestion(name, AUGMENTATIONS) or "."
     raise ValueError(f"unknown augmentation {name!r}{hint} Known: {', '.join(AUGMENTATIONS)}.")
 
 

@@ -21,6 +21,7 @@ from vistok.data.opening import open_source
 from vistok.draws import Draws, Keys, draws_on
 from vistok.losses import adaptive_weight
 from vistok.pipelines.folders import TOKENIZER
+from vistok.pipelines.texts import TextConfig
 from vistok.quantizers.perturbation import perturbation_draws
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.config import MODEL, PlayerConfig, RunConfig
@@ -30,7 +31,7 @@ from vistok.train.tasks.base import Learner, Task, Turn, on_device
 from vistok.train.tasks.images import example_batch, held_out_images, psnr
 from vistok.train.tasks.objective import SETTING_TYPES, TERMS, TokenizerObjective
 from vistok.train.tasks.perturbation import LatentPerturbation, PerturbationConfig
-from vistok.train.tasks.text import TextConfig, text_guide, text_of
+from vistok.train.tasks.text import text_guide, text_of
 from vistok.types import Clock, Condition, TokenizerOutput
 
 ADVERSARY = "adversary"
@@ -67,6 +68,10 @@ class TokenizerRun(RunConfig):
 
     def check_sections(self) -> None:
         super().check_sections()
+        if self.decoder_only and not self.sources:
+            raise ConfigError(
+                "decoder_only leaves all that tokens depend on as it is: name the run that it comes from with init_from"
+            )
         if not self.losses:
             raise ConfigError("losses is empty; give at least one weight, for example losses.l2=1.0")
 

@@ -1,4 +1,4 @@
-"""The texts of images in training."""
+"""The texts of images as what models read of them."""
 
 from __future__ import annotations
 
