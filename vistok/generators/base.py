@@ -76,7 +76,7 @@ class Generator(Model):
     needs_tokenizer: ClassVar[bool] = False
     """Whether ``forward`` and ``start`` need the tokenizer, whose ``expander`` makes the inputs of the transformer."""
 
-    takes_streams: ClassVar[bool] = False
+    takes_streams: bool = False
     """Whether ``forward`` takes streams of texts and images (``Streams``) in place of tokens, too."""
 
     class_rows_from: int = 0

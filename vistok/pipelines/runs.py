@@ -30,6 +30,11 @@ def holds_tokenizer_only(path: str | Path) -> bool:
     return (folder / TOKENIZER).is_dir() and not any((folder / part).exists() for part in (GENERATOR, PIPELINE))
 
 
+def holds_generator(path: str | Path) -> bool:
+    """Whether ``path`` is the run of a generator, or a pipeline."""
+    return any((Path(path) / part).exists() for part in (GENERATOR, PIPELINE))
+
+
 def data_of_run(
     path: str | Path,
     overrides: Sequence[str],
