@@ -338,5 +338,5 @@ def _unknown_key(key: str, allowed: Sequence[str], path: str) -> str:
 def check_least(section: Any, **least: float) -> None:
     """Raise ValueError unless each of these keys of a config section has at least this value."""
     for key, bound in least.items():
-        if getattr(section, key) < bound:
+        if not getattr(section, key) >= bound:  # which not-a-number is not
             raise ValueError(f"{key} must be at least {bound}, got {getattr(section, key)}")
