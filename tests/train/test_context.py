@@ -190,3 +190,31 @@ def test_one_entity_alone_has_no_context():
     model = tiny("xar", layout={"entity": "image"})
     assert torch.equal(context_of(model), model.context_of(data(model)))
     torch.testing.assert_close(loss_of(learner(model, token_noise=0.5)), loss_of(learner(model)))
+
+
+def last_places(model, draws) -> torch.Tensor:
+    """(3, N) bool: what of the context is generated last, or, of masked models, not seen."""
+    if "masked" in draws:
+        hidden = draws["masked"]
+        return hidden if hidden.dtype == torch.bool else torch.zeros(3, model.length).bool().scatter(1, hidden, True)
+    places = torch.zeros(3, model.context_shape[0], dtype=torch.bool)
+    if "order" in draws:
+        return places.scatter(1, draws["order"][:, -1:], True)
+    steps = model.plan({}) if isinstance(model, AutoregressiveGenerator) else None
+    places[:, -1 if steps is None else steps.places(len(steps) - 1)[0]] = True
+    return places
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_nothing_is_predicted_from_what_comes_last(name):
+    model, draws = tiny(name), tiny(name).training_draws(KEYS)
+    given, last = model.context_of(data(model)), last_places(model, draws)
+    other = (given + 1) % model.spec.num_ids if model.spec.discrete else given + 1.0
+    moved = torch.where(last if model.spec.discrete else last[..., None], other, given)
+    assert not torch.equal(moved, given)
+    a, b = (model(data(model), CLASSES, draws=draws, context=c, **in_loop(model)).prediction for c in (given, moved))
+    if name == "xar":  # whose last entity is noisy data, and its own context
+        a, b = a[:, :12], b[:, :12]
+    torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+    a, b = (model(data(model), CLASSES, draws=draws, context=c, **in_loop(model)).prediction for c in (given, other))
+    assert not torch.allclose(a, b, atol=1e-4)
