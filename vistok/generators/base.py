@@ -78,7 +78,8 @@ class Generator(Model):
     """Whether ``forward`` and ``start`` need the tokenizer, whose ``expander`` makes the inputs of the transformer."""
 
     takes_streams: bool = False
-    """Whether ``forward`` takes streams of texts and images (``Streams``) in place of tokens, too."""
+    """Whether ``forward`` takes streams of texts and images (``Streams``) in place of tokens, too; of a class, whether
+    some of its models do."""
 
     class_rows_from: int = 0
     """The row at which the classes begin in tables that hold them, among others or alone."""

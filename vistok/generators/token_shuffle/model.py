@@ -130,6 +130,7 @@ class TokenShuffle(AutoregressiveGenerator):
 
     members: Tensor
 
+    takes_streams = True  # if it writes
     only_next = "each of its positions predicts a window of tokens at once"
     registry_name = "token_shuffle"
     options_type = TokenShuffleOptions
