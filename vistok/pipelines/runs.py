@@ -47,6 +47,11 @@ def _config_file(path: str | Path) -> Path:
     return folder.parent / RUN_CONFIG if folder.name == BEST_MODEL and not file.is_file() else file
 
 
+def holds_generator(path: str | Path) -> bool:
+    """Whether ``path`` is the run of a generator, or a pipeline."""
+    return any((Path(path) / part).exists() for part in (GENERATOR, PIPELINE))
+
+
 def data_of_run(
     path: str | Path,
     overrides: Sequence[str],

@@ -107,13 +107,16 @@ class GeneratorTask(Task):
         self.cache_folder, self.parts = cache.folder, condition.parts
         kind = config.model_entry().load()
         if config.streams:
-            self._check_streams(kind, condition)
+            _check_reads_streams(kind)
+            self._check_streams(condition)
         self._open_loaders(cache, rank, world_size)
         if config.streams and condition.given is not None:  # images of which a stream may take one by itself
             reader: Any = self.loader.reader
             condition = replace(condition, given=replace(condition.given, length=reader.given_length))
         derived = kind.condition_arguments(condition) | kind.tokenizer_arguments(self.tokenizer)
         model = config.build_model({"spec": to_json(spec), **derived})
+        if config.streams:  # which a model may do with some arguments alone
+            _check_reads_streams(model)
         objective = None
         if not config.objective.is_plain:
             objective = PredictionObjective(model, config.objective, config.seed, config.training.max_steps)
@@ -122,12 +125,7 @@ class GeneratorTask(Task):
         self.learner = GeneratorLearner(model, objective)
         check(self.model.options_type, config.sampling, "sampling")
 
-    def _check_streams(self, kind: type[Generator], condition: ConditionSpec) -> None:
-        if not kind.takes_streams:
-            raise ConfigError(
-                f"{kind.registry_name} reads no streams of texts and images; leave streams out, or take a model that "
-                "does"
-            )
+    def _check_streams(self, condition: ConditionSpec) -> None:
         if not self.config.objective.is_plain:
             raise ConfigError("streams have their own loss: leave objective out")
         if condition.ids is None:
@@ -231,6 +229,13 @@ class GeneratorTask(Task):
     def export(self, folder: Path, model: Generator) -> None:
         model.save_pretrained(folder / GENERATOR)
         self.accompany(folder)
+
+
+def _check_reads_streams(model: Generator | type[Generator]) -> None:
+    if not model.takes_streams:
+        raise ConfigError(
+            f"{model.registry_name} reads no streams of texts and images; leave streams out, or take a model that does"
+        )
 
 
 def _check_content(model: Generator, cache: TokenMixture, objective: PredictionConfig) -> None:

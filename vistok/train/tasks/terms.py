@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import ClassVar, Literal
@@ -37,6 +38,8 @@ class TermConfig:
 
     def __post_init__(self) -> None:
         check_least(self, start_step=0, boost=0, boost_steps=1)
+        if not math.isfinite(self.weight):
+            raise ValueError(f"weight must be finite, got {self.weight}")
 
     def factor(self, step: int) -> float:
         """How many times as much it counts at a step."""
