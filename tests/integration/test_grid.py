@@ -6,6 +6,7 @@ import math
 import re
 
 import pytest
+import torch
 from support.grid import (
     REFUSALS,
     TOKENIZERS,
@@ -80,11 +81,14 @@ def test_every_generator_of_ids_trains_and_samples_with_every_decoding_or_says_w
     model, refusal = tiny(name).train(), decoding_refusal(tiny(name), decoding)
     assert all(map(math.isfinite, train_two_steps(model, token_ids(model), in_loop(model))))
     model.eval()
-    if refusal is not None:
+
+    def sample() -> torch.Tensor:
+        options = model.options_type(**({} if decoding == "plain" else {"decoding": decoding}))
+        draws = model.sampling_draws(Keys.range(0, 2), options)
+        return model.sample(labels(0, 1), options, draws=draws, **in_loop(model))
+
+    if refusal is None:
+        assert sample().shape == (2, model.spec.length)
+    else:
         with pytest.raises((ValueError, TypeError), match=refusal):
-            options = model.options_type(decoding=decoding)
-            model.sample(labels(0, 1), options, draws=model.sampling_draws(Keys.range(0, 2), options), **in_loop(model))
-        return
-    options = model.options_type(**({} if decoding == "plain" else {"decoding": decoding}))
-    draws = model.sampling_draws(Keys.range(0, 2), options)
-    assert model.sample(labels(0, 1), options, draws=draws, **in_loop(model)).shape == (2, model.spec.length)
+            sample()

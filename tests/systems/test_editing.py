@@ -105,19 +105,20 @@ def test_every_generator_of_ids_keeps_known_tokens_with_every_decoding_or_says_w
     model, refusal = tiny(name), decoding_refusal(tiny(name), decoding)
     tokens = token_ids(model)
     regenerate = Keys.range(3, 3).uniform("regenerate", model.spec.length) < 0.5
+
+    def edit(where: torch.Tensor) -> torch.Tensor:
+        options = model.options_type(**({} if decoding == "plain" else {"decoding": decoding}))
+        draws = model.sampling_draws(Keys.range(0, 3), options)
+        return model.edit(tokens, where, labels(0, 1, 2), options, draws=draws, **in_loop(model))
+
     if refusal is not None:
         with pytest.raises((ValueError, TypeError), match=refusal):
-            options = model.options_type(decoding=decoding)
-            draws = model.sampling_draws(Keys.range(0, 3), options)
-            model.edit(tokens, regenerate, labels(0, 1, 2), options, draws=draws, **in_loop(model))
+            edit(regenerate)
         return
-    options = model.options_type(**({} if decoding == "plain" else {"decoding": decoding}))
-    arguments = {"draws": model.sampling_draws(Keys.range(0, 3), options), **in_loop(model)}
-    made = model.edit(tokens, regenerate, labels(0, 1, 2), options, **arguments)
+    made = edit(regenerate)
     assert torch.equal(made[~regenerate], tokens[~regenerate])
     assert not torch.equal(made, tokens)
-    others = model.edit(tokens, regenerate[0], labels(0, 1, 2), options, **arguments)  # one mask for all
-    assert torch.equal(others[:1], made[:1])
+    assert torch.equal(edit(regenerate[0])[:1], made[:1])  # one mask for all
 
 
 @torch.no_grad()
