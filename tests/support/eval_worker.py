@@ -17,10 +17,10 @@ from vistok.eval.networks import CallableNetwork
 from vistok.eval.perturbation import Grid, evaluate_perturbation
 from vistok.pipelines import Pipeline
 from vistok.utils.files import write_json
-from vistok.utils.processes import Processes
+from vistok.utils.processes import ALONE, Processes
 
 
-def measure(folder: Path, out: Path, processes: Processes = Processes(), batch_size: int = 4) -> dict[str, Any]:  # noqa: B008
+def measure(folder: Path, out: Path, processes: Processes = ALONE, batch_size: int = 4) -> dict[str, Any]:
     """Scores and fingerprints of an evaluation, of reconstructions, of a tokenizer's pFID and of a benchmark."""
     torch.set_num_threads(1)
     colours = {"features": batch_statistics, "network": "colours"}

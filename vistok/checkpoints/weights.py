@@ -9,7 +9,7 @@ import argparse
 import json
 import re
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -214,13 +214,28 @@ def with_averages(state: Mapping[str, Tensor], prefix: str = "model_ema.") -> di
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, source: str = "the state dict") -> None:
-    """Load ``state`` into ``model``. Keys, shapes and kinds of numbers must be the model's, and no number may be NaN.
+    """Load ``state`` into ``model``, if it fits as ``check_state`` has it; else the model is left as it was.
 
     Works for a model on the meta device too (its parameters become the given tensors).
 
     Raises:
+        CheckpointError: as ``check_state``.
+    """
+    check_state(model, state, source=source)
+    model.load_state_dict(state, assign=any(tensor.is_meta for tensor in model.state_dict().values()))
+
+
+def check_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str, optional: Collection[str] = ()) -> None:
+    """Compare ``state`` with the state of ``model``: keys, shapes and kinds of numbers must be the model's, and no
+    number may be NaN.
+
+    Args:
+        source: what the message calls the state.
+        optional: keys that it may lack.
+
+    Raises:
         CheckpointError: lists missing keys, surplus keys, differing shapes, integers in place of floats, tensors with
-            NaN and parameters with infinities. The model is left as it was.
+            NaN and parameters with infinities.
     """
     odd = [f"{key} ({type(value).__name__})" for key, value in state.items() if not isinstance(value, Tensor)]
     if odd:
@@ -241,7 +256,7 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, source: str 
     problems = [
         f"{len(names)} {what}: {listing(names)}"
         for what, names in (
-            ("missing", own.keys() - state.keys()),
+            ("missing", own.keys() - state.keys() - set(optional)),
             ("surplus", state.keys() - own.keys()),
             ("of another shape", wrong),
             ("of another kind", kinds),
@@ -251,7 +266,6 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, source: str 
     ]
     if problems:
         raise CheckpointError(f"{source} does not fit {type(model).__name__}; {'; '.join(problems)}")
-    model.load_state_dict(state, assign=any(tensor.is_meta for tensor in own.values()))
 
 
 def _is_sound(tensor: Tensor, finite: bool) -> bool:

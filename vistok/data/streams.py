@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vistok.data.loader import Failures, Loader
-from vistok.data.order import ShuffledOrder
+from vistok.data.order import SequentialOrder, ShuffledOrder
 from vistok.data.tokens import TokenBatch, TokenBatches, TokenCache, TokenCacheError, TokenMixture
 from vistok.draws import Keys
 from vistok.types import Condition, JointVocabulary, TokenKind, TokenSpec
@@ -298,3 +298,10 @@ def stream_loader(
     """Shuffled whole batches of streams, for training; ``batch_size`` is per process."""
     order = ShuffledOrder(len(cache), batch_size, seed, rank, world_size)
     return Loader(StreamBatches(cache, streams, seed=seed), order)
+
+
+def stream_evaluation_loader(
+    cache: TokenCache, streams: Mapping[str, float | StreamConfig], batch_size: int, *, seed: int = 0
+) -> Loader[TokenBatch]:
+    """Every sample once, in order; which template each one follows is that of the loader's epoch."""
+    return Loader(StreamBatches(cache, streams, seed=seed), SequentialOrder(len(cache), batch_size, seed))

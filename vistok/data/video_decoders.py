@@ -27,7 +27,8 @@ class TorchCodecFile(VideoFile):
     """A video file whose frames are counted by PyAV, as those of every ``VideoFile``, and decoded by torchcodec.
 
     Frame i is therefore the same frame with either decoder; its pixels may differ by single levels, as those of two
-    versions of FFmpeg do. Files of which torchcodec counts other frames are decoded by PyAV.
+    versions of FFmpeg do. PyAV decodes files of which torchcodec counts other frames, that are turned, or whose time
+    stamps are wrong.
     """
 
     def __init__(self, path: str | Path, opens: Callable[[], BinaryIO] | None = None):
@@ -45,7 +46,10 @@ class TorchCodecFile(VideoFile):
 
     @cached_property
     def _frames(self) -> Any:
-        """torchcodec's decoder; None where it does not count as PyAV does."""
+        """torchcodec's decoder; None where it does not count as PyAV does, goes by time stamps that are wrong, or
+        would have to turn frames, which not all of its versions do."""
+        if self._without_times or self._degrees:
+            return None
         try:
             decoder = torchcodec().decoders.VideoDecoder(self._opens(), dimension_order="NHWC", seek_mode="exact")
         except (RuntimeError, ValueError) as error:

@@ -2,7 +2,8 @@
 
 Files are decoded by PyAV (``pip install vistok[video]``); ``video_decoders`` takes torchcodec where it is there. Frames
 are counted from the packets of the file, so that frame i is the same whatever was read before it, and no time stamp of
-a variable frame rate is guessed.
+a variable frame rate is guessed. They are shown as players show them: those that an edit list leaves out do not count,
+and what a phone filmed upright stands upright.
 """
 
 from __future__ import annotations
@@ -109,25 +110,44 @@ class VideoFile(Video):
         wanted = {int(self._times[frame]) for frame in frames}
         found: dict[int, np.ndarray] = {}
         with self._opened() as (container, stream):
-            container.seek(min(wanted), stream=stream)  # to the last key frame that is not after it
-            for frame in container.decode(stream):
-                if frame.pts in wanted:
-                    found[frame.pts] = frame.to_ndarray(format="rgb24")
+            if not self._without_times:
+                container.seek(min(wanted), stream=stream)  # to the last key frame that is not after it
+            for number, frame in enumerate(container.decode(stream)):
+                time = number if self._without_times else frame.pts
+                if time in wanted:
+                    found[time] = upright(frame.to_ndarray(format="rgb24"), frame.rotation)
                     if len(found) == len(wanted):
                         break
         missing = [frame for frame in frames if int(self._times[frame]) not in found]
         if missing:
             raise UnreadableClipError(str(self.path), f"frame {missing[0]} of {len(self)} cannot be decoded")
-        return np.stack([found[int(self._times[frame])] for frame in frames])
+        return stacked([found[int(self._times[frame])] for frame in frames], self.path)
 
     @cached_property
     def _times(self) -> np.ndarray:
-        """Time stamps of all frames, ascending, in the stream's unit."""
+        """Time stamps of all frames, ascending, in the stream's unit; their numbers where the file has none."""
         with self._opened() as (container, stream):
-            times = [packet.pts for packet in container.demux(stream) if packet.pts is not None and packet.size]
+            if self._without_times:
+                times = list(range(sum(1 for _ in container.decode(stream))))
+            else:
+                packets = (packet for packet in container.demux(stream) if packet.size and not packet.is_discard)
+                times = [packet.pts for packet in packets if packet.pts is not None]
         if not times:
             raise UnreadableClipError(str(self.path), "it holds no frames")
         return np.unique(np.asarray(times, dtype=np.int64))
+
+    @cached_property
+    def _degrees(self) -> float:
+        """By how much frames are turned."""
+        with self._opened() as (container, stream):
+            return next((frame.rotation for frame in container.decode(stream)), 0)
+
+    @cached_property
+    def _without_times(self) -> bool:
+        """Whether frames can only be counted by decoding all: AVI keeps no time stamps, and those that FFmpeg derives
+        from the order of the packets are wrong where that is not the order of the frames."""
+        with self._opened() as (_, stream):
+            return self.path.suffix.lower() == ".avi" and bool(stream.codec_context.has_b_frames)
 
     def _opened(self) -> _Opened:
         return _Opened(self.path, self._opens)
@@ -140,14 +160,24 @@ class _Opened:
         self.path, self._opens = path, opens
 
     def __enter__(self):
-        av = require_pyav()
+        av, form = require_pyav(), FORMATS[self.path.suffix.lower()]
         try:
             self._file = self._opens()
-            self._container = av.open(self._file, format=FORMATS[self.path.suffix.lower()])
-            stream = self._container.streams.video[0]
-        except (OSError, ValueError, IndexError, av.FFmpegError) as error:
+        except OSError as error:
             raise UnreadableClipError(str(self.path), _reason(error)) from error
-        return self._container, stream
+        try:
+            self._container = av.open(self._file, format=form)
+        except (OSError, ValueError, av.FFmpegError) as error:
+            self._file.close()
+            raise UnreadableClipError(str(self.path), f"it cannot be opened as {form}: {_reason(error)}") from error
+        # A picture that is attached, the cover of a song, is no video.
+        streams = [stream for stream in self._container.streams.video if not _is_attached(stream)]
+        if not streams:
+            kinds = ", ".join(sorted({stream.type for stream in self._container.streams})) or "nothing"
+            self._container.close()
+            self._file.close()
+            raise UnreadableClipError(str(self.path), f"it holds no video stream, but {kinds}")
+        return self._container, streams[0]
 
     def __exit__(self, kind, error, trace) -> None:
         self._container.close()
@@ -176,10 +206,28 @@ class FrameFolder(Video):
                     images.append(np.asarray(self._decoder.read(file)))
             except DECODING_ERRORS as error:
                 raise UnreadableClipError(str(self.files[frame]), _reason(error)) from error
-        sizes = sorted({image.shape[:2] for image in images})
-        if len(sizes) > 1:
-            raise UnreadableClipError(str(self.path), f"its frames are of unlike sizes: {sizes}")
-        return np.stack(images)
+        return stacked(images, self.path)
+
+
+def stacked(images: Sequence[np.ndarray], path: Path) -> np.ndarray:
+    """Frames (H, W, 3) of a video as one array (n, H, W, 3).
+
+    Raises:
+        UnreadableClipError: their sizes differ.
+    """
+    sizes = sorted({image.shape[:2] for image in images})
+    if len(sizes) > 1:
+        raise UnreadableClipError(str(path), f"its frames are of unlike sizes: {sizes}")
+    return np.stack(images)
+
+
+def upright(image: np.ndarray, degrees: float) -> np.ndarray:
+    """A frame (H, W, 3) turned counterclockwise by the quarter turns that its file asks for."""
+    return np.ascontiguousarray(np.rot90(image, round(degrees / 90)))
+
+
+def _is_attached(stream: Any) -> bool:
+    return bool(stream.disposition & type(stream.disposition).attached_pic)
 
 
 def is_frame(path: Path) -> bool:
@@ -195,7 +243,8 @@ def _natural(path: Path) -> list[tuple[int, int | str]]:
 
 
 def _reason(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return text.splitlines()[0]
 
 
 def require_pyav():

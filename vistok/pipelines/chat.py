@@ -151,6 +151,8 @@ def captions(
     pipe: Pipeline, images: Sequence[Image.Image] | Tensor, question: str | None, max_tokens: int, batch_size: int
 ) -> list[str]:
     """What the model says of each image, asked a question or nothing."""
+    if max_tokens < 1 or batch_size < 1:
+        raise ValueError(f"max_tokens and batch_size must be at least 1, got {max_tokens} and {batch_size}")
     pipe.generator.check_writes()
     said = []
     for start in range(0, len(images), batch_size):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor
 from vistok.checkpoints import Model
 from vistok.config import ConfigError
 from vistok.draws import Draws, Keys
+from vistok.quantizers.scaled import ScaledQuantizer
 from vistok.types import Clock, Condition, ConditionSpec, Expander, TokenizerOutput, TokenSpec
 
 if TYPE_CHECKING:
@@ -152,17 +154,43 @@ class Tokenizer(Model):
             draws: from ``training_draws``, for parts that are random in training.
         """
 
+    def dequantize(self, tokens: Tensor, length: int | None = None) -> Tensor:
+        """What the decoder reads, latents (B, L, D), of ids (B, L[, depth]).
+
+        Where tokens have scales, ids (B, n) of the first ones or of all, or as many code vectors (B, n, D), which
+        smooth sampling gives.
+
+        Args:
+            length: how many ids there must be; None is ``spec.length``.
+
+        Raises:
+            ValueError: ids out of range, or another number of them.
+        """
+        if self.spec.scales and tokens.is_floating_point():
+            if tokens.ndim != 3 or tokens.shape[2] != self.spec.dim:
+                raise ValueError(f"code vectors must be (B, n, {self.spec.dim}), got {tuple(tokens.shape)}")
+            return self.quantizer.ids_to_latents(tokens)
+        self.spec.check_ids(tokens)
+        length = self.spec.length if length is None else length
+        if tokens.shape[1] != length and not self.spec.scales:
+            raise ValueError(f"this tokenizer decodes {length} tokens at once, got {tokens.shape[1]}")
+        return self.quantizer.ids_to_latents(tokens)
+
     def expander(self) -> Expander:
-        """What turns tokens into the inputs of a generator that has this tokenizer in its loop.
+        """What turns tokens into the inputs of a generator that has this tokenizer in its loop: of a quantizer with
+        scales by name, the map so far on the next grid.
 
         Raises:
             ValueError: generators read the tokens of this one as they are.
         """
+        if isinstance(getattr(self, "quantizer", None), ScaledQuantizer):
+            return self.quantizer.expander()
         raise ValueError(f"{type(self).__name__} has no expander: generators read its tokens as they are")
 
     def training_draws(self, keys: Keys) -> Draws:
         """The random tensors that ``forward`` consumes in training; most tokenizers need none."""
-        return {}
+        quantizer = getattr(self, "quantizer", None)
+        return quantizer.training_draws(keys) if isinstance(quantizer, ScaledQuantizer) else {}
 
     def standardise(self, pixels: Tensor) -> None:
         """Set the mean and the scale of continuous latents from example images (B, C, H, W); done after training."""
@@ -193,6 +221,11 @@ class Tokenizer(Model):
         spec = self.spec
         if not spec.discrete or spec.depth != 1:
             raise ValueError(f"{type(self).__name__} has no codes: its tokens are not one id per position")
+        if spec.scales:
+            raise ValueError(
+                f"{type(self).__name__} has no codes that its quantized map is made of: a place of it is a sum of "
+                "several"
+            )
         ids = torch.arange(spec.num_ids, device=self.device)
         return self.quantizer.ids_to_latents(ids)
 
@@ -332,6 +365,25 @@ class Tokenizer(Model):
         names = self.condition_spec.parts
         parts = {name: part for name, part in condition.parts.items() if name in names}
         return Condition(condition.size, parts, condition.device) if parts else None
+
+    def decode_options(self, spec: TokenSpec) -> dict[str, Any]:
+        """The keyword arguments with which ``decode`` reads the tokens of a ``spec``, such as another image size's.
+
+        Raises:
+            ValueError: it reads no such tokens.
+        """
+        own = self.spec
+        names = ("codebook_size", "depth") if own.discrete else ("codebook_size", "dim")
+        differing = [name for name in names if getattr(own, name) != getattr(spec, name)]
+        if not differing and own.length == spec.length:
+            return {}
+        if not differing and spec.grid is not None and "grid" in inspect.signature(self.decode).parameters:
+            return {"grid": spec.grid}  # a convolutional tokenizer at another image size
+        differing = differing or ["length"]
+        raise ValueError(
+            "the generator models other tokens than this tokenizer makes: "
+            + "; ".join(f"{name} {getattr(spec, name)} instead of {getattr(own, name)}" for name in differing)
+        )
 
     @torch.no_grad()
     def reconstruct(self, pixels: Tensor, *, condition: Condition | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vistok.draws import Draws
 from vistok.nn.conv import ConvDecoder, ConvEncoder
+from vistok.quantizers.scaled import spec_of
 from vistok.tokenizers.base import Tokenizer, image_sides, times
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec
 
@@ -63,7 +64,8 @@ class ConvTokenizer(Tokenizer):
                 f"image sides must be multiples of {self.stride}, got {height}x{width}; resize or crop the images"
             )
         grid = (height // self.stride, width // self.stride)
-        return TokenSpec(grid[0] * grid[1], self.quantizer.codebook_size, self.quantizer.dim, grid=grid)
+        plain = TokenSpec(grid[0] * grid[1], self.quantizer.codebook_size, self.quantizer.dim, grid=grid)
+        return spec_of(self.quantizer, plain)
 
     def latents(self, pixels: Tensor) -> Tensor:
         """Pixels (B, C, H, W) in [-1, 1] to latents (B, L, code dim) in raster order, before quantization."""
@@ -77,7 +79,7 @@ class ConvTokenizer(Tokenizer):
     def decode(
         self, tokens: Tensor, *, condition: Condition | None = None, grid: tuple[int, ...] | None = None
     ) -> Tensor:
-        """Ids (B, h * w) to pixels (B, C, h * stride, w * stride).
+        """Ids (B, h * w), or those of scales (see ``dequantize``), to pixels (B, C, h * stride, w * stride).
 
         Args:
             grid: (h, w) of the ids; None for the grid of ``spec``.
@@ -86,6 +88,8 @@ class ConvTokenizer(Tokenizer):
             ValueError: ids out of range, or not h * w of them.
         """
         self.check_condition(condition)
+        if self.spec.scales:
+            return self.decode_latents(self.dequantize(tokens), self.spec.scales[-1])
         grid = grid or self.spec.raster
         self.spec.check_ids(tokens)
         if tokens.shape[1] != math.prod(grid):
@@ -111,7 +115,7 @@ class ConvTokenizer(Tokenizer):
         self.check_condition(condition)
         latents = self.latents(pixels)
         quantized = self.quantizer(latents, draws=draws)
-        grid = self.spec_for(pixels.shape[1:]).grid
+        grid = (pixels.shape[2] // self.stride, pixels.shape[3] // self.stride)
         mapped = self.post_quant(quantized.quantized.transpose(1, 2).unflatten(2, grid))
         decoded = self.decoder.begin(mapped)
         features = {

@@ -19,6 +19,8 @@ from vistok.checkpoints.official_config import OfficialConfig
 from vistok.draws import Draws
 from vistok.nn.conv import Upsample, group_norm
 from vistok.quantizers import VectorQuantizer
+from vistok.quantizers.named import chosen_quantizer
+from vistok.quantizers.scaled import spec_of
 from vistok.tokenizers.base import Tokenizer, image_sides
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec
 
@@ -157,6 +159,8 @@ class MaskGITVQGAN(Tokenizer):
         codebook_embed_dim: channels of a code, and of the maps between encoder and decoder.
         codebook_restart_after: steps after which an unused code is moved onto a latent; 0 is never.
         norm_groups: groups of all group norms (32 in the released model); they must divide every width.
+        quantizer: another quantizer by name, {name: vq | lfq | bsq | fsq | index | multi_scale | multi_scale_bsq, …its
+            arguments}, for codes of ``codebook_embed_dim`` channels; what is said of codebooks above is of the own one.
 
     Raises:
         ValueError: sides that are no multiple of the stride, or widths that norm_groups does not divide.
@@ -187,6 +191,7 @@ class MaskGITVQGAN(Tokenizer):
         codebook_embed_dim: int = 256,
         codebook_restart_after: int = 0,
         norm_groups: int = 32,
+        quantizer: dict[str, Any] | None = None,
     ):
         super().__init__()
         self.stride = 2 ** (len(channel_mult) - 1)
@@ -194,12 +199,16 @@ class MaskGITVQGAN(Tokenizer):
         self._input_shape = (in_channels, height, width)
         sizes = (in_channels, codebook_embed_dim, channels, channel_mult, res_blocks, norm_groups)
         self.encoder, self.decoder = CodecEncoder(*sizes), CodecDecoder(*sizes)
-        self.quantizer = VectorQuantizer(
-            codebook_size,
+        self.quantizer = chosen_quantizer(
+            quantizer,
             codebook_embed_dim,
-            normalize=False,
-            init="uniform",
-            restart_after=codebook_restart_after,
+            lambda: VectorQuantizer(
+                codebook_size,
+                codebook_embed_dim,
+                normalize=False,
+                init="uniform",
+                restart_after=codebook_restart_after,
+            ),
         )
         self._spec = self.spec_for(self._input_shape)
 
@@ -214,7 +223,8 @@ class MaskGITVQGAN(Tokenizer):
                 f"image sides must be multiples of {self.stride}, got {height}x{width}; resize or crop the images"
             )
         h, w = height // self.stride, width // self.stride
-        return TokenSpec(h * w, self.quantizer.codebook_size, self.quantizer.dim, grid=(h, w))
+        plain = TokenSpec(h * w, self.quantizer.codebook_size, self.quantizer.dim, grid=(h, w))
+        return spec_of(self.quantizer, plain)
 
     def latents(self, pixels: Tensor) -> Tensor:
         """Pixels (B, C, H, W) in [-1, 1] to latents (B, L, code dim) in raster order, before quantization."""
@@ -228,7 +238,7 @@ class MaskGITVQGAN(Tokenizer):
     def decode(
         self, tokens: Tensor, *, condition: Condition | None = None, grid: tuple[int, int] | None = None
     ) -> Tensor:
-        """Ids (B, h * w) to pixels (B, C, h * stride, w * stride).
+        """Ids (B, h * w), or those of scales (see ``dequantize``), to pixels (B, C, h * stride, w * stride).
 
         Args:
             grid: (h, w) of the ids; None for the grid of ``spec``.
@@ -237,6 +247,8 @@ class MaskGITVQGAN(Tokenizer):
             ValueError: ids out of range, or not h * w of them.
         """
         self.check_condition(condition)
+        if self.spec.scales:
+            return self.decode_latents(self.dequantize(tokens), self.spec.scales[-1])
         h, w = grid or self.spec.raster
         self.spec.check_ids(tokens)
         if tokens.shape[1] != h * w:
@@ -261,7 +273,7 @@ class MaskGITVQGAN(Tokenizer):
         self.check_condition(condition)
         latents = self.latents(pixels)
         quantized = self.quantizer(latents, draws=draws)
-        grid = self.spec_for(pixels.shape[1:]).raster
+        grid = (pixels.shape[2] // self.stride, pixels.shape[3] // self.stride)
         features = {"latents": latents, "quantized": quantized.quantized}
         reconstruction = self.decode_latents(quantized.quantized, grid)
         return TokenizerOutput(reconstruction, quantized.ids, quantized.losses, features)

@@ -57,3 +57,9 @@ class Plan:
     def step_at(self, count: int) -> int | None:
         """The step that begins after ``count`` tokens; None in the middle of one."""
         return self.bounds.index(count) if count in self.bounds else None
+
+
+def in_places(values: Tensor, order: Tensor) -> Tensor:
+    """Values (B, L, ...) of tokens in order (1 or B, L) at the places of these tokens."""
+    back = order.argsort(1).expand(len(values), -1)
+    return values.take_along_dim(back.view(*back.shape, *[1] * (values.ndim - 2)), 1)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from vistok.draws import Draws, Keys
 from vistok.generators.base import weighted_mean
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
-from vistok.generators.engine.plan import Plan
+from vistok.generators.engine.plan import Plan, in_places
 from vistok.generators.engine.sampling import DecodingOptions
 from vistok.generators.engine.session import AutoregressiveSession
 from vistok.guidance import Guidance, Weights
@@ -118,7 +118,7 @@ class QueryGenerator(AutoregressiveGenerator):
     one step's tokens and the queries of the next. A subclass further defines what is abstract here.
     """
 
-    trains_in_sequence = False
+    only_next = "it predicts a group of tokens at once, each from a query of its own"
     options_type = QueryOptions
     condition_length = 1
     kept_queries: int
@@ -288,7 +288,7 @@ class QueryGenerator(AutoregressiveGenerator):
             return ids, torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
         return ids.gather(1, orders), orders
 
-    def forward(  # type: ignore[override]  # without a context of other ids
+    def forward(
         self,
         tokens: Tensor,
         condition: Condition,
@@ -297,6 +297,7 @@ class QueryGenerator(AutoregressiveGenerator):
         weights: Tensor | None = None,
         clock: Clock | None = None,
         tokenizer: Expands | None = None,
+        context: Tensor | None = None,
     ) -> GeneratorOutput:
         """Cross entropy in nats per token; metric "accuracy". Predictions (B, L, V) are in the order of ``draws``.
 
@@ -305,17 +306,21 @@ class QueryGenerator(AutoregressiveGenerator):
         """
         self.check_tokenizer(tokenizer)
         draws = draws or {}
-        if "drop" in draws:
-            condition = condition.drop(draws["drop"] < self.condition_dropout)
+        condition = self.drop_condition(condition, draws)
         orders = draws.get("order")
         if orders is not None and orders.shape != tokens.shape:
             raise ValueError(f"orders must be {tuple(tokens.shape)}, one of all tokens each; got {tuple(orders.shape)}")
+        fed, _ = self._in_order(tokens if context is None else context, orders)
         tokens, orders = self._in_order(tokens, orders)
-        logits = self.predict(tokens, orders, condition, draws)
+        logits = self.predict(fed, orders, condition, draws)
         per_sample = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none").mean(1)
         loss = per_sample.mean() if weights is None else weighted_mean(per_sample, weights)
         accuracy = (logits.detach().argmax(-1) == tokens).float().mean()
         return GeneratorOutput(loss, logits, {"accuracy": accuracy})
+
+    def training_logits(self, tokens: Tensor, condition: Condition, draws: Draws, tokenizer: Expands | None) -> Tensor:
+        ids, orders = self._in_order(tokens, draws.get("order"))
+        return in_places(self.predict(ids, orders, condition, draws), orders)
 
     def training_draws(self, keys: Keys) -> Draws:
         """ "drop" (B,) uniform; "order" (B, L), a random order of each sample."""

@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from vistok.checkpoints import OfficialCheckpoint, load_strictly, rename
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.draws import Draws, Keys
-from vistok.flow.diffusion import GaussianDiffusion
+from vistok.flow import last
+from vistok.flow.diffusion import GaussianDiffusion, strided_timesteps
 from vistok.generators.base import weighted_mean
 from vistok.generators.engine.continuous import ContinuousGenerator
 from vistok.generators.mar.sampling import MAROptions, MARSession
@@ -59,6 +60,8 @@ SIZES = {
     },
 }
 NUM_TIMESTEPS = 1000
+OWN_STEPS = 10
+"""Of the head, for tokens that the model draws itself in training: many fewer than in sampling, of small networks."""
 
 
 def _official(size: str) -> dict[str, Any]:
@@ -117,6 +120,7 @@ class MAR(ContinuousGenerator):
     members: Tensor
 
     registry_name = "mar"
+    only_next = "it predicts masked latents from all others as it is"
     tiny = {
         "spec": TokenSpec(16, None, dim=4, grid=(4, 4)),
         "num_classes": 5,
@@ -254,6 +258,7 @@ class MAR(ContinuousGenerator):
         weights: Tensor | None = None,
         clock: Clock | None = None,
         tokenizer: Expands | None = None,
+        context: Tensor | None = None,
     ) -> GeneratorOutput:
         """Diffusion loss over masked tokens; metrics "mse" of the noise and "vb", the variational bound in bits.
 
@@ -266,10 +271,10 @@ class MAR(ContinuousGenerator):
         if draws is None:
             raise ValueError("masks and noise are random: pass training_draws(keys)")
         self.spec.check_latents(tokens)
-        if "drop" in draws:
-            condition = condition.drop(draws["drop"] < self.condition_dropout)
+        condition = self.drop_condition(condition, draws)
         tokens, masked, visible = self.group(tokens), draws["masked"], draws["visible"]
-        z = self.decode(self.encode(tokens, visible, self.embed_classes(condition)), visible)
+        fed = tokens if context is None else context
+        z = self.decode(self.encode(fed, visible, self.embed_classes(condition)), visible)
 
         levels = draws["time"].shape[1]
         rows = [draws["time"].gather(2, masked[:, None].expand(-1, levels, -1))]  # (B, m, n)
@@ -282,6 +287,48 @@ class MAR(ContinuousGenerator):
         loss = per_sample.mean() if weights is None else weighted_mean(per_sample, weights)
         prediction = output.view(len(tokens), levels, masked.shape[1], -1)
         return GeneratorOutput(loss, prediction, {"mse": mse.detach().mean(), "vb": bound.detach().mean()})
+
+    @property
+    def context_shape(self) -> tuple[int, ...]:
+        """The model's tokens."""
+        return (self.length, self.token_dim)
+
+    def context_of(self, tokens: Tensor) -> Tensor:
+        return self.group(tokens)
+
+    def replaced(self, uniforms: Tensor, share: float, draws: Draws) -> Tensor:
+        """The share, rounded up, of the visible tokens: as many in every row, since the encoder sees as many."""
+        visible = draws["visible"]
+        count = math.ceil(share * visible.shape[1])
+        chosen = visible.gather(1, uniforms.gather(1, visible).argsort(1)[:, :count])
+        return torch.zeros_like(uniforms, dtype=torch.bool).scatter(1, chosen, True)
+
+    def own_draws(self, keys: Keys) -> Draws:
+        """ "own" (B, 1 + m, L, d) normal: where tokens start, and what the m steps of denoising add."""
+        return {"own": keys.normal("objective own", 1 + OWN_STEPS, *self.context_shape)}
+
+    def own_tokens(
+        self,
+        tokens: Tensor,
+        replaced: Tensor,
+        condition: Condition,
+        draws: Draws,
+        tokenizer: Expands | None = None,
+    ) -> Tensor:
+        """Masked like the others, and drawn from what is left, as in sampling, in a few steps of the head."""
+        visible, tokens = draws["visible"], self.group(tokens)
+        kept = visible[~replaced.gather(1, visible)].view(len(visible), -1)
+        chosen = visible[replaced.gather(1, visible)].view(len(visible), -1)
+        classes = self.embed_classes(self.drop_condition(condition, draws))
+        z = self.head.condition(take(self.decode(self.encode(tokens, kept, classes), kept), chosen)).flatten(0, 1)
+
+        def network(x: Tensor, t: int) -> Tensor:
+            return self.head(x, torch.full((1,), t, device=x.device), z)
+
+        first, *others = (take(noise, chosen).flatten(0, 1) for noise in draws["own"].unbind(1))
+        diffusion = self.diffusion.respaced(strided_timesteps(NUM_TIMESTEPS, OWN_STEPS))
+        drawn = last(diffusion.ancestral(network, first, others)).x.view(*chosen.shape, self.token_dim)
+        return tokens.scatter(1, chosen[..., None].expand_as(drawn), drawn.to(tokens))
 
     def num_masked(self, mask_rate: float) -> int:
         """How many of the tokens a mask rate hides."""

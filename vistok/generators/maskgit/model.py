@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from vistok.checkpoints import OfficialCheckpoint, load_strictly
 from vistok.draws import Draws, Keys
 from vistok.generators.base import Generator, weighted_mean
-from vistok.generators.engine.autoregressive import AutoregressiveGenerator
+from vistok.generators.engine.autoregressive import AutoregressiveGenerator, drawn_ids
 from vistok.generators.maskgit import official
 from vistok.generators.maskgit.networks import NETWORKS
 from vistok.generators.maskgit.sampling import MaskGITOptions, MaskGITSession
@@ -48,6 +48,7 @@ class MaskGIT(Generator):
     registry_name = "maskgit"
     tiny = {"spec": TokenSpec(16, 32, dim=4, grid=(4, 4)), "num_classes": 5, "dim": 16, "num_layers": 2, "num_heads": 2}
     options_type = MaskGITOptions
+    only_next = "it predicts hidden tokens from all others as it is"
     sizes = {"bert": BERT, "uvit": UVIT}
     checkpoints = (
         OfficialCheckpoint(
@@ -127,6 +128,7 @@ class MaskGIT(Generator):
         weights: Tensor | None = None,
         clock: Clock | None = None,
         tokenizer: Expands | None = None,
+        context: Tensor | None = None,
     ) -> GeneratorOutput:
         """Cross entropy in nats per masked token; metric "accuracy" of those. Predictions are logits (B, L, V).
 
@@ -136,10 +138,10 @@ class MaskGIT(Generator):
         self.check_tokenizer(tokenizer)
         if draws is None:
             raise ValueError("masks are random: pass training_draws(keys)")
-        if "drop" in draws:
-            condition = condition.drop(draws["drop"] < self.condition_dropout)
+        condition = self.drop_condition(condition, draws)
         masked = draws["masked"]
-        logits = self.predict(tokens.masked_fill(masked, self.mask_id), self.condition_rows(condition))
+        fed = tokens if context is None else context
+        logits = self.predict(fed.masked_fill(masked, self.mask_id), self.condition_rows(condition))
         terms = F.cross_entropy(
             logits.transpose(1, 2), tokens, reduction="none", label_smoothing=self.label_smoothing
         )  # (B, L)
@@ -148,6 +150,27 @@ class MaskGIT(Generator):
         loss = per_sample.mean() if weights is None else weighted_mean(per_sample, weights)
         right = ((logits.detach().argmax(-1) == tokens) & masked).sum() / count.sum()
         return GeneratorOutput(loss, logits, {"accuracy": right})
+
+    def replaced(self, uniforms: Tensor, share: float, draws: Draws) -> Tensor:
+        """Of the tokens that are not masked."""
+        return (uniforms < share) & ~draws["masked"]
+
+    def own_draws(self, keys: Keys) -> Draws:
+        """ "own" (B, L) uniform."""
+        return {"own": keys.uniform("objective own", self.spec.length)}
+
+    def own_tokens(
+        self,
+        tokens: Tensor,
+        replaced: Tensor,
+        condition: Condition,
+        draws: Draws,
+        tokenizer: Expands | None = None,
+    ) -> Tensor:
+        """Masked like the others, and drawn from what is left, as in sampling."""
+        rows = self.condition_rows(self.drop_condition(condition, draws))
+        logits = self.predict(tokens.masked_fill(draws["masked"] | replaced, self.mask_id), rows)
+        return drawn_ids(logits, draws["own"])
 
     def training_draws(self, keys: Keys) -> Draws:
         """ "drop" (B,) uniform; "masked" (B, L) bool: as many as the arccos schedule masks at an even time, at least

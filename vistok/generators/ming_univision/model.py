@@ -47,6 +47,7 @@ from vistok.generators.ming_univision.sampling import (
     attention_mask,
     write_text,
 )
+from vistok.guidance import OFF
 from vistok.types import (
     Clock,
     Condition,
@@ -60,6 +61,8 @@ from vistok.types import (
 )
 
 IMAGE_KIND = KINDS.index("image")
+OWN_STEPS = 8
+"""Of the head, for latents that the model draws itself in training."""
 
 
 class MingUniVision(ContinuousGenerator):
@@ -98,6 +101,7 @@ class MingUniVision(ContinuousGenerator):
     to_condition: nn.Module
 
     registry_name = "ming_univision"
+    only_next = "it predicts velocities of latents, and these have no cross entropy"
     options_type = MingOptions
     needs_tokenizer = True
     takes_streams = True
@@ -344,6 +348,7 @@ class MingUniVision(ContinuousGenerator):
         weights: Tensor | None = None,
         clock: Clock | None = None,
         tokenizer: Expands | None = None,
+        context: Tensor | None = None,
     ) -> GeneratorOutput:
         """All places in one pass; the tokenizer is not trained. Draws without "drop" leave nothing out.
 
@@ -362,10 +367,7 @@ class MingUniVision(ContinuousGenerator):
         if isinstance(tokens, Streams):
             return self._stream_losses(tokens, draws, weights, tokenizer)
         self.spec.check_latents(tokens)
-        with torch.no_grad():
-            features = tokenizer.expander().expand(tokens)
-        prompt = self.prompt(condition, tokenizer)
-        hidden = self._image_states(prompt, self.embed_features(features), draws.get("drop"))
+        hidden = self._hidden(tokens if context is None else context, condition, draws, tokenizer)
         z = self.to_condition(hidden[:, :-1]).flatten(0, 1)
         flow = self.flow_head.losses(
             tokens.flatten(0, 1), z, draws["time"].flatten(), draws["noise"].flatten(0, 1)
@@ -378,6 +380,30 @@ class MingUniVision(ContinuousGenerator):
         }
         loss = terms["flow"] + self.end_weight * terms["image_end"]
         return GeneratorOutput(loss, flow, {name: term.detach() for name, term in terms.items()})
+
+    def _hidden(self, tokens: Tensor, condition: Condition, draws: Draws, tokenizer: Expands) -> Tensor:
+        """``_image_states`` of latents (B, N, C) that are read."""
+        with torch.no_grad():
+            features = tokenizer.expander().expand(tokens)
+        prompt = self.prompt(condition, tokenizer)
+        return self._image_states(prompt, self.embed_features(features), draws.get("drop"))
+
+    def own_draws(self, keys: Keys) -> Draws:
+        """ "own" (B, L, C) normal."""
+        return {"own": keys.normal("objective own", *self.context_shape)}
+
+    def own_tokens(
+        self,
+        tokens: Tensor,
+        replaced: Tensor,
+        condition: Condition,
+        draws: Draws,
+        tokenizer: Expands | None = None,
+    ) -> Tensor:
+        """Drawn in a few steps of the head."""
+        hidden = self._hidden(tokens, condition, draws, self.needed_tokenizer(tokenizer))
+        z, noise = self.to_condition(hidden[:, :-1]).flatten(0, 1), draws["own"].flatten(0, 1)
+        return self.flow_head.sample(z, noise, OFF, num_steps=OWN_STEPS).view_as(tokens)
 
     def _image_states(self, prompt: Prompt, image: Tensor, drop: Tensor | None) -> Tensor:
         """Hidden states (B, N + 1, D) of the start mark and of the image (B, N, D) behind a prompt.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vistok.checkpoints import OfficialCheckpoint, load_strictly
 from vistok.draws import Draws, Keys
+from vistok.generators.engine.autoregressive import OrderedEntries
 from vistok.generators.engine.cache import Layers, of_layers
 from vistok.generators.engine.queries import QueryGenerator
 from vistok.generators.llama import Block, position_table
@@ -88,6 +89,7 @@ class RandAR(QueryGenerator):
         for name, (size, codebook_size) in RELEASED.items()
     )
     kept_queries = 1
+    only_next = ""
 
     def __init__(
         self,
@@ -201,10 +203,17 @@ class RandAR(QueryGenerator):
         return x
 
     def predict(self, ids: Tensor, orders: Tensor, condition: Condition, draws: Draws) -> Tensor:
+        entries = self._entries(ids, orders, condition)
+        return self.head(self.transform(entries.x, entries.positions, None, None)[:, entries.states])
+
+    def _entries(self, ids: Tensor, orders: Tensor, condition: Condition) -> OrderedEntries:
         # Nothing is predicted from the last token.
         x = torch.cat([self._embed_class(condition), self._embed_pairs(ids, orders)[:, :-1]], 1)  # (B, 2 L, D)
         positions = torch.cat([torch.zeros_like(orders[:, :1]), 1 + orders.repeat_interleave(2, 1)[:, :-1]], 1)
-        return self.head(self.transform(x, positions, None, None)[:, 1::2])
+        return OrderedEntries(x, positions, orders, slice(2, None, 2), slice(1, None, 2))
+
+    def ordered_entries(self, ids: Tensor, condition: Condition, draws: Draws) -> OrderedEntries:
+        return self._entries(*self._in_order(ids, draws.get("order")), condition)
 
     def training_draws(self, keys: Keys) -> Draws:
         """ "drop" (B,) uniform; "order" (B, L), the places of the tokens in the order of each sample."""

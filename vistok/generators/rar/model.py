@@ -19,8 +19,9 @@ from torch.nn import functional as F
 from vistok.checkpoints import OfficialCheckpoint, load_strictly
 from vistok.draws import Draws, Keys
 from vistok.generators.base import weighted_mean
-from vistok.generators.engine.autoregressive import AutoregressiveGenerator
+from vistok.generators.engine.autoregressive import AutoregressiveGenerator, OrderedEntries
 from vistok.generators.engine.cache import Layers, of_layers
+from vistok.generators.engine.plan import in_places
 from vistok.generators.rar import official
 from vistok.generators.rar.networks import Block
 from vistok.nn.attention import Mask
@@ -62,7 +63,6 @@ class RAR(AutoregressiveGenerator):
         ValueError: a spec without ids, or with several per position; or steps that do not rise.
     """
 
-    trains_in_sequence = False
     registry_name = "rar"
     tiny = {"spec": TokenSpec(16, 32, dim=4, grid=(4, 4)), "num_classes": 5, "dim": 16, "num_layers": 2, "num_heads": 2}
     sizes = SIZES
@@ -199,7 +199,7 @@ class RAR(AutoregressiveGenerator):
         hidden = self.transform(x, slice(0, x.shape[1]), None, None, self.class_vector(condition))
         return self.head(hidden[:, 1:])
 
-    def forward(  # type: ignore[override]  # without a context of other ids
+    def forward(
         self,
         tokens: Tensor,
         condition: Condition,
@@ -208,6 +208,7 @@ class RAR(AutoregressiveGenerator):
         weights: Tensor | None = None,
         clock: Clock | None = None,
         tokenizer: Expands | None = None,
+        context: Tensor | None = None,
     ) -> GeneratorOutput:
         """Cross entropy in nats per token; metric "accuracy". Predictions (B, L, V) are in the order of ``draws``.
 
@@ -216,17 +217,27 @@ class RAR(AutoregressiveGenerator):
         """
         self.check_tokenizer(tokenizer)
         draws = draws or {}
-        if "drop" in draws:
-            condition = condition.drop(draws["drop"] < self.condition_dropout)
+        condition = self.drop_condition(condition, draws)
         orders = draws.get("order")
         if orders is not None and orders.shape != tokens.shape:
             raise ValueError(f"orders must be {tuple(tokens.shape)}, one of all tokens each; got {tuple(orders.shape)}")
+        fed, _ = self._in_order(tokens if context is None else context, orders)
         tokens, orders = self._in_order(tokens, orders)
-        logits = self.logits_in_order(tokens, orders, condition)[:, :-1]
+        logits = self.logits_in_order(fed, orders, condition)[:, :-1]
         per_sample = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none").mean(1)
         loss = per_sample.mean() if weights is None else weighted_mean(per_sample, weights)
         accuracy = (logits.detach().argmax(-1) == tokens).float().mean()
         return GeneratorOutput(loss, logits, {"accuracy": accuracy})
+
+    def training_logits(self, tokens: Tensor, condition: Condition, draws: Draws, tokenizer: Expands | None) -> Tensor:
+        ids, orders = self._in_order(tokens, draws.get("order"))
+        return in_places(self.logits_in_order(ids, orders, condition)[:, :-1], orders)
+
+    def ordered_entries(self, ids: Tensor, condition: Condition, draws: Draws) -> OrderedEntries:
+        ids, orders = self._in_order(ids, draws.get("order"))
+        tokens = self.embed_tokens(ids[:, :-1], orders[:, :-1], orders[:, 1:])
+        x = torch.cat([self.embed_condition(condition, orders[:, :1]), tokens], 1)
+        return OrderedEntries(x, slice(0, x.shape[1]), orders, slice(2, None), slice(1, None))
 
     def random_share(self, step: int) -> float:
         """The share of the samples of optimisation step ``step`` whose order is random."""

@@ -87,7 +87,7 @@ class VAR(AutoregressiveGenerator):
     output: nn.Linear
     scales: Tensor
 
-    trains_in_sequence = False
+    only_next = "it predicts a scale of tokens at once, from the map of the smaller ones"
     registry_name = "var"
     options_type = VAROptions
     needs_tokenizer = True
@@ -264,8 +264,16 @@ class VAR(AutoregressiveGenerator):
 
     def logits(self, ids: Tensor, condition: Condition, tokenizer: Expands | None = None) -> Tensor:
         """Teacher-forced logits (B, L, V) of ids (B, L), each from all smaller scales; needs the tokenizer."""
-        tokenizer = self.needed_tokenizer(tokenizer)
-        return self.logits_of(tokenizer.expander().expand(ids), condition)
+        return self.logits_of(self._inputs(ids, tokenizer), condition)
+
+    def _inputs(self, ids: Tensor, tokenizer: Expands | None) -> Tensor:
+        """Of ids (B, L), what ``logits_of`` reads."""
+        expander = self.needed_tokenizer(tokenizer).expander()
+        with without_autocast(ids.device):
+            return expander.expand(ids).to(ids.device)
+
+    def training_logits(self, tokens: Tensor, condition: Condition, draws: Draws, tokenizer: Expands | None) -> Tensor:
+        return self.logits(tokens, condition, tokenizer)
 
     def logits_of(self, inputs: Tensor, condition: Condition, num_scales: int | None = None) -> Tensor:
         """Logits (B, l, V) of the first ``num_scales`` scales (None: of all), from the inputs (B, L - n, E) of all
@@ -278,7 +286,7 @@ class VAR(AutoregressiveGenerator):
         mask = self.attention_mask(condition, 0, length)
         return self.head(self.transform(x, slice(0, length), mask, None, self.class_vector(condition)))
 
-    def forward(  # type: ignore[override]  # without a context of other ids
+    def forward(
         self,
         tokens: Tensor,
         condition: Condition,
@@ -287,6 +295,7 @@ class VAR(AutoregressiveGenerator):
         weights: Tensor | None = None,
         clock: Clock | None = None,
         tokenizer: Expands | None = None,
+        context: Tensor | None = None,
     ) -> GeneratorOutput:
         """Cross entropy in nats per token. Metrics: "accuracy", and "last_loss" and "last_accuracy" of the largest
         scale in use.
@@ -294,11 +303,8 @@ class VAR(AutoregressiveGenerator):
         In progressive training scales beyond the stage are left out, and the others weigh as little as they do among
         all.
         """
-        tokenizer = self.needed_tokenizer(tokenizer)
-        if draws and "drop" in draws:
-            condition = condition.drop(draws["drop"] < self.condition_dropout)
-        with without_autocast(tokens.device):
-            inputs = tokenizer.expander().expand(tokens).to(tokens.device)
+        condition = self.drop_condition(condition, draws)
+        inputs = self._inputs(tokens if context is None else context, tokenizer)
         stage, warmth = self._stage(clock)
         logits = self.logits_of(inputs, condition, stage + 1)
         tokens = tokens[:, : logits.shape[1]]

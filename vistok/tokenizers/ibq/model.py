@@ -15,6 +15,7 @@ from vistok.checkpoints import OfficialCheckpoint, load_strictly, rename, with_a
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.nn.conv import ConvDecoder, ConvEncoder
 from vistok.quantizers import IndexQuantizer
+from vistok.quantizers.named import chosen_quantizer
 from vistok.tokenizers.convolutional import ConvTokenizer
 
 F16 = (1, 1, 2, 2, 4)
@@ -47,6 +48,8 @@ class IBQ(ConvTokenizer):
         position_weight, usage_weight: of both entropies in that term, see ``EntropyLoss``.
         dropout: inside the residual blocks, in training.
         norm_groups: groups of all group norms (32 in every released model); they must divide every width.
+        quantizer: another quantizer by name, {name: vq | lfq | bsq | fsq | index | multi_scale | multi_scale_bsq, …its
+            arguments}, for codes of ``codebook_embed_dim`` channels; what is said of codebooks above is of the own one.
 
     Raises:
         ValueError: sides that are no multiple of the stride, attention in a level that does not exist, or widths that
@@ -94,6 +97,7 @@ class IBQ(ConvTokenizer):
         usage_weight: float = 1.0,
         dropout: float = 0.0,
         norm_groups: int = 32,
+        quantizer: dict[str, Any] | None = None,
     ):
         super().__init__(image_size, in_channels, len(channel_mult))
         sizes = (channels, channel_mult, res_blocks)
@@ -101,12 +105,16 @@ class IBQ(ConvTokenizer):
         self.build(
             ConvEncoder(in_channels, z_channels, *sizes, **options),
             nn.Conv2d(z_channels, codebook_embed_dim, 1),
-            IndexQuantizer(
-                codebook_size,
+            chosen_quantizer(
+                quantizer,
                 codebook_embed_dim,
-                entropy_temperature=entropy_temperature,
-                position_weight=position_weight,
-                usage_weight=usage_weight,
+                lambda: IndexQuantizer(
+                    codebook_size,
+                    codebook_embed_dim,
+                    entropy_temperature=entropy_temperature,
+                    position_weight=position_weight,
+                    usage_weight=usage_weight,
+                ),
             ),
             nn.Conv2d(codebook_embed_dim, z_channels, 1),
             ConvDecoder(z_channels, in_channels, *sizes, **options),

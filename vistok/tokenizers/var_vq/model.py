@@ -162,11 +162,6 @@ class VARVQ(Tokenizer):
         elif tokens.ndim != 3 or tokens.shape[2] != self.quantizer.dim:
             raise ValueError(f"code vectors must be (B, n, {self.quantizer.dim}), got {tuple(tokens.shape)}")
 
-    def codes(self) -> Tensor:
-        raise ValueError(
-            f"{type(self).__name__} has no codes that its quantized map is made of: a place of it is a sum of several"
-        )
-
     def expander(self) -> ScaleExpander:
         return ScaleExpander(self.quantizer)
 

@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vistok.config import ConfigError, check
-from vistok.data.loader import Loader, no_samples
+from vistok.data.loader import no_samples
 from vistok.data.overlap import shared_tokens
 from vistok.data.pictures import grid
-from vistok.data.streams import KINDS, StreamConfig, Streams, stream_loader
+from vistok.data.streams import KINDS, StreamConfig, Streams, stream_evaluation_loader, stream_loader
 from vistok.data.tokens import TokenBatch, TokenCache, TokenMixture, token_evaluation_loader, token_loader
 from vistok.draws import Draws, Keys, draws_on
 from vistok.generators.base import Generator
@@ -84,7 +84,7 @@ class GeneratorLearner(Learner):
 
     def training_draws(self, keys: Keys) -> Draws:
         draws = self.model.training_draws(keys)
-        return draws if self.objective is None else draws | self.objective.training_draws(keys, self.model.spec.length)
+        return draws if self.objective is None else draws | self.objective.training_draws(keys, self.model)
 
 
 class GeneratorTask(Task):
@@ -115,17 +115,17 @@ class GeneratorTask(Task):
         check(self.model.options_type, config.sampling, "sampling")
         self.cache_folder, self.parts = cache.folder, condition.parts
         processes = {"rank": rank, "world_size": world_size}
+        batches, held_out = config.training.batch_size, _held_out_tokens(config, cache, condition.parts)
+        self.held_out = no_samples()
         if config.streams:
             self._check_streams(condition)
-            self.loader = stream_loader(
-                cache, config.streams, config.training.batch_size, seed=config.seed, **processes
-            )
-            self.held_out = no_samples()
+            self.loader = stream_loader(cache, config.streams, batches, seed=config.seed, **processes)
+            if held_out is not None:
+                self.held_out = stream_evaluation_loader(held_out, config.streams, batches, seed=config.seed)
         else:
-            self.loader = token_loader(
-                cache, config.training.batch_size, seed=config.seed, parts=condition.parts, **processes
-            )
-            self.held_out = _held_out_tokens(config, cache, condition.parts)
+            self.loader = token_loader(cache, batches, seed=config.seed, parts=condition.parts, **processes)
+            if held_out is not None:
+                self.held_out = token_evaluation_loader(held_out, batches, seed=config.seed, parts=condition.parts)
 
     def _check_streams(self, condition: ConditionSpec) -> None:
         if not self.model.takes_streams:
@@ -133,8 +133,8 @@ class GeneratorTask(Task):
                 f"{self.model.registry_name} reads no streams of texts and images; leave streams out, or take a "
                 "model that does"
             )
-        if self.config.validation is not None or not self.config.objective.is_plain:
-            raise ConfigError("streams have their own loss, and no held-out ones: leave validation and objective out")
+        if not self.config.objective.is_plain:
+            raise ConfigError("streams have their own loss: leave objective out")
         if condition.ids is None:
             raise ConfigError("streams have texts, and these tokens have no ids; make them with --text-tokenizer")
 
@@ -244,9 +244,10 @@ def _chosen_parts(cache: TokenMixture, chosen: Sequence[str] | None) -> Conditio
     return cache.condition_spec.only(parts)
 
 
-def _held_out_tokens(config: GeneratorRun, trained: TokenMixture, parts: Sequence[str]) -> Loader[TokenBatch]:
+def _held_out_tokens(config: GeneratorRun, trained: TokenMixture, parts: Sequence[str]) -> TokenCache | None:
+    """The cache that the run validates on, after checks that it goes with that which it trains on; None for none."""
     if config.validation is None or config.validation.tokens is None:
-        return no_samples()
+        return None
     cache = TokenCache(config.validation.tokens)
     cache.check_tokenizer(trained.tokenizer_hash)
     if cache.classes != trained.classes:
@@ -269,7 +270,7 @@ def _held_out_tokens(config: GeneratorRun, trained: TokenMixture, parts: Sequenc
         )
     if shared.found:
         log.warning("%s", shared)
-    return token_evaluation_loader(cache, config.training.batch_size, seed=config.seed, parts=parts)
+    return cache
 
 
 def _of_the_same_images(one: TokenCache, other: TokenCache) -> bool:
