@@ -60,15 +60,30 @@ def pipeline(
         Path | None,
         typer.Option(help="Text file with a class name a line; those of the generator by default."),
     ] = None,
+    text_encoder: Annotated[
+        str | None,
+        typer.Option(help="What reads prompts for a generator of text features: a Hugging Face folder or name."),
+    ] = None,
+    clean_texts: Annotated[
+        bool, typer.Option("--clean-texts", help="Of the text encoder: clean prompts first, as LlamaGen does.")
+    ] = False,
+    text_length: Annotated[int, typer.Option(help="Tokens of a prompt at most; longer ones are cut.")] = 120,
 ) -> None:
     """Put a tokenizer and a generator into one folder, which `vistok sample` and vistok.pipeline read."""
     from vistok.config import override
     from vistok.pipelines import assemble
+    from vistok.text import PromptEncoder, open_text_encoder
 
     if out.exists():
         raise FileExistsError(f"{out} exists already; choose another folder or remove it first")
     names = classes.read_text(encoding="utf-8").splitlines() if classes is not None else None
-    pipe = assemble(tokenizer, generator, class_names=names, sampling=override({}, options or ()))
+    text = None
+    if clean_texts and text_encoder is None:
+        raise ValueError("--clean-texts is of the text encoder: give --text-encoder, too")
+    if text_encoder is not None:
+        text = PromptEncoder([open_text_encoder(text_encoder, text_length, clean=clean_texts)])
+    sampling = override({}, options or ())
+    pipe = assemble(tokenizer, generator, class_names=names, sampling=sampling, text=text)
     pipe.save_pretrained(out)
     named = f", {len(pipe.class_names):,} class names" if pipe.class_names else ""
     parts = f"{type(pipe.tokenizer).__name__} and {type(pipe.generator).__name__}"

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from vistok.checkpoints import OfficialCheckpoint
 from vistok.checkpoints.model import find_official
 from vistok.checkpoints.weights import STATE
 from vistok.pipelines.folders import home_of, load_generator, load_tokenizer, read_settings
@@ -42,16 +43,17 @@ def pipeline(
     source = local(source)
     if generator is not None:
         return assemble(source, generator).to(choose_device(device), choose_dtype(dtype))
-    tokenizer = home_of(source) if (Path(source) / STATE).is_file() else _official_tokenizer(source)
+    official = _official(source)
+    tokenizer = home_of(source) if (Path(source) / STATE).is_file() else official and official.tokenizer
     if tokenizer is None:
         return Pipeline.from_pretrained(source, device=device, dtype=dtype)
     return assemble(tokenizer, source).to(choose_device(device), choose_dtype(dtype))
 
 
-def _official_tokenizer(generator: str | Path) -> str | None:
-    """The id of the tokenizer that an official generator goes with; None if it is none."""
-    official = None if Path(generator).exists() else find_official(str(generator))
-    return None if official is None else official[1].tokenizer
+def _official(source: str | Path) -> OfficialCheckpoint | None:
+    """The released file of that id; None if there is none."""
+    official = None if Path(source).exists() else find_official(str(source))
+    return None if official is None else official[1]
 
 
 def assemble(
@@ -60,18 +62,21 @@ def assemble(
     *,
     class_names: Sequence[str] | None = None,
     sampling: Mapping[str, Any] | None = None,
+    text: PromptEncoder | None = None,
 ) -> Pipeline:
     """A pipeline of two parts, each a saved or converted model, a run, a checkpoint of a run, or a hub id.
 
-    Class names, sampling options and text encoders are those of the generator's run, if it is one.
+    Class names, sampling options and text encoders are those of the generator's run, if it is one; a released
+    generator of text features has the text encoder that its authors used, which the first prompt opens.
 
     Args:
         class_names: in place of the generator's.
         sampling: default options that differ from the generator's.
+        text: what turns prompts into conditions, in place of the generator's.
 
     Raises:
         CheckpointError: nothing there, damaged weights, or another kind of model.
-        ValueError: the generator models other tokens than the tokenizer's.
+        ValueError: the generator models other tokens than the tokenizer's, or ``text`` makes what it does not take.
     """
     tokenizer, generator = local(tokenizer), local(generator)
     home = home_of(generator)
@@ -79,5 +84,10 @@ def assemble(
     if class_names is not None:
         settings["class_names"] = tuple(class_names)
     settings["sampling"] = settings["sampling"] | dict(sampling or {})
-    text = PromptEncoder.load(home / TEXT) if home is not None else NO_TEXT
-    return Pipeline(load_tokenizer(tokenizer), load_generator(generator), **settings, text=text)
+    model, official = load_generator(generator), _official(generator)
+    if text is None:
+        text = PromptEncoder.load(home / TEXT) if home is not None else NO_TEXT
+        features = model.condition_spec.features
+        if official is not None and official.text_encoder is not None and features is not None:
+            text = PromptEncoder.named(*official.text_encoder, features.length)
+    return Pipeline(load_tokenizer(tokenizer), model, **settings, text=text)
