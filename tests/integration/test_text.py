@@ -272,6 +272,10 @@ def test_another_text_encoder_is_refused(runs, tmp_path):
         ("features", {"class_labels": [1]}, 'no classes; generate with prompt="…"'),
         ("features", {"prompt": "two", "num_images": 2}, "by one of class_labels, prompt, num_images and condition"),
         ("features", {"prompt": []}, "the list of prompts is empty"),
+        ("features", {"prompt": 3}, r"prompt must be a text or a list of texts, got 3 \(int\)"),
+        ("features", {"prompt": ["two", 3]}, r"prompt must be a text or a list of texts, got 3 \(int\)"),
+        ("ids", {"prompt": "two", "negative_prompt": 3, "guidance_scale": 2.0}, "negative_prompt must be a text"),
+        ("ids", {"prompt": "two", "num_images_per_prompt": 0}, "num_images_per_prompt must be at least 1, got 0"),
         ("features", {"num_images": 1, "negative_prompt": "two"}, "negative_prompt goes with prompt"),
     ],
 )

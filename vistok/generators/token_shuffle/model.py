@@ -164,6 +164,7 @@ class TokenShuffle(AutoregressiveGenerator):
     ):
         super().__init__()
         self.spec = self.check_spec(as_dataclass(TokenSpec, spec), type(self).__name__)
+        members = window_members(self.spec.length, self.spec.grid, window, "window")
         if dim % window**2:
             raise ValueError(f"dim {dim} must be divisible by the {window**2} tokens of a window of {window}")
         if bool(text_vocabulary) != bool(text_length):
@@ -172,9 +173,7 @@ class TokenShuffle(AutoregressiveGenerator):
         self.text_weight, self.z_loss, self.window = text_weight, z_loss, window
         self.text = IdSpec(text_vocabulary, text_length) if text_length else None
         self.vocabulary = JointVocabulary(num_classes + text_vocabulary, self.spec.num_ids, MARKS)
-        self.register_buffer(
-            "members", window_members(self.spec.length, self.spec.grid, window, "window"), persistent=False
-        )
+        self.register_buffer("members", members, persistent=False)
         self.num_windows = len(self.members)
         self.condition_length = 2 + (num_classes > 0) + text_length  # with both marks
         self.embedding = nn.Embedding(self.vocabulary.size, dim)
