@@ -22,7 +22,6 @@ from common import ROOT, finish, say
 TIMES = ("seconds", "second", "time", "memory")
 """Parts of the names of what a log row measures of the machine."""
 
-SIZE = {"dim": 16, "num_layers": 1, "num_heads": 2}
 VIT = {"dim": 16, "num_layers": 1, "num_heads": 1, "mlp_dim": 16}
 GAN = {
     "weight": 0.1,
@@ -40,36 +39,34 @@ TOKENIZERS = {
         "model": {"patch_size": 4, "encoder": VIT, "decoder": VIT, "codebook_size": 32, "codebook_embed_dim": 4},
         "losses": {"l2": 1.0, "codebook": 1.0, "commitment": 0.25, "gan": GAN},
     },
-    "kl_vae": {
-        "model": {
-            "block_out_channels": [8, 8],
-            "norm_groups": 4,
-            "encoder_attention": [],
-            "decoder_attention": [],
-            "layers_per_block": 1,
-            "latent_channels": 4,
-        },
-        "losses": {"l1": 1.0, "kl": 1e-4},
-    },
+    "kl_vae": {"model": {}, "losses": {"l1": 1.0, "kl": 1e-4}},
 }
 GENERATORS = {
-    "llama": ("vit_vqgan", SIZE),
-    "maskgit": ("vit_vqgan", SIZE),
-    "randar": ("vit_vqgan", SIZE),
-    "mar": ("kl_vae", {}),
-    "xar": ("kl_vae", SIZE),
+    "llama": "vit_vqgan",
+    "maskgit": "vit_vqgan",
+    "randar": "vit_vqgan",
+    "mar": "kl_vae",
+    "xar": "kl_vae",
 }
+FROM_DATA = ("spec", "num_classes", "image_size", "in_channels")
+"""Arguments of the models' ``tiny`` that the data give."""
 
 
 def configs(folder: Path) -> list[tuple[str, dict]]:
     """Every run by its name, tokenizers first."""
+    from vistok.checkpoints import registry
+
+    def model(name: str) -> dict:
+        tiny = registry.entry(name).load().tiny
+        return {"name": name} | {key: value for key, value in tiny.items() if key not in FROM_DATA}
+
     runs = []
     for name, parts in TOKENIZERS.items():
         config = {"task": "tokenizer", "output_dir": str(folder / name), "data": DIGITS, "training": TRAINING}
-        runs.append((name, config | parts | {"model": {"name": name} | parts["model"]}))
-    for name, (tokenizer, size) in GENERATORS.items():
+        runs.append((name, config | parts | {"model": model(name) | parts["model"]}))
+    for name, tokenizer in GENERATORS.items():
         config = {"task": "generator", "output_dir": str(folder / name), "tokens": str(folder / f"{tokenizer}-tokens")}
-        runs.append((name, config | {"model": {"name": name} | size, "training": TRAINING | {"batch_size": 16}}))
+        runs.append((name, config | {"model": model(name), "training": TRAINING | {"batch_size": 16}}))
     return runs
 
 

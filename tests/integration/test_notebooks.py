@@ -19,6 +19,8 @@ from vistok.text import PromptEncoder, open_text_tokenizer
 from vistok.train.config import RunConfig
 from vistok.types import ConditionSpec, FeatureSpec, IdSpec, to_json
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 FOLDER = re.compile(r'folder = Path\("(.*?)"\)')
 

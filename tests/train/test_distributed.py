@@ -26,6 +26,8 @@ from vistok.train.monitor import read_metrics
 from vistok.train.optim import build_optimizer
 from vistok.train.parallel import load_named_state, named_state, shard
 
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version=2", "--num_processes=2")
 

@@ -213,6 +213,35 @@ def with_averages(state: Mapping[str, Tensor], prefix: str = "model_ema.") -> di
     return {key: averages[key.replace(".", "")] for key in weights}
 
 
+FIRST_STAGE = "first_stage_model."
+"""What begins the names of a tokenizer's weights in the file of the transformer that was trained on its tokens."""
+
+
+def first_stage(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tokenizer's weights in a training file of taming-transformers' layout, without the networks of its losses:
+    the averaged ones where the file has averages; of a transformer's file the tokenizer inside it.
+
+    Raises:
+        CheckpointError: averages of a part of the weights only.
+    """
+    inside = {key.removeprefix(FIRST_STAGE): tensor for key, tensor in state.items() if key.startswith(FIRST_STAGE)}
+    return with_averages(without_losses(inside or state))
+
+
+def second_stage(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The transformer's weights in such a file, without the tokenizer inside it and the caches of sampling."""
+    return {
+        key.removeprefix("transformer."): tensor
+        for key, tensor in state.items()
+        if not key.startswith(FIRST_STAGE) and ".attention.kv_cache." not in key
+    }
+
+
+def without_losses(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights without those of the losses (LPIPS, discriminator) that a training file carries beside the model."""
+    return {key: tensor for key, tensor in state.items() if not key.startswith("loss.")}
+
+
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, source: str = "the state dict") -> None:
     """Load ``state`` into ``model``, if it fits as ``check_state`` has it; else the model is left as it was.
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vistok.checkpoints import Model
 from vistok.conditions import WORDS
@@ -368,6 +369,13 @@ class Generator(Model):
                 f"conditioned on with condition=[…], of {', '.join(spec.parts)}, or choose another generator"
             )
 
+    def class_rows(self, condition: Condition) -> Tensor:
+        """(R,) int64: the row of each sample's class in the table that holds them, the null class behind the last one
+        where it is dropped."""
+        null = torch.full_like(condition.dropped, self.class_rows_from + (self.num_classes or 0), dtype=torch.int64)
+        labels = condition.labels
+        return null if labels is None else torch.where(condition.dropped, null, self.class_rows_from + labels)
+
     def check_condition(self, condition: Condition) -> None:
         """Raise ValueError for a condition that is not of the spec, or for unconditional rows without a null class."""
         self.condition_spec.check(condition)
@@ -378,7 +386,17 @@ class Generator(Model):
             )
 
 
-def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+def weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
     """Mean of values (B,) with weights (B,), 0 where all weights are 0: a batch may hold no usable sample."""
+    if weights is None:
+        return values.mean()
     total = weights.sum()
     return (values * weights).sum() / total.where(total > 0, 1)
+
+
+def token_loss(logits: Tensor, ids: Tensor, weights: Tensor | None) -> GeneratorOutput:
+    """Cross entropy of logits (B, L, V) to ids (B, L) in nats per token, (weighted) mean over samples; metric
+    "accuracy", the share of ids right."""
+    per_sample = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none").mean(1)
+    accuracy = (logits.detach().argmax(-1) == ids).float().mean()
+    return GeneratorOutput(weighted_mean(per_sample, weights), logits, {"accuracy": accuracy})

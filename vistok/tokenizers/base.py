@@ -15,6 +15,7 @@ from torch import Tensor
 from vistok.checkpoints import Model
 from vistok.config import ConfigError
 from vistok.draws import Draws, Keys
+from vistok.quantizers.gaussian import GaussianLatents
 from vistok.quantizers.scaled import ScaledQuantizer
 from vistok.types import Clock, Condition, ConditionSpec, Expander, TokenizerOutput, TokenSpec
 
@@ -50,6 +51,8 @@ class Tokenizer(Model):
     """Of discrete tokenizers: latents to codes and back, a module of ``vistok.quantizers``."""
     has_posterior: bool = False
     """Whether latents are drawn from a distribution, whose moments ``encode_moments`` gives."""
+    gaussian: GaussianLatents
+    """Of those: the distribution, and the scale in which generators see what is drawn."""
 
     _spec: TokenSpec
     _input_shape: tuple[int, ...]
@@ -311,8 +314,7 @@ class Tokenizer(Model):
 
         channels, height, width = self.image_shape("reading PIL images")
         several = [images] if isinstance(images, Image.Image) else images
-        parameter = next(self.parameters())
-        return from_pil(several, (height, width), channels).to(parameter.device, parameter.dtype)
+        return from_pil(several, (height, width), channels).to(self.device, self.dtype)
 
     def check_pixels(self, pixels: Tensor) -> TokenSpec:
         """Check shape and type of a batch of public pixels and return its TokenSpec; outside of training, warn of
@@ -416,33 +418,6 @@ def image_sides(image_size: int | Sequence[int]) -> tuple[int, int]:
 def times(sides: Sequence[int]) -> str:
     """Sides as people write them: 256x256."""
     return "x".join(map(str, sides))
-
-
-def prefix_lengths(spec: TokenSpec, tokens: Tensor, lengths: Tensor | None) -> Tensor:
-    """How many of its ids each image is decoded from, (B,) int64, for ids (B, k) of a tokenizer of ordered tokens.
-
-    Args:
-        lengths: (B,) integers, or None for all k.
-
-    Raises:
-        ValueError: ids out of range, or a length that is 0, too long, or no multiple of ``spec.prefix_step``.
-    """
-    spec.check_ids(tokens)
-    given = tokens.shape[1]
-    if lengths is None:
-        lengths = torch.full((len(tokens),), given, device=tokens.device)
-    elif lengths.shape != (len(tokens),) or lengths.is_floating_point():
-        raise ValueError(f"lengths must be ({len(tokens)},) integers, got {tuple(lengths.shape)} of {lengths.dtype}")
-    lengths = lengths.to(tokens.device, torch.int64)
-    step = spec.prefix_step or spec.length
-    wrong = lengths[(lengths < 1) | (lengths > min(given, spec.length)) | (lengths % step != 0)]
-    if len(wrong):
-        multiples = f"a multiple of {step} " if step > 1 else ""
-        raise ValueError(
-            f"cannot decode {int(wrong[0])} tokens of {given} given: a prefix has {multiples}from {step} to "
-            f"{spec.length} tokens"
-        )
-    return lengths
 
 
 def _remedy(shape: tuple[int, ...], expected: tuple[int, ...]) -> str:

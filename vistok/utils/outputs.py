@@ -38,7 +38,7 @@ def collected(
     hopeless: type[Exception] | tuple[()] = (),
 ) -> Iterator[Path]:
     """The folder in which the files of ``target`` are collected: a new one, or the one that a killed run left. When the
-    block ends it gets its name; an error removes it while it is empty, and otherwise says how to go on.
+    block ends it gets its name; an error removes it while it holds no file, and otherwise says how to go on.
 
     Args:
         settings: everything that the files depend on, as JSON values.
@@ -59,7 +59,7 @@ def collected(
         try:
             yield folder
         except BaseException as error:
-            if processes.count == 1 and [path.name for path in folder.iterdir()] == [SETTINGS]:
+            if processes.count == 1 and not _is_begun(folder):
                 shutil.rmtree(folder)
             elif isinstance(error, hopeless):
                 error.add_note(f"Repaired images are other data: remove {folder} and begin anew.")
@@ -124,6 +124,11 @@ def _begin(target: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
     else:
         with atomic_folder(folder) as temporary:
             write_json(temporary / SETTINGS, settings)
+
+
+def _is_begun(folder: Path) -> bool:
+    """Whether there is any file in it beside the record."""
+    return any(path.is_file() and path != folder / SETTINGS for path in folder.rglob("*"))
 
 
 def _check(folder: Path, record: str, settings: Mapping[str, Any]) -> None:

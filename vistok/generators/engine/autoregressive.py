@@ -12,10 +12,9 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from vistok.draws import Draws, Keys, inverse_cdf
-from vistok.generators.base import Generator, weighted_mean
+from vistok.generators.base import Generator, token_loss
 from vistok.generators.engine.cache import KVCache, Layers
 from vistok.generators.engine.compiled import CompiledStep
 from vistok.generators.engine.decodings import DECODINGS
@@ -241,10 +240,7 @@ class AutoregressiveGenerator(Generator):
         self.check_tokenizer(tokenizer)
         condition = self.drop_condition(condition, draws)
         logits = self.logits(tokens if context is None else context, condition)
-        per_sample = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none").mean(1)
-        loss = per_sample.mean() if weights is None else weighted_mean(per_sample, weights)
-        accuracy = (logits.detach().argmax(-1) == tokens).float().mean()
-        return GeneratorOutput(loss, logits, {"accuracy": accuracy})
+        return token_loss(logits, tokens, weights)
 
     def training_draws(self, keys: Keys) -> Draws:
         return {"drop": keys.uniform("drop")}

@@ -19,13 +19,13 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.checkpoints import OfficialCheckpoint, load_strictly, rename
-from vistok.checkpoints.official_config import OfficialConfig
+from vistok.checkpoints import OfficialCheckpoint, rename
 from vistok.draws import Draws, Keys
 from vistok.flow import last
 from vistok.flow.diffusion import GaussianDiffusion, strided_timesteps
 from vistok.generators.base import weighted_mean
 from vistok.generators.engine.continuous import ContinuousGenerator
+from vistok.generators.mar import official
 from vistok.generators.mar.sampling import MAROptions, MARSession
 from vistok.nn.attention import Attention
 from vistok.nn.diffusion_head import DiffusionHead
@@ -33,54 +33,12 @@ from vistok.nn.mlp import MLP
 from vistok.nn.windows import window_members
 from vistok.types import Clock, Condition, Expands, GeneratorOutput, TokenSpec, as_dataclass
 
-SIZES = {
-    "base": {
-        "dim": 768,
-        "num_encoder_layers": 12,
-        "num_decoder_layers": 12,
-        "num_heads": 12,
-        "num_head_layers": 6,
-        "head_dim": 1024,
-    },
-    "large": {
-        "dim": 1024,
-        "num_encoder_layers": 16,
-        "num_decoder_layers": 16,
-        "num_heads": 16,
-        "num_head_layers": 8,
-        "head_dim": 1280,
-    },
-    "huge": {
-        "dim": 1280,
-        "num_encoder_layers": 20,
-        "num_decoder_layers": 20,
-        "num_heads": 16,
-        "num_head_layers": 12,
-        "head_dim": 1536,
-    },
-}
 NUM_TIMESTEPS = 1000
 OWN_STEPS = 10
 """Of the head, for tokens that the model draws itself in training: many fewer than in sampling, of small networks."""
 
 
-def _official(size: str) -> dict[str, Any]:
-    dim, num_encoder_layers, num_decoder_layers, num_heads, num_head_layers, head_dim = SIZES[size].values()
-    return {
-        "encoder_embed_dim": dim,
-        "encoder_depth": num_encoder_layers,
-        "encoder_num_heads": num_heads,
-        "decoder_embed_dim": dim,
-        "decoder_depth": num_decoder_layers,
-        "decoder_num_heads": num_heads,
-        "diffloss_d": num_head_layers,
-        "diffloss_w": head_dim,
-        "attn_dropout": 0.1,
-        "proj_dropout": 0.1,
-    }
-
-
-class Block(nn.Module):
+class MARBlock(nn.Module):
     """Pre-norm transformer block: (B, N, D) -> (B, N, D)."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, *, eps: float, attn_drop: float, proj_drop: float):
@@ -135,10 +93,10 @@ class MAR(ContinuousGenerator):
     options_type = MAROptions
     session_type = MARSession
     """Its ``append`` also takes known tokens at any positions, for inpainting and editing."""
-    sizes = SIZES
+    sizes = official.SIZES
     checkpoints = tuple(
-        OfficialCheckpoint(f"mar_{size}", "checkpoint-last.pth", _official(size), tokenizer="kl16.ckpt")
-        for size in SIZES
+        OfficialCheckpoint(f"mar_{size}", "checkpoint-last.pth", official.config(size), tokenizer="kl16.ckpt")
+        for size in official.SIZES
     )
 
     def __init__(
@@ -173,7 +131,7 @@ class MAR(ContinuousGenerator):
         self.length, self.token_dim = len(self.members), self.spec.dim * patch_size**2
         self.diffusion = GaussianDiffusion.cosine(NUM_TIMESTEPS)
         decoder_dim = decoder_dim or dim
-        make = partial(Block, mlp_ratio=mlp_ratio, eps=norm_eps, attn_drop=attn_drop, proj_drop=proj_drop)
+        make = partial(MARBlock, mlp_ratio=mlp_ratio, eps=norm_eps, attn_drop=attn_drop, proj_drop=proj_drop)
 
         self.class_embedding = nn.Embedding(num_classes, dim) if num_classes else None
         self.null_class = nn.Parameter(torch.empty(1, dim))
@@ -284,7 +242,7 @@ class MAR(ContinuousGenerator):
         output = self.head(self.diffusion.add_noise(data, noise, t), t, self.head.condition(z))
         mse, bound = self.diffusion.loss_terms(output, data, noise, t)
         per_sample = (mse + bound).view(len(tokens), -1).mean(1)
-        loss = per_sample.mean() if weights is None else weighted_mean(per_sample, weights)
+        loss = weighted_mean(per_sample, weights)
         prediction = output.view(len(tokens), levels, masked.shape[1], -1)
         return GeneratorOutput(loss, prediction, {"mse": mse.detach().mean(), "vb": bound.detach().mean()})
 
@@ -398,61 +356,7 @@ class MAR(ContinuousGenerator):
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
-        given = OfficialConfig(config, WITHOUT_EFFECT)
-        side = given.take("img_size", 256) // given.take("vae_stride", 16)
-        model = cls(
-            TokenSpec(side * side, None, given.take("vae_embed_dim", 16), grid=(side, side)),
-            num_classes=given.take("class_num", 1000),
-            dim=given.take("encoder_embed_dim"),
-            num_encoder_layers=given.take("encoder_depth"),
-            num_decoder_layers=given.take("decoder_depth"),
-            num_heads=given.take("encoder_num_heads"),
-            decoder_dim=given.take("decoder_embed_dim"),
-            num_decoder_heads=given.take("decoder_num_heads"),
-            num_head_layers=given.take("diffloss_d"),
-            head_dim=given.take("diffloss_w"),
-            patch_size=given.take("patch_size", 1),
-            mlp_ratio=given.take("mlp_ratio", 4.0),
-            buffer_size=given.take("buffer_size", 64),
-            mask_rate_min=given.take("mask_ratio_min", 0.7),
-            diffusion_batch_mul=given.take("diffusion_batch_mul", 4),
-            condition_dropout=given.take("label_drop_prob", 0.1),
-            attn_drop=given.take("attn_dropout", 0.1),
-            proj_drop=given.take("proj_dropout", 0.1),
-            norm_eps=given.take("norm_eps", 1e-6),
-        )
-        given.finish()
-        load_strictly(model, rename(state_dict, OFFICIAL_NAMES), source="the official state dict")
-        return model
-
-
-WITHOUT_EFFECT = {
-    "num_sampling_steps": "an option of sampling",
-    "grad_checkpointing": "saves memory in training",
-}
-"""Arguments of the reference that change nothing of what the model computes, each with the reason."""
-
-OFFICIAL_NAMES = [
-    (r"class_emb\.weight", r"class_embedding.weight"),
-    (r"fake_latent", r"null_class"),
-    (r"(encoder|decoder)_pos_embed_learned", r"\1_positions"),
-    (r"diffusion_pos_embed_learned", r"head_positions"),
-    (r"z_proj\.(\w+)", r"input.\1"),
-    (r"z_proj_ln\.(\w+)", r"input_norm.\1"),
-    (r"decoder_embed\.(\w+)", r"bridge.\1"),
-    (r"(\w+_blocks\.\d+)\.attn\.proj\.(\w+)", r"\1.attn.out.\2"),
-    (r"(\w+_blocks\.\d+)\.mlp\.fc1\.(\w+)", r"\1.mlp.up.\2"),
-    (r"(\w+_blocks\.\d+)\.mlp\.fc2\.(\w+)", r"\1.mlp.down.\2"),
-    (r"diffloss\.net\.time_embed\.mlp\.(\d)\.(\w+)", r"head.time_embedding.mlp.\1.\2"),
-    (r"diffloss\.net\.cond_embed\.(\w+)", r"head.condition.\1"),
-    (r"diffloss\.net\.input_proj\.(\w+)", r"head.input.\1"),
-    (r"diffloss\.net\.res_blocks\.(\d+)\.in_ln\.(\w+)", r"head.blocks.\1.norm.\2"),
-    (r"diffloss\.net\.res_blocks\.(\d+)\.mlp\.0\.(\w+)", r"head.blocks.\1.mlp.up.\2"),
-    (r"diffloss\.net\.res_blocks\.(\d+)\.mlp\.2\.(\w+)", r"head.blocks.\1.mlp.down.\2"),
-    (r"diffloss\.net\.res_blocks\.(\d+)\.adaLN_modulation\.1\.(\w+)", r"head.blocks.\1.modulation.1.\2"),
-    (r"diffloss\.net\.final_layer\.linear\.(\w+)", r"head.output.\1"),
-    (r"diffloss\.net\.final_layer\.adaLN_modulation\.1\.(\w+)", r"head.modulation.1.\1"),
-]
+        return cls(**official.arguments(config)).with_official_weights(rename(state_dict, official.OFFICIAL_NAMES))
 
 
 def take(values: Tensor, positions: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.checkpoints import OfficialCheckpoint, load_strictly
+from vistok.checkpoints import OfficialCheckpoint, rename
+from vistok.checkpoints.weights import second_stage
 from vistok.draws import Draws
 from vistok.generators.base import weighted_mean
 from vistok.generators.engine.autoregressive import drawn_ids
@@ -231,7 +232,7 @@ class OpenMAGVIT2GPT(Llama):
         metrics: dict[str, Tensor] = {}
         for number, (logits, part) in enumerate(zip(predictions, parts)):
             per_sample = F.cross_entropy(logits.transpose(1, 2), part, reduction="none").mean(1)
-            losses.append(per_sample.mean() if weights is None else weighted_mean(per_sample, weights))
+            losses.append(weighted_mean(per_sample, weights))
             right.append(logits.detach().argmax(-1) == part)
             metrics |= {f"loss_{number}": losses[-1].detach(), f"accuracy_{number}": right[-1].float().mean()}
         metrics["accuracy"] = torch.stack(right).all(0).float().mean()
@@ -239,11 +240,9 @@ class OpenMAGVIT2GPT(Llama):
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
-        model = cls(**official.arguments(config))
-        load_strictly(model, official.our_names(state_dict), source="the official state dict")
-        return model
+        return cls(**official.arguments(config)).with_official_weights(rename(state_dict, official.OFFICIAL_NAMES))
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Drop the tokenizer that lies in released files too, and sampling caches."""
-        return official.generator_part(state)
+        return second_stage(state)

@@ -23,7 +23,7 @@ from vistok.generators.engine.autoregressive import AutoregressiveGenerator
 from vistok.generators.engine.cache import Layers, of_layers
 from vistok.generators.engine.plan import Plan
 from vistok.generators.engine.sampling import DecodingOptions
-from vistok.generators.llama import Block
+from vistok.generators.llama import LlamaBlock
 from vistok.guidance.schedules import ScheduleName
 from vistok.nn.attention import Mask
 from vistok.nn.containers import ModuleList
@@ -182,7 +182,7 @@ class TokenShuffle(AutoregressiveGenerator):
         self.fold = Fold(*fusion) if window > 1 else None
         self.unfold = Unfold(*fusion) if window > 1 else None
         self.blocks = ModuleList(
-            Block(
+            LlamaBlock(
                 dim,
                 num_heads,
                 rounded_hidden_dim(dim, multiple_of),
@@ -316,7 +316,7 @@ class TokenShuffle(AutoregressiveGenerator):
         if self.z_loss:
             partition = logits.logsumexp(-1).square().mean(1)
             metrics["z_loss"], per_sample = partition.detach().mean(), per_sample + self.z_loss * partition
-        loss = per_sample.mean() if weights is None else weighted_mean(per_sample, weights)
+        loss = weighted_mean(per_sample, weights)
         return GeneratorOutput(loss, logits, metrics)
 
     def training_logits(self, tokens: Tensor, condition: Condition, draws: Draws, tokenizer: Expands | None) -> Tensor:

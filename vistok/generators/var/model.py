@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.checkpoints import OfficialCheckpoint, load_strictly
+from vistok.checkpoints import OfficialCheckpoint
 from vistok.draws import Draws, Keys
 from vistok.generators.base import weighted_mean
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
@@ -25,7 +25,7 @@ from vistok.generators.engine.plan import Plan
 from vistok.generators.engine.sampling import DecodingOptions
 from vistok.generators.engine.session import AutoregressiveSession
 from vistok.generators.var import official
-from vistok.generators.var.networks import Block, SharedModulation
+from vistok.generators.var.networks import SharedModulation, VARBlock
 from vistok.generators.var.smooth import GUMBEL, SmoothSession
 from vistok.nn.attention import Mask
 from vistok.nn.containers import ModuleList
@@ -162,7 +162,7 @@ class VAR(AutoregressiveGenerator):
         self.scale_embedding = nn.Embedding(len(self.scale_sizes), dim)
         self.shared_modulation = modulation(dim, 6) if shared_modulation else None
         self.blocks = ModuleList(
-            Block(
+            VARBlock(
                 dim,
                 num_heads,
                 mlp_ratio=mlp_ratio,
@@ -220,9 +220,7 @@ class VAR(AutoregressiveGenerator):
 
     def class_vector(self, condition: Condition) -> Tensor:
         """(R, D) embeddings of the condition, which modulate every position of a row."""
-        null = torch.full_like(condition.dropped, self.num_classes or 0, dtype=torch.int64)
-        labels = null if condition.labels is None else torch.where(condition.dropped, null, condition.labels)
-        return self.class_embedding(labels)
+        return self.class_embedding(self.class_rows(condition))
 
     def condition_state(self, condition: Condition) -> tuple[Tensor, ...]:
         return (self.class_vector(condition),)
@@ -310,7 +308,7 @@ class VAR(AutoregressiveGenerator):
         tokens = tokens[:, : logits.shape[1]]
         per_token = self.cross_entropy(logits, tokens)
         per_sample = per_token @ self.token_weights(stage, warmth)
-        loss = per_sample.mean() if weights is None else weighted_mean(per_sample, weights)
+        loss = weighted_mean(per_sample, weights)
         right, last = (logits.detach().argmax(-1) == tokens).float(), self.scale_sizes[stage]
         metrics = {
             "accuracy": right.mean(),
@@ -368,9 +366,7 @@ class VAR(AutoregressiveGenerator):
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
-        model = cls(**official.arguments(config, state_dict))
-        load_strictly(model, official.our_names(state_dict), source="the official state dict")
-        return model
+        return cls(**official.arguments(config, state_dict)).with_official_weights(official.our_names(state_dict))
 
 
 def stage_warmth(steps: int, warmup: int) -> float:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.checkpoints import CheckpointError, OfficialCheckpoint, load_strictly, rename
+from vistok.checkpoints import CheckpointError, OfficialCheckpoint, rename
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.draws import Draws, Keys
 from vistok.flow import TimeSampling
@@ -61,7 +61,7 @@ def _official(size: str) -> dict[str, Any]:
     }
 
 
-class Block(nn.Module):
+class XARBlock(nn.Module):
     """Transformer block modulated by a condition per entity: (B, n, D) -> (B, n, D)."""
 
     def __init__(self, dim: int, num_heads: int, hidden_dim: int, attn_drop: float, proj_drop: float):
@@ -161,7 +161,7 @@ class XAR(ContinuousGenerator):
 
         def blocks(count: int) -> ModuleList:
             hidden_dim = int(dim * mlp_ratio * 2 / 3)
-            return ModuleList(Block(dim, num_heads, hidden_dim, attn_drop, proj_drop) for _ in range(count))
+            return ModuleList(XARBlock(dim, num_heads, hidden_dim, attn_drop, proj_drop) for _ in range(count))
 
         self.encoder_blocks, self.decoder_blocks = blocks(num_encoder_layers), blocks(num_decoder_layers)
         self.encoder_norm, self.decoder_norm = RMSNorm(dim, NORM_EPS), RMSNorm(dim, NORM_EPS)
@@ -263,7 +263,7 @@ class XAR(ContinuousGenerator):
         else:
             kept = self._all_of_entity((context == sequence).all(2))
             per_sample = (errors.mean(2) * kept).sum(1) / kept.sum(1).clamp_min(1)
-        loss = per_sample.mean() if weights is None else weighted_mean(per_sample, weights)
+        loss = weighted_mean(per_sample, weights)
         return GeneratorOutput(loss, prediction)
 
     def _all_of_entity(self, values: Tensor) -> Tensor:
@@ -357,8 +357,7 @@ class XAR(ContinuousGenerator):
         given.finish()
         # Mask and rotary tables are stored, but follow from the layout.
         state = {key: t for key, t in state_dict.items() if key != "mask" and ".attn.rope.freqs" not in key}
-        load_strictly(model, rename(state, OFFICIAL_NAMES), source="the official state dict")
-        return model
+        return model.with_official_weights(rename(state, OFFICIAL_NAMES))
 
 
 WITHOUT_EFFECT = {

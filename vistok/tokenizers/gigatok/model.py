@@ -15,7 +15,6 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.checkpoints import load_strictly
 from vistok.draws import Draws
 from vistok.nn.alignment import AlignmentConfig
 from vistok.nn.conv import ConvDecoder, ConvEncoder, UpsampleKind
@@ -294,9 +293,7 @@ class GigaTok(Tokenizer):
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
-        model = cls(**official.model_arguments(config, state_dict))
-        load_strictly(model, official.our_names(state_dict), source="the official state dict")
-        return model
+        return cls(**official.model_arguments(config, state_dict)).with_official_weights(official.our_names(state_dict))
 
 
 def _grid(size: tuple[int, int], stride: int) -> tuple[int, int]:

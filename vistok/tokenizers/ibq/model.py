@@ -11,15 +11,15 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from vistok.checkpoints import OfficialCheckpoint, load_strictly, rename, with_averages
+from vistok.checkpoints import OfficialCheckpoint, rename
 from vistok.checkpoints.official_config import OfficialConfig
+from vistok.checkpoints.weights import first_stage
 from vistok.nn.conv import ConvDecoder, ConvEncoder
 from vistok.quantizers import IndexQuantizer
 from vistok.quantizers.named import chosen_quantizer
 from vistok.tokenizers.convolutional import ConvTokenizer
 
 F16 = (1, 1, 2, 2, 4)
-FIRST_STAGE = "first_stage_model."
 
 
 def _official(codebook_size: int) -> dict[str, Any]:
@@ -124,15 +124,12 @@ class IBQ(ConvTokenizer):
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
         model = cls(**_arguments(config))
         names = our_names(state_dict, len(model.decoder.levels))
-        load_strictly(model, names, source="the official state dict")
-        return model
+        return model.with_official_weights(names)
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Of a training checkpoint the moving averages, as in the published scores, without the losses' networks; of a
-        generator's file the tokenizer inside it."""
-        inside = {key.removeprefix(FIRST_STAGE): t for key, t in state.items() if key.startswith(FIRST_STAGE)}
-        return with_averages({key: t for key, t in (inside or state).items() if not key.startswith("loss.")})
+        """Of a training file the moving averages, as in the published scores."""
+        return first_stage(state)
 
 
 WITHOUT_EFFECT = {

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from vistok.checkpoints import OfficialCheckpoint, load_strictly, rename
+from vistok.checkpoints import OfficialCheckpoint, rename
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.nn.conv import ConvDecoder, ConvEncoder
 from vistok.quantizers import VectorQuantizer
@@ -146,8 +146,7 @@ class LlamaGenVQ(ConvTokenizer):
         )
         given.finish()
         state = {key: tensor for key, tensor in state_dict.items() if key != USAGE_COUNTER}
-        load_strictly(model, rename(state, OFFICIAL_NAMES), source="the official state dict")
-        return model
+        return model.with_official_weights(rename(state, OFFICIAL_NAMES))
 
 
 WITHOUT_EFFECT = {

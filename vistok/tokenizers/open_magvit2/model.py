@@ -11,7 +11,8 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from vistok.checkpoints import OfficialCheckpoint, load_strictly
+from vistok.checkpoints import OfficialCheckpoint
+from vistok.checkpoints.weights import first_stage
 from vistok.nn.conv import ConvDecoder, ConvEncoder
 from vistok.quantizers import LFQ
 from vistok.quantizers.named import chosen_quantizer
@@ -117,12 +118,9 @@ class OpenMAGVIT2(ConvTokenizer):
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
         model = cls(**official.arguments(config))
-        load_strictly(
-            model, official.our_names(state_dict, len(model.decoder.levels)), source="the official state dict"
-        )
-        return model
+        return model.with_official_weights(official.our_names(state_dict, len(model.decoder.levels)))
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The moving averages where the file has them, as in the published scores; without the losses' networks."""
-        return official.tokenizer_part(state)
+        return first_stage(state)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, Self, cast
 import torch
 from torch import Tensor
 
-from vistok.checkpoints import CheckpointError, OfficialCheckpoint, load_strictly
+from vistok.checkpoints import CheckpointError, OfficialCheckpoint
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.draws import Draws, Keys
 from vistok.quantizers import VectorQuantizer
@@ -214,6 +214,10 @@ class TiTok(Tokenizer):
         decoder: Any = self.head if self.renderer is None else self.renderer.decoder
         return decoder.conv_out.weight
 
+    @property
+    def gaussian(self) -> GaussianLatents:  # type: ignore[override]  # computed
+        return self.quantizer
+
     def latents(self, pixels: Tensor) -> Tensor:
         """Pixels (B, C, H, W) in [-1, 1] to what the encoder gives: (B, N, D), or (B, N, 2D) means and log-variances of
         a "vae"."""
@@ -332,8 +336,7 @@ class TiTok(Tokenizer):
         model = cls(**arguments, output=output, codec=codec)
         given.finish()
         state = official.with_clustering(state_dict, arguments)
-        load_strictly(model, official.our_names(state, len(codec.channel_mult)), source="the official state dict")
-        return model
+        return model.with_official_weights(official.our_names(state, len(codec.channel_mult)))
 
 
 def _patches(size: Sequence[int], patch: int) -> tuple[int, int]:

@@ -15,8 +15,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from vistok.checkpoints import OfficialCheckpoint, load_strictly, rename
+from vistok.checkpoints import OfficialCheckpoint, rename
 from vistok.checkpoints.official_config import OfficialConfig
+from vistok.checkpoints.weights import without_losses
 from vistok.draws import Draws
 from vistok.losses.pixel import LogitLaplace
 from vistok.nn.attention import Attention
@@ -63,7 +64,7 @@ def _official(size: dict[str, int]) -> dict[str, Any]:
     }
 
 
-class Block(nn.Module):
+class ViTVQGANBlock(nn.Module):
     """Pre-norm transformer block with a tanh feed-forward: (B, N, D) -> (B, N, D)."""
 
     def __init__(self, config: ViTConfig):
@@ -86,7 +87,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ViTConfig, grid: tuple[int, int]):
         super().__init__()
         self.positions = nn.Parameter(sincos_2d(grid, config.dim)[None], requires_grad=False)
-        self.blocks = nn.Sequential(*(Block(config) for _ in range(config.num_layers)))
+        self.blocks = nn.Sequential(*(ViTVQGANBlock(config) for _ in range(config.num_layers)))
         self.norm = nn.LayerNorm(config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -286,13 +287,11 @@ class ViTVQGAN(Tokenizer):
         )
         given.finish()
         rules = OFFICIAL_NAMES if model.spec.depth == 1 else [RESIDUAL_CODEBOOK, *OFFICIAL_NAMES]
-        load_strictly(model, rename(state_dict, rules), source="the official state dict")
-        return model
+        return model.with_official_weights(rename(state_dict, rules))
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Drop the training losses (LPIPS, discriminator) that a released file carries beside the model."""
-        return {key: tensor for key, tensor in state.items() if not key.startswith("loss.")}
+        return without_losses(state)
 
 
 WITHOUT_EFFECT = {
