@@ -214,9 +214,12 @@ def load_named_state(
         raise CheckpointError("the checkpoint's optimizer trains other parameters than this run's; start a new run")
     saved: Any = {own[parameters[name]]: dict(values) for name, values in state.items() if values}
     if saved:
+        kept = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
         options = replace(_options(model), strict=False)
         set_optimizer_state_dict(model, optimizer, {"state": saved, "param_groups": groups}, options=options)
+        for group, own_values in zip(optimizer.param_groups, kept, strict=True):
+            group.update(own_values)  # the library makes lists of tuples
     for name, parameter in parameters.items():
         if not state.get(name):
             optimizer.state.pop(parameter, None)  # the library has begun it
