@@ -28,18 +28,9 @@ from vistok.generators.engine.continuous import ContinuousGenerator
 from vistok.generators.engine.decodings import DECODINGS
 from vistok.train.tasks.objective import TERMS, check_terms
 
-<<<<<<< HEAD
-DISCRETE = [name for name in names("generator") if tiny(name).spec.discrete]
-=======
 pytestmark = pytest.mark.slow
 
-DECODED = [
-    name
-    for name in names("generator")
-    for kind in [registry.entry(name).load()]
-    if kind.options_type is DecodingOptions and not kind.needs_tokenizer
-]
->>>>>>> main
+DISCRETE = [name for name in names("generator") if tiny(name).spec.discrete]
 
 
 @pytest.fixture(scope="module")
