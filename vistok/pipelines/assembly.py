@@ -44,7 +44,9 @@ def pipeline(
     if generator is not None:
         return assemble(source, generator).to(choose_device(device), choose_dtype(dtype))
     official = _official(source)
-    tokenizer = home_of(source) if (Path(source) / STATE).is_file() else official and official.tokenizer
+    tokenizer = (
+        home_of(source) if (Path(source) / STATE).is_file() else None if official is None else official.tokenizer
+    )
     if tokenizer is None:
         return Pipeline.from_pretrained(source, device=device, dtype=dtype)
     return assemble(tokenizer, source).to(choose_device(device), choose_dtype(dtype))

@@ -197,7 +197,7 @@ def _texts(name: str, value: Prompt) -> list[str | None]:
     Raises:
         ValueError: something else among them.
     """
-    texts = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else [value]
+    texts: list[str | None] = [value] if isinstance(value, str) or not isinstance(value, Sequence) else list(value)
     wrong = [text for text in texts if not isinstance(text, str | None)]
     if wrong:
         raise ValueError(f"{name} must be a text or a list of texts, got {wrong[0]!r} ({type(wrong[0]).__name__})")

@@ -325,7 +325,7 @@ class AutoregressiveGenerator(Generator):
         tokens: Tensor,
         regenerate: Tensor,
         condition: Condition,
-        options: DecodingOptions | None = None,
+        options: Any = None,
         *,
         draws: Draws | None = None,
         tokenizer: Expands | None = None,
