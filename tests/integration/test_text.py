@@ -236,6 +236,21 @@ def test_the_command_line_samples_prompts(runs, tmp_path):
     assert (tmp_path / "out" / "000002.png").exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"\n \n", "holds no prompts"), (b"\xff\xfetwo", "no text in UTF-8: byte 0xff at 0"), (None, "there is no file")],
+)
+def test_files_that_hold_no_prompts_are_named(runs, tmp_path, content, message):
+    file = tmp_path / "prompts.txt"
+    if content is not None:
+        file.write_bytes(content)
+    result = CliRunner().invoke(
+        app, ["sample", str(runs["features"]), "--out", str(tmp_path / "o"), "--prompts", str(file)]
+    )
+    assert message in str(result.exception)
+    assert str(file) in str(result.exception)
+
+
 def test_the_command_line_stores_captions(t5, tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
     arguments = ["tokenize", str(tmp_path / "tokenizer"), "data.source=digits", "data.limit=20"]

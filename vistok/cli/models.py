@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vistok.cli.console import output, print_table
+from vistok.utils.files import read_lines
 
 
 def convert(
@@ -67,23 +68,22 @@ def pipeline(
     clean_texts: Annotated[
         bool, typer.Option("--clean-texts", help="Of the text encoder: clean prompts first, as LlamaGen does.")
     ] = False,
-    text_length: Annotated[int, typer.Option(help="Tokens of a prompt at most; longer ones are cut.")] = 120,
 ) -> None:
     """Put a tokenizer and a generator into one folder, which `vistok sample` and vistok.pipeline read."""
     from vistok.config import override
     from vistok.pipelines import assemble
-    from vistok.text import PromptEncoder, open_text_encoder
 
     if out.exists():
         raise FileExistsError(f"{out} exists already; choose another folder or remove it first")
-    names = classes.read_text(encoding="utf-8").splitlines() if classes is not None else None
-    text = None
-    if clean_texts and text_encoder is None:
-        raise ValueError("--clean-texts is of the text encoder: give --text-encoder, too")
-    if text_encoder is not None:
-        text = PromptEncoder([open_text_encoder(text_encoder, text_length, clean=clean_texts)])
-    sampling = override({}, options or ())
-    pipe = assemble(tokenizer, generator, class_names=names, sampling=sampling, text=text)
+    names = read_lines(classes) if classes is not None else None
+    pipe = assemble(
+        tokenizer,
+        generator,
+        class_names=names,
+        sampling=override({}, options or ()),
+        text_encoder=text_encoder,
+        clean_texts=clean_texts,
+    )
     pipe.save_pretrained(out)
     named = f", {len(pipe.class_names):,} class names" if pipe.class_names else ""
     parts = f"{type(pipe.tokenizer).__name__} and {type(pipe.generator).__name__}"

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vistok.cli.console import Commands, Device, Environment, errors, output, print_table
+from vistok.utils.files import read_lines
 from vistok.utils.recipes import find_recipe, recipes
 
 
@@ -255,7 +256,7 @@ def import_tokens(
     from vistok.pipelines.folders import load_tokenizer
     from vistok.train.import_tokens import import_tokens as write_cache
 
-    names = tuple(classes.read_text().splitlines()) if classes is not None else None
+    names = tuple(read_lines(classes)) if classes is not None else None
     cache = write_cache(format_name, source, load_tokenizer(tokenizer), out, classes=names)
     output.print(f"{len(cache):,} samples in {cache.views} views each are in {escape(str(out))}")
 

@@ -13,7 +13,8 @@ from vistok.checkpoints.model import find_official
 from vistok.checkpoints.weights import STATE
 from vistok.pipelines.folders import home_of, load_generator, load_tokenizer, read_settings
 from vistok.pipelines.generation import NO_TEXT, Pipeline
-from vistok.text import TEXT, PromptEncoder
+from vistok.text import TEXT, PromptEncoder, open_text_encoder
+from vistok.types import ConditionSpec
 from vistok.utils.devices import choose_device, choose_dtype
 from vistok.utils.paths import local
 
@@ -64,7 +65,8 @@ def assemble(
     *,
     class_names: Sequence[str] | None = None,
     sampling: Mapping[str, Any] | None = None,
-    text: PromptEncoder | None = None,
+    text_encoder: str | None = None,
+    clean_texts: bool = False,
 ) -> Pipeline:
     """A pipeline of two parts, each a saved or converted model, a run, a checkpoint of a run, or a hub id.
 
@@ -74,11 +76,14 @@ def assemble(
     Args:
         class_names: in place of the generator's.
         sampling: default options that differ from the generator's.
-        text: what turns prompts into conditions, in place of the generator's.
+        text_encoder: what reads prompts, of a generator of text features that does not say it: a Hugging Face folder or
+            name.
+        clean_texts: clean prompts first, as LlamaGen does.
 
     Raises:
         CheckpointError: nothing there, damaged weights, or another kind of model.
-        ValueError: the generator models other tokens than the tokenizer's, or ``text`` makes what it does not take.
+        ValueError: the generator models other tokens than the tokenizer's, takes no text features or others than the
+            text encoder makes, or was trained with another one.
     """
     tokenizer, generator = local(tokenizer), local(generator)
     home = home_of(generator)
@@ -87,9 +92,29 @@ def assemble(
         settings["class_names"] = tuple(class_names)
     settings["sampling"] = settings["sampling"] | dict(sampling or {})
     model, official = load_generator(generator), _official(generator)
-    if text is None:
-        text = PromptEncoder.load(home / TEXT) if home is not None else NO_TEXT
-        features = model.condition_spec.features
-        if official is not None and official.text_encoder is not None and features is not None:
-            text = PromptEncoder.named(*official.text_encoder, features.length)
+    text, features = PromptEncoder.load(home / TEXT) if home is not None else NO_TEXT, model.condition_spec.features
+    if official is not None and official.text_encoder is not None and features is not None:
+        text = PromptEncoder.named(*official.text_encoder, features.length)
+    if text_encoder is not None:
+        text = _read_by(text_encoder, clean_texts, model.condition_spec, text)
+    elif clean_texts:
+        raise ValueError("texts are cleaned for a text encoder: name it, too")
     return Pipeline(load_tokenizer(tokenizer), model, **settings, text=text)
+
+
+def _read_by(name: str, clean: bool, spec: ConditionSpec, trained: PromptEncoder) -> PromptEncoder:
+    """The text encoder of that name, for a generator that takes ``spec`` and was trained with another or with none."""
+    if spec.features is None:
+        raise ValueError(f"this generator takes {spec.describe()}, not the features of a text encoder")
+    encoder = open_text_encoder(name, spec.features.length, clean=clean)
+    if encoder.spec != spec.features:
+        raise ValueError(
+            f"{name} makes features of {encoder.spec.dim} channels, the generator takes {spec.features.dim}"
+        )
+    known = trained.identities.get("features", encoder.identity)
+    if any(known[key] not in (None, encoder.identity[key]) for key in ("kind", "hash")):
+        raise ValueError(
+            f"the generator was trained with features of {known['name']} ({known['kind']}), not of {name} "
+            f"({encoder.identity['kind']}): leave the text encoder out"
+        )
+    return PromptEncoder([encoder])
