@@ -131,7 +131,12 @@ def test_a_folder_of_parts_takes_a_text_encoder(tmp_path):
         (tmp_path / "pipe", other, True, r"trained with features of .*t5 \(cleaning\), not of .*other_t5"),
         (tmp_path / "pipe", text[1], False, r"t5 \(cleaning\), not of .*t5 \(huggingface\)"),
         (tmp_path / "t2i", save_tiny_clip(tmp_path / "clip"), False, None),  # of as many channels, untold
-        (tmp_path / "narrow", other, False, "makes features of 16 channels, the generator takes 8"),
+        (
+            tmp_path / "narrow",
+            other,
+            False,
+            r"takes text features \(B, 7, 8\), and .*other_t5 makes text features \(B, 7, 16\)",
+        ),
         (tmp_path / "classes", other, False, "takes class labels, not the features of a text encoder"),
         (tmp_path / "t2i", None, True, "name it, too"),
     ):

@@ -106,15 +106,14 @@ def _read_by(name: str, clean: bool, spec: ConditionSpec, trained: PromptEncoder
     """The text encoder of that name, for a generator that takes ``spec`` and was trained with another or with none."""
     if spec.features is None:
         raise ValueError(f"this generator takes {spec.describe()}, not the features of a text encoder")
-    encoder = open_text_encoder(name, spec.features.length, clean=clean)
-    if encoder.spec != spec.features:
-        raise ValueError(
-            f"{name} makes features of {encoder.spec.dim} channels, the generator takes {spec.features.dim}"
-        )
-    known = trained.identities.get("features", encoder.identity)
-    if any(known[key] not in (None, encoder.identity[key]) for key in ("kind", "hash")):
+    prompts = PromptEncoder([open_text_encoder(name, spec.features.length, clean=clean)])
+    if prompts.spec.features != spec.features:
+        raise ValueError(f"this generator takes {spec.describe()}, and {name} makes {prompts.spec.describe()}")
+    own = prompts.identities["features"]
+    known = trained.identities.get("features", own)
+    if any(known[key] not in (None, own[key]) for key in ("kind", "hash")):
         raise ValueError(
             f"the generator was trained with features of {known['name']} ({known['kind']}), not of {name} "
-            f"({encoder.identity['kind']}): leave the text encoder out"
+            f"({own['kind']}): leave the text encoder out"
         )
-    return PromptEncoder([encoder])
+    return prompts
