@@ -169,6 +169,24 @@ def read_object(path: str | Path) -> dict[str, Any]:
     return value
 
 
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a text file in UTF-8.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no text in UTF-8.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(missing_file(path))
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is no text in UTF-8: byte {error.object[error.start]:#04x} at {error.start}"
+        ) from error
+
+
 def missing_file(path: str | Path) -> str:
     """What a message says of a file that is not there: its name, and what is near it."""
     path = Path(path)

@@ -171,6 +171,7 @@ class TokenShuffle(AutoregressiveGenerator):
     ):
         super().__init__()
         self.spec = self.check_spec(as_dataclass(TokenSpec, spec), type(self).__name__)
+        members = window_members(self.spec.length, self.spec.grid, window, "window")
         if dim % window**2:
             raise ValueError(f"dim {dim} must be divisible by the {window**2} tokens of a window of {window}")
         if bool(text_vocabulary) != bool(text_length):
@@ -186,9 +187,7 @@ class TokenShuffle(AutoregressiveGenerator):
         text_size = num_classes + text_vocabulary
         self.vocabulary = JointVocabulary(text_size, self.spec.num_ids, *(() if writes else (MARKS,)))
         self.takes_streams, self.end = writes, self.vocabulary.special("end") if writes else None
-        self.register_buffer(
-            "members", window_members(self.spec.length, self.spec.grid, window, "window"), persistent=False
-        )
+        self.register_buffer("members", members, persistent=False)
         self.num_windows = len(self.members)
         self.condition_length = 2 + writes + (num_classes > 0) + text_length  # with the marks
         # A stream may have an image, a question and a reply.

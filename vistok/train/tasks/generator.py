@@ -22,10 +22,10 @@ from vistok.data.tokens import TokenBatch, TokenCache, TokenMixture, token_evalu
 from vistok.draws import Draws, Keys, draws_on
 from vistok.generators.base import Generator
 from vistok.pipelines import Pipeline
-from vistok.pipelines.folders import GENERATOR, TOKENIZER, load_tokenizer, write_settings
-from vistok.text import TEXT, copy_encoders
+from vistok.pipelines.folders import GENERATOR, TOKENIZER, home_of, load_tokenizer, write_settings
+from vistok.text import TEXT, PromptEncoder, copy_encoders
 from vistok.tokenizers.base import Tokenizer
-from vistok.train.config import MODEL, RunConfig
+from vistok.train.config import MODEL, InitFrom, RunConfig
 from vistok.train.tasks.base import Learner, Task, Turn
 from vistok.train.tasks.prediction import PredictionConfig, PredictionObjective
 from vistok.types import Clock, Condition, ConditionSpec, GeneratorOutput, TokenSpec, to_json
@@ -101,6 +101,8 @@ class GeneratorTask(Task):
         self.tokenizer = load_tokenizer(cache.folder)
         cache.check_tokenizer(self.tokenizer.fingerprint())
         condition = _chosen_parts(cache, config.condition)
+        for source in config.sources:
+            _check_texts(source, cache, condition.parts)
         self.classes = cache.classes if "labels" in condition.parts else ()
         spec = TokenSpec(**cache.spec)
         self.config, self.seed, self.length = config, config.seed, spec.length
@@ -278,6 +280,23 @@ def _chosen_parts(cache: TokenMixture, chosen: Sequence[str] | None) -> Conditio
             " conditions; `vistok tokenize` makes ids and features of captions"
         )
     return cache.condition_spec.only(parts)
+
+
+def _check_texts(source: InitFrom, cache: TokenMixture, parts: Sequence[str]) -> None:
+    """Raise ConfigError for weights that were trained with another text encoder than that of the cache."""
+    home = home_of(source.path)
+    known = PromptEncoder.load(home / TEXT).identities if home is not None else {}
+    for part in parts:
+        old, new = ({key: text.get(part, {}).get(key) for key in ("kind", "hash")} for text in (known, cache.text))
+        if part not in known or old == new:
+            continue
+        name = known[part]["name"]
+        if source.strict:
+            raise ConfigError(
+                f"init_from: {source.path} was trained with {part} of {name}, and {cache.folder} has those of another "
+                "text encoder. Make the cache with that one, or learn the new one with init_from.strict=false"
+            )
+        log.warning("%s was trained with %s of %s; the texts of %s are learned anew", home, part, name, cache.folder)
 
 
 def _held_out_tokens(config: GeneratorRun, trained: TokenMixture, parts: Sequence[str]) -> TokenCache | None:
