@@ -30,12 +30,12 @@ from vistok.train.tokenize import tokenize
 
 PRIOR = {"weight": 0.06, "num_layers": 2, "num_heads": 4, "dim": 128}
 HELD_OUT = 300  # images or clips
-SMALL = ["data.batch_size=32", "training.ema_decay=0"]
-SMALL_LLAMA = ["model.dim=128", "model.num_layers=4", "training.batch_size=32", "training.ema_decay=0"]
+SMALL = ["data.batch_size=32", "lr_scheduler.warmup_steps=30", "training.ema_decay=0"]
+SMALL_LLAMA = ["model.dim=128", "model.num_layers=4", "training.batch_size=32", *SMALL[1:]]
 SYSTEMS = {  # recipes of the tokenizer and of the generator, with changes
     "larp": ((config_file("larp", "tokenizer"), SMALL), (config_file("larp", "generator"), SMALL_LLAMA)),
     "vit_vqgan": (
-        (RECIPES / "cifar10" / "vit_vqgan.yaml", SMALL),
+        (RECIPES / "cifar10" / "vit_vqgan.yaml", [*SMALL, "model.patch_size=8"]),
         (RECIPES / "cifar10" / "llama.yaml", [*SMALL_LLAMA, "training.mixed_precision=no"]),
     ),
 }
@@ -45,9 +45,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, help="cifar10.zip; without it only LARP is tried")
     parser.add_argument("--out", type=Path, required=True, help="folder of all runs, which must not exist")
-    parser.add_argument("--tokenizer-steps", type=int, default=300)
-    parser.add_argument("--generator-steps", type=int, default=300)
-    parser.add_argument("--train-images", type=int, default=4000, help="that the generator learns from, at most")
+    parser.add_argument("--tokenizer-steps", type=int, default=500)
+    parser.add_argument("--generator-steps", type=int, default=500)
+    parser.add_argument("--train-images", type=int, default=2000, help="that the generator learns from, at most")
     parser.add_argument("--seeds", type=int, default=2)
     arguments = parser.parse_args()
     ratios, figures = {}, {}
