@@ -2,8 +2,8 @@
 
 A tokenizer is trained with and without ``losses.ar_prior``, then a generator on its tokens, all at equal steps: the
 generator's loss on held-out tokens in nats per token, the perplexity of how often each code is used there, and the PSNR
-of held-out reconstructions in dB. LARP on moving digits by the recipe of its quickstart, and ViT-VQGAN on CIFAR-10 if its
-archive is there, by recipes that are cut to what a CPU does in minutes.
+of held-out reconstructions in dB. LARP on moving digits by the recipe of its quickstart, and ViT-VQGAN with 16 tokens on
+CIFAR-10 if its archive is there, by recipes that are cut to what a CPU does in minutes.
 
     python benchmarks/ar_prior.py --root ../shared/data/cifar10.zip --out ar_prior/
 """
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def measure(system: str, prior: bool, seed: int, arguments: argparse.Namespace) -> dict[str, float]:
-    """The generator's held-out loss in nats per token, the perplexity of the held-out codes, and the tokenizer's held-out
+    """The generator's held-out loss in nats per token, the perplexity of held-out codes, and the tokenizer's held-out
     PSNR, for one seed."""
     (first, first_changes), (second, second_changes) = SYSTEMS[system]
     folder = arguments.out / f"{system}-{'with' if prior else 'without'}-{seed}"
