@@ -2,8 +2,8 @@
 
 A tokenizer is trained with and without ``losses.ar_prior``, then a generator on its tokens, all at equal steps: the
 generator's loss on held-out tokens in nats per token, the perplexity of how often each code is used there, and the PSNR
-of held-out reconstructions in dB. LARP on moving digits by the recipe of its quickstart, and ViT-VQGAN with 16 tokens on
-CIFAR-10 if its archive is there, by recipes that are cut to what a CPU does in minutes.
+of held-out reconstructions in dB. LARP on moving digits by the recipe of its quickstart. Where its archive is there,
+ViT-VQGAN, too, with 16 tokens on CIFAR-10, by recipes that are cut to what a CPU does in minutes.
 
     python benchmarks/ar_prior.py --root ../shared/data/cifar10.zip --out ar_prior/
 """
