@@ -9,14 +9,15 @@ by the Frechet distance on its features. A scheduled step has one more pass, so 
     python benchmarks/objectives.py --digits quickstart/tokenizer --out objectives/
     python benchmarks/objectives.py --cifar runs/cifar10-llamagen-vq --out objectives/
 
-The digits' tokenizer is trained first unless ``--digits`` names one. A run that was stopped goes on where it was.
+The digits' tokenizer is trained first unless ``--digits`` names one. ``--cifar-set`` changes the recipe of CIFAR-10's
+generator for a smaller machine. A run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +43,23 @@ def main() -> None:
     parser.add_argument("--data", help="CIFAR-10 as a .zip or folder")
     parser.add_argument("--instrument", help="module of the classifier of 32 px samples")
     parser.add_argument("--tokenizer-steps", type=int, default=600)
-    parser.add_argument("--steps", type=int, default=600, help="of a plain generator")
+    parser.add_argument("--steps", type=int, default=600, help="of a plain generator of digits")
+    parser.add_argument("--cifar-steps", type=int, default=600, help="of a plain generator of CIFAR-10")
+    parser.add_argument("--cifar-images", type=int, help="training images, and a fifth as many held out")
+    parser.add_argument("--cifar-set", nargs="*", default=[], metavar="KEY=VALUE", help="changes to cifar10/llama")
     parser.add_argument("--samples", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=2)
     arguments = parser.parse_args()
     figures: dict[str, Any] = {}
     ratios: dict[str, float] = {}
-    for name, prepare in (("digits", digits), ("cifar10", cifar10)):
+    kinds = (("digits", digits, arguments.steps), ("cifar10", cifar10, arguments.cifar_steps))
+    for name, prepare, steps in kinds:
         if name == "cifar10" and arguments.cifar is None:
             continue
         config, score = prepare(arguments)
         rows = [
-            {"objective": objective, "seed": seed} | measure(config, objective, seed, arguments, name, score)
+            {"objective": objective, "seed": seed}
+            | measure(config, objective, seed, steps, arguments.out / f"{name}-{objective}-{seed}", score)
             for seed in range(arguments.seeds)
             for objective in OBJECTIVES
         ]
@@ -65,7 +71,7 @@ def main() -> None:
                 figures[f"{name}_{measured}_{objective}"] = statistics.mean(row[measured] for row in own)
             loss = figures[f"{name}_val_loss_{objective}"]
             ratios[f"{name}_val_loss_{objective}_over_plain"] = loss / figures[f"{name}_val_loss_plain"]
-    names = ("tokenizer_steps", "steps", "samples", "seeds")
+    names = ("tokenizer_steps", "steps", "cifar_steps", "samples", "seeds")
     finish("objectives", ratios, figures | {name: getattr(arguments, name) for name in names})
 
 
@@ -73,8 +79,8 @@ def measure(
     config: dict[str, Any],
     objective: str,
     seed: int,
-    arguments: argparse.Namespace,
-    data: str,
+    plain_steps: int,
+    folder: Path,
     score: Callable[[Any], Scores],
 ) -> Scores:
     """Train one generator, or go on with it, and score it."""
@@ -83,9 +89,8 @@ def measure(
     from vistok.train.monitor import read_metrics
 
     section, share = OBJECTIVES[objective]
-    steps = round(arguments.steps * share)
+    steps = round(plain_steps * share)
     rhythm = {"max_steps": steps, "log_every": max(steps // 10, 1), "image_every": 0, "save_every": steps}
-    folder = arguments.out / f"{data}-{objective}-{seed}"
     run = train(
         config
         | {"seed": seed, "output_dir": str(folder), "objective": section}
@@ -95,29 +100,30 @@ def measure(
     rows = read_metrics(Path(run) / "metrics.jsonl")
     scores = {"val_loss": next(row["val_loss"] for row in reversed(rows) if "val_loss" in row)}
     scores |= score(pipeline(run))
-    say(f"{data} {objective:18} seed {seed}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+    say(f"{folder.name}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
     return scores
 
 
-def generator_config(file: Path, tokens: Path) -> dict[str, Any]:
+def generator_config(file: Path, tokens: Path, changes: Sequence[str] = ()) -> dict[str, Any]:
     from vistok.config import load_config
 
-    config = load_config(file, [f"tokens={tokens / 'train'}"])
+    config = load_config(file, [f"tokens={tokens / 'train'}", *changes])
     return config | {"validation": {"tokens": str(tokens / "test")}, "curve": None}
 
 
-def write_tokens(run: Path, folder: Path, augmentation: str, data: list[str]) -> None:
-    """Caches of both splits, each once."""
+def write_tokens(run: Path, folder: Path, augmentation: str, data: list[str], limit: int | None = None) -> None:
+    """Caches of both splits, each once: of all images, or of ``limit`` and a fifth as many held-out ones."""
     from vistok.pipelines.folders import load_tokenizer
     from vistok.pipelines.runs import data_of_run
     from vistok.train.tokenize import tokenize
-    from vistok.utils.unfinished import unfinished
+    from vistok.utils.outputs import unfinished
 
     tokenizer = load_tokenizer(run)
-    for split, views in (("train", augmentation), ("test", "none")):
+    for split, views, share in (("train", augmentation, 1), ("test", "none", 5)):
         out = folder / split
         if not out.exists():
-            config = data_of_run(run, [f"data.split={split}", *data], input_shape=tokenizer.input_shape)
+            count = [] if limit is None else [f"data.limit={limit // share}"]
+            config = data_of_run(run, [f"data.split={split}", *data, *count], input_shape=tokenizer.input_shape)
             tokenize(tokenizer, config, out, augmentation=views, resume=unfinished(out).exists())
 
 
@@ -158,10 +164,10 @@ def cifar10(arguments: argparse.Namespace) -> tuple[dict[str, Any], Callable[[An
     data = find(arguments.data, "data/cifar10.zip", "--data")
     instrument = load_instrument(find(arguments.instrument, "instruments/cifar10_classifier.py", "--instrument"))
     tokens = arguments.out / "cifar10-tokens"
-    write_tokens(arguments.cifar, tokens, "flip", [f"data.root={data}"])
+    write_tokens(arguments.cifar, tokens, "flip", [f"data.root={data}"], arguments.cifar_images)
     real = shared.real_features(instrument, data)
-    config = generator_config(RECIPES / "cifar10" / "llama.yaml", tokens)
-    config["model"] |= {"positions": "learned"}  # of any tokenizer, on a raster or not
+    changes = ["model.positions=learned", *arguments.cifar_set]  # of any tokenizer, on a raster or not
+    config = generator_config(RECIPES / "cifar10" / "llama.yaml", tokens, changes)
 
     def score(pipe: Any) -> Scores:
         found = shared.score_pipeline(instrument, pipe, real, arguments.samples)

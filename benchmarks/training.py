@@ -8,6 +8,11 @@ backward. ``draws_share`` is the share of a step that its draws take.
     python benchmarks/training.py --model vit_vqgan_small --batch-size 4
 
 On a GPU: ``--device cuda --dtype bf16 --compile --batch-size 64 --matrix 8192``.
+
+    python benchmarks/training.py --recipe moving_digits/larp_tokenizer
+
+tells what a step of the training loop itself waits for: the shares of data, forward, backward, optimizer, and of the
+rest (draws of a batch belong to forward), with the recipe's own data.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ from __future__ import annotations
 import argparse
 import resource
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -24,6 +30,7 @@ from common import finish, say, use_threads
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vistok.config import load_config
 from vistok.draws import Draws, Keys, draws_on
 from vistok.generators.llama import Llama
 from vistok.generators.mar import MAR
@@ -31,8 +38,10 @@ from vistok.generators.xar import XAR
 from vistok.tokenizers.dar import DAR
 from vistok.tokenizers.llamagen_vq import LlamaGenVQ
 from vistok.tokenizers.vit_vqgan import ViTVQGAN
+from vistok.train.profile import profile
 from vistok.types import Condition, TokenSpec
 from vistok.utils.devices import DTYPES
+from vistok.utils.recipes import find_recipe
 
 
 class Workload(NamedTuple):
@@ -179,6 +188,16 @@ def peak_memory(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def shares_of(recipe: str, overrides: list[str]) -> None:
+    """Print the shares of a step of the training loop."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = load_config(find_recipe(recipe), [*overrides, f"output_dir={folder}/run"])
+        found = profile(config)
+    shares = {f"{phase.replace(' ', '_')}_share": part / found.step_seconds for phase, part in found.seconds.items()}
+    figures = {"ms_per_step": 1000 * found.step_seconds, found.unit: found.units_per_second}
+    finish("training", shares, figures | {"recipe": recipe})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=WORKLOADS, default="llama_b")
@@ -189,9 +208,14 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="bf16 is autocast, as in training")
     parser.add_argument("--matrix", type=int, default=2048, help="side of the matrices that measure the machine")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--recipe", help="in place of a model: a shipped config or a file, whose loop is measured")
+    parser.add_argument("overrides", nargs="*", help="of the recipe, as key=value")
     arguments = parser.parse_args()
     if arguments.threads:
         use_threads(arguments.threads)
+    if arguments.recipe:
+        shares_of(arguments.recipe, arguments.overrides)
+        return
     device, dtype = arguments.device, DTYPES[arguments.dtype]
     torch.manual_seed(0)
     workload = WORKLOADS[arguments.model](arguments.batch_size, device)

@@ -183,9 +183,9 @@ def _parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """
     function = target.__init__ if inspect.isclass(target) else target
     hints = typing.get_type_hints(target if dataclasses.is_dataclass(target) else function, include_extras=True)
-    parameters = list(inspect.signature(function).parameters.values())
+    parameters = list(inspect.signature(function).parameters.values())[inspect.isclass(target) :]
     result = {}
-    for parameter in parameters[1:] if inspect.isclass(target) else parameters:
+    for parameter in parameters:
         variadic = parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         if variadic or parameter.name not in hints:
             reason = "is variadic" if variadic else "has no annotation"
@@ -270,13 +270,13 @@ def _adapter(annotation: Any) -> TypeAdapter[Any]:
 
 def _strict(annotation: Any) -> Any:
     """Forbid conversions between scalars, wherever they stand in the annotation, but not list -> tuple."""
-    from pydantic import Strict
+    from pydantic import InstanceOf, Strict
 
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation in (int, float, bool, str):
         return typing.Annotated[annotation, Strict()]
     if inspect.isclass(annotation) and dataclasses.is_dataclass(annotation):
-        return typing.Annotated[Any, _instance_validator(annotation)]
+        return typing.Annotated[annotation, InstanceOf()]
     if origin is Literal:
         return typing.Annotated[annotation, _literal_validator(arguments)]
     if origin is None or origin is typing.Annotated or not arguments:
@@ -286,18 +286,6 @@ def _strict(annotation: Any) -> Any:
     if origin in (tuple, list, set, dict, Sequence, Mapping):
         return origin[tuple(argument if argument is ... else _strict(argument) for argument in arguments)]
     return annotation
-
-
-def _instance_validator(kind: type) -> Any:
-    """A validator that takes what is a ``kind`` already."""
-    from pydantic import PlainValidator
-
-    def same(value: Any) -> Any:
-        if not isinstance(value, kind):
-            raise ValueError(f"no {kind.__name__}")
-        return value
-
-    return PlainValidator(same)
 
 
 def _literal_validator(choices: tuple[Any, ...]) -> Any:

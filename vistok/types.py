@@ -77,6 +77,34 @@ class TokenSpec:
         """Whether there are prefixes that decode: of ordered tokens, or the first of several scales."""
         return self.prefix_step is not None or bool(self.scales)
 
+    def prefix_lengths(self, tokens: Tensor, lengths: Tensor | None) -> Tensor:
+        """How many of its ids each image is decoded from, (B,) int64, for ordered ids (B, k).
+
+        Args:
+            lengths: (B,) integers, or None for all k.
+
+        Raises:
+            ValueError: ids out of range, or a length that is 0, too long, or no multiple of ``prefix_step``.
+        """
+        self.check_ids(tokens)
+        given = tokens.shape[1]
+        if lengths is None:
+            lengths = torch.full((len(tokens),), given, device=tokens.device)
+        elif lengths.shape != (len(tokens),) or lengths.is_floating_point():
+            raise ValueError(
+                f"lengths must be ({len(tokens)},) integers, got {tuple(lengths.shape)} of {lengths.dtype}"
+            )
+        lengths = lengths.to(tokens.device, torch.int64)
+        step = self.prefix_step or self.length
+        wrong = lengths[(lengths < 1) | (lengths > min(given, self.length)) | (lengths % step != 0)]
+        if len(wrong):
+            multiples = f"a multiple of {step} " if step > 1 else ""
+            raise ValueError(
+                f"cannot decode {int(wrong[0])} tokens of {given} given: a prefix has {multiples}from {step} to "
+                f"{self.length} tokens"
+            )
+        return lengths
+
     def decodable(self, count: int) -> int:
         """How many of the first ``count`` tokens decode; 0 if none do."""
         if self.prefix_step is not None:

@@ -14,7 +14,7 @@ from support.tiny_models import RASTER, tiny
 import vistok
 from vistok.pipelines import Pipeline
 from vistok.pipelines.samples import write_samples
-from vistok.utils.unfinished import ResumeError, unfinished
+from vistok.utils.outputs import ResumeError, unfinished
 
 COUNT = 11
 

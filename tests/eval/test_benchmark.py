@@ -25,6 +25,7 @@ from vistok.eval.benchmark import benchmark
 from vistok.eval.plan import BenchmarkError, Plan
 from vistok.eval.search import local_minimum
 from vistok.pipelines import Pipeline
+from vistok.utils.outputs import ResumeError
 
 torch.set_num_threads(1)
 NUM = 40
@@ -246,12 +247,12 @@ def test_a_sweep_of_temperatures_joins_those_of_guidance(pipe, finished, tmp_pat
 
 
 def test_a_folder_belongs_to_one_plan(pipe, finished, tmp_path):
-    with pytest.raises(BenchmarkError, match="holds a benchmark with seed = 0, but 1 was asked for"):
+    with pytest.raises(ResumeError, match="seed was 0 and is now 1"):
         benchmark(pipe, finished, seed=1, **CALL)
-    with pytest.raises(BenchmarkError, match="holds a benchmark with sampling = "):
+    with pytest.raises(ResumeError, match="another sampling"):
         benchmark(pipe, finished, sampling={"top_k": 3}, **CALL)
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(BenchmarkError, match="holds other files; choose a new folder"):
+    with pytest.raises(ResumeError, match="holds other files; choose a new folder"):
         benchmark(pipe, tmp_path, **CALL)
 
 
@@ -264,7 +265,7 @@ def test_damaged_files_are_named(pipe, tmp_path):
     shard.unlink()
     assert benchmark(pipe, tmp_path / "out", **CALL)["generated"] == 16
     (tmp_path / "out" / "plan.json").write_text("{")
-    with pytest.raises(BenchmarkError, match=r"plan\.json is damaged"):
+    with pytest.raises(ResumeError, match=r"plan\.json is damaged"):
         benchmark(pipe, tmp_path / "out", **CALL)
 
 

@@ -14,9 +14,9 @@ from vistok.cli import main
 from vistok.data.movies import save_mp4
 from vistok.eval.clip_benchmark import benchmark_clips
 from vistok.eval.clips import choose_clips, evaluate_clips, open_videos, statistics_of
-from vistok.eval.plan import BenchmarkError
 from vistok.eval.video_protocols import is_video_protocol, video_protocol
 from vistok.pipelines import Pipeline
+from vistok.utils.outputs import ResumeError
 
 pytest.importorskip("av")
 
@@ -115,7 +115,7 @@ def test_interrupted_shared_and_in_other_batches_it_is_the_same(pipe, videos, fi
     assert [r["images"]["fingerprint"] for r in result["runs"]] == [
         r["images"]["fingerprint"] for r in finished[1]["runs"]
     ]
-    with pytest.raises(BenchmarkError, match="seed = 0, but 1 was asked for"):
+    with pytest.raises(ResumeError, match="seed was 0 and is now 1"):
         run(pipe, tmp_path / "out", videos, seed=1)
 
 

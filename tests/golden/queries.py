@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vistok.checkpoints import rename
 from vistok.generators.engine.queries import QueryGenerator
 from vistok.types import Condition
 
@@ -34,14 +35,14 @@ def orders(step: Step, ids: Tensor) -> Tensor:
 
 
 def gradients_of(
-    loss: Tensor, model: torch.nn.Module, step: Step, our_names: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+    loss: Tensor, model: torch.nn.Module, step: Step, rules: Iterable[tuple[str, str]]
 ) -> dict[str, Tensor]:
     """Of the parameters that ``wrt`` names as the reference does."""
     if step.args.get("of", "loss") != "loss":
         raise GoldenFailure(f"{step.id}: gradients of {step.args['of']!r} are not computed, only of the loss")
     parameters, names = dict(model.named_parameters()), []
     for key in step.args["wrt"].values():
-        (name,) = our_names({key: torch.empty(0)})
+        (name,) = rename({key: torch.empty(0)}, rules)
         names.append(name)
     found = torch.autograd.grad(loss, [parameters[name] for name in names])
     return dict(zip(step.args["wrt"], found, strict=True))

@@ -47,6 +47,8 @@ from vistok.train.tasks.tokenizer import TokenizerTask
 from vistok.train.tokenize import tokenize
 from vistok.types import Condition, TokenSpec
 
+pytestmark = pytest.mark.device
+
 GPU = torch.cuda.is_available()
 ROUNDING = 1e-3 if GPU else 1e-4
 """Kernels differ; even on the stand-in PyTorch composes some operations of others than on the CPU."""

@@ -17,6 +17,8 @@ from vistok.generators.engine.decodings import DECODINGS
 from vistok.generators.engine.sampling import DecodingOptions
 from vistok.train.tasks.objective import TERMS, check_terms
 
+pytestmark = pytest.mark.slow
+
 DECODED = [
     name
     for name in names("generator")

@@ -16,6 +16,8 @@ from vistok.cli import main
 from vistok.eval.networks import InceptionV3Compat
 from vistok.pipelines import Pipeline
 
+pytestmark = pytest.mark.slow
+
 TINY_VQ = (
     "data.image_size=16", "data.batch_size=4", "data.num_workers=0", "model.channels=8", "model.norm_groups=4",
     "model.z_channels=8", "model.encoder_channel_mult=[1,1,1]", "model.decoder_channel_mult=[1,1,1]",

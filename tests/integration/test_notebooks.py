@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -16,7 +17,9 @@ from vistok.pipelines import Pipeline
 from vistok.quickstart.systems import config_file, find_system
 from vistok.text import PromptEncoder, open_text_tokenizer
 from vistok.train.config import RunConfig
-from vistok.types import ConditionSpec, IdSpec, to_json
+from vistok.types import ConditionSpec, FeatureSpec, IdSpec, to_json
+
+pytestmark = pytest.mark.slow
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 FOLDER = re.compile(r'folder = Path\("(.*?)"\)')
@@ -60,7 +63,10 @@ def write_quickstart(folder: Path, system: str) -> None:
     texts = [open_text_tokenizer("bytes", text)] if text else []
     encoder = PromptEncoder(texts)
     spec = ConditionSpec(ids=texts[0].spec) if texts else ConditionSpec(num_classes=10)
-    arguments = generator_run.model_entry().load().condition_arguments(spec)
+    model = generator_run.model_entry().load()
+    if find_system(system).captions:  # it reads pictures, too
+        spec = replace(spec, given=FeatureSpec(tokenizer.spec.dim, tokenizer.spec.length))
+    arguments = model.condition_arguments(spec) | model.tokenizer_arguments(tokenizer)
     generator = generator_run.build_model({"spec": to_json(tokenizer.spec), **arguments})
     names = () if text else [str(digit) for digit in range(10)]
     pipe = Pipeline(tokenizer, generator, class_names=names, sampling=generator_run.sampling, text=encoder)

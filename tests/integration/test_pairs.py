@@ -18,7 +18,7 @@ from vistok.pipelines.folders import load_tokenizer
 from vistok.pipelines.pairs import partly_generated, write_pairs
 from vistok.train import train
 from vistok.train.tokenize import tokenize
-from vistok.utils.unfinished import ResumeError, unfinished
+from vistok.utils.outputs import ResumeError, unfinished
 
 NAMES = ("cat", "dog")
 CANNOT = {"xar", "ming_univision"}

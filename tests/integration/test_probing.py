@@ -13,12 +13,13 @@ from vistok.cli import main
 from vistok.config import load_config, save_config
 from vistok.draws import Keys
 from vistok.pipelines.folders import TOKENIZER
-from vistok.probing import ProbeFolderError, ProbeSettings, compare, probe
+from vistok.probing import ProbeSettings, compare, probe
 from vistok.probing.generator import CONFIGS
 from vistok.probing.linear import linear_probe
 from vistok.probing.report import table
 from vistok.probing.tokenizer import bits
 from vistok.types import TokenSpec
+from vistok.utils.outputs import ResumeError
 
 QUICK = ProbeSettings(steps=2, train_images=60, test_images=30, network="none", batch_size=8)
 DIGITS = ["data.source=digits", "data.channels=1", "data.image_size=16"]
@@ -94,7 +95,7 @@ def test_probe_measures_and_goes_on_where_it_stopped(saved, tmp_path, monkeypatc
     )
     assert 0 < generator["loss_per_token"] < generator["uniform_loss"] + 1
     assert generator["probe"]["scored"] == 30
-    assert {"tokens", "decoded"} <= told["feature_probes"].keys()
+    assert {"tokens", "latents", "decoded"} <= told["feature_probes"].keys()
     assert 0 < told["code_usage"]["used"] <= 1
     written = json.loads((tmp_path / "probe" / "result.json").read_text())
     assert written["generator"] == generator
@@ -106,7 +107,7 @@ def test_probe_measures_and_goes_on_where_it_stopped(saved, tmp_path, monkeypatc
     monkeypatch.setattr("vistok.probing.run.reconstruction", must_not)
     again = probe(saved["ids"], tmp_path / "probe", DIGITS, settings=QUICK)
     assert again["generator"] == generator
-    with pytest.raises(ProbeFolderError, match="steps = 2, and 3 was asked for"):
+    with pytest.raises(ResumeError, match="steps was 2 and is now 3"):
         probe(saved["ids"], tmp_path / "probe", DIGITS, settings=replace(QUICK, steps=3))
 
 

@@ -19,7 +19,7 @@ from vistok.data.tokens import TokenCache
 from vistok.quickstart import Recipe, quickstart
 from vistok.quickstart.scores import (
     Digits,
-    Scores,
+    DigitScores,
     encode,
     equal_counts,
     fit_classifier,
@@ -47,7 +47,7 @@ SHORT = Recipe(
 KEYS = ["recognised", "recognised_real", "frechet", "frechet_real", "distinct", "copies", "psnr", "seconds", "protocol"]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_report_needs_nothing_else(folder):
 def test_report_shows_the_scores_and_commands_that_fit(folder):
     report = ReportReader(folder / "report.html")
     result = json.loads((folder / "result.json").read_text())
-    scores = Scores(**{f.name: result[f.name] for f in fields(Scores)})
+    scores = DigitScores(**{f.name: result[f.name] for f in fields(DigitScores)})
     spec = vistok.load(folder / "tokenizer" / "tokenizer").spec
     for line in score_lines(scores, result["seconds"], systems()["vit_vqgan"], spec=spec):
         assert line.name in report.text

@@ -30,6 +30,8 @@ from vistok.quickstart.clip_scores import (
 from vistok.quickstart.clips import spread
 from vistok.quickstart.scores import encode
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("av")
 
 FEW = ("training.max_steps=2", "training.log_every=1", "training.image_every=0")

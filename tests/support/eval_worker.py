@@ -21,7 +21,7 @@ from vistok.eval.networks import CallableNetwork
 from vistok.eval.perturbation import Grid, evaluate_perturbation
 from vistok.pipelines import Pipeline
 from vistok.utils.files import write_json
-from vistok.utils.processes import Processes
+from vistok.utils.processes import ALONE, Processes
 
 
 class ClipColours:
@@ -44,7 +44,7 @@ def write_clips(root: Path, count: int = 9, length: int = 9) -> None:
             Image.fromarray(pixels).save(folder / f"{frame}.png")
 
 
-def measure(folder: Path, out: Path, processes: Processes = Processes(), batch_size: int = 4) -> dict[str, Any]:  # noqa: B008
+def measure(folder: Path, out: Path, processes: Processes = ALONE, batch_size: int = 4) -> dict[str, Any]:
     """Scores and fingerprints of an evaluation, of reconstructions, of a tokenizer's pFID and of benchmarks."""
     torch.set_num_threads(1)
     colours = {"features": batch_statistics, "network": "colours"}

@@ -45,7 +45,7 @@ def test_bert_is_that_of_transformers():
 @pytest.mark.parametrize("network", ["bert", "uvit"])
 def test_tokens_see_each_other_in_both_directions(network):
     model, condition = tiny("maskgit", network=network), labels(0, 1, 2)
-    rows, ids = model.condition_rows(condition), token_ids(model)
+    rows, ids = model.class_rows(condition), token_ids(model)
     other = ids.clone()
     other[:, 7] = (other[:, 7] + 1) % 32
     changed = (model.predict(ids, rows) - model.predict(other, rows)).abs().amax((0, 2))
@@ -84,7 +84,7 @@ def test_the_schedule_is_that_of_arccos():
 def test_without_temperature_the_most_confident_tokens_come_first():
     model = tiny("maskgit")
     session = model.start(labels(0), MaskGITOptions(num_steps=4, temperature=0.0))
-    logits = model.predict(torch.full((1, 16), model.mask_id), model.condition_rows(labels(0)))
+    logits = model.predict(torch.full((1, 16), model.mask_id), model.class_rows(labels(0)))
     first = next(iter(session.generate()))
     best = logits.amax(-1)[0].topk(int(first.valid.sum())).indices
     assert set(best.tolist()) == set(first.valid[0].nonzero()[:, 0].tolist())

@@ -16,9 +16,10 @@ from vistok.data.ragged import Piece
 from vistok.data.streams import StreamBatches, StreamConfig, Streams
 from vistok.draws import Keys
 from vistok.generators.ming_univision import MingOptions, MingUniVision
+from vistok.generators.ming_univision.sampling import Context
 from vistok.train.config import RunConfig
 from vistok.train.tasks.generator import GeneratorTask
-from vistok.types import Condition, ConditionSpec, FeatureSpec, IdSpec
+from vistok.types import Clock, Condition, ConditionSpec, FeatureSpec, IdSpec
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 TALK = StreamConfig(
@@ -35,8 +36,16 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("streams") / "tokens"
-    latents, given = (Keys.range(seed, 3).normal("image", 1, 16, 4) for seed in (0, 1))
+    return write(tmp_path_factory.mktemp("streams") / "tokens", tokenizer, seed=0)
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory, tokenizer):
+    return write(tmp_path_factory.mktemp("streams") / "held out", tokenizer, seed=2)
+
+
+def write(folder, tokenizer, seed: int) -> TokenCache:
+    latents, given = (Keys.range(seed + part, 3).normal("image", 1, 16, 4) for part in (0, 1))
     condition = ConditionSpec(ids=IdSpec(20, 5), given=FeatureSpec(4, 16))
     spec = asdict(tokenizer.spec)
     with TokenWriter(folder, spec, tokenizer.fingerprint(), condition=condition, feature_dtype="float32") as writer:
@@ -153,6 +162,32 @@ def test_a_run_of_streams_learns_them(cache):
     assert task.loader.reader.prompts(np.arange(3)).ids[2].tolist() == [0, 0, 6, 6, 6]  # of the last turn
 
 
+def test_a_run_is_measured_on_held_out_streams(cache, held_out, tokenizer):
+    """Every held-out sample once, by the same templates and with the same draws every time, nothing left out."""
+    run = config(cache, validation={"tokens": str(held_out.folder)})
+    task = GeneratorTask(run, 0, 1)
+    assert task.validates
+    model, clock = task.model.eval(), Clock(1, 1)
+    measured = [task.validate(task.learner, clock, lambda: False) for _ in range(2)]
+    assert measured[0] == measured[1]
+    batch = StreamBatches(held_out, run.streams, seed=run.seed).load(np.arange(3), 0)[0]
+    draws = model.training_draws(Keys.of(run.seed, batch.indices, 0).on(torch.device("cpu")))
+    assert draws.pop("drop").min() < model.condition_dropout
+    with torch.no_grad():
+        output = model(batch.tokens, Condition.none(3), draws=draws, tokenizer=tokenizer)
+    expected = {"loss": output.loss, **output.metrics}
+    assert measured[0] == pytest.approx({f"val_{name}": value.item() for name, value in expected.items()}, rel=1e-4)
+
+
+def test_held_out_streams_are_of_other_samples_and_have_what_templates_need(cache, tokenizer, tmp_path):
+    with pytest.raises(ConfigError, match="holds the images that the run trains on"):
+        GeneratorTask(config(cache, validation={"tokens": str(cache.folder)}), 0, 1)
+    with TokenWriter(tmp_path / "bare", asdict(tokenizer.spec), tokenizer.fingerprint()) as writer:
+        writer.write(Keys.range(9, 3).normal("image", 1, 16, 4), torch.full((3,), -1), {})
+    with pytest.raises(ConfigError, match="is not conditioned as"):
+        GeneratorTask(config(cache, validation={"tokens": str(tmp_path / "bare")}), 0, 1)
+
+
 def test_runs_that_cannot_learn_streams_are_refused(cache, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(MingUniVision, "takes_streams", False)
@@ -168,27 +203,85 @@ def test_runs_that_cannot_learn_streams_are_refused(cache, monkeypatch):
 # Language models of Hugging Face
 
 
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "vocab_size": 22, "max_position_embeddings": 128}
+OTHERS = {
+    "gemma": {"head_dim": 8},  # scales its embeddings
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},  # learned positions; as many heads of keys as of queries
+    "qwen3": {"head_dim": 16},
+    "mistral": {"sliding_window": 16},
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+}
+
+
+def written(folder, kind: str, **changes):
+    """A causal language model of random weights, large enough that everything counts."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    configuration = transformers.AutoConfig.for_model(kind, **SIZES | changes)
+    model = transformers.AutoModelForCausalLM.from_config(configuration)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def carried(folder) -> MingUniVision:
+    """With the weights of a language model, where ``tiny`` would draw others."""
+    arguments = {"text_vocabulary_size": 20, "num_classes": 0, "human": (), "assistant": ()}
+    return MingUniVision(**MingUniVision.tiny | arguments | {"language_model": str(folder)}).eval()
+
+
 @pytest.fixture(scope="module", params=["llama", "qwen2"])
 def language_model(request, tmp_path_factory):
-    transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2, "vocab_size": 22, "max_position_embeddings": 128}
-    folder = tmp_path_factory.mktemp(request.param)
-    torch.manual_seed(0)
-    configuration = transformers.AutoConfig.for_model(
-        request.param, **sizes, tie_word_embeddings=request.param == "qwen2"
-    )
-    transformers.AutoModelForCausalLM.from_config(configuration).save_pretrained(folder)
-    return folder
+    return written(tmp_path_factory.mktemp(request.param), request.param, tie_word_embeddings=request.param == "qwen2")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", OTHERS)
+def test_language_models_of_many_kinds_compute_what_they_did(kind, tmp_path):
+    """In one pass, and in steps behind entries that are hidden."""
+    import transformers
+
+    folder = written(tmp_path / kind, kind, **OTHERS[kind])
+    original = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    model = carried(folder)
+    ids = Keys.range(0, 2).permutation("ids", 20)[:, :12]
+    expected = original(ids[:, 3:]).logits
+    torch.testing.assert_close(model.logits(model.embed_ids(ids[:, 3:]))[..., :22], expected, **CLOSE)
+    context = Context(model, 2, 12)
+    valid = torch.ones_like(ids, dtype=torch.bool)
+    valid[:, :3] = False
+    parts = [
+        context.read(model.embedding(part), valid=seen)
+        for part, seen in zip(ids.split([4, 1, 7], 1), valid.split([4, 1, 7], 1))
+    ]
+    torch.testing.assert_close(model.output(torch.cat(parts, 1))[:, 3:, :22], expected, **CLOSE)
+    assert model.backbone.max_length == (16 if kind == "mistral" else 128)  # what its attention reaches back
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("cohere", {}),  # scales its logits
+        ("gemma2", {"head_dim": 8, "final_logit_softcapping": 3.0}),
+        ("bloom", {"n_layer": 2, "n_head": 4}),  # positions follow from the mask alone
+        ("mamba", {"state_size": 4}),  # no attention
+    ],
+)
+def test_language_models_that_would_compute_something_else_are_refused(kind, sizes, tmp_path):
+    folder = written(tmp_path / kind, kind, **sizes)
+    with pytest.raises(ValueError, match=r"cannot carry texts and images: .* such as Llama, Qwen or Mistral \("):
+        carried(folder)
 
 
 def test_a_language_model_by_name_is_the_backbone(language_model, tokenizer, cache, tmp_path):
     import transformers
 
-    arguments = {"text_vocabulary_size": 20, "num_classes": 0, "human": (), "assistant": ()}
     original = transformers.AutoModelForCausalLM.from_pretrained(language_model)
     torch.manual_seed(1)
-    model = MingUniVision(**MingUniVision.tiny | arguments | {"language_model": str(language_model)}).eval()
+    model = carried(language_model)
     ids = torch.randint(20, (2, 7), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = original.eval()(ids).logits

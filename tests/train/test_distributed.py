@@ -23,8 +23,10 @@ from vistok.config import ConfigError, save_config
 from vistok.train import train
 from vistok.train.config import OptimizerConfig
 from vistok.train.monitor import read_metrics
-from vistok.train.optim import build_optimizer, load_named_state, named_state
-from vistok.train.parallel import shard
+from vistok.train.optim import build_optimizer
+from vistok.train.parallel import load_named_state, named_state, shard
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version=2", "--num_processes=2")
@@ -209,8 +211,9 @@ def test_the_optimizer_state_of_other_parameters_is_refused():
     with pytest.raises(CheckpointError, match="other parameters"):
         load_named_state(
             optimizers[1],
+            trained,
             dict(trained.named_parameters()),
-            named_state(optimizers[0], dict(frozen.named_parameters())),
+            named_state(optimizers[0], frozen, dict(frozen.named_parameters())),
         )
 
 

@@ -34,7 +34,7 @@ from vistok.train.stopping import StopRequest
 LONG = {"max_steps": 60, "save_every": 7, "log_every": 5, "image_every": 20}
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")

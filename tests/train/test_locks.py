@@ -17,6 +17,8 @@ from vistok.train import train
 from vistok.train.tokenize import tokenize
 from vistok.utils.locks import FolderInUseError, locked
 
+pytestmark = pytest.mark.slow
+
 HOLDER = """
 import sys, time
 from vistok.utils.locks import locked

@@ -35,8 +35,8 @@ from vistok.tokenizers.vit_vqgan import ViTVQGAN
 from vistok.train.config import RunConfig
 from vistok.train.tasks.generator import GeneratorTask
 from vistok.train.tokenize import tokenize
+from vistok.utils.outputs import ResumeError
 from vistok.utils.processes import Processes
-from vistok.utils.unfinished import ResumeError
 
 TINY_VIT = {"dim": 32, "num_layers": 1, "num_heads": 1, "mlp_dim": 32}
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageFont
 
 from vistok.data.pictures import GAP
-from vistok.data.sheets import LINE, TEXT, enlarged, enlargement, sheet, shortened
+from vistok.data.sheets import LINE, TEXT, enlarged, enlargement, sheet, shortened, wrapped
 from vistok.pipelines.display import overview
 
 
@@ -67,3 +67,17 @@ def test_classes_that_take_turns_get_a_column_each():
     assert [blocks.getpixel((x, y))[0] for y in (40, 110, 180) for x in (30, 90)] == [0, 3, 1, 4, 2, 5]
     assert overview(images, ["a", "a", "b", "b", "a", "b"]).size == (3 * 64 + 2 * GAP, 2 * (64 + LINE) + GAP)
     assert overview(images).size == (3 * 64 + 2 * GAP, 2 * 64 + GAP)
+
+
+def test_labels_take_lines_before_they_are_cut():
+    font = ImageFont.load_default(TEXT)
+    assert wrapped("cat", 64, font) == ["cat"]
+    assert wrapped("draw a seven", 64, font) == ["draw a", "seven"]
+    many = wrapped("a photo of a very long name of a class", 64, font)
+    assert len(many) == 3
+    assert many[-1].endswith("…")
+    assert all(font.getlength(line) <= 64 for line in many)
+    assert wrapped("", 64, font) == [""]
+    plain = sheet([Image.new("L", (64, 64))] * 2, 2, column_labels=("cat", "dog"))
+    tall = sheet([Image.new("L", (64, 64))] * 2, 2, column_labels=("cat", "draw a seven"))
+    assert tall.height == plain.height + LINE

@@ -104,6 +104,15 @@ class Model(
         """Of the weights."""
         return next(self.parameters()).dtype
 
+    def with_official_weights(self, state_dict: Mapping[str, Tensor]) -> Self:
+        """The model itself, with official weights under our names: how ``from_official`` ends.
+
+        Raises:
+            CheckpointError: they do not fit.
+        """
+        load_strictly(self, state_dict, source="the official state dict")
+        return self
+
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
         """Build the model that the reference's own arguments describe, and load the reference's weights."""

@@ -6,13 +6,14 @@ A model's module is imported when it is asked for.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from vistok.signatures import suggestion
 
 if TYPE_CHECKING:
     from vistok.checkpoints.official import OfficialCheckpoint, Reference
@@ -347,6 +348,6 @@ def token_files() -> dict[str, Any]:
 def _find(name: str, table: dict[str, Entry], what: str) -> Entry:
     if name in table:
         return table[name]
-    near = difflib.get_close_matches(str(name), table, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise UnknownModelError(f"unknown {what} {name!r}{hint} Known: {', '.join(sorted(table))}.")
+    raise UnknownModelError(
+        f"unknown {what} {name!r}{suggestion(name, list(table))} Known: {', '.join(sorted(table))}."
+    )

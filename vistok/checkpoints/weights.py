@@ -9,7 +9,7 @@ import argparse
 import json
 import re
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -213,14 +213,58 @@ def with_averages(state: Mapping[str, Tensor], prefix: str = "model_ema.") -> di
     return {key: averages[key.replace(".", "")] for key in weights}
 
 
+FIRST_STAGE = "first_stage_model."
+"""What begins the names of a tokenizer's weights in the file of the transformer that was trained on its tokens."""
+
+
+def first_stage(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tokenizer's weights in a training file of taming-transformers' layout, without the networks of its losses:
+    the averaged ones where the file has averages; of a transformer's file the tokenizer inside it.
+
+    Raises:
+        CheckpointError: averages of a part of the weights only.
+    """
+    inside = {key.removeprefix(FIRST_STAGE): tensor for key, tensor in state.items() if key.startswith(FIRST_STAGE)}
+    return with_averages(without_losses(inside or state))
+
+
+def second_stage(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The transformer's weights in such a file, without the tokenizer inside it and the caches of sampling."""
+    return {
+        key.removeprefix("transformer."): tensor
+        for key, tensor in state.items()
+        if not key.startswith(FIRST_STAGE) and ".attention.kv_cache." not in key
+    }
+
+
+def without_losses(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights without those of the losses (LPIPS, discriminator) that a training file carries beside the model."""
+    return {key: tensor for key, tensor in state.items() if not key.startswith("loss.")}
+
+
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, source: str = "the state dict") -> None:
-    """Load ``state`` into ``model``. Keys, shapes and kinds of numbers must be the model's, and no number may be NaN.
+    """Load ``state`` into ``model``, if it fits as ``check_state`` has it; else the model is left as it was.
 
     Works for a model on the meta device too (its parameters become the given tensors).
 
     Raises:
+        CheckpointError: as ``check_state``.
+    """
+    check_state(model, state, source=source)
+    model.load_state_dict(state, assign=any(tensor.is_meta for tensor in model.state_dict().values()))
+
+
+def check_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str, optional: Collection[str] = ()) -> None:
+    """Compare ``state`` with the state of ``model``: keys, shapes and kinds of numbers must be the model's, and no
+    number may be NaN.
+
+    Args:
+        source: what the message calls the state.
+        optional: keys that it may lack.
+
+    Raises:
         CheckpointError: lists missing keys, surplus keys, differing shapes, integers in place of floats, tensors with
-            NaN and parameters with infinities. The model is left as it was.
+            NaN and parameters with infinities.
     """
     odd = [f"{key} ({type(value).__name__})" for key, value in state.items() if not isinstance(value, Tensor)]
     if odd:
@@ -241,7 +285,7 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, source: str 
     problems = [
         f"{len(names)} {what}: {listing(names)}"
         for what, names in (
-            ("missing", own.keys() - state.keys()),
+            ("missing", own.keys() - state.keys() - set(optional)),
             ("surplus", state.keys() - own.keys()),
             ("of another shape", wrong),
             ("of another kind", kinds),
@@ -251,7 +295,6 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor], *, source: str 
     ]
     if problems:
         raise CheckpointError(f"{source} does not fit {type(model).__name__}; {'; '.join(problems)}")
-    model.load_state_dict(state, assign=any(tensor.is_meta for tensor in own.values()))
 
 
 def _is_sound(tensor: Tensor, finite: bool) -> bool:

@@ -14,6 +14,8 @@ LEAST = 64
 TEXT = 16
 """Height of letters in pixels."""
 LINE = TEXT + 6
+LINES = 3
+"""Of a label, at most."""
 MARGIN = 6
 
 
@@ -32,7 +34,7 @@ def sheet(
         columns: images per row; None makes the grid about square.
         column_labels: a text above each column.
         row_labels: a text left of each row.
-        labels: a text below each image.
+        labels: a text below each image. Those of columns and images have up to three lines.
         least: pixels that the larger side of an image has at least.
 
     Raises:
@@ -56,13 +58,16 @@ def sheet(
     width, height = images[0].width * factor, images[0].height * factor
     font = ImageFont.load_default(TEXT)
     left = math.ceil(max(map(font.getlength, row_labels))) + MARGIN if row_labels else 0
-    top, below = LINE * bool(column_labels), LINE * bool(labels)
+    above = [wrapped(text, width, font) for text in column_labels]
+    under = [wrapped(text, width, font) for text in labels]
+    top, below = (LINE * max(map(len, texts), default=0) for texts in (above, under))
     across, down = width + GAP, height + GAP + below
     made = Image.new("RGB", (left + columns * across - GAP, top + rows * down - GAP), "white")
     draw = ImageDraw.Draw(made)
-    for column, text in enumerate(column_labels):
+    for column, lines in enumerate(above):
         x = left + column * across + width / 2
-        draw.text((x, LINE / 2), shortened(text, width, font), "black", font, anchor="mm")
+        text = "\n".join(lines)
+        draw.multiline_text((x, top / 2), text, "black", font, anchor="mm", spacing=LINE - TEXT, align="center")
     for row, text in enumerate(row_labels):
         draw.text((left - MARGIN, top + row * down + height / 2), text, "black", font, anchor="rm")
     for index, image in enumerate(images):
@@ -70,8 +75,8 @@ def sheet(
         x, y = left + column * across, top + row * down
         made.paste(enlarged(image, factor), (x, y))
         if labels:
-            place = (x + width / 2, y + height + LINE / 2)
-            draw.text(place, shortened(labels[index], width, font), "black", font, anchor="mm")
+            place, text = (x + width / 2, y + height + below / 2), "\n".join(under[index])
+            draw.multiline_text(place, text, "black", font, anchor="mm", spacing=LINE - TEXT, align="center")
     return made
 
 
@@ -85,6 +90,20 @@ def enlarged(image: Image.Image, factor: int) -> Image.Image:
     return (
         image if factor == 1 else image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     )
+
+
+def wrapped(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
+    """The text in at most ``LINES`` lines, no wider than ``width`` pixels; the last is cut where more is left."""
+    lines, words = list[str](), text.split()
+    while words and len(lines) < LINES:
+        count = 1
+        while count < len(words) and font.getlength(" ".join(words[: count + 1])) <= width:
+            count += 1
+        if len(lines) == LINES - 1:
+            count = len(words)
+        lines.append(shortened(" ".join(words[:count]), width, font))
+        words = words[count:]
+    return lines or [""]
 
 
 def shortened(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from vistok.config import nearest
+from vistok.config import suggestion
 from vistok.data.captions import spell_digit
 from vistok.data.decoding import DECODING_ERRORS, Decoder
 from vistok.data.digit_variants import PLAIN, VARIANTS
@@ -233,10 +233,7 @@ def _open_torchvision(name: str, root: Path, split: str | None, download: bool):
     exported = {key: getattr(datasets, key) for key in datasets.__all__}
     known = [key for key, value in exported.items() if inspect.isclass(value) and issubclass(value, Dataset)]
     if name not in known:
-        guess = nearest(name, known)
-        raise ValueError(
-            f"torchvision has no dataset {name!r}; " + (f"did you mean {guess!r}?" if guess else f"it has {known}")
-        )
+        raise ValueError(f"torchvision has no dataset {name!r}" + (suggestion(name, known) or f"; it has {known}"))
     if name in UNSAFE:
         raise ValueError(
             f"torchvision's {name} unpickles a file in data.root, which could run anything; it is not read"

@@ -160,9 +160,9 @@ class TokenCache:
             mask[absent] = True  # a null text is whole
             tensors = torch.from_numpy(values), torch.from_numpy(mask)
             if name == "given":
-                parts.append(Condition.from_given(tensors[0]))
-                continue
-            part = Condition.from_ids(*tensors) if ids else Condition.from_features(*tensors)
+                part = Condition.from_given(tensors[0], None if mask.all() else tensors[1])
+            else:
+                part = Condition.from_ids(*tensors) if ids else Condition.from_features(*tensors)
             parts.append(part.drop(torch.from_numpy(absent)))
         return Condition.together(*parts) if parts else Condition.none(len(indices))
 

@@ -170,11 +170,11 @@ class Run:
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens (1, k[, …]) to pixels (1, C, H, W) in [-1, 1], always with the same noise where a decoder draws
         some."""
-        parameter = next(self.tokenizer.parameters())
-        draws = draws_on(self.tokenizer.decoding_draws(Keys.range(0, len(tokens))), parameter.device)
-        tokens = tokens.to(parameter.device, parameter.dtype if tokens.is_floating_point() else tokens.dtype)
+        tokenizer = self.tokenizer
+        draws = draws_on(tokenizer.decoding_draws(Keys.range(0, len(tokens))), tokenizer.device)
+        tokens = tokens.to(tokenizer.device, tokenizer.dtype if tokens.is_floating_point() else tokens.dtype)
         options: dict[str, Any] = {"draws": draws} if draws else {}
-        return self.tokenizer.decode(tokens, **options).float().clamp(-1, 1).cpu()
+        return tokenizer.decode(tokens, **options).float().clamp(-1, 1).cpu()
 
     def prefixes(self) -> list[int]:
         """How many of the first tokens decode, in order; empty where all are needed."""

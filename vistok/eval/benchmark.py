@@ -6,7 +6,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,8 +35,8 @@ from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json
 from vistok.utils.devices import dtype_of
 from vistok.utils.files import read_json
-from vistok.utils.locks import locked
-from vistok.utils.processes import Processes
+from vistok.utils.outputs import continued
+from vistok.utils.processes import ALONE, Processes
 from vistok.utils.progress import Bar
 
 NO_REFERENCE = Reference("no reference")
@@ -81,7 +80,7 @@ def benchmark(
     save_npz: bool = False,
     batch_size: int = 64,
     device: str | torch.device | None = None,
-    processes: Processes = Processes(),  # noqa: B008 (immutable)
+    processes: Processes = ALONE,
     command: str | None = None,
 ) -> dict[str, Any]:
     """Generate ``num_images`` images, keep their features, and score them.
@@ -112,7 +111,8 @@ def benchmark(
         ``warnings``, ``classes``, … as ``evaluate`` returns them), ``generated``, ``seconds``, ``command``.
 
     Raises:
-        BenchmarkError: ``out`` belongs to another benchmark or is damaged.
+        ResumeError: ``out`` belongs to another benchmark.
+        BenchmarkError: it is damaged.
         FolderInUseError: another process writes ``out``.
         ValueError: a search with scales, without a reference to measure distances from, or from below 1.
         ValueError, ConfigError, CheckpointError, ImageError, InvalidReferenceError: as the pipeline and ``evaluate``.
@@ -137,27 +137,20 @@ def benchmark(
     settings = choose_settings(pipe, guidance_scales, temperatures, sampling or {}, plan.sampling)
 
     out = Path(out)
-    with locked(out) if processes.is_first else nullcontext():
-        if processes.is_first:
-            plan.claim(out)
-        processes.wait()
+    with continued(out, plan.to_json(), processes=processes):
         started = time.perf_counter()
         sampler = _Sampler(pipe, plan, dict(sampling or {}))
         scoring = _Scoring(rules, net, tuple(example), metrics, real, batch_size, device, processes)
         stores = [(setting, _store(out, setting, plan, keep_images=save_npz)) for setting in settings]
         stores = _earlier(out, plan, stores) + stores
         found = None
-        try:
-            runs = [scoring.run(sampler, setting, store) for setting, store in stores]
-            if search_from is not None:
+        runs = [scoring.run(sampler, setting, store) for setting, store in stores]
+        if search_from is not None:
 
-                def try_setting(setting: Setting) -> _Run:
-                    return scoring.run(sampler, setting, _store(out, setting, plan, keep_images=save_npz))
+            def try_setting(setting: Setting) -> _Run:
+                return scoring.run(sampler, setting, _store(out, setting, plan, keep_images=save_npz))
 
-                found = _search(search_from, runs, try_setting)
-        except BaseException as error:
-            error.add_note(f"What was generated is in {out}: the same command goes on from there")
-            raise
+            found = _search(search_from, runs, try_setting)
         seconds = time.perf_counter() - started
         generated = sum(processes.gather(sum(run.generated for run in runs)))
         if processes.is_first:
@@ -379,7 +372,7 @@ def _generate(
 def _extract_reference(real: Reference, network: FeatureNetwork, metrics: Sequence[str], batch_size: int) -> Side:
     if real is NO_REFERENCE:
         return Side(real)
-    return extract_side(real, network, metrics, is_sample=False, batch_size=batch_size, processes=Processes())
+    return extract_side(real, network, metrics, is_sample=False, batch_size=batch_size, processes=ALONE)
 
 
 def _score(

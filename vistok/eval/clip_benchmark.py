@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -20,7 +19,7 @@ from vistok.eval.clip_report import write_clip_report
 from vistok.eval.clips import STATISTICS, ClipSet, choose_clips, distance_notes, open_videos, statistics_of
 from vistok.eval.features import Extraction, digests_of
 from vistok.eval.fvd import ClipNetwork, ClipStatistics, frechet_video_distance
-from vistok.eval.plan import claim, shards_of
+from vistok.eval.plan import shards_of
 from vistok.eval.record import library_versions, save_result
 from vistok.eval.store import FeatureStore
 from vistok.eval.sweep import Setting, choose_settings
@@ -30,8 +29,8 @@ from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json
 from vistok.utils.devices import dtype_of
 from vistok.utils.files import read_json
-from vistok.utils.locks import locked
-from vistok.utils.processes import Processes
+from vistok.utils.outputs import continued
+from vistok.utils.processes import ALONE, Processes
 from vistok.utils.progress import track
 
 GROUP = 4
@@ -99,7 +98,7 @@ def benchmark_clips(
     temperatures: Sequence[float] | None = None,
     sampling: Mapping[str, Any] | None = None,
     batch_size: int = 8,
-    processes: Processes = Processes(),  # noqa: B008 (immutable)
+    processes: Processes = ALONE,
     command: str | None = None,
 ) -> dict[str, Any]:
     """Generate clips, keep their features, and score them against real ones as a protocol says.
@@ -121,7 +120,8 @@ def benchmark_clips(
         what ``result.json`` holds; as for images, see ``vistok.eval.benchmark.benchmark``.
 
     Raises:
-        BenchmarkError: ``out`` belongs to another benchmark or is damaged.
+        ResumeError: ``out`` belongs to another benchmark.
+        BenchmarkError: it is damaged.
         FolderInUseError: another process writes ``out``.
         ValueError, ConfigError: clips of another shape than the protocol's, a generator that takes something else, and
             as the pipeline and ``choose_clips``.
@@ -145,10 +145,7 @@ def benchmark_clips(
         )
     plan = _plan(pipe, rules, network, source, count, seed, sampling)
     settings = choose_settings(pipe, guidance_scales, temperatures, sampling, plan.sampling)
-    with locked(out) if processes.is_first else nullcontext():
-        if processes.is_first:
-            claim(out, to_json(plan.to_json()))
-        processes.wait()
+    with continued(out, to_json(plan.to_json()), processes=processes):
         started, shards = time.perf_counter(), shards_of(count)
         made, runs, previews = 0, [], []
         stores = [

@@ -28,7 +28,7 @@ from vistok.eval.record import library_versions
 from vistok.eval.video import VIDEO_SSIM, psnr, ssim
 from vistok.eval.video_protocols import RECONSTRUCTION, VideoProtocol, chunks_of, drawn, video_protocol
 from vistok.tokenizers.base import Tokenizer
-from vistok.utils.processes import Processes
+from vistok.utils.processes import ALONE, Processes
 from vistok.utils.progress import track
 
 STATISTICS = ".safetensors"
@@ -141,7 +141,7 @@ def clip_statistics(
     *,
     real: bool,
     batch_size: int = 8,
-    processes: Processes = Processes(),  # noqa: B008 (immutable)
+    processes: Processes = ALONE,
 ) -> tuple[ClipStatistics, dict[str, str]]:
     """The statistics of one side, and which videos were left out: read, where ``what`` is a file of them.
 
@@ -161,7 +161,7 @@ def statistics_of(
     network: ClipNetwork,
     *,
     batch_size: int = 8,
-    processes: Processes = Processes(),  # noqa: B008 (immutable)
+    processes: Processes = ALONE,
 ) -> ClipStatistics:
     """The statistics of some clips, of which each process takes a part; all of them return the whole."""
     what = clips.name
@@ -182,7 +182,7 @@ def evaluate_clips(
     protocol: str,
     network: ClipNetwork | None,
     batch_size: int = 8,
-    processes: Processes = Processes(),  # noqa: B008 (immutable)
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """The Frechet video distance of two sets of videos, and all that it depends on, JSON-ready.
 
@@ -258,7 +258,7 @@ def evaluate_clip_tokenizer(
     protocol: str = RECONSTRUCTION,
     network: ClipNetwork | None = None,
     lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
-    processes: Processes = Processes(),  # noqa: B008 (immutable)
+    processes: Processes = ALONE,
 ) -> dict[str, Any]:
     """Score the reconstructions of all clips of ``data``: PSNR, SSIM and LPIPS, and with a network the Frechet video
     distance, all that they depend on beside them.

@@ -18,7 +18,7 @@ from vistok.eval.protocols import Protocol, choose_protocol, load_network
 from vistok.eval.record import describe_side, library_versions, save_result
 from vistok.eval.references import Reference, open_reference
 from vistok.eval.scoring import Scores, Side, choose_metrics, compute_scores, describe_metrics, extract_side
-from vistok.utils.processes import Processes
+from vistok.utils.processes import ALONE, Processes
 
 Source = str | Path | Sequence[str | Path] | Tensor | ImageSet | Reference
 
@@ -36,7 +36,7 @@ def evaluate(
     crop: int | None = None,
     batch_size: int = 64,
     device: str | torch.device | None = None,
-    processes: Processes = Processes(),  # noqa: B008 (immutable)
+    processes: Processes = ALONE,
     out: str | Path | None = None,
 ) -> dict[str, Any]:
     """Score a set of images against a reference.

@@ -14,7 +14,7 @@ from vistok.eval.batches import NETWORK_BATCH, Regrouper, filled
 from vistok.eval.images import ImageSet
 from vistok.eval.metrics import Moments
 from vistok.eval.networks import FeatureNetwork
-from vistok.utils.processes import Processes
+from vistok.utils.processes import ALONE, Processes
 from vistok.utils.progress import track
 
 
@@ -138,7 +138,7 @@ def extract_features(
     keep: Sequence[str] = (),
     moments: Sequence[str] = (),
     batch_size: int = 64,
-    processes: Processes = Processes(),  # noqa: B008 (immutable)
+    processes: Processes = ALONE,
 ) -> Extraction:
     """Run ``network`` once over ``images``, with a progress bar on a terminal; see ``FeaturePass``.
 

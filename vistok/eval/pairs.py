@@ -19,7 +19,7 @@ from vistok.eval.reconstruction import SSIM_VARIANTS, decibels, mean_squared_err
 from vistok.eval.record import describe_images, describe_side, library_versions, save_result
 from vistok.eval.references import Reference
 from vistok.eval.scoring import Side, compute_scores
-from vistok.utils.processes import Processes
+from vistok.utils.processes import ALONE, Processes
 
 FEWEST_OTHERS, DOUBTFUL = 3, 0.5
 """Pairs that such a doubt takes, and the share of a stranger's error from which there is one."""
@@ -36,7 +36,7 @@ def evaluate_reconstruction(
     crop: int | None = None,
     batch_size: int = 32,
     device: str | torch.device = "cpu",
-    processes: Processes = Processes(),  # noqa: B008 (immutable)
+    processes: Processes = ALONE,
     out: str | Path | None = None,
 ) -> dict[str, Any]:
     """Score reconstructions against their originals on 8-bit images, as papers do; the images are read once.

@@ -27,7 +27,7 @@ from vistok.eval.record import describe_images, library_versions, save_result
 from vistok.eval.tokenizers import DataImages, to_rgb
 from vistok.quantizers.perturbation import perturb, perturbation_draws
 from vistok.tokenizers.base import Tokenizer
-from vistok.utils.processes import Processes
+from vistok.utils.processes import ALONE, Processes
 from vistok.utils.progress import track
 
 UNCERTAIN = (
@@ -75,7 +75,7 @@ def evaluate_perturbation(
     *,
     grid: Grid = Grid(),
     seed: int = 0,
-    processes: Processes = Processes(),  # noqa: B008 (immutable)
+    processes: Processes = ALONE,
     out: str | Path | None = None,
 ) -> dict[str, Any]:
     """Frechet distances between images and their reconstructions from perturbed tokens, and their mean, pFID.

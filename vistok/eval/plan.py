@@ -4,23 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from vistok.draws import Keys
 from vistok.eval.batches import NETWORK_BATCH
-from vistok.utils.files import read_json, write_json
-from vistok.utils.locks import holds_files
 
 Labels = Literal["balanced", "random", "none"]
-PLAN_FILE = "plan.json"
 FORMAT = "vistok-benchmark-1"
 SHARD_SIZE = 512  # images whose features make one file: what an interruption can cost at most
 FEWEST_SHARDS = 16  # if there are enough images, so that several processes share small benchmarks as well
 
 
 class BenchmarkError(ValueError):
-    """A benchmark folder that another benchmark owns, or that is damaged."""
+    """A benchmark folder that is damaged."""
 
 
 @dataclass(frozen=True)
@@ -93,38 +89,9 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT} | asdict(self) | {"image_size": list(self.image_size)}
 
-    def claim(self, folder: Path) -> None:
-        """As ``claim`` does."""
-        claim(folder, self.to_json())
-
 
 def shards_of(count: int) -> list[tuple[int, int]]:
     """First and last + 1 sample of every file of features."""
     batches = -(-count // (FEWEST_SHARDS * NETWORK_BATCH))
     size = min(SHARD_SIZE, batches * NETWORK_BATCH)
     return [(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def claim(folder: Path, plan: Mapping[str, Any]) -> None:
-    """Write the plan into ``folder``, or check that the one there is the same: features of two plans never mix.
-
-    Raises:
-        BenchmarkError: the folder belongs to another plan, or holds something else.
-    """
-    path = folder / PLAN_FILE
-    if not path.exists():
-        if folder.is_dir() and holds_files(folder):
-            raise BenchmarkError(f"{folder} holds other files; choose a new folder for the benchmark")
-        write_json(path, plan)
-        return
-    try:
-        found = read_json(path)
-    except ValueError as error:
-        raise BenchmarkError(f"{path} is damaged ({error}); remove the folder and start again") from error
-    differing = [key for key in {**plan, **found} if found.get(key) != plan.get(key)]
-    if differing:
-        key = differing[0]
-        raise BenchmarkError(
-            f"{folder} holds a benchmark with {key} = {found.get(key)!r}, but {plan.get(key)!r} was asked for; "
-            "ask for the same to continue it, or choose another folder"
-        )

@@ -24,7 +24,7 @@ from vistok.eval.images import ImageSet, NpzImages, open_images
 from vistok.eval.metrics import Gaussian, check_symmetric, is_positive
 from vistok.eval.networks import FeatureNetwork
 from vistok.utils.files import atomic_file
-from vistok.utils.processes import Processes
+from vistok.utils.processes import ALONE, Processes
 
 MOMENT_KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 ROWS_KEY = "pool"
@@ -264,7 +264,7 @@ def make_reference(
     crop: int | None = None,
     reading: Reading = "photo",
     batch_size: int = 64,
-    processes: Processes = Processes(),  # noqa: B008 (immutable)
+    processes: Processes = ALONE,
 ) -> Reference:
     """Write what scores need of ``images`` to the ``.npz`` file ``path``, atomically: once, to be used and shipped.
 

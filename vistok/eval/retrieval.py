@@ -47,11 +47,11 @@ def embeddings(tokenizer: Tokenizer, data: DataConfig) -> Embeddings:
     Raises:
         ValueError: a tokenizer that makes no embeddings, or has no network for their targets.
     """
-    parameter = next(tokenizer.eval().parameters())
+    tokenizer.eval()
     parts: list[tuple[Tensor, ...]] = []
     loader = evaluation_loader(open_source(data), data)
     for batch in track(loader, "embeddings", len(loader)):
-        pixels = batch.pixels.to(parameter.device, parameter.dtype)
+        pixels = batch.pixels.to(tokenizer.device, tokenizer.dtype)
         ids = tokenizer.encode(pixels)
         made = tokenizer.decode_features(ids), tokenizer.target_features(pixels)
         parts.append((*(part.float().cpu() for part in made), batch.labels, ids.cpu()))

@@ -24,7 +24,7 @@ from vistok.eval.pairs import evaluate_reconstruction
 from vistok.eval.record import save_result
 from vistok.eval.retrieval import evaluate_embeddings
 from vistok.tokenizers.base import Tokenizer
-from vistok.utils.processes import Processes
+from vistok.utils.processes import ALONE, Processes
 from vistok.utils.progress import track
 
 
@@ -94,7 +94,7 @@ def evaluate_tokenizer(
     *,
     network: FeatureNetwork | None = None,
     lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
-    processes: Processes = Processes(),  # noqa: B008 (immutable)
+    processes: Processes = ALONE,
     out: str | Path | None = None,
 ) -> dict[str, Any]:
     """Score the reconstructions of all images of ``data``; see ``evaluate_reconstruction`` for the scores. A tokenizer

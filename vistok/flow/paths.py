@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor
+
+
+class Velocity(NamedTuple):
+    """What a network predicts of noisy pixels or latents: a velocity (B, C, H, W), and features of patches (B, P, D) by
+    which its layers are aligned with a teacher's, or None."""
+
+    velocity: Tensor
+    features: Tensor | None
 
 
 @dataclass(frozen=True)

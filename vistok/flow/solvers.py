@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
+State = TypeVar("State")
 VelocityField = Callable[[Tensor, float], Tensor]
 """v(x, t): the velocity of all samples x (B, ...) at one time t."""
 
@@ -55,7 +56,7 @@ def adams_bashforth2(velocity: VelocityField, x: Tensor, times: Sequence[float])
         yield FlowState(t_next, x, direction)
 
 
-def last(trajectory: Iterator[FlowState]) -> FlowState:
+def last(trajectory: Iterator[State]) -> State:
     """Run a trajectory to its end."""
     (state,) = deque(trajectory, maxlen=1)
     return state

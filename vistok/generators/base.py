@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from inspect import signature
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vistok.checkpoints import Model
 from vistok.conditions import WORDS
@@ -63,6 +65,12 @@ class Generator(Model):
 
     spec: TokenSpec
 
+    condition_dropout: float
+    """The share of training samples whose condition is dropped, by the uniform numbers "drop" of the draws."""
+
+    only_next: ClassVar[str] = "it has a loss of its own"
+    """Why its training cannot mix other predictions with its own, see ``ordered_entries``; empty where it can."""
+
     plain_sequence: ClassVar[Mapping[str, Any]] = {}
     """Arguments with which it takes tokens that lie on no (h, w) raster, where it needs others than its defaults."""
 
@@ -93,6 +101,7 @@ class Generator(Model):
         weights: Tensor | None = None,
         clock: Clock | None = None,
         tokenizer: Expands | None = None,
+        context: Tensor | None = None,
     ) -> GeneratorOutput:
         """The training pass over tokens (B, L[, D]), teacher-forced where the model is autoregressive.
 
@@ -101,7 +110,61 @@ class Generator(Model):
             weights: (B,) weight of each sample in the loss, for example 0 for samples without a caption.
             clock: where training stands, for parts with a schedule.
             tokenizer: the tokenizer of the tokens, where the model ``needs_tokenizer``.
+            context: what is fed in place of the tokens, which stay what is predicted; of the form of ``context_of``.
         """
+
+    def drop_condition(self, condition: Condition, draws: Draws | None) -> Condition:
+        """The condition, dropped in the rows that the draws name."""
+        return condition.drop(draws["drop"] < self.condition_dropout) if draws and "drop" in draws else condition
+
+    # What training may feed in place of the tokens (see ``vistok.train.tasks.prediction``): others for some of them.
+
+    @property
+    def takes_context(self) -> bool:
+        """Whether ``forward`` takes a context, and ``own_tokens`` makes one."""
+        return "context" in signature(self.forward).parameters
+
+    @property
+    def context_shape(self) -> tuple[int, ...]:
+        """The shape of a sample's context: (L,) of ids, (L, D) of latents."""
+        return (self.spec.length,) if self.spec.discrete else (self.spec.length, self.spec.dim)
+
+    def context_of(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, L[, D]) as the transformer is fed them, (B, *context_shape)."""
+        return tokens
+
+    def replaced(self, uniforms: Tensor, share: float, draws: Draws) -> Tensor:
+        """Which places of the context others take, about ``share`` of them: (B, N) bool.
+
+        Args:
+            uniforms: (B, N), a number for each place.
+            draws: of ``training_draws``.
+        """
+        return uniforms < share
+
+    def own_draws(self, keys: Keys) -> Draws:
+        """What ``own_tokens`` draws from, for the batch of ``keys``; all names begin with "own"."""
+        return {}
+
+    def own_tokens(
+        self,
+        tokens: Tensor,
+        replaced: Tensor,
+        condition: Condition,
+        draws: Draws,
+        tokenizer: Expands | None = None,
+    ) -> Tensor:
+        """The model's own tokens in place of given ones: a context (B, *context_shape), drawn in one training pass.
+
+        Args:
+            tokens: (B, L[, D]), which the model sees as in training.
+            replaced: (B, N) bool; of the context only these are used.
+            draws: of ``training_draws`` and ``own_draws``.
+
+        Raises:
+            ValueError: this generator has none.
+        """
+        raise ValueError(f"{type(self).__name__} draws no tokens in training")
 
     @abstractmethod
     def training_draws(self, keys: Keys) -> Draws:
@@ -290,6 +353,13 @@ class Generator(Model):
                 f"conditioned on with condition=[…], of {', '.join(spec.parts)}, or choose another generator"
             )
 
+    def class_rows(self, condition: Condition) -> Tensor:
+        """(R,) int64: the row of each sample's class in the table that holds them, the null class behind the last one
+        where it is dropped."""
+        null = torch.full_like(condition.dropped, self.class_rows_from + (self.num_classes or 0), dtype=torch.int64)
+        labels = condition.labels
+        return null if labels is None else torch.where(condition.dropped, null, self.class_rows_from + labels)
+
     def check_condition(self, condition: Condition) -> None:
         """Raise ValueError for a condition that is not of the spec, or for unconditional rows without a null class."""
         self.condition_spec.check(condition)
@@ -300,7 +370,17 @@ class Generator(Model):
             )
 
 
-def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+def weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
     """Mean of values (B,) with weights (B,), 0 where all weights are 0: a batch may hold no usable sample."""
+    if weights is None:
+        return values.mean()
     total = weights.sum()
     return (values * weights).sum() / total.where(total > 0, 1)
+
+
+def token_loss(logits: Tensor, ids: Tensor, weights: Tensor | None) -> GeneratorOutput:
+    """Cross entropy of logits (B, L, V) to ids (B, L) in nats per token, (weighted) mean over samples; metric
+    "accuracy", the share of ids right."""
+    per_sample = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none").mean(1)
+    accuracy = (logits.detach().argmax(-1) == ids).float().mean()
+    return GeneratorOutput(weighted_mean(per_sample, weights), logits, {"accuracy": accuracy})

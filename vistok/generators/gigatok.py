@@ -9,14 +9,14 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from vistok.checkpoints import CheckpointError, OfficialCheckpoint, Reference, load_strictly, rename
+from vistok.checkpoints import CheckpointError, Model, OfficialCheckpoint, Reference, rename
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.checkpoints.registry import Licence
 from vistok.types import TokenSpec
 
-T = TypeVar("T", bound=nn.Module)
+T = TypeVar("T", bound=Model)
 
 WITHOUT_EFFECT = {
     "args.initializer_range": "the deviation of weights before training",
@@ -41,8 +41,7 @@ def build(model_class: type[T], config: Mapping[str, Any], state_dict: Mapping[s
         CheckpointError: arguments that are unknown or not supported, or weights that do not fit.
     """
     model = model_class(**_arguments(config))
-    load_strictly(model, rename(state_dict, OFFICIAL_NAMES), source="the official state dict")
-    return model
+    return model.with_official_weights(rename(state_dict, OFFICIAL_NAMES))
 
 
 def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vistok.checkpoints import CheckpointError, OfficialCheckpoint, Reference, load_strictly, rename
+from vistok.checkpoints import CheckpointError, OfficialCheckpoint, Reference, rename
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.checkpoints.registry import Licence
 from vistok.types import TokenSpec
@@ -38,8 +38,7 @@ def build(model_class: type[Any], config: Mapping[str, Any], state_dict: Mapping
         state["positions"] = state["positions"].flatten(0, -2)  # (1, positions, D)
     elif arguments["positions"] == "sincos":
         state["positions"] = model.positions  # a fixed table need not be in the file
-    load_strictly(model, state, source="the official state dict")
-    return model
+    return model.with_official_weights(state)
 
 
 def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from vistok.checkpoints import CheckpointError, OfficialCheckpoint, load_strictly, rename
+from vistok.checkpoints import CheckpointError, OfficialCheckpoint, rename
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
 from vistok.generators.engine.cache import Layer, Layers, of_layers
@@ -48,7 +48,7 @@ def _official_t2i(block_size: int) -> dict[str, Any]:
     return _official("XL", block_size) | {"model_type": "t2i", "cls_token_num": 120, "caption_dim": 2048}
 
 
-class Block(nn.Module):
+class LlamaBlock(nn.Module):
     """Pre-norm block of causal attention and SwiGLU: (B, N, D) -> (B, N, D)."""
 
     def __init__(
@@ -127,7 +127,7 @@ class Llama(AutoregressiveGenerator):
     positions: Tensor | None
     rotation: FixedRotation | None
 
-    block_type: ClassVar[type[nn.Module]] = Block
+    block_type: ClassVar[type[nn.Module]] = LlamaBlock
     norm_type: ClassVar[type[nn.Module]] = RMSNorm
     registry_name = "llama"
     plain_sequence = {"positions": "rope1d"}
@@ -275,12 +275,8 @@ class Llama(AutoregressiveGenerator):
         return self._embed_caption(condition) if self.takes_captions else self._embed_class(condition)
 
     def _embed_class(self, condition: Condition) -> Tensor:
-        """(R, 1, D); the null class, if there is one, is the last row of the table."""
-        ids = condition.labels
-        if self.has_null:
-            null = torch.full_like(condition.dropped, self.num_classes or 0, dtype=torch.int64)
-            ids = null if ids is None else torch.where(condition.dropped, null, ids)
-        return self.class_embedding(ids)[:, None]
+        """(R, 1, D)."""
+        return self.class_embedding(self.class_rows(condition))[:, None]
 
     def _embed_given(self, condition: Condition) -> Tensor:
         """(R, T + 1, D) from given ids (R, T), the separator behind them."""
@@ -388,8 +384,7 @@ class Llama(AutoregressiveGenerator):
             norm_eps=given.take("norm_eps", 1e-5),
         )
         given.finish()
-        load_strictly(model, rename(state_dict, OFFICIAL_NAMES), source="the official state dict")
-        return model
+        return model.with_official_weights(rename(state_dict, OFFICIAL_NAMES))
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

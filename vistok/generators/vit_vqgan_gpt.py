@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.checkpoints import fuse, load_strictly, rename
+from vistok.checkpoints import fuse, rename
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
 from vistok.generators.engine.cache import Layer, Layers, of_layers
@@ -30,7 +30,7 @@ def squared_relu(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
-class Block(nn.Module):
+class GPTBlock(nn.Module):
     """Pre-norm block whose attention reads a learned mix of each position and the one before it (as in RWKV)."""
 
     def __init__(self, dim: int, num_heads: int, dropout: float, *, attn_bias: bool, mlp_bias: bool):
@@ -103,7 +103,7 @@ class ViTVQGANGPT(AutoregressiveGenerator):
         self.token_embedding = nn.Embedding(self.spec.num_ids, dim)
         self.token_positions = nn.Parameter(torch.zeros(1, self.spec.length, dim))
         bias = {"attn_bias": attn_bias, "mlp_bias": mlp_bias}
-        self.blocks = ModuleList(Block(dim, num_heads, dropout, **bias) for _ in range(num_layers))
+        self.blocks = ModuleList(GPTBlock(dim, num_heads, dropout, **bias) for _ in range(num_layers))
         self.shift_dim = dim
         self.norm = nn.LayerNorm(dim)
         self.output = nn.Linear(dim, self.spec.num_ids, bias=False)
@@ -177,8 +177,7 @@ class ViTVQGANGPT(AutoregressiveGenerator):
         )
         given.finish()
         fused = fuse(state_dict, ("attn.query", "attn.key", "attn.value"), "attn.qkv")
-        load_strictly(model, rename(fused, OFFICIAL_NAMES), source="the official state dict")
-        return model
+        return model.with_official_weights(rename(fused, OFFICIAL_NAMES))
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

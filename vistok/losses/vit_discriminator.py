@@ -59,7 +59,7 @@ class ViTDiscriminator(Discriminator):
         )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.output = nn.Linear(dim, 1)
-        self.apply(_initialise)
+        self.apply(initialise)
         nn.init.xavier_uniform_(self.class_token)
         if spectral_norm:
             for module in list(self.modules()):
@@ -88,7 +88,8 @@ class ViTDiscriminator(Discriminator):
         return self.output(self.norm(self.blocks(x)[:, 0])).squeeze(1)
 
 
-def _initialise(module: nn.Module) -> None:
+def initialise(module: nn.Module) -> None:
+    """Xavier-uniform weights (the patch convolution flattened to two dimensions) and no biases, as LARP has them."""
     if isinstance(module, nn.Linear | nn.Conv3d):
         nn.init.xavier_uniform_(module.weight.flatten(1))
         if module.bias is not None:

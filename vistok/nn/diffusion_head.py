@@ -11,7 +11,7 @@ from vistok.nn.modulation import modulate
 from vistok.nn.timesteps import TimestepEmbedding
 
 
-class Block(nn.Module):
+class HeadBlock(nn.Module):
     """Residual block, modulated by the condition: (M, W) -> (M, W)."""
 
     def __init__(self, dim: int, gated_dim: int | None):
@@ -51,7 +51,7 @@ class DiffusionHead(nn.Module):
         self.time_embedding = TimestepEmbedding(dim, 256)
         self.condition = nn.Linear(condition_dim, dim)
         self.input = nn.Linear(token_dim, dim)
-        self.blocks = ModuleList(Block(dim, gated_dim) for _ in range(num_layers))
+        self.blocks = ModuleList(HeadBlock(dim, gated_dim) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim, 1e-6, elementwise_affine=False)
         self.modulation = Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
         self.output = nn.Linear(dim, 2 * token_dim if output_dim is None else output_dim)

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from vistok.checkpoints import CONFIG, CheckpointError, load, snapshot
-from vistok.checkpoints.model import MODEL_FILES
+from vistok.checkpoints.model import MODEL_FILES, Model
 from vistok.checkpoints.weights import STATE
 from vistok.generators.base import Generator
-from vistok.text import TEXT
+from vistok.text import TEXT, PromptEncoder
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json
-from vistok.utils.files import read_json, restore, write_json
+from vistok.utils.files import atomic_folder, read_json, restore, write_json
 from vistok.utils.paths import local
 
 PIPELINE, TOKENIZER, GENERATOR = "pipeline.json", "tokenizer", "generator"
@@ -27,6 +27,32 @@ BEST_MODEL = "best"
 def write_settings(folder: str | Path, *, class_names: Sequence[str], sampling: Mapping[str, Any]) -> None:
     """Write ``pipeline.json`` into a folder that has (or gets) ``tokenizer/`` and ``generator/``."""
     write_json(Path(folder) / PIPELINE, {"class_names": list(class_names), "sampling": to_json(dict(sampling))})
+
+
+def write_pipeline(
+    folder: str | Path,
+    parts: Mapping[str, Model],
+    text: PromptEncoder,
+    *,
+    class_names: Sequence[str],
+    sampling: Mapping[str, Any],
+) -> None:
+    """Write a pipeline folder as a whole, or not at all; an older pipeline there is replaced.
+
+    Raises:
+        FileExistsError: the folder holds something else, such as a training run.
+    """
+    folder = Path(folder)
+    present = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
+    others = present - {PIPELINE, TOKENIZER, GENERATOR, TEXT}
+    if others:
+        raise FileExistsError(f"{folder} holds other files ({', '.join(sorted(others)[:5])}); choose a new folder")
+    with atomic_folder(folder, replace=True) as partial:
+        for name, part in parts.items():
+            part.save_pretrained(partial / name)
+        if text.parts:
+            text.save(partial / TEXT)
+        write_settings(partial, class_names=class_names, sampling=sampling)
 
 
 def pipeline_folder(path: str | Path) -> Path:

@@ -6,22 +6,16 @@ is one.
 
 from __future__ import annotations
 
-import inspect
-import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from vistok.config import check
-from vistok.data.clips import repeat_last
-from vistok.data.masks import pixel_masks, scale_masks, token_masks
-from vistok.data.movies import frames_to_pixels, shown
+from vistok.data.movies import shown
 from vistok.draws import Draws, Keys
 from vistok.generators.base import Generator
 from vistok.pipelines.card import model_card, push_to_hub
@@ -30,31 +24,26 @@ from vistok.pipelines.classes import ClassLabel, ClassNames
 from vistok.pipelines.display import describe
 from vistok.pipelines.folders import (
     GENERATOR,
-    PIPELINE,
     TOKENIZER,
     load_part,
     pipeline_folder,
     read_settings,
-    write_settings,
+    write_pipeline,
 )
-from vistok.pipelines.keywords import check_keywords
+from vistok.pipelines.inputs import Frames, Images, first_frames, masked_tokens
+from vistok.pipelines.jobs import accept, generate
 from vistok.pipelines.output import PipelineOutput
-from vistok.pipelines.previews import Preview, preview_step, previews
+from vistok.pipelines.previews import Preview, previews
 from vistok.pipelines.renderers import Renderer
 from vistok.pipelines.requests import Conditions, Prompt, Request
 from vistok.pipelines.runs import RUN_CONFIG
 from vistok.pipelines.steps import StepCallback, every_step
 from vistok.text import TEXT, PromptEncoder
 from vistok.tokenizers.base import Tokenizer
-from vistok.types import Condition, TokenSpec, to_json
+from vistok.types import Condition
 from vistok.utils.devices import choose_device, choose_dtype
-from vistok.utils.files import atomic_folder
 
 NO_TEXT = PromptEncoder()
-
-
-Frames = np.ndarray | Tensor | Sequence[Image.Image]
-"""The first frames of clips; see ``Pipeline.given``."""
 
 
 class Pipeline:
@@ -89,7 +78,7 @@ class Pipeline:
         text: PromptEncoder = NO_TEXT,
     ):
         self.tokenizer, self.generator = tokenizer.eval(), generator.eval()
-        self._decode_options = _decode_options(tokenizer, generator.spec)
+        self._decode_options = tokenizer.decode_options(generator.spec)
         generator.check_tokenizer(self.in_loop)
         spec = generator.condition_spec
         names = class_names or (generator.class_names if spec.num_classes else ())
@@ -166,17 +155,8 @@ class Pipeline:
         Raises:
             FileExistsError: the folder holds something else, such as a training run.
         """
-        folder = Path(folder)
-        present = {entry.name for entry in folder.iterdir()} if folder.exists() else set()
-        others = present - {PIPELINE, TOKENIZER, GENERATOR, TEXT}
-        if others:
-            raise FileExistsError(f"{folder} holds other files ({', '.join(sorted(others)[:5])}); choose a new folder")
-        with atomic_folder(folder, replace=True) as partial:
-            self.tokenizer.save_pretrained(partial / TOKENIZER)
-            self.generator.save_pretrained(partial / GENERATOR)
-            if self.text.parts:
-                self.text.save(partial / TEXT)
-            write_settings(partial, class_names=self.class_names, sampling=self.sampling)
+        parts = {TOKENIZER: self.tokenizer, GENERATOR: self.generator}
+        write_pipeline(folder, parts, self.text, class_names=self.class_names, sampling=self.sampling)
 
     def push_to_hub(
         self,
@@ -259,25 +239,32 @@ class Pipeline:
             if condition is not None:
                 raise ValueError("give frames or condition, not both: frames are a condition")
             condition = self.given(frames)
-        check_keywords(self.__call__, self.generator.options_type, sampling)
-        options = self.options(**sampling)
-        copies = _copies(num_images_per_label, num_images_per_prompt)
-        request = Request(class_labels, prompt, negative_prompt, num_images, condition, copies)
-        condition = self._condition(request, options)
+        request = Request(
+            class_labels,
+            prompt,
+            negative_prompt,
+            num_images,
+            condition,
+            num_images_per_label,
+            num_images_per_prompt,
+            seed,
+            generator,
+            index_start,
+            sampling,
+        )
+        job = accept(self, self._conditions, self.__call__, request)
 
-        def sample(rows: slice, draws: Draws) -> Tensor:
-            given = condition[rows].to(self.device)
+        def sample(rows: slice, condition: Condition, draws: Draws) -> Tensor:
             on_step = every_step(self, callback_on_step_end)
-            return self.generator.sample(given, options, draws=draws, tokenizer=self.in_loop, on_step=on_step)
+            return self.generator.sample(condition, job.options, draws=draws, tokenizer=self.in_loop, on_step=on_step)
 
-        made = self._run(sample, condition, options, _seed(seed, generator), index_start, batch_size)
-        return replace(made, prompts=_prompts(request, len(condition)))
+        return generate(self, job, sample, batch_size)
 
     @torch.no_grad()
     def edit(
         self,
-        images: Image.Image | Sequence[Image.Image] | Tensor,
-        masks: Image.Image | Sequence[Image.Image] | Tensor,
+        images: Images,
+        masks: Images,
         class_labels: ClassLabel | Iterable[ClassLabel] | None = None,
         *,
         prompt: Prompt | None = None,
@@ -306,61 +293,26 @@ class Pipeline:
             ValueError: a generator that cannot fill in any positions (``mar`` and ``var`` can), masks or classes that
                 do not fit the images, tokens without a place in the image, and as of :meth:`__call__`.
         """
-        check_keywords(self.edit, self.generator.options_type, sampling)
-        options = self.options(**sampling)
-        scales = self.tokenizer.spec.scales
-        grid = scales[-1] if scales else self.grid
-        if grid is None:
-            raise ValueError("the tokens of this tokenizer have no place in the image, so a part of it has none either")
-        self.generator.check_edits()
         pixels = self._pixels(images)
-        masks = pixel_masks(masks, len(pixels), (pixels.shape[2], pixels.shape[3]))
-        regenerate = token_masks(masks, grid).to(self.device)
-        if scales:
-            regenerate = scale_masks(regenerate.unflatten(1, grid), scales)
+        regenerate = masked_tokens(masks, pixels, self.grid, self.tokenizer.spec.scales).to(self.device)
+        self.generator.check_edits()
+        request = Request(
+            class_labels,
+            prompt,
+            negative_prompt,
+            seed=seed,
+            generator=generator,
+            index_start=index_start,
+            sampling=sampling,
+        )
+        job = accept(self, self._conditions, self.edit, request, len(pixels))
         in_loop = {"tokenizer": self.tokenizer} if self.generator.needs_tokenizer else {}
-        request = Request(class_labels, prompt, negative_prompt)
-        condition = self._checked(self._conditions.of_images(request, len(pixels)), request, options)
 
-        def edit(rows: slice, draws: Draws) -> Tensor:
+        def fill_in(rows: slice, condition: Condition, draws: Draws) -> Tensor:
             tokens = self.tokens_of(pixels[rows])
-            given = condition[rows].to(self.device)
-            return self.generator.edit(tokens, regenerate[rows], given, options, draws=draws, **in_loop)
+            return self.generator.edit(tokens, regenerate[rows], condition, job.options, draws=draws, **in_loop)
 
-        made = self._run(edit, condition, options, _seed(seed, generator), index_start, batch_size)
-        return replace(made, prompts=_prompts(request, len(condition)))
-
-    def _run(
-        self,
-        make: Callable[[slice, Draws], Tensor],
-        condition: Condition,
-        options: Any,
-        seed: int,
-        index_start: int,
-        batch_size: int,
-    ) -> PipelineOutput:
-        """The images of all rows of ``condition``, whose tokens ``make`` returns for some rows and their draws."""
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if self.renderer is None and self.tokenizer.embeds:
-            raise ValueError(
-                f"{type(self.tokenizer).__name__} decodes to embeddings, not to images: set pipe.renderer, to "
-                "vistok.pipelines.renderers.UnCLIP(weights), or to vistok.eval.retrieval.Gallery(tokenizer, data), "
-                "which shows the nearest image of a data set"
-            )
-        if not self.tokenizer.embeds:
-            self.tokenizer.check_renders("making images")
-        tokens, pixels = [], []
-        for start in range(0, len(condition), batch_size):
-            rows = slice(start, start + batch_size)
-            keys = Keys.range(seed, len(condition[rows]), index_start + start)
-            batch = make(rows, self.generator.sampling_draws(keys, options))
-            tokens.append(batch.cpu())
-            pixels.append(self.decode(batch, keys, condition[rows]))
-        whole = torch.cat(pixels)
-        labels = None if condition.labels is None else condition.labels.tolist()
-        names = [self.class_names[label] for label in labels] if labels and self.class_names else None
-        return PipelineOutput(shown(whole), torch.cat(tokens), whole, labels, class_names=names)
+        return generate(self, job, fill_in, batch_size)
 
     def stream(
         self,
@@ -384,17 +336,20 @@ class Pipeline:
             preview_every: positions between two previews; None takes a row of the grid, or what the tokenizer's
                 prefixes are multiples of.
         """
-        check_keywords(self.stream, self.generator.options_type, sampling)
-        options = self.options(**sampling)
-        copies = _copies(num_images_per_label, num_images_per_prompt)
-        request = Request(class_labels, prompt, negative_prompt, num_images, condition, copies)
-        condition = self._condition(request, options)
-        self.tokenizer.check_renders("previews")
-        every = preview_step(self) if preview_every is None else preview_every
-        if every < 1:
-            raise ValueError(f"preview_every must be at least 1, got {every}")
-        keys = Keys.range(_seed(seed, generator), len(condition), index_start)
-        return previews(self, condition, options, keys, every)
+        request = Request(
+            class_labels,
+            prompt,
+            negative_prompt,
+            num_images,
+            condition,
+            num_images_per_label,
+            num_images_per_prompt,
+            seed,
+            generator,
+            index_start,
+            sampling,
+        )
+        return previews(self, accept(self, self._conditions, self.stream, request), preview_every)
 
     def chat(self, history: Iterable[Message | Mapping[str, Any]] = (), *, seed: int = 0) -> Chat:
         """A conversation: ``chat("draw a seven")``, ``chat("now a three")``, ``chat("what is it?", image)``.
@@ -410,7 +365,7 @@ class Pipeline:
 
     def caption(
         self,
-        images: Image.Image | Sequence[Image.Image] | Tensor,
+        images: Images,
         *,
         question: str | None = None,
         max_tokens: int = MAX_TOKENS,
@@ -427,14 +382,12 @@ class Pipeline:
             ValueError: a generator that writes no texts or reads no images, a question without a text tokenizer, or
                 texts that do not fit its context.
         """
-        if max_tokens < 1 or batch_size < 1:
-            raise ValueError(f"max_tokens and batch_size must be at least 1, got {max_tokens} and {batch_size}")
         several = [images] if isinstance(images, Image.Image) else images
         said = captions(self, several, question, max_tokens, batch_size)
         return said[0] if isinstance(images, Image.Image) else said
 
     @torch.no_grad()
-    def reconstruct(self, images: Image.Image | Sequence[Image.Image] | Tensor) -> list[Image.Image]:
+    def reconstruct(self, images: Images) -> list[Image.Image]:
         """Encode and decode images.
 
         Args:
@@ -454,18 +407,10 @@ class Pipeline:
         Raises:
             ValueError: a tokenizer of images, other shapes, or more frames than a clip has.
         """
-        shape = self.tokenizer.input_shape
-        if len(shape) != 4:
-            raise ValueError(f"{type(self.tokenizer).__name__} reads images: there are no clips to begin with frames")
-        channels, length, height, width = shape
-        if height != width:
-            raise ValueError(
-                f"frames are cropped to squares, but this tokenizer reads {height}x{width}; pass condition="
-            )
-        clips = repeat_last(frames_to_pixels(frames, height, channels), length)
+        clips = first_frames(self.tokenizer, frames)
         return Condition.from_given(self.tokenizer.encode(self.to_tokenizer(clips)).cpu())
 
-    def _pixels(self, images: Image.Image | Sequence[Image.Image] | Tensor) -> Tensor:
+    def _pixels(self, images: Images) -> Tensor:
         """Pixels (B, C, H, W) as they are, or of PIL images."""
         return images if isinstance(images, Tensor) else self.tokenizer.preprocess(images).float().cpu()
 
@@ -474,19 +419,6 @@ class Pipeline:
         precision."""
         tokenizer = self.tokenizer
         return values.to(tokenizer.device, tokenizer.dtype if values.is_floating_point() else values.dtype)
-
-    def _condition(self, request: Request, options: Any) -> Condition:
-        """The condition of every image of a request."""
-        return self._checked(self._conditions.of(request), request, options)
-
-    def _checked(self, condition: Condition, request: Request, options: Any) -> Condition:
-        """A condition that this generator takes with these options."""
-        self.generator.check_condition(condition)
-        if request.negative_prompt is not None:
-            scale = to_json(options).get("guidance_scale", 1)
-            if scale in (1, [1, 1]):
-                raise ValueError(f"negative_prompt has no effect without guidance: guidance_scale is {scale}")
-        return condition
 
     def tokens_of(self, images: Sequence[Image.Image] | Tensor) -> Tensor:
         """Tokens of images, as of :meth:`reconstruct`, on the generator's device."""
@@ -521,46 +453,3 @@ class Pipeline:
         """(h, w) of the tokens' places in an image; None if they have none."""
         grid = self._decode_options.get("grid", self.tokenizer.spec.grid)
         return grid if grid is not None and len(grid) == 2 else None
-
-
-def _decode_options(tokenizer: Tokenizer, spec: TokenSpec) -> dict[str, Any]:
-    """What ``decode`` has to be told of tokens with a generator's ``spec``; ValueError if they do not fit."""
-    own = tokenizer.spec
-    names = ("codebook_size", "depth") if own.discrete else ("codebook_size", "dim")
-    differing = [name for name in names if getattr(own, name) != getattr(spec, name)]
-    if not differing and own.length == spec.length:
-        return {}
-    if not differing and spec.grid is not None and "grid" in inspect.signature(tokenizer.decode).parameters:
-        return {"grid": spec.grid}  # a convolutional tokenizer at another image size
-    differing = differing or ["length"]
-    raise ValueError(
-        "the generator models other tokens than this tokenizer makes: "
-        + "; ".join(f"{name} {getattr(spec, name)} instead of {getattr(own, name)}" for name in differing)
-    )
-
-
-def _copies(per_label: int, per_prompt: int) -> int:
-    """How many images each class or prompt gets; both words say the same."""
-    if per_label != 1 and per_prompt != 1:
-        raise ValueError("give num_images_per_label or num_images_per_prompt, not both")
-    return per_label if per_prompt == 1 else per_prompt
-
-
-def _prompts(request: Request, count: int) -> list[str | None] | None:
-    """The prompt of each of ``count`` images."""
-    if request.prompt is None:
-        return None
-    texts = [request.prompt] if isinstance(request.prompt, str) else list(request.prompt)
-    each = max(count // len(texts), 1)
-    return [texts[index // each] for index in range(count)]
-
-
-def _seed(seed: int | None, generator: torch.Generator | None) -> int:
-    if seed is not None and generator is not None:
-        raise ValueError("give either seed or generator, not both")
-    if generator is not None:
-        return int(torch.randint(1 << 62, (), generator=generator, device=generator.device))
-    try:
-        return 0 if seed is None else operator.index(seed)
-    except TypeError:
-        raise ValueError(f"seed must be a whole number, got {seed!r} ({type(seed).__name__})") from None

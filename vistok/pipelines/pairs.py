@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from vistok._version import __version__
 from vistok.data.batches import Failures, ImageBatch
 from vistok.data.config import DataConfig
 from vistok.data.folders import FolderSource
-from vistok.data.loader import Source, batch_reader, check_failures, listed
+from vistok.data.loader import Source, TooManyUnreadableError, batch_reader, check_failures, listed
 from vistok.data.movies import shown
 from vistok.data.opening import open_source
 from vistok.data.pictures import save_png
@@ -31,13 +30,11 @@ from vistok.draws import Keys
 from vistok.pipelines.generation import Pipeline
 from vistok.types import Condition, to_json
 from vistok.utils.files import write_json
-from vistok.utils.locks import locked
-from vistok.utils.processes import Processes
+from vistok.utils.outputs import collected
+from vistok.utils.processes import ALONE, Processes
 from vistok.utils.progress import track
-from vistok.utils.unfinished import discard, how_to_go_on, open_unfinished, publish, unfinished
 
 GENERATED, REAL, RECORD = "generated", "real", "pairs.json"
-ALONE = Processes()
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +51,7 @@ def partly_generated(
         keys: of the images; each depends on its own alone.
         options: of sampling, as of ``pipe.options``.
     """
-    own, parameter = pipe.tokenizer.own_condition(condition), next(pipe.tokenizer.parameters())
-    tokens = pipe.tokenizer.encode(
-        pixels.to(parameter.device, parameter.dtype), condition=None if own is None else own.to(parameter.device)
-    )
+    tokens = pipe.tokenizer.encode(pipe.to_tokenizer(pixels), condition=pipe.own_condition(condition))
     kept = keys.uniform("kept", tokens.shape[1]) < sigma
     made = pipe.generator.sample_forced(
         tokens.to(pipe.device),
@@ -127,31 +121,18 @@ def write_pairs(
         "generator": pipe.generator.fingerprint(),
     }
     names = pair_names(source)
-    with locked(out) if processes.is_first else nullcontext():
-        if processes.is_first:
-            open_unfinished(out, settings, resume=resume)
-        processes.wait()
-        folder = unfinished(out)
+    with collected(out, settings, resume=resume, processes=processes, hopeless=TooManyUnreadableError) as folder:
         writer = _Writer(pipe, source, data, names, folder, sigma=sigma, seed=seed, options=options)
-        try:
-            ranges = writer.missing(batch_size, processes)
-            for start, stop in track(ranges, f"{len(source):,} pairs", len(ranges)):
-                writer.write(start, stop)
-            failures = {key: why for part in processes.gather(writer.failures) for key, why in part.items()}
-            check_failures(failures, len(source))
-        except BaseException as error:
-            if processes.count == 1 and not (folder / GENERATED).exists():
-                discard(out)
-            else:
-                error.add_note(how_to_go_on(out))
-            raise
+        ranges = writer.missing(batch_size, processes)
+        for start, stop in track(ranges, f"{len(source):,} pairs", len(ranges)):
+            writer.write(start, stop)
+        failures = {key: why for part in processes.gather(writer.failures) for key, why in part.items()}
+        check_failures(failures, len(source))
         record = settings | {"unreadable": sorted(failures.values()), "vistok_version": __version__}
         if processes.is_first:
             if failures:
                 log.warning("%d images could not be read and have no pair:\n%s", len(failures), listed(failures))
             write_json(folder / RECORD, record)
-            publish(out)
-        processes.wait()
     return record
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -15,6 +15,7 @@ from vistok.data.movies import shown
 from vistok.data.pictures import to_pil
 from vistok.draws import Keys
 from vistok.pipelines.display import Shown
+from vistok.pipelines.jobs import Job
 from vistok.types import Condition
 
 if TYPE_CHECKING:
@@ -43,10 +44,25 @@ class Preview(Shown):
     images: list[Image.Image] | None
 
 
+def previews(pipe: Pipeline, job: Job, every: int | None = None) -> Iterator[Preview]:
+    """Generate the images of a job in one batch, with a preview each time that ``every`` positions more are there.
+
+    Args:
+        every: None takes a row of the grid, or what the tokenizer's prefixes are multiples of.
+
+    Raises:
+        ValueError: ``every`` below 1, or a tokenizer that makes no images.
+    """
+    pipe.tokenizer.check_renders("previews")
+    every = preview_step(pipe) if every is None else every
+    if every < 1:
+        raise ValueError(f"preview_every must be at least 1, got {every}")
+    return _previews(pipe, job, every)
+
+
 @torch.no_grad()
-def previews(pipe: Pipeline, condition: Condition, options: Any, keys: Keys, every: int) -> Iterator[Preview]:
-    """Generate the images of a condition in one batch, with a preview each time that ``every`` positions more are
-    there."""
+def _previews(pipe: Pipeline, job: Job, every: int) -> Iterator[Preview]:
+    condition, options, keys = job.condition, job.options, job.keys()
     total, seen = pipe.generator.spec.length, 0
     tokens, known = None, torch.zeros(len(condition), total, dtype=torch.bool)
     show = _previewer(pipe, keys, condition)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -18,7 +20,7 @@ Prompt = str | Sequence[str | None]
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is to be generated, in the words of a call of a pipeline.
+    """What a call of a pipeline asks for, in the words of the call.
 
     Attributes:
         class_labels: classes by id or by name, one or several.
@@ -26,7 +28,14 @@ class Request:
         negative_prompt: what guidance leads away from, in place of the unconditional: one text, or one for each prompt.
         num_images: instead: this many unconditional images.
         condition: instead: any condition that the generator takes.
-        copies: images of each class, prompt or row.
+        num_images_per_label, num_images_per_prompt: images of each class, prompt or row; both words say the same.
+        seed: None takes 0, or a seed drawn from ``generator``.
+        generator: the source of the seed.
+        index_start: the number of the first image among those of its seed.
+        sampling: options by name.
+
+    Raises:
+        ValueError: both words for the images of each, or no whole number as a seed.
     """
 
     class_labels: ClassLabel | Iterable[ClassLabel] | None = None
@@ -34,7 +43,42 @@ class Request:
     negative_prompt: Prompt | None = None
     num_images: int | None = None
     condition: Condition | None = None
-    copies: int = 1
+    num_images_per_label: int = 1
+    num_images_per_prompt: int = 1
+    seed: int | None = None
+    generator: torch.Generator | None = None
+    index_start: int = 0
+    sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.num_images_per_label != 1 and self.num_images_per_prompt != 1:
+            raise ValueError("give num_images_per_label or num_images_per_prompt, not both")
+        if self.seed is not None and self.generator is not None:
+            raise ValueError("give either seed or generator, not both")
+        try:
+            operator.index(0 if self.seed is None else self.seed)
+        except TypeError:
+            kind = type(self.seed).__name__
+            raise ValueError(f"seed must be a whole number, got {self.seed!r} ({kind})") from None
+
+    @property
+    def copies(self) -> int:
+        """How many images each class, prompt or row gets."""
+        return self.num_images_per_label if self.num_images_per_prompt == 1 else self.num_images_per_prompt
+
+    def draw_seed(self) -> int:
+        """The seed; from a generator each call draws another one."""
+        if self.generator is not None:
+            return int(torch.randint(1 << 62, (), generator=self.generator, device=self.generator.device))
+        return 0 if self.seed is None else operator.index(self.seed)
+
+    def prompts(self, count: int) -> list[str | None] | None:
+        """The prompt of each of ``count`` images; None if there are no prompts."""
+        if self.prompt is None:
+            return None
+        texts = [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
+        each = max(count // len(texts), 1)
+        return [texts[index // each] for index in range(count)]
 
 
 class Conditions:

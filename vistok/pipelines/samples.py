@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,10 +29,9 @@ from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json
 from vistok.utils.devices import dtype_of
 from vistok.utils.files import write_json
-from vistok.utils.locks import locked
-from vistok.utils.processes import Processes
+from vistok.utils.outputs import collected
+from vistok.utils.processes import ALONE, Processes
 from vistok.utils.progress import Bar
-from vistok.utils.unfinished import discard, how_to_go_on, open_unfinished, publish, unfinished
 
 GRID, NPZ, RECORD = "grid.png", "samples.npz", "samples.json"
 GRID_IMAGES = 64
@@ -41,7 +39,6 @@ PAIRS = 8
 """Originals in a row over their reconstructions."""
 STRIP = 128
 """Pixels that an image of a strip has at least: one looks at what is lost."""
-ALONE = Processes()
 
 
 def write_samples(
@@ -108,35 +105,22 @@ def write_samples(
     }
     where = {"device": str(pipe.device), "dtype": dtype_of(pipe.generator)}
     record = settings | where | {"vistok_version": __version__}
-    with locked(out) if processes.is_first else nullcontext():
-        if processes.is_first:
-            open_unfinished(out, settings, resume=resume)
+    with collected(out, settings, resume=resume, processes=processes) as folder:
+        files = [folder / f"{index:06d}.png" for index in range(num_images)]
+        ranges = _batches(files, batch_size, processes)
+        with Bar(f"{num_images:,} samples", sum(stop - start for start, stop in ranges)) as bar:
+            done = 0
+            for start, stop in ranges:
+                part: dict[str, Any] = {name: values[start:stop] for name, values in what.items()}
+                part = part or {"num_images": stop - start}
+                part |= bar.of_batch(done, stop - start, pipe.generator.spec.length)
+                made = pipe(**part, **negative, seed=seed, index_start=start, batch_size=batch_size, **options)
+                _write(made, files[start:stop])
+                done += stop - start
+                bar.show(done)
         processes.wait()
-        files = [unfinished(out) / f"{index:06d}.png" for index in range(num_images)]
-        try:
-            ranges = _batches(files, batch_size, processes)
-            with Bar(f"{num_images:,} samples", sum(stop - start for start, stop in ranges)) as bar:
-                done = 0
-                for start, stop in ranges:
-                    part: dict[str, Any] = {name: values[start:stop] for name, values in what.items()}
-                    part = part or {"num_images": stop - start}
-                    part |= bar.of_batch(done, stop - start, pipe.generator.spec.length)
-                    made = pipe(**part, **negative, seed=seed, index_start=start, batch_size=batch_size, **options)
-                    _write(made, files[start:stop])
-                    done += stop - start
-                    bar.show(done)
-            processes.wait()
-            if processes.is_first:
-                _finish(files, record, _labels(pipe, what), clips=clips, npz=npz)
-        except BaseException as error:
-            if processes.count == 1 and not any(file.exists() for file in files):
-                discard(out)
-            else:
-                error.add_note(how_to_go_on(out))
-            raise
         if processes.is_first:
-            publish(out)
-        processes.wait()
+            _finish(files, record, _labels(pipe, what), clips=clips, npz=npz)
     return record
 
 

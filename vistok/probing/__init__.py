@@ -1,6 +1,6 @@
 """Judging tokenizers: by themselves, by a small generator on their tokens, and side by side."""
 
 from vistok.probing.run import compare, probe
-from vistok.probing.settings import ProbeFolderError, ProbeSettings
+from vistok.probing.settings import ProbeSettings
 
-__all__ = ["ProbeFolderError", "ProbeSettings", "compare", "probe"]
+__all__ = ["ProbeSettings", "compare", "probe"]

@@ -23,7 +23,7 @@ from vistok.pipelines.folders import load_tokenizer
 from vistok.pipelines.runs import data_of_run
 from vistok.probing.generator import probe_generator
 from vistok.probing.report import write_comparison, write_probe
-from vistok.probing.settings import ProbeSettings, claim
+from vistok.probing.settings import ProbeSettings
 from vistok.probing.tokenizer import code_usage, describe, feature_probes, reconstruction, speed
 from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.framewise import Framewise
@@ -31,8 +31,7 @@ from vistok.train.tasks.images import example_batch
 from vistok.train.tokenize import tokenize
 from vistok.utils.devices import choose_device
 from vistok.utils.files import read_json, write_json
-from vistok.utils.locks import locked
-from vistok.utils.unfinished import unfinished
+from vistok.utils.outputs import continued, unfinished
 
 PICTURE = "reconstructions.png"
 SHOWN = 8
@@ -63,15 +62,14 @@ def probe(
         ``code_usage``, ``speed``, ``generator``, ``feature_probes``, ``seconds``, ``settings``, ``versions``.
 
     Raises:
-        ProbeFolderError: ``out`` holds something else.
+        ResumeError: ``out`` holds something else.
         FolderInUseError: another process writes ``out``.
         ValueError, ConfigError, CheckpointError, ImageError: as data, tokenizers and networks.
     """
     out = Path(out)
     tokenizer, data, held_out = _open(run, overrides, settings, device, allowed)
     what = {"tokenizer": tokenizer.fingerprint(), "data": asdict(data)}
-    with locked(out):
-        claim(out, settings, what)
+    with continued(out, settings.plan(what)):
         result = _judge(tokenizer, data, held_out, out, settings)
         result |= {"name": str(run), "command": command}
         save_result(result, out)
@@ -114,8 +112,7 @@ def compare(
     tokenizers = [first, *others]
     names = _folders(runs)
     what = {"tokenizers": [t.fingerprint() for t in tokenizers], "data": asdict(data)}
-    with locked(out):
-        claim(out, settings, what)
+    with continued(out, settings.plan(what)):
         results = []
         for run, name, tokenizer in zip(runs, names, tokenizers, strict=True):
             result = _judge(tokenizer, data, held_out, out / name, settings) | {"name": str(run)}

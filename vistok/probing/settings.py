@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from vistok.config import check_least
 from vistok.types import to_json
-from vistok.utils.files import read_json, write_json
-from vistok.utils.locks import holds_files
 
 PLAN = "plan.json"
 
@@ -58,31 +55,6 @@ class ProbeSettings:
         if self.weights is not None and self.network == "none":
             raise ValueError("weights are those of a network, and there is none; name it, or leave weights out")
 
-
-class ProbeFolderError(ValueError):
-    """A folder that holds something else than the probe that is asked for."""
-
-
-def claim(folder: Path, settings: ProbeSettings, what: Mapping[str, Any]) -> None:
-    """Write into ``folder`` what is asked for, or check that it is what the folder holds: then work goes on there.
-
-    Raises:
-        ProbeFolderError: it holds another probe, or other files.
-    """
-    path, wanted = folder / PLAN, to_json(asdict(settings) | dict(what))
-    if not path.exists():
-        if folder.is_dir() and holds_files(folder):
-            raise ProbeFolderError(f"{folder} holds other files; choose a new folder with --out")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, wanted)
-        return
-    try:
-        found = read_json(path)
-    except ValueError as error:
-        raise ProbeFolderError(f"{path} is damaged ({error}); remove {folder} and begin again") from error
-    for key in {**wanted, **found}:
-        if found.get(key) != wanted.get(key):
-            raise ProbeFolderError(
-                f"{folder} holds a probe with {key} = {found.get(key)!r}, and {wanted.get(key)!r} was asked for; ask "
-                "for the same to go on, or choose another folder"
-            )
+    def plan(self, what: Mapping[str, Any]) -> dict[str, Any]:
+        """The record of a folder of results: the settings, and ``what`` is judged by them."""
+        return to_json(asdict(self) | dict(what))

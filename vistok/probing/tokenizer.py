@@ -140,7 +140,7 @@ def _vectors(tokenizer: Tokenizer, cache: TokenCache) -> Tensor | None:
 
 @torch.no_grad()
 def _rasters(tokenizer: Tokenizer, data: DataConfig) -> dict[str, Tensor]:
-    names = [name for name in tokenizer.raster_features if name != "latents"]
+    names = list(tokenizer.raster_features)
     if not names or tokenizer.condition_spec.parts:
         return {}
     tokenizer.eval()

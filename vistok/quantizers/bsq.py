@@ -35,7 +35,7 @@ class BitLevel:
 
     Attributes:
         residual: (B, D, t, h, w) on the grid, before it is normalised.
-        bits: (B, t * h * w, D) bool.
+        bits: (B, t * h * w, D) bool, of the residual.
         so_far: the map (B, D, T, H, W) after this scale.
     """
 
@@ -100,19 +100,24 @@ class MultiScaleBSQ(nn.Module):
     # -----------------------------------------------------------------------------------------------------------------
     # From a map to bits
 
-    def levels(self, latents: Tensor) -> Iterator[BitLevel]:
+    def levels(self, latents: Tensor, flips: Tensor | None = None) -> Iterator[BitLevel]:
         """Scale by scale.
+
+        Args:
+            flips: (B, L, D) bool, the bits that are turned before the code of a scale is taken, so that later scales
+                see what that leaves; none by default.
 
         Raises:
             ValueError: a map of other channels, or not of the last grid.
         """
         x = self._checked(latents)
+        turned = None if flips is None else flips.split([math.prod(box) for box in self.scales], 1)
         residual, so_far = x, torch.zeros_like(x)
         for k in range(len(self.scales)):
             on_grid = self._shrunk(residual, k)
             unit = F.normalize(on_grid, dim=1)
-            code = self._signs(unit > 0)
-            part = self._enlarged(unit + (code - unit).detach(), k)
+            code = self._signs(unit > 0 if turned is None else (unit > 0) ^ self._gridded(turned[k], k))
+            part = self.enlarged(unit + (code - unit).detach(), k)
             residual, so_far = residual - part.detach(), so_far + part
             yield BitLevel(on_grid, _sequence(unit > 0), so_far)
 
@@ -152,7 +157,7 @@ class MultiScaleBSQ(nn.Module):
             raise ValueError(f"bits must be (B, n, {self.dim}), n of {ends}: whole scales; got {tuple(bits.shape)}")
         so_far: float | Tensor = 0.0
         for k, part in enumerate(bits.split(sizes[: ends.index(bits.shape[1]) + 1], 1)):
-            so_far = so_far + self._enlarged(self._signs(self._gridded(part, k) > 0), k)
+            so_far = so_far + self.enlarged(self._signs(self._gridded(part, k) > 0), k)
             yield so_far
 
     def decode(self, bits: Tensor) -> Tensor:
@@ -221,7 +226,7 @@ class MultiScaleBSQ(nn.Module):
         for k, draws in enumerate(flips.split(sizes, 1)):
             bits = F.normalize(self._shrunk(x - so_far, k), dim=1) > 0
             turned = bits ^ self._gridded(draws < strengths[k], k)
-            so_far = so_far + self._enlarged(self._signs(turned if requantize else bits), k)
+            so_far = so_far + self.enlarged(self._signs(turned if requantize else bits), k)
             maps.append(so_far)
             targets.append(grouped(bits.float(), patch) > 0)
             flipped.append(_sequence(turned))
@@ -245,8 +250,8 @@ class MultiScaleBSQ(nn.Module):
     def _shrunk(self, x: Tensor, k: int) -> Tensor:
         return _resized(x, self.scales[k], "area")
 
-    def _enlarged(self, code: Tensor, k: int) -> Tensor:
-        """What scale k adds to the map."""
+    def enlarged(self, code: Tensor, k: int) -> Tensor:
+        """What scale k adds to the map (B, D, T, H, W): codes (B, D, t, h, w) on its grid, scaled up."""
         part = _resized(code, self.scales[-1], "trilinear")
         return part * max(0.1, 1 - 0.1 * k) if self.decay else part
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -208,6 +209,10 @@ class MultiScaleQuantizer(nn.Module):
         *_, last = self.maps(tokens, scales)
         return last
 
+    def next_input(self, so_far: Tensor, grid: Grid) -> Tensor:
+        """The map so far on the next grid: averaged down."""
+        return _averaged(so_far, grid)
+
     def _grids(self, scales: Sequence[Grid] | None) -> tuple[Grid, ...]:
         return self.scales if scales is None else as_grids(scales)
 
@@ -231,8 +236,29 @@ def _averaged(x: Tensor, grid: Grid) -> Tensor:
     return x if x.shape[-2:] == grid else F.interpolate(x, size=grid, mode="area")
 
 
+class QuantizesScales(Protocol):
+    """A quantizer of growing grids with one id per place, as a next-scale generator needs it."""
+
+    scales: tuple[Grid, ...]
+
+    def codes(self) -> Tensor:
+        """All code vectors (K, D)."""
+
+    def ids_to_latents(self, ids: Tensor) -> Tensor:
+        """Codes (..., D) of ids (...)."""
+
+    def enlarge(self, codes: Tensor, k: int) -> Tensor:
+        """What scale ``k`` adds to the map (B, D, h, w): codes (B, n, D) on its grid."""
+
+    def maps(self, tokens: Tensor) -> Iterator[Tensor]:
+        """The map (B, D, h, w) after each scale of ids (B, n) or code vectors (B, n, D)."""
+
+    def next_input(self, so_far: Tensor, grid: Grid) -> Tensor:
+        """The map (B, D, h, w) after a scale as the generator reads it on the next grid."""
+
+
 class ScaleExpander(Expander):
-    """The inputs of a next-scale generator: for each scale the map of the smaller ones, averaged down to its grid.
+    """The inputs of a next-scale generator: for each scale the map of the smaller ones on its grid.
 
     The first scale has no input, so those of whole sequences (B, L) are (B, L - n, D), n being its tokens.
 
@@ -240,7 +266,7 @@ class ScaleExpander(Expander):
         so_far: the map (B, D, h, w) after the scales that ``step`` has seen.
     """
 
-    def __init__(self, quantizer: MultiScaleQuantizer):
+    def __init__(self, quantizer: QuantizesScales):
         self._quantizer, self._seen = quantizer, 0
         self.so_far: Tensor | None = None
 
@@ -270,4 +296,4 @@ class ScaleExpander(Expander):
 
     def _input(self, so_far: Tensor, k: int) -> Tensor:
         """The map after scale k on the grid of the next one, (B, n, D)."""
-        return rearrange(_averaged(so_far, self._quantizer.scales[k + 1]), "b d h w -> b (h w) d")
+        return rearrange(self._quantizer.next_input(so_far, self._quantizer.scales[k + 1]), "b d h w -> b (h w) d")

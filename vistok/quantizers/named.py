@@ -1,8 +1,11 @@
-"""Quantizers by name, which tokenizers of a raster or a sequence take in place of their own."""
+"""Quantizers by name, which tokenizers of a raster or a sequence take in place of their own.
+
+Those of one grid give an id for each latent, those of growing grids the ids of all scales (``ScaledQuantizer``).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -11,6 +14,8 @@ from vistok.config import build, suggestion
 from vistok.quantizers.fsq import FSQ
 from vistok.quantizers.index import IndexQuantizer
 from vistok.quantizers.lfq import LFQ
+from vistok.quantizers.multiscale import MultiScaleQuantizer
+from vistok.quantizers.scaled import PackedBSQ, ScaledQuantizer
 from vistok.quantizers.spherical import BSQ
 from vistok.quantizers.vq import VectorQuantizer
 
@@ -20,11 +25,18 @@ QUANTIZERS: dict[str, type[nn.Module]] = {
     "bsq": BSQ,
     "fsq": FSQ,
     "index": IndexQuantizer,
+    "multi_scale": MultiScaleQuantizer,
+    "multi_scale_bsq": PackedBSQ,
 }
 
 
+def chosen_quantizer(config: Mapping[str, Any] | None, dim: int, own: Callable[[], nn.Module]) -> Any:
+    """The quantizer that a config describes (``build_quantizer``), or the tokenizer's ``own`` where it has none."""
+    return own() if config is None else build_quantizer(config, dim)
+
+
 def build_quantizer(config: Mapping[str, Any], dim: int) -> Any:
-    """The quantizer of one id per position that a config describes: ``name``, and the arguments of the class.
+    """The quantizer that a config describes: ``name``, and the arguments of the class.
 
     Args:
         dim: channels of the latents; the class's ``dim``, which the config leaves out.
@@ -42,4 +54,4 @@ def build_quantizer(config: Mapping[str, Any], dim: int) -> Any:
     quantizer = build(kind, arguments | given, "quantizer")
     if quantizer.dim != dim:
         raise ValueError(f"the quantizer {name!r} has codes of {quantizer.dim} channels, the latents have {dim}")
-    return quantizer
+    return ScaledQuantizer(quantizer) if isinstance(quantizer, MultiScaleQuantizer | PackedBSQ) else quantizer

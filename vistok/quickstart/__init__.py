@@ -41,8 +41,8 @@ def quickstart(
     token cache ``tokens/``, pictures, report.html, and at last result.json.
 
     Returns:
-        what result.json holds: the fields of ``Scores``, ``ClipScores`` or ``TalkScores``, "seconds", and how they came
-        about under "protocol".
+        what result.json holds: the fields of ``DigitScores``, ``ClipScores`` or ``TalkScores``, "seconds", and how they
+        came about under "protocol".
 
     Raises:
         FileExistsError: ``out`` exists and is not an empty folder.

@@ -49,7 +49,7 @@ class Digits:
 
 
 @dataclass(frozen=True)
-class Scores:
+class DigitScores:
     """The quickstart's scores; shares are in [0, 1].
 
     Attributes:
@@ -146,7 +146,7 @@ def score(
     cache: TokenCache,
     train: Digits,
     test: Digits,
-) -> Scores:
+) -> DigitScores:
     """Score generated digits.
 
     Args:
@@ -168,7 +168,7 @@ def score(
         repeats = repeated_ids(tokens, known)
     else:
         repeats = repeated_latents(tokens, known, tolerance=round_trip_error(tokenizer, test.pixels))
-    return Scores(
+    return DigitScores(
         recognised=classifier.accuracy(generated),
         recognised_real=classifier.accuracy(test),
         frechet=frechet(generated),

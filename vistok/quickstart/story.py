@@ -21,7 +21,7 @@ from vistok.quickstart.pages import (
     recognised_score,
     seconds_score,
 )
-from vistok.quickstart.scores import CLASSES, Digits, Scores, decode, encode, nearest, reconstruct
+from vistok.quickstart.scores import CLASSES, Digits, DigitScores, decode, encode, nearest, reconstruct
 from vistok.quickstart.systems import System
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.monitor import read_metrics
@@ -115,7 +115,7 @@ def prefix_ladder(spec: TokenSpec) -> list[int]:
     return sorted({*steps, spec.length})
 
 
-def score_lines(scores: Scores, seconds: float, system: System, *, spec: TokenSpec) -> list[Score]:
+def score_lines(scores: DigitScores, seconds: float, system: System, *, spec: TokenSpec) -> list[Score]:
     """The scores as people read them, with targets."""
     return [
         recognised_score(

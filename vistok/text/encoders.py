@@ -69,7 +69,7 @@ class HuggingFaceEncoder(TextEncoder):
 
     def _states(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
         """The states (n, D) of each text of n ids, float32 on the CPU."""
-        device, longest = next(self._model.parameters()).device, max(map(len, rows))
+        device, longest = self._model.device, max(map(len, rows))
         ids, mask = torch.zeros(2, len(rows), longest, dtype=torch.int64).unbind(0)
         for row, values in enumerate(rows):  # padded on the right, as encoders with absolute positions want it
             ids[row, : len(values)] = torch.tensor(values, dtype=torch.int64)
@@ -130,7 +130,7 @@ class CLIPTower(HuggingFaceEncoder):
         ids = torch.zeros(len(rows), self.spec.length, dtype=torch.int64)
         for row, values in enumerate(rows):
             ids[row, : len(values)] = torch.tensor(values, dtype=torch.int64)
-        states = self._model(input_ids=ids.to(next(self._model.parameters()).device)).last_hidden_state
+        states = self._model(input_ids=ids.to(self._model.device)).last_hidden_state
         return list(states.float().cpu())
 
 

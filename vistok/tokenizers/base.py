@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,8 @@ from torch import Tensor
 from vistok.checkpoints import Model
 from vistok.config import ConfigError
 from vistok.draws import Draws, Keys
+from vistok.quantizers.gaussian import GaussianLatents
+from vistok.quantizers.scaled import ScaledQuantizer
 from vistok.types import Clock, Condition, ConditionSpec, Expander, TokenizerOutput, TokenSpec
 
 if TYPE_CHECKING:
@@ -48,6 +51,8 @@ class Tokenizer(Model):
     """Of discrete tokenizers: latents to codes and back, a module of ``vistok.quantizers``."""
     has_posterior: bool = False
     """Whether latents are drawn from a distribution, whose moments ``encode_moments`` gives."""
+    gaussian: GaussianLatents
+    """Of those: the distribution, and the scale in which generators see what is drawn."""
 
     _spec: TokenSpec
     _input_shape: tuple[int, ...]
@@ -152,17 +157,43 @@ class Tokenizer(Model):
             draws: from ``training_draws``, for parts that are random in training.
         """
 
+    def dequantize(self, tokens: Tensor, length: int | None = None) -> Tensor:
+        """What the decoder reads, latents (B, L, D), of ids (B, L[, depth]).
+
+        Where tokens have scales, ids (B, n) of the first ones or of all, or as many code vectors (B, n, D), which
+        smooth sampling gives.
+
+        Args:
+            length: how many ids there must be; None is ``spec.length``.
+
+        Raises:
+            ValueError: ids out of range, or another number of them.
+        """
+        if self.spec.scales and tokens.is_floating_point():
+            if tokens.ndim != 3 or tokens.shape[2] != self.spec.dim:
+                raise ValueError(f"code vectors must be (B, n, {self.spec.dim}), got {tuple(tokens.shape)}")
+            return self.quantizer.ids_to_latents(tokens)
+        self.spec.check_ids(tokens)
+        length = self.spec.length if length is None else length
+        if tokens.shape[1] != length and not self.spec.scales:
+            raise ValueError(f"this tokenizer decodes {length} tokens at once, got {tokens.shape[1]}")
+        return self.quantizer.ids_to_latents(tokens)
+
     def expander(self) -> Expander:
-        """What turns tokens into the inputs of a generator that has this tokenizer in its loop.
+        """What turns tokens into the inputs of a generator that has this tokenizer in its loop: of a quantizer with
+        scales by name, the map so far on the next grid.
 
         Raises:
             ValueError: generators read the tokens of this one as they are.
         """
+        if isinstance(getattr(self, "quantizer", None), ScaledQuantizer):
+            return self.quantizer.expander()
         raise ValueError(f"{type(self).__name__} has no expander: generators read its tokens as they are")
 
     def training_draws(self, keys: Keys) -> Draws:
         """The random tensors that ``forward`` consumes in training; most tokenizers need none."""
-        return {}
+        quantizer = getattr(self, "quantizer", None)
+        return quantizer.training_draws(keys) if isinstance(quantizer, ScaledQuantizer) else {}
 
     def standardise(self, pixels: Tensor) -> None:
         """Set the mean and the scale of continuous latents from example images (B, C, H, W); done after training."""
@@ -193,6 +224,11 @@ class Tokenizer(Model):
         spec = self.spec
         if not spec.discrete or spec.depth != 1:
             raise ValueError(f"{type(self).__name__} has no codes: its tokens are not one id per position")
+        if spec.scales:
+            raise ValueError(
+                f"{type(self).__name__} has no codes that its quantized map is made of: a place of it is a sum of "
+                "several"
+            )
         ids = torch.arange(spec.num_ids, device=self.device)
         return self.quantizer.ids_to_latents(ids)
 
@@ -278,8 +314,7 @@ class Tokenizer(Model):
 
         channels, height, width = self.image_shape("reading PIL images")
         several = [images] if isinstance(images, Image.Image) else images
-        parameter = next(self.parameters())
-        return from_pil(several, (height, width), channels).to(parameter.device, parameter.dtype)
+        return from_pil(several, (height, width), channels).to(self.device, self.dtype)
 
     def check_pixels(self, pixels: Tensor) -> TokenSpec:
         """Check shape and type of a batch of public pixels and return its TokenSpec; outside of training, warn of
@@ -333,6 +368,25 @@ class Tokenizer(Model):
         parts = {name: part for name, part in condition.parts.items() if name in names}
         return Condition(condition.size, parts, condition.device) if parts else None
 
+    def decode_options(self, spec: TokenSpec) -> dict[str, Any]:
+        """The keyword arguments with which ``decode`` reads the tokens of a ``spec``, such as another image size's.
+
+        Raises:
+            ValueError: it reads no such tokens.
+        """
+        own = self.spec
+        names = ("codebook_size", "depth") if own.discrete else ("codebook_size", "dim")
+        differing = [name for name in names if getattr(own, name) != getattr(spec, name)]
+        if not differing and own.length == spec.length:
+            return {}
+        if not differing and spec.grid is not None and "grid" in inspect.signature(self.decode).parameters:
+            return {"grid": spec.grid}  # a convolutional tokenizer at another image size
+        differing = differing or ["length"]
+        raise ValueError(
+            "the generator models other tokens than this tokenizer makes: "
+            + "; ".join(f"{name} {getattr(spec, name)} instead of {getattr(own, name)}" for name in differing)
+        )
+
     @torch.no_grad()
     def reconstruct(self, pixels: Tensor, *, condition: Condition | None = None) -> Tensor:
         """Encode and decode; what a user sees, clamped to [-1, 1]."""
@@ -364,33 +418,6 @@ def image_sides(image_size: int | Sequence[int]) -> tuple[int, int]:
 def times(sides: Sequence[int]) -> str:
     """Sides as people write them: 256x256."""
     return "x".join(map(str, sides))
-
-
-def prefix_lengths(spec: TokenSpec, tokens: Tensor, lengths: Tensor | None) -> Tensor:
-    """How many of its ids each image is decoded from, (B,) int64, for ids (B, k) of a tokenizer of ordered tokens.
-
-    Args:
-        lengths: (B,) integers, or None for all k.
-
-    Raises:
-        ValueError: ids out of range, or a length that is 0, too long, or no multiple of ``spec.prefix_step``.
-    """
-    spec.check_ids(tokens)
-    given = tokens.shape[1]
-    if lengths is None:
-        lengths = torch.full((len(tokens),), given, device=tokens.device)
-    elif lengths.shape != (len(tokens),) or lengths.is_floating_point():
-        raise ValueError(f"lengths must be ({len(tokens)},) integers, got {tuple(lengths.shape)} of {lengths.dtype}")
-    lengths = lengths.to(tokens.device, torch.int64)
-    step = spec.prefix_step or spec.length
-    wrong = lengths[(lengths < 1) | (lengths > min(given, spec.length)) | (lengths % step != 0)]
-    if len(wrong):
-        multiples = f"a multiple of {step} " if step > 1 else ""
-        raise ValueError(
-            f"cannot decode {int(wrong[0])} tokens of {given} given: a prefix has {multiples}from {step} to "
-            f"{spec.length} tokens"
-        )
-    return lengths
 
 
 def _remedy(shape: tuple[int, ...], expected: tuple[int, ...]) -> str:

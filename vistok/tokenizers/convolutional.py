@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from vistok.draws import Draws
-from vistok.nn.conv import ConvDecoder, ConvEncoder
+from vistok.quantizers.scaled import spec_of
 from vistok.tokenizers.base import Tokenizer, image_sides, times
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec
 
@@ -19,8 +20,8 @@ class ConvTokenizer(Tokenizer):
     A subclass builds the parts and hands them over.
     """
 
-    encoder: ConvEncoder
-    decoder: ConvDecoder
+    encoder: Any
+    decoder: Any
 
     def __init__(self, image_size: int | tuple[int, int], in_channels: int, num_levels: int):
         super().__init__()
@@ -30,11 +31,11 @@ class ConvTokenizer(Tokenizer):
 
     def build(
         self,
-        encoder: ConvEncoder,
+        encoder: nn.Module,
         pre_quant: nn.Module,
         quantizer: nn.Module,
         post_quant: nn.Module,
-        decoder: ConvDecoder,
+        decoder: nn.Module,
     ) -> None:
         """Take the parts, in the order of computation.
 
@@ -57,13 +58,9 @@ class ConvTokenizer(Tokenizer):
         return self.decoder.conv_out.weight
 
     def _spec_for_sides(self, sides: tuple[int, ...]) -> TokenSpec:
-        height, width = sides
-        if height < 1 or width < 1 or height % self.stride or width % self.stride:
-            raise ValueError(
-                f"image sides must be multiples of {self.stride}, got {height}x{width}; resize or crop the images"
-            )
-        grid = (height // self.stride, width // self.stride)
-        return TokenSpec(grid[0] * grid[1], self.quantizer.codebook_size, self.quantizer.dim, grid=grid)
+        grid = grid_of(sides, self.stride)
+        plain = TokenSpec(grid[0] * grid[1], self.quantizer.codebook_size, self.quantizer.dim, grid=grid)
+        return spec_of(self.quantizer, plain)
 
     def latents(self, pixels: Tensor) -> Tensor:
         """Pixels (B, C, H, W) in [-1, 1] to latents (B, L, code dim) in raster order, before quantization."""
@@ -77,7 +74,7 @@ class ConvTokenizer(Tokenizer):
     def decode(
         self, tokens: Tensor, *, condition: Condition | None = None, grid: tuple[int, ...] | None = None
     ) -> Tensor:
-        """Ids (B, h * w) to pixels (B, C, h * stride, w * stride).
+        """Ids (B, h * w), or those of scales (see ``dequantize``), to pixels (B, C, h * stride, w * stride).
 
         Args:
             grid: (h, w) of the ids; None for the grid of ``spec``.
@@ -86,13 +83,11 @@ class ConvTokenizer(Tokenizer):
             ValueError: ids out of range, or not h * w of them.
         """
         self.check_condition(condition)
+        if self.spec.scales:
+            return self.decode_latents(self.dequantize(tokens), self.spec.scales[-1])
         grid = grid or self.spec.raster
         self.spec.check_ids(tokens)
-        if tokens.shape[1] != math.prod(grid):
-            raise ValueError(
-                f"a grid of {times(grid)} has {math.prod(grid)} tokens, got {tokens.shape[1]}; pass grid=(h, w) for "
-                "other image sizes"
-            )
+        check_grid(tokens, grid)
         return self.decode_latents(self.quantizer.ids_to_latents(tokens), grid)
 
     def decode_latents(self, quantized: Tensor, grid: tuple[int, ...]) -> Tensor:
@@ -111,7 +106,7 @@ class ConvTokenizer(Tokenizer):
         self.check_condition(condition)
         latents = self.latents(pixels)
         quantized = self.quantizer(latents, draws=draws)
-        grid = self.spec_for(pixels.shape[1:]).grid
+        grid = (pixels.shape[2] // self.stride, pixels.shape[3] // self.stride)
         mapped = self.post_quant(quantized.quantized.transpose(1, 2).unflatten(2, grid))
         decoded = self.decoder.begin(mapped)
         features = {
@@ -121,3 +116,24 @@ class ConvTokenizer(Tokenizer):
         }
         reconstruction = self.decoder.finish(decoded, mapped)
         return TokenizerOutput(reconstruction, quantized.ids, quantized.losses, features)
+
+
+def grid_of(sides: Sequence[int], stride: int) -> tuple[int, int]:
+    """(h, w) of the tokens of an image of (height, width).
+
+    Raises:
+        ValueError: sides that are no multiples of the stride.
+    """
+    height, width = sides
+    if height < 1 or width < 1 or height % stride or width % stride:
+        raise ValueError(f"image sides must be multiples of {stride}, got {height}x{width}; resize or crop the images")
+    return height // stride, width // stride
+
+
+def check_grid(tokens: Tensor, grid: Sequence[int]) -> None:
+    """Raise ValueError unless there are as many tokens (B, L, …) as a grid has."""
+    if tokens.shape[1] != math.prod(grid):
+        raise ValueError(
+            f"a grid of {times(grid)} has {math.prod(grid)} tokens, got {tokens.shape[1]}; pass grid=(h, w) for other "
+            "image sizes"
+        )

@@ -17,10 +17,13 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from vistok.checkpoints import CheckpointError, OfficialCheckpoint, load_strictly, read_weights, rename, snapshot
+from vistok.checkpoints import CheckpointError, OfficialCheckpoint, read_weights, rename, snapshot
 from vistok.checkpoints.official_config import OfficialConfig
+from vistok.checkpoints.weights import without_losses
 from vistok.draws import Draws, Keys
+from vistok.quantizers.gaussian import GaussianLatents, gaussian_kl
 from vistok.tokenizers.base import Tokenizer, image_sides
+from vistok.tokenizers.convolutional import check_grid, grid_of
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec
 
 KL16_SCALE = 0.2325
@@ -61,9 +64,6 @@ class KLVAE(Tokenizer):
         ValueError: sides that are no multiple of the stride, widths that norm_groups does not divide, a level that
             there is not, or statistics for another number of channels.
     """
-
-    mean: Tensor
-    scale: Tensor
 
     registry_name = "kl_vae"
     encoding_parts = ("vae.encoder.*", "vae.quant_conv.*")
@@ -134,9 +134,7 @@ class KLVAE(Tokenizer):
             use_post_quant_conv=use_post_quant_conv,
             mid_block_add_attention=middle_attention,
         )
-        # They live in the config; a copy in the weights could disagree with it.
-        self.register_buffer("mean", _per_channel("latent_mean", latent_mean, latent_channels), persistent=False)
-        self.register_buffer("scale", _per_channel("latent_scale", latent_scale, latent_channels), persistent=False)
+        self.gaussian = GaussianLatents(latent_channels, latent_mean, latent_scale)
 
     @property
     def loss_terms(self) -> tuple[str, ...]:
@@ -147,38 +145,25 @@ class KLVAE(Tokenizer):
         return self.vae.decoder.conv_out.weight
 
     def _spec_for_sides(self, sides: tuple[int, ...]) -> TokenSpec:
-        height, width = sides
-        if height < 1 or width < 1 or height % self.stride or width % self.stride:
-            raise ValueError(
-                f"image sides must be multiples of {self.stride}, got {height}x{width}; resize or crop the images"
-            )
-        grid = (height // self.stride, width // self.stride)
+        grid = grid_of(sides, self.stride)
         return TokenSpec(grid[0] * grid[1], None, self._latent_channels, grid=grid)
 
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """The posterior of pixels (B, C, H, W) before standardisation: mean and log-variance, (B, L, D) each.
-
-        The log-variance is clamped to [-30, 20].
-        """
+        """The posterior of pixels (B, C, H, W) before standardisation: mean and log-variance, (B, L, D) each."""
         self.check_pixels(pixels)
         hidden = self.vae.encoder(pixels)
         if self.vae.quant_conv is not None:
             hidden = self.vae.quant_conv(hidden)
-        mean, log_variance = rearrange(hidden, "b d h w -> b (h w) d").chunk(2, -1)
-        return mean, log_variance.clamp(-30, 20)
+        return self.gaussian.moments(rearrange(hidden, "b d h w -> b (h w) d"))
 
     def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
         """Pixels to standardised latents (B, L, D): the posterior's mode, or, with ``draws``, a sample."""
         self.check_condition(condition)
-        return self._standardised(self._choose(*self.moments(pixels), draws))
+        return self.gaussian.standardise(self.gaussian.choose(*self.moments(pixels), draws))
 
     def encode_moments(self, pixels: Tensor) -> Tensor:
         """The posterior of the standardised latents, (B, L, 2D): means, then log-variances."""
-        return self.standardised_moments(*self.moments(pixels))
-
-    def standardised_moments(self, mean: Tensor, log_variance: Tensor) -> Tensor:
-        """Moments of the autoencoder's own latents, (..., D) each, to those of the standardised ones, (..., 2D)."""
-        return torch.cat([self._standardised(mean), log_variance + 2 * self.scale.abs().log()], -1)
+        return self.gaussian.standardised_moments(*self.moments(pixels))
 
     def decode(
         self, tokens: Tensor, *, condition: Condition | None = None, grid: tuple[int, int] | None = None
@@ -192,13 +177,10 @@ class KLVAE(Tokenizer):
             ValueError: latents of another VAE, or not h * w of them.
         """
         self.check_condition(condition)
-        h, w = grid or self.spec.raster
+        places = grid or self.spec.raster
         self.spec.check_latents(tokens)
-        if tokens.shape[1] != h * w:
-            raise ValueError(
-                f"a grid of {h}x{w} has {h * w} tokens, got {tokens.shape[1]}; pass grid=(h, w) for other image sizes"
-            )
-        return self.decode_latents(tokens / self.scale + self.mean, (h, w))
+        check_grid(tokens, places)
+        return self.decode_latents(self.gaussian.restore(tokens), places)
 
     def decode_latents(self, latents: Tensor, grid: tuple[int, ...]) -> Tensor:
         """Latents (B, h * w, D) as the autoencoder has them, not standardised, to pixels."""
@@ -219,10 +201,10 @@ class KLVAE(Tokenizer):
         """Loss term "kl": KL of the posterior to the unit normal in nats per image, (B,)."""
         self.check_condition(condition)
         mean, log_variance = self.moments(pixels)
-        latents = self._choose(mean, log_variance, draws)
+        latents = self.gaussian.choose(mean, log_variance, draws)
         reconstruction = self.decode_latents(latents, self.spec_for(pixels.shape[1:]).raster)
         losses = {"kl": gaussian_kl(mean, log_variance).flatten(1).sum(1)}
-        return TokenizerOutput(reconstruction, self._standardised(latents), losses, {"latents": latents})
+        return TokenizerOutput(reconstruction, self.gaussian.standardise(latents), losses, {"latents": latents})
 
     def training_draws(self, keys: Keys) -> Draws:
         return {"posterior": keys.normal("posterior", self.spec.length, self.spec.dim)}
@@ -233,17 +215,9 @@ class KLVAE(Tokenizer):
         1 in every channel."""
         parts = [self.moments(part) for part in pixels.split(8)]
         mean, log_variance = (torch.cat(values) for values in zip(*parts))
-        # The variance of a mixture of normal distributions: of the means, plus the mean of the variances.
-        variance = mean.var((0, 1), unbiased=False) + log_variance.exp().mean((0, 1))
-        self.mean, self.scale = mean.mean((0, 1)), variance.clamp_min(1e-12).rsqrt()
-        self._arguments |= {"latent_mean": tuple(self.mean.tolist()), "latent_scale": tuple(self.scale.tolist())}
-
-    def _standardised(self, latents: Tensor) -> Tensor:
-        return (latents - self.mean) * self.scale
-
-    @staticmethod
-    def _choose(mean: Tensor, log_variance: Tensor, draws: Draws | None) -> Tensor:
-        return mean if draws is None else mean + (log_variance / 2).exp() * draws["posterior"]
+        self.gaussian.fit(mean, log_variance)
+        statistics = {"latent_mean": self.gaussian.mean, "latent_scale": self.gaussian.scale}
+        self._arguments |= {name: tuple(values.tolist()) for name, values in statistics.items()}
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
@@ -273,8 +247,7 @@ class KLVAE(Tokenizer):
         )
         given.finish()
         state = rename(state_dict, latent_diffusion_names(len(ch_mult)))
-        load_strictly(model, {key: _as_linear(key, tensor) for key, tensor in state.items()})
-        return model
+        return model.with_official_weights({key: _as_linear(key, tensor) for key, tensor in state.items()})
 
     @classmethod
     def _from_diffusers(
@@ -302,9 +275,8 @@ class KLVAE(Tokenizer):
             latent_scale=scale,
         )
         given.finish()
-        state = rename(state_dict, DIFFUSERS_NAMES)
-        load_strictly(model, {key: _as_linear(key, tensor) for key, tensor in state.items()})
-        return model
+        state = rename(rename(state_dict, OLD_DIFFUSERS_NAMES), DIFFUSERS_NAMES)
+        return model.with_official_weights({key: _as_linear(key, tensor) for key, tensor in state.items()})
 
     @classmethod
     def from_diffusers(cls, source: str | Path, *, image_size: int | tuple[int, int] = 256, **hub_options: Any) -> Self:
@@ -329,8 +301,7 @@ class KLVAE(Tokenizer):
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Drop the training losses (LPIPS, discriminator) that a training file carries beside the model."""
-        return {key: tensor for key, tensor in state.items() if not key.startswith("loss.")}
+        return without_losses(state)
 
 
 WITHOUT_EFFECT = {
@@ -348,11 +319,6 @@ DIFFUSERS_WITHOUT_EFFECT = {
     "force_upcast": "the precision that diffusers' pipelines switch to; ours stays as it is loaded",
 }
 """Keys of a diffusers config that change nothing of what the model computes, each with the reason."""
-
-
-def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """KL of normal distributions to the unit normal in nats, elementwise."""
-    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
 
 
 def latent_diffusion_names(levels: int) -> list[tuple[str, str]]:
@@ -390,12 +356,13 @@ def _attention_names(old: str, new: str) -> list[tuple[str, str]]:
     ]
 
 
-# Diffusers before 0.15 named the attention projections differently.
+OLD_DIFFUSERS_NAMES = [
+    (rf"(.*\.attentions\.\d+)\.{old}\.(\w+)", rf"\1.{new}.\2")
+    for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
+]
+"""Diffusers before 0.15 named the attention projections differently."""
+
 DIFFUSERS_NAMES = [
-    (r"(.*\.attentions\.\d+)\.query\.(\w+)", r"vae.\1.to_q.\2"),
-    (r"(.*\.attentions\.\d+)\.key\.(\w+)", r"vae.\1.to_k.\2"),
-    (r"(.*\.attentions\.\d+)\.value\.(\w+)", r"vae.\1.to_v.\2"),
-    (r"(.*\.attentions\.\d+)\.proj_attn\.(\w+)", r"vae.\1.to_out.0.\2"),
     (r"((?:encoder|decoder)\.(?:conv_in|conv_out|conv_norm_out|mid_block|down_blocks|up_blocks)\..*)", r"vae.\1"),
     (r"((?:post_)?quant_conv\.\w+)", r"vae.\1"),
 ]
@@ -426,13 +393,6 @@ def _check_widths(widths: tuple[int, ...], groups: int) -> None:
             f"{wrong[0]} channels cannot be split into {groups} groups for group norm; take block_out_channels that "
             "are multiples of norm_groups, or a smaller norm_groups"
         )
-
-
-def _per_channel(name: str, value: float | tuple[float, ...], channels: int) -> Tensor:
-    values = torch.tensor(value, dtype=torch.float32)
-    if values.ndim and len(values) != channels:
-        raise ValueError(f"{name} must be one number or {channels} (one per latent channel), got {len(values)}")
-    return values.expand(channels).clone()
 
 
 def _read_diffusers_config(folder: Path) -> dict[str, Any]:

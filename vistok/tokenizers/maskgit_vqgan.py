@@ -14,13 +14,14 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.checkpoints import OfficialCheckpoint, load_strictly, rename
+from vistok.checkpoints import OfficialCheckpoint, rename
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.draws import Draws
 from vistok.nn.conv import Upsample, group_norm
 from vistok.quantizers import VectorQuantizer
-from vistok.tokenizers.base import Tokenizer, image_sides
-from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec
+from vistok.quantizers.named import chosen_quantizer
+from vistok.tokenizers.convolutional import ConvTokenizer
+from vistok.types import Clock, Condition, TokenizerOutput
 
 F16 = (1, 1, 2, 2, 4)
 
@@ -142,7 +143,7 @@ class CodecDecoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class MaskGITVQGAN(Tokenizer):
+class MaskGITVQGAN(ConvTokenizer):
     """A raster of ids; any image whose sides are multiples of the stride 2 ** (levels - 1) encodes.
 
     Works in [0, 1] inside; public pixels are in [-1, 1].
@@ -157,6 +158,8 @@ class MaskGITVQGAN(Tokenizer):
         codebook_embed_dim: channels of a code, and of the maps between encoder and decoder.
         codebook_restart_after: steps after which an unused code is moved onto a latent; 0 is never.
         norm_groups: groups of all group norms (32 in the released model); they must divide every width.
+        quantizer: another quantizer by name, {name: vq | lfq | bsq | fsq | index | multi_scale | multi_scale_bsq, …its
+            arguments}, for codes of ``codebook_embed_dim`` channels; what is said of codebooks above is of the own one.
 
     Raises:
         ValueError: sides that are no multiple of the stride, or widths that norm_groups does not divide.
@@ -187,63 +190,32 @@ class MaskGITVQGAN(Tokenizer):
         codebook_embed_dim: int = 256,
         codebook_restart_after: int = 0,
         norm_groups: int = 32,
+        quantizer: dict[str, Any] | None = None,
     ):
-        super().__init__()
-        self.stride = 2 ** (len(channel_mult) - 1)
-        height, width = image_sides(image_size)
-        self._input_shape = (in_channels, height, width)
+        super().__init__(image_size, in_channels, len(channel_mult))
         sizes = (in_channels, codebook_embed_dim, channels, channel_mult, res_blocks, norm_groups)
-        self.encoder, self.decoder = CodecEncoder(*sizes), CodecDecoder(*sizes)
-        self.quantizer = VectorQuantizer(
-            codebook_size,
+        encoder, decoder = CodecEncoder(*sizes), CodecDecoder(*sizes)
+        own = chosen_quantizer(
+            quantizer,
             codebook_embed_dim,
-            normalize=False,
-            init="uniform",
-            restart_after=codebook_restart_after,
+            lambda: VectorQuantizer(
+                codebook_size,
+                codebook_embed_dim,
+                normalize=False,
+                init="uniform",
+                restart_after=codebook_restart_after,
+            ),
         )
-        self._spec = self.spec_for(self._input_shape)
+        self.build(encoder, nn.Identity(), own, nn.Identity(), decoder)
 
     @property
-    def last_layer(self) -> Tensor:
-        return self.decoder.conv_out.weight
-
-    def _spec_for_sides(self, sides: tuple[int, ...]) -> TokenSpec:
-        height, width = sides
-        if height < 1 or width < 1 or height % self.stride or width % self.stride:
-            raise ValueError(
-                f"image sides must be multiples of {self.stride}, got {height}x{width}; resize or crop the images"
-            )
-        h, w = height // self.stride, width // self.stride
-        return TokenSpec(h * w, self.quantizer.codebook_size, self.quantizer.dim, grid=(h, w))
+    def raster_features(self) -> Mapping[str, int]:
+        return {"latents": self.spec.dim}
 
     def latents(self, pixels: Tensor) -> Tensor:
         """Pixels (B, C, H, W) in [-1, 1] to latents (B, L, code dim) in raster order, before quantization."""
         self.check_pixels(pixels)
         return rearrange(self.encoder(self.to_native(pixels)), "b d h w -> b (h w) d")
-
-    def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
-        self.check_condition(condition)
-        return self.quantizer.encode(self.latents(pixels))
-
-    def decode(
-        self, tokens: Tensor, *, condition: Condition | None = None, grid: tuple[int, int] | None = None
-    ) -> Tensor:
-        """Ids (B, h * w) to pixels (B, C, h * stride, w * stride).
-
-        Args:
-            grid: (h, w) of the ids; None for the grid of ``spec``.
-
-        Raises:
-            ValueError: ids out of range, or not h * w of them.
-        """
-        self.check_condition(condition)
-        h, w = grid or self.spec.raster
-        self.spec.check_ids(tokens)
-        if tokens.shape[1] != h * w:
-            raise ValueError(
-                f"a grid of {h}x{w} has {h * w} tokens, got {tokens.shape[1]}; pass grid=(h, w) for other image sizes"
-            )
-        return self.decode_latents(self.quantizer.ids_to_latents(tokens), (h, w))
 
     def decode_latents(self, quantized: Tensor, grid: tuple[int, ...]) -> Tensor:
         """Codes (B, h * w, code dim) on a grid (h, w) to pixels in [-1, 1]."""
@@ -261,7 +233,7 @@ class MaskGITVQGAN(Tokenizer):
         self.check_condition(condition)
         latents = self.latents(pixels)
         quantized = self.quantizer(latents, draws=draws)
-        grid = self.spec_for(pixels.shape[1:]).raster
+        grid = (pixels.shape[2] // self.stride, pixels.shape[3] // self.stride)
         features = {"latents": latents, "quantized": quantized.quantized}
         reconstruction = self.decode_latents(quantized.quantized, grid)
         return TokenizerOutput(reconstruction, quantized.ids, quantized.losses, features)
@@ -284,8 +256,7 @@ class MaskGITVQGAN(Tokenizer):
             codebook_embed_dim=z_channels,
         )
         given.finish()
-        load_strictly(model, official_names(state_dict, len(channel_mult)), source="the official state dict")
-        return model
+        return model.with_official_weights(official_names(state_dict, len(channel_mult)))
 
 
 WITHOUT_EFFECT = {"commitment_cost": "a weight of the loss, which the run's config names"}

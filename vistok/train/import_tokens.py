@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -87,6 +86,5 @@ def _tokens(tokenizer: Tokenizer, samples: Sequence[PeerSample]) -> Tensor:
     values = torch.from_numpy(np.stack([sample.values for sample in samples]))
     if not tokenizer.has_posterior:
         return values
-    mean, log_variance = values.float().flatten(3).transpose(2, 3).chunk(2, -1)  # (B, V, L, D) each
-    with_posterior: Any = tokenizer
-    return with_posterior.standardised_moments(mean, log_variance.clamp(-30, 20))
+    gaussian = tokenizer.gaussian
+    return gaussian.standardised_moments(*gaussian.moments(values.float().flatten(3).transpose(2, 3)))

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
-from vistok.checkpoints import CheckpointError, Model
+from vistok.checkpoints import Model
 from vistok.config import ConfigError
 from vistok.train.config import OptimizerConfig, SchedulerConfig
 from vistok.train.names import matching
-from vistok.train.parallel import local, spread, whole
+from vistok.train.parallel import local
 
 
 def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -50,51 +49,6 @@ def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: Optimizer
     ]
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     return kind(sections, lr=config.lr, betas=config.betas, eps=config.eps)
-
-
-def named_state(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, Any]:
-    """What an optimizer remembers of each parameter, by its name, gathered by ``whole``."""
-    names = {parameter: name for name, parameter in named.items()}
-    return {
-        names[parameter]: {key: whole(value) for key, value in optimizer.state[parameter].items()}
-        for parameter in _parameters(optimizer)
-    }
-
-
-def load_named_state(
-    optimizer: torch.optim.Optimizer,
-    named: Mapping[str, nn.Parameter],
-    state: Mapping[str, Any],
-    *,
-    fresh: Collection[str] = (),
-) -> None:
-    """Load what ``named_state`` returned, into an optimizer whose parameters may be sharded otherwise. Rates, decays
-    and groups stay the optimizer's own.
-
-    Args:
-        fresh: names of parameters that it need not remember.
-
-    Raises:
-        CheckpointError: it is the state of an optimizer of other parameters.
-    """
-    names = {parameter: name for name, parameter in named.items()}
-    trained = [names[parameter] for parameter in _parameters(optimizer)]
-    if set(trained) - set(fresh) != set(state):
-        raise CheckpointError("the checkpoint's optimizer trains other parameters than this run's; start a new run")
-    optimizer.load_state_dict(
-        {
-            "state": {
-                number: {key: spread(value, named[name]) for key, value in state[name].items()}
-                for number, name in enumerate(trained)
-                if name in state
-            },
-            "param_groups": optimizer.state_dict()["param_groups"],
-        }
-    )
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def lr_factor(config: SchedulerConfig, max_steps: int, lr: float = 1.0) -> Callable[[int], float]:

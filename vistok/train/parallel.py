@@ -1,19 +1,28 @@
-"""What is put around a model from outside: activation checkpointing, DDP, and FSDP2 with its whole state dicts."""
+"""What is put around a model from outside: activation checkpointing, DDP, and FSDP2 with whole states of models and
+optimizers."""
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import is_dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.utils.checkpoint import checkpoint
 
-from vistok.checkpoints import load_strictly
+from vistok.checkpoints import CheckpointError
+from vistok.checkpoints.weights import check_state
 from vistok.config import ConfigError
 from vistok.train.config import TrainingConfig
 from vistok.train.tasks import Task
@@ -147,41 +156,84 @@ def replicating() -> AbstractContextManager[None]:
     return implicit_replication()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered on the CPU of process 0, and empty elsewhere; other tensors as they are.
+def whole_state_dict(model: nn.Module) -> dict[str, Any]:
+    """The state dict of a model; if that is sharded, gathered on the CPU of process 0, and empty elsewhere.
 
     All processes must call it.
     """
-    if not hasattr(tensor, "full_tensor"):
-        return tensor
-    gathered = tensor.full_tensor()
-    return gathered.cpu() if distributed.get_rank() == 0 else gathered.new_empty(0)
+    return get_model_state_dict(model, options=_options(model))
 
 
-def spread(tensor: Tensor, like: Tensor) -> Tensor:
-    """The inverse of ``whole``: a tensor sharded as ``like`` is, if that is sharded and of its shape.
+def load_whole_state_dict(
+    model: nn.Module, state: Mapping[str, Tensor], *, source: str, optional: Collection[str] = ()
+) -> None:
+    """Load a whole state dict, which every process has, into a model that may be sharded.
 
-    All processes must call it with tensors of one shape and type; only process 0 reads the numbers in its own.
-    """
-    if not hasattr(like, "full_tensor") or tensor.shape != like.shape:
-        return tensor
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    source = tensor if distributed.get_rank() == 0 else torch.empty_like(tensor, device=like.device)
-    sharded = cast(DTensor, like)
-    return distribute_tensor(source, sharded.device_mesh, sharded.placements)
-
-
-def whole_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a model, gathered as ``whole`` does it."""
-    return {name: whole(tensor) for name, tensor in model.state_dict().items()}
-
-
-def load_whole_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
-    """Load a whole state dict into a model that may be sharded.
+    Args:
+        optional: keys that may be absent from the state; they stay as they are.
 
     Raises:
         CheckpointError: it does not fit; ``source`` names it in the message.
     """
-    own = model.state_dict()
-    load_strictly(model, {k: spread(v, own[k]) if k in own else v for k, v in state.items()}, source=source)
+    check_state(model, state, source=source, optional=optional)
+    set_model_state_dict(model, dict(state), options=replace(_options(model), strict=False))
+
+
+def named_state(
+    optimizer: torch.optim.Optimizer, model: nn.Module, named: Mapping[str, nn.Parameter]
+) -> dict[str, Any]:
+    """What an optimizer remembers of each parameter of a model, by its name in ``named``, gathered as
+    ``whole_state_dict`` does it."""
+    own, trained = _keys(model), _trained(optimizer)
+    state: Any = {}
+    if optimizer.state:  # if not, the library would begin it by a step
+        state = get_optimizer_state_dict(model, optimizer, options=_options(model)).get("state", {})
+    return {name: state.get(own[parameter], {}) for name, parameter in named.items() if parameter in trained}
+
+
+def load_named_state(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    named: Mapping[str, nn.Parameter],
+    state: Mapping[str, Any],
+    *,
+    fresh: Collection[str] = (),
+) -> None:
+    """Load what ``named_state`` returned, which every process has, into an optimizer of a model that may be sharded
+    otherwise. Rates, decays and groups stay the optimizer's own.
+
+    Args:
+        fresh: names of parameters that it need not remember.
+
+    Raises:
+        CheckpointError: it is the state of an optimizer of other parameters.
+    """
+    own, trained = _keys(model), _trained(optimizer)
+    parameters = {name: parameter for name, parameter in named.items() if parameter in trained}
+    if parameters.keys() - set(fresh) != state.keys():
+        raise CheckpointError("the checkpoint's optimizer trains other parameters than this run's; start a new run")
+    saved: Any = {own[parameters[name]]: dict(values) for name, values in state.items() if values}
+    if saved:
+        kept = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
+        options = replace(_options(model), strict=False)
+        set_optimizer_state_dict(model, optimizer, {"state": saved, "param_groups": groups}, options=options)
+        for group, own_values in zip(optimizer.param_groups, kept, strict=True):
+            group.update(own_values)  # the library makes lists of tuples
+    for name, parameter in parameters.items():
+        if not state.get(name):
+            optimizer.state.pop(parameter, None)  # the library has begun it
+
+
+def _options(model: nn.Module) -> StateDictOptions:
+    from torch.distributed.fsdp import FSDPModule
+
+    return StateDictOptions(full_state_dict=True, cpu_offload=isinstance(model, FSDPModule))
+
+
+def _keys(model: nn.Module) -> dict[nn.Parameter, str]:
+    return {parameter: key for key, parameter in model.named_parameters()}
+
+
+def _trained(optimizer: torch.optim.Optimizer) -> set[nn.Parameter]:
+    return {parameter for group in optimizer.param_groups for parameter in group["params"]}

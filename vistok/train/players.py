@@ -21,18 +21,17 @@ from vistok.train.optim import (
     AveragedModel,
     build_optimizer,
     decay_factor,
-    load_named_state,
     lr_factor,
-    named_state,
 )
 from vistok.train.parallel import (
     checkpoint_activations,
     clip_grad_norm,
+    load_named_state,
     load_whole_state_dict,
+    named_state,
     replicating,
     shard,
     wants_fsdp2,
-    whole,
     whole_state_dict,
 )
 from vistok.train.tasks import Learner, Task
@@ -114,7 +113,7 @@ class Player:
         """What ``load_state_dict`` needs. Shards are gathered, so all processes must call it."""
         return {
             "weights": whole_state_dict(self.module),
-            "optimizer": named_state(self.optimizer, _names(self.module)),
+            "optimizer": named_state(self.optimizer, self.module, _names(self.module)),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
         }
 
@@ -122,13 +121,13 @@ class Player:
         """Go back to a state, of a run on any number of processes, sharded or not; all processes must call it.
 
         Args:
-            fresh: names of parameters that the state's optimizer did not train.
+            fresh: keys of weights and names of parameters that the state lacks.
 
         Raises:
             CheckpointError: a state of another module.
         """
-        load_whole_state_dict(self.module, state["weights"], source="the checkpoint")
-        load_named_state(self.optimizer, _names(self.module), state["optimizer"], fresh=fresh)
+        load_whole_state_dict(self.module, state["weights"], source="the checkpoint", optional=fresh)
+        load_named_state(self.optimizer, self.module, _names(self.module), state["optimizer"], fresh=fresh)
         if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
 
@@ -230,10 +229,11 @@ class Players:
         """
         model = self._learner.model if self.average is None else self.average.model
         if self._sharded:
-            others = {key: whole(tensor) for key, tensor in _others(self._learner.state_dict()).items()}
-            state, learner = {EXPORTED + key: whole(tensor) for key, tensor in model.state_dict().items()}, self._whole
+            state, learner = whole_state_dict(self._learner), self._whole
+            if self.average is not None:
+                state |= {EXPORTED + key: tensor for key, tensor in whole_state_dict(model).items()}
             if learner is not None:
-                learner.load_state_dict(others | state)
+                learner.load_state_dict(state)
         else:
             learner = self._learner.with_model(model)
         if learner is not None:
@@ -291,12 +291,12 @@ class Players:
     def _with_losses(
         self, model: Mapping[str, Tensor], losses: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], set[str]]:
-        """The learner's weights of those of its model and its losses, and what of the losses is new."""
+        """The learner's weights of those of its model and its losses, and the keys that they lack."""
         own = _others(self._learner.state_dict())
         for what, keys in (("begin afresh", own.keys() - losses), ("are left out", losses.keys() - own)):
             if keys:
                 self._say("parts of losses that the checkpoint and this run do not share %s: %s", what, listing(keys))
-        kept = {key: whole(tensor) for key, tensor in own.items()} | {key: losses[key] for key in losses if key in own}
+        kept = {key: losses[key] for key in losses if key in own}
         return kept | {EXPORTED + key: tensor for key, tensor in model.items()}, own.keys() - losses
 
     def _load_average(self, saved: Mapping[str, Any] | None) -> None:

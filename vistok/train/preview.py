@@ -26,7 +26,7 @@ SHOWN = 64
 
 
 @dataclass(frozen=True)
-class Preview:
+class DryRun:
     """What a config amounts to.
 
     Attributes:
@@ -55,7 +55,7 @@ class Preview:
     picture: Path
 
 
-def preview(config: Mapping[str, Any]) -> Preview:
+def preview(config: Mapping[str, Any]) -> DryRun:
     """Check a config, build its model, read its first batch, and say what training would take.
 
     The run folder is not created; the picture lies beside where it would be, ``OUTPUT_DIR.first-batch.png``.
@@ -77,7 +77,7 @@ def preview(config: Mapping[str, Any]) -> Preview:
     few = _first(batch, 2)
     with FlopCounterMode(display=False) as counted:
         kept = memory(task, batch, run, shards)
-    return Preview(
+    return DryRun(
         parameters={name: sum(p.numel() for p in trained) for name, trained in _trained(task).items()},
         memory=kept,
         samples_per_epoch=samples,

@@ -7,7 +7,6 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -44,16 +43,14 @@ from vistok.text import TEXT, PromptEncoder
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.captions import CaptionReader
 from vistok.types import IdSpec, TokenSpec, to_json
-from vistok.utils.locks import locked
-from vistok.utils.processes import Processes
+from vistok.utils.outputs import collected, unfinished
+from vistok.utils.processes import ALONE, Processes
 from vistok.utils.progress import track
-from vistok.utils.unfinished import discard, how_to_go_on, open_unfinished, publish, unfinished
 
 log = logging.getLogger(__name__)
 
 SHARD_SIZE = 4096
 """Images per shard: what a killed process loses at most."""
-ALONE = Processes()
 NO_TEXT = PromptEncoder()
 
 AUGMENTATIONS = ("none", "flip", "ten_crop", "ten_crop:MARGIN", "random:K")
@@ -105,10 +102,9 @@ def tokenize(
         CaptionError, TextError: captions that cannot be read, or are too long.
     """
     out = Path(out)
-    with locked(out) if processes.is_first else nullcontext():
-        captions = CaptionReader(open_source(data), data.captions, text, refuse_long_texts)
-        given = GivenFrames(tokenizer, given_frames) if given_frames else None
-        _tokenize(tokenizer, data, out, augmentation, captions, given, feature_dtype, resume, processes)
+    captions = CaptionReader(open_source(data), data.captions, text, refuse_long_texts)
+    given = GivenFrames(tokenizer, given_frames) if given_frames else None
+    _tokenize(tokenizer, data, out, augmentation, captions, given, feature_dtype, resume, processes)
     cache = TokenCache(out)
     if processes.is_first:
         _warn_of_missing_texts(cache)
@@ -144,37 +140,24 @@ def _tokenize(
         text=captions.text.identities,
         feature_dtype=feature_dtype,
     )
-    if processes.is_first:
-        settings = _settings(data, augmentation) | ({} if given is None else {"given_frames": given.count})
-        open_unfinished(out, to_json(shards.header | settings), resume=resume)
-    processes.wait()
-    count = math.ceil(len(source) / SHARD_SIZE)
-    mine = [number for number in range(processes.index, count, processes.count) if not shards.is_written(number)]
-    loader = Loader(
-        reader, ShardOrder(len(source), data.batch_size, tuple(mine), SHARD_SIZE), num_workers=data.num_workers
-    )
-    try:
+    settings = _settings(data, augmentation) | ({} if given is None else {"given_frames": given.count})
+    settings = to_json(shards.header | settings)
+    with collected(out, settings, resume=resume, processes=processes, hopeless=TooManyUnreadableError) as folder:
+        count = math.ceil(len(source) / SHARD_SIZE)
+        mine = [number for number in range(processes.index, count, processes.count) if not shards.is_written(number)]
+        order = ShardOrder(len(source), data.batch_size, tuple(mine), SHARD_SIZE)
+        loader = Loader(reader, order, num_workers=data.num_workers)
         _write_shards(tokenizer.eval(), loader, shards, mine, data.batch_size, captions, given)
         processes.wait()
         failures = shards.failures()
         check_failures(failures, len(source))
-    except BaseException as error:
-        if processes.count == 1 and not any(map(shards.is_written, range(count))):
-            discard(out)
-        elif isinstance(error, TooManyUnreadableError):  # and with --resume it would be the same
-            error.add_note(f"Repaired images are other data: remove {unfinished(out)} and begin anew.")
-        else:
-            error.add_note(how_to_go_on(out))
-        raise
-    if processes.is_first:
-        if failures:
-            log.warning("%d images could not be read and have no tokens:\n%s", len(failures), listed(failures))
-        shards.write_index(count)
-        tokenizer.save_pretrained(unfinished(out) / TOKENIZER)
-        if captions.text.parts:
-            captions.text.save(unfinished(out) / TEXT)
-        publish(out)
-    processes.wait()
+        if processes.is_first:
+            if failures:
+                log.warning("%d images could not be read and have no tokens:\n%s", len(failures), listed(failures))
+            shards.write_index(count)
+            tokenizer.save_pretrained(folder / TOKENIZER)
+            if captions.text.parts:
+                captions.text.save(folder / TEXT)
 
 
 class GivenFrames:

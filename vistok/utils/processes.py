@@ -64,6 +64,9 @@ class Processes:
             torch.distributed.barrier()
 
 
+ALONE = Processes()
+
+
 def is_first_process() -> bool:
     """Whether this is the first of the processes that a launcher started, or the only one; before they have joined."""
     return os.environ.get("RANK", "0") == "0"

@@ -7,7 +7,8 @@ from einops import rearrange
 from torch import Tensor
 
 import vistok
-from vistok.tokenizers.kl_vae import KLVAE, gaussian_kl
+from vistok.quantizers.gaussian import gaussian_kl
+from vistok.tokenizers.kl_vae import KLVAE
 
 from ..harness import Case, GoldenFailure, Step, runner
 

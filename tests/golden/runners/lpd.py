@@ -8,7 +8,7 @@ from torch import Tensor
 from vistok.draws import Draws
 from vistok.generators.lpd.locality import locality_order
 from vistok.generators.lpd.model import group_numbers
-from vistok.generators.lpd.official import our_names
+from vistok.generators.lpd.official import OFFICIAL_NAMES
 
 from ..harness import Case, Step, runner
 from ..queries import conditioned, gradients_of, guided_samples, orders
@@ -41,7 +41,7 @@ def loss(case: Case, step: Step) -> dict[str, Tensor]:
 
 @runner("lpd/generator", "gradients")
 def gradients(case: Case, step: Step) -> dict[str, Tensor]:
-    return gradients_of(_loss(case, step), case.build_model(), step, our_names)
+    return gradients_of(_loss(case, step), case.build_model(), step, OFFICIAL_NAMES)
 
 
 @runner("lpd/generator", "generate")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vistok.checkpoints import rename
 from vistok.generators import ibq_gpt, open_magvit2_gpt
 from vistok.generators.engine.sampling import DecodingOptions
 from vistok.generators.llama import Llama
@@ -18,7 +19,7 @@ from ..expressions import gradients, named
 from ..harness import Case, GoldenFailure, Step, runner
 
 SUB_TOKENS, WHOLE = "magvit2/gpt", "ibq/gpt"
-OUR_NAMES = {SUB_TOKENS: open_magvit2_gpt.official.our_names, WHOLE: ibq_gpt.model.our_names}
+RULES = {SUB_TOKENS: open_magvit2_gpt.official.OFFICIAL_NAMES, WHOLE: ibq_gpt.model.OFFICIAL_NAMES}
 
 
 def _model(case: Case, step: Step) -> Llama:
@@ -89,8 +90,8 @@ def loss(case: Case, step: Step) -> dict[str, Tensor]:
 @_both("gradients")
 def parameter_gradients(case: Case, step: Step) -> dict[str, Tensor]:
     model, output = _output(case, step)
-    parameters, to_ours = dict(model.named_parameters()), OUR_NAMES[case.model]
-    tensors = {key: parameters[next(iter(to_ours({key: torch.empty(0)})))] for key in step.args["wrt"].values()}
+    parameters, rules = dict(model.named_parameters()), RULES[case.model]
+    tensors = {key: parameters[next(iter(rename({key: torch.empty(0)}, rules)))] for key in step.args["wrt"].values()}
     return gradients(step, _losses(case, output), step.args["of"], tensors)
 
 

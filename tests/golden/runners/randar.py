@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vistok.generators.engine.queries import cosine_groups
-from vistok.generators.randar.official import our_names
+from vistok.generators.randar.official import OFFICIAL_NAMES
 
 from ..harness import Case, GoldenFailure, Step, runner
 from ..queries import conditioned, gradients_of, guided_samples, orders
@@ -42,7 +42,7 @@ def loss(case: Case, step: Step) -> dict[str, Tensor]:
 
 @runner("randar/gpt", "gradients")
 def gradients(case: Case, step: Step) -> dict[str, Tensor]:
-    return gradients_of(_loss(case, step), case.build_model(), step, our_names)
+    return gradients_of(_loss(case, step), case.build_model(), step, OFFICIAL_NAMES)
 
 
 @runner("randar/gpt", "group_sizes")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vistok.checkpoints import rename
 from vistok.generators.engine.sampling import DecodingOptions
 from vistok.generators.rar import RAR
 from vistok.guidance.schedules import power_cosine
@@ -47,7 +48,7 @@ def _logits(case: Case, step: Step) -> tuple[Tensor, Tensor]:
 
 @runner("rar/generator", "condition_ids")
 def condition_ids(case: Case, step: Step) -> dict[str, Tensor]:
-    return step.answers(_model(case, step).condition_rows(_condition(step, 0)))
+    return step.answers(_model(case, step).class_rows(_condition(step, 0)))
 
 
 @runner("rar/generator", "logits")
@@ -58,7 +59,7 @@ def logits(case: Case, step: Step) -> dict[str, Tensor]:
 
 @runner("rar/generator", "loss")
 def loss(case: Case, step: Step) -> dict[str, Tensor]:
-    from vistok.generators.rar.official import our_names
+    from vistok.generators.rar.official import OFFICIAL_NAMES
 
     predicted, ids = _logits(case, step)
     predicted = predicted[:, : predicted.shape[1] - step.args.get("shift", 1)]
@@ -67,7 +68,7 @@ def loss(case: Case, step: Step) -> dict[str, Tensor]:
     parameters = dict(_model(case, step).named_parameters())
     answers = step.answers(value, correct) if len(step.outputs) < 2 else dict(zip(step.outputs[:2], (value, correct)))
     for output, key in step.args.get("wrt", {}).items():
-        (name,) = our_names({key: torch.empty(0)})
+        (name,) = rename({key: torch.empty(0)}, OFFICIAL_NAMES)
         (gradient,) = torch.autograd.grad(value.sum(), parameters[name], retain_graph=True)
         answers[output] = gradient.norm() if step.args.get("reduce", {}).get(output) == "l2_norm" else gradient
     return answers

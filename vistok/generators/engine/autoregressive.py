@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from vistok.draws import Draws, Keys
-from vistok.generators.base import Generator, weighted_mean
+from vistok.draws import Draws, Keys, inverse_cdf
+from vistok.generators.base import Generator, token_loss
 from vistok.generators.engine.cache import KVCache, Layers
 from vistok.generators.engine.compiled import CompiledStep
 from vistok.generators.engine.decodings import DECODINGS
@@ -29,6 +28,30 @@ from vistok.nn.rotary import Positions
 from vistok.types import Clock, Condition, Expands, GeneratorOutput, TokenSpec
 
 
+class OrderedEntries(NamedTuple):
+    """The entries of a training pass, condition and tokens, of which every token has a state that predicts it.
+
+    Attributes:
+        x: (B, e, D).
+        positions: of the entries, for ``transform``.
+        order: (1 or B, L), the places of the tokens in the order in which they are predicted.
+        tokens: which entries are the tokens, all but the last, in order.
+        states: which entries' hidden states predict the tokens, in order.
+    """
+
+    x: Tensor
+    positions: Positions
+    order: Tensor
+    tokens: slice
+    states: slice
+
+
+def drawn_ids(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Ids (B, n) of the probabilities that logits (B, n, V) give, by uniform numbers (B, n)."""
+    ids = inverse_cdf(logits.softmax(-1).flatten(0, 1), uniforms.flatten())
+    return ids.clamp_max(logits.shape[-1] - 1).view_as(uniforms)
+
+
 class AutoregressiveGenerator(Generator):
     """A causal transformer over [condition tokens, image tokens].
 
@@ -38,16 +61,14 @@ class AutoregressiveGenerator(Generator):
     """
 
     options_type = DecodingOptions
+    only_next = ""
     condition_length: int
-    condition_dropout: float
     num_classes: int | None
     blocks: ModuleList[Any]
     norm: nn.Module
     output: nn.Module
     num_parts: int = 1  # how many parts an id is drawn in, one after another
     shift_dim: int = 0  # width of the token shift's memory in the cache; 0 without one
-    trains_in_sequence: bool = True
-    """Whether training predicts one id after another in raster order, as ``forward`` of this class does."""
     compiled_step: CompiledStep | None = None
 
     def __init__(self) -> None:
@@ -215,22 +236,44 @@ class AutoregressiveGenerator(Generator):
         tokenizer: Expands | None = None,
         context: Tensor | None = None,
     ) -> GeneratorOutput:
-        """Cross entropy in nats per token, (weighted) mean over samples; metric: "accuracy", share of ids right.
-
-        Args:
-            context: (B, L) ids that are fed in place of the tokens, which stay what is predicted.
-        """
+        """Cross entropy in nats per token, (weighted) mean over samples; metric: "accuracy", share of ids right."""
         self.check_tokenizer(tokenizer)
-        if draws and "drop" in draws:
-            condition = condition.drop(draws["drop"] < self.condition_dropout)
+        condition = self.drop_condition(condition, draws)
         logits = self.logits(tokens if context is None else context, condition)
-        per_sample = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none").mean(1)
-        loss = per_sample.mean() if weights is None else weighted_mean(per_sample, weights)
-        accuracy = (logits.detach().argmax(-1) == tokens).float().mean()
-        return GeneratorOutput(loss, logits, {"accuracy": accuracy})
+        return token_loss(logits, tokens, weights)
 
     def training_draws(self, keys: Keys) -> Draws:
         return {"drop": keys.uniform("drop")}
+
+    def training_logits(self, tokens: Tensor, condition: Condition, draws: Draws, tokenizer: Expands | None) -> Tensor:
+        """Logits (B, L, V) of the training pass in raster order."""
+        return self.logits(tokens, condition)
+
+    def own_draws(self, keys: Keys) -> Draws:
+        """ "own" (B, L, P) uniform, for each part of an id."""
+        return {"own": keys.uniform("objective own", self.spec.length, self.num_parts)}
+
+    def own_tokens(
+        self,
+        tokens: Tensor,
+        replaced: Tensor,
+        condition: Condition,
+        draws: Draws,
+        tokenizer: Expands | None = None,
+    ) -> Tensor:
+        logits = self.training_logits(tokens, self.drop_condition(condition, draws), draws, tokenizer)
+        return drawn_ids(logits, draws["own"][..., 0])
+
+    def ordered_entries(self, ids: Tensor, condition: Condition, draws: Draws) -> OrderedEntries:
+        """The entries of a training pass over ids (B, L), in the order in which they are predicted."""
+        x, first = self.embed_sequence(ids[:, :-1], condition), self.condition_length
+        order = torch.arange(ids.shape[1], device=ids.device)[None]
+        return OrderedEntries(x, slice(0, x.shape[1]), order, slice(first, None), slice(first - 1, None))
+
+    def target_logits(self, hidden: Tensor, ids: Tensor) -> list[Tensor]:
+        """Logits (B, n, V_p) of each part of ids (B, n), from the hidden states (B, n, D) that they are predicted
+        from."""
+        return [self.head(hidden)]
 
     def sampling_draws(self, keys: Keys, options: DecodingOptions | None = None) -> Draws:
         options = options or self.options_type()

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
 from vistok.draws import Draws
 from vistok.generators.base import Generator, Session
 from vistok.types import Condition, Expands, TokenSpec
@@ -27,11 +24,6 @@ class ContinuousGenerator(Generator):
                 f"{model} generates continuous latents; this tokenizer has {spec.codebook_size} discrete codes"
             )
         return spec
-
-    def class_rows(self, condition: Condition) -> Tensor:
-        """(R,) int64: the class of every row, ``num_classes`` for dropped ones."""
-        null = torch.full_like(condition.dropped, self.num_classes or 0, dtype=torch.int64)
-        return null if condition.labels is None else torch.where(condition.dropped, null, condition.labels)
 
     def start(
         self,

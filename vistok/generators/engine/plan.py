@@ -57,3 +57,22 @@ class Plan:
     def step_at(self, count: int) -> int | None:
         """The step that begins after ``count`` tokens; None in the middle of one."""
         return self.bounds.index(count) if count in self.bounds else None
+
+
+def in_order(values: Tensor, orders: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Values (B, L) by place in an order (B, L), and that order; None is raster order.
+
+    Raises:
+        ValueError: an order that is not one of all places.
+    """
+    if orders is None:
+        return values, torch.arange(values.shape[1], device=values.device).expand(values.shape)
+    if orders.shape != values.shape:
+        raise ValueError(f"orders must be {tuple(values.shape)}, one of all tokens each; got {tuple(orders.shape)}")
+    return values.gather(1, orders), orders
+
+
+def in_places(values: Tensor, order: Tensor) -> Tensor:
+    """Values (B, L, ...) of tokens in order (1 or B, L) at the places of these tokens."""
+    back = order.argsort(1).expand(len(values), -1)
+    return values.take_along_dim(back.view(*back.shape, *[1] * (values.ndim - 2)), 1)

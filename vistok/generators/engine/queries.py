@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from vistok.draws import Draws, Keys
-from vistok.generators.base import weighted_mean
+from vistok.generators.base import token_loss
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
-from vistok.generators.engine.plan import Plan
+from vistok.generators.engine.plan import Plan, in_order, in_places
 from vistok.generators.engine.sampling import DecodingOptions
 from vistok.generators.engine.session import AutoregressiveSession
 from vistok.guidance import Guidance, Weights
@@ -118,7 +117,7 @@ class QueryGenerator(AutoregressiveGenerator):
     one step's tokens and the queries of the next. A subclass further defines what is abstract here.
     """
 
-    trains_in_sequence = False
+    only_next = "it predicts a group of tokens at once, each from a query of its own"
     options_type = QueryOptions
     condition_length = 1
     kept_queries: int
@@ -284,14 +283,9 @@ class QueryGenerator(AutoregressiveGenerator):
             orders: (B, L), the places of the tokens in order; None is raster order.
             **draws: others of ``training_draws``.
         """
-        return self.predict(*self._in_order(ids, orders), condition, draws)
+        return self.predict(*in_order(ids, orders), condition, draws)
 
-    def _in_order(self, ids: Tensor, orders: Tensor | None) -> tuple[Tensor, Tensor]:
-        if orders is None:
-            return ids, torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-        return ids.gather(1, orders), orders
-
-    def forward(  # type: ignore[override]  # without a context of other ids
+    def forward(
         self,
         tokens: Tensor,
         condition: Condition,
@@ -300,6 +294,7 @@ class QueryGenerator(AutoregressiveGenerator):
         weights: Tensor | None = None,
         clock: Clock | None = None,
         tokenizer: Expands | None = None,
+        context: Tensor | None = None,
     ) -> GeneratorOutput:
         """Cross entropy in nats per token; metric "accuracy". Predictions (B, L, V) are in the order of ``draws``.
 
@@ -308,17 +303,16 @@ class QueryGenerator(AutoregressiveGenerator):
         """
         self.check_tokenizer(tokenizer)
         draws = draws or {}
-        if "drop" in draws:
-            condition = condition.drop(draws["drop"] < self.condition_dropout)
+        condition = self.drop_condition(condition, draws)
         orders = draws.get("order")
-        if orders is not None and orders.shape != tokens.shape:
-            raise ValueError(f"orders must be {tuple(tokens.shape)}, one of all tokens each; got {tuple(orders.shape)}")
-        tokens, orders = self._in_order(tokens, orders)
-        logits = self.predict(tokens, orders, condition, draws)
-        per_sample = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none").mean(1)
-        loss = per_sample.mean() if weights is None else weighted_mean(per_sample, weights)
-        accuracy = (logits.detach().argmax(-1) == tokens).float().mean()
-        return GeneratorOutput(loss, logits, {"accuracy": accuracy})
+        fed, _ = in_order(tokens if context is None else context, orders)
+        tokens, orders = in_order(tokens, orders)
+        logits = self.predict(fed, orders, condition, draws)
+        return token_loss(logits, tokens, weights)
+
+    def training_logits(self, tokens: Tensor, condition: Condition, draws: Draws, tokenizer: Expands | None) -> Tensor:
+        ids, orders = in_order(tokens, draws.get("order"))
+        return in_places(self.predict(ids, orders, condition, draws), orders)
 
     def training_draws(self, keys: Keys) -> Draws:
         """ "drop" (B,) uniform; "order" (B, L), a random order of each sample."""

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.checkpoints import CheckpointError, OfficialCheckpoint, load_strictly, rename
+from vistok.checkpoints import CheckpointError, OfficialCheckpoint, rename
 from vistok.checkpoints.official_config import OfficialConfig
+from vistok.checkpoints.weights import second_stage
 from vistok.generators.engine.cache import Layer, Layers
-from vistok.generators.llama import Block, Llama
+from vistok.generators.llama import Llama, LlamaBlock
 from vistok.nn.attention import Mask
 from vistok.nn.modulation import modulate
 from vistok.nn.norms import RMSNorm
@@ -41,7 +42,7 @@ def _official(size: str) -> dict[str, Any]:
     return {"vocab_size": 16384, "block_size": 256, **sizes, **drops, **others}
 
 
-class ModulatedBlock(Block):
+class ModulatedLlamaBlock(LlamaBlock):
     """Llama's block with adaptive norms (DiT, arXiv 2212.09748): (B, N, D) -> (B, N, D)."""
 
     def __init__(self, dim: int, num_heads: int, hidden_dim: int, **options: Any):
@@ -91,7 +92,7 @@ class IBQGPT(Llama):
         ValueError: a spec without ids, with several ids per position, or, with "rope2d", without a raster.
     """
 
-    block_type = ModulatedBlock
+    block_type = ModulatedLlamaBlock
     norm_type = ModulatedNorm
     registry_name = "ibq_gpt"
     tiny = {
@@ -174,18 +175,11 @@ class IBQGPT(Llama):
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
-        model = cls(**_arguments(config))
-        load_strictly(model, our_names(state_dict), source="the official state dict")
-        return model
+        return cls(**_arguments(config)).with_official_weights(rename(state_dict, OFFICIAL_NAMES))
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Drop the tokenizer that lies in released files too, and sampling caches."""
-        return {
-            key.removeprefix("transformer."): tensor
-            for key, tensor in state.items()
-            if not key.startswith("first_stage_model.") and ".attention.kv_cache." not in key
-        }
+        return second_stage(state)
 
 
 WITHOUT_EFFECT: dict[str, str] = {}
@@ -219,11 +213,6 @@ def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     }
     given.finish()
     return found
-
-
-def our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The reference's keys under our names."""
-    return rename(state, OFFICIAL_NAMES)
 
 
 OFFICIAL_NAMES = [

@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from vistok.checkpoints import OfficialCheckpoint, load_strictly
+from vistok.checkpoints import OfficialCheckpoint, rename
 from vistok.draws import Draws, Keys
 from vistok.generators.engine.cache import Layers, of_layers
 from vistok.generators.engine.plan import Plan
@@ -225,9 +225,7 @@ class LPD(QueryGenerator):
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
-        model = cls(**official.arguments(config))
-        load_strictly(model, official.our_names(state_dict), source="the official state dict")
-        return model
+        return cls(**official.arguments(config)).with_official_weights(rename(state_dict, official.OFFICIAL_NAMES))
 
 
 def group_numbers(sizes: tuple[int, ...]) -> Tensor:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
-from vistok.checkpoints import CheckpointError, rename
+from vistok.checkpoints import CheckpointError
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.types import TokenSpec
 
@@ -68,8 +66,3 @@ OFFICIAL_NAMES = [
     (r"blocks\.(\d+)\.mlp\.fc2\.(\w+)", r"blocks.\1.mlp.down.\2"),
     (r"head\.weight", r"output.weight"),
 ]
-
-
-def our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The reference's state dict under our names."""
-    return rename(state, OFFICIAL_NAMES)

@@ -19,12 +19,13 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.checkpoints import OfficialCheckpoint, load_strictly, rename
-from vistok.checkpoints.official_config import OfficialConfig
+from vistok.checkpoints import OfficialCheckpoint, rename
 from vistok.draws import Draws, Keys
-from vistok.flow.diffusion import GaussianDiffusion
+from vistok.flow import last
+from vistok.flow.diffusion import GaussianDiffusion, strided_timesteps
 from vistok.generators.base import weighted_mean
 from vistok.generators.engine.continuous import ContinuousGenerator
+from vistok.generators.mar import official
 from vistok.generators.mar.sampling import MAROptions, MARSession
 from vistok.nn.attention import Attention
 from vistok.nn.diffusion_head import DiffusionHead
@@ -32,52 +33,12 @@ from vistok.nn.mlp import MLP
 from vistok.nn.windows import window_members
 from vistok.types import Clock, Condition, Expands, GeneratorOutput, TokenSpec, as_dataclass
 
-SIZES = {
-    "base": {
-        "dim": 768,
-        "num_encoder_layers": 12,
-        "num_decoder_layers": 12,
-        "num_heads": 12,
-        "num_head_layers": 6,
-        "head_dim": 1024,
-    },
-    "large": {
-        "dim": 1024,
-        "num_encoder_layers": 16,
-        "num_decoder_layers": 16,
-        "num_heads": 16,
-        "num_head_layers": 8,
-        "head_dim": 1280,
-    },
-    "huge": {
-        "dim": 1280,
-        "num_encoder_layers": 20,
-        "num_decoder_layers": 20,
-        "num_heads": 16,
-        "num_head_layers": 12,
-        "head_dim": 1536,
-    },
-}
 NUM_TIMESTEPS = 1000
+OWN_STEPS = 10
+"""Of the head, for tokens that the model draws itself in training: many fewer than in sampling, of small networks."""
 
 
-def _official(size: str) -> dict[str, Any]:
-    dim, num_encoder_layers, num_decoder_layers, num_heads, num_head_layers, head_dim = SIZES[size].values()
-    return {
-        "encoder_embed_dim": dim,
-        "encoder_depth": num_encoder_layers,
-        "encoder_num_heads": num_heads,
-        "decoder_embed_dim": dim,
-        "decoder_depth": num_decoder_layers,
-        "decoder_num_heads": num_heads,
-        "diffloss_d": num_head_layers,
-        "diffloss_w": head_dim,
-        "attn_dropout": 0.1,
-        "proj_dropout": 0.1,
-    }
-
-
-class Block(nn.Module):
+class MARBlock(nn.Module):
     """Pre-norm transformer block: (B, N, D) -> (B, N, D)."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, *, eps: float, attn_drop: float, proj_drop: float):
@@ -117,6 +78,7 @@ class MAR(ContinuousGenerator):
     members: Tensor
 
     registry_name = "mar"
+    only_next = "it predicts masked latents from all others as it is"
     tiny = {
         "spec": TokenSpec(16, None, dim=4, grid=(4, 4)),
         "num_classes": 5,
@@ -131,10 +93,10 @@ class MAR(ContinuousGenerator):
     options_type = MAROptions
     session_type = MARSession
     """Its ``append`` also takes known tokens at any positions, for inpainting and editing."""
-    sizes = SIZES
+    sizes = official.SIZES
     checkpoints = tuple(
-        OfficialCheckpoint(f"mar_{size}", "checkpoint-last.pth", _official(size), tokenizer="kl16.ckpt")
-        for size in SIZES
+        OfficialCheckpoint(f"mar_{size}", "checkpoint-last.pth", official.config(size), tokenizer="kl16.ckpt")
+        for size in official.SIZES
     )
 
     def __init__(
@@ -169,7 +131,7 @@ class MAR(ContinuousGenerator):
         self.length, self.token_dim = len(self.members), self.spec.dim * patch_size**2
         self.diffusion = GaussianDiffusion.cosine(NUM_TIMESTEPS)
         decoder_dim = decoder_dim or dim
-        make = partial(Block, mlp_ratio=mlp_ratio, eps=norm_eps, attn_drop=attn_drop, proj_drop=proj_drop)
+        make = partial(MARBlock, mlp_ratio=mlp_ratio, eps=norm_eps, attn_drop=attn_drop, proj_drop=proj_drop)
 
         self.class_embedding = nn.Embedding(num_classes, dim) if num_classes else None
         self.null_class = nn.Parameter(torch.empty(1, dim))
@@ -254,6 +216,7 @@ class MAR(ContinuousGenerator):
         weights: Tensor | None = None,
         clock: Clock | None = None,
         tokenizer: Expands | None = None,
+        context: Tensor | None = None,
     ) -> GeneratorOutput:
         """Diffusion loss over masked tokens; metrics "mse" of the noise and "vb", the variational bound in bits.
 
@@ -266,10 +229,10 @@ class MAR(ContinuousGenerator):
         if draws is None:
             raise ValueError("masks and noise are random: pass training_draws(keys)")
         self.spec.check_latents(tokens)
-        if "drop" in draws:
-            condition = condition.drop(draws["drop"] < self.condition_dropout)
+        condition = self.drop_condition(condition, draws)
         tokens, masked, visible = self.group(tokens), draws["masked"], draws["visible"]
-        z = self.decode(self.encode(tokens, visible, self.embed_classes(condition)), visible)
+        fed = tokens if context is None else context
+        z = self.decode(self.encode(fed, visible, self.embed_classes(condition)), visible)
 
         levels = draws["time"].shape[1]
         rows = [draws["time"].gather(2, masked[:, None].expand(-1, levels, -1))]  # (B, m, n)
@@ -279,9 +242,51 @@ class MAR(ContinuousGenerator):
         output = self.head(self.diffusion.add_noise(data, noise, t), t, self.head.condition(z))
         mse, bound = self.diffusion.loss_terms(output, data, noise, t)
         per_sample = (mse + bound).view(len(tokens), -1).mean(1)
-        loss = per_sample.mean() if weights is None else weighted_mean(per_sample, weights)
+        loss = weighted_mean(per_sample, weights)
         prediction = output.view(len(tokens), levels, masked.shape[1], -1)
         return GeneratorOutput(loss, prediction, {"mse": mse.detach().mean(), "vb": bound.detach().mean()})
+
+    @property
+    def context_shape(self) -> tuple[int, ...]:
+        """The model's tokens."""
+        return (self.length, self.token_dim)
+
+    def context_of(self, tokens: Tensor) -> Tensor:
+        return self.group(tokens)
+
+    def replaced(self, uniforms: Tensor, share: float, draws: Draws) -> Tensor:
+        """The share, rounded up, of the visible tokens: as many in every row, since the encoder sees as many."""
+        visible = draws["visible"]
+        count = math.ceil(share * visible.shape[1])
+        chosen = visible.gather(1, uniforms.gather(1, visible).argsort(1)[:, :count])
+        return torch.zeros_like(uniforms, dtype=torch.bool).scatter(1, chosen, True)
+
+    def own_draws(self, keys: Keys) -> Draws:
+        """ "own" (B, 1 + m, L, d) normal: where tokens start, and what the m steps of denoising add."""
+        return {"own": keys.normal("objective own", 1 + OWN_STEPS, *self.context_shape)}
+
+    def own_tokens(
+        self,
+        tokens: Tensor,
+        replaced: Tensor,
+        condition: Condition,
+        draws: Draws,
+        tokenizer: Expands | None = None,
+    ) -> Tensor:
+        """Masked like the others, and drawn from what is left, as in sampling, in a few steps of the head."""
+        visible, tokens = draws["visible"], self.group(tokens)
+        kept = visible[~replaced.gather(1, visible)].view(len(visible), -1)
+        chosen = visible[replaced.gather(1, visible)].view(len(visible), -1)
+        classes = self.embed_classes(self.drop_condition(condition, draws))
+        z = self.head.condition(take(self.decode(self.encode(tokens, kept, classes), kept), chosen)).flatten(0, 1)
+
+        def network(x: Tensor, t: int) -> Tensor:
+            return self.head(x, torch.full((1,), t, device=x.device), z)
+
+        first, *others = (take(noise, chosen).flatten(0, 1) for noise in draws["own"].unbind(1))
+        diffusion = self.diffusion.respaced(strided_timesteps(NUM_TIMESTEPS, OWN_STEPS))
+        drawn = last(diffusion.ancestral(network, first, others)).x.view(*chosen.shape, self.token_dim)
+        return tokens.scatter(1, chosen[..., None].expand_as(drawn), drawn.to(tokens))
 
     def num_masked(self, mask_rate: float) -> int:
         """How many of the tokens a mask rate hides."""
@@ -355,61 +360,7 @@ class MAR(ContinuousGenerator):
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
-        given = OfficialConfig(config, WITHOUT_EFFECT)
-        side = given.take("img_size", 256) // given.take("vae_stride", 16)
-        model = cls(
-            TokenSpec(side * side, None, given.take("vae_embed_dim", 16), grid=(side, side)),
-            num_classes=given.take("class_num", 1000),
-            dim=given.take("encoder_embed_dim"),
-            num_encoder_layers=given.take("encoder_depth"),
-            num_decoder_layers=given.take("decoder_depth"),
-            num_heads=given.take("encoder_num_heads"),
-            decoder_dim=given.take("decoder_embed_dim"),
-            num_decoder_heads=given.take("decoder_num_heads"),
-            num_head_layers=given.take("diffloss_d"),
-            head_dim=given.take("diffloss_w"),
-            patch_size=given.take("patch_size", 1),
-            mlp_ratio=given.take("mlp_ratio", 4.0),
-            buffer_size=given.take("buffer_size", 64),
-            mask_rate_min=given.take("mask_ratio_min", 0.7),
-            diffusion_batch_mul=given.take("diffusion_batch_mul", 4),
-            condition_dropout=given.take("label_drop_prob", 0.1),
-            attn_drop=given.take("attn_dropout", 0.1),
-            proj_drop=given.take("proj_dropout", 0.1),
-            norm_eps=given.take("norm_eps", 1e-6),
-        )
-        given.finish()
-        load_strictly(model, rename(state_dict, OFFICIAL_NAMES), source="the official state dict")
-        return model
-
-
-WITHOUT_EFFECT = {
-    "num_sampling_steps": "an option of sampling",
-    "grad_checkpointing": "saves memory in training",
-}
-"""Arguments of the reference that change nothing of what the model computes, each with the reason."""
-
-OFFICIAL_NAMES = [
-    (r"class_emb\.weight", r"class_embedding.weight"),
-    (r"fake_latent", r"null_class"),
-    (r"(encoder|decoder)_pos_embed_learned", r"\1_positions"),
-    (r"diffusion_pos_embed_learned", r"head_positions"),
-    (r"z_proj\.(\w+)", r"input.\1"),
-    (r"z_proj_ln\.(\w+)", r"input_norm.\1"),
-    (r"decoder_embed\.(\w+)", r"bridge.\1"),
-    (r"(\w+_blocks\.\d+)\.attn\.proj\.(\w+)", r"\1.attn.out.\2"),
-    (r"(\w+_blocks\.\d+)\.mlp\.fc1\.(\w+)", r"\1.mlp.up.\2"),
-    (r"(\w+_blocks\.\d+)\.mlp\.fc2\.(\w+)", r"\1.mlp.down.\2"),
-    (r"diffloss\.net\.time_embed\.mlp\.(\d)\.(\w+)", r"head.time_embedding.mlp.\1.\2"),
-    (r"diffloss\.net\.cond_embed\.(\w+)", r"head.condition.\1"),
-    (r"diffloss\.net\.input_proj\.(\w+)", r"head.input.\1"),
-    (r"diffloss\.net\.res_blocks\.(\d+)\.in_ln\.(\w+)", r"head.blocks.\1.norm.\2"),
-    (r"diffloss\.net\.res_blocks\.(\d+)\.mlp\.0\.(\w+)", r"head.blocks.\1.mlp.up.\2"),
-    (r"diffloss\.net\.res_blocks\.(\d+)\.mlp\.2\.(\w+)", r"head.blocks.\1.mlp.down.\2"),
-    (r"diffloss\.net\.res_blocks\.(\d+)\.adaLN_modulation\.1\.(\w+)", r"head.blocks.\1.modulation.1.\2"),
-    (r"diffloss\.net\.final_layer\.linear\.(\w+)", r"head.output.\1"),
-    (r"diffloss\.net\.final_layer\.adaLN_modulation\.1\.(\w+)", r"head.modulation.1.\1"),
-]
+        return cls(**official.arguments(config)).with_official_weights(rename(state_dict, official.OFFICIAL_NAMES))
 
 
 def take(values: Tensor, positions: Tensor) -> Tensor:

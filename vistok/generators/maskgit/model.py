@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.checkpoints import OfficialCheckpoint, load_strictly
+from vistok.checkpoints import OfficialCheckpoint
 from vistok.draws import Draws, Keys
 from vistok.generators.base import Generator, weighted_mean
-from vistok.generators.engine.autoregressive import AutoregressiveGenerator
+from vistok.generators.engine.autoregressive import AutoregressiveGenerator, drawn_ids
 from vistok.generators.maskgit import official
 from vistok.generators.maskgit.networks import NETWORKS
 from vistok.generators.maskgit.sampling import MaskGITOptions, MaskGITSession
@@ -48,6 +48,7 @@ class MaskGIT(Generator):
     registry_name = "maskgit"
     tiny = {"spec": TokenSpec(16, 32, dim=4, grid=(4, 4)), "num_classes": 5, "dim": 16, "num_layers": 2, "num_heads": 2}
     options_type = MaskGITOptions
+    only_next = "it predicts hidden tokens from all others as it is"
     sizes = {"bert": BERT, "uvit": UVIT}
     checkpoints = (
         OfficialCheckpoint(
@@ -106,15 +107,9 @@ class MaskGIT(Generator):
         self.output = nn.Linear(dim, self.spec.num_ids)
         self.apply(_initialise)
 
-    def condition_rows(self, condition: Condition) -> Tensor:
-        """(R,) rows of the embedding: of the class, or of the null class where it is dropped."""
-        first = self.mask_id + 1
-        null = torch.full_like(condition.dropped, first + (self.num_classes or 0), dtype=torch.int64)
-        return null if condition.labels is None else torch.where(condition.dropped, null, first + condition.labels)
-
     def predict(self, ids: Tensor, classes: Tensor) -> Tensor:
         """Float32 logits (R, L, V) of ids (R, L), of which some are ``mask_id``, for classes (R,) of
-        ``condition_rows``."""
+        ``class_rows``."""
         hidden = self.network(torch.cat([classes[:, None], ids], 1))
         return self.output(hidden[:, 1:]).float()
 
@@ -127,6 +122,7 @@ class MaskGIT(Generator):
         weights: Tensor | None = None,
         clock: Clock | None = None,
         tokenizer: Expands | None = None,
+        context: Tensor | None = None,
     ) -> GeneratorOutput:
         """Cross entropy in nats per masked token; metric "accuracy" of those. Predictions are logits (B, L, V).
 
@@ -136,18 +132,39 @@ class MaskGIT(Generator):
         self.check_tokenizer(tokenizer)
         if draws is None:
             raise ValueError("masks are random: pass training_draws(keys)")
-        if "drop" in draws:
-            condition = condition.drop(draws["drop"] < self.condition_dropout)
+        condition = self.drop_condition(condition, draws)
         masked = draws["masked"]
-        logits = self.predict(tokens.masked_fill(masked, self.mask_id), self.condition_rows(condition))
+        fed = tokens if context is None else context
+        logits = self.predict(fed.masked_fill(masked, self.mask_id), self.class_rows(condition))
         terms = F.cross_entropy(
             logits.transpose(1, 2), tokens, reduction="none", label_smoothing=self.label_smoothing
         )  # (B, L)
         count = masked.sum(1)
         per_sample = (terms * masked).sum(1) / count
-        loss = per_sample.mean() if weights is None else weighted_mean(per_sample, weights)
+        loss = weighted_mean(per_sample, weights)
         right = ((logits.detach().argmax(-1) == tokens) & masked).sum() / count.sum()
         return GeneratorOutput(loss, logits, {"accuracy": right})
+
+    def replaced(self, uniforms: Tensor, share: float, draws: Draws) -> Tensor:
+        """Of the tokens that are not masked."""
+        return (uniforms < share) & ~draws["masked"]
+
+    def own_draws(self, keys: Keys) -> Draws:
+        """ "own" (B, L) uniform."""
+        return {"own": keys.uniform("objective own", self.spec.length)}
+
+    def own_tokens(
+        self,
+        tokens: Tensor,
+        replaced: Tensor,
+        condition: Condition,
+        draws: Draws,
+        tokenizer: Expands | None = None,
+    ) -> Tensor:
+        """Masked like the others, and drawn from what is left, as in sampling."""
+        rows = self.class_rows(self.drop_condition(condition, draws))
+        logits = self.predict(tokens.masked_fill(draws["masked"] | replaced, self.mask_id), rows)
+        return drawn_ids(logits, draws["own"])
 
     def training_draws(self, keys: Keys) -> Draws:
         """ "drop" (B,) uniform; "masked" (B, L) bool: as many as the arccos schedule masks at an even time, at least
@@ -219,9 +236,7 @@ class MaskGIT(Generator):
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
-        model = cls(**official.arguments(config))
-        load_strictly(model, official.our_names(state_dict), source="the official state dict")
-        return model
+        return cls(**official.arguments(config)).with_official_weights(official.our_names(state_dict))
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ class MaskedModel(Protocol):
     output: nn.Linear
     mask_id: int
 
-    def condition_rows(self, condition: Condition) -> Tensor: ...
+    def class_rows(self, condition: Condition) -> Tensor: ...
 
     def predict(self, ids: Tensor, classes: Tensor) -> Tensor: ...
 
@@ -75,7 +75,7 @@ class MaskGITSession:
         condition = condition.to(device)
         self.model, self.options, self._guidance = model, options, options.guidance
         rows = self._guidance.conditions(condition)
-        self._classes = model.condition_rows(rows)
+        self._classes = model.class_rows(rows)
         self._draws = {name: value.to(device) for name, value in (draws or {}).items()}
         shape = (len(condition), model.spec.length)
         self._ids = torch.full(shape, model.mask_id, dtype=torch.int64, device=device)

@@ -2,52 +2,110 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vistok.generators.engine.cache import KVCache
 from vistok.nn.attention import LayerCache
 
 DEFAULT_LENGTH = 2048
 """Positions of a context where a model's config names no limit."""
+REACHES = ("max_position_embeddings", "sliding_window", "attention_chunk_size")
+"""Limits of a config: positions there are, and entries that attention sees, where all are to see all."""
+PROBED, HIDDEN = 10, 2
+"""Ids that a model is tried with, and how many of them it is not to see."""
+NO_BACKBONE = (
+    "cannot carry texts and images: it does not compute an embedding, attention over the entries that a mask leaves at "
+    "positions that it is told, and an output layer; take another model, such as Llama, Qwen or Mistral"
+)
 
 
 class LanguageModel(nn.Module):
     """The layers of a causal language model: embeddings (R, n, D) to normed hidden states (R, n, D).
 
     Its embedding and its output layer are taken out of it (``release``), each with weights of its own, and with room
-    for marks that the model did not know.
+    for marks that the model did not know. What is left is compared with the whole model on a few ids.
 
     Args:
         source: a folder or a name on the hub, whose weights it starts from; or a config as JSON values, for a model of
             which the weights come later.
         vocabulary_size: ids that there must be at least.
 
+    Attributes:
+        sizes: the config.
+        dim: D.
+        max_length: the most positions of a context, no more than its attention reaches back.
+        cache_sizes: layers, heads of keys and values, and channels of a head.
+
     Raises:
-        ValueError: ``transformers`` is not installed, or the source is no causal language model.
+        ValueError: ``transformers`` is not installed, the source is no causal language model, or one that is more than
+            an embedding, layers and an output layer.
     """
 
     def __init__(self, source: str | Mapping[str, Any], vocabulary_size: int):
         super().__init__()
         model = _open(source)
+        was_training = model.training
+        model.eval()
         if model.get_input_embeddings().num_embeddings < vocabulary_size:
             model.resize_token_embeddings(vocabulary_size, mean_resizing=False)
-        sizes = model.config
-        self.sizes: dict[str, Any] = sizes.to_dict()
+        sizes = model.config.get_text_config()
+        self.sizes: dict[str, Any] = model.config.to_dict()
         self.dim: int = sizes.hidden_size
-        self.max_length: int = getattr(sizes, "max_position_embeddings", None) or DEFAULT_LENGTH
-        heads = sizes.num_attention_heads
-        head_dim = getattr(sizes, "head_dim", None) or self.dim // heads
-        self.cache_sizes = (sizes.num_hidden_layers, getattr(sizes, "num_key_value_heads", None) or heads, head_dim)
-        embedding = nn.Embedding.from_pretrained(model.get_input_embeddings().weight.detach().clone(), freeze=False)
-        head = model.get_output_embeddings()
-        output = nn.Linear(self.dim, head.out_features, bias=head.bias is not None, dtype=head.weight.dtype)
-        output.load_state_dict({name: value.detach().clone() for name, value in head.state_dict().items()})
-        self.layers = model.get_decoder()
-        self.layers.set_input_embeddings(None)
+        reaches = [getattr(sizes, name, None) for name in REACHES]
+        self.max_length: int = min((reach for reach in reaches if reach), default=DEFAULT_LENGTH)
+        count = max(HIDDEN + 3, min(PROBED, self.max_length))
+        ids = torch.arange(count, device=model.device)[None] % vocabulary_size
+        try:
+            with torch.no_grad():
+                expected = model(ids[:, HIDDEN:]).logits
+                table, head = model.get_input_embeddings(), model.get_output_embeddings()
+                vectors = table(torch.arange(table.num_embeddings, device=model.device))  # some models scale them
+                x = vectors[ids]
+            embedding = nn.Embedding.from_pretrained(vectors.clone(), freeze=False)
+            output = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None, dtype=head.weight.dtype)
+            output.load_state_dict({name: value.detach().clone() for name, value in head.state_dict().items()})
+            self.layers = model.get_decoder()
+            self.layers.set_input_embeddings(None)
+            parameters = inspect.signature(type(self.layers).forward).parameters
+            self._cache_name = "cache" if "cache" in parameters else "past_key_values"  # of older transformers
+            self.cache_sizes = self._cache_sizes(sizes.num_hidden_layers, x)
+            logits = self._in_steps(x, output)
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, NotImplementedError) as error:
+            raise ValueError(f"{_name(source)} {NO_BACKBONE} ({error})") from error
+        if not logits.is_meta and not torch.allclose(logits, expected, rtol=1e-3, atol=1e-3 * float(expected.std())):
+            apart = (logits - expected).abs().max()
+            raise ValueError(f"{_name(source)} {NO_BACKBONE} (its logits differ by up to {apart:.3g})")
+        self.layers.train(was_training)
         self._ends = (embedding, output)
+
+    @torch.no_grad()
+    def _cache_sizes(self, num_layers: int, x: Tensor) -> tuple[int, int, int]:
+        """What its layers remember of entries (1, n, D)."""
+        caches = [_Sizes() for _ in range(num_layers)]
+        self(x, *_all_visible(x), caches)
+        found = set().union(*(cache.found for cache in caches))
+        if len(found) != 1 or not all(cache.found for cache in caches):
+            raise ValueError(f"its layers remember keys and values of {sorted(found) or 'no'} heads and channels")
+        return num_layers, *found.pop()
+
+    @torch.no_grad()
+    def _in_steps(self, x: Tensor, output: nn.Linear) -> Tensor:
+        """Logits of all but the first entries (1, n, D), which are hidden, in steps over a cache."""
+        count = x.shape[1]
+        num_layers, heads, dim = self.cache_sizes
+        cache = KVCache(num_layers, 1, heads, count, dim, dtype=x.dtype, device=x.device)
+        positions, mask = _all_visible(x)
+        mask = mask & (positions >= HIDDEN) | torch.eye(count, dtype=torch.bool, device=x.device)
+        parts = [
+            self(x[:, a:b], (positions[:, a:b] - HIDDEN).clamp_min(0), mask[:, :, a:b, :b], cache.layers)
+            for a, b in ((0, HIDDEN + 1), (HIDDEN + 1, HIDDEN + 2), (HIDDEN + 2, count))
+        ]
+        return output(torch.cat(parts, 1)[:, HIDDEN:])
 
     def release(self) -> tuple[nn.Embedding, nn.Linear]:
         """The embedding and the output layer, which belong to the caller from now on."""
@@ -69,8 +127,8 @@ class LanguageModel(nn.Module):
             inputs_embeds=x,
             position_ids=positions,
             attention_mask=torch.where(mask, 0.0, lowest).to(x.dtype),
-            past_key_values=None if caches is None else _cache(caches),
             use_cache=caches is not None,
+            **{self._cache_name: None if caches is None else _cache(caches)},
         )
         return answer.last_hidden_state
 
@@ -87,8 +145,33 @@ def _open(source: str | Mapping[str, Any]) -> Any:
         config = AutoConfig.for_model(values.pop("model_type"), **values)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        what = source if isinstance(source, str) else "this config"
-        raise ValueError(f"{what} is no causal language model, neither in a folder nor on the hub ({error})") from error
+        raise ValueError(
+            f"{_name(source)} is no causal language model, neither in a folder nor on the hub ({error})"
+        ) from error
+
+
+def _name(source: str | Mapping[str, Any]) -> str:
+    return source if isinstance(source, str) else f"this config of a {source.get('model_type')!r}"
+
+
+class _Sizes:
+    """In the place of a layer's cache: takes down heads and channels, and remembers nothing."""
+
+    length = 0
+
+    def __init__(self) -> None:
+        self.found: set[tuple[int, int]] = set()
+
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        self.found |= {(part.shape[1], part.shape[3]) for part in (key, value)}
+        return key, value
+
+
+def _all_visible(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions (1, n) and a causal mask (1, 1, n, n) of entries (1, n, D)."""
+    count = x.shape[1]
+    causal = torch.ones(count, count, dtype=torch.bool, device=x.device).tril()
+    return torch.arange(count, device=x.device)[None], causal[None, None]
 
 
 def _cache(caches: Sequence[LayerCache]) -> Any:

@@ -35,7 +35,7 @@ from vistok.generators.ming_univision.networks import (
     end_losses,
     projection,
 )
-from vistok.generators.ming_univision.reading import Reading, StreamReader
+from vistok.generators.ming_univision.reading import Reading, StreamReader, expanded
 from vistok.generators.ming_univision.sampling import (
     ALWAYS,
     IMAGE,
@@ -45,8 +45,10 @@ from vistok.generators.ming_univision.sampling import (
     MingSession,
     Prompt,
     attention_mask,
+    noise_of,
     write_text,
 )
+from vistok.guidance import OFF
 from vistok.types import (
     Clock,
     Condition,
@@ -60,6 +62,8 @@ from vistok.types import (
 )
 
 IMAGE_KIND = KINDS.index("image")
+OWN_STEPS = 8
+"""Of the head, for latents that the model draws itself in training."""
 
 
 class MingUniVision(ContinuousGenerator):
@@ -89,7 +93,7 @@ class MingUniVision(ContinuousGenerator):
             is not known.
 
     Raises:
-        ValueError: discrete tokens, or a mark that is no id.
+        ValueError: discrete tokens, a mark or a role that is no id, marks with the same one, or a value out of range.
     """
 
     human: Tensor
@@ -98,6 +102,7 @@ class MingUniVision(ContinuousGenerator):
     to_condition: nn.Module
 
     registry_name = "ming_univision"
+    only_next = "it predicts velocities of latents, and these have no cross entropy"
     options_type = MingOptions
     needs_tokenizer = True
     takes_streams = True
@@ -169,9 +174,20 @@ class MingUniVision(ContinuousGenerator):
             self._arguments["language_model"] = model.sizes  # its weights are ours from now on
         marks = {"image_start": image_start, "image_patch": image_patch, "image_end": image_end, "end": end}
         ids = [text_vocabulary_size + number if mark is None else mark for number, mark in enumerate(marks.values())]
-        for name, mark in zip(marks, ids):
+        for name, mark in [*zip(marks, ids), *(("human", i) for i in human), *(("assistant", i) for i in assistant)]:
             if not 0 <= mark < size:
                 raise ValueError(f"{name} {mark} is no id of a vocabulary of {size}")
+        if len(set(ids)) < len(ids):
+            raise ValueError(
+                f"the marks need ids of their own, got {', '.join(f'{n} {i}' for n, i in zip(marks, ids))}"
+            )
+        for name, value, least in (
+            ("end_weight", end_weight, 0),
+            ("text_weight", text_weight, 0),
+            ("num_projection_layers", num_projection_layers, 1),
+        ):
+            if not least <= value < math.inf:
+                raise ValueError(f"{name} must be finite and at least {least}, got {value}")
         self.image_start, self.image_patch, self.image_end, self.end = ids
         if not 0 <= condition_dropout <= 1:
             raise ValueError(f"condition_dropout must lie in [0, 1], got {condition_dropout}")
@@ -258,8 +274,9 @@ class MingUniVision(ContinuousGenerator):
             features: (B, N, E) or None; they take the places of the patch marks, in their order.
 
         Raises:
-            ValueError: another number of marks than features.
+            ValueError: ids that the model does not have, or another number of marks than features.
         """
+        self.check_ids(ids)
         embeddings, images = self.embedding(ids), ids == self.image_patch
         count = 0 if features is None else features.shape[0] * features.shape[1]
         if int(images.sum()) != count:
@@ -270,13 +287,22 @@ class MingUniVision(ContinuousGenerator):
         everywhere = torch.ones_like(images)
         return Prompt(embeddings, everywhere, torch.zeros_like(ids), images)
 
+    def check_ids(self, ids: Tensor) -> None:
+        """Raise ValueError unless these are ids (B, n) of the language model."""
+        if ids.ndim != 2 or ids.is_floating_point():
+            raise ValueError(f"ids must be (B, n) integers, got shape {tuple(ids.shape)} of {ids.dtype}")
+        size = self.embedding.num_embeddings
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+            wrong = ids[(ids < 0) | (ids >= size)][0]
+            raise ValueError(f"id {int(wrong)} is not in the vocabulary of {size} of this model")
+
     def prompt(self, condition: Condition, tokenizer: Expands | None) -> Prompt:
         """The prompt of a condition, padding inside it hidden."""
         rows, device = len(condition), self.output.weight.device
         parts = [self._fixed(self.human, rows, device)]
         if (given := condition.part("given")) is not None:
-            expander = self.needed_tokenizer(tokenizer).expander()
-            features = self.embed_features(expander.expand(given.values.to(self.output.weight.dtype)))
+            expander, latents = self.needed_tokenizer(tokenizer).expander(), given.values.to(self.output.weight.dtype)
+            features = self.embed_features(expanded(expander, latents, given.mask))
             valid = given.valid() & ~given.dropped[:, None]
             ends = valid.any(1, keepdim=True)
             for x, where, is_image in (
@@ -324,10 +350,10 @@ class MingUniVision(ContinuousGenerator):
             condition: an image (``given``), a question (``ids``), or both.
         """
         self.check_condition(condition)
-        prompt = self.prompt(condition.to(self.output.weight.device), tokenizer)
-        count = prompt.embeddings.shape[1]
-        if not count:
+        if not condition.parts:
             raise ValueError("there is nothing to describe: the condition has neither an image nor a text")
+        prompt = self.prompt(condition.to(self.output.weight.device), tokenizer).trimmed()
+        count = prompt.embeddings.shape[1]
         context = Context(self, len(condition), count + max_tokens)
         hidden = context.read(prompt.embeddings, prompt.valid, prompt.kinds, prompt.images)
         return write_text(self, context, hidden[:, -1], max_tokens)[0]
@@ -344,6 +370,7 @@ class MingUniVision(ContinuousGenerator):
         weights: Tensor | None = None,
         clock: Clock | None = None,
         tokenizer: Expands | None = None,
+        context: Tensor | None = None,
     ) -> GeneratorOutput:
         """All places in one pass; the tokenizer is not trained. Draws without "drop" leave nothing out.
 
@@ -362,10 +389,7 @@ class MingUniVision(ContinuousGenerator):
         if isinstance(tokens, Streams):
             return self._stream_losses(tokens, draws, weights, tokenizer)
         self.spec.check_latents(tokens)
-        with torch.no_grad():
-            features = tokenizer.expander().expand(tokens)
-        prompt = self.prompt(condition, tokenizer)
-        hidden = self._image_states(prompt, self.embed_features(features), draws.get("drop"))
+        hidden = self._hidden(tokens if context is None else context, condition, draws, tokenizer)
         z = self.to_condition(hidden[:, :-1]).flatten(0, 1)
         flow = self.flow_head.losses(
             tokens.flatten(0, 1), z, draws["time"].flatten(), draws["noise"].flatten(0, 1)
@@ -378,6 +402,30 @@ class MingUniVision(ContinuousGenerator):
         }
         loss = terms["flow"] + self.end_weight * terms["image_end"]
         return GeneratorOutput(loss, flow, {name: term.detach() for name, term in terms.items()})
+
+    def _hidden(self, tokens: Tensor, condition: Condition, draws: Draws, tokenizer: Expands) -> Tensor:
+        """``_image_states`` of latents (B, N, C) that are read."""
+        with torch.no_grad():
+            features = tokenizer.expander().expand(tokens)
+        prompt = self.prompt(condition, tokenizer)
+        return self._image_states(prompt, self.embed_features(features), draws.get("drop"))
+
+    def own_draws(self, keys: Keys) -> Draws:
+        """ "own" (B, L, C) normal."""
+        return {"own": keys.normal("objective own", *self.context_shape)}
+
+    def own_tokens(
+        self,
+        tokens: Tensor,
+        replaced: Tensor,
+        condition: Condition,
+        draws: Draws,
+        tokenizer: Expands | None = None,
+    ) -> Tensor:
+        """Drawn in a few steps of the head."""
+        hidden = self._hidden(tokens, condition, draws, self.needed_tokenizer(tokenizer))
+        z, noise = self.to_condition(hidden[:, :-1]).flatten(0, 1), draws["own"].flatten(0, 1)
+        return self.flow_head.sample(z, noise, OFF, num_steps=OWN_STEPS).view_as(tokens)
 
     def _image_states(self, prompt: Prompt, image: Tensor, drop: Tensor | None) -> Tensor:
         """Hidden states (B, N + 1, D) of the start mark and of the image (B, N, D) behind a prompt.
@@ -474,17 +522,17 @@ class MingUniVision(ContinuousGenerator):
     ) -> MingSession:
         self.check_tokenizer(tokenizer)
         tokenizer = self.needed_tokenizer(tokenizer)
-        self.check_condition(condition)
-        if not draws or "noise" not in draws:
-            raise ValueError("latents are drawn from noise: pass draws=sampling_draws(Keys.range(seed, B))")
+        noise = noise_of(draws)
         session = self.converse(len(condition), options, tokenizer=tokenizer)
         session.ask(condition)
-        session.begin_image(session.options.guidance(has_image=condition.part("given") is not None), draws["noise"])
+        session.begin_image(session.options.guidance(has_image=condition.part("given") is not None), noise)
         return session
 
     def converse(self, rows: int = 1, options: MingOptions | None = None, *, tokenizer: Expands | None) -> MingSession:
         self.check_tokenizer(tokenizer)
         tokenizer = self.needed_tokenizer(tokenizer)
+        if rows < 1:
+            raise ValueError(f"a conversation has at least one row, got {rows}")
         text, given = self.text.length if self.text else 1, self.given.length + 2 if self.given else 0
         length = len(self.human) + given + text + len(self.assistant) + self.spec.length + 2
         return MingSession(self, rows, options or MingOptions(), tokenizer, length=length)

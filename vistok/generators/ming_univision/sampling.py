@@ -118,6 +118,8 @@ class JointModel(Protocol):
 
     def check_condition(self, condition: Condition) -> None: ...
 
+    def check_ids(self, ids: Tensor) -> None: ...
+
     def prompt(self, condition: Condition, tokenizer: Expands | None) -> Prompt: ...
 
 
@@ -233,9 +235,10 @@ class MingSession:
         stays in all rows of guidance; images of earlier turns are what ``image_guidance_scale`` is of.
 
         Raises:
-            ValueError: a condition that the model does not take, an image that is not whole, or no room.
+            ValueError: a condition that the model does not take, of other rows, an image that is not whole, or no room.
         """
         self.model.check_condition(condition)
+        self._check_rows(len(condition), "condition")
         self.read(self.model.prompt(condition.to(self.context.visible.device), self._tokenizer).trimmed())
 
     @torch.no_grad()
@@ -264,6 +267,10 @@ class MingSession:
         self._check_asked()
         return self.model.output(self.hidden).argmax(-1) == self.model.image_start
 
+    def _check_rows(self, count: int, what: str) -> None:
+        if count != self.context.rows:
+            raise ValueError(f"the session has {self.context.rows} rows, the {what} {count}; take as many")
+
     def _check_asked(self) -> None:
         if not len(self.context):
             raise ValueError("nothing was asked yet, so there is nothing to reply to; ask first")
@@ -278,9 +285,15 @@ class MingSession:
             hidden: of each row of guidance what it does without, (B, n) bool of the context; None goes by the kinds.
 
         Raises:
-            ValueError: no room for the image.
+            ValueError: no room for the image, or noise of another shape.
         """
         model, context, weight = self.model, self.context, self.model.output.weight
+        self._check_rows(len(noise), "noise")
+        if noise.shape[1] < model.spec.length or noise.shape[2:] != (model.spec.dim,):
+            raise ValueError(
+                f"noise must be (B, {model.spec.length}, {model.spec.dim}), got {tuple(noise.shape)}; sampling_draws "
+                "makes it"
+            )
         context.check_room(1 + model.spec.length, f"entries of an image of {model.spec.length} tokens")
         self.guidance, self._noise = guidance, noise.to(weight)
         if hidden is None:
@@ -315,8 +328,9 @@ class MingSession:
             ValueError: nothing was asked, or no room for the image.
         """
         self._check_asked()
+        noise = noise_of(draws)
         self.options = options
-        self.begin_image(options.guidance(has_image=self.has_image), draws["noise"])
+        self.begin_image(options.guidance(has_image=self.has_image), noise)
         for _ in self.generate():
             pass
         self.leave_image()
@@ -324,8 +338,16 @@ class MingSession:
 
     @torch.no_grad()
     def show(self, tokens: Tensor) -> None:
-        """Take given latents (B, L, C) for the model's reply."""
+        """Take given latents (B, L, C) for the model's reply.
+
+        Raises:
+            ValueError: nothing was asked, latents of another tokenizer or of another count, or no room.
+        """
         self._check_asked()
+        spec = self.model.spec
+        spec.check_latents(tokens)
+        if tokens.shape[1] != spec.length:
+            raise ValueError(f"an image of this model has {spec.length} latents, got {tokens.shape[1]}; resize it")
         self.begin_image(OFF, torch.zeros_like(tokens))
         self.append(tokens)
         self.leave_image()
@@ -348,8 +370,7 @@ class MingSession:
             ValueError: latents of another tokenizer, another batch size, or more than places left.
         """
         self.model.spec.check_latents(tokens)
-        if len(tokens) != len(self.tokens):
-            raise ValueError(f"the session has {len(self.tokens)} rows, the tokens {len(tokens)}")
+        self._check_rows(len(tokens), "tokens")
         if tokens.shape[1] > self.left:
             raise ValueError(f"{tokens.shape[1]} latents exceed the {self.left} places that are left in the image")
         self.tokens = torch.cat([self.tokens, tokens.to(self.tokens)], 1)
@@ -424,7 +445,14 @@ class MingSession:
 
     @torch.no_grad()
     def tell(self, ids: Tensor) -> Tensor:
-        """Read given ids (B, n) as the model's; logits (B, V) of the word that follows them."""
+        """Read given ids (B, n) as the model's; logits (B, V) of the word that follows them.
+
+        Raises:
+            ValueError: nothing was asked, ids that the model does not have, or no room.
+        """
+        self._check_asked()
+        self.model.check_ids(ids)
+        self._check_rows(len(ids), "ids")
         self.leave_image()
         self.hidden = self.context.read(self.model.embedding(ids))[:, -1]
         return self.model.output(self.hidden).float()
@@ -441,6 +469,13 @@ class MingSession:
         self.leave_image()
         ids, self.hidden = write_text(self.model, self.context, self.hidden, max_tokens)
         return ids
+
+
+def noise_of(draws: Draws | None) -> Tensor:
+    """The noise that an image is drawn from; ValueError if there is none."""
+    if not draws or "noise" not in draws:
+        raise ValueError("latents are drawn from noise: pass draws=sampling_draws(Keys.range(seed, B))")
+    return draws["noise"]
 
 
 @torch.no_grad()

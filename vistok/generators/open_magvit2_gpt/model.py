@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.checkpoints import OfficialCheckpoint, load_strictly
+from vistok.checkpoints import OfficialCheckpoint, rename
+from vistok.checkpoints.weights import second_stage
 from vistok.draws import Draws
 from vistok.generators.base import weighted_mean
+from vistok.generators.engine.autoregressive import drawn_ids
 from vistok.generators.llama import Llama
 from vistok.generators.open_magvit2_gpt import official
 from vistok.generators.open_magvit2_gpt.sampling import SubTokenOptions
@@ -56,7 +58,6 @@ class OpenMAGVIT2GPT(Llama):
             as many bits as the ids.
     """
 
-    trains_in_sequence = False
     registry_name = "open_magvit2_gpt"
     token_embedding: ModuleList[nn.Embedding]
     output: ModuleList[nn.Linear]
@@ -165,12 +166,32 @@ class OpenMAGVIT2GPT(Llama):
     def part_logits(self, hidden: Tensor, count: int, parts: Sequence[Tensor]) -> Tensor:
         return self._intra_logits(hidden[:, -count:], parts, first=len(parts))[0]
 
-    def part_predictions(self, ids: Tensor, condition: Condition) -> list[Tensor]:
+    def part_predictions(self, ids: Tensor, condition: Condition, context: Tensor | None = None) -> list[Tensor]:
         """Teacher-forced logits (B, L, V_p) of each sub-token of ids (B, L): position i sees the condition, ids[:, :i],
-        and the sub-tokens of ids[:, i] before its own."""
+        or in their place context[:, :i], and the sub-tokens of ids[:, i] before its own."""
+        return self.target_logits(self._hidden(ids if context is None else context, condition), ids)
+
+    def _hidden(self, ids: Tensor, condition: Condition) -> Tensor:
+        """What the large transformer gives for each of ids (B, L), of those before it: (B, L, D)."""
         x = self.embed_sequence(ids[:, :-1], condition)
-        hidden = self.transform(x, slice(0, x.shape[1]), None, None)
+        return self.transform(x, slice(0, x.shape[1]), None, None)
+
+    def target_logits(self, hidden: Tensor, ids: Tensor) -> list[Tensor]:
         return self._intra_logits(hidden, self.split_ids(ids)[:-1], first=0)
+
+    def own_tokens(
+        self,
+        tokens: Tensor,
+        replaced: Tensor,
+        condition: Condition,
+        draws: Draws,
+        tokenizer: Expands | None = None,
+    ) -> Tensor:
+        hidden, parts = self._hidden(tokens, self.drop_condition(condition, draws)), list[Tensor]()
+        for uniforms in draws["own"].unbind(-1):  # each sub-token given the model's own before it
+            (logits,) = self._intra_logits(hidden, parts, first=len(parts))
+            parts.append(drawn_ids(logits, uniforms))
+        return self.join_ids(parts)
 
     def logits(self, ids: Tensor, condition: Condition) -> Tensor:
         """``part_predictions`` side by side, (B, L, sum of all V_p)."""
@@ -189,7 +210,7 @@ class OpenMAGVIT2GPT(Llama):
         x = self.norm(x).unflatten(0, hidden.shape[:2])
         return [self.output[part](x[:, :, part]).float() for part in range(first, len(rows))]
 
-    def forward(  # type: ignore[override]  # without a context of other ids
+    def forward(
         self,
         tokens: Tensor,
         condition: Condition,
@@ -198,20 +219,20 @@ class OpenMAGVIT2GPT(Llama):
         weights: Tensor | None = None,
         clock: Clock | None = None,
         tokenizer: Expands | None = None,
+        context: Tensor | None = None,
     ) -> GeneratorOutput:
         """The sum of the sub-tokens' cross entropies in nats per token, (weighted) mean over samples.
 
         Metrics: "accuracy", share of ids right; "loss_i" and "accuracy_i" of each sub-token.
         """
         self.check_tokenizer(tokenizer)
-        if draws and "drop" in draws:
-            condition = condition.drop(draws["drop"] < self.condition_dropout)
-        predictions, parts = self.part_predictions(tokens, condition), self.split_ids(tokens)
+        condition = self.drop_condition(condition, draws)
+        predictions, parts = self.part_predictions(tokens, condition, context), self.split_ids(tokens)
         losses, right = [], []
         metrics: dict[str, Tensor] = {}
         for number, (logits, part) in enumerate(zip(predictions, parts)):
             per_sample = F.cross_entropy(logits.transpose(1, 2), part, reduction="none").mean(1)
-            losses.append(per_sample.mean() if weights is None else weighted_mean(per_sample, weights))
+            losses.append(weighted_mean(per_sample, weights))
             right.append(logits.detach().argmax(-1) == part)
             metrics |= {f"loss_{number}": losses[-1].detach(), f"accuracy_{number}": right[-1].float().mean()}
         metrics["accuracy"] = torch.stack(right).all(0).float().mean()
@@ -219,11 +240,9 @@ class OpenMAGVIT2GPT(Llama):
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
-        model = cls(**official.arguments(config))
-        load_strictly(model, official.our_names(state_dict), source="the official state dict")
-        return model
+        return cls(**official.arguments(config)).with_official_weights(rename(state_dict, official.OFFICIAL_NAMES))
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Drop the tokenizer that lies in released files too, and sampling caches."""
-        return official.generator_part(state)
+        return second_stage(state)

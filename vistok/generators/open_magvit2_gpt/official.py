@@ -6,9 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
-from vistok.checkpoints import CheckpointError, rename
+from vistok.checkpoints import CheckpointError
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.types import TokenSpec
 
@@ -69,20 +67,6 @@ def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     }
     given.finish()
     return found
-
-
-def generator_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of a released file the generator, without its sampling cache."""
-    return {
-        key.removeprefix("transformer."): tensor
-        for key, tensor in state.items()
-        if not key.startswith("first_stage_model.") and ".attention.kv_cache." not in key
-    }
-
-
-def our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The reference's keys under our names."""
-    return rename(state, OFFICIAL_NAMES)
 
 
 BLOCKS = {"spatial_blocks": "blocks", "factorized_blocks": "intra_blocks"}

@@ -12,11 +12,13 @@ from typing import Any, Literal, Self, get_args
 import torch
 from torch import Tensor, nn
 
-from vistok.checkpoints import OfficialCheckpoint, load_strictly
+from vistok.checkpoints import OfficialCheckpoint, rename
 from vistok.draws import Draws, Keys
+from vistok.generators.engine.autoregressive import OrderedEntries
 from vistok.generators.engine.cache import Layers, of_layers
+from vistok.generators.engine.plan import in_order
 from vistok.generators.engine.queries import QueryGenerator
-from vistok.generators.llama import Block, position_table
+from vistok.generators.llama import LlamaBlock, position_table
 from vistok.generators.randar import official
 from vistok.nn.attention import Mask
 from vistok.nn.containers import ModuleList
@@ -88,6 +90,7 @@ class RandAR(QueryGenerator):
         for name, (size, codebook_size) in RELEASED.items()
     )
     kept_queries = 1
+    only_next = ""
 
     def __init__(
         self,
@@ -123,7 +126,7 @@ class RandAR(QueryGenerator):
         self.position_instruction = nn.Parameter(torch.randn(1, dim) * 0.02)
         self.dropout = nn.Dropout(token_drop)
         self.blocks = ModuleList(
-            Block(
+            LlamaBlock(
                 dim,
                 num_heads,
                 rounded_hidden_dim(dim, multiple_of),
@@ -160,12 +163,8 @@ class RandAR(QueryGenerator):
         return rotate(vector, self.rotation(1 + places)).transpose(1, 2).flatten(2)  # (R, H, n, h) to (R, n, D)
 
     def _embed_class(self, condition: Condition) -> Tensor:
-        """(R, 1, D); the null class, if there is one, is the last row of the table."""
-        ids = condition.labels
-        if self.has_null:
-            null = torch.full_like(condition.dropped, self.num_classes or 0, dtype=torch.int64)
-            ids = null if ids is None else torch.where(condition.dropped, null, ids)
-        return self.class_embedding(ids)[:, None]
+        """(R, 1, D)."""
+        return self.class_embedding(self.class_rows(condition))[:, None]
 
     def embed_condition(self, condition: Condition, upcoming: Tensor) -> Tensor:
         """(R, 1 + n, D): the class, and the instructions of the first step."""
@@ -201,10 +200,17 @@ class RandAR(QueryGenerator):
         return x
 
     def predict(self, ids: Tensor, orders: Tensor, condition: Condition, draws: Draws) -> Tensor:
+        entries = self._entries(ids, orders, condition)
+        return self.head(self.transform(entries.x, entries.positions, None, None)[:, entries.states])
+
+    def _entries(self, ids: Tensor, orders: Tensor, condition: Condition) -> OrderedEntries:
         # Nothing is predicted from the last token.
         x = torch.cat([self._embed_class(condition), self._embed_pairs(ids, orders)[:, :-1]], 1)  # (B, 2 L, D)
         positions = torch.cat([torch.zeros_like(orders[:, :1]), 1 + orders.repeat_interleave(2, 1)[:, :-1]], 1)
-        return self.head(self.transform(x, positions, None, None)[:, 1::2])
+        return OrderedEntries(x, positions, orders, slice(2, None, 2), slice(1, None, 2))
+
+    def ordered_entries(self, ids: Tensor, condition: Condition, draws: Draws) -> OrderedEntries:
+        return self._entries(*in_order(ids, draws.get("order")), condition)
 
     def training_draws(self, keys: Keys) -> Draws:
         """ "drop" (B,) uniform; "order" (B, L), the places of the tokens in the order of each sample."""
@@ -215,9 +221,7 @@ class RandAR(QueryGenerator):
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
-        model = cls(**official.arguments(config))
-        load_strictly(model, official.our_names(state_dict), source="the official state dict")
-        return model
+        return cls(**official.arguments(config)).with_official_weights(rename(state_dict, official.OFFICIAL_NAMES))
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

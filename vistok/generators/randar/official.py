@@ -6,9 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
-from vistok.checkpoints import rename
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.generators.llama import OFFICIAL_NAMES as LLAMA_NAMES
 from vistok.types import TokenSpec
@@ -76,8 +73,3 @@ def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 OFFICIAL_NAMES = [*LLAMA_NAMES, (r"pos_instruct_embeddings", r"position_instruction")]
-
-
-def our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The reference's state dict under our names."""
-    return rename(state, OFFICIAL_NAMES)

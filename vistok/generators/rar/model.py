@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.checkpoints import OfficialCheckpoint, load_strictly
+from vistok.checkpoints import OfficialCheckpoint, rename
 from vistok.draws import Draws, Keys
-from vistok.generators.base import weighted_mean
-from vistok.generators.engine.autoregressive import AutoregressiveGenerator
+from vistok.generators.base import token_loss
+from vistok.generators.engine.autoregressive import AutoregressiveGenerator, OrderedEntries
 from vistok.generators.engine.cache import Layers, of_layers
+from vistok.generators.engine.plan import in_order, in_places
 from vistok.generators.rar import official
-from vistok.generators.rar.networks import Block
+from vistok.generators.rar.networks import RARBlock
 from vistok.nn.attention import Mask
 from vistok.nn.containers import ModuleList
 from vistok.nn.modulation import FinalModulation
@@ -62,7 +63,6 @@ class RAR(AutoregressiveGenerator):
         ValueError: a spec without ids, or with several per position; or steps that do not rise.
     """
 
-    trains_in_sequence = False
     registry_name = "rar"
     tiny = {"spec": TokenSpec(16, 32, dim=4, grid=(4, 4)), "num_classes": 5, "dim": 16, "num_layers": 2, "num_heads": 2}
     sizes = SIZES
@@ -122,7 +122,7 @@ class RAR(AutoregressiveGenerator):
         self.target_positions = nn.Parameter(torch.zeros(1, length + SPARE_PLACES, dim))
         self.slots = nn.Parameter(torch.zeros(1, length + SPARE_SLOTS, dim))
         self.blocks = ModuleList(
-            Block(dim, num_heads, mlp_dim or 4 * dim, attn_drop=attn_drop, proj_drop=proj_drop)
+            RARBlock(dim, num_heads, mlp_dim or 4 * dim, attn_drop=attn_drop, proj_drop=proj_drop)
             for _ in range(num_layers)
         )
         self.norm = FinalModulation(dim)
@@ -140,15 +140,9 @@ class RAR(AutoregressiveGenerator):
         for module in (*self.blocks, self.norm):
             nn.init.zeros_(module.modulation[1].weight)
 
-    def condition_rows(self, condition: Condition) -> Tensor:
-        """(R,) rows of ``token_embedding``: of the class, or of the null class where it is dropped."""
-        first = self.spec.num_ids + 1
-        null = torch.full_like(condition.dropped, first + (self.num_classes or 0), dtype=torch.int64)
-        return null if condition.labels is None else torch.where(condition.dropped, null, first + condition.labels)
-
     def class_vector(self, condition: Condition) -> Tensor:
         """(R, D) embeddings of the condition, which modulate every position of a row."""
-        return self.token_embedding(self.condition_rows(condition))
+        return self.token_embedding(self.class_rows(condition))
 
     def condition_state(self, condition: Condition) -> tuple[Tensor, ...]:
         return (self.class_vector(condition),)
@@ -185,12 +179,7 @@ class RAR(AutoregressiveGenerator):
             ids: (B, L) in raster order.
             orders: (B, L), the raster positions of the tokens in order; None is raster order.
         """
-        return self.logits_in_order(*self._in_order(ids, orders), condition)[:, :-1]
-
-    def _in_order(self, ids: Tensor, orders: Tensor | None) -> tuple[Tensor, Tensor]:
-        if orders is None:
-            return ids, torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-        return ids.gather(1, orders), orders
+        return self.logits_in_order(*in_order(ids, orders), condition)[:, :-1]
 
     def logits_in_order(self, ids: Tensor, orders: Tensor, condition: Condition) -> Tensor:
         """Logits (B, L + 1, V) of ids (B, L) that are in order already; the last one predicts nothing."""
@@ -199,7 +188,7 @@ class RAR(AutoregressiveGenerator):
         hidden = self.transform(x, slice(0, x.shape[1]), None, None, self.class_vector(condition))
         return self.head(hidden[:, 1:])
 
-    def forward(  # type: ignore[override]  # without a context of other ids
+    def forward(
         self,
         tokens: Tensor,
         condition: Condition,
@@ -208,6 +197,7 @@ class RAR(AutoregressiveGenerator):
         weights: Tensor | None = None,
         clock: Clock | None = None,
         tokenizer: Expands | None = None,
+        context: Tensor | None = None,
     ) -> GeneratorOutput:
         """Cross entropy in nats per token; metric "accuracy". Predictions (B, L, V) are in the order of ``draws``.
 
@@ -216,17 +206,22 @@ class RAR(AutoregressiveGenerator):
         """
         self.check_tokenizer(tokenizer)
         draws = draws or {}
-        if "drop" in draws:
-            condition = condition.drop(draws["drop"] < self.condition_dropout)
+        condition = self.drop_condition(condition, draws)
         orders = draws.get("order")
-        if orders is not None and orders.shape != tokens.shape:
-            raise ValueError(f"orders must be {tuple(tokens.shape)}, one of all tokens each; got {tuple(orders.shape)}")
-        tokens, orders = self._in_order(tokens, orders)
-        logits = self.logits_in_order(tokens, orders, condition)[:, :-1]
-        per_sample = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none").mean(1)
-        loss = per_sample.mean() if weights is None else weighted_mean(per_sample, weights)
-        accuracy = (logits.detach().argmax(-1) == tokens).float().mean()
-        return GeneratorOutput(loss, logits, {"accuracy": accuracy})
+        fed, _ = in_order(tokens if context is None else context, orders)
+        tokens, orders = in_order(tokens, orders)
+        logits = self.logits_in_order(fed, orders, condition)[:, :-1]
+        return token_loss(logits, tokens, weights)
+
+    def training_logits(self, tokens: Tensor, condition: Condition, draws: Draws, tokenizer: Expands | None) -> Tensor:
+        ids, orders = in_order(tokens, draws.get("order"))
+        return in_places(self.logits_in_order(ids, orders, condition)[:, :-1], orders)
+
+    def ordered_entries(self, ids: Tensor, condition: Condition, draws: Draws) -> OrderedEntries:
+        ids, orders = in_order(ids, draws.get("order"))
+        tokens = self.embed_tokens(ids[:, :-1], orders[:, :-1], orders[:, 1:])
+        x = torch.cat([self.embed_condition(condition, orders[:, :1]), tokens], 1)
+        return OrderedEntries(x, slice(0, x.shape[1]), orders, slice(2, None), slice(1, None))
 
     def random_share(self, step: int) -> float:
         """The share of the samples of optimisation step ``step`` whose order is random."""
@@ -243,6 +238,4 @@ class RAR(AutoregressiveGenerator):
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
-        model = cls(**official.arguments(config))
-        load_strictly(model, official.our_names(state_dict), source="the official state dict")
-        return model
+        return cls(**official.arguments(config)).with_official_weights(rename(state_dict, official.OFFICIAL_NAMES))

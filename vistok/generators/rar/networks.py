@@ -16,7 +16,7 @@ NORM_EPS = 1e-6
 layer_norm = partial(nn.LayerNorm, eps=NORM_EPS)
 
 
-class Block(nn.Module):
+class RARBlock(nn.Module):
     """Pre-norm block of causal attention and feed-forward (exact GELU) with adaptive norms: (B, N, D) -> (B, N, D)."""
 
     def __init__(self, dim: int, num_heads: int, mlp_dim: int, *, attn_drop: float, proj_drop: float):

@@ -6,9 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
-from vistok.checkpoints import rename
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.types import TokenSpec
 
@@ -89,8 +86,3 @@ OFFICIAL_NAMES = [
     (r"adaln_before_head\.adaLN_modulation\.1\.(\w+)", r"norm.modulation.1.\1"),
     (r"lm_head\.(\w+)", r"output.\1"),
 ]
-
-
-def our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The reference's state dict under our names."""
-    return rename(state, OFFICIAL_NAMES)

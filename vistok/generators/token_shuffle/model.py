@@ -23,7 +23,7 @@ from vistok.generators.engine.autoregressive import AutoregressiveGenerator
 from vistok.generators.engine.cache import Layers, of_layers
 from vistok.generators.engine.plan import Plan
 from vistok.generators.engine.sampling import DecodingOptions
-from vistok.generators.llama import Block
+from vistok.generators.llama import LlamaBlock
 from vistok.guidance.schedules import ScheduleName
 from vistok.nn.attention import Mask
 from vistok.nn.containers import ModuleList
@@ -125,7 +125,7 @@ class TokenShuffle(AutoregressiveGenerator):
 
     members: Tensor
 
-    trains_in_sequence = False
+    only_next = "each of its positions predicts a window of tokens at once"
     registry_name = "token_shuffle"
     options_type = TokenShuffleOptions
     sizes = SIZES
@@ -183,7 +183,7 @@ class TokenShuffle(AutoregressiveGenerator):
         self.fold = Fold(*fusion) if window > 1 else None
         self.unfold = Unfold(*fusion) if window > 1 else None
         self.blocks = ModuleList(
-            Block(
+            LlamaBlock(
                 dim,
                 num_heads,
                 rounded_hidden_dim(dim, multiple_of),
@@ -288,7 +288,7 @@ class TokenShuffle(AutoregressiveGenerator):
         """Values (B, M, s^2, ...) of windows to (B, L, ...)."""
         return values.flatten(1, 2)[:, self.members.flatten().argsort()]
 
-    def forward(  # type: ignore[override]  # without a context of other ids
+    def forward(
         self,
         tokens: Tensor,
         condition: Condition,
@@ -297,14 +297,14 @@ class TokenShuffle(AutoregressiveGenerator):
         weights: Tensor | None = None,
         tokenizer: Expands | None = None,
         clock: Clock | None = None,
+        context: Tensor | None = None,
     ) -> GeneratorOutput:
         """Cross entropy in nats, mean over the ids of an image, plus ``text_weight`` times that of text and marks and
         ``z_loss`` times the mean square of the log-partition function. Metrics: "image_loss", "text_loss", "z_loss"
         (unweighted) and "accuracy", the share of image ids right."""
         self.check_tokenizer(tokenizer)
-        if draws and "drop" in draws:
-            condition = condition.drop(draws["drop"] < self.condition_dropout)
-        hidden, prefix, valid = self._states(tokens[:, self.members], condition)
+        condition = self.drop_condition(condition, draws)
+        hidden, prefix, valid = self._states((tokens if context is None else context)[:, self.members], condition)
         begin = self.condition_length - 1  # of the image
         logits = self._to_raster(self.window_logits(hidden[:, begin:-1]))  # (B, L, V)
         targets = self.vocabulary.joint(tokens, "image")
@@ -317,8 +317,11 @@ class TokenShuffle(AutoregressiveGenerator):
         if self.z_loss:
             partition = logits.logsumexp(-1).square().mean(1)
             metrics["z_loss"], per_sample = partition.detach().mean(), per_sample + self.z_loss * partition
-        loss = per_sample.mean() if weights is None else weighted_mean(per_sample, weights)
+        loss = weighted_mean(per_sample, weights)
         return GeneratorOutput(loss, logits, metrics)
+
+    def training_logits(self, tokens: Tensor, condition: Condition, draws: Draws, tokenizer: Expands | None) -> Tensor:
+        return self._image_part(self.logits(tokens, condition))
 
     def _text_loss(self, hidden: Tensor, prefix: Tensor, valid: Tensor) -> Tensor:
         """(B,) mean over the text after its begin, and over both marks of the image; neither is folded."""

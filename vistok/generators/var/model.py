@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.checkpoints import OfficialCheckpoint, load_strictly
+from vistok.checkpoints import OfficialCheckpoint
 from vistok.draws import Draws, Keys
 from vistok.generators.base import weighted_mean
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
@@ -25,7 +25,7 @@ from vistok.generators.engine.plan import Plan
 from vistok.generators.engine.sampling import DecodingOptions
 from vistok.generators.engine.session import AutoregressiveSession
 from vistok.generators.var import official
-from vistok.generators.var.networks import Block, SharedModulation
+from vistok.generators.var.networks import SharedModulation, VARBlock
 from vistok.generators.var.smooth import GUMBEL, SmoothSession
 from vistok.nn.attention import Mask
 from vistok.nn.containers import ModuleList
@@ -87,7 +87,7 @@ class VAR(AutoregressiveGenerator):
     output: nn.Linear
     scales: Tensor
 
-    trains_in_sequence = False
+    only_next = "it predicts a scale of tokens at once, from the map of the smaller ones"
     registry_name = "var"
     options_type = VAROptions
     needs_tokenizer = True
@@ -162,7 +162,7 @@ class VAR(AutoregressiveGenerator):
         self.scale_embedding = nn.Embedding(len(self.scale_sizes), dim)
         self.shared_modulation = modulation(dim, 6) if shared_modulation else None
         self.blocks = ModuleList(
-            Block(
+            VARBlock(
                 dim,
                 num_heads,
                 mlp_ratio=mlp_ratio,
@@ -220,9 +220,7 @@ class VAR(AutoregressiveGenerator):
 
     def class_vector(self, condition: Condition) -> Tensor:
         """(R, D) embeddings of the condition, which modulate every position of a row."""
-        null = torch.full_like(condition.dropped, self.num_classes or 0, dtype=torch.int64)
-        labels = null if condition.labels is None else torch.where(condition.dropped, null, condition.labels)
-        return self.class_embedding(labels)
+        return self.class_embedding(self.class_rows(condition))
 
     def condition_state(self, condition: Condition) -> tuple[Tensor, ...]:
         return (self.class_vector(condition),)
@@ -264,8 +262,16 @@ class VAR(AutoregressiveGenerator):
 
     def logits(self, ids: Tensor, condition: Condition, tokenizer: Expands | None = None) -> Tensor:
         """Teacher-forced logits (B, L, V) of ids (B, L), each from all smaller scales; needs the tokenizer."""
-        tokenizer = self.needed_tokenizer(tokenizer)
-        return self.logits_of(tokenizer.expander().expand(ids), condition)
+        return self.logits_of(self._inputs(ids, tokenizer), condition)
+
+    def _inputs(self, ids: Tensor, tokenizer: Expands | None) -> Tensor:
+        """Of ids (B, L), what ``logits_of`` reads."""
+        expander = self.needed_tokenizer(tokenizer).expander()
+        with without_autocast(ids.device):
+            return expander.expand(ids).to(ids.device)
+
+    def training_logits(self, tokens: Tensor, condition: Condition, draws: Draws, tokenizer: Expands | None) -> Tensor:
+        return self.logits(tokens, condition, tokenizer)
 
     def logits_of(self, inputs: Tensor, condition: Condition, num_scales: int | None = None) -> Tensor:
         """Logits (B, l, V) of the first ``num_scales`` scales (None: of all), from the inputs (B, L - n, E) of all
@@ -278,7 +284,7 @@ class VAR(AutoregressiveGenerator):
         mask = self.attention_mask(condition, 0, length)
         return self.head(self.transform(x, slice(0, length), mask, None, self.class_vector(condition)))
 
-    def forward(  # type: ignore[override]  # without a context of other ids
+    def forward(
         self,
         tokens: Tensor,
         condition: Condition,
@@ -287,6 +293,7 @@ class VAR(AutoregressiveGenerator):
         weights: Tensor | None = None,
         clock: Clock | None = None,
         tokenizer: Expands | None = None,
+        context: Tensor | None = None,
     ) -> GeneratorOutput:
         """Cross entropy in nats per token. Metrics: "accuracy", and "last_loss" and "last_accuracy" of the largest
         scale in use.
@@ -294,17 +301,14 @@ class VAR(AutoregressiveGenerator):
         In progressive training scales beyond the stage are left out, and the others weigh as little as they do among
         all.
         """
-        tokenizer = self.needed_tokenizer(tokenizer)
-        if draws and "drop" in draws:
-            condition = condition.drop(draws["drop"] < self.condition_dropout)
-        with without_autocast(tokens.device):
-            inputs = tokenizer.expander().expand(tokens).to(tokens.device)
+        condition = self.drop_condition(condition, draws)
+        inputs = self._inputs(tokens if context is None else context, tokenizer)
         stage, warmth = self._stage(clock)
         logits = self.logits_of(inputs, condition, stage + 1)
         tokens = tokens[:, : logits.shape[1]]
         per_token = self.cross_entropy(logits, tokens)
         per_sample = per_token @ self.token_weights(stage, warmth)
-        loss = per_sample.mean() if weights is None else weighted_mean(per_sample, weights)
+        loss = weighted_mean(per_sample, weights)
         right, last = (logits.detach().argmax(-1) == tokens).float(), self.scale_sizes[stage]
         metrics = {
             "accuracy": right.mean(),
@@ -377,9 +381,7 @@ class VAR(AutoregressiveGenerator):
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
-        model = cls(**official.arguments(config, state_dict))
-        load_strictly(model, official.our_names(state_dict), source="the official state dict")
-        return model
+        return cls(**official.arguments(config, state_dict)).with_official_weights(official.our_names(state_dict))
 
 
 def stage_warmth(steps: int, warmup: int) -> float:

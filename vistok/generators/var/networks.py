@@ -81,7 +81,7 @@ class SharedModulation(nn.Module):
         return self.offsets + condition.unflatten(-1, (6, -1))[:, None]
 
 
-class Block(nn.Module):
+class VARBlock(nn.Module):
     """Pre-norm block of attention and feed-forward (GELU, tanh) with adaptive norms: (R, N, D) -> same.
 
     Args:

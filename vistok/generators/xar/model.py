@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.checkpoints import CheckpointError, OfficialCheckpoint, load_strictly, rename
+from vistok.checkpoints import CheckpointError, OfficialCheckpoint, rename
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.draws import Draws, Keys
 from vistok.flow import TimeSampling
@@ -61,7 +61,7 @@ def _official(size: str) -> dict[str, Any]:
     }
 
 
-class Block(nn.Module):
+class XARBlock(nn.Module):
     """Transformer block modulated by a condition per entity: (B, n, D) -> (B, n, D)."""
 
     def __init__(self, dim: int, num_heads: int, hidden_dim: int, attn_drop: float, proj_drop: float):
@@ -114,6 +114,7 @@ class XAR(ContinuousGenerator):
     """
 
     registry_name = "xar"
+    only_next = "it predicts velocities of latents, and these have no cross entropy"
     tiny = {
         "spec": TokenSpec(16, None, dim=4, grid=(4, 4)),
         "num_classes": 5,
@@ -160,7 +161,7 @@ class XAR(ContinuousGenerator):
 
         def blocks(count: int) -> ModuleList:
             hidden_dim = int(dim * mlp_ratio * 2 / 3)
-            return ModuleList(Block(dim, num_heads, hidden_dim, attn_drop, proj_drop) for _ in range(count))
+            return ModuleList(XARBlock(dim, num_heads, hidden_dim, attn_drop, proj_drop) for _ in range(count))
 
         self.encoder_blocks, self.decoder_blocks = blocks(num_encoder_layers), blocks(num_decoder_layers)
         self.encoder_norm, self.decoder_norm = RMSNorm(dim, NORM_EPS), RMSNorm(dim, NORM_EPS)
@@ -239,8 +240,11 @@ class XAR(ContinuousGenerator):
         weights: Tensor | None = None,
         clock: Clock | None = None,
         tokenizer: Expands | None = None,
+        context: Tensor | None = None,
     ) -> GeneratorOutput:
         """Mean squared error of the velocities noise - data, the entities noisy each at its own level.
+
+        Entities that a context replaces are context alone: what leads from them to the data is no velocity of the flow.
 
         Raises:
             ValueError: no draws, or latents of another tokenizer.
@@ -249,13 +253,52 @@ class XAR(ContinuousGenerator):
         if draws is None:
             raise ValueError("flow matching trains on noise: pass training_draws(keys)")
         self.spec.check_latents(tokens)
-        if "drop" in draws:
-            condition = condition.drop(draws["drop"] < self.condition_dropout)
+        condition = self.drop_condition(condition, draws)
         sequence, noise, times = self.layout.to_sequence(tokens), draws["noise"], draws["time"]
-        prediction = self.velocity(self.noisy(sequence, noise, times), times, condition)
-        per_sample = (prediction - PATH.velocity(sequence, noise)).square().flatten(1).mean(1)
-        loss = per_sample.mean() if weights is None else weighted_mean(per_sample, weights)
+        noisy = self.noisy(sequence if context is None else context, noise, times)
+        prediction = self.velocity(noisy, times, condition)
+        errors = (prediction - PATH.velocity(sequence, noise)).square()
+        if context is None:
+            per_sample = errors.flatten(1).mean(1)
+        else:
+            kept = self._all_of_entity((context == sequence).all(2))
+            per_sample = (errors.mean(2) * kept).sum(1) / kept.sum(1).clamp_min(1)
+        loss = weighted_mean(per_sample, weights)
         return GeneratorOutput(loss, prediction)
+
+    def _all_of_entity(self, values: Tensor) -> Tensor:
+        """(B, N) bool, True at all positions of an entity where values (B, N) are True at all of them."""
+        entity = _entity_of(self.layout, 0, self.layout.length, values.device)
+        wrong = torch.zeros(len(values), self.layout.num_entities, device=values.device)
+        return wrong.index_add(1, entity, (~values).float())[:, entity] == 0
+
+    @property
+    def context_shape(self) -> tuple[int, ...]:
+        """In the layout's order."""
+        return (self.layout.length, self.spec.dim)
+
+    def context_of(self, tokens: Tensor) -> Tensor:
+        return self.layout.to_sequence(tokens)
+
+    def replaced(self, uniforms: Tensor, share: float, draws: Draws) -> Tensor:
+        """Whole entities; not the last, which is nobody's context."""
+        entity = _entity_of(self.layout, 0, self.layout.length, uniforms.device)
+        return (uniforms[:, entity] < share) & (entity < self.layout.num_entities - 1)
+
+    def own_tokens(
+        self,
+        tokens: Tensor,
+        replaced: Tensor,
+        condition: Condition,
+        draws: Draws,
+        tokenizer: Expands | None = None,
+    ) -> Tensor:
+        """The data that the velocities of training point at, each entity's from its own noise level."""
+        noise, times = draws["noise"], draws["time"]
+        noisy = self.noisy(self.context_of(tokens), noise, times)
+        velocity = self.velocity(noisy, times, self.drop_condition(condition, draws))
+        levels = times[:, _entity_of(self.layout, 0, self.layout.length, times.device)]
+        return PATH.data_estimate(noisy.flatten(0, 1), velocity.flatten(0, 1), levels.flatten()).view_as(noisy)
 
     def noisy(self, sequence: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """A sequence (B, N, D) with noise at the level times (B, E) of each entity."""
@@ -314,8 +357,7 @@ class XAR(ContinuousGenerator):
         given.finish()
         # Mask and rotary tables are stored, but follow from the layout.
         state = {key: t for key, t in state_dict.items() if key != "mask" and ".attn.rope.freqs" not in key}
-        load_strictly(model, rename(state, OFFICIAL_NAMES), source="the official state dict")
-        return model
+        return model.with_official_weights(rename(state, OFFICIAL_NAMES))
 
 
 WITHOUT_EFFECT = {

@@ -16,18 +16,18 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from vistok.checkpoints import OfficialCheckpoint, load_strictly
+from vistok.checkpoints import OfficialCheckpoint
 from vistok.draws import Draws, Keys
 from vistok.flow import SOLVERS, LinearPath, shift_time
 from vistok.nn.alignment import AlignmentConfig
 from vistok.nn.containers import ModuleList
 from vistok.nn.masks import prefix_causal_mask
 from vistok.quantizers import VectorQuantizer
-from vistok.tokenizers.base import Tokenizer, image_sides, prefix_lengths, times
+from vistok.tokenizers.base import Tokenizer, image_sides, times
 from vistok.tokenizers.dar import official
 from vistok.tokenizers.dar.networks import (
     ROPE_BASE,
-    Block,
+    DARBlock,
     GridPositions,
     GridRotation,
     VelocityConfig,
@@ -156,7 +156,7 @@ class DAR(Tokenizer):
             GridPositions(self._grid((height, width), encoder_patch_size), encoder_dim) if absolute_positions else None
         )
         self.encoder_norm, self.decoder_norm = plain_norm(encoder_dim), plain_norm(decoder_dim)
-        self.encoder = ModuleList(Block(encoder_dim, gate_init) for _ in range(num_encoder_layers))
+        self.encoder = ModuleList(DARBlock(encoder_dim, gate_init) for _ in range(num_encoder_layers))
         self.pre_quant = nn.Linear(encoder_dim, codebook_embed_dim, bias=False)
         self.quantizer = VectorQuantizer(
             codebook_size,
@@ -169,7 +169,7 @@ class DAR(Tokenizer):
         self.post_quant = nn.Linear(codebook_embed_dim, decoder_dim, bias=False)
         self.token_positions = nn.Embedding(max_tokens, decoder_dim)
         nn.init.trunc_normal_(self.token_positions.weight, std=position_std)
-        self.decoder = ModuleList(Block(decoder_dim, gate_init) for _ in range(num_decoder_layers))
+        self.decoder = ModuleList(DARBlock(decoder_dim, gate_init) for _ in range(num_decoder_layers))
         self.velocity = VelocityNetwork(
             velocity,
             in_channels,
@@ -288,7 +288,7 @@ class DAR(Tokenizer):
     ) -> Iterator[Tensor]:
         """As ``decode``, but yields the preview after every step; the last one is what it gives."""
         self.check_condition(condition)
-        lengths = prefix_lengths(self._spec, tokens, lengths)[:, None, None, None]
+        lengths = self._spec.prefix_lengths(tokens, lengths)[:, None, None, None]
         trajectory = Trajectory(self, len(tokens), num_steps=num_steps, solver=solver, draws=draws)
         image = None
         for needed, preview in trajectory.advance(tokens[:, : int(lengths.max())]):
@@ -308,7 +308,7 @@ class DAR(Tokenizer):
         @torch.no_grad()
         def decode(tokens: Tensor) -> Tensor:
             nonlocal trajectory, image
-            prefix_lengths(self._spec, tokens, None)
+            self._spec.prefix_lengths(tokens, None)
             if trajectory is None:
                 trajectory = Trajectory(self, len(tokens), draws=draws)
             for _, preview in trajectory.advance(tokens):
@@ -360,8 +360,8 @@ class DAR(Tokenizer):
         used = torch.arange(self._spec.length, device=pixels.device) < start[:, None] + self.group_size
         losses = {name: _masked_mean(value, used) for name, value in quantized.losses.items()}
         features = {"latents": latents, "quantized": quantized.quantized, "time": t}
-        if predicted.aligned is not None:
-            features["alignment"] = predicted.aligned
+        if predicted.features is not None:
+            features["alignment"] = predicted.features
         return TokenizerOutput(
             PATH.data_estimate(noisy, predicted.velocity, t) / self.data_std,
             quantized.ids,
@@ -372,8 +372,7 @@ class DAR(Tokenizer):
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
         model = cls(**official.model_arguments(config, state_dict))
-        load_strictly(model, official.our_names(config, state_dict), source="the official state dict")
-        return model
+        return model.with_official_weights(official.our_names(config, state_dict))
 
     pickled_stand_ins = official.STAND_INS
     embedded_config = staticmethod(official.embedded_config)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vistok.flow.paths import Velocity
 from vistok.nn.alignment import AlignmentConfig, AlignmentHead
 from vistok.nn.attention import Attention, CrossAttention
 from vistok.nn.containers import ModuleList
@@ -54,7 +55,7 @@ class GridRotation(nn.Module):
         return Rotation(*(part.to(self.table.cos.device) for part in self._make(grid)))
 
 
-class Block(nn.Module):
+class DARBlock(nn.Module):
     """Pre-norm transformer block with learned per-channel gates, ``gate_init`` at first: (B, N, D) -> (B, N, D)."""
 
     def __init__(self, dim: int, gate_init: float = 0.0):
@@ -140,13 +141,6 @@ class VelocityBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(time[:, None] + seen)).chunk(6, -1)
         x = x + gate1 * self.attn(modulate(self.norm(x), shift1, scale1), rotation=rotation)
         return x + gate2 * self.mlp(modulate(self.norm(x), shift2, scale2))
-
-
-class Velocity(NamedTuple):
-    """A velocity (B, C, H, W), and patch features (B, P, D') for alignment, or None."""
-
-    velocity: Tensor
-    aligned: Tensor | None
 
 
 class VelocityNetwork(nn.Module):

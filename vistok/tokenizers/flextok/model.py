@@ -21,7 +21,7 @@ from vistok.flow import FlowState, TimeSampling, last
 from vistok.guidance import APG, Scale
 from vistok.nn.alignment import AlignmentConfig
 from vistok.quantizers import FSQ
-from vistok.tokenizers.base import Tokenizer, image_sides, prefix_lengths, times
+from vistok.tokenizers.base import Tokenizer, image_sides, times
 from vistok.tokenizers.flextok import official
 from vistok.tokenizers.flextok.networks import (
     PATH,
@@ -291,7 +291,7 @@ class FlexTok(Tokenizer):
         guidance: GuidanceName | APG | None,
         draws: Draws | None,
     ) -> Iterator[FlowState]:
-        lengths = prefix_lengths(self._spec, tokens, lengths)
+        lengths = self._spec.prefix_lengths(tokens, lengths)
         draws = draws or self.decoding_draws(Keys.range(0, len(tokens)))
         ids = nn.functional.pad(tokens, (0, self._spec.length - tokens.shape[1]))
         return denoise(
@@ -348,8 +348,8 @@ class FlexTok(Tokenizer):
         flow = (predicted.velocity - PATH.velocity(clean, draws["noise"])).square().flatten(1).mean(1)
         features = {"latents": registers, "quantized": quantized.quantized, "time": t}
         head = self.decoder.alignment_head
-        if predicted.patches is not None and head is not None:
-            features["alignment"] = head(predicted.patches)
+        if predicted.features is not None and head is not None:
+            features["alignment"] = head(predicted.features)
         return TokenizerOutput(None, quantized.ids, {"flow": flow}, features)
 
     def _perturb(self, codes: Tensor, registers: Tensor, draws: Draws) -> Tensor:
@@ -370,8 +370,7 @@ class FlexTok(Tokenizer):
         """Build from the reference's nested config (see ``official``); ``vae.block_out_channels`` may be given
         where the autoencoder has other widths than the released ones."""
         model = cls(**official.model_arguments(config))
-        load_strictly(model, official.our_names(config, state_dict), source="the official state dict")
-        return model
+        return model.with_official_weights(official.our_names(config, state_dict))
 
     embedded_config = staticmethod(official.embedded_config)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import torch
 from einops import rearrange
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vistok.checkpoints import load_strictly
 from vistok.flow import FlowState, LinearPath, euler, guided
+from vistok.flow.paths import Velocity
 from vistok.flow.solvers import VelocityField
 from vistok.guidance import APG, PLAIN, Combination, Guidance, Scale, at_time, classifier_free
 from vistok.nn.alignment import AlignmentConfig, AlignmentHead
@@ -56,7 +57,7 @@ class TrunkConfig:
         return int(2 * int(self.mlp_ratio * self.dim) / 3)
 
 
-class Block(nn.Module):
+class FlexTokBlock(nn.Module):
     """Pre-norm transformer block: (B, N, D) -> (B, N, D)."""
 
     def __init__(self, config: TrunkConfig):
@@ -74,7 +75,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-class ModulatedBlock(Block):
+class ModulatedBlock(FlexTokBlock):
     """adaLN-zero block: each of the ``streams``, consecutive parts of the sequence, has its own shifts, scales and
     gates."""
 
@@ -151,7 +152,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.patches = PatchEmbedding(channels, patch, grid, config.dim)
         self.registers = nn.Parameter(torch.empty(num_tokens, config.dim))
-        self.blocks = ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = ModuleList(FlexTokBlock(config) for _ in range(config.num_layers))
         self.norm = layer_norm(config.dim)
         self.to_codes = nn.Linear(config.dim, code_dim)
         _initialise(self, zero=[], normal=[self.registers])
@@ -165,13 +166,6 @@ class Encoder(nn.Module):
         for block in self.blocks:
             x = block(x, mask)
         return self.to_codes(self.norm(x[:, count:]))
-
-
-class Velocity(NamedTuple):
-    """A velocity (B, C, h, w), and the patch features (B, P, D) after the block that alignment reads."""
-
-    velocity: Tensor
-    patches: Tensor | None
 
 
 class FlowDecoder(nn.Module):

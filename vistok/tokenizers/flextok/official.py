@@ -17,6 +17,7 @@ from torch import Tensor
 
 from vistok.checkpoints import CheckpointError, fuse, rename
 from vistok.tokenizers.flextok.official_keys import check_keys
+from vistok.tokenizers.kl_vae import OLD_DIFFUSERS_NAMES
 
 log = logging.getLogger(__name__)
 
@@ -272,9 +273,5 @@ NAMES = [
             (r"blocks\.(\d+)\.adaLN_modulation\.1\.(\w+)", r"blocks.\1.modulation.\2"),
         )
     ),
-    # Diffusers before 0.15 named the attention projections differently.
-    (r"(vae\..*\.attentions\.\d+)\.query\.(\w+)", r"\1.to_q.\2"),
-    (r"(vae\..*\.attentions\.\d+)\.key\.(\w+)", r"\1.to_k.\2"),
-    (r"(vae\..*\.attentions\.\d+)\.value\.(\w+)", r"\1.to_v.\2"),
-    (r"(vae\..*\.attentions\.\d+)\.proj_attn\.(\w+)", r"\1.to_out.0.\2"),
+    *OLD_DIFFUSERS_NAMES,
 ]

@@ -15,11 +15,12 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.checkpoints import load_strictly
 from vistok.draws import Draws
 from vistok.nn.alignment import AlignmentConfig
 from vistok.nn.conv import ConvDecoder, ConvEncoder, UpsampleKind
 from vistok.quantizers import VectorQuantizer
+from vistok.quantizers.named import chosen_quantizer
+from vistok.quantizers.scaled import spec_of
 from vistok.quantizers.vq import Gradient
 from vistok.tokenizers.base import Tokenizer, image_sides
 from vistok.tokenizers.gigatok import official
@@ -87,6 +88,8 @@ class GigaTok(Tokenizer):
             otherwise; None has none.
         dropout: inside the residual blocks, in training.
         norm_groups: groups of all group norms; they must divide every width.
+        quantizer: another quantizer by name, {name: vq | lfq | bsq | fsq | index | multi_scale | multi_scale_bsq, …its
+            arguments}, for codes of ``codebook_embed_dim`` channels; what is said of codebooks above is of the own one.
 
     Raises:
         ValueError: sizes that do not divide, an unknown layout, or "1d" without cross-attention.
@@ -148,6 +151,7 @@ class GigaTok(Tokenizer):
         alignment: AlignmentConfig | None = ALIGNMENT,
         dropout: float = 0.0,
         norm_groups: int = 32,
+        quantizer: dict[str, Any] | None = None,
     ):
         super().__init__()
         if layout not in get_args(Layout):
@@ -166,9 +170,8 @@ class GigaTok(Tokenizer):
         self.map_grid = _grid((height, width), 2 ** (len(encoder_channel_mult) - 1))
         num_tokens = num_tokens if layout == "1d" else math.prod(self.map_grid)
         grid = None if layout == "1d" else self.map_grid
-        self._spec = TokenSpec(num_tokens, codebook_size, codebook_embed_dim, grid=grid)
         encoder_size, decoder_size = (as_dataclass(TransformerSize, size) for size in (encoder_size, decoder_size))
-        self.direct_until = direct_until
+        self.direct_until, self.layout = direct_until, layout
         self.alignment = AlignmentConfig.filled(alignment, dim=768, layer=3, hidden_dim=4 * decoder_size.dim)
 
         options: dict[str, Any] = {"norm_groups": norm_groups, "dropout": dropout, "attend": conv_attention}
@@ -194,15 +197,21 @@ class GigaTok(Tokenizer):
             self.token_encoder = GridEncoder(*around, encoder_size, layer_kind)
             self.token_decoder = GridDecoder(*around, decoder_size, layer_kind, self.alignment)
         self.pre_quant = nn.Linear(z_channels, codebook_embed_dim)
-        self.quantizer = VectorQuantizer(
-            codebook_size,
+        self.quantizer = chosen_quantizer(
+            quantizer,
             codebook_embed_dim,
-            normalize=codebook_l2_norm,
-            gradient=quantizer_gradient,
-            init="uniform",
-            entropy_temperature=entropy_temperature,
-            restart_after=codebook_restart_after,
+            lambda: VectorQuantizer(
+                codebook_size,
+                codebook_embed_dim,
+                normalize=codebook_l2_norm,
+                gradient=quantizer_gradient,
+                init="uniform",
+                entropy_temperature=entropy_temperature,
+                restart_after=codebook_restart_after,
+            ),
         )
+        plain = TokenSpec(num_tokens, self.quantizer.codebook_size, codebook_embed_dim, grid=grid)
+        self._spec = spec_of(self.quantizer, plain)
         self.post_quant = nn.Linear(codebook_embed_dim, z_channels)
 
     @property
@@ -215,7 +224,7 @@ class GigaTok(Tokenizer):
 
     @property
     def raster_features(self) -> Mapping[str, int]:
-        on_raster = {} if self.spec.grid is None else {"latents": self.spec.dim}
+        on_raster = {"latents": self.spec.dim} if self.layout == "2d" else {}
         return on_raster | {"decoded": self.decoder.conv_in.in_channels}
 
     @property
@@ -236,16 +245,13 @@ class GigaTok(Tokenizer):
         return self.quantizer.encode(self.latents(self.encode_map(pixels)))
 
     def decode(self, tokens: Tensor, *, condition: Condition | None = None) -> Tensor:
-        """Ids (B, L) to pixels (B, C, H, W).
+        """Ids (B, L), or those of scales (see ``dequantize``), to pixels (B, C, H, W).
 
         Raises:
             ValueError: ids out of range, or not L of them.
         """
         self.check_condition(condition)
-        self.spec.check_ids(tokens)
-        if tokens.shape[1] != self.spec.length:
-            raise ValueError(f"an image has {self.spec.length} tokens, got {tokens.shape[1]}")
-        codes = self.quantizer.ids_to_latents(tokens)
+        codes = self.dequantize(tokens)
         return self.decoder(self.token_decoder.decode_map(self.post_quant(codes)))
 
     def forward(
@@ -287,9 +293,7 @@ class GigaTok(Tokenizer):
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
-        model = cls(**official.model_arguments(config, state_dict))
-        load_strictly(model, official.our_names(state_dict), source="the official state dict")
-        return model
+        return cls(**official.model_arguments(config, state_dict)).with_official_weights(official.our_names(state_dict))
 
 
 def _grid(size: tuple[int, int], stride: int) -> tuple[int, int]:

@@ -11,14 +11,15 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from vistok.checkpoints import OfficialCheckpoint, load_strictly, rename, with_averages
+from vistok.checkpoints import OfficialCheckpoint, rename
 from vistok.checkpoints.official_config import OfficialConfig
+from vistok.checkpoints.weights import first_stage
 from vistok.nn.conv import ConvDecoder, ConvEncoder
 from vistok.quantizers import IndexQuantizer
+from vistok.quantizers.named import chosen_quantizer
 from vistok.tokenizers.convolutional import ConvTokenizer
 
 F16 = (1, 1, 2, 2, 4)
-FIRST_STAGE = "first_stage_model."
 
 
 def _official(codebook_size: int) -> dict[str, Any]:
@@ -47,6 +48,8 @@ class IBQ(ConvTokenizer):
         position_weight, usage_weight: of both entropies in that term, see ``EntropyLoss``.
         dropout: inside the residual blocks, in training.
         norm_groups: groups of all group norms (32 in every released model); they must divide every width.
+        quantizer: another quantizer by name, {name: vq | lfq | bsq | fsq | index | multi_scale | multi_scale_bsq, …its
+            arguments}, for codes of ``codebook_embed_dim`` channels; what is said of codebooks above is of the own one.
 
     Raises:
         ValueError: sides that are no multiple of the stride, attention in a level that does not exist, or widths that
@@ -94,6 +97,7 @@ class IBQ(ConvTokenizer):
         usage_weight: float = 1.0,
         dropout: float = 0.0,
         norm_groups: int = 32,
+        quantizer: dict[str, Any] | None = None,
     ):
         super().__init__(image_size, in_channels, len(channel_mult))
         sizes = (channels, channel_mult, res_blocks)
@@ -101,12 +105,16 @@ class IBQ(ConvTokenizer):
         self.build(
             ConvEncoder(in_channels, z_channels, *sizes, **options),
             nn.Conv2d(z_channels, codebook_embed_dim, 1),
-            IndexQuantizer(
-                codebook_size,
+            chosen_quantizer(
+                quantizer,
                 codebook_embed_dim,
-                entropy_temperature=entropy_temperature,
-                position_weight=position_weight,
-                usage_weight=usage_weight,
+                lambda: IndexQuantizer(
+                    codebook_size,
+                    codebook_embed_dim,
+                    entropy_temperature=entropy_temperature,
+                    position_weight=position_weight,
+                    usage_weight=usage_weight,
+                ),
             ),
             nn.Conv2d(codebook_embed_dim, z_channels, 1),
             ConvDecoder(z_channels, in_channels, *sizes, **options),
@@ -116,15 +124,12 @@ class IBQ(ConvTokenizer):
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
         model = cls(**_arguments(config))
         names = our_names(state_dict, len(model.decoder.levels))
-        load_strictly(model, names, source="the official state dict")
-        return model
+        return model.with_official_weights(names)
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Of a training checkpoint the moving averages, as in the published scores, without the losses' networks; of a
-        generator's file the tokenizer inside it."""
-        inside = {key.removeprefix(FIRST_STAGE): t for key, t in state.items() if key.startswith(FIRST_STAGE)}
-        return with_averages({key: t for key, t in (inside or state).items() if not key.startswith("loss.")})
+        """Of a training file the moving averages, as in the published scores."""
+        return first_stage(state)
 
 
 WITHOUT_EFFECT = {

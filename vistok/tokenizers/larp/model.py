@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vistok.draws import Draws, Keys
+from vistok.losses.vit_discriminator import initialise
 from vistok.quantizers import StochasticQuantizer, VectorQuantizer
 from vistok.tokenizers.base import Tokenizer, image_sides, times
 from vistok.tokenizers.larp import official
@@ -163,7 +164,7 @@ class LARP(Tokenizer):
             typed=frozenset(types),
             norm_eps=norm_eps,
         )
-        self.apply(_initialise)
+        self.apply(initialise)
         # The first reconstruction is black.
         nn.init.zeros_(self.decoder.to_pixels.weight)
 
@@ -258,11 +259,3 @@ class LARP(Tokenizer):
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
         return official.build_tokenizer(cls, config, state_dict)
-
-
-def _initialise(module: nn.Module) -> None:
-    """Xavier-uniform weights (the patch convolution flattened to two dimensions) and no biases, as in the reference."""
-    if isinstance(module, nn.Linear | nn.Conv3d):
-        nn.init.xavier_uniform_(module.weight.flatten(1))
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

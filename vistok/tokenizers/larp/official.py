@@ -7,11 +7,11 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from vistok.checkpoints import CheckpointError, OfficialCheckpoint, fuse, load_strictly, rename
+from vistok.checkpoints import CheckpointError, Model, OfficialCheckpoint, fuse, load_strictly, rename
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.losses import ARPrior, ViTDiscriminator
 
-T = TypeVar("T", bound=nn.Module)
+T = TypeVar("T", bound=Model)
 
 LATENT_NORMS = {
     "none": "none",
@@ -43,8 +43,7 @@ def build_tokenizer(model_class: type[T], config: Mapping[str, Any], state_dict:
     state = {key: tensor for key, tensor in state_dict.items() if not key.startswith("prior_model.")}
     if config["bottleneck"]["args"].get("norm") == "ln_d_na":
         state = {key: tensor for key, tensor in state.items() if not key.startswith("bottleneck.norm_layer.")}
-    load_strictly(model, reshape(rename(state, OFFICIAL_NAMES), model), source="the official state dict")
-    return model
+    return model.with_official_weights(reshape(rename(state, OFFICIAL_NAMES), model))
 
 
 def tokenizer_arguments(config: Mapping[str, Any]) -> dict[str, Any]:

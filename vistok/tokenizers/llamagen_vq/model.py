@@ -11,11 +11,11 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from vistok.checkpoints import OfficialCheckpoint, load_strictly, rename
+from vistok.checkpoints import OfficialCheckpoint, rename
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.nn.conv import ConvDecoder, ConvEncoder
 from vistok.quantizers import VectorQuantizer
-from vistok.quantizers.named import build_quantizer
+from vistok.quantizers.named import chosen_quantizer
 from vistok.quantizers.vq import Gradient
 from vistok.tokenizers.convolutional import ConvTokenizer
 
@@ -51,8 +51,8 @@ class LlamaGenVQ(ConvTokenizer):
         entropy_temperature: temperature of the "entropy" loss term (0.01 in LlamaGen); None leaves the term out.
         codebook_restart_after: steps after which an unused code is moved onto a latent; 0 is never.
         quantizer_gradient: how the gradient passes the quantizer ("normalised" in LlamaGen); see ``VectorQuantizer``.
-        quantizer: another quantizer, {name: lfq | index | fsq | vq, ...its arguments}, for codes of
-            ``codebook_embed_dim`` channels; what is said of codebooks above is of LlamaGen's own.
+        quantizer: another quantizer by name, {name: vq | lfq | bsq | fsq | index | multi_scale | multi_scale_bsq, …its
+            arguments}, for codes of ``codebook_embed_dim`` channels; what is said of codebooks above is of the own one.
         dropout: inside the residual blocks, in training.
         norm_groups: groups of all group norms (32 in every released model); they must divide every width.
 
@@ -112,17 +112,19 @@ class LlamaGenVQ(ConvTokenizer):
         self.build(
             ConvEncoder(in_channels, z_channels, channels, encoder_channel_mult, res_blocks, **options),
             nn.Conv2d(z_channels, codebook_embed_dim, 1),
-            VectorQuantizer(
-                codebook_size,
+            chosen_quantizer(
+                quantizer,
                 codebook_embed_dim,
-                normalize=codebook_l2_norm,
-                gradient=quantizer_gradient,
-                init="uniform",
-                entropy_temperature=entropy_temperature,
-                restart_after=codebook_restart_after,
-            )
-            if quantizer is None
-            else build_quantizer(quantizer, codebook_embed_dim),
+                lambda: VectorQuantizer(
+                    codebook_size,
+                    codebook_embed_dim,
+                    normalize=codebook_l2_norm,
+                    gradient=quantizer_gradient,
+                    init="uniform",
+                    entropy_temperature=entropy_temperature,
+                    restart_after=codebook_restart_after,
+                ),
+            ),
             nn.Conv2d(codebook_embed_dim, z_channels, 1),
             ConvDecoder(z_channels, in_channels, channels, decoder_channel_mult, res_blocks, **options),
         )
@@ -144,8 +146,7 @@ class LlamaGenVQ(ConvTokenizer):
         )
         given.finish()
         state = {key: tensor for key, tensor in state_dict.items() if key != USAGE_COUNTER}
-        load_strictly(model, rename(state, OFFICIAL_NAMES), source="the official state dict")
-        return model
+        return model.with_official_weights(rename(state, OFFICIAL_NAMES))
 
 
 WITHOUT_EFFECT = {

@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from vistok.checkpoints import OfficialCheckpoint, load_strictly
+from vistok.checkpoints import OfficialCheckpoint
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.draws import Draws, Keys
 from vistok.quantizers.gaussian import LatentScale
@@ -243,6 +243,4 @@ class MingTok(Tokenizer):
         given = OfficialConfig(config, official.WITHOUT_EFFECT)
         arguments = official.arguments(given)
         given.finish()
-        model = cls(**arguments)
-        load_strictly(model, official.our_names(state_dict), source="the official state dict")
-        return model
+        return cls(**arguments).with_official_weights(official.our_names(state_dict))

@@ -11,9 +11,11 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from vistok.checkpoints import OfficialCheckpoint, load_strictly
+from vistok.checkpoints import OfficialCheckpoint
+from vistok.checkpoints.weights import first_stage
 from vistok.nn.conv import ConvDecoder, ConvEncoder
 from vistok.quantizers import LFQ
+from vistok.quantizers.named import chosen_quantizer
 from vistok.tokenizers.convolutional import ConvTokenizer
 from vistok.tokenizers.open_magvit2 import official
 from vistok.types import TokenSpec
@@ -35,6 +37,8 @@ class OpenMAGVIT2(ConvTokenizer):
         entropy_temperature: temperature of the "entropy" loss term; None leaves the term out.
         position_weight, usage_weight: of both entropies in that term, see ``EntropyLoss``.
         norm_groups: groups of all group norms (32 in every released model); they must divide every width.
+        quantizer: another quantizer by name, {name: vq | lfq | bsq | fsq | index | multi_scale | multi_scale_bsq, …its
+            arguments}, for codes of ``bits`` channels; what is said of codebooks above is of the own one.
 
     Raises:
         ValueError: sides that are no multiple of the stride, images of a single token, or widths that norm_groups does
@@ -73,6 +77,7 @@ class OpenMAGVIT2(ConvTokenizer):
         position_weight: float = 1.0,
         usage_weight: float = 1.0,
         norm_groups: int = 32,
+        quantizer: dict[str, Any] | None = None,
     ):
         super().__init__(image_size, in_channels, len(channel_mult))
         sizes = (channels, channel_mult, res_blocks)
@@ -85,11 +90,15 @@ class OpenMAGVIT2(ConvTokenizer):
         self.build(
             ConvEncoder(in_channels, bits, *sizes, **options, padding="around", out_kernel=1),
             nn.Identity(),
-            LFQ(
+            chosen_quantizer(
+                quantizer,
                 bits,
-                entropy_temperature=entropy_temperature,
-                position_weight=position_weight,
-                usage_weight=usage_weight,
+                lambda: LFQ(
+                    bits,
+                    entropy_temperature=entropy_temperature,
+                    position_weight=position_weight,
+                    usage_weight=usage_weight,
+                ),
             ),
             nn.Identity(),
             ConvDecoder(
@@ -109,12 +118,9 @@ class OpenMAGVIT2(ConvTokenizer):
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
         model = cls(**official.arguments(config))
-        load_strictly(
-            model, official.our_names(state_dict, len(model.decoder.levels)), source="the official state dict"
-        )
-        return model
+        return model.with_official_weights(official.our_names(state_dict, len(model.decoder.levels)))
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The moving averages where the file has them, as in the published scores; without the losses' networks."""
-        return official.tokenizer_part(state)
+        return first_stage(state)

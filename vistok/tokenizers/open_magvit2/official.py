@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vistok.checkpoints import rename, with_averages
+from vistok.checkpoints import rename
 from vistok.checkpoints.official_config import OfficialConfig
 
 F16, F8 = (1, 1, 2, 2, 4), (1, 2, 2, 4)
@@ -60,20 +60,6 @@ def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     given.require("ddconfig.dropout", 0.0, why="the reference's blocks have none")
     given.finish()
     return found
-
-
-def tokenizer_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of a training checkpoint the tokenizer's averaged weights; of a generator's file the tokenizer inside it.
-
-    Raises:
-        CheckpointError: averages of a part of the weights only.
-    """
-    inside = {key.removeprefix(FIRST_STAGE): t for key, t in state.items() if key.startswith(FIRST_STAGE)}
-    kept = {key: tensor for key, tensor in (inside or state).items() if not key.startswith("loss.")}
-    return with_averages(kept)
-
-
-FIRST_STAGE = "first_stage_model."
 
 
 def our_names(state: Mapping[str, Tensor], num_levels: int) -> dict[str, Tensor]:

@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from vistok.checkpoints import OfficialCheckpoint, load_strictly
+from vistok.checkpoints import OfficialCheckpoint
+from vistok.checkpoints.weights import first_stage
 from vistok.nn.causal_conv import CausalConv3d, CausalDepthToSpace, CausalDownsample
 from vistok.nn.conv import ConvDecoder, ConvEncoder
 from vistok.quantizers import LFQ
@@ -130,10 +131,9 @@ class OpenMAGVIT2Video(ConvTokenizer):
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
         model = cls(**official.arguments(config))
         names = official.our_names(official.without_wrappers(state_dict), len(model.decoder.levels))
-        load_strictly(model, names, source="the official state dict")
-        return model
+        return model.with_official_weights(names)
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The moving averages where the file has them, as in the published scores; without the losses' networks."""
-        return official.tokenizer_part(state)
+        return first_stage(state)

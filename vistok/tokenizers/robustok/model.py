@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from vistok.checkpoints import OfficialCheckpoint, load_strictly, rename
 from vistok.draws import Draws
 from vistok.quantizers import VectorQuantizer
+from vistok.quantizers.named import chosen_quantizer
+from vistok.quantizers.scaled import spec_of
 from vistok.tokenizers.base import Tokenizer, image_sides
 from vistok.tokenizers.robustok import official
 from vistok.tokenizers.robustok.networks import Backbone, Decoder, Encoder
@@ -39,6 +41,8 @@ class RobusTok(Tokenizer):
         codebook_l2_norm: compare and decode l2-normalised codes.
         codebook_restart_after: steps after which an unused code is moved onto a latent; 0 is never.
         drop_path: share of samples whose branch the last block leaves out in training; earlier ones have less.
+        quantizer: another quantizer by name, {name: vq | lfq | bsq | fsq | index | multi_scale | multi_scale_bsq, …its
+            arguments}, for codes of ``codebook_embed_dim`` channels; what is said of codebooks above is of the own one.
 
     Raises:
         ValueError: a size that patches do not divide, or a number of tokens that is no square.
@@ -75,6 +79,7 @@ class RobusTok(Tokenizer):
         codebook_l2_norm: bool = True,
         codebook_restart_after: int = 0,
         drop_path: float = 0.1,
+        quantizer: dict[str, Any] | None = None,
     ):
         super().__init__()
         height, width = image_sides(image_size)
@@ -90,15 +95,20 @@ class RobusTok(Tokenizer):
         self.decoder = Decoder(backbones[1], dim, patch_size, in_channels)
         self.pre_quant = nn.Linear(dim, codebook_embed_dim)
         self.post_quant = nn.Linear(codebook_embed_dim, dim)
-        self.quantizer = VectorQuantizer(
-            codebook_size,
+        self.quantizer = chosen_quantizer(
+            quantizer,
             codebook_embed_dim,
-            normalize=codebook_l2_norm,
-            gradient="normalised",
-            init="uniform",
-            restart_after=codebook_restart_after,
+            lambda: VectorQuantizer(
+                codebook_size,
+                codebook_embed_dim,
+                normalize=codebook_l2_norm,
+                gradient="normalised",
+                init="uniform",
+                restart_after=codebook_restart_after,
+            ),
         )
-        self._spec = TokenSpec(num_tokens, codebook_size, codebook_embed_dim, grid=(side, side))
+        plain = TokenSpec(num_tokens, self.quantizer.codebook_size, codebook_embed_dim, grid=(side, side))
+        self._spec = spec_of(self.quantizer, plain)
 
     @property
     def last_layer(self) -> Tensor:
@@ -114,16 +124,13 @@ class RobusTok(Tokenizer):
         return self.quantizer.encode(self.latents(pixels))
 
     def decode(self, tokens: Tensor, *, condition: Condition | None = None) -> Tensor:
-        """Ids (B, N) to pixels (B, C, H, W).
+        """Ids (B, N), or those of scales (see ``dequantize``), to pixels (B, C, H, W).
 
         Raises:
             ValueError: ids out of range, or not N of them.
         """
         self.check_condition(condition)
-        self.spec.check_ids(tokens)
-        if tokens.shape[1] != self.spec.length:
-            raise ValueError(f"this tokenizer decodes {self.spec.length} tokens at once, got {tokens.shape[1]}")
-        return self.decode_latents(self.quantizer.ids_to_latents(tokens))
+        return self.decode_latents(self.dequantize(tokens))
 
     def decode_latents(self, quantized: Tensor) -> Tensor:
         """Codes (B, N, code dim) to pixels (B, C, H, W)."""
@@ -158,9 +165,7 @@ class RobusTok(Tokenizer):
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
-        model = cls(**official.arguments(config))
-        load_strictly(model, official.our_names(state_dict), source="the official state dict")
-        return model
+        return cls(**official.arguments(config)).with_official_weights(official.our_names(state_dict))
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

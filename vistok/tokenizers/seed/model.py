@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.checkpoints import OfficialCheckpoint, load_strictly
+from vistok.checkpoints import OfficialCheckpoint
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.draws import Draws
 from vistok.quantizers import VectorQuantizer
@@ -294,6 +294,4 @@ class SEED(Tokenizer):
         given = OfficialConfig(config, official.without_effect(state_dict))
         arguments = official.arguments(given, state_dict)
         given.finish()
-        model = cls(**arguments)
-        load_strictly(model, official.our_names(state_dict), source="the official state dict")
-        return model
+        return cls(**arguments).with_official_weights(official.our_names(state_dict))

@@ -17,11 +17,13 @@ from typing import Any, ClassVar, Literal, Self, cast
 import torch
 from torch import Tensor
 
-from vistok.checkpoints import CheckpointError, OfficialCheckpoint, load_strictly
+from vistok.checkpoints import CheckpointError, OfficialCheckpoint
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.draws import Draws, Keys
 from vistok.quantizers import VectorQuantizer
 from vistok.quantizers.gaussian import GaussianLatents, gaussian_kl
+from vistok.quantizers.named import chosen_quantizer
+from vistok.quantizers.scaled import spec_of
 from vistok.tokenizers.base import Tokenizer, image_sides
 from vistok.tokenizers.titok import official
 from vistok.tokenizers.titok.networks import (
@@ -72,6 +74,8 @@ class TiTok(Tokenizer):
             decoder, which is a part of the model.
         codec: that codec's codebook and decoder; used by "codes" and "codec".
         latent_mean, latent_scale: of the standardised latents of "vae", see ``GaussianLatents``.
+        quantizer: another quantizer by name, {name: vq | lfq | bsq | fsq | index | multi_scale | multi_scale_bsq, …its
+            arguments}, for codes of ``token_dim`` channels; what is said of codebooks above is of the own one.
 
     Raises:
         ValueError: a size that patches do not divide, a decoder patch that is not the codec's stride, or an unknown
@@ -135,8 +139,11 @@ class TiTok(Tokenizer):
         codec: CodecConfig = CodecConfig(),  # noqa: B008 (immutable)
         latent_mean: float | tuple[float, ...] = 0.0,
         latent_scale: float | tuple[float, ...] = 1.0,
+        quantizer: dict[str, Any] | None = None,
     ):
         super().__init__()
+        if quantizer is not None and bottleneck == "vae":
+            raise ValueError("a bottleneck 'vae' has latents and no codes: leave quantizer out, or take 'vq'")
         encoder, decoder = as_dataclass(ViTConfig, encoder), as_dataclass(ViTConfig, decoder)
         codec = as_dataclass(CodecConfig, codec)
         _check_choice("bottleneck", bottleneck, ("vq", "vae"))
@@ -175,15 +182,20 @@ class TiTok(Tokenizer):
             self.quantizer = GaussianLatents(token_dim, latent_mean, latent_scale)
             self._spec = TokenSpec(num_tokens, None, token_dim)
         else:
-            self.quantizer = VectorQuantizer(
-                codebook_size,
+            self.quantizer = chosen_quantizer(
+                quantizer,
                 token_dim,
-                normalize=codebook_l2_norm,
-                gradient="normalised",
-                init="uniform",
-                clustering=codebook_clustering,
+                lambda: VectorQuantizer(
+                    codebook_size,
+                    token_dim,
+                    normalize=codebook_l2_norm,
+                    gradient="normalised",
+                    init="uniform",
+                    clustering=codebook_clustering,
+                ),
             )
-            self._spec = TokenSpec(num_tokens, codebook_size, token_dim)
+            plain = TokenSpec(num_tokens, self.quantizer.codebook_size, token_dim)
+            self._spec = spec_of(self.quantizer, plain)
 
     @property
     def loss_terms(self) -> tuple[str, ...]:
@@ -201,6 +213,10 @@ class TiTok(Tokenizer):
             return super().last_layer
         decoder: Any = self.head if self.renderer is None else self.renderer.decoder
         return decoder.conv_out.weight
+
+    @property
+    def gaussian(self) -> GaussianLatents:  # type: ignore[override]  # computed
+        return self.quantizer
 
     def latents(self, pixels: Tensor) -> Tensor:
         """Pixels (B, C, H, W) in [-1, 1] to what the encoder gives: (B, N, D), or (B, N, 2D) means and log-variances of
@@ -232,10 +248,12 @@ class TiTok(Tokenizer):
 
     def _from_tokens(self, tokens: Tensor) -> Tensor:
         """The decoder's input (B, N, D)."""
-        (self.spec.check_latents if self.has_posterior else self.spec.check_ids)(tokens)
+        if not self.has_posterior:
+            return self.dequantize(tokens)
+        self.spec.check_latents(tokens)
         if tokens.shape[1] != self.spec.length:
             raise ValueError(f"this tokenizer decodes {self.spec.length} tokens at once, got {tokens.shape[1]}")
-        return self.quantizer.restore(tokens) if self.has_posterior else self.quantizer.ids_to_latents(tokens)
+        return self.quantizer.restore(tokens)
 
     def decode_latents(self, latents: Tensor, condition: Condition | None = None) -> Tensor:
         """Codes or latents (B, N, D) to features of the decoder's patches, (B, P, W)."""
@@ -290,7 +308,7 @@ class TiTok(Tokenizer):
     def training_draws(self, keys: Keys) -> Draws:
         """ "posterior" (B, N, D) normal, of a "vae"."""
         if not self.has_posterior:
-            return {}
+            return super().training_draws(keys)
         return {"posterior": keys.normal("posterior", self.spec.length, self.spec.dim)}
 
     @torch.no_grad()
@@ -318,8 +336,7 @@ class TiTok(Tokenizer):
         model = cls(**arguments, output=output, codec=codec)
         given.finish()
         state = official.with_clustering(state_dict, arguments)
-        load_strictly(model, official.our_names(state, len(codec.channel_mult)), source="the official state dict")
-        return model
+        return model.with_official_weights(official.our_names(state, len(codec.channel_mult)))
 
 
 def _patches(size: Sequence[int], patch: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from vistok.checkpoints import OfficialCheckpoint, load_strictly
+from vistok.checkpoints import OfficialCheckpoint
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.tokenizers.titok import official
 from vistok.tokenizers.titok.model import Bottleneck, TiTok
@@ -154,5 +154,4 @@ class TATiTok(TiTok):
         )
         given.finish()
         state = official.with_clustering(state_dict, arguments)
-        load_strictly(model, official.our_names(state, 1), source="the official state dict")
-        return model
+        return model.with_official_weights(official.our_names(state, 1))

@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from vistok.checkpoints import OfficialCheckpoint, load_strictly
+from vistok.checkpoints import OfficialCheckpoint
 from vistok.draws import Draws
 from vistok.nn.conv import ConvDecoder, ConvEncoder
 from vistok.quantizers.multiscale import MultiScaleQuantizer, ScaleExpander
@@ -162,11 +162,6 @@ class VARVQ(Tokenizer):
         elif tokens.ndim != 3 or tokens.shape[2] != self.quantizer.dim:
             raise ValueError(f"code vectors must be (B, n, {self.quantizer.dim}), got {tuple(tokens.shape)}")
 
-    def codes(self) -> Tensor:
-        raise ValueError(
-            f"{type(self).__name__} has no codes that its quantized map is made of: a place of it is a sum of several"
-        )
-
     def expander(self) -> ScaleExpander:
         return ScaleExpander(self.quantizer)
 
@@ -199,6 +194,4 @@ class VARVQ(Tokenizer):
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
-        model = cls(**official.arguments(config))
-        load_strictly(model, official.our_names(state_dict), source="the official state dict")
-        return model
+        return cls(**official.arguments(config)).with_official_weights(official.our_names(state_dict))

@@ -15,15 +15,17 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from vistok.checkpoints import OfficialCheckpoint, load_strictly, rename
+from vistok.checkpoints import OfficialCheckpoint, rename
 from vistok.checkpoints.official_config import OfficialConfig
+from vistok.checkpoints.weights import without_losses
 from vistok.draws import Draws
 from vistok.losses.pixel import LogitLaplace
 from vistok.nn.attention import Attention
 from vistok.nn.mlp import MLP
 from vistok.nn.positions import sincos_2d
 from vistok.quantizers import ResidualQuantizer, VectorQuantizer
-from vistok.quantizers.named import build_quantizer
+from vistok.quantizers.named import chosen_quantizer
+from vistok.quantizers.scaled import spec_of
 from vistok.quantizers.vq import Gradient
 from vistok.tokenizers.base import Tokenizer, image_sides
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec, as_dataclass
@@ -62,7 +64,7 @@ def _official(size: dict[str, int]) -> dict[str, Any]:
     }
 
 
-class Block(nn.Module):
+class ViTVQGANBlock(nn.Module):
     """Pre-norm transformer block with a tanh feed-forward: (B, N, D) -> (B, N, D)."""
 
     def __init__(self, config: ViTConfig):
@@ -85,7 +87,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ViTConfig, grid: tuple[int, int]):
         super().__init__()
         self.positions = nn.Parameter(sincos_2d(grid, config.dim)[None], requires_grad=False)
-        self.blocks = nn.Sequential(*(Block(config) for _ in range(config.num_layers)))
+        self.blocks = nn.Sequential(*(ViTVQGANBlock(config) for _ in range(config.num_layers)))
         self.norm = nn.LayerNorm(config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,8 +108,8 @@ class ViTVQGAN(Tokenizer):
         entropy_temperature: offers the "entropy" loss term, with this softmax temperature; None does not.
         codebook_restart_after: steps after which an unused code is moved onto a latent; 0 is never.
         quantizer_gradient: how the gradient passes the quantizer ("raw" in ViT-VQGAN); see ``VectorQuantizer``.
-        quantizer: another quantizer, {name: lfq | index | fsq | vq, ...its arguments}, for codes of
-            ``codebook_embed_dim`` channels; what is said of codebooks above is of ViT-VQGAN's own.
+        quantizer: another quantizer by name, {name: vq | lfq | bsq | fsq | index | multi_scale | multi_scale_bsq, …its
+            arguments}, for codes of ``codebook_embed_dim`` channels; what is said of codebooks above is of the own one.
         in_channels: 3, or 1 for grey images.
         pixel_distribution: "point" predicts pixels; "logit_laplace" predicts mean and scale of a Laplace distribution
             in logit space (the paper's loss, after DALL-E, arXiv 2102.12092, appendix A.3).
@@ -179,28 +181,22 @@ class ViTVQGAN(Tokenizer):
         self.post_quant = nn.Linear(codebook_embed_dim, decoder.dim)
         if quantizer is not None and residual_depth > 1:
             raise ValueError(f"only ViT-VQGAN's own quantizer is residual; leave residual_depth {residual_depth} out")
-        vector_quantizer = (
-            VectorQuantizer(
+        one = chosen_quantizer(
+            quantizer,
+            codebook_embed_dim,
+            lambda: VectorQuantizer(
                 codebook_size,
                 codebook_embed_dim,
                 normalize=codebook_l2_norm,
                 gradient=quantizer_gradient,
                 entropy_temperature=entropy_temperature,
                 restart_after=codebook_restart_after,
-            )
-            if quantizer is None
-            else build_quantizer(quantizer, codebook_embed_dim)
+            ),
         )
+        self.quantizer = one if residual_depth == 1 else ResidualQuantizer(one, residual_depth)
         self.depth = residual_depth
-        self.quantizer = (
-            vector_quantizer if residual_depth == 1 else ResidualQuantizer(vector_quantizer, residual_depth)
-        )
-
-    @property
-    def spec(self) -> TokenSpec:
-        vector_quantizer = self.quantizer.quantizer if self.depth > 1 else self.quantizer
         h, w = self.grid
-        return TokenSpec(h * w, vector_quantizer.codebook_size, vector_quantizer.dim, depth=self.depth, grid=(h, w))
+        self._spec = spec_of(one, TokenSpec(h * w, one.codebook_size, one.dim, depth=residual_depth, grid=(h, w)))
 
     @property
     def loss_terms(self) -> tuple[str, ...]:
@@ -228,16 +224,13 @@ class ViTVQGAN(Tokenizer):
         return self.quantizer.encode(self.latents(pixels))
 
     def decode(self, tokens: Tensor, *, condition: Condition | None = None) -> Tensor:
-        """Ids (B, L[, depth]) to pixels (B, C, H, W).
+        """Ids (B, L[, depth]), or those of scales (see ``dequantize``), to pixels (B, C, H, W).
 
         Raises:
             ValueError: ids out of range, or not L of them.
         """
         self.check_condition(condition)
-        self.spec.check_ids(tokens)
-        if tokens.shape[1] != self.spec.length:
-            raise ValueError(f"this tokenizer decodes {self.spec.length} tokens at once, got {tokens.shape[1]}")
-        return self._point(self.decode_latents(self.quantizer.ids_to_latents(tokens)))
+        return self._point(self.decode_latents(self.dequantize(tokens)))
 
     def decode_latents(self, quantized: Tensor) -> Tensor:
         """Codes (B, L, code dim) to the decoder's raw output in the native range (B, C or 2C, H, W)."""
@@ -293,14 +286,12 @@ class ViTVQGAN(Tokenizer):
             in_channels=channels,
         )
         given.finish()
-        rules = OFFICIAL_NAMES if model.depth == 1 else [RESIDUAL_CODEBOOK, *OFFICIAL_NAMES]
-        load_strictly(model, rename(state_dict, rules), source="the official state dict")
-        return model
+        rules = OFFICIAL_NAMES if model.spec.depth == 1 else [RESIDUAL_CODEBOOK, *OFFICIAL_NAMES]
+        return model.with_official_weights(rename(state_dict, rules))
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Drop the training losses (LPIPS, discriminator) that a released file carries beside the model."""
-        return {key: tensor for key, tensor in state.items() if not key.startswith("loss.")}
+        return without_losses(state)
 
 
 WITHOUT_EFFECT = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vistok.config import ConfigError, nearest
+from vistok.config import ConfigError, suggestion
 from vistok.train.monitor import read_metrics
 
 HERE = Path(__file__).parent
@@ -19,11 +19,9 @@ def curve_file(name: str) -> Path:
     file = Path(name) if name.endswith(".jsonl") else HERE / f"{name}.jsonl"
     if not file.is_file():
         known = sorted(path.stem for path in HERE.glob("*.jsonl"))
-        guess = nearest(name, known)
-        hint = f"did you mean {guess!r}? " if guess else ""
         raise ConfigError(
-            f"curve: there is no reference curve {name!r}; {hint}give one of {', '.join(known)}, or the path of "
-            "another run's metrics.jsonl"
+            f"curve: there is no reference curve {name!r}{suggestion(name, known)} Give one of {', '.join(known)}, or "
+            "the path of another run's metrics.jsonl"
         )
     return file
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vistok.config import ConfigError, check
-from vistok.data.loader import Loader, no_samples
+from vistok.data.loader import no_samples
 from vistok.data.overlap import shared_tokens
 from vistok.data.pictures import grid
-from vistok.data.streams import KINDS, StreamConfig, Streams, stream_loader
+from vistok.data.streams import KINDS, StreamConfig, Streams, stream_evaluation_loader, stream_loader
 from vistok.data.tokens import TokenBatch, TokenCache, TokenMixture, token_evaluation_loader, token_loader
 from vistok.draws import Draws, Keys, draws_on
 from vistok.generators.base import Generator
@@ -84,7 +84,7 @@ class GeneratorLearner(Learner):
 
     def training_draws(self, keys: Keys) -> Draws:
         draws = self.model.training_draws(keys)
-        return draws if self.objective is None else draws | self.objective.training_draws(keys, self.model.spec.length)
+        return draws if self.objective is None else draws | self.objective.training_draws(keys, self.model)
 
 
 class GeneratorTask(Task):
@@ -104,7 +104,14 @@ class GeneratorTask(Task):
         self.classes = cache.classes if "labels" in condition.parts else ()
         spec = TokenSpec(**cache.spec)
         self.config, self.seed, self.length = config, config.seed, spec.length
+        self.cache_folder, self.parts = cache.folder, condition.parts
         kind = config.model_entry().load()
+        if config.streams:
+            self._check_streams(kind, condition)
+        self._open_loaders(cache, rank, world_size)
+        if config.streams and condition.given is not None:  # images of which a stream may take one by itself
+            reader: Any = self.loader.reader
+            condition = replace(condition, given=replace(condition.given, length=reader.given_length))
         derived = kind.condition_arguments(condition) | kind.tokenizer_arguments(self.tokenizer)
         model = config.build_model({"spec": to_json(spec), **derived})
         objective = None
@@ -113,30 +120,30 @@ class GeneratorTask(Task):
             self.changing_parameters = bool(list(objective.parameters()))
         self.learner = GeneratorLearner(model, objective)
         check(self.model.options_type, config.sampling, "sampling")
-        self.cache_folder, self.parts = cache.folder, condition.parts
-        processes = {"rank": rank, "world_size": world_size}
-        if config.streams:
-            self._check_streams(condition)
-            self.loader = stream_loader(
-                cache, config.streams, config.training.batch_size, seed=config.seed, **processes
-            )
-            self.held_out = no_samples()
-        else:
-            self.loader = token_loader(
-                cache, config.training.batch_size, seed=config.seed, parts=condition.parts, **processes
-            )
-            self.held_out = _held_out_tokens(config, cache, condition.parts)
 
-    def _check_streams(self, condition: ConditionSpec) -> None:
-        if not self.model.takes_streams:
+    def _check_streams(self, kind: type[Generator], condition: ConditionSpec) -> None:
+        if not kind.takes_streams:
             raise ConfigError(
-                f"{self.model.registry_name} reads no streams of texts and images; leave streams out, or take a "
-                "model that does"
+                f"{kind.registry_name} reads no streams of texts and images; leave streams out, or take a model that "
+                "does"
             )
-        if self.config.validation is not None or not self.config.objective.is_plain:
-            raise ConfigError("streams have their own loss, and no held-out ones: leave validation and objective out")
+        if not self.config.objective.is_plain:
+            raise ConfigError("streams have their own loss: leave objective out")
         if condition.ids is None:
             raise ConfigError("streams have texts, and these tokens have no ids; make them with --text-tokenizer")
+
+    def _open_loaders(self, cache: TokenMixture, rank: int, world_size: int) -> None:
+        held_out, seed = _held_out_tokens(self.config, cache, self.parts), self.config.seed
+        size, processes = self.config.training.batch_size, {"rank": rank, "world_size": world_size}
+        self.held_out = no_samples()
+        if streams := self.config.streams:
+            self.loader = stream_loader(cache, streams, size, seed=seed, **processes)
+            if held_out is not None:
+                self.held_out = stream_evaluation_loader(held_out, streams, size, seed=seed)
+        else:
+            self.loader = token_loader(cache, size, seed=seed, parts=self.parts, **processes)
+            if held_out is not None:
+                self.held_out = token_evaluation_loader(held_out, size, seed=seed, parts=self.parts)
 
     @property
     def model(self) -> Generator:
@@ -244,9 +251,10 @@ def _chosen_parts(cache: TokenMixture, chosen: Sequence[str] | None) -> Conditio
     return cache.condition_spec.only(parts)
 
 
-def _held_out_tokens(config: GeneratorRun, trained: TokenMixture, parts: Sequence[str]) -> Loader[TokenBatch]:
+def _held_out_tokens(config: GeneratorRun, trained: TokenMixture, parts: Sequence[str]) -> TokenCache | None:
+    """The cache that the run validates on, after checks that it goes with that which it trains on; None for none."""
     if config.validation is None or config.validation.tokens is None:
-        return no_samples()
+        return None
     cache = TokenCache(config.validation.tokens)
     cache.check_tokenizer(trained.tokenizer_hash)
     if cache.classes != trained.classes:
@@ -269,7 +277,7 @@ def _held_out_tokens(config: GeneratorRun, trained: TokenMixture, parts: Sequenc
         )
     if shared.found:
         log.warning("%s", shared)
-    return token_evaluation_loader(cache, config.training.batch_size, seed=config.seed, parts=parts)
+    return cache
 
 
 def _of_the_same_images(one: TokenCache, other: TokenCache) -> bool:

@@ -17,6 +17,7 @@ from vistok.data.loader import Loader, Source, batch_reader, check_failures, eva
 from vistok.data.opening import open_source
 from vistok.data.overlap import shared_images
 from vistok.data.sources import ImageSource
+from vistok.eval.reconstruction import decibels
 
 log = logging.getLogger(__name__)
 
@@ -79,4 +80,4 @@ def example_batch(source: Source, data: DataConfig, count: int = 8) -> ImageBatc
 def psnr(reconstruction: Tensor, target: Tensor) -> Tensor:
     """Mean over images of the PSNR in dB, for pixels in [-1, 1]; the reconstruction is clamped."""
     error = (reconstruction.clamp(-1, 1) - target).square().flatten(1).mean(1)
-    return (10 * torch.log10(4 / error.clamp_min(1e-12))).mean()
+    return decibels(error.clamp_min(1e-12), data_range=2.0).mean()

@@ -1,25 +1,26 @@
-"""What a generator of ids, one after another, is trained to predict: the next token, all later ones, or hidden ones.
+"""What a generator is trained to predict, and from which context.
 
-TokenUnify (Chen et al., arXiv 2405.16847) trains one network by these three predictions; here they are of ids, and one
-of them is drawn for each batch. Scheduled sampling (Bengio et al., arXiv 1506.03099) feeds a share of tokens that the
-model itself draws, in one extra pass for all of them, as Mihaylova & Martins do for transformers (arXiv 1906.07651).
-Samplers do not change: of all this only the model is exported.
+TokenUnify (Chen et al., arXiv 2405.16847) trains one network to predict the next token, all later ones, and hidden
+ones; here they are of ids, and one of these predictions is drawn for each batch. Scheduled sampling (Bengio et al.,
+arXiv 1506.03099) feeds a share of tokens that the model itself draws, in one extra pass for all of them, as Mihaylova &
+Martins do for transformers (arXiv 1906.07651). Any generator takes such a context; a mixture of predictions takes one
+that predicts an id after another. Samplers do not change: of all this only the model is exported.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vistok.config import ConfigError, check_least
-from vistok.draws import Draws, Keys, inverse_cdf
+from vistok.draws import Draws, Keys
 from vistok.generators.base import Generator
-from vistok.generators.engine.autoregressive import AutoregressiveGenerator
+from vistok.generators.engine.autoregressive import AutoregressiveGenerator, OrderedEntries
 from vistok.types import Clock, Condition, Expands, GeneratorOutput
 
 Prediction = Literal["next", "next_all", "random"]
@@ -62,7 +63,10 @@ class PredictionConfig:
         next_all_targets: how many of the later tokens each position predicts, drawn anew; 0 is all of them.
         masked: share of the tokens that ``random`` leaves out.
         scheduled_sampling: of the context of ``next`` and ``next_all``; None feeds the data alone.
-        token_noise: share of that context that is any id instead.
+        token_noise: share of that context that is any id instead; of latents, which are standardised, normal noise.
+
+    What a context is follows from the model: the tokens before, of all scales before, whole entities (xAR), or the
+    tokens that are not masked (MAR, MaskGIT), which then are replaced alone.
     """
 
     next: Share = 1.0
@@ -93,6 +97,11 @@ class PredictionConfig:
         """Whether this is the generator's own training."""
         return self == PredictionConfig(next_all_targets=self.next_all_targets, masked=self.masked)
 
+    @property
+    def mixed(self) -> list[Prediction]:
+        """The predictions beside the next token."""
+        return [name for name in NAMES[1:] if self.uses(name)]
+
     def uses(self, name: Prediction) -> bool:
         return any(_at(getattr(self, name), end) > 0 for end in (0.0, 1.0))
 
@@ -116,26 +125,30 @@ class PredictionObjective(nn.Module):
         max_steps: of the run.
 
     Raises:
-        ConfigError: a generator that does not predict one id after another in raster order.
+        ConfigError: a mixture for a generator that does not predict one id after another, or a generator that takes no
+            context.
     """
 
     def __init__(self, model: Generator, config: PredictionConfig, seed: int, max_steps: int):
         super().__init__()
-        if not isinstance(model, AutoregressiveGenerator) or not model.trains_in_sequence:
-            changed = [f.name for f in fields(config) if getattr(config, f.name) != f.default]
+        name = type(model).__name__
+        if config.mixed and model.only_next:
             raise ConfigError(
-                f"objective.{changed[0]}: {type(model).__name__} does not predict one id after another in raster order "
-                "in training, and has an objective of its own; leave the section out"
+                f"objective.{config.mixed[0]}: {name} cannot learn it: {model.only_next}. Leave next_all and random "
+                "out; scheduled_sampling and token_noise remain"
             )
+        if not model.takes_context:
+            raise ConfigError(f"objective: the training pass of {name} takes no context; leave the section out")
         self.config, self.seed, self.max_steps = config, seed, max_steps
-        length = model.spec.length
-        dim = model.blocks[0].attn.head_dim * model.blocks[0].attn.num_heads
         self.target_positions = self.look_ahead = self.mask = None
-        if config.uses("next_all"):
-            self.target_positions = nn.Parameter(torch.randn(length, dim) * 0.02)
-            self.look_ahead = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-        if config.uses("random"):
-            self.mask = nn.Parameter(torch.randn(dim) * 0.02)
+        if config.mixed:
+            attention = cast(AutoregressiveGenerator, model).blocks[0].attn
+            dim = attention.head_dim * attention.num_heads
+            if config.uses("next_all"):
+                self.target_positions = nn.Parameter(torch.randn(model.spec.length, dim) * 0.02)
+                self.look_ahead = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+            if config.uses("random"):
+                self.mask = nn.Parameter(torch.randn(dim) * 0.02)
 
     def choose(self, step: int) -> Prediction:
         """The prediction of the batch of a step, the same on all processes."""
@@ -147,135 +160,163 @@ class PredictionObjective(nn.Module):
             drawn -= share
         return next(name for name, share in reversed(list(zip(NAMES, shares))) if share > 0)  # but for rounding
 
-    def training_draws(self, keys: Keys, length: int) -> Draws:
-        """What ``forward`` draws from at the step of ``keys``, uniform numbers by name."""
-        chosen, draws = self.choose(keys.step), {}
+    def training_draws(self, keys: Keys, model: Generator) -> Draws:
+        """What ``forward`` draws from at the step of ``keys``, by name."""
+        chosen, length = self.choose(keys.step), model.spec.length
+        draws: Draws = {}
         if chosen == "random":
-            return {"masked": keys.uniform("objective masked", length)}
+            return {"hidden": keys.uniform("objective masked", length)}
         if chosen == "next_all" and self.config.next_all_targets:
             draws["targets"] = keys.uniform("objective targets", length, self.config.next_all_targets)
+        shape = model.context_shape
         if self.config.scheduled_sampling is not None:
-            draws["own"] = keys.uniform("objective own", length, 2)
+            draws |= {"replaced": keys.uniform("objective replaced", shape[0])} | model.own_draws(keys)
         if self.config.token_noise:
-            draws["any"] = keys.uniform("objective any", length, 2)
+            draws["noised"] = keys.uniform("objective noised", shape[0])
+            draws["any"] = (keys.uniform if model.spec.discrete else keys.normal)("objective any", *shape)
         return draws
 
     def forward(
         self,
-        model: AutoregressiveGenerator,
+        model: Generator,
         tokens: Tensor,
         condition: Condition,
         clock: Clock,
         draws: Draws,
         tokenizer: Expands | None = None,
     ) -> GeneratorOutput:
-        """The loss of tokens (B, L), in nats per token, and its value by the prediction's name among the metrics."""
+        """The loss of tokens (B, L[, D]), and its value by the prediction's name among the metrics."""
         chosen = self.choose(clock.step)
         if chosen == "random":
-            output = self._random(model, tokens, _dropped(model, condition, draws), draws["masked"])
+            output = self._random(cast(AutoregressiveGenerator, model), tokens, condition, draws)
         else:
-            context = self.context(model, tokens, condition, clock, draws)
+            context = self.context(model, tokens, condition, clock, draws, tokenizer)
             if chosen == "next":
                 output = model(tokens, condition, draws=draws, clock=clock, tokenizer=tokenizer, context=context)
             else:
-                given = tokens if context is None else context
-                output = self._next_all(model, tokens, given, _dropped(model, condition, draws), draws.get("targets"))
+                output = self._next_all(cast(AutoregressiveGenerator, model), tokens, context, condition, draws)
         output.metrics = output.metrics | {f"{chosen}_loss": output.loss.detach()}
         return output
 
     def context(
-        self, model: AutoregressiveGenerator, tokens: Tensor, condition: Condition, clock: Clock, draws: Draws
+        self,
+        model: Generator,
+        tokens: Tensor,
+        condition: Condition,
+        clock: Clock,
+        draws: Draws,
+        tokenizer: Expands | None = None,
     ) -> Tensor | None:
-        """The ids (B, L) that are fed in place of tokens (B, L); None where these are fed."""
+        """What is fed in place of tokens (B, L[, D]), of the form of ``Generator.context_of``; None for themselves."""
         context = None
         scheduled = self.config.scheduled_sampling
         share = 0.0 if scheduled is None else scheduled.at(clock.progress)
         if share > 0:
+            replaced = model.replaced(draws["replaced"], share, draws)
             with torch.no_grad():
-                logits = model.logits(tokens, _dropped(model, condition, draws))
-                numbers = draws["own"][..., 1].flatten()
-                own = inverse_cdf(logits.softmax(-1).flatten(0, 1), numbers).clamp_max(logits.shape[-1] - 1)
-            context = torch.where(draws["own"][..., 0] < share, own.view_as(tokens), tokens)
+                own = model.own_tokens(tokens, replaced, condition, draws, tokenizer)
+            context = _where(replaced, own, model.context_of(tokens))
         if self.config.token_noise:
-            size = model.spec.num_ids
-            noise = (draws["any"][..., 1] * size).long().clamp_max(size - 1)
-            given = tokens if context is None else context
-            context = torch.where(draws["any"][..., 0] < self.config.token_noise, noise, given)
+            noise = draws["any"]
+            if model.spec.discrete:
+                noise = (noise * model.spec.num_ids).long().clamp_max(model.spec.num_ids - 1)
+            given = model.context_of(tokens) if context is None else context
+            context = _where(model.replaced(draws["noised"], self.config.token_noise, draws), noise, given)
         return context
 
-    def next_all_logits(self, model: AutoregressiveGenerator, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Logits (B, L, m, V) of the tokens at the places targets (B or 1, L, m), from hidden states (B, L, D) each."""
+    def next_all_logits(
+        self, model: AutoregressiveGenerator, hidden: Tensor, places: Tensor, wanted: Tensor
+    ) -> list[Tensor]:
+        """Logits (B, L, m, V_p), of each part of ids, of tokens at places (B or 1, L, m), from hidden states (B, L, D).
+
+        Args:
+            wanted: (B, L, m), the tokens; an id in parts is predicted part by part.
+        """
         if self.target_positions is None or self.look_ahead is None:
             raise ValueError("this run predicts no tokens after the next")
-        x = hidden[:, :, None] + self.target_positions[targets]
-        return model.head(hidden[:, :, None] + self.look_ahead(x))
+        ahead = hidden[:, :, None] + self.look_ahead(hidden[:, :, None] + self.target_positions[places])
+        parts = model.target_logits(ahead.flatten(1, 2), wanted.flatten(1))
+        return [logits.unflatten(1, wanted.shape[1:]) for logits in parts]
 
     def _next_all(
         self,
         model: AutoregressiveGenerator,
         tokens: Tensor,
-        context: Tensor,
+        context: Tensor | None,
         condition: Condition,
-        uniforms: Tensor | None,
+        draws: Draws,
     ) -> GeneratorOutput:
         """The mean over positions k of the mean over targets j >= k of the cross entropy of token j, given those before
-        k."""
-        hidden, length = _hidden(model, context, condition), tokens.shape[1]
-        first = torch.arange(length, device=tokens.device)
+        k, in the order in which the model predicts."""
+        condition = model.drop_condition(condition, draws)
+        entries = model.ordered_entries(tokens if context is None else context, condition, draws)
+        hidden, length = _hidden(model, entries, condition), tokens.shape[1]
+        first, uniforms = torch.arange(length, device=tokens.device), draws.get("targets")
         if uniforms is None:
-            targets = first.expand(1, length, length)
+            targets = first.expand(len(tokens), length, length)
             counted = (targets >= first[:, None]).float()
         else:
             left = (length - first)[:, None]
             targets = first[:, None] + (uniforms * left).long().clamp_max(left - 1)  # (B, L, m)
             counted = torch.ones_like(uniforms)
-        logits = self.next_all_logits(model, hidden, targets)
-        wanted = tokens[:, None].expand(-1, length, -1).gather(2, targets.expand(len(tokens), -1, -1))
-        losses = F.cross_entropy(logits.movedim(-1, 1), wanted, reduction="none")  # (B, L, m)
+        order = entries.order.expand(len(tokens), -1)
+        places = order.gather(1, targets.flatten(1)).view_as(targets)
+        wanted = tokens.gather(1, places.flatten(1)).view_as(targets)
+        logits = self.next_all_logits(model, hidden, places, wanted)
+        losses = _cross_entropy(model, logits, wanted)  # (B, L, m)
         loss = ((losses * counted).sum(2) / counted.sum(2)).mean()
-        return GeneratorOutput(loss, logits)
+        return GeneratorOutput(loss, torch.cat(logits, -1))
 
     def _random(
-        self, model: AutoregressiveGenerator, tokens: Tensor, condition: Condition, uniforms: Tensor
+        self, model: AutoregressiveGenerator, tokens: Tensor, condition: Condition, draws: Draws
     ) -> GeneratorOutput:
         """The mean cross entropy of tokens that are left out, given all others: attention goes both ways.
 
-        The last token is never fed, so that it always counts as left out.
+        The token that the model predicts last is never fed, so that it always counts as left out.
         """
-        masked = uniforms < self.config.masked
+        condition = model.drop_condition(condition, draws)
+        chosen = draws["hidden"] < self.config.masked
+        entries = model.ordered_entries(tokens.masked_fill(chosen, 0), condition, draws)
+        order = entries.order.expand(len(tokens), -1)
+        masked, wanted = chosen.gather(1, order), tokens.gather(1, order)
         masked[:, -1] = True
-        hidden = _hidden(model, tokens, condition, masked=masked, mask_vector=self.mask)
-        logits = model.head(hidden)
-        losses = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none") * masked
-        return GeneratorOutput((losses.sum(1) / masked.sum(1)).mean(), logits)
+        hidden = _hidden(model, entries, condition, masked=masked, mask_vector=self.mask)
+        logits = model.target_logits(hidden, wanted)
+        losses = _cross_entropy(model, logits, wanted) * masked
+        return GeneratorOutput((losses.sum(1) / masked.sum(1)).mean(), torch.cat(logits, -1))
 
 
-def _dropped(model: AutoregressiveGenerator, condition: Condition, draws: Draws) -> Condition:
-    return condition.drop(draws["drop"] < model.condition_dropout) if "drop" in draws else condition
+def _where(chosen: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """``one`` (B, N[, D]) where chosen (B, N) is True, else ``other``."""
+    return torch.where(chosen if other.ndim == 2 else chosen[..., None], one.to(other), other)
+
+
+def _cross_entropy(model: AutoregressiveGenerator, logits: list[Tensor], ids: Tensor) -> Tensor:
+    """Nats (...) of ids (...), the sum over their parts, each with logits (..., V_p)."""
+    parts = zip(logits, model.split_ids(ids), strict=True)
+    return torch.stack([F.cross_entropy(x.movedim(-1, 1), part, reduction="none") for x, part in parts]).sum(0)
 
 
 def _hidden(
     model: AutoregressiveGenerator,
-    ids: Tensor,
+    entries: OrderedEntries,
     condition: Condition,
     *,
     masked: Tensor | None = None,
     mask_vector: Tensor | None = None,
 ) -> Tensor:
-    """The hidden states (B, L, D) that ids (B, L) are predicted from, the k-th fed those before k.
+    """The hidden states (B, L, D) that tokens are predicted from, in order, the k-th fed those before the k-th.
 
     Args:
-        masked: (B, L), which ids are not seen, an entry with ``mask_vector`` in their place; attention goes both ways.
+        masked: (B, L), which tokens are not seen, with ``mask_vector`` on their entries; attention goes both ways.
     """
-    given = ids if masked is None else ids.masked_fill(masked, 0)
-    x, first = model.embed_sequence(given[:, :-1], condition), model.condition_length
-    length = x.shape[1]
+    x, length = entries.x, entries.x.shape[1]
     mask = model.attention_mask(condition, 0, length)
     if masked is not None and mask_vector is not None:
-        shift = masked[:, :-1, None] * mask_vector
-        x = torch.cat([x[:, :first], x[:, first:] + shift], 1)
+        shift = torch.zeros_like(x)
+        shift[:, entries.tokens] = (masked[:, :-1, None] * mask_vector).to(x)
+        x = x + shift
         # The last entry sees all that may be seen.
-        mask = torch.ones(1, 1, 1, length, dtype=torch.bool, device=ids.device) if mask is None else mask[:, :, -1:]
+        mask = torch.ones(1, 1, 1, length, dtype=torch.bool, device=x.device) if mask is None else mask[:, :, -1:]
         mask = mask.expand(-1, -1, length, -1)
-    hidden = model.transform(x, slice(0, length), mask, None, *model.condition_state(condition))
-    return hidden[:, first - 1 :]
+    return model.transform(x, entries.positions, mask, None, *model.condition_state(condition))[:, entries.states]

@@ -1,0 +1,153 @@
+"""Folders that take long to fill: each has one writer, a record of what its files depend on, and can be gone on with
+after a death.
+
+``collected`` is for folders that appear when they are whole: until then the files lie in ``TARGET.unfinished/``, and
+``--resume`` goes on. ``continued`` is for folders that the same command may add to at any time: they have their name
+from the beginning. Files inside are written atomically, so that one that exists is whole.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from vistok.utils.files import atomic_folder, read_json, remove_leftovers, write_json
+from vistok.utils.locks import holds_files, locked
+from vistok.utils.processes import ALONE, Processes
+
+SETTINGS = "unfinished.json"
+"""The record in a collected folder, until it is whole."""
+PLAN = "plan.json"
+"""The record in a continued folder, which stays."""
+
+
+class ResumeError(ValueError):
+    """There is nothing to go on with, or what is there was begun with other settings."""
+
+
+@contextmanager
+def collected(
+    target: Path,
+    settings: Mapping[str, Any],
+    *,
+    resume: bool,
+    processes: Processes = ALONE,
+    hopeless: type[Exception] | tuple[()] = (),
+) -> Iterator[Path]:
+    """The folder in which the files of ``target`` are collected: a new one, or the one that a killed run left. When the
+    block ends it gets its name; an error removes it while it holds no file, and otherwise says how to go on.
+
+    Args:
+        settings: everything that the files depend on, as JSON values.
+        resume: go on with what a killed run left.
+        processes: those that fill it together; all of them must come here.
+        hopeless: the error that would come again with the same data.
+
+    Raises:
+        FileExistsError: ``target`` is there and not an empty folder; or an unfinished one is, and ``resume`` is False.
+        ResumeError: nothing to resume, or something else.
+        FolderInUseError: another process fills it.
+    """
+    with _one_writer(target, processes):
+        folder = unfinished(target)
+        if processes.is_first:
+            _begin(target, settings, resume=resume)
+        processes.wait()
+        try:
+            yield folder
+        except BaseException as error:
+            if processes.count == 1 and not _is_begun(folder):
+                shutil.rmtree(folder)
+            elif isinstance(error, hopeless):
+                error.add_note(f"Repaired images are other data: remove {folder} and begin anew.")
+            else:
+                error.add_note(f"What is finished lies in {folder}: once the cause is removed, go on with --resume.")
+            raise
+        if processes.is_first:
+            _publish(target)
+        processes.wait()
+
+
+@contextmanager
+def continued(folder: Path, settings: Mapping[str, Any], *, processes: Processes = ALONE) -> Iterator[Path]:
+    """A folder that keeps its record: the same settings go on in it, and files of two settings never mix.
+
+    Args:
+        settings: everything that all files depend on, as JSON values.
+        processes: those that fill it together; all of them must come here.
+
+    Raises:
+        ResumeError: it was begun with other settings, its record is damaged, or it holds something else.
+        FolderInUseError: another process fills it.
+    """
+    with _one_writer(folder, processes):
+        if processes.is_first:
+            if (folder / PLAN).exists():
+                _check(folder, PLAN, settings)
+            elif folder.is_dir() and holds_files(folder):
+                raise ResumeError(f"{folder} holds other files; choose a new folder")
+            else:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_json(folder / PLAN, settings)
+        processes.wait()
+        try:
+            yield folder
+        except BaseException as error:
+            error.add_note(f"What is finished lies in {folder}: the same command goes on from there.")
+            raise
+
+
+def unfinished(target: Path) -> Path:
+    """Where the files of ``target`` are collected."""
+    return target.with_name(f"{target.name}.unfinished")
+
+
+def _one_writer(folder: Path, processes: Processes) -> Any:
+    return locked(folder) if processes.is_first else nullcontext()
+
+
+def _begin(target: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
+    (target / SETTINGS).unlink(missing_ok=True)  # left by a process that was killed when all was there
+    if target.exists() and (not target.is_dir() or holds_files(target)):
+        raise FileExistsError(f"{target} exists already and is not empty; choose another folder or remove it first")
+    folder = unfinished(target)
+    if resume:
+        if not (folder / SETTINGS).is_file():
+            raise ResumeError(f"nothing to resume: there is no {folder}; start without --resume")
+        _check(folder, SETTINGS, settings)
+        remove_leftovers(folder)
+    elif folder.exists():
+        raise FileExistsError(f"{folder} is of a run that did not finish; go on with --resume, or remove it first")
+    else:
+        with atomic_folder(folder) as temporary:
+            write_json(temporary / SETTINGS, settings)
+
+
+def _is_begun(folder: Path) -> bool:
+    """Whether there is any file in it beside the record."""
+    return any(path.is_file() and path != folder / SETTINGS for path in folder.rglob("*"))
+
+
+def _check(folder: Path, record: str, settings: Mapping[str, Any]) -> None:
+    """Raise ResumeError unless the record in a folder is of these settings."""
+    try:
+        saved = read_json(folder / record)
+        wrong = [key for key in {**settings, **saved} if saved.get(key) != settings.get(key)]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ResumeError(f"{folder / record} is damaged ({error}); remove {folder} and begin again") from error
+    if wrong:
+        raise ResumeError(
+            f"{folder} was begun with another {', '.join(wrong)}: {wrong[0]} was {saved.get(wrong[0])!r} and is now "
+            f"{settings.get(wrong[0])!r}. Go on with the same, remove the folder, or choose another one"
+        )
+
+
+def _publish(target: Path) -> None:
+    """Give the finished folder its name."""
+    if target.exists():
+        target.rmdir()  # an empty folder, which not every system replaces
+    unfinished(target).rename(target)
+    (target / SETTINGS).unlink()
