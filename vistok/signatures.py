@@ -270,13 +270,13 @@ def _adapter(annotation: Any) -> TypeAdapter[Any]:
 
 def _strict(annotation: Any) -> Any:
     """Forbid conversions between scalars, wherever they stand in the annotation, but not list -> tuple."""
-    from pydantic import InstanceOf, Strict
+    from pydantic import Strict
 
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation in (int, float, bool, str):
         return typing.Annotated[annotation, Strict()]
     if inspect.isclass(annotation) and dataclasses.is_dataclass(annotation):
-        return typing.Annotated[annotation, InstanceOf()]
+        return typing.Annotated[Any, _instance_validator(annotation)]
     if origin is Literal:
         return typing.Annotated[annotation, _literal_validator(arguments)]
     if origin is None or origin is typing.Annotated or not arguments:
@@ -286,6 +286,18 @@ def _strict(annotation: Any) -> Any:
     if origin in (tuple, list, set, dict, Sequence, Mapping):
         return origin[tuple(argument if argument is ... else _strict(argument) for argument in arguments)]
     return annotation
+
+
+def _instance_validator(kind: type) -> Any:
+    """A validator that takes what is a ``kind`` already."""
+    from pydantic import PlainValidator
+
+    def same(value: Any) -> Any:
+        if not isinstance(value, kind):
+            raise ValueError(f"no {kind.__name__}")
+        return value
+
+    return PlainValidator(same)
 
 
 def _literal_validator(choices: tuple[Any, ...]) -> Any:

@@ -137,7 +137,7 @@ class TokenSpec:
         """
         if not self.discrete:
             raise ValueError("this tokenizer has continuous latents; it takes no ids")
-        if ids.is_floating_point():
+        if ids.is_floating_point() or ids.dtype == torch.bool:
             raise ValueError(
                 f"token ids must be integers, got {ids.dtype}; continuous latents do not fit this codebook"
             )
@@ -331,6 +331,21 @@ class Expander(ABC):
 
         Where steps have several tokens, those of all steps but the first, which has none before it.
         """
+
+    def correct(self, latents: Tensor, draws: Mapping[str, Tensor] | None, most: float) -> tuple[Tensor, Tensor]:
+        """Inputs as of ``expand`` and the ids (B, L) to predict, of the latents (B, h * w, D) that ids of scales are
+        made of, whose bits are partly turned: bitwise self-correction.
+
+        Args:
+            draws: "flips" (B, L, D) and "strengths" (B, S); None turns none.
+            most: the probability with which a bit is turned, at most.
+
+        Raises:
+            ValueError: a quantizer whose ids are no bits.
+        """
+        raise ValueError(
+            "these tokens are no bits: self-correction needs a tokenizer with the quantizer multi_scale_bsq"
+        )
 
     @abstractmethod
     def step(self, tokens: Tensor) -> Tensor:

@@ -141,7 +141,7 @@ def test_images_of_another_size_and_other_numbers_of_tokens_are_refused():
     model = tiny("gigatok")
     with pytest.raises(ValueError, match="16x16"):
         model.encode(torch.zeros(1, 3, 32, 32))
-    with pytest.raises(ValueError, match="8 tokens, got 4"):
+    with pytest.raises(ValueError, match="8 tokens at once, got 4"):
         model.decode(torch.zeros(1, 4, dtype=torch.int64))
 
 

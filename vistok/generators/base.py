@@ -77,6 +77,9 @@ class Generator(Model):
     needs_tokenizer: ClassVar[bool] = False
     """Whether ``forward`` and ``start`` need the tokenizer, whose ``expander`` makes the inputs of the transformer."""
 
+    reads_latents: bool = False
+    """Whether it trains on the latents that its ids are made of, for bitwise self-correction."""
+
     takes_streams: ClassVar[bool] = False
     """Whether ``forward`` takes streams of texts and images (``Streams``) in place of tokens, too."""
 

@@ -25,6 +25,7 @@ from vistok.draws import Draws, Keys
 from vistok.generators.base import weighted_mean
 from vistok.generators.engine.continuous import ContinuousGenerator
 from vistok.generators.ming_univision import official
+from vistok.generators.ming_univision.context import ALWAYS, IMAGE, TEXT, Context, Prompt, attention_mask
 from vistok.generators.ming_univision.language_model import LanguageModel
 from vistok.generators.ming_univision.networks import (
     EPS,
@@ -36,18 +37,7 @@ from vistok.generators.ming_univision.networks import (
     projection,
 )
 from vistok.generators.ming_univision.reading import Reading, StreamReader, expanded
-from vistok.generators.ming_univision.sampling import (
-    ALWAYS,
-    IMAGE,
-    TEXT,
-    Context,
-    MingOptions,
-    MingSession,
-    Prompt,
-    attention_mask,
-    noise_of,
-    write_text,
-)
+from vistok.generators.ming_univision.sampling import MingOptions, MingSession, noise_of, write_text
 from vistok.guidance import OFF
 from vistok.types import (
     Clock,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vistok.data.streams import KINDS, Streams
-from vistok.generators.ming_univision.sampling import ALWAYS, IMAGE, TEXT
+from vistok.generators.ming_univision.context import ALWAYS, IMAGE, TEXT
 from vistok.types import Expander, JointVocabulary
 
 TEXT_ID, IMAGE_ID = KINDS.index("text"), KINDS.index("image")

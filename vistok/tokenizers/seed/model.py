@@ -21,10 +21,11 @@ from vistok.checkpoints import OfficialCheckpoint
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.draws import Draws
 from vistok.quantizers import VectorQuantizer
-from vistok.tokenizers.base import Tokenizer, image_sides
+from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.seed import official
 from vistok.tokenizers.seed.networks import PositionedBlocks, QFormer, Tower, TowerConfig, bottleneck, narrowing
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec, as_dataclass
+from vistok.utils.sides import image_sides
 
 
 class SEED(Tokenizer):

@@ -24,7 +24,7 @@ from vistok.quantizers import VectorQuantizer
 from vistok.quantizers.gaussian import GaussianLatents, gaussian_kl
 from vistok.quantizers.named import chosen_quantizer
 from vistok.quantizers.scaled import spec_of
-from vistok.tokenizers.base import Tokenizer, image_sides
+from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.titok import official
 from vistok.tokenizers.titok.networks import (
     BASE,
@@ -42,6 +42,7 @@ from vistok.tokenizers.titok.networks import (
 )
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec, as_dataclass
 from vistok.utils.devices import without_autocast
+from vistok.utils.sides import image_sides
 
 Bottleneck = Literal["vq", "vae"]
 Output = Literal["pixels", "codes", "codec"]

@@ -118,6 +118,7 @@ class GeneratorTask(Task):
         if not config.objective.is_plain:
             objective = PredictionObjective(model, config.objective, config.seed, config.training.max_steps)
             self.changing_parameters = bool(list(objective.parameters()))
+        _check_content(model, cache, config.objective)
         self.learner = GeneratorLearner(model, objective)
         check(self.model.options_type, config.sampling, "sampling")
 
@@ -183,7 +184,10 @@ class GeneratorTask(Task):
     @torch.no_grad()
     def show(self, batch: TokenBatch) -> Tensor:
         condition = self.tokenizer.own_condition(batch.condition)
-        return self.tokenizer.eval().decode(_image_tokens(batch.tokens, self.length), condition=condition).clamp(-1, 1)
+        tokens = _image_tokens(batch.tokens, self.length)
+        if self.model.reads_latents:
+            tokens = self.tokenizer.quantizer.encode(tokens)
+        return self.tokenizer.eval().decode(tokens, condition=condition).clamp(-1, 1)
 
     def pipeline(self, model: Generator) -> Pipeline:
         return Pipeline(self.tokenizer, model, class_names=self.classes, sampling=self.config.sampling)
@@ -229,6 +233,26 @@ class GeneratorTask(Task):
         self.accompany(folder)
 
 
+def _check_content(model: Generator, cache: TokenMixture, objective: PredictionConfig) -> None:
+    """Raise ConfigError unless the cache holds what the generator trains on: ids, or the latents that they are of."""
+    name = model.registry_name
+    if model.reads_latents and not objective.is_plain:
+        raise ConfigError(
+            f"self_correction of {name} chooses what is fed and predicted: leave the section objective out"
+        )
+    if model.reads_latents == (cache.content == "latents"):
+        return
+    if model.reads_latents:
+        raise ConfigError(
+            f"self_correction of {name} turns bits while they are made of latents, and {cache.folder} holds ids: make "
+            "a cache with `vistok tokenize … --latents`"
+        )
+    raise ConfigError(
+        f"{cache.folder} holds the latents that ids are made of, which only self-correction reads: set "
+        "model.self_correction of var, or make a cache without --latents"
+    )
+
+
 def _image_tokens(tokens: Tensor | Streams, length: int) -> Tensor:
     """The tokens of a batch; of streams those of their last images."""
     if not isinstance(tokens, Streams):
@@ -257,6 +281,11 @@ def _held_out_tokens(config: GeneratorRun, trained: TokenMixture, parts: Sequenc
         return None
     cache = TokenCache(config.validation.tokens)
     cache.check_tokenizer(trained.tokenizer_hash)
+    if cache.content != trained.content:
+        raise ConfigError(
+            f"validation.tokens: {cache.folder} holds {cache.content}, and {trained.folder} {trained.content}; make "
+            "both in the same way"
+        )
     if cache.classes != trained.classes:
         differing = sorted(set(cache.classes) ^ set(trained.classes))
         raise ConfigError(
