@@ -29,7 +29,7 @@ def evaluate(
         typer.Argument(
             metavar="data.KEY=VALUE",
             help="For a tokenizer: other images than the run's test split; for ids: the images. A tokenizer that "
-            "decodes with texts reads those of the images as its run did; text.encoder=… says how, and text=null decodes "
+            "decodes with texts reads those of the images as its run did; text.encoder=… says how, text=null decodes "
             "without.",
         ),
     ] = None,
