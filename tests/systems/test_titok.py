@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.tiny_models import pixels, tiny
+from support.tiny_models import ARGUMENTS, pixels, tiny
 from torch.nn import functional as F
 
 from vistok.checkpoints import CheckpointError, rename
@@ -12,6 +12,7 @@ from vistok.draws import Keys
 from vistok.losses import ClassifierDistance, PooledDiscriminator
 from vistok.quantizers import VectorQuantizer
 from vistok.quantizers.clustering import CodeClustering
+from vistok.tokenizers.titok import TiTok
 from vistok.types import Condition
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -76,8 +77,8 @@ def test_encoder_and_decoder_may_have_other_patches_and_sizes():
 def test_wider_weights_tell_images_apart_from_the_start():
     def spread(init_std: float) -> float:
         torch.manual_seed(0)
-        model = tiny("titok", output="pixels", init_std=init_std)
-        return float(F.normalize(model.latents(torch.rand(16, 3, 16, 16) * 2 - 1), dim=-1).std(0).mean())
+        model = TiTok(**ARGUMENTS["titok"] | {"output": "pixels", "init_std": init_std})
+        return F.normalize(model.latents(torch.rand(16, 3, 16, 16) * 2 - 1), dim=-1).std(0).mean().item()
 
     assert spread(32**-0.5) > 10 * spread(0.02)
 
