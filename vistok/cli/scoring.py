@@ -29,7 +29,8 @@ def evaluate(
         typer.Argument(
             metavar="data.KEY=VALUE",
             help="For a tokenizer: other images than the run's test split; for ids: the images. A tokenizer that "
-            "decodes with texts reads those of the images as its run did; text.encoder=… says how, text=null decodes without.",
+            "decodes with texts reads those of the images as its run did; text.encoder=… says how, text=null "
+            "decodes without.",
         ),
     ] = None,
     reference: Annotated[
