@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import inspect
 import logging
+import math
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -239,6 +240,8 @@ def _check_value(annotation: Any, value: Any, path: str) -> Any:
     except ValidationError as error:
         choices = [choice for choice in _literals(annotation) if isinstance(choice, str)]
         hint = suggestion(value, choices)
+        if isinstance(value, float) and not math.isfinite(value):
+            hint = ", a finite number"
         raise ConfigError(f"{mismatch(path, value)}: expected {describe(annotation)}{hint}") from error
 
 
@@ -272,10 +275,12 @@ def _adapter(annotation: Any) -> TypeAdapter[Any]:
 
 def _strict(annotation: Any) -> Any:
     """Forbid conversions between scalars, wherever they stand in the annotation, but not list -> tuple."""
-    from pydantic import Strict
+    from pydantic import AllowInfNan, Strict
 
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation in (int, float, bool, str):
+    if annotation is float:  # of a config no number is meant that is none
+        return typing.Annotated[annotation, Strict(), AllowInfNan(False)]
+    if annotation in (int, bool, str):
         return typing.Annotated[annotation, Strict()]
     if inspect.isclass(annotation) and dataclasses.is_dataclass(annotation):
         return typing.Annotated[Any, _instance_validator(annotation)]
@@ -340,5 +345,5 @@ def _unknown_key(key: str, allowed: Sequence[str], path: str) -> str:
 def check_least(section: Any, **least: float) -> None:
     """Raise ValueError unless each of these keys of a config section has at least this value."""
     for key, bound in least.items():
-        if getattr(section, key) < bound:
+        if not getattr(section, key) >= bound:  # NaN is not, either
             raise ValueError(f"{key} must be at least {bound}, got {getattr(section, key)}")

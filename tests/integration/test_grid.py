@@ -6,25 +6,31 @@ import math
 import re
 
 import pytest
-from support.grid import REFUSALS, TOKENIZERS, Pair, all_pairs, in_readme, reason, table, tokenizer
-from support.tiny_models import labels, names, tiny
+import torch
+from support.grid import (
+    REFUSALS,
+    TOKENIZERS,
+    Pair,
+    all_pairs,
+    decoding_refusal,
+    in_readme,
+    reason,
+    table,
+    tokenizer,
+    train_two_steps,
+)
+from support.tiny_models import in_loop, labels, names, tiny, token_ids
 
 from vistok.checkpoints import registry
 from vistok.config import ConfigError
 from vistok.draws import Keys
 from vistok.generators.engine.continuous import ContinuousGenerator
 from vistok.generators.engine.decodings import DECODINGS
-from vistok.generators.engine.sampling import DecodingOptions
 from vistok.train.tasks.objective import TERMS, check_terms
 
 pytestmark = pytest.mark.slow
 
-DECODED = [
-    name
-    for name in names("generator")
-    for kind in [registry.entry(name).load()]
-    if kind.options_type is DecodingOptions and not kind.needs_tokenizer
-]
+DISCRETE = [name for name in names("generator") if tiny(name).spec.discrete]
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +78,19 @@ def test_every_loss_is_taken_by_the_tokenizers_that_give_what_it_reads(label):
 
 
 @pytest.mark.parametrize("decoding", DECODINGS)
-@pytest.mark.parametrize("name", DECODED)
-def test_every_decoding_serves_every_generator_of_ids(name, decoding):
-    model, options = tiny(name), DecodingOptions(decoding=decoding)
-    draws = model.sampling_draws(Keys.range(0, 2), options)
-    assert model.sample(labels(0, 1), options, draws=draws).shape == (2, model.spec.length)
+@pytest.mark.parametrize("name", DISCRETE)
+def test_every_generator_of_ids_trains_and_samples_with_every_decoding_or_says_why_not(name, decoding):
+    model, refusal = tiny(name).train(), decoding_refusal(tiny(name), decoding)
+    assert all(map(math.isfinite, train_two_steps(model, token_ids(model), in_loop(model))))
+    model.eval()
+
+    def sample() -> torch.Tensor:
+        options = model.options_type(**({} if decoding == "plain" else {"decoding": decoding}))
+        draws = model.sampling_draws(Keys.range(0, 2), options)
+        return model.sample(labels(0, 1), options, draws=draws, **in_loop(model))
+
+    if refusal is None:
+        assert sample().shape == (2, model.spec.length)
+    else:
+        with pytest.raises((ValueError, TypeError), match=refusal):
+            sample()

@@ -6,13 +6,19 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from support.released import tiny_tokenizer, write_generator, write_tokenizer
+from support.tiny_models import tiny
 from support.tiny_runs import generator_config, saved_steps, tokenizer_config, write_tokens
+from support.tiny_text import save_tiny_clip, save_tiny_t5
 
 import vistok
 from vistok.checkpoints import CheckpointError, imagenet
 from vistok.cli import main
+from vistok.pipelines import assemble
+from vistok.text.encoders import CleaningEncoder
+from vistok.text.prompts import KINDS
 from vistok.train import train
 
 
@@ -76,6 +82,69 @@ def test_an_official_generators_id_brings_its_tokenizer(converted, monkeypatch):
     pipe = vistok.pipeline("FoundationVision/LlamaGen/c2i_B_256.pt")
     assert asked == ["FoundationVision/LlamaGen/vq_ds16_c2i.pt", "FoundationVision/LlamaGen/c2i_B_256.pt"]
     assert pipe(["goldfish"]).labels == [1]
+
+
+def test_an_official_text_to_image_generator_brings_its_text_encoder(monkeypatch, tmp_path):
+    opened, t5 = [], save_tiny_t5(tmp_path / "t5")
+
+    def fetch(source):
+        if "vq_ds16" in str(source):
+            return tiny("llamagen_vq")
+        return tiny("llama", spec=tiny("llamagen_vq").spec, num_classes=0, caption_dim=16, caption_length=7)
+
+    def encoder(name, length):
+        opened.append((name, length))
+        return CleaningEncoder(str(t5), length)
+
+    monkeypatch.setattr("vistok.pipelines.folders.load", fetch)
+    monkeypatch.setitem(KINDS, "cleaning", encoder)
+    pipe = vistok.pipeline("peizesun/llamagen_t2i/t2i_XL_stage1_256.pt")
+    assert pipe(num_images=1).prompts is None
+    assert opened == []  # it is large, and opened when it is needed
+    made = pipe(prompt="A <b>red</b> cat", num_images_per_prompt=2, guidance_scale=2.0)
+    assert opened == [("google/flan-t5-xl", 7)]
+    assert made.tokens.shape == (2, 16)
+    pipe.save_pretrained(tmp_path / "pipe")
+    monkeypatch.undo()
+    copy = vistok.pipeline(tmp_path / "pipe")
+    assert torch.equal(copy(prompt="a red cat", guidance_scale=2.0).tokens, made.tokens[:1])
+
+
+def test_a_folder_of_parts_takes_a_text_encoder(tmp_path):
+    codec = tiny("llamagen_vq")
+    codec.save_pretrained(tmp_path / "vq")
+    for name, sizes in (("t2i", {"caption_dim": 16}), ("narrow", {"caption_dim": 8}), ("classes", {"num_classes": 5})):
+        arguments = {"num_classes": 0, "caption_length": 7, **sizes}
+        tiny("llama", spec=codec.spec, **arguments).save_pretrained(tmp_path / name)
+    text = ("--text-encoder", save_tiny_t5(tmp_path / "t5"))
+    command(
+        "pipeline", tmp_path / "vq", tmp_path / "t2i", "--out", tmp_path / "pipe", "top_k=5", *text, "--clean-texts"
+    )
+    command("sample", tmp_path / "pipe", "--prompt", "A <i>seven</i>", "--num", 1, "--out", tmp_path / "one")
+    command("sample", tmp_path / "pipe", "--prompt", "a seven", "--num", 1, "--out", tmp_path / "same")
+    command("pipeline", tmp_path / "vq", tmp_path / "t2i", "--out", tmp_path / "raw", "top_k=5", *text)
+    command("sample", tmp_path / "raw", "--prompt", "A <i>seven</i>", "--num", 1, "--out", tmp_path / "other")
+    one, same, other = ((tmp_path / name / "000000.png").read_bytes() for name in ("one", "same", "other"))
+    assert one == same != other
+    other = save_tiny_t5(tmp_path / "other_t5", seed=1)
+    for generator, name, clean, message in (
+        (tmp_path / "pipe", other, True, r"trained with features of .*t5 \(cleaning\), not of .*other_t5"),
+        (tmp_path / "pipe", text[1], False, r"t5 \(cleaning\), not of .*t5 \(huggingface\)"),
+        (tmp_path / "t2i", save_tiny_clip(tmp_path / "clip"), False, None),  # of as many channels, untold
+        (
+            tmp_path / "narrow",
+            other,
+            False,
+            r"takes text features \(B, 7, 8\), and .*other_t5 makes text features \(B, 7, 16\)",
+        ),
+        (tmp_path / "classes", other, False, "takes class labels, not the features of a text encoder"),
+        (tmp_path / "t2i", None, True, "name it, too"),
+    ):
+        if message is None:
+            assert assemble(tmp_path / "vq", generator, text_encoder=str(name)).text.parts == ("features",)
+            continue
+        with pytest.raises(ValueError, match=message):
+            assemble(tmp_path / "vq", generator, text_encoder=name and str(name), clean_texts=clean)
 
 
 @pytest.fixture(scope="module")

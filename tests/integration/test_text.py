@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -25,6 +26,7 @@ from vistok.data.captions import CaptionError
 from vistok.eval.benchmark import benchmark
 from vistok.pipelines.samples import write_samples
 from vistok.text import PromptEncoder, TextError, open_text_encoder, open_text_tokenizer
+from vistok.text.cleaning import clean_caption
 from vistok.tokenizers.vit_vqgan import ViTConfig, ViTVQGAN
 from vistok.train import train
 from vistok.train.tokenize import tokenize
@@ -234,6 +236,21 @@ def test_the_command_line_samples_prompts(runs, tmp_path):
     assert (tmp_path / "out" / "000002.png").exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"\n \n", "holds no prompts"), (b"\xff\xfetwo", "no text in UTF-8: byte 0xff at 0"), (None, "there is no file")],
+)
+def test_files_that_hold_no_prompts_are_named(runs, tmp_path, content, message):
+    file = tmp_path / "prompts.txt"
+    if content is not None:
+        file.write_bytes(content)
+    result = CliRunner().invoke(
+        app, ["sample", str(runs["features"]), "--out", str(tmp_path / "o"), "--prompts", str(file)]
+    )
+    assert message in str(result.exception)
+    assert str(file) in str(result.exception)
+
+
 def test_the_command_line_stores_captions(t5, tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
     arguments = ["tokenize", str(tmp_path / "tokenizer"), "data.source=digits", "data.limit=20"]
@@ -270,6 +287,10 @@ def test_another_text_encoder_is_refused(runs, tmp_path):
         ("features", {"class_labels": [1]}, 'no classes; generate with prompt="…"'),
         ("features", {"prompt": "two", "num_images": 2}, "by one of class_labels, prompt, num_images and condition"),
         ("features", {"prompt": []}, "the list of prompts is empty"),
+        ("features", {"prompt": 3}, r"prompt must be a text or a list of texts, got 3 \(int\)"),
+        ("features", {"prompt": ["two", 3]}, r"prompt must be a text or a list of texts, got 3 \(int\)"),
+        ("ids", {"prompt": "two", "negative_prompt": 3, "guidance_scale": 2.0}, "negative_prompt must be a text"),
+        ("ids", {"prompt": "two", "num_images_per_prompt": 0}, "num_images_per_prompt must be at least 1, got 0"),
         ("features", {"num_images": 1, "negative_prompt": "two"}, "negative_prompt goes with prompt"),
     ],
 )
@@ -289,6 +310,20 @@ def test_a_benchmark_of_prompts_is_no_silent_score_of_unconditional_images(runs,
         benchmark(vistok.pipeline(runs["features"]), tmp_path / "out", num_images=2, **network)
 
 
+def test_weights_go_on_with_texts_of_their_own_encoder_alone(runs, cache, tmp_path, caplog):
+    other = PromptEncoder([open_text_encoder(str(save_tiny_t5(tmp_path / "t5", seed=1)), LENGTH)])
+    foreign = tokenize(tiny_tokenizer(), DIGITS_20, tmp_path / "tokens", text=other)
+    run = str(runs["features"])
+    assert train(config(tmp_path / "same", cache, "features", init_from=run)).exists()
+    for path in (run, f"{run}/generator"):
+        with pytest.raises(
+            ConfigError, match=r"trained with features of .*t5, and .*another text encoder.*strict=false"
+        ):
+            train(config(tmp_path / "other", foreign, "features", init_from=path))
+    train(config(tmp_path / "anew", foreign, "features", init_from={"path": run, "strict": False}))
+    assert "are learned anew" in caplog.text
+
+
 def test_a_generator_refuses_conditions_that_it_cannot_combine(cache, tmp_path):
     values = config(tmp_path / "run", cache, "features")
     with pytest.raises(ValueError, match=r"llama takes .*features, and these data have .*labels.*condition=\[…\]"):
@@ -302,6 +337,41 @@ def test_absent_encoders_are_refused(tmp_path):
         open_text_encoder(str(tmp_path))
     with pytest.raises(TextError, match="is no text tokenizer"):
         open_text_tokenizer(str(tmp_path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cleaned captions
+
+
+@pytest.mark.parametrize(
+    ("caption", "cleaned"),
+    [
+        ("A red heart", "a red heart"),
+        ("  A  <b>Cat</b> with 2 “dogs” ", 'a cat with 2 "dogs"'),
+        ("a &lt;b&gt;cat", "a cat"),  # markup in markup needs the second round
+        ("a house https://example.com/a.jpg by the sea", "a house by the sea"),
+        ("sunset IMG_2034.jpg @someone #123456", "sunset"),
+        ("a red-haired_cat-on-a-mat", "a red haired cat on a mat"),
+        ("", ""),
+    ],
+)
+def test_captions_are_cleaned(caption, cleaned):
+    assert clean_caption(caption) == cleaned
+
+
+def test_an_encoder_that_cleans_reads_what_is_clean(t5, text):
+    cleaning = open_text_encoder(str(t5), LENGTH, clean=True)
+    (one,), (other,) = cleaning.encode(["A <b>Seven</b>"]), text.encode(["a seven"])["features"]
+    np.testing.assert_array_equal(one.values, other.values)
+    assert cleaning.identity["kind"] != text.identities["features"]["kind"]
+    with pytest.raises(ValueError, match="read at all positions, takes them raw"):
+        open_text_encoder(str(t5), LENGTH, "all", clean=True)
+
+
+def test_what_cleans_must_be_installed(t5, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    with pytest.raises(TextError, match="needs `ftfy` and `beautifulsoup4`"):
+        open_text_encoder(str(t5), LENGTH, clean=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

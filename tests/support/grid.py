@@ -22,6 +22,7 @@ from support.tiny_models import labels, names, pixels, tiny
 from vistok.checkpoints import registry
 from vistok.draws import Keys
 from vistok.generators.base import Generator
+from vistok.generators.engine.queries import QueryGenerator
 from vistok.tokenizers.base import Tokenizer
 
 README = Path(__file__).parents[2] / "README.md"
@@ -78,11 +79,12 @@ def try_pair(tokens: torch.Tensor, made_by: Tokenizer, generator: str) -> Pair:
         except ValueError as error:
             refusal = refusal or str(error)
         else:
-            return Pair(None, arguments, tuple(_train(model, tokens, loop)))
+            return Pair(None, arguments, tuple(train_two_steps(model, tokens, loop)))
     return Pair(refusal, {})
 
 
-def _train(model: Generator, tokens: torch.Tensor, loop: Mapping[str, Tokenizer]) -> Iterator[float]:
+def train_two_steps(model: Generator, tokens: torch.Tensor, loop: Mapping[str, Tokenizer]) -> Iterator[float]:
+    """The losses."""
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     for _ in range(2):
         draws = model.training_draws(Keys.range(0, len(tokens)))
@@ -102,6 +104,20 @@ def all_pairs() -> dict[str, dict[str, Pair]]:
             tokens = model.encode(pixels(model))
         pairs[label] = {name: try_pair(tokens, model, name) for name in names("generator")}
     return pairs
+
+
+def decoding_refusal(model: Generator, decoding: str) -> str | None:
+    """What the message says of a generator of ids that a decoding does not serve; None if it does."""
+    if decoding == "plain":
+        return None
+    if not hasattr(model.options_type(), "decoding"):
+        return "unexpected keyword argument 'decoding'"
+    if model.num_parts > 1:
+        return r"draws them in \d parts" if decoding == "jacobi" else "draws whole ids that follow each other"
+    plan = model.plan(model.sampling_draws(Keys.range(0, 1)))
+    if plan.is_single and plan.is_raster and not isinstance(model, QueryGenerator):
+        return None
+    return f"decoding '{decoding}' (guesses|draws whole ids).*that follow each other.*'plain'"
 
 
 def reason(pair: Pair) -> str:

@@ -18,7 +18,12 @@ SPECS = {
     "features": ConditionSpec(features=FeatureSpec(6, 3)),
     "given": ConditionSpec(given=IdSpec(32, 4)),
     "given latents": ConditionSpec(given=FeatureSpec(4, 4)),
+    "labels and ids": ConditionSpec(num_classes=5, ids=IdSpec(9, 3)),
     "labels and features": ConditionSpec(num_classes=5, features=FeatureSpec(6, 3)),
+    "labels and given": ConditionSpec(num_classes=5, given=IdSpec(32, 4)),
+    "ids and features": ConditionSpec(ids=IdSpec(9, 3), features=FeatureSpec(6, 3)),
+    "ids and given latents": ConditionSpec(ids=IdSpec(9, 3), given=FeatureSpec(4, 4)),
+    "labels, ids, features and given": ConditionSpec(5, IdSpec(9, 3), FeatureSpec(6, 3), IdSpec(32, 4)),
 }
 BATCH = 3
 

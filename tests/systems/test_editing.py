@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from PIL import Image
-from support.tiny_models import tiny
+from support.grid import decoding_refusal
+from support.tiny_models import in_loop, labels, names, tiny, token_ids
+from support.tiny_text import save_tiny_t5
 
 from vistok.data.masks import pixel_masks, token_masks
 from vistok.draws import Keys
+from vistok.generators.engine.decodings import DECODINGS
 from vistok.pipelines import Pipeline
+from vistok.text import PromptEncoder, open_text_encoder, open_text_tokenizer
 
+DISCRETE = [name for name in names("generator") if tiny(name).spec.discrete]
 QUICK = {"num_iter": 3, "num_steps": 5, "step_spacing": "stride"}
 
 
@@ -92,10 +99,124 @@ def test_bad_masks(masks, message):
         pixel_masks(masks, 3, (16, 16))
 
 
+@pytest.mark.parametrize("decoding", DECODINGS)
+@pytest.mark.parametrize("name", DISCRETE)
+def test_every_generator_of_ids_keeps_known_tokens_with_every_decoding_or_says_why_not(name, decoding):
+    model, refusal = tiny(name), decoding_refusal(tiny(name), decoding)
+    tokens = token_ids(model)
+    regenerate = Keys.range(3, 3).uniform("regenerate", model.spec.length) < 0.5
+
+    def edit(where: torch.Tensor) -> torch.Tensor:
+        options = model.options_type(**({} if decoding == "plain" else {"decoding": decoding}))
+        draws = model.sampling_draws(Keys.range(0, 3), options)
+        return model.edit(tokens, where, labels(0, 1, 2), options, draws=draws, **in_loop(model))
+
+    if refusal is not None:
+        with pytest.raises((ValueError, TypeError), match=refusal):
+            edit(regenerate)
+        return
+    made = edit(regenerate)
+    assert torch.equal(made[~regenerate], tokens[~regenerate])
+    assert not torch.equal(made, tokens)
+    assert torch.equal(edit(regenerate[0])[:1], made[:1])  # one mask for all
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "arguments"), [("llama", {}), ("token_shuffle", {"window": 1})])
+@pytest.mark.parametrize("options", [{}, {"guidance_scale": 2.0, "top_k": 5}])
+def test_a_raster_is_drawn_with_a_look_at_what_is_above_and_to_the_left_alone(name, arguments, options):
+    model = tiny(name, **arguments)
+    options, tokens = model.options_type(**options), token_ids(model)
+    draws = model.sampling_draws(Keys.range(0, 3), options)
+    regenerate = torch.zeros(16, dtype=torch.bool)
+    regenerate[6] = True
+    made = model.edit(tokens, regenerate, labels(0, 1, 2), options, draws=draws)
+    session = model.start(labels(0, 1, 2), options, draws=draws)
+    session.append(tokens[:, :6])
+    next(session.generate(1))
+    assert torch.equal(made[:, :7], session.tokens)
+    later, before = tokens.clone(), tokens.clone()
+    later[:, 7:], before[:, 0] = (later[:, 7:] + 1) % 32, (before[:, 0] + 1) % 32
+    assert torch.equal(model.edit(later, regenerate, labels(0, 1, 2), options, draws=draws)[:, 6], made[:, 6])
+    greedy = replace(options, temperature=0.0)
+    first, second = (model.edit(t, regenerate, labels(0, 1, 2), greedy) for t in (tokens, before))
+    assert not torch.equal(first[:, 6], second[:, 6])
+
+
+@torch.no_grad()
+def test_of_a_window_that_is_partly_known_the_rest_is_drawn_as_in_a_new_image():
+    model, condition = tiny("token_shuffle"), labels(0, 1, 2)
+    tokens, options = token_ids(model), model.options_type()
+    draws = model.sampling_draws(Keys.range(0, 3), options)
+    whole, partly = torch.zeros(2, 16, dtype=torch.bool).unbind()
+    whole[[2, 3, 6, 7]] = partly[[3, 6]] = True  # of the second window
+    free, made = (model.edit(tokens, where, condition, options, draws=draws) for where in (whole, partly))
+    assert torch.equal(made[:, partly], free[:, partly])
+    assert torch.equal(made[:, ~partly], tokens[:, ~partly])
+    # What is known of a window is seen by the windows after it.
+    last = partly.clone()
+    last[[10, 11, 14, 15]] = True
+    greedy = replace(options, temperature=0.0)
+    changed = tokens.clone()
+    changed[:, 2] = (changed[:, 2] + 1) % 32
+    first, second = (model.edit(t, last, condition, greedy) for t in (tokens, changed))
+    assert torch.equal(first[:, partly], second[:, partly])
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("generator", "tokenizer"), [("llama", "llamagen_vq"), ("token_shuffle", "llamagen_vq")])
+def test_images_of_raster_generators_are_edited_by_class(generator, tokenizer, pixels):
+    codec = tiny(tokenizer)
+    pipe = Pipeline(codec, tiny(generator, spec=codec.spec), sampling={"guidance_scale": 2.0})
+    masks = torch.stack([upper_left(), upper_left().mT, torch.ones(16, 16, dtype=torch.bool)])
+    made = pipe.edit(pixels, masks, [0, 3, 4], seed=2)
+    kept = ~token_masks(masks, codec.spec.grid)
+    assert torch.equal(made.tokens[kept], codec.encode(pixels)[kept])
+    assert torch.equal(made.tokens[2], pipe([4], seed=2, index_start=2).tokens[0])  # nothing is known of the last
+    alone = pipe.edit(pixels[1:2], masks[1:2], 3, seed=2, index_start=1)
+    assert torch.equal(alone.tokens[0], made.tokens[1])
+
+
+def test_prompts_say_what_goes_into_the_mask(pixels, tmp_path):
+    pytest.importorskip("transformers")
+    codec = tiny("llamagen_vq")
+    text = PromptEncoder([open_text_encoder(str(save_tiny_t5(tmp_path / "t5")), 6)])
+    spoken = tiny("llama", spec=codec.spec, num_classes=0, caption_dim=16, caption_length=6)
+    written = tiny("token_shuffle", spec=codec.spec, num_classes=0, text_vocabulary=256, text_length=6)
+    for generator, encoder in ((spoken, text), (written, PromptEncoder([open_text_tokenizer("bytes", 6)]))):
+        pipe = Pipeline(codec, generator, sampling={"guidance_scale": 3.0}, text=encoder)
+        made = pipe.edit(pixels, upper_left(), prompt="a red cat", negative_prompt="a bird", seed=1)
+        kept = ~token_masks(upper_left(1), codec.spec.grid).expand(3, -1)
+        assert torch.equal(made.tokens[kept], codec.encode(pixels)[kept])
+        assert made.prompts == ["a red cat"] * 3
+        greedy = {"temperature": 0.0, "seed": 1}
+        red, blue = (pipe.edit(pixels, ~upper_left(), prompt=p, **greedy).tokens for p in ("a red cat", "blue"))
+        assert not torch.equal(red, blue)
+        with pytest.raises(ValueError, match="no classes"):
+            pipe.edit(pixels, upper_left(), 1)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "regenerate", "message"),
+    [
+        (torch.zeros(2, 16).long(), torch.ones(3, 16).bool(), r"\(16,\) or \(B, 16\), got \(2, 16\) and \(3, 16\)"),
+        (torch.zeros(2, 12).long(), torch.ones(12).bool(), r"got \(2, 12\) and \(12,\)"),
+        (torch.zeros(2, 16).long(), torch.ones(16), "regenerate must be bool.*float32"),
+        (torch.full((2, 16), 99), torch.ones(16).bool(), "token id 99 is out of range"),
+        (torch.zeros(2, 16), torch.ones(16).bool(), "must be integers, got torch.float32"),
+    ],
+)
+@pytest.mark.parametrize("name", ["llama", "token_shuffle", "maskgit", "randar"])
+def test_tokens_and_positions_that_do_not_fit(name, tokens, regenerate, message):
+    model = tiny(name)
+    with pytest.raises(ValueError, match=message):
+        model.edit(tokens, regenerate, labels(0, 1), draws=model.sampling_draws(Keys.range(0, 2)))
+
+
 def test_what_cannot_be_edited(pipe, pixels):
     with pytest.raises(ValueError, match="one for each of the 3 images; got 2"):
         pipe.edit(pixels, upper_left(), ["cat", "dog"])
-    with pytest.raises(ValueError, match=r"XAR generates in an order of its own.*fills in any positions"):
+    with pytest.raises(ValueError, match=r"XAR cannot keep some tokens.*fills in any positions"):
         Pipeline(tiny("kl_vae"), tiny("xar")).edit(pixels, upper_left(), 0)
     flextok = tiny("flextok")
     with pytest.raises(ValueError, match="no place in the image"):

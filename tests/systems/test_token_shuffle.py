@@ -228,6 +228,9 @@ def test_the_same_seed_gives_the_same_image_in_any_batch():
     [
         ({"spec": TokenSpec(30, 32, dim=4, grid=(5, 6))}, r"window 2 does not divide the token grid \(5, 6\)"),
         ({"spec": TokenSpec(16, 32, dim=4)}, "does not divide the token grid None"),
+        ({"window": 3}, r"window 3 does not divide the token grid \(4, 4\)"),
+        ({"window": 0}, "window must be a whole number of at least 1, got 0"),
+        ({"window": 2.0}, "window must be a whole number of at least 1, got 2.0"),
         ({"window": 4, "dim": 24}, "dim 24 must be divisible by the 16 tokens"),
         ({"spec": TokenSpec(16, None, dim=4, grid=(4, 4))}, "continuous latents"),
         ({"text_vocabulary": 9}, "go together"),

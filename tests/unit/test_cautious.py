@@ -121,5 +121,5 @@ def test_models_of_windows_and_plain_sequences_say_what_they_lack():
     with pytest.raises(ValueError, match="decoding 'plain'"):
         sample(tiny("token_shuffle"), labels(0), tiny("token_shuffle").options_type(decoding="cautious"))
     model = tiny("llama", spec=TokenSpec(16, 32, dim=4), positions="rope1d")
-    with pytest.raises(ValueError, match="lie on no raster"):
+    with pytest.raises(ValueError, match="lie on none: give a number of tokens"):
         sample(model, labels(0), ALWAYS)

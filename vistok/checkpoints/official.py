@@ -27,6 +27,7 @@ class OfficialCheckpoint:
     Args:
         repo: "owner/name" on the hub; for a file that is not there, the folder that its authors put it in, or "".
         tokenizer: of a generator: the id of the released tokenizer whose tokens it models.
+        text_encoder: of a generator of text features: the kind, as of ``vistok.text``, and the hub name of its encoder.
         licence: of the weights, where it is another one than their system's.
     """
 
@@ -37,10 +38,11 @@ class OfficialCheckpoint:
         config: Mapping[str, Any],
         *,
         tokenizer: str | None = None,
+        text_encoder: tuple[str, str] | None = None,
         licence: str | None = None,
     ):
         self.repo, self.filename, self.config = repo, filename, config
-        self.tokenizer, self.licence = tokenizer, licence
+        self.tokenizer, self.text_encoder, self.licence = tokenizer, text_encoder, licence
 
     @property
     def id(self) -> str:

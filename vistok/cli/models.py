@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vistok.cli.console import output, print_table
+from vistok.utils.files import read_lines
 
 
 def convert(
@@ -60,6 +61,13 @@ def pipeline(
         Path | None,
         typer.Option(help="Text file with a class name a line; those of the generator by default."),
     ] = None,
+    text_encoder: Annotated[
+        str | None,
+        typer.Option(help="What reads prompts for a generator of text features: a Hugging Face folder or name."),
+    ] = None,
+    clean_texts: Annotated[
+        bool, typer.Option("--clean-texts", help="Of the text encoder: clean prompts first, as LlamaGen does.")
+    ] = False,
 ) -> None:
     """Put a tokenizer and a generator into one folder, which `vistok sample` and vistok.pipeline read."""
     from vistok.config import override
@@ -67,8 +75,15 @@ def pipeline(
 
     if out.exists():
         raise FileExistsError(f"{out} exists already; choose another folder or remove it first")
-    names = classes.read_text(encoding="utf-8").splitlines() if classes is not None else None
-    pipe = assemble(tokenizer, generator, class_names=names, sampling=override({}, options or ()))
+    names = read_lines(classes) if classes is not None else None
+    pipe = assemble(
+        tokenizer,
+        generator,
+        class_names=names,
+        sampling=override({}, options or ()),
+        text_encoder=text_encoder,
+        clean_texts=clean_texts,
+    )
     pipe.save_pretrained(out)
     named = f", {len(pipe.class_names):,} class names" if pipe.class_names else ""
     parts = f"{type(pipe.tokenizer).__name__} and {type(pipe.generator).__name__}"

@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 
 from vistok.cli.console import Commands, Device, Dtype, Environment, output
+from vistok.utils.files import read_lines
 
 
 def sample(
@@ -238,7 +239,7 @@ def _prompts(given: list[str] | None, file: Path | None) -> list[str] | None:
     """The prompts of the command line, and the lines of a file that are not empty."""
     if not given and file is None:
         return None
-    lines = file.read_text(encoding="utf-8").splitlines() if file is not None else []
+    lines = read_lines(file) if file is not None else []
     prompts = [*(given or ()), *(line.strip() for line in lines if line.strip())]
     if not prompts:
         raise ValueError(f"{file} holds no prompts: a text a line is expected")

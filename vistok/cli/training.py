@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vistok.cli.console import Commands, Device, Environment, errors, output, print_table
+from vistok.utils.files import read_lines
 from vistok.utils.recipes import find_recipe, recipes
 
 
@@ -171,6 +172,9 @@ def tokenize(
     text_positions: Annotated[
         str, typer.Option(help="Of the text encoder: those of the text, or all (of CLIP's towers).")
     ] = "text",
+    clean_texts: Annotated[
+        bool, typer.Option("--clean-texts", help="Of the text encoder: clean captions first, as LlamaGen does.")
+    ] = False,
     text_length: Annotated[int, typer.Option(help="Tokens of a caption at most; longer ones are cut.")] = 120,
     refuse_long_texts: Annotated[
         bool, typer.Option("--refuse-long-texts", help="A caption that is too long is an error.")
@@ -206,7 +210,12 @@ def tokenize(
     data = data_of_run(run, overrides or (), input_shape=tokenizer.input_shape, allowed=allowed)
     if text_dtype not in ("float16", "float32"):
         raise ValueError(f"--text-dtype is float16 or float32, not {text_dtype!r}")
-    encoders = [] if text_encoder is None else [open_text_encoder(text_encoder, text_length, cast(Any, text_positions))]
+    encoders = []
+    if clean_texts and text_encoder is None:
+        raise ValueError("--clean-texts is of the text encoder: give --text-encoder, too")
+    if text_encoder is not None:
+        positions = cast(Any, text_positions)
+        encoders.append(open_text_encoder(text_encoder, text_length, positions, clean=clean_texts))
     encoders += [] if text_tokenizer is None else [open_text_tokenizer(text_tokenizer, text_length)]
     text = PromptEncoder(encoders)
     cache = write_cache(
@@ -252,7 +261,7 @@ def import_tokens(
     from vistok.pipelines.folders import load_tokenizer
     from vistok.train.import_tokens import import_tokens as write_cache
 
-    names = tuple(classes.read_text().splitlines()) if classes is not None else None
+    names = tuple(read_lines(classes)) if classes is not None else None
     cache = write_cache(format_name, source, load_tokenizer(tokenizer), out, classes=names)
     output.print(f"{len(cache):,} samples in {cache.views} views each are in {escape(str(out))}")
 

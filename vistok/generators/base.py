@@ -80,8 +80,9 @@ class Generator(Model):
     reads_latents: bool = False
     """Whether it trains on the latents that its ids are made of, for bitwise self-correction."""
 
-    takes_streams: ClassVar[bool] = False
-    """Whether ``forward`` takes streams of texts and images (``Streams``) in place of tokens, too."""
+    takes_streams: bool = False
+    """Whether ``forward`` takes streams of texts and images (``Streams``) in place of tokens, too; of a class, whether
+    some of its models do."""
 
     class_rows_from: int = 0
     """The row at which the classes begin in tables that hold them, among others or alone."""
@@ -235,12 +236,12 @@ class Generator(Model):
         options: Any = None,
         *,
         draws: Draws | None = None,
+        tokenizer: Expands | None = None,
     ) -> Tensor:
-        """Generate some positions of tokens (B, L[, D]) anew, those where ``regenerate`` (B, L) is True. A generator
-        that needs its tokenizer takes ``tokenizer=``, too.
+        """Generate some positions of tokens (B, L[, D]) anew, those where ``regenerate``, (L,) or (B, L), is True.
 
         Raises:
-            ValueError: this generator cannot, because it has an order of its own.
+            ValueError: this generator cannot, because it takes no tokens of which some come later.
         """
         self.check_edits()
         raise NotImplementedError
@@ -249,9 +250,26 @@ class Generator(Model):
         """Raise ValueError if this generator has no ``edit`` of its own."""
         if type(self).edit is Generator.edit:
             raise ValueError(
-                f"{type(self).__name__} generates in an order of its own and cannot keep tokens that come later; "
-                "editing needs a generator that fills in any positions"
+                f"{type(self).__name__} cannot keep some tokens and generate the others; editing needs a generator of "
+                "discrete ids, or one that fills in any positions"
             )
+
+    def edited_positions(self, tokens: Tensor, regenerate: Tensor) -> Tensor:
+        """``regenerate``, (L,) or (B, L), as (B, L) bool for whole sequences of tokens (B, L[, D]).
+
+        Raises:
+            ValueError: tokens of another tokenizer, or another shape or type of ``regenerate``.
+        """
+        (self.spec.check_ids if self.spec.discrete else self.spec.check_latents)(tokens)
+        rows, length = tokens.shape[:2]
+        if length != self.spec.length or regenerate.shape not in ((length,), (rows, length)):
+            raise ValueError(
+                f"tokens must be (B, {self.spec.length}) and regenerate ({self.spec.length},) or (B, "
+                f"{self.spec.length}), got {(rows, length)} and {tuple(regenerate.shape)}"
+            )
+        if regenerate.dtype != torch.bool:
+            raise ValueError(f"regenerate must be bool, True where tokens are generated; got {regenerate.dtype}")
+        return regenerate.expand(rows, -1)
 
     end: int | None = None
     """Of a model that writes texts, the id that ends one."""
@@ -305,8 +323,7 @@ class Generator(Model):
             ValueError: this generator can take no tokens of which some come later.
         """
         self.check_edits()
-        in_loop: dict[str, Any] = {} if tokenizer is None else {"tokenizer": tokenizer}
-        return self.edit(tokens, ~forced, condition, options, draws=draws, **in_loop)
+        return self.edit(tokens, ~forced, condition, options, draws=draws, tokenizer=tokenizer)
 
     def compile_decoding(self, backend: str = "inductor") -> None:
         """From now on sample with compiled steps.

@@ -84,6 +84,7 @@ class LlamaBlock(nn.Module):
         return x + self.ffn(self.norm2(x))
 
 
+T5 = ("cleaning", "google/flan-t5-xl")
 C2I_TOKENIZER, T2I_TOKENIZER = "FoundationVision/LlamaGen/vq_ds16_c2i.pt", "peizesun/llamagen_t2i/vq_ds16_t2i.pt"
 
 
@@ -151,10 +152,18 @@ class Llama(AutoregressiveGenerator):
         ),
         OfficialCheckpoint("FoundationVision/LlamaGen", "c2i_3B_384.pt", _official("3B", 576), tokenizer=C2I_TOKENIZER),
         OfficialCheckpoint(
-            "peizesun/llamagen_t2i", "t2i_XL_stage1_256.pt", _official_t2i(256), tokenizer=T2I_TOKENIZER
+            "peizesun/llamagen_t2i",
+            "t2i_XL_stage1_256.pt",
+            _official_t2i(256),
+            tokenizer=T2I_TOKENIZER,
+            text_encoder=T5,
         ),
         OfficialCheckpoint(
-            "peizesun/llamagen_t2i", "t2i_XL_stage2_512.pt", _official_t2i(1024), tokenizer=T2I_TOKENIZER
+            "peizesun/llamagen_t2i",
+            "t2i_XL_stage2_512.pt",
+            _official_t2i(1024),
+            tokenizer=T2I_TOKENIZER,
+            text_encoder=T5,
         ),
     )
 

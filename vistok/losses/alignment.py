@@ -185,8 +185,11 @@ def load_encoder(config: EncoderConfig, option: str, **arguments: Any) -> nn.Mod
             pretrained=True,
             num_classes=0,
             img_size=config.image_size,
-            # timm resamples the position table of the file to the image size.
-            pretrained_cfg_overlay={"file": config.weights} if config.weights else None,
+            # timm resamples the position table of the file to the image size. Its versions of 2024 take a file for the
+            # NumPy archive that a model was released as, unless they are told.
+            pretrained_cfg_overlay={"file": config.weights, "custom_load": config.weights.endswith(".npz")}
+            if config.weights
+            else None,
             **arguments,
         )
     except Exception as error:  # timm lets errors of the hub, of unpickling and of torch through

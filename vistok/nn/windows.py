@@ -14,8 +14,10 @@ def window_members(length: int, grid: tuple[int, ...] | None, size: int, what: s
         what: the name of the size in messages.
 
     Raises:
-        ValueError: the size does not divide the grid, or there is none.
+        ValueError: the size is no number of tokens or does not divide the grid, or there is none.
     """
+    if not isinstance(size, int) or size < 1:
+        raise ValueError(f"{what} must be a whole number of at least 1, got {size!r}")
     raster = torch.arange(length)
     if size == 1:
         return raster[:, None]

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
+from vistok.checkpoints import OfficialCheckpoint
 from vistok.checkpoints.model import find_official
 from vistok.checkpoints.weights import STATE
 from vistok.pipelines.folders import home_of, load_generator, load_tokenizer, read_settings
 from vistok.pipelines.generation import NO_TEXT, Pipeline
-from vistok.text import TEXT, PromptEncoder
+from vistok.text import TEXT, PromptEncoder, open_text_encoder
+from vistok.types import ConditionSpec
 from vistok.utils.devices import choose_device, choose_dtype
 from vistok.utils.paths import local
 
@@ -42,16 +44,19 @@ def pipeline(
     source = local(source)
     if generator is not None:
         return assemble(source, generator).to(choose_device(device), choose_dtype(dtype))
-    tokenizer = home_of(source) if (Path(source) / STATE).is_file() else _official_tokenizer(source)
+    official = _official(source)
+    tokenizer = (
+        home_of(source) if (Path(source) / STATE).is_file() else None if official is None else official.tokenizer
+    )
     if tokenizer is None:
         return Pipeline.from_pretrained(source, device=device, dtype=dtype)
     return assemble(tokenizer, source).to(choose_device(device), choose_dtype(dtype))
 
 
-def _official_tokenizer(generator: str | Path) -> str | None:
-    """The id of the tokenizer that an official generator goes with; None if it is none."""
-    official = None if Path(generator).exists() else find_official(str(generator))
-    return None if official is None else official[1].tokenizer
+def _official(source: str | Path) -> OfficialCheckpoint | None:
+    """The released file of that id; None if there is none."""
+    official = None if Path(source).exists() else find_official(str(source))
+    return None if official is None else official[1]
 
 
 def assemble(
@@ -60,18 +65,25 @@ def assemble(
     *,
     class_names: Sequence[str] | None = None,
     sampling: Mapping[str, Any] | None = None,
+    text_encoder: str | None = None,
+    clean_texts: bool = False,
 ) -> Pipeline:
     """A pipeline of two parts, each a saved or converted model, a run, a checkpoint of a run, or a hub id.
 
-    Class names, sampling options and text encoders are those of the generator's run, if it is one.
+    Class names, sampling options and text encoders are those of the generator's run, if it is one; a released
+    generator of text features has the text encoder that its authors used, which the first prompt opens.
 
     Args:
         class_names: in place of the generator's.
         sampling: default options that differ from the generator's.
+        text_encoder: what reads prompts, of a generator of text features that does not say it: a Hugging Face folder or
+            name.
+        clean_texts: clean prompts first, as LlamaGen does.
 
     Raises:
         CheckpointError: nothing there, damaged weights, or another kind of model.
-        ValueError: the generator models other tokens than the tokenizer's.
+        ValueError: the generator models other tokens than the tokenizer's, takes no text features or others than the
+            text encoder makes, or was trained with another one.
     """
     tokenizer, generator = local(tokenizer), local(generator)
     home = home_of(generator)
@@ -79,5 +91,29 @@ def assemble(
     if class_names is not None:
         settings["class_names"] = tuple(class_names)
     settings["sampling"] = settings["sampling"] | dict(sampling or {})
-    text = PromptEncoder.load(home / TEXT) if home is not None else NO_TEXT
-    return Pipeline(load_tokenizer(tokenizer), load_generator(generator), **settings, text=text)
+    model, official = load_generator(generator), _official(generator)
+    text, features = PromptEncoder.load(home / TEXT) if home is not None else NO_TEXT, model.condition_spec.features
+    if official is not None and official.text_encoder is not None and features is not None:
+        text = PromptEncoder.named(*official.text_encoder, features.length)
+    if text_encoder is not None:
+        text = _read_by(text_encoder, clean_texts, model.condition_spec, text)
+    elif clean_texts:
+        raise ValueError("texts are cleaned for a text encoder: name it, too")
+    return Pipeline(load_tokenizer(tokenizer), model, **settings, text=text)
+
+
+def _read_by(name: str, clean: bool, spec: ConditionSpec, trained: PromptEncoder) -> PromptEncoder:
+    """The text encoder of that name, for a generator that takes ``spec`` and was trained with another or with none."""
+    if spec.features is None:
+        raise ValueError(f"this generator takes {spec.describe()}, not the features of a text encoder")
+    prompts = PromptEncoder([open_text_encoder(name, spec.features.length, clean=clean)])
+    if prompts.spec.features != spec.features:
+        raise ValueError(f"this generator takes {spec.describe()}, and {name} makes {prompts.spec.describe()}")
+    own = prompts.identities["features"]
+    known = trained.identities.get("features", own)
+    if any(known[key] not in (None, own[key]) for key in ("kind", "hash")):
+        raise ValueError(
+            f"the generator was trained with features of {known['name']} ({known['kind']}), not of {name} "
+            f"({own['kind']}): leave the text encoder out"
+        )
+    return prompts

@@ -19,6 +19,7 @@ from vistok.losses import LPIPS
 from vistok.pipelines.folders import load_tokenizer
 from vistok.pipelines.generation import Pipeline
 from vistok.pipelines.runs import data_of_run
+from vistok.pipelines.semantic import score_ids
 from vistok.pipelines.texts import TEXT_OVERRIDES, conditions_of, text_of_run
 from vistok.tokenizers.base import Tokenizer
 from vistok.utils.devices import choose_device
@@ -77,6 +78,20 @@ def score_tokenizer(
     if tokenizer.condition_spec.features is not None:
         result["tokenizer"]["text"] = None if text is None else asdict(text)
     return result
+
+
+def score_generated_ids(
+    run: str, overrides: Sequence[str], *, batch_size: int, device: str | None, allowed: Allowed = NOTHING
+) -> dict[str, Any]:
+    """Score a generator whose ids decode to image embeddings; see ``score_ids``.
+
+    Args:
+        overrides: ``data.key=value`` texts that name the images.
+    """
+    pipe = Pipeline.from_pretrained(run, device=device)
+    overrides = [f"data.batch_size={batch_size}", *overrides]
+    data = data_of_run(run, overrides, input_shape=pipe.tokenizer.input_shape, split="test", allowed=allowed)
+    return score_ids(pipe, data)
 
 
 def _score_clip_tokenizer(

@@ -280,6 +280,10 @@ class Pipeline:
         A token that the mask touches is generated, the others are kept; what is kept looks as ``reconstruct`` has it.
         Of tokens in scales, those of the last are, and of smaller ones that lie mostly in the mask (``scale_masks``).
 
+        Generators that fill in any positions look at all that is kept. Those of one token after another look at what
+        comes before: in a raster above and to the left. They **do not look at what is kept to the right and below**,
+        which the generated part need not meet well; masks that reach the lower right corner lose nothing.
+
         Args:
             images: as of :meth:`reconstruct`.
             masks: what is generated. PIL images of the sizes of ``images``, light where it is; or a bool tensor, (H, W)
@@ -290,8 +294,8 @@ class Pipeline:
         The others are as of :meth:`__call__`.
 
         Raises:
-            ValueError: a generator that cannot fill in any positions (``mar`` and ``var`` can), masks or classes that
-                do not fit the images, tokens without a place in the image, and as of :meth:`__call__`.
+            ValueError: a generator that cannot keep tokens (see its ``edit``), masks or classes that do not fit the
+                images, tokens without a place in the image, and as of :meth:`__call__`.
         """
         pixels = self._pixels(images)
         regenerate = masked_tokens(masks, pixels, self.grid, self.tokenizer.spec.scales).to(self.device)
@@ -306,11 +310,11 @@ class Pipeline:
             sampling=sampling,
         )
         job = accept(self, self._conditions, self.edit, request, len(pixels))
-        in_loop = {"tokenizer": self.tokenizer} if self.generator.needs_tokenizer else {}
 
         def fill_in(rows: slice, condition: Condition, draws: Draws) -> Tensor:
             tokens = self.tokens_of(pixels[rows])
-            return self.generator.edit(tokens, regenerate[rows], condition, job.options, draws=draws, **in_loop)
+            where, options = regenerate[rows], job.options
+            return self.generator.edit(tokens, where, condition, options, draws=draws, tokenizer=self.in_loop)
 
         return generate(self, job, fill_in, batch_size)
 

@@ -113,7 +113,8 @@ class Conditions:
                 f"say what to generate by one of {', '.join(list(ways)[:-1])} and condition ({sum(ways.values())} were "
                 f"given); for this pipeline, {self._usual()} is the usual one"
             )
-        names = ("num_images_per_label", "num_images")
+        per = "prompt" if request.num_images_per_prompt != 1 else "label"
+        names = (f"num_images_per_{per}", "num_images")
         for name, value in zip(names, (request.copies, request.num_images), strict=True):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
@@ -171,11 +172,11 @@ class Conditions:
                 f"this pipeline has no text encoder and takes no prompt; its generator takes {self.spec.describe()}. "
                 f"Generate with {self._usual()}; a generator learns texts from `vistok tokenize --text-encoder …`"
             )
-        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        texts = _texts("prompt", prompt)
         condition = self.text.condition(texts)
         if negative is None:
             return condition
-        others = [negative] if isinstance(negative, str) else list(negative)
+        others = _texts("negative_prompt", negative)
         if len(others) not in (1, len(texts)):
             raise ValueError(f"give one negative_prompt, or one for each of the {len(texts)} prompts")
         rows = torch.arange(len(texts)) % len(others)
@@ -188,3 +189,16 @@ class Conditions:
             return "class_labels=[…]"
         sequences = [part for part in PARTS if part != "labels" and part in self.spec.parts]
         return "condition=…" if sequences else "num_images=…"
+
+
+def _texts(name: str, value: Prompt) -> list[str | None]:
+    """The texts of a prompt, one or several.
+
+    Raises:
+        ValueError: something else among them.
+    """
+    texts: list[str | None] = [value] if isinstance(value, str) or not isinstance(value, Sequence) else list(value)
+    wrong = [text for text in texts if not isinstance(text, str | None)]
+    if wrong:
+        raise ValueError(f"{name} must be a text or a list of texts, got {wrong[0]!r} ({type(wrong[0]).__name__})")
+    return texts

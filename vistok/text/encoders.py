@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vistok.checkpoints.weights import hash_weights
 from vistok.data.ragged import Piece
 from vistok.text.base import TextEncoder, TextError
+from vistok.text.cleaning import clean_caption
 from vistok.types import FeatureSpec
 
 MOST_COPIED = 1 << 30
@@ -104,6 +105,24 @@ class HuggingFaceEncoder(TextEncoder):
         for file in [*files, *weights]:
             shutil.copyfile(file, folder / file.name)
         return True
+
+
+class CleaningEncoder(HuggingFaceEncoder):
+    """A text encoder that reads cleaned captions (``clean_caption``): LlamaGen's way with T5, in data and in prompts.
+
+    Raises:
+        TextError: what cleans is not installed.
+    """
+
+    kind = "cleaning"
+
+    def __init__(self, name: str, length: int) -> None:
+        super().__init__(name, length)
+        clean_caption("")  # not after hours of tokenizing
+
+    @torch.no_grad()
+    def encode(self, texts: Sequence[str]) -> list[Piece]:
+        return super().encode([clean_caption(text) for text in texts])
 
 
 class CLIPTower(HuggingFaceEncoder):

@@ -10,10 +10,10 @@ from typing import Any, Literal, get_args
 
 from vistok.data.ragged import Piece, pad_left
 from vistok.text.base import TextEncoder, TextError
-from vistok.text.encoders import CLIPTower, HuggingFaceEncoder
+from vistok.text.encoders import CleaningEncoder, CLIPTower, HuggingFaceEncoder
 from vistok.text.tokenizers import ByteTokenizer, FileTokenizer
 from vistok.types import Condition, ConditionSpec
-from vistok.utils.files import atomic_folder, read_json, write_json
+from vistok.utils.files import atomic_folder, read_object, write_json
 
 TEXT = "text_encoder"
 """The folder's name inside of a token cache or a pipeline."""
@@ -26,20 +26,27 @@ KINDS = {
     "tokenizers": FileTokenizer,
     "huggingface": HuggingFaceEncoder,
     "clip": CLIPTower,
+    "cleaning": CleaningEncoder,
 }
 
 log = logging.getLogger(__name__)
 
 
-def open_text_encoder(name: str, length: int = LENGTH, positions: Positions = "text") -> TextEncoder:
+def open_text_encoder(
+    name: str, length: int = LENGTH, positions: Positions = "text", *, clean: bool = False
+) -> TextEncoder:
     """The text encoder in a folder, or of a name on the hub; see :class:`HuggingFaceEncoder`.
 
     Args:
         positions: those of the text, or ``all`` that there are, of CLIP's towers alone (see :class:`CLIPTower`).
+        clean: clean texts first, as LlamaGen does (see :class:`CleaningEncoder`).
     """
     if positions not in get_args(Positions):
         raise ValueError(f"positions of a text encoder are 'text' or 'all', got {positions!r}")
-    return (CLIPTower if positions == "all" else HuggingFaceEncoder)(name, _checked(length))
+    if clean and positions == "all":
+        raise ValueError("texts are cleaned for T5 and its kin; a tower of CLIP, read at all positions, takes them raw")
+    kind = CleaningEncoder if clean else CLIPTower if positions == "all" else HuggingFaceEncoder
+    return kind(name, _checked(length))
 
 
 def open_text_tokenizer(name: str, length: int = LENGTH) -> TextEncoder:
@@ -76,6 +83,13 @@ class PromptEncoder:
         self._device: Any = None
         if len(self._encoders) < len(encoders):
             raise ValueError("two text encoders make the same part of a condition")
+
+    @classmethod
+    def named(cls, kind: str, name: str, length: int) -> PromptEncoder:
+        """A text encoder by its kind, a key of ``KINDS``, and its name, which the first prompt opens."""
+        prompts = cls()
+        prompts.identities["features"] = {"kind": kind, "name": name, "length": length, "hash": None}
+        return prompts
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -139,11 +153,10 @@ class PromptEncoder:
     def save(self, folder: Path) -> None:
         """Write what ``load`` reads: names and hashes, and the files of local encoders."""
         with atomic_folder(folder, replace=True) as partial:
-            for part, identity in self.identities.items():
-                inner = partial / part
+            for part in self.parts:
+                inner, encoder = partial / part, self._encoder(part)
                 inner.mkdir()
-                carried = self._encoder(part).save_files(inner)
-                write_json(inner / RECORD, identity | {"carried": carried})
+                write_json(inner / RECORD, encoder.identity | {"carried": encoder.save_files(inner)})
 
     @classmethod
     def load(cls, folder: Path) -> PromptEncoder:
@@ -156,7 +169,7 @@ class PromptEncoder:
         saved._folder = folder
         for file in sorted(folder.glob(f"*/{RECORD}")):
             try:
-                record = read_json(file)
+                record = read_object(file)
                 saved.identities[file.parent.name] = {key: record[key] for key in ("kind", "name", "length", "hash")}
             except (ValueError, KeyError, TypeError) as error:
                 raise TextError(f"{file} is damaged ({error!r})") from error
@@ -171,9 +184,10 @@ class PromptEncoder:
         inner = self._folder / part
         if identity["kind"] not in KINDS:
             raise TextError(f"{inner} is of a text encoder of the kind {identity['kind']!r}; known: {', '.join(KINDS)}")
-        name = str(inner) if read_json(inner / RECORD).get("carried") else identity["name"]
+        carried = (inner / RECORD).is_file() and read_object(inner / RECORD).get("carried")
+        name = str(inner) if carried else identity["name"]
         encoder = KINDS[identity["kind"]](name, identity["length"])
-        if encoder.identity["hash"] != identity["hash"]:
+        if identity["hash"] not in (None, encoder.identity["hash"]):  # of released weights there is none
             raise TextError(
                 f"{name} is not the text encoder that the generator was trained with: its hash is "
                 f"{encoder.identity['hash']}, not {identity['hash']}"

@@ -144,7 +144,16 @@ class Trainer:
         """
         state = self.checkpoints.load()
         if state is not None:
-            self._load(state)
+            try:
+                self._load(state)
+            except ValueError as error:
+                changes = self._changes(config)
+                if changes:
+                    error.add_note(
+                        f"Since that checkpoint the config has another {', another '.join(changes)}. Resume with what "
+                        f"it had, or begin a new run from its weights: output_dir=… init_from={self.folder}"
+                    )
+                raise
             if self.accelerator.is_main_process:
                 for change in self._changes(config):
                     log.warning("resumed with another %s", change)

@@ -161,6 +161,32 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path} does not hold JSON: {error}") from error
 
 
+def read_object(path: str | Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object; raises as ``read_json``, also for anything else."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} does not hold a JSON object, but a {type(value).__name__}")
+    return value
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a text file in UTF-8.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no text in UTF-8.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(missing_file(path))
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is no text in UTF-8: byte {error.object[error.start]:#04x} at {error.start}"
+        ) from error
+
+
 def missing_file(path: str | Path) -> str:
     """What a message says of a file that is not there: its name, and what is near it."""
     path = Path(path)

@@ -320,6 +320,42 @@ class AutoregressiveGenerator(Generator):
             pass
         return session.tokens
 
+    def edit(
+        self,
+        tokens: Tensor,
+        regenerate: Tensor,
+        condition: Condition,
+        options: Any = None,
+        *,
+        draws: Draws | None = None,
+        tokenizer: Expands | None = None,
+    ) -> Tensor:
+        """Generate some positions anew and keep the others: inpainting, where tokens have a place.
+
+        Tokens are still generated one step after another. A known token is forced when its turn comes, so what is drawn
+        sees the known tokens of earlier steps alone: in a raster those above and to the left. **Tokens to the right and
+        below are not looked at**, and what is drawn need not meet them well; generators that fill in any positions
+        (MaskGIT, RandAR, LPD, MAR) see all that is kept. Tokens of one step are independent of each other: in a window
+        or a scale that is partly known, the rest is drawn without a look at what is known of it.
+
+        Args:
+            tokens: (B, L) ids of the images.
+            regenerate: (L,) or (B, L) bool, True where tokens are generated.
+            condition: of what is generated.
+            options: any decoding; ``jacobi`` and ``cautious`` keep known tokens, too.
+            draws: of ``sampling_draws``.
+            tokenizer: as of ``forward``.
+
+        Returns:
+            (B, L) ids, where ``tokens`` are.
+
+        Raises:
+            ValueError: ids of another tokenizer, another shape of ``regenerate``, or as ``start``.
+        """
+        regenerate = self.edited_positions(tokens, regenerate)
+        made = self.sample_forced(tokens, ~regenerate, condition, options, draws=draws, tokenizer=tokenizer)
+        return made.to(tokens.device)
+
     def session_type(self, options: DecodingOptions) -> type[AutoregressiveSession]:
         """The sessions that sample with these options."""
         return AutoregressiveSession

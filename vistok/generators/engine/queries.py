@@ -210,6 +210,7 @@ class QueryGenerator(AutoregressiveGenerator):
         options: QueryOptions | None = None,
         *,
         draws: Draws | None = None,
+        tokenizer: Expands | None = None,
     ) -> Tensor:
         """Generate some positions anew and keep the others: inpainting, where tokens have a place.
 
@@ -228,20 +229,16 @@ class QueryGenerator(AutoregressiveGenerator):
         Raises:
             ValueError: ids of another tokenizer, another shape of ``regenerate``, group sizes, or no draws.
         """
-        self.spec.check_ids(tokens)
+        self.check_tokenizer(tokenizer)
+        kept = ~self.edited_positions(tokens, regenerate)
         options, length = options or self.options_type(), self.spec.length
-        if regenerate.shape not in (tokens.shape, tokens.shape[1:]) or tokens.shape[1] != length:
-            raise ValueError(
-                f"tokens must be (B, {length}) and regenerate ({length},) or (B, {length}), got {tuple(tokens.shape)} "
-                f"and {tuple(regenerate.shape)}"
-            )
         if options.group_sizes is not None:
             raise ValueError("an edit generates as many tokens as it is asked for; give num_steps, not group_sizes")
         if draws is None and options.temperature > 0:
             raise ValueError(
                 "sampling with a temperature above 0 needs draws: pass sampling_draws(Keys.range(seed, B), options)"
             )
-        kept, edited = ~regenerate.expand(tokens.shape), tokens.clone()
+        edited = tokens.clone()
         for count in kept.sum(1).unique().tolist():  # images with as many kept tokens have the same steps
             rows = (kept.sum(1) == count).nonzero()[:, 0]
             part = {name: value[rows.to(value.device)] for name, value in (draws or {}).items()}

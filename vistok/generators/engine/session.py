@@ -196,12 +196,10 @@ class AutoregressiveSession:
         return self.model.spec.num_ids
 
     @property
-    def grid_width(self) -> int:
-        """Tokens in a row of the image; ValueError if they have no raster."""
+    def grid_width(self) -> int | None:
+        """Tokens in a row of the image; None if they have no raster."""
         grid = self.model.spec.grid
-        if grid is None:
-            raise ValueError("these tokens lie on no raster, so none is to the left or above; take draft='random'")
-        return grid[-1]
+        return None if grid is None else grid[-1]
 
     def open_window(self, size: int) -> Windows:
         """Passes of ``size`` entries per row, each row at a place of its own. One token has not been fed yet."""

@@ -322,6 +322,7 @@ class MAR(ContinuousGenerator):
         options: MAROptions | None = None,
         *,
         draws: Draws | None = None,
+        tokenizer: Expands | None = None,
     ) -> Tensor:
         """Generate some positions anew and keep the others: inpainting, or editing if the class is another one.
 
@@ -336,22 +337,17 @@ class MAR(ContinuousGenerator):
         Raises:
             ValueError: latents of another tokenizer, or another shape of ``regenerate``.
         """
-        self.spec.check_latents(tokens)
-        if regenerate.shape not in (tokens.shape[:2], tokens.shape[1:2]) or tokens.shape[1] != self.spec.length:
-            raise ValueError(
-                f"tokens must be (B, {self.spec.length}, D) and regenerate ({self.spec.length},) or (B, "
-                f"{self.spec.length}), got {tuple(tokens.shape)} and {tuple(regenerate.shape)}"
-            )
+        regenerate = self.edited_positions(tokens, regenerate)
         device = self.members.device
         tokens, regenerate, condition = tokens.to(device), regenerate.to(device), condition.to(device)
-        regenerate = regenerate.expand(len(tokens), -1)[:, self.members].any(-1)  # (B, n), of the model's tokens
+        regenerate = regenerate[:, self.members].any(-1)  # (B, n), of the model's tokens
         counts, edited = regenerate.sum(1), torch.empty_like(tokens)
         for count in counts.unique():  # all rows of a session draw as many tokens
             rows = (counts == count).nonzero()[:, 0]
             kept = (~regenerate[rows]).nonzero()[:, 1].view(len(rows), -1)
             positions = self.members[kept].flatten(1)
             chosen = None if draws is None else {name: value[rows.to(value.device)] for name, value in draws.items()}
-            session = cast(MARSession, self.start(condition[rows], options, draws=chosen))
+            session = cast(MARSession, self.start(condition[rows], options, draws=chosen, tokenizer=tokenizer))
             session.append(take(tokens[rows], positions), positions)
             for _ in session.generate():
                 pass

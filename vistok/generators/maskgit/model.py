@@ -207,6 +207,7 @@ class MaskGIT(Generator):
         options: MaskGITOptions | None = None,
         *,
         draws: Draws | None = None,
+        tokenizer: Expands | None = None,
     ) -> Tensor:
         """Generate some positions anew and keep the others: inpainting, where tokens have a place.
 
@@ -221,15 +222,9 @@ class MaskGIT(Generator):
         Raises:
             ValueError: ids of another tokenizer, or another shape of ``regenerate``.
         """
-        self.spec.check_ids(tokens)
-        length = self.spec.length
-        if regenerate.shape not in (tokens.shape, tokens.shape[1:]) or tokens.shape[1] != length:
-            raise ValueError(
-                f"tokens must be (B, {length}) and regenerate ({length},) or (B, {length}), got {tuple(tokens.shape)} "
-                f"and {tuple(regenerate.shape)}"
-            )
-        session = self.start(condition, options, draws=draws)
-        session.keep(tokens, ~regenerate.expand(tokens.shape))
+        kept = ~self.edited_positions(tokens, regenerate)
+        session = self.start(condition, options, draws=draws, tokenizer=tokenizer)
+        session.keep(tokens, kept)
         for _ in session.generate():
             pass
         return session.tokens.to(tokens.device)

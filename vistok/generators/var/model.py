@@ -404,21 +404,6 @@ class VAR(AutoregressiveGenerator):
         smooth = isinstance(options, VAROptions) and options.more_smooth
         return SmoothSession if smooth else super().session_type(options)
 
-    @torch.no_grad()
-    def edit(
-        self,
-        tokens: Tensor,
-        regenerate: Tensor,
-        condition: Condition,
-        options: VAROptions | None = None,
-        *,
-        draws: Draws | None = None,
-        tokenizer: Expands | None = None,
-    ) -> Tensor:
-        """Generate some tokens of all scales anew, those where ``regenerate`` (B, L) is True; see
-        ``vistok.data.masks.scale_masks``. What is kept is kept as codes: the decoder blends it with what is new."""
-        return self.sample_forced(tokens, ~regenerate, condition, options, draws=draws, tokenizer=tokenizer)
-
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
         return cls(**official.arguments(config, state_dict)).with_official_weights(official.our_names(state_dict))

@@ -22,10 +22,10 @@ from vistok.data.tokens import TokenBatch, TokenCache, TokenMixture, token_evalu
 from vistok.draws import Draws, Keys, draws_on
 from vistok.generators.base import Generator
 from vistok.pipelines import Pipeline
-from vistok.pipelines.folders import GENERATOR, TOKENIZER, load_tokenizer, write_settings
-from vistok.text import TEXT, copy_encoders
+from vistok.pipelines.folders import GENERATOR, TOKENIZER, home_of, load_tokenizer, write_settings
+from vistok.text import TEXT, PromptEncoder, copy_encoders
 from vistok.tokenizers.base import Tokenizer
-from vistok.train.config import MODEL, RunConfig
+from vistok.train.config import MODEL, InitFrom, RunConfig
 from vistok.train.tasks.base import Learner, Task, Turn
 from vistok.train.tasks.prediction import PredictionConfig, PredictionObjective
 from vistok.types import Clock, Condition, ConditionSpec, GeneratorOutput, TokenSpec, to_json
@@ -101,19 +101,24 @@ class GeneratorTask(Task):
         self.tokenizer = load_tokenizer(cache.folder)
         cache.check_tokenizer(self.tokenizer.fingerprint())
         condition = _chosen_parts(cache, config.condition)
+        for source in config.sources:
+            _check_texts(source, cache, condition.parts)
         self.classes = cache.classes if "labels" in condition.parts else ()
         spec = TokenSpec(**cache.spec)
         self.config, self.seed, self.length = config, config.seed, spec.length
         self.cache_folder, self.parts = cache.folder, condition.parts
         kind = config.model_entry().load()
         if config.streams:
-            self._check_streams(kind, condition)
+            _check_reads_streams(kind)
+            self._check_streams(condition)
         self._open_loaders(cache, rank, world_size)
         if config.streams and condition.given is not None:  # images of which a stream may take one by itself
             reader: Any = self.loader.reader
             condition = replace(condition, given=replace(condition.given, length=reader.given_length))
         derived = kind.condition_arguments(condition) | kind.tokenizer_arguments(self.tokenizer)
         model = config.build_model({"spec": to_json(spec), **derived})
+        if config.streams:  # which a model may do with some arguments alone
+            _check_reads_streams(model)
         objective = None
         if not config.objective.is_plain:
             objective = PredictionObjective(model, config.objective, config.seed, config.training.max_steps)
@@ -122,12 +127,7 @@ class GeneratorTask(Task):
         self.learner = GeneratorLearner(model, objective)
         check(self.model.options_type, config.sampling, "sampling")
 
-    def _check_streams(self, kind: type[Generator], condition: ConditionSpec) -> None:
-        if not kind.takes_streams:
-            raise ConfigError(
-                f"{kind.registry_name} reads no streams of texts and images; leave streams out, or take a model that "
-                "does"
-            )
+    def _check_streams(self, condition: ConditionSpec) -> None:
         if not self.config.objective.is_plain:
             raise ConfigError("streams have their own loss: leave objective out")
         if condition.ids is None:
@@ -233,6 +233,13 @@ class GeneratorTask(Task):
         self.accompany(folder)
 
 
+def _check_reads_streams(model: Generator | type[Generator]) -> None:
+    if not model.takes_streams:
+        raise ConfigError(
+            f"{model.registry_name} reads no streams of texts and images; leave streams out, or take a model that does"
+        )
+
+
 def _check_content(model: Generator, cache: TokenMixture, objective: PredictionConfig) -> None:
     """Raise ConfigError unless the cache holds what the generator trains on: ids, or the latents that they are of."""
     name = model.registry_name
@@ -273,6 +280,23 @@ def _chosen_parts(cache: TokenMixture, chosen: Sequence[str] | None) -> Conditio
             " conditions; `vistok tokenize` makes ids and features of captions"
         )
     return cache.condition_spec.only(parts)
+
+
+def _check_texts(source: InitFrom, cache: TokenMixture, parts: Sequence[str]) -> None:
+    """Raise ConfigError for weights that were trained with another text encoder than that of the cache."""
+    home = home_of(source.path)
+    known = PromptEncoder.load(home / TEXT).identities if home is not None else {}
+    for part in parts:
+        old, new = ({key: text.get(part, {}).get(key) for key in ("kind", "hash")} for text in (known, cache.text))
+        if part not in known or old == new:
+            continue
+        name = known[part]["name"]
+        if source.strict:
+            raise ConfigError(
+                f"init_from: {source.path} was trained with {part} of {name}, and {cache.folder} has those of another "
+                "text encoder. Make the cache with that one, or learn the new one with init_from.strict=false"
+            )
+        log.warning("%s was trained with %s of %s; the texts of %s are learned anew", home, part, name, cache.folder)
 
 
 def _held_out_tokens(config: GeneratorRun, trained: TokenMixture, parts: Sequence[str]) -> TokenCache | None:

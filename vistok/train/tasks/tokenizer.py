@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, cast
 from PIL import Image
 from torch import Tensor, nn
 
+from vistok.checkpoints.bounds import OversizedError, construct
 from vistok.config import ConfigError, KeysOf, build
 from vistok.data.batches import ImageBatch
 from vistok.data.config import DataConfig
@@ -134,7 +135,7 @@ class TokenizerTask(Task):
         objective.prepare(source.classes)
         self.learner = TokenizerLearner(model, objective, perturbation)
         self.gan = gan_config(model, config.losses)
-        self.adversary = Adversary(self.gan, model.input_shape, model.native_range) if self.gan else None
+        self.adversary = _adversary(self.gan, model) if self.gan else None
         self.loader = training_loader(source, self.data, rank=rank, world_size=world_size)
         changes = None if config.validation is None else config.validation.data
         self.held_out = held_out_images(self.data, source, changes)
@@ -318,3 +319,12 @@ def _target(batch: ImageBatch) -> Tensor:
 def _psnr_of(output: TokenizerOutput, target: Tensor) -> dict[str, Tensor]:
     """Of tokenizers whose training reconstructs."""
     return {} if output.reconstruction is None else {"psnr": psnr(output.reconstruction.detach(), target)}
+
+
+def _adversary(config: GanConfig, model: Tokenizer) -> Adversary:
+    """The adversary of a config. Raises ConfigError if it is larger than the machine's memory."""
+    arguments = {"config": config, "input_shape": model.input_shape, "value_range": model.native_range}
+    try:
+        return construct(Adversary, arguments)
+    except OversizedError as error:
+        raise ConfigError(f"losses.gan: {error}") from error

@@ -51,6 +51,10 @@ class Cautious:
                 f"likely ids, got {options.entropy_threshold}"
             )
         length = options.trial_length or session.grid_width
+        if length is None:
+            raise ValueError(
+                "trial_length 0 is a row of the raster, and these tokens lie on none: give a number of tokens"
+            )
         while session.step < stop:
             end = min((session.step // length + 1) * length, stop)
             unsure = (_entropy(session.next_logits()[:, 0]) > options.entropy_threshold).tolist()

@@ -126,7 +126,12 @@ class _Windows:
         self.index = torch.arange(self.size, device=session.tokens.device)
         self.count = torch.full((len(session.tokens),), session.step, device=session.tokens.device)
         self.length = session.plan.order.shape[1]
-        self.width = session.grid_width if self.options.draft != "random" else 0
+        self.width = session.grid_width or 0
+        if not self.width and self.options.draft != "random":
+            raise ValueError(
+                f"draft {self.options.draft!r} looks to the left or above, and these tokens lie on no raster: take "
+                "draft 'random'"
+            )
 
     def run(self) -> Iterator[TokenChunk]:
         window, passes = self.session.open_window(self.size), 0
