@@ -30,6 +30,7 @@ KINDS = {
     "png, transparent": ("RGBA", "png", {"compress_level": 1}),
     "png, 16 bits": ("I;16", "png", {"compress_level": 1}),
     "webp": ("RGB", "webp", {"method": 0, "quality": 50}),
+    "webp, transparent": ("RGBA", "webp", {"method": 0, "quality": 50}),
     "bmp": ("RGB", "bmp", {}),
     "gif": ("P", "gif", {}),
     "tiff": ("RGB", "tif", {}),
@@ -64,11 +65,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--side", type=int, default=12000, help="of the images, in pixels")
     parser.add_argument("--size", type=int, default=256, help="of what they become")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS), help="which of them")
     arguments = parser.parse_args()
     Image.MAX_IMAGE_PIXELS = None
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, (mode, extension, options) in KINDS.items():
+        for name in arguments.kinds:
+            mode, extension, options = KINDS[name]
             file = Path(folder) / f"large.{extension}"
             picture(mode, arguments.side).save(file, **options)
             with get_context("fork").Pool(1) as pool:

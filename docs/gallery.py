@@ -11,9 +11,12 @@ from pathlib import Path
 
 from PIL import Image
 
+from vistok.data.sheets import enlarged
+
 IMAGES = Path(__file__).parent / "images"
-PICTURES = ("samples.png", "conversations.png", "clips.png")
+PICTURES = ("samples.png", "conversations.png", "frames.png")
 HEIGHT = 285  # four rows of digits below their names
+WIDTH = 500  # at least
 
 
 def main(folders: list[str]) -> None:
@@ -22,6 +25,8 @@ def main(folders: list[str]) -> None:
         file = next(path for path in (folder / name for name in PICTURES) if path.is_file())
         picture = Image.open(file).convert("L")
         picture = picture.crop((0, 0, picture.width, min(picture.height, HEIGHT)))
+        if picture.width < WIDTH:
+            picture = enlarged(picture, WIDTH // picture.width + 1)
         picture.quantize(32).save(IMAGES / f"gallery-{system}.png", optimize=True)
 
 

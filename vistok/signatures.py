@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import inspect
 import logging
+import math
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -216,6 +217,8 @@ def with_todays_names(target: Callable[..., Any], values: Mapping[str, Any], pat
 
 def _check_value(annotation: Any, value: Any, path: str) -> Any:
     section = section_type(annotation)
+    if section is not None and isinstance(value, section):
+        return value
     if section is not None and isinstance(value, Mapping):
         arguments = check(section, value, path)
         try:
@@ -237,6 +240,8 @@ def _check_value(annotation: Any, value: Any, path: str) -> Any:
     except ValidationError as error:
         choices = [choice for choice in _literals(annotation) if isinstance(choice, str)]
         hint = suggestion(value, choices)
+        if isinstance(value, float) and not math.isfinite(value):
+            hint = ", a finite number"
         raise ConfigError(f"{mismatch(path, value)}: expected {describe(annotation)}{hint}") from error
 
 
@@ -270,13 +275,15 @@ def _adapter(annotation: Any) -> TypeAdapter[Any]:
 
 def _strict(annotation: Any) -> Any:
     """Forbid conversions between scalars, wherever they stand in the annotation, but not list -> tuple."""
-    from pydantic import InstanceOf, Strict
+    from pydantic import AllowInfNan, Strict
 
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation in (int, float, bool, str):
+    if annotation is float:  # of a config no number is meant that is none
+        return typing.Annotated[annotation, Strict(), AllowInfNan(False)]
+    if annotation in (int, bool, str):
         return typing.Annotated[annotation, Strict()]
     if inspect.isclass(annotation) and dataclasses.is_dataclass(annotation):
-        return typing.Annotated[annotation, InstanceOf()]
+        return typing.Annotated[Any, _instance_validator(annotation)]
     if origin is Literal:
         return typing.Annotated[annotation, _literal_validator(arguments)]
     if origin is None or origin is typing.Annotated or not arguments:
@@ -286,6 +293,18 @@ def _strict(annotation: Any) -> Any:
     if origin in (tuple, list, set, dict, Sequence, Mapping):
         return origin[tuple(argument if argument is ... else _strict(argument) for argument in arguments)]
     return annotation
+
+
+def _instance_validator(kind: type) -> Any:
+    """A validator that takes what is a ``kind`` already."""
+    from pydantic import PlainValidator
+
+    def same(value: Any) -> Any:
+        if not isinstance(value, kind):
+            raise ValueError(f"no {kind.__name__}")
+        return value
+
+    return PlainValidator(same)
 
 
 def _literal_validator(choices: tuple[Any, ...]) -> Any:
@@ -326,5 +345,5 @@ def _unknown_key(key: str, allowed: Sequence[str], path: str) -> str:
 def check_least(section: Any, **least: float) -> None:
     """Raise ValueError unless each of these keys of a config section has at least this value."""
     for key, bound in least.items():
-        if getattr(section, key) < bound:
+        if not getattr(section, key) >= bound:  # NaN is not, either
             raise ValueError(f"{key} must be at least {bound}, got {getattr(section, key)}")

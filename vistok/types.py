@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from itertools import accumulate
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -137,7 +137,7 @@ class TokenSpec:
         """
         if not self.discrete:
             raise ValueError("this tokenizer has continuous latents; it takes no ids")
-        if ids.is_floating_point():
+        if ids.is_floating_point() or ids.dtype == torch.bool:
             raise ValueError(
                 f"token ids must be integers, got {ids.dtype}; continuous latents do not fit this codebook"
             )
@@ -332,6 +332,21 @@ class Expander(ABC):
         Where steps have several tokens, those of all steps but the first, which has none before it.
         """
 
+    def correct(self, latents: Tensor, draws: Mapping[str, Tensor] | None, most: float) -> tuple[Tensor, Tensor]:
+        """Inputs as of ``expand`` and the ids (B, L) to predict, of the latents (B, h * w, D) that ids of scales are
+        made of, whose bits are partly turned: bitwise self-correction.
+
+        Args:
+            draws: "flips" (B, L, D) and "strengths" (B, S); None turns none.
+            most: the probability with which a bit is turned, at most.
+
+        Raises:
+            ValueError: a quantizer whose ids are no bits.
+        """
+        raise ValueError(
+            "these tokens are no bits: self-correction needs a tokenizer with the quantizer multi_scale_bsq"
+        )
+
     @abstractmethod
     def step(self, tokens: Tensor) -> Tensor:
         """Inputs (B, n, E) of the next n tokens (B, n[, D]); those of earlier calls are remembered. Where steps have
@@ -368,8 +383,17 @@ T = TypeVar("T")
 
 
 def as_dataclass(kind: type[T], value: T | Mapping[str, Any]) -> T:
-    """``value`` itself if it is a ``kind`` already, else the dataclass built from a mapping (a saved config's form)."""
-    return kind(**value) if isinstance(value, Mapping) else value
+    """``value`` itself if it is a ``kind`` already, else the dataclass built from a mapping (a saved config's form).
+
+    Raises:
+        ValueError: something else.
+    """
+    if isinstance(value, kind):
+        return value
+    if not isinstance(value, Mapping):
+        names = ", ".join(field.name for field in fields(cast(Any, kind)))
+        raise ValueError(f"expected a {kind.__name__}, or its {{{names}}}, got {value!r}")
+    return kind(**value)
 
 
 def to_json(value: Any) -> Any:

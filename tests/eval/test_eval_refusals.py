@@ -39,6 +39,20 @@ def test_what_is_no_covariance_has_no_distance(covariance, message):
             frechet_distance(*pair)
 
 
+def test_moments_too_large_for_a_distance():
+    one, other = (
+        gaussian(torch.eye(4).double()),
+        Gaussian(torch.full((4,), 1e200, dtype=torch.double), torch.eye(4).double()),
+    )
+    with pytest.raises(ValueError, match="so large that their distance is not finite"):
+        frechet_distance(one, other)
+
+
+def test_images_of_one_colour_have_a_covariance(tmp_path: Path):
+    flat = open_reference(stored(tmp_path / "flat.npz", sigma=np.zeros((4, 4))))
+    assert frechet_distance(flat.gaussians["pool"], flat.gaussians["pool"]) == 0
+
+
 def test_equal_sets_are_at_no_distance():
     rows = torch.randn(40, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     one = Gaussian(rows.mean(0), rows.T.cov())
@@ -68,6 +82,8 @@ def stored(path: Path, **changes) -> Path:
         ({"sigma": np.eye(4, dtype=complex)}, "'sigma' of .* must be real numbers"),
         ({"sigma": -np.eye(4)}, "'sigma' of .* is no covariance: it has negative eigenvalues"),
         ({"sigma": np.eye(4) + np.eye(4, k=1)}, "'sigma' of .* not symmetric"),
+        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0)), "pool": np.zeros((3, 0))}, r"must be \(D,\) and \(D, D\)"),
+        ({"pool": np.full((30, 4), 1e300)}, "'pool' .* holds values that are not finite"),
         ({"mu": np.array(["a"] * 4)}, "'mu' of .* must be real numbers"),
         ({"count": np.array([1, 2])}, "'count' must be one value"),
     ],

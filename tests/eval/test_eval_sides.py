@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from support.eval_data import FakeInception, as_tensor, batch_statistics, colour_statistics, smooth_images, write_folder
+from support.eval_worker import measure, write_clips
 from support.tiny_models import tiny
 
 import vistok
@@ -436,6 +437,7 @@ def test_scores_do_not_depend_on_the_number_of_processes(tmp_path, generated, re
     write_folder(tmp_path / "generated", generated)
     write_folder(tmp_path / "real", real)
     write_folder(tmp_path / "restored", np.clip(real.astype(int) + 3, 0, 255).astype(np.uint8))
+    write_clips(tmp_path / "clips")
     with socket.socket() as server:
         server.bind(("localhost", 0))
         port = server.getsockname()[1]
@@ -451,8 +453,6 @@ def test_scores_do_not_depend_on_the_number_of_processes(tmp_path, generated, re
     for worker in workers:
         _, errors = worker.communicate(timeout=120)
         assert worker.returncode == 0, errors
-    from support.eval_worker import measure
-
     alone = measure(tmp_path, tmp_path / "alone", batch_size=9)
     for rank in range(2):
         shared = json.loads((tmp_path / f"rank-{rank}.json").read_text())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support.tiny_models import tiny
 from torch import Tensor
 
@@ -88,7 +89,13 @@ def test_frames_are_predicted_from_given_ones_in_every_form(predictor):
         (np.zeros((5, 16, 16, 3), np.uint8), "5 frames cannot begin a clip of 4"),
         (np.zeros((2, 3, 16, 16), np.uint8), "with 1 or 3 channels"),
         (np.zeros((2, 16, 16, 3)), "frames must be uint8"),
+        (np.zeros((2, 16, 16, 4), np.uint8), "with 1 or 3 channels"),
+        (np.zeros((0, 16, 16, 3), np.uint8), r"got uint8 \(1, 0, 16, 16, 3\)"),
+        ([], "got an empty one"),
+        ([np.zeros((16, 16, 3), np.uint8)], "got ndarray in it; stack"),
+        ([Image.new("RGB", (16, 16)), Image.new("RGB", (16, 18))], "of one size"),
         (torch.zeros(3, 2, 16, 16), "float frames must be clips"),
+        (torch.zeros(1, 3, 0, 16, 16), "0 frames cannot begin a clip of 4"),
     ],
 )
 def test_wrong_frames_are_named(predictor, frames, message):

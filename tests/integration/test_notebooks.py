@@ -7,10 +7,8 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import nbformat
 import pytest
 import torch
-from nbclient import NotebookClient
 
 from vistok.config import load_config
 from vistok.pipelines import Pipeline
@@ -21,6 +19,7 @@ from vistok.types import ConditionSpec, FeatureSpec, IdSpec, to_json
 
 pytestmark = pytest.mark.slow
 
+nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 FOLDER = re.compile(r'folder = Path\("(.*?)"\)')
 
@@ -39,7 +38,7 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
     else:
         assert re.search(r"_steps = \d+", first.source), "the first cell says how long the training takes"
         first.source = re.sub(r"_steps = \d+", "_steps = 4", first.source)
-    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
     pictures = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert sum("image/png" in output.get("data", {}) for output in pictures) >= 3
 

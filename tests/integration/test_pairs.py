@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from vistok.pipelines.pairs import partly_generated, write_pairs
 from vistok.train import train
 from vistok.train.tokenize import tokenize
 from vistok.utils.outputs import ResumeError, unfinished
+from vistok.utils.processes import Processes
 
 NAMES = ("cat", "dog")
 CANNOT = {"xar", "ming_univision"}
@@ -97,6 +100,40 @@ def test_pairs_have_the_names_of_their_files(photos, tmp_path):
     assert json.loads((tmp_path / "pairs" / "pairs.json").read_text()) == record
     assert record["sigma"] == 0.5
     assert record["images"] == 10
+
+
+class Beside(Processes):
+    """One of several processes, played by a thread."""
+
+    def __init__(self, index: int, meeting: Barrier, told: dict):
+        super().__init__(index, meeting.parties)
+        object.__setattr__(self, "meeting", meeting)
+        object.__setattr__(self, "told", told)
+
+    def wait(self) -> None:
+        self.meeting.wait(60)
+
+    def gather(self, value):
+        self.told[self.index] = value
+        self.wait()
+        return [self.told[index] for index in range(self.count)]
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_several_processes_make_the_pairs_of_one(photos, tmp_path, count):
+    expected = write_pairs(pipe(), data(photos), tmp_path / "one", batch_size=3)
+    meeting, told = Barrier(count), {}
+    pipes = [pipe() for _ in range(count)]
+
+    def work(index: int):
+        processes = Beside(index, meeting, told)
+        return write_pairs(pipes[index], data(photos), tmp_path / "several", batch_size=3, processes=processes)
+
+    with ThreadPoolExecutor(count) as pool:
+        records = list(pool.map(work, range(count)))
+    assert records == [expected] * count
+    assert files(tmp_path / "several") == files(tmp_path / "one")
+    assert (tmp_path / "several" / "pairs.json").read_bytes() == (tmp_path / "one" / "pairs.json").read_bytes()
 
 
 def test_of_other_sources_they_have_numbers(tmp_path):

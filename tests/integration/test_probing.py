@@ -95,7 +95,7 @@ def test_probe_measures_and_goes_on_where_it_stopped(saved, tmp_path, monkeypatc
     )
     assert 0 < generator["loss_per_token"] < generator["uniform_loss"] + 1
     assert generator["probe"]["scored"] == 30
-    assert {"tokens", "decoded"} <= told["feature_probes"].keys()
+    assert {"tokens", "latents", "decoded"} <= told["feature_probes"].keys()
     assert 0 < told["code_usage"]["used"] <= 1
     written = json.loads((tmp_path / "probe" / "result.json").read_text())
     assert written["generator"] == generator

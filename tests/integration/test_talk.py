@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from support.tiny_models import tiny
 
 import vistok
@@ -15,7 +16,7 @@ from vistok.draws import Keys
 from vistok.pipelines import Message, Pipeline
 from vistok.quickstart import Recipe, quickstart
 from vistok.quickstart.scores import fit_classifier
-from vistok.quickstart.styled import STYLE_NAMES, edit_request, load_styled, word
+from vistok.quickstart.styled import STYLE_NAMES, draw_request, edit_request, load_styled, word
 from vistok.quickstart.talk import Judged, score
 from vistok.text import PromptEncoder, open_text_tokenizer
 from vistok.types import Condition
@@ -76,14 +77,25 @@ def test_the_chain_leaves_scores_pictures_and_a_pipeline_that_talks(folder, held
     assert sum(str(image.name) in line for line in lines) == 2
 
 
-def test_given_digits_are_of_the_same_hand_and_of_another_class(folder):
+def test_given_digits_are_of_the_same_hand_and_of_the_classes_that_are_asked_for(folder):
     digits, cache = load_styled("train"), TokenCache(folder / "tokens")
     tokens, _ = cache.batch(range(len(cache)), [0] * len(cache))
     rows = torch.arange(0, len(cache), 97).numpy()
     given = cache.condition(rows, 0 * rows, 0.0 * rows).given
-    partners = torch.cdist(given.flatten(1), tokens.flatten(1)).argmin(1)
-    assert torch.equal(digits.styles[partners], digits.styles[rows])
-    assert not (digits.labels[partners] == digits.labels[rows]).any()
+    second, first = (
+        torch.cdist(part.flatten(1), tokens.flatten(1)).argmin(1) for part in given.chunk(2, 1)
+    )  # of the chain first, second, sample
+    for partners in (first, second):
+        assert torch.equal(digits.styles[partners], digits.styles[rows])
+    chain = [digits.labels[places].tolist() for places in (first, second, rows)]
+    assert not any(a == b or b == c for a, b, c in zip(*chain))
+
+    def texts(number):
+        return [bytes(row.tolist()).strip(b"\0").decode() for row in cache.text_of(rows, number).ids]
+
+    asked = [draw_request, edit_request, word, draw_request, edit_request, draw_request]
+    for number, (request, place) in enumerate(zip(asked, (2, 2, 2, 1, 1, 0))):
+        assert texts(number) == [request(digit) for digit in chain[place]]
 
 
 def test_held_out_digits_in_the_place_of_edits_score_as_they_should(folder, held_out):
@@ -165,6 +177,15 @@ REFUSED = {
         lambda p, i: p.chat([{"role": "system", "text": "be kind"}]),
         "unknown role 'system'; messages are",
     ),
+    "another role": (lambda p, i: p.chat([{"role": "Human", "text": "be kind"}]), "unknown role 'Human'"),
+    "history of texts": (lambda p, i: p.chat(["hello"]), r"a list of messages, got 'hello' in it"),
+    "text": (lambda p, i: p.chat()(7), r"a text \(str\) and an image \(PIL.Image\), got int"),
+    "path": (lambda p, i: p.chat()("a", "photo.png"), "got str; open files with PIL"),
+    "length": (lambda p, i: p.chat()("a", reply="text", max_tokens=0), "max_tokens must be at least 1, got 0"),
+    "large": (
+        lambda p, i: p.caption(torch.zeros(1, 3, 32, 32)),
+        "become 64 tokens each, and this model reads at most 16",
+    ),
     "no role": (lambda p, i: p.chat([{"text": "be kind"}]), "a message has role"),
     "empty": (lambda p, i: p.chat()(), "message of human is empty"),
     "reply": (lambda p, i: p.chat()("a", reply="sound"), "got 'sound'"),
@@ -180,6 +201,18 @@ def test_bad_requests_are_refused(pipe, images, what):
     call, message = REFUSED[what]
     with pytest.raises(ValueError, match=message):
         call(pipe, images)
+
+
+def test_images_of_any_size_and_mode_are_read(pipe):
+    large = Pipeline(
+        pipe.tokenizer, tiny("ming_univision", **pipe.generator.config | {"given_length": 20}), text=pipe.text
+    )
+    for mode in ("L", "RGBA", "P", "I;16", "1"):
+        for size in ((16, 16), (64, 40), (5, 3)):
+            image = Image.new(mode, size)
+            assert isinstance(pipe.caption(image, max_tokens=2), str)
+    assert large.caption(torch.zeros(2, 3, 16, 16), max_tokens=3) == large.caption([image, image], max_tokens=3)
+    assert len(large.caption(torch.zeros(2, 3, 8, 12), max_tokens=3)) == 2  # fewer tokens than there is room for
 
 
 def test_models_of_texts_alone_or_of_images_alone_say_so(pipe, images):

@@ -31,6 +31,7 @@ BEGIN, END = "<!-- grid: python tests/support/grid.py -->", "<!-- end of the gri
 TOKENIZERS: dict[str, tuple[str, Mapping[str, Any]]] = {name: (name, {}) for name in names("tokenizer")} | {
     "vit_vqgan, residual": ("vit_vqgan", {"residual_depth": 2}),
     "titok, vae": ("titok", {"bottleneck": "vae", "output": "pixels"}),
+    "llamagen_vq, bits of scales": ("llamagen_vq", {"quantizer": {"name": "multi_scale_bsq", "scales": (1, 2, 4)}}),
 }
 """Every tokenizer, and those whose options make tokens of another kind."""
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from golden.harness import Case
+from safetensors.torch import save_file
 from support.tiny_models import randomise, tiny
 
 import vistok
-from vistok.checkpoints import CheckpointError
+from vistok.checkpoints import CheckpointError, convert
 from vistok.draws import Keys
 from vistok.generators.ming_univision import MingOptions, MingUniVision
 from vistok.nn.moe import MixtureOfExperts
@@ -147,6 +149,71 @@ def test_a_second_turn_equals_recomputing_the_whole_context(model, tokenizer):
 
 
 @torch.no_grad()
+def test_rounds_of_a_batch_are_those_of_each_row(model, tokenizer):
+    """Texts of other lengths, answers that end at other words, an image that is shown in the middle."""
+    asked = [texts(*PROMPTS), with_image(texts(*PROMPTS[::-1])), texts([6], [9, 8, 7], [10])]
+    noises = [Keys.range(seed, 3).normal("noise", 16, 4) for seed in (0, 1)]
+
+    def talk(rows: slice) -> list[torch.Tensor]:
+        session = model.converse(len(PROMPTS[rows]), OPTIONS, tokenizer=tokenizer)
+        drawn, said = [], None
+        for condition, noise in zip(asked, (noises[0], None, noises[1])):
+            session.ask(condition[torch.arange(3)[rows]])
+            if noise is None:
+                said = session.write(4)
+            else:
+                drawn.append(session.draw(OPTIONS, {"noise": noise[rows]}))
+        return [*drawn, session.finish(), said]
+
+    *together, said = talk(slice(3))
+    for row in range(3):
+        *alone, alone_said = talk(slice(row, row + 1))
+        for own, of_batch in zip(alone, together):
+            torch.testing.assert_close(own, of_batch[row : row + 1], rtol=2e-3, atol=2e-3)
+        assert torch.equal(alone_said, said[row : row + 1, : alone_said.shape[1]])
+
+
+@torch.no_grad()
+def test_many_rounds_equal_recomputing_the_whole_context(model, tokenizer):
+    """An image is shown and changed, something is said, and the image is changed again: in each row of guidance."""
+    first, second, third = with_image(texts([7, 8, 9])), texts([4, 11]), texts([5, 6])
+    session = model.converse(1, OPTIONS, tokenizer=tokenizer)
+    session.ask(first)
+    one = session.draw(OPTIONS, {"noise": Keys.range(0, 1).normal("noise", 16, 4)})
+    session.ask(second)
+    answer = torch.tensor([[7, 9, model.end]])
+    session.tell(answer)
+    session.ask(third)
+    session.begin_image(OPTIONS.guidance(has_image=session.has_image), Keys.range(1, 1).normal("noise", 16, 4))
+    list(session.generate())
+    session.advance()
+    two = session.tokens
+
+    def image(tokens):
+        start, end = (model.embedding.weight[mark].view(1, 1, -1) for mark in (model.image_start, model.image_end))
+        return start, model.embed_features(tokenizer.semantic_features(tokens)), end
+
+    prompts = [model.prompt(condition, tokenizer) for condition in (first, second, third)]
+    said = [prompt.embeddings[prompt.valid][None] for prompt in prompts]
+    parts = [said[0], *image(one), said[1], model.embedding(answer), said[2], *image(two)[:2]]
+    ends = torch.tensor([part.shape[1] for part in parts]).cumsum(0).tolist()
+    x, count, start = torch.cat(parts, 1), ends[-1], ends[6]
+    # Rows of the last image: all; without the last text; without it, earlier images, and all that was replied.
+    wish, replies = torch.zeros(2, count, dtype=torch.bool)
+    wish[ends[5] + 1 : ends[6] - 2] = True
+    replies[1 : 1 + 18] = replies[ends[0] : ends[2]] = replies[ends[4] : ends[5]] = True
+    shown = torch.zeros(1, count, dtype=torch.bool)
+    shown[0, 2 : 2 + 16] = True
+    for row, hidden in enumerate((wish & False, wish, wish | replies)):
+        mask = torch.ones(count, count, dtype=torch.bool).tril()
+        mask[start:] &= ~hidden
+        positions = torch.arange(count)
+        positions[start:] -= hidden.sum()
+        whole = model.backbone(x, positions[None], mask[None, None], images=shown)
+        torch.testing.assert_close(session.hidden[row : row + 1], whole[:, -1], **CLOSE)
+
+
+@torch.no_grad()
 def test_text_goes_on_behind_an_image_and_answers_about_one(model, tokenizer):
     condition = texts(*PROMPTS)
     session = model.start(condition, OPTIONS, draws=model.sampling_draws(Keys.range(0, 3)), tokenizer=tokenizer)
@@ -190,6 +257,69 @@ def test_bad_input_is_refused_with_the_remedy(tokenizer):
         model.embed_ids(torch.tensor([[model.image_patch] * 2]), torch.zeros(1, 1, 24))
     with pytest.raises(ValueError, match="time_shift must be finite and positive, got 0"):
         MingOptions(time_shift=0)
+
+
+WRONG = {
+    "role": ({"human": (99,)}, "human 99 is no id of a vocabulary of 24"),
+    "two marks": ({"image_start": 20, "image_end": 20}, "marks need ids of their own, got image_start 20"),
+    "weight": ({"text_weight": -1.0}, "text_weight must be finite and at least 0, got -1"),
+    "layers": ({"num_projection_layers": 0}, "num_projection_layers must be finite and at least 1, got 0"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_models_that_cannot_be_are_refused(what):
+    arguments, message = WRONG[what]
+    with pytest.raises(ValueError, match=message):
+        tiny("ming_univision", **arguments)
+
+
+REFUSED = {
+    "rows": (lambda s, m: s.ask(texts([7])), "the session has 2 rows, the condition 1; take as many"),
+    "rows of noise": (lambda s, m: s.draw(OPTIONS, {"noise": torch.zeros(3, 16, 4)}), "2 rows, the noise 3"),
+    "length": (lambda s, m: s.draw(OPTIONS, {"noise": torch.zeros(2, 9, 4)}), r"noise must be \(B, 16, 4\), got"),
+    "noise": (lambda s, m: s.draw(OPTIONS, {}), r"pass draws=sampling_draws"),
+    "shown": (lambda s, m: s.show(torch.zeros(2, 9, 4)), "has 16 latents, got 9; resize it"),
+    "shown ids": (lambda s, m: s.show(torch.zeros(2, 16, dtype=torch.int64)), "are these ids of another tokenizer"),
+    "word": (lambda s, m: s.tell(torch.tensor([[1], [99]])), "id 99 is not in the vocabulary of 24"),
+    "words": (lambda s, m: s.tell(torch.zeros(2, 3)), r"ids must be \(B, n\) integers"),
+    "rows of words": (lambda s, m: s.tell(torch.tensor([[1]])), "2 rows, the ids 1"),
+    "places": (lambda s, m: list(s.generate(1)), "the image has 0 places left"),
+    "nothing": (lambda s, m: m.describe(Condition.none(2), 3, tokenizer=tiny("mingtok")), "nothing to describe"),
+    "ids": (lambda s, m: m.embed_ids(torch.tensor([[-1]])), "id -1 is not in the vocabulary"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_bad_turns_are_refused_and_leave_the_session_as_it_was(tokenizer, what):
+    call, message = REFUSED[what]
+    model = tiny("ming_univision")
+    sessions = [model.converse(2, OPTIONS, tokenizer=tokenizer) for _ in range(2)]
+    for session in sessions:
+        session.ask(texts([7, 8], [9]))
+    with pytest.raises(ValueError, match=message):
+        call(sessions[0], model)
+    a, b = (session.draw(OPTIONS, model.sampling_draws(Keys.range(0, 2))) for session in sessions)
+    assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="nothing was asked"):
+        model.converse(1, OPTIONS, tokenizer=tokenizer).tell(torch.tensor([[1]]))
+    with pytest.raises(ValueError, match="at least one row, got 0"):
+        model.converse(0, OPTIONS, tokenizer=tokenizer)
+
+
+@torch.no_grad()
+def test_smaller_images_are_padded_and_read_as_they_are(tokenizer):
+    """Padding before an image has no part in its features, and rows of other image sizes go together."""
+    model = tiny("ming_univision", given_length=20)
+    images = Keys.range(5, 2).normal("image", 16, 4)
+    sizes, rows, masks = (16, 9), torch.zeros(2, 20, 4), torch.zeros(2, 20, dtype=torch.bool)
+    for row, size in enumerate(sizes):
+        rows[row, -size:], masks[row, -size:] = images[row, :size], True
+    prompt = model.prompt(Condition.from_given(rows, masks), tokenizer)
+    for row, size in enumerate(sizes):
+        features = model.embed_features(tokenizer.semantic_features(images[row : row + 1, :size]))
+        read = prompt.embeddings[row, prompt.images[row] & prompt.valid[row]]
+        torch.testing.assert_close(read[None], features, **CLOSE)
 
 
 @torch.no_grad()
@@ -258,3 +388,21 @@ def test_other_language_models_of_the_reference_load(change, without, added):
     assert model.logits(model.embed_ids(torch.tensor([[1, 2, 3]]))).isfinite().all()
     with pytest.raises(CheckpointError, match="surplus"):
         vistok.from_official(case.model, config, state | {"model.model.layers.0.other.weight": torch.zeros(1)})
+
+
+def test_shards_with_their_index_hold_the_model_and_its_tokenizer(tmp_path):
+    case = Case(CASE)
+    names = {key: f"model-{1 + number % 3:05d}-of-00003.safetensors" for number, key in enumerate(case.state)}
+    for name in set(names.values()):
+        save_file({key: tensor for key, tensor in case.state.items() if names[key] == name}, tmp_path / name)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    model, tokenizer = (
+        convert(case.model, index, case.config),
+        convert("mingtok/tokenizer", index, case.config["mingtok"]),
+    )
+    own = MingUniVision.clean_official(case.state)
+    assert model.fingerprint() == vistok.from_official(case.model, case.config, own).fingerprint()
+    assert torch.equal(tokenizer.encoder.class_token, case.state["vision.low_level_encoder.cls_token"])
+    prompt = Condition.from_given(torch.zeros(1, 1024, 8), torch.arange(1024)[None] >= 1024 - 9)
+    assert model.describe(prompt, 2, tokenizer=tokenizer).shape[0] == 1

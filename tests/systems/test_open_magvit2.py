@@ -115,8 +115,11 @@ def test_the_loss_is_the_sum_of_the_parts():
 def test_bits_must_add_up():
     with pytest.raises(ValueError, match=r"\(2, 4\) add up to 6 bits, which are 64 codes, but this tokenizer has 32"):
         gpt(factorized_bits=(2, 4))
-    with pytest.raises(ValueError, match=r"two or more numbers of at least 1, got \(5,\)"):
-        gpt(factorized_bits=(5,))
+    for bits in ((5,), (0, 5), (-1, 6), (2.5, 2.5), 5, None):
+        with pytest.raises(ValueError, match="two or more whole numbers of at least 1, got"):
+            gpt(factorized_bits=bits)
+    with pytest.raises(ValueError, match="32 codes, but this tokenizer has 30"):
+        gpt(spec=TokenSpec(16, 30, dim=5, grid=(4, 4)), factorized_bits=(2, 3))
     with pytest.raises(ValueError, match="continuous"):
         gpt(spec=TokenSpec(16, None, dim=5, grid=(4, 4)))
 

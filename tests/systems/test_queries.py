@@ -136,8 +136,22 @@ def test_bad_orders_and_groups_are_refused(name):
         options_of(name, num_steps=3, group_sizes=(1, 15))
     with pytest.raises(ValueError, match="from 1 on"):
         options_of(name, group_sizes=(0, 16))
-    with pytest.raises(ValueError, match=r"orders must be \(3, 16\)"):
-        model(token_ids(model), condition, draws={"order": random_orders(0)[:, :5]})
+    raster = torch.arange(16).expand(3, -1)
+    for order, message in (
+        (random_orders(0)[:, :5], r"orders must be \(3, 16\)"),
+        (raster[:2], r"orders must be \(3, 16\)"),
+        (raster * 0, r"names each of the places 0\.\.15 once"),
+        (raster + 1, r"names each of the places 0\.\.15 once"),
+        (raster.float(), "by integers, got torch.float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(token_ids(model), condition, draws={"order": order})
+        with pytest.raises(ValueError, match=message):
+            model.logits(token_ids(model), condition, order)
+    with pytest.raises(ValueError, match="2 orders do not fit 3 rows"):
+        model.start(condition, greedy, draws={"order": raster[:2]})
+    with pytest.raises(ValueError, match=r"whole number, got 2\.5"):
+        options_of(name, num_steps=2.5)
     with pytest.raises(ValueError, match="no compiled decoding"):
         model.compile_decoding()
     with pytest.raises(ValueError, match="jacobi"):

@@ -144,6 +144,15 @@ def test_a_tower_reads_a_local_file(tmp_path):
     torch.testing.assert_close(model.features(images), vit.blocks(vit.norm_pre(x)))
 
 
+def test_the_weights_of_a_tower_of_another_width_are_refused(tmp_path):
+    import timm
+
+    vit = timm.create_model("test_vit", img_size=16, embed_dim=12, depth=1, num_heads=2, patch_size=4, num_classes=3)
+    save_file(vit.state_dict(), tmp_path / "vit.safetensors")
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.attn\.proj\.bias \(12,\) instead of \(8,\)"):
+        tiny("seed").read_tower(tmp_path / "vit.safetensors")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -152,7 +161,13 @@ def test_a_tower_reads_a_local_file(tmp_path):
         ({"tower": {"name": "vitt"}}, "timm has no model 'vitt'"),
         ({"tower": {"name": "resnet18"}}, "resnet18 is no vision transformer"),
         ({"image_down": []}, "image_down is empty"),
-        ({"cross_attention_every": 0}, "at least 1, got 0"),
+        ({"cross_attention_every": 0}, "cross_attention_every must be at least 1, got 0"),
+        ({"num_queries": 0}, "num_queries must be at least 1, got 0"),
+        ({"num_layers": 0}, "num_layers must be at least 1"),
+        ({"reverse_layers": 0}, "reverse_layers must be at least 1"),
+        ({"image_down": [8, 0]}, "image_down must be at least 1"),
+        ({"target_dim": 0}, "target_dim must be at least 1"),
+        ({"tower": {"name": "test_vit", "dim": 8, "num_heads": 2, "patch_size": 5}}, "5x5 do not divide .* 16x16"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(arguments, message):
@@ -182,6 +197,8 @@ def test_the_image_term_is_the_distance_to_the_target_towers_embedding():
     expected = (embedding - model.target_tower(images)).square().mean(-1)
     torch.testing.assert_close(output.losses["image"], expected)
     assert "image" not in tiny("seed", target_tower=None)(images).losses
+    with pytest.raises(ValueError, match="SEED encodes images of 16x16 only, got 8x8"):
+        model(images, target=torch.zeros(3, 3, 8, 8))
     with pytest.raises(ValueError, match="an image has 8 tokens, got 7"):
         model.decode_features(output.tokens[:, 1:])
     with pytest.raises(ValueError, match="SEED renders no pixels"):
@@ -248,6 +265,8 @@ def test_two_stages_follow_each_other(tmp_path):
     [
         ({"encoder": ""}, "encoder is missing"),
         ({"temperature": 0.0}, "temperature must be positive"),
+        ({"dim": 0}, "dim must be at least 1"),
+        ({"weight": float("nan")}, "weight must be finite, got nan"),
         ({"feature": "latents"}, "names no feature 'latents' that stands for a whole image; it has queries"),
         ({"encoder": "nowhere/"}, "nowhere"),
     ],

@@ -87,6 +87,8 @@ def test_unused_codes_move_onto_what_scales_left():
         ({"scales": (1, 2, 3)}, r"scales end at \(3, 3\), but images of 16x16 have a map of \(4, 4\)"),
         ({"scales": ()}, "scales must be sides"),
         ({"scales": (0, 4)}, "at least 1"),
+        ({"scales": 4}, "scales must be sides"),
+        ({"scales": (1, 2.5, 4)}, "whole numbers"),
         ({"quant_conv_kernel": 2}, "must be odd"),
         ({"image_size": 18}, "multiples of 4"),
         ({"refiner_share": 1.5}, r"must lie in \[0, 1\]"),
@@ -258,6 +260,8 @@ def test_scales_join_one_after_another(tokenizer):
         ({"spec": TokenSpec(5, None, dim=4, scales=((1, 1), (2, 2)))}, "continuous latents"),
         ({"progressive_share": 0.5}, "progressive_from 4 is no scale"),
         ({"progressive_share": 1.5}, r"must lie in \[0, 1\]"),
+        ({"stage_warmup": -1}, "stage_warmup counts steps"),
+        ({"label_smoothing": 2.0}, r"label_smoothing must lie in \[0, 1\]"),
     ],
 )
 def test_transformers_that_cannot_be_built_are_refused(arguments, message):
@@ -268,6 +272,13 @@ def test_transformers_that_cannot_be_built_are_refused(arguments, message):
 def test_tokens_are_not_read_without_their_tokenizer():
     with pytest.raises(ValueError, match="pass tokenizer="):
         tiny("var").sample(labels(0))
+    for other in (tiny("var_vq", codebook_size=16), tiny("var_vq", scales=(1, 2, 4)), tiny("vit_vqgan")):
+        with pytest.raises(ValueError, match="of other tokens than its tokenizer's"):
+            tiny("var").sample(labels(0), VAROptions(temperature=0), tokenizer=other)
+    with pytest.raises(ValueError, match=r"must be \(B, 30\), of all scales; got \(1, 14\)"):
+        tiny("var")(torch.zeros(1, 14, dtype=torch.int64), labels(0), tokenizer=tiny("var_vq"))
+    with pytest.raises(ValueError, match="multiples of 4, got 18x16"):
+        tiny("var_vq").encode_scales(torch.zeros(1, 3, 18, 16), (1, 4))
 
 
 def test_a_new_model_starts_with_small_gates():

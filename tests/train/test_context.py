@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from support.tiny_models import draws_parts, in_loop, labels, names, tiny, token_ids
@@ -11,7 +13,7 @@ from vistok.draws import Keys
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
 from vistok.train.tasks.generator import GeneratorLearner
 from vistok.train.tasks.prediction import PredictionConfig, PredictionObjective, ScheduledSampling
-from vistok.types import Clock
+from vistok.types import Clock, TokenSpec
 
 ALL = names("generator")
 WHOLE_IDS = [
@@ -157,3 +159,62 @@ def test_an_entitys_own_latents_are_where_its_velocity_points():
     noisy = (1 - t) * sequence + t * draws["noise"]
     velocity = model.velocity(noisy, draws["time"], CLASSES.drop(draws["drop"] < model.condition_dropout))
     torch.testing.assert_close(context_of(model)[:, :12], (noisy - t * velocity)[:, :12])
+
+
+VARIANTS = [
+    ("xar", {"layout": {"entity": "scale", "scales": (1, 2, 4)}}),
+    ("xar", {"layout": {"entity": "subsample", "size": 2}}),
+    ("mar", {"patch_size": 2, "spec": TokenSpec(64, None, dim=4, grid=(8, 8))}),
+    ("token_shuffle", {"window": 1}),
+    ("randar", {"position_order": "raster"}),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments"), VARIANTS)
+def test_contexts_of_other_layouts(name, arguments):
+    model = tiny(name, **arguments)
+    given, half = model.context_of(data(model)), context_of(model, 0.5)
+    assert half.shape == given.shape == (3, *model.context_shape)
+    assert not torch.equal(half, given)
+    loss = loss_of(learner(model, scheduled_sampling=ScheduledSampling(0.5), token_noise=0.2))
+    assert torch.isfinite(loss)
+    if name == "xar":  # whole entities, and not the last
+        changed = (half != given).any(2)
+        for entity, (first, stop) in enumerate(pairwise(model.layout.bounds)):
+            part = changed[:, first:stop]
+            assert torch.equal(part.any(1), part.all(1))
+            assert entity < model.layout.num_entities - 1 or not part.any()
+
+
+def test_one_entity_alone_has_no_context():
+    model = tiny("xar", layout={"entity": "image"})
+    assert torch.equal(context_of(model), model.context_of(data(model)))
+    torch.testing.assert_close(loss_of(learner(model, token_noise=0.5)), loss_of(learner(model)))
+
+
+def last_places(model, draws) -> torch.Tensor:
+    """(3, N) bool: what of the context is generated last, or, of masked models, not seen."""
+    if "masked" in draws:
+        hidden = draws["masked"]
+        return hidden if hidden.dtype == torch.bool else torch.zeros(3, model.length).bool().scatter(1, hidden, True)
+    places = torch.zeros(3, model.context_shape[0], dtype=torch.bool)
+    if "order" in draws:
+        return places.scatter(1, draws["order"][:, -1:], True)
+    steps = model.plan({}) if isinstance(model, AutoregressiveGenerator) else None
+    places[:, -1 if steps is None else steps.places(len(steps) - 1)[0]] = True
+    return places
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_nothing_is_predicted_from_what_comes_last(name):
+    model, draws = tiny(name), tiny(name).training_draws(KEYS)
+    given, last = model.context_of(data(model)), last_places(model, draws)
+    other = (given + 1) % model.spec.num_ids if model.spec.discrete else given + 1.0
+    moved = torch.where(last if model.spec.discrete else last[..., None], other, given)
+    assert not torch.equal(moved, given)
+    a, b = (model(data(model), CLASSES, draws=draws, context=c, **in_loop(model)).prediction for c in (given, moved))
+    if name == "xar":  # whose last entity is noisy data, and its own context
+        a, b = a[:, :12], b[:, :12]
+    torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
+    a, b = (model(data(model), CLASSES, draws=draws, context=c, **in_loop(model)).prediction for c in (given, other))
+    assert not torch.allclose(a, b, atol=1e-4)

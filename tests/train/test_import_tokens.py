@@ -118,12 +118,13 @@ def test_a_bad_line_is_named(tmp_path):
         ('{"class_id": 30000000, "tokens": [1, 2]}', "more than 100,000 classes"),
         ('{"class_id": true, "tokens": [1, 2]}', "got True"),
         ('{"class_id": 0, "tokens": [[1], 2]}', "no class_id and tokens"),
+        ('{"class_id": 0, "tokens": [[1, 2]]}', r"nested, of the shape \(1, 16\)"),
         ("[" * 5000, "no class_id and tokens"),
     ],
 )
 def test_ids_and_labels_are_whole_and_named_with_their_line(tmp_path, line, message):
     good = json.dumps({"class_id": 1, "tokens": [3] * 16})
-    line = line.replace("2]", ", ".join(["2"] * 15) + "]")
+    line = line.replace("2]", ", ".join(["2"] * 15) + "]", 1)
     (tmp_path / "x.jsonl").write_text(f"{good}\n{line}\n")
     with pytest.raises(PeerCacheError, match=rf"x\.jsonl, line 2.*{message}"):
         import_tokens("jsonl", tmp_path / "x.jsonl", tiny("llamagen_vq"), tmp_path / "out")
@@ -137,3 +138,20 @@ def test_llamagen_files_are_named(tmp_path, kind, value):
     np.save(path, np.full_like(np.load(path), value, dtype=type(value)))
     with pytest.raises(PeerCacheError, match=r"3\.npy"):
         import_tokens("llamagen", tmp_path / "in", tiny("llamagen_vq"), tmp_path / "out")
+
+
+def test_files_of_other_encodings(tmp_path):
+    good = json.dumps({"class_id": 0, "tokens": [3] * 16}) + "\n"
+    for number, content in enumerate((good.encode("utf-16"), b"\x93NUMPY", good.encode() + b"\xff\n")):
+        (tmp_path / "x.jsonl").write_bytes(content)
+        with pytest.raises(PeerCacheError, match=rf"x\.jsonl, line {2 if number == 2 else 1}: no class_id"):
+            import_tokens("jsonl", tmp_path / "x.jsonl", tiny("llamagen_vq"), tmp_path / "out")
+    (tmp_path / "x.jsonl").write_bytes(good.encode("utf-8-sig") + good.encode())
+    assert len(import_tokens("jsonl", tmp_path / "x.jsonl", tiny("llamagen_vq"), tmp_path / "out")) == 2
+
+
+def test_a_sample_of_another_length_is_named(tmp_path):
+    rows = [{"class_id": 0, "tokens": [3] * length} for length in (16, 16, 17)]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(PeerCacheError, match=r"differ in shape: .* line 1 and .*x\.jsonl, line 3"):
+        import_tokens("jsonl", tmp_path / "x.jsonl", tiny("llamagen_vq"), tmp_path / "out")

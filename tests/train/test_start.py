@@ -220,6 +220,27 @@ def test_another_rate_is_said_and_heeded(tmp_path, caplog):
     assert all(torch.allclose(after[key], before[key], atol=1e-7) for key in before)
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"losses": {"gan": GAN | {"discriminator": {"name": "patchgan", "width": 8, "num_layers": 1}}}},
+            "width: 4 -> 8",
+        ),
+        ({"losses": {"gan": GAN}, "model": {"codebook_size": 64}}, "model.codebook_size: 32 -> 64"),
+        ({"losses": {"gan": GAN}, "freeze": ["encoder.*"]}, "freeze: absent -> "),
+        ({"losses": {"gan": GAN}, "data": {"batch_size": 8}}, "data.batch_size: 16 -> 8"),
+    ],
+)
+def test_what_cannot_be_resumed_is_told_with_the_way_out(tmp_path, changes, told):
+    train(tokenizer_config(tmp_path / "run", losses={"gan": GAN}, training={"max_steps": 1}))
+    with pytest.raises(ValueError, match=r"checkpoint|resume the data order") as refused:
+        train(tokenizer_config(tmp_path / "run", **changes), resume=True)
+    (note,) = refused.value.__notes__
+    assert told in note
+    assert f"output_dir=… init_from={tmp_path / 'run'}" in note
+
+
 def test_a_run_at_its_end_says_so(tmp_path, first, caplog):
     folder = train(tokenizer_config(tmp_path / "run", training={"max_steps": 3}))
     resumed(folder, caplog, training={"max_steps": 3})

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from vistok.data import Loader, SequentialOrder, TokenCache, TokenCacheError, TokenWriter
 from vistok.data.ragged import Piece
-from vistok.data.streams import KINDS, TEMPLATES, StreamBatches, StreamConfig, Streams
+from vistok.data.streams import KINDS, TEMPLATES, StreamBatches, StreamConfig, Streams, parse_template
 from vistok.types import ConditionSpec, IdSpec, JointVocabulary, TokenChunk, TokenSpec
 
 SPEC = TokenSpec(4, 8, dim=2, grid=(2, 2))
@@ -64,6 +64,28 @@ def test_templates_put_segments_in_their_order(cache):
         assert learned(batch) == [in_loss[name]]
     kinds = [KINDS[kind] for kind in streams(cache, [2], text_to_image=1).kinds[0]]
     assert kinds == ["special", *["text"] * 3, *["special"] * 2, *["image"] * 4, "special"]
+
+
+def test_a_template_takes_one_of_several_given_images(cache, tmp_path):
+    two = ConditionSpec(ids=IdSpec(16, 5), given=IdSpec(8, 8))
+    with TokenWriter(tmp_path / "two", asdict(SPEC), "abc", condition=two) as writer:
+        tokens = torch.zeros(2, 1, 4, dtype=torch.int64)
+        given = [[Piece(np.array([1] * 4 + [2] * 4), 8)], [Piece(np.array([3] * 4), 4)]]  # the other has one alone
+        texts = [[Piece(np.array([5]), 1)]] * 2
+        writer.write(tokens, torch.full((2,), -1), {"ids": texts, "given": given})
+    chain = "begin begin_image given:1 end_image answer begin_image* given:0* end_image* answer tokens*"
+    reader = StreamBatches(TokenCache(tmp_path / "two"), {"chain": StreamConfig(template=chain)})
+    one, other = rows(reader.load(np.arange(2), 0)[0].tokens)
+    first, second = [IMAGE + 1] * 4, [IMAGE + 2] * 4
+    marks = [BEGIN, BEGIN_IMAGE], [END_IMAGE, ANSWER, BEGIN_IMAGE], [END_IMAGE, ANSWER]
+    assert one == [*marks[0], *second, *marks[1], *first, *marks[2], *[IMAGE] * 4]
+    assert other == [*marks[0], *[IMAGE + 3] * 4, *marks[1], *marks[2], *[IMAGE] * 4]  # what is missing is left out
+    assert reader.given_length == 4
+    assert StreamBatches(TokenCache(tmp_path / "two"), {"edit": 1.0}).given_length == 8
+    with pytest.raises(TokenCacheError, match=r"wants given:1, and .* has 1 given images of each sample"):
+        StreamBatches(cache, {"chain": StreamConfig(template=chain)})
+    with pytest.raises(ValueError, match=r"given:0, given:1, … for one of several texts and images"):
+        parse_template("begin tokens:1*")
 
 
 def test_streams_are_padded_at_the_end_and_a_missing_text_is_empty(cache):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import huggingface_hub
 import pytest
 import torch
 from support.tiny_models import ARGUMENTS, tiny
 from support.tiny_runs import tokenizer_config
 
 import vistok
+from vistok.checkpoints import CheckpointError
 from vistok.config import ConfigError
 from vistok.losses import ClassifierDistance, SemanticGuide
 from vistok.quantizers.perturbation import Perturbation
@@ -70,6 +72,20 @@ def test_second_stage_starts_from_the_first_and_the_codec_and_trains_the_decoder
     torch.testing.assert_close(
         after["renderer.decoder.conv_in.weight"], parts["decoder.conv_in.weight"], atol=0.02, rtol=0
     )
+
+
+def test_a_second_stage_needs_the_first(first_stage, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    freeze = {"freeze": ["encoder.*", "quantizer.*", "latent_tokens"], "model": TITOK, "losses": {"l2": 1.0}}
+    half = {"path": str(first_stage), "rename": {r"encoder\.": None}, "strict": False}
+    with pytest.raises(ConfigError, match=r"freeze keeps .* none of init_from has.*class_token"):
+        train(config(tmp_path / "a", **freeze, init_from=[half]))
+    with pytest.raises(CheckpointError, match="no local folder 'runs/first'"):
+        train(config(tmp_path / "a", **freeze, init_from=[half | {"path": "runs/first"}]))
+    train(config(tmp_path / "b", **freeze))
+    assert "parameters are frozen, and there is no init_from" in caplog.text
+    with pytest.raises(ConfigError, match="decoder_only leaves all that tokens depend on as it is: name the run"):
+        train(config(tmp_path / "c", model=TITOK, losses={"l2": 1.0}, decoder_only=True))
 
 
 @pytest.mark.parametrize("arguments", [{"codebook_size": 8}, {"codebook_size": 16, "channel_mult": (1, 2)}])

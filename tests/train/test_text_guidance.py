@@ -5,17 +5,29 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support.tiny_runs import tokenizer_config
 from support.tiny_text import save_tiny_clip, save_tiny_t5
+from typer.testing import CliRunner
 
+from vistok.cli import app
 from vistok.config import ConfigError
 from vistok.data.loader import evaluation_loader
+from vistok.data.opening import open_source
+from vistok.eval.networks import CallableNetwork
+from vistok.eval.perturbation import Grid, evaluate_perturbation
+from vistok.eval.tokenizers import evaluate_tokenizer
+from vistok.pipelines.evaluations import score_tokenizer
 from vistok.pipelines.folders import load_tokenizer
+from vistok.pipelines.runs import data_of_run
+from vistok.pipelines.texts import conditions_of, text_of_run
+from vistok.probing import ProbeSettings, probe
 from vistok.text import TextError, open_text_encoder
 from vistok.train import train
 from vistok.train.config import RunConfig
 from vistok.train.monitor import read_metrics
 from vistok.train.tasks.tokenizer import TokenizerTask
+from vistok.utils.processes import Processes
 
 VIT = {"dim": 16, "num_layers": 1, "num_heads": 2}
 MODEL = {
@@ -95,3 +107,82 @@ def test_sections_that_do_not_fit(clip, tmp_path):
     plain = tokenizer_config(tmp_path / "b", text={"encoder": str(clip), "length": 8})
     with pytest.raises(ConfigError, match="ViTVQGAN reads no text; leave the section out"):
         train(plain)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scoring
+
+
+@pytest.fixture(scope="module")
+def run(clip, tmp_path_factory):
+    return train(config(tmp_path_factory.mktemp("runs") / "run", clip))
+
+
+def scored(run, *overrides):
+    names = ("reference", "protocol", "weights", "lpips_weights")
+    options = dict.fromkeys(names) | {"batch_size": 7, "device": "cpu", "processes": Processes()}
+    result = score_tokenizer(str(run), ["data.limit=20", *overrides], **options)
+    assert (result["tokenizer"]["text"] is None) == ("text=null" in overrides)
+    return result["scores"]
+
+
+def held_out(run):
+    tokenizer = load_tokenizer(run)
+    data = data_of_run(run, ["data.limit=20"], input_shape=tokenizer.input_shape, split="test")
+    return tokenizer, data, conditions_of(text_of_run(run, tokenizer), tokenizer, data)
+
+
+def test_a_run_is_scored_with_the_texts_of_the_images(run):
+    tokenizer, data, told = held_out(run)
+    batch = next(iter(evaluation_loader(open_source(data), data)))
+    made = tokenizer.reconstruct(batch.pixels, condition=told(batch))
+    assert not torch.allclose(made, tokenizer.reconstruct(batch.pixels), atol=1e-6)
+    for conditions, overrides in ((told, ()), (None, ("text=null",))):
+        expected = evaluate_tokenizer(tokenizer, data, conditions=conditions)["scores"]
+        assert scored(run, *overrides) == expected
+    assert scored(run) != scored(run, "text=null")
+
+
+def test_distances_and_probes_read_them_too(run, tmp_path):
+    tokenizer, data, told = held_out(run)
+    network = CallableNetwork(lambda images: images.float().mean((2, 3)), "colours")
+    options = {"network": network, "grid": Grid((0.5,), (4,))}
+    results = [evaluate_perturbation(tokenizer, data, conditions=given, **options)["scores"] for given in (told, None)]
+    plain = evaluate_tokenizer(tokenizer, data, network=network, conditions=told)["scores"]
+    assert results[0]["frechet_distance"] == pytest.approx(plain["frechet_distance"])
+    assert all(results[0][name] != results[1][name] for name in results[0])
+    settings = ProbeSettings(steps=0, train_images=20, test_images=20, network="none")
+    psnr = [
+        probe(str(run), tmp_path / name, overrides, settings=settings)["reconstruction"]["scores"]["psnr"]
+        for name, overrides in (("with", ()), ("without", ("text=null",)))
+    ]
+    assert psnr[0] != psnr[1]
+
+
+def test_what_says_nothing_of_its_texts_is_not_scored_without_them(run, clip, tmp_path):
+    saved = tmp_path / "saved"
+    load_tokenizer(run).save_pretrained(saved)
+    data = ["data.source=digits", "data.channels=1", "data.image_size=16"]
+    with pytest.raises(ValueError, match=r"no run that says what encoded them: name that text encoder with text\.enc"):
+        scored(saved, *data)
+    assert scored(saved, *data, f"text.encoder={clip}", "text.length=8") == scored(run)
+    assert scored(saved, *data, "text=null") == scored(run, "text=null")
+    with pytest.raises(ConfigError, match=r"text\.wide"):
+        scored(run, "text.wide=1")
+
+
+def test_image_files_have_no_texts(run, clip, tmp_path):
+    picture = tmp_path / "picture.png"
+    Image.new("L", (16, 16), 90).save(picture)
+    arguments = ["reconstruct", str(run), str(picture), "--out", str(tmp_path / "made.png")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code
+    assert "decodes with texts, and image files have none" in str(result.exception)
+    untold = train(config(tmp_path / "without", clip, text=None))
+    assert CliRunner().invoke(app, ["reconstruct", str(untold), *arguments[2:]]).exit_code == 0
+
+
+def test_a_tokenizer_without_texts_takes_none(tmp_path):
+    plain = train(tokenizer_config(tmp_path / "plain", training=SHORT))
+    with pytest.raises(ConfigError, match=r"text\.encoder=x: ViTVQGAN reads no text; leave it out"):
+        scored(plain, "text.encoder=x")

@@ -81,7 +81,10 @@ def test_round_trip(tmp_path_factory, spec: TokenSpec, count: int, views: int, s
 def test_dtypes_are_as_small_as_the_codebook_allows(cache_folder: Path):
     assert np.load(cache_folder / "tokens-00000.npy").dtype == np.uint16
     assert token_dtype({"codebook_size": (1 << 16) + 1}) is np.int32
+    assert token_dtype({"codebook_size": 1 << 31}) is np.int32
+    assert token_dtype({"codebook_size": (1 << 31) + 1}) is np.int64
     assert token_dtype({"codebook_size": None}) is np.float32
+    assert token_dtype({"codebook_size": 4}, "latents") is np.float32
 
 
 def test_grid_survives_json(tmp_path: Path):

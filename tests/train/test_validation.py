@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support.images import fill_folder
 from support.tiny_runs import TINY, generator_config, killed_at, tokenizer_config, write_tokens
 from typer.testing import CliRunner
@@ -32,7 +33,7 @@ from vistok.pipelines.runs import data_of_run
 from vistok.tokenizers.vit_vqgan import ViTConfig, ViTVQGAN
 from vistok.train import TrainingInterrupted, train
 from vistok.train.monitor import read_metrics
-from vistok.train.tasks.images import example_batch, psnr
+from vistok.train.tasks.images import example_batch, held_out_images, psnr
 from vistok.train.tasks.tokenizer import TokenizerTask
 from vistok.train.tokenize import tokenize
 from vistok.types import Condition, TokenSpec
@@ -395,6 +396,18 @@ def test_held_out_images_are_compared_by_what_they_are(tmp_path, monkeypatch, na
     config = tokenizer_config(tmp_path / "run", data=data, validation={"data": {"root": name}})
     with pytest.raises(ConfigError, match="names the images that the run trains on, by another name or in a copy"):
         train(config)
+
+
+def test_held_out_images_of_other_classes_are_told(tmp_path, caplog):
+    rng = np.random.default_rng(0)
+    for name in ("train/cat", "train/dog", "val/images", "test/cat", "test/dog"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / name / "0.png")
+    data = DataConfig(16, root=str(tmp_path))
+    for split, told in (("test", False), ("val", True)):
+        caplog.clear()
+        held_out_images(data, open_source(data), {"split": split})
+        assert ("other classes (images) than the trained ones (cat, dog)" in caplog.text) == told
 
 
 def test_copies_among_held_out_images_are_counted(tmp_path, caplog):

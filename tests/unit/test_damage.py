@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -14,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
+from support.damages import FEW, changed, damages, outcome, places, values
 from support.tiny_models import tiny
 from support.tiny_runs import tokenizer_config, write_tokens
 
@@ -26,82 +26,6 @@ from vistok.eval.benchmark import RESULT_FILE, _earlier
 from vistok.eval.plan import BenchmarkError
 from vistok.pipelines.folders import read_settings
 from vistok.train.config import RunConfig
-
-FEW = settings(
-    max_examples=int(os.environ.get("VISTOK_DAMAGES", "60")),
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-
-scalars = (
-    st.none()
-    | st.booleans()
-    | st.integers(-5, 70)
-    | st.sampled_from([-(2**70), 2**70, 10**400, 1e400, -1e400, float("nan"), 0.5, "", "x", "0", "\ud800"])
-)
-values = st.recursive(
-    scalars,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["a", "dim", "0"]), inner, max_size=3),
-    max_leaves=6,
-)
-
-
-def places(tree: Any, path: tuple = ()) -> list[tuple]:
-    """The paths to all values of a JSON tree."""
-    inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    return [path, *(place for key, value in inner for place in places(value, (*path, key)))]
-
-
-def changed(tree: Any, path: tuple, how: str, value: Any) -> Any:
-    """The tree with the value at a path exchanged, removed or renamed."""
-    tree = json.loads(json.dumps(tree))
-    if not path:
-        return value
-    inner = tree
-    for key in path[:-1]:
-        inner = inner[key]
-    if how == "change":
-        inner[path[-1]] = value
-    else:
-        removed = inner.pop(path[-1])
-        if how == "rename" and isinstance(inner, dict):
-            inner["unknown"] = removed
-    return tree
-
-
-@st.composite
-def damages(draw: st.DrawFn) -> Callable[[bytes], bytes]:
-    """What may happen to a JSON file."""
-    kind = draw(st.sampled_from(["value", "value", "value", "cut", "bytes", "deep"]))
-    number, how, value = (
-        draw(st.integers(0, 10**6)),
-        draw(st.sampled_from(["change", "remove", "rename"])),
-        draw(values),
-    )
-    noise = draw(st.binary(max_size=8))
-
-    def damage(content: bytes) -> bytes:
-        if kind == "value":
-            tree = json.loads(content)
-            found = places(tree)
-            return json.dumps(changed(tree, found[number % len(found)], how, value)).encode()
-        if kind == "cut":
-            return content[: number % (len(content) + 1)]
-        if kind == "deep":
-            return b"[" * 50_000
-        place = number % (len(content) + 1)
-        return content[:place] + noise + content[place + len(noise) :]
-
-    return damage
-
-
-def outcome(use: Callable[[], Any], errors: type[Exception] | tuple[type[Exception], ...], name: str) -> None:
-    """``use`` works, or raises one of ``errors`` with the file's name."""
-    raised = None
-    try:
-        use()
-    except errors as error:
-        raised = str(error)
-    assert raised is None or (name in raised and len(raised) < 20_000), raised
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +58,7 @@ def test_config_json(model: Path, tmp_path_factory: pytest.TempPathFactory, dama
         {"codebook_size": -1},
         {"codebook_size": 0},
         {"codebook_size": 1.5},
+        {"codebook_size": 10**8},
         {"encoder": None},
         {"encoder": {"dim": -16, "num_layers": 1, "num_heads": 1, "mlp_dim": 16}},
         {"encoder": {"dim": 0, "num_layers": 1, "num_heads": 0, "mlp_dim": 16}},
@@ -293,6 +218,15 @@ def test_sizes_and_names_of_no_model_on_the_command_line(tmp_path: Path, capsys)
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(config))
     sizes = "model.encoder={{dim: {}, num_layers: {}, num_heads: 1, mlp_dim: 32}}"
     huge = (sizes.format(32, 2**70), sizes.format(2**30, 1))
+    huge += (
+        "model.codebook_size=100000000000",
+        "data.image_size=60000",
+        "data.num_workers=100000",
+        "training.lora={rank: 100000000}",
+        "losses.gan.discriminator.width=1000000",
+        "losses.ar_prior={dim: 1000000}",
+        "optimizer.lr=.nan",
+    )
     negative = ("model.codebook_size=-1", "model.patch_size=0", "model.codebook_embed_dim=-3")
     names = ("model.name", "model.quantizer.name", "losses.gan.discriminator.name", "optimizer.name")
     for override in (*negative, *huge, *(f"{key}=[1]" for key in names), "task=[1]"):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from inspect import signature
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.tiny_models import pixels, tiny
+from support.tiny_models import names, pixels, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vistok
+from vistok.checkpoints import registry
 from vistok.losses import BitEntropyLoss, EntropyLoss
 from vistok.quantizers import BSQ, LFQ, IndexQuantizer, ResidualQuantizer, VectorQuantizer
 from vistok.quantizers.bsq import MultiScaleBSQ
@@ -327,13 +330,22 @@ BY_NAME = {
     "fsq": ({"levels": [3, 3, 2, 2]}, 36),
     "vq": ({"codebook_size": 12, "normalize": False}, 12),
 }
+DIMS = {"open_magvit2": "bits", "titok": "token_dim"}
+"""What the channels of a code are called where it is not ``codebook_embed_dim``."""
+TAKING = [name for name in names("tokenizer") if "quantizer" in signature(registry.entry(name).load()).parameters]
 
 
-@pytest.mark.parametrize("tokenizer", ["llamagen_vq", "vit_vqgan"])
+def test_convolutional_and_transformer_tokenizers_take_quantizers_by_name():
+    convolutional = {"llamagen_vq", "ibq", "open_magvit2", "maskgit_vqgan"}
+    assert {*convolutional, "vit_vqgan", "titok", "gigatok", "robustok"} <= set(TAKING)
+
+
+@pytest.mark.parametrize("tokenizer", TAKING)
 @pytest.mark.parametrize("name", BY_NAME)
 def test_tokenizers_take_quantizers_by_name(name, tokenizer, tmp_path):
     options, size = BY_NAME[name]
-    model = tiny(tokenizer, codebook_embed_dim=4, quantizer={"name": name, **options})
+    channels = {DIMS.get(tokenizer, "codebook_embed_dim"): 4}
+    model = tiny(tokenizer, **channels, quantizer={"name": name, **options})
     assert (model.spec.codebook_size, model.spec.dim) == (size, 4)
     assert model.loss_terms[: len(model.quantizer.loss_terms)] == model.quantizer.loss_terms
     images = pixels(model)

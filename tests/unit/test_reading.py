@@ -310,6 +310,34 @@ def test_classes_may_be_called_like_trains(tmp_path: Path, caplog):
     assert not caplog.text
 
 
+def test_a_folder_of_splits_below_is_not_recommended_as_a_folder_of_classes(tmp_path: Path, caplog):
+    for split in ("training_set", "test_set"):
+        for name in ("cats", "dogs"):
+            (tmp_path / "dataset" / split / name).mkdir(parents=True)
+            picture(0).save(tmp_path / "dataset" / split / name / "0.png")
+    open_source(DataConfig(8, root=str(tmp_path)))
+    assert "if its folders test_set, training_set are splits, take one as root" in caplog.text
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes there")
+def test_what_is_no_file_is_named_and_left_out(tmp_path: Path, caplog):
+    picture(0).save(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zeros.png").symlink_to("/dev/zero")
+    (tmp_path / "gone.png").symlink_to("nowhere.png")
+    source = open_source(DataConfig(8, root=str(tmp_path)))
+    images = open_images(tmp_path)
+    assert (len(source), images.count, images.files_read.left_out.count) == (1, 1, 3)
+    assert "gone.png (a link to nothing), pipe.png (a pipe, a socket or a device), zeros.png" in caplog.text
+    assert len(source.fingerprint()) == 64
+
+
+def test_photos_beside_a_config_are_no_run(tmp_path: Path):
+    picture(0).save(tmp_path / "a.png")
+    (tmp_path / "config.yaml").write_text("camera: old")
+    assert open_images(tmp_path).count == 1
+
+
 # Archives
 
 
@@ -366,6 +394,32 @@ def test_a_single_bad_entry_is_named_and_left_out(tmp_path: Path, damage: str, r
     few = DataConfig(8, root=str(archive_with(tmp_path / "y.zip", damage, 20)), batch_size=5)
     with pytest.raises(TooManyUnreadableError, match=rf"y\.zip/001\.png.*{reason}"):
         list(training_loader(open_source(few), few))
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_damaged_entries_of_other_methods(tmp_path: Path, method: int):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", method) as archive:
+        for number in range(3):
+            archive.writestr(f"{number}.png", png(number))
+    data = bytearray((tmp_path / "x.zip").read_bytes())
+    start = data.index(b"1.png") + 25
+    data[start : start + 40] = bytes(byte ^ 0x5A for byte in data[start : start + 40])
+    (tmp_path / "x.zip").write_bytes(data)
+    with pytest.raises(UnreadableImageError, match=r"x\.zip/1\.png"):
+        open_source(DataConfig(8, root=str(tmp_path / "x.zip")))[1]
+    with pytest.raises(ImageError, match=r"x\.zip/1\.png"):
+        open_images(tmp_path / "x.zip")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_entries_of_one_name_are_counted(tmp_path: Path, caplog):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name in ("set/a.png", "set/b.png", "set/a.png", "set\\b.png"):
+            entry = zipfile.ZipInfo("x")
+            entry.filename = name
+            archive.writestr(entry, png(0))
+    assert len(open_source(DataConfig(8, root=str(tmp_path / "x.zip")))) == open_images(tmp_path / "x.zip").count == 2
+    assert "a.png (an earlier entry of that name), b.png (an earlier entry of that name)" in caplog.text
 
 
 def test_damaged_archives_are_named(tmp_path: Path):
@@ -481,6 +535,53 @@ def png_with_chunk(kind: bytes, content: bytes) -> bytes:
     return data[:33] + chunk + data[33:]  # after the header
 
 
+@pytest.mark.parametrize("extension", ["png", "jpg", "tif"])
+def test_a_file_that_a_program_would_read_is_no_image(tmp_path: Path, monkeypatch, extension: str):
+    started = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *arguments: started.append(arguments))
+    lines = "%!PS-Adobe-3.0 EPSF-3.0", "%%BoundingBox: 0 0 12 10", "%%EndComments", "showpage", "%%EOF", ""
+    (tmp_path / f"a.{extension}").write_text("\n".join(lines))
+    with pytest.raises(UnreadableImageError, match=rf"a\.{extension}"):
+        open_source(DataConfig(8, root=str(tmp_path)))[0]
+    with pytest.raises(ImageError, match=rf"a\.{extension}"):
+        open_images(tmp_path)
+    with pytest.raises(ValueError, match=rf"a\.{extension}"):
+        open_picture(tmp_path / f"a.{extension}")
+    assert not started
+
+
+@pytest.mark.parametrize(
+    ("depth", "colour", "row", "transparent"),
+    [
+        (1, 0, b"\x00\x00", (0,)),
+        (2, 0, b"\x55" * 3, (1,)),
+        (4, 0, b"\x77" * 6, (7,)),
+        (8, 0, b"\x07" * 12, (7,)),
+        (16, 0, b"\x80\x01" * 12, (0x8001,)),
+        (8, 2, b"\x80\x10\x20" * 12, (0x80, 0x10, 0x20)),
+        (16, 2, b"\x80\x01\x10\x02\x20\x03" * 12, (0x8001, 0x1002, 0x2003)),
+    ],
+)
+def test_the_transparent_colour_of_every_depth_shows_the_background(
+    tmp_path: Path, depth: int, colour: int, row: bytes, transparent: tuple[int, ...]
+):
+    header = struct.pack(">IIBBBBB", *SIZE, depth, colour, 0, 0, 0)
+    chunks = {
+        b"IHDR": header,
+        b"tRNS": struct.pack(f">{len(transparent)}H", *transparent),
+        b"IDAT": zlib.compress((b"\0" + row) * SIZE[1]),
+        b"IEND": b"",
+    }
+    content = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks.items()
+    )
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+    [seen] = training_images(tmp_path).values()
+    assert seen.min() == 255
+    assert next(open_images(tmp_path).batches(1)).min() == 255
+
+
 def test_a_png_with_a_long_text(tmp_path: Path):
     text = zlib.compress(b"x" * (3 << 20))
     for name, content in (
@@ -546,6 +647,27 @@ def test_every_large_photo_becomes_small_at_once(tmp_path: Path, monkeypatch, ki
     assert (whole.size, small.size) == ((1600, 1201), (200, 151))
     seen, exact = (np.asarray(center_crop_adm(one, 64), dtype=int) for one in (small, whole))
     assert np.abs(seen - exact).max() <= 2
+
+
+@pytest.mark.parametrize("options", [{"quality": 80}, {"lossless": True}])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_a_large_webp_is_decoded_once_to_what_pillow_makes_of_it(tmp_path: Path, monkeypatch, options: dict, mode: str):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (301, 400, len(mode)), dtype=np.uint8))
+    image.save(tmp_path / "a.webp", **options)
+    monkeypatch.setattr(decoding, "LARGE", 1000)
+    results = []
+    for still in (decoding._still_webp, lambda image: None):
+        monkeypatch.setattr(decoding, "_still_webp", still)
+        with (tmp_path / "a.webp").open("rb") as file:
+            results.append(np.asarray(Decoder(side=20).read(file)))
+    assert results[0].shape == (76, 100, 3)
+    assert np.array_equal(*results)
+
+
+def test_a_moving_webp_is_left_to_pillow(tmp_path: Path, monkeypatch):
+    picture(0).save(tmp_path / "a.webp", save_all=True, append_images=[picture(1)], lossless=True)
+    monkeypatch.setattr(decoding, "LARGE", 10)
+    assert np.array_equal(training_images(tmp_path)[f"{tmp_path}/a.webp"], levels(0))
 
 
 def test_strips_change_nothing(tmp_path: Path, monkeypatch):

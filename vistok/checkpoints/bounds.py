@@ -2,26 +2,82 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
+import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
+
+Built = TypeVar("Built", bound=nn.Module)
 
 MAX_INTEGER = 2**40
-MAX_IMAGE_SIZE = 2**16
-MAX_TENSORS = 50_000  # published models of many experts have up to 20,000
+MOST = {"image_size": 2**16, "layers": 1000, "blocks": 1000, "depth": 1000, "refiners": 1000}
+"""The largest integer of an argument with such a word in its name."""
+TOO_MUCH_FOR_AN_ERROR = 1 / 16
+"""The share of the memory that is not filled to see an error once more."""
+MAX_TENSORS = 25_000  # published models of many experts have up to 20,000
 
 
 class OversizedError(RuntimeError):
     """Arguments that describe a model larger than any that could be meant."""
 
 
+def check_bytes(what: str, size: int) -> None:
+    """Raise OversizedError if ``what`` would take more bytes than the machine has."""
+    memory = psutil.virtual_memory().total
+    if size > memory:
+        raise OversizedError(f"{what} would take {_gigabytes(size)}; this machine has {_gigabytes(memory)}")
+
+
+def construct(
+    module: Callable[..., Built], arguments: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None
+) -> Built:
+    """``module(**arguments)``, which is refused before memory is allocated or weights are drawn.
+
+    It is built on torch's meta device first, where tensors have sizes and no numbers; not where ``weights`` show that
+    no argument is large.
+
+    Raises:
+        OversizedError: as :func:`bounded`.
+        Exception: what the constructor raises.
+    """
+    sides = [max(tensor.shape, default=1) for tensor in (weights or {}).values() if tensor.numel()]
+    if weights is not None and all(value <= max(sides, default=1) for _, value in integers(arguments)):
+        with bounded(arguments, weights):
+            return module(**arguments)
+    with bounded(arguments, weights) as counted, torch.random.fork_rng(devices=[]), torch.device("meta"):
+        try:
+            module(**arguments)
+        except OversizedError:
+            raise
+        except Exception:
+            # Sizes that do not go together, of which building it says more below; or a module that reads numbers or
+            # files while it is built, whose sizes are counted as they are allocated.
+            if counted.bytes > psutil.virtual_memory().total * TOO_MUCH_FOR_AN_ERROR:
+                raise
+    with bounded(arguments, weights):
+        return module(**arguments)
+
+
+@dataclasses.dataclass
+class Counted:
+    """What was built so far."""
+
+    tensors: int = 0
+    elements: int = 0
+    bytes: int = 0
+
+
 @contextmanager
-def bounded(arguments: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+def bounded(arguments: Mapping[str, Any], weights: Mapping[str, Tensor] | None = None) -> Iterator[Counted]:
     """Within this context, a model built from ``arguments`` has bearable sizes.
 
     Args:
@@ -29,12 +85,14 @@ def bounded(arguments: Mapping[str, Any], weights: Mapping[str, Tensor] | None =
         weights: those that the model will load, where they are known: it has no more than a small multiple of them.
 
     Raises:
-        OversizedError: an integer beyond 2^40, an image size beyond 2^16; more parameters than ``weights`` could fill;
-            more than 50,000 tensors; or more bytes than the machine has memory.
+        OversizedError: an integer beyond 2^40, an image size beyond 2^16, a number of layers or blocks beyond 1000;
+            more parameters than ``weights`` could fill; more than 25,000 tensors; or more bytes than the machine has
+            memory.
     """
     for place, value in integers(arguments):
-        if abs(value) > (MAX_IMAGE_SIZE if "image_size" in place else MAX_INTEGER):
-            raise OversizedError(f"{place} is {_short(value)}, beyond the size of any model")
+        most = min((bound for word, bound in MOST.items() if word in place), default=MAX_INTEGER)
+        if abs(value) > most:
+            raise OversizedError(f"{place} is {_short(value)}, beyond the size of any model (at most {most:,})")
     builder = threading.get_ident()
     most_tensors, most_elements = MAX_TENSORS, float("inf")
     if weights is not None:
@@ -42,27 +100,39 @@ def bounded(arguments: Mapping[str, Any], weights: Mapping[str, Tensor] | None =
         most_tensors = 4 * len(weights) + 1000
         most_elements = 4 * sum(tensor.numel() for tensor in weights.values() if isinstance(tensor, Tensor)) + 2**20
     memory = psutil.virtual_memory().total
-    tensors = elements = size = 0
+    counted = Counted()
 
-    def count(_module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        nonlocal tensors, elements, size
-        if parameter is None or threading.get_ident() != builder:
+    def weigh(_module: nn.Module, name: str, tensor: Tensor | None) -> None:
+        if tensor is None or threading.get_ident() != builder:
             return
-        tensors, elements = tensors + 1, elements + parameter.numel()
-        size += parameter.numel() * parameter.element_size() if parameter.device.type == "cpu" else 0
-        if tensors > most_tensors or elements > most_elements:
-            of = "" if weights is None else f"; the weights hold {len(weights):,} tensors"
-            raise OversizedError(f"they describe more than {tensors - 1:,} tensors, {elements:,} numbers{of}")
-        if size > memory:
+        counted.bytes += tensor.numel() * tensor.element_size() if tensor.device.type in ("cpu", "meta") else 0
+        if counted.bytes > memory:
             raise OversizedError(
-                f"they describe more than {size / 2**30:.0f} GiB of weights; this machine has {memory / 2**30:.0f} GiB"
+                f"they describe more than {_gigabytes(counted.bytes)} of weights; this machine has {_gigabytes(memory)}"
             )
 
-    hook = register_module_parameter_registration_hook(count)
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        weigh(module, name, parameter)
+        if parameter is None or threading.get_ident() != builder:
+            return
+        counted.tensors += 1
+        counted.elements += parameter.numel()
+        if counted.tensors > most_tensors or counted.elements > most_elements:
+            of = "" if weights is None else f"; the weights hold {len(weights):,} tensors"
+            raise OversizedError(
+                f"they describe more than {counted.tensors - 1:,} tensors, {counted.elements:,} numbers{of}"
+            )
+
+    hooks = register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(weigh)
     try:
-        yield
+        yield counted
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 2**30:.0f} GiB" if size < 2**60 else "2^30 GiB"
 
 
 def _short(value: int) -> str:
@@ -71,6 +141,8 @@ def _short(value: int) -> str:
 
 def integers(value: Any, place: str = "") -> Iterator[tuple[str, int]]:
     """The integers in nested arguments, each with where it stands: "encoder.num_layers"."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, int):
         yield place, value
     elif isinstance(value, Mapping):

@@ -53,7 +53,7 @@ def _reach(what: str, fetch: Callable[[], str]) -> Path:
     try:
         return Path(fetch())
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise CheckpointError(
             f"there is no local folder {what!r} and it could not be fetched from the hub: {reason}. "
             "Check the name and the connection, or download the files elsewhere and give their local path"

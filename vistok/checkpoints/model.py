@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from vistok._version import __version__
 from vistok.checkpoints import registry
 from vistok.checkpoints.adapters import ADAPTER, ADAPTER_CONFIG, merged, save_adapter, with_adapter, without_adapters
-from vistok.checkpoints.bounds import bounded
+from vistok.checkpoints.bounds import construct
 from vistok.checkpoints.hub import download, snapshot
 from vistok.checkpoints.official import OfficialCheckpoint, convert
 from vistok.checkpoints.weights import (
@@ -265,8 +265,7 @@ def build(saved: Mapping[str, Any], folder: Path, weights: Mapping[str, Tensor])
     try:
         arguments = with_todays_names(model_class, saved["arguments"])
         check(model_class, arguments, "")
-        with bounded(arguments, weights):
-            model = model_class(**arguments)
+        model = construct(model_class, arguments, weights)
     except CONSTRUCTION_ERRORS as error:  # a ConfigError, the constructor's own, or what wrong sizes do to torch
         raise CheckpointError(f"{folder / CONFIG} does not describe a {saved['model']}: {error}") from error
     model._saved_arguments = saved["arguments"]

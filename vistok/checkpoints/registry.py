@@ -348,6 +348,5 @@ def token_files() -> dict[str, Any]:
 def _find(name: str, table: dict[str, Entry], what: str) -> Entry:
     if name in table:
         return table[name]
-    raise UnknownModelError(
-        f"unknown {what} {name!r}{suggestion(name, list(table))} Known: {', '.join(sorted(table))}."
-    )
+    hint = suggestion(name, list(table)) or "."
+    raise UnknownModelError(f"unknown {what} {name!r}{hint} Known: {', '.join(sorted(table))}.")

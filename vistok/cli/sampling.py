@@ -161,9 +161,11 @@ def reconstruct(
     """Encode and decode images, and look at what is lost."""
     from vistok.pipelines.folders import load_tokenizer
     from vistok.pipelines.samples import reconstruct_files, reconstruct_prefixes
+    from vistok.pipelines.texts import check_needs_no_text
     from vistok.utils.devices import choose_device
 
     tokenizer = load_tokenizer(run).to(choose_device(device))
+    check_needs_no_text(run, tokenizer, "image files")
     images = [image for given in images for image in _image_files(given)]
     if tokens is not None:
         lengths = _whole_numbers(tokens, "--tokens")

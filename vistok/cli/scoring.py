@@ -20,12 +20,18 @@ def evaluate(
         str,
         typer.Argument(
             metavar="IMAGES|RUN",
-            help="Folder of images, ADM-style .npz, webdataset .tar, or run with samples; or run of a tokenizer.",
+            help="Folder of images, ADM-style .npz, webdataset .tar, or run with samples; or run of a tokenizer, or of "
+            "a generator of ids that decode to embeddings.",
         ),
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="data.KEY=VALUE", help="For a tokenizer: other images than the run's test split."),
+        typer.Argument(
+            metavar="data.KEY=VALUE",
+            help="For a tokenizer: other images than the run's test split; for ids: the images. A tokenizer that "
+            "decodes with texts reads those of the images as its run did; text.encoder=… says how, text=null decodes "
+            "without.",
+        ),
     ] = None,
     reference: Annotated[
         str | None,
@@ -70,7 +76,7 @@ def evaluate(
     """
     from vistok.config import Allowed
     from vistok.eval.video_protocols import is_video_protocol
-    from vistok.pipelines.runs import holds_tokenizer_only
+    from vistok.pipelines.runs import holds_generator, holds_tokenizer_only
     from vistok.utils.files import write_json
     from vistok.utils.processes import Processes
 
@@ -94,6 +100,25 @@ def evaluate(
             batch_size=batch_size,
             device=device,
             processes=processes,
+            allowed=Allowed(commands=allow_commands, environment=allow_environment),
+        )
+    elif overrides and holds_generator(what):
+        from vistok.pipelines.evaluations import score_generated_ids
+
+        for option, given in (
+            ("--reference", reference),
+            ("--protocol", protocol),
+            ("--metrics", metrics),
+            ("--crop", crop),
+            ("--make-reference", make_reference),
+        ):
+            if given is not None:
+                raise typer.BadParameter(f"{what} generates ids, which are scored without it", param_hint=option)
+        result = score_generated_ids(
+            what,
+            overrides,
+            batch_size=batch_size,
+            device=device,
             allowed=Allowed(commands=allow_commands, environment=allow_environment),
         )
     elif overrides:

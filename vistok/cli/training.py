@@ -186,6 +186,10 @@ def tokenize(
     given_frames: Annotated[
         int, typer.Option(help="Of clips: also store the tokens of the first frames, to predict the rest from.")
     ] = 0,
+    latents: Annotated[
+        bool,
+        typer.Option("--latents", help="Of multi_scale_bsq: store what is quantized, for bitwise self-correction."),
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
     allow_commands: Commands = False,
     allow_environment: Environment = False,
@@ -226,6 +230,7 @@ def tokenize(
         refuse_long_texts=refuse_long_texts,
         feature_dtype="float16" if text_dtype == "float16" else "float32",
         given_frames=given_frames,
+        latents=latents,
         resume=resume,
         processes=processes,
     )

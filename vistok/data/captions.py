@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 from vistok.data.files import CAPTIONS, FileTree, printable
 from vistok.data.formats import extension
@@ -24,6 +24,15 @@ TEXT_KEYS = ("caption", "text")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 Captions = tuple[str, ...]
+
+
+class Captioned(Protocol):
+    """A source of images, as far as their texts go."""
+
+    @property
+    def classes(self) -> Sequence[str]: ...
+
+    def captions(self, index: int) -> Captions: ...
 
 
 class CaptionError(ValueError):
@@ -137,3 +146,10 @@ def spell_digit(digit: int, how: str = "") -> Captions:
 def class_caption(name: str) -> Captions:
     """A class's name as a text; of ImageNet's synonyms ("tench, Tinca tinca") each is one."""
     return tuple(dict.fromkeys(part.strip().replace("_", " ") for part in name.split(",") if part.strip()))
+
+
+def captions_of(source: Captioned, kind: Literal["own", "class_names"], index: int, label: int) -> Captions:
+    """The texts of an image with a label: its ``own`` captions, or its class's name."""
+    if kind == "own":
+        return source.captions(index)
+    return class_caption(source.classes[label]) if label >= 0 else ()

@@ -30,6 +30,7 @@ class Affine:
             raise ValueError(f"translate and scale must lie in [0, 1), got {self.translate} and {self.scale}")
 
 
+MOST_WORKERS = 1024
 CLIP_SOURCES = ("videos", "video_list", "moving_digits")
 
 
@@ -120,6 +121,8 @@ class DataConfig:
         if isinstance(self.root, ShellCommand) and self.source != "webdataset":
             raise ValueError(f"root is a command, {self.root}, which only source: webdataset reads")
         check_least(self, image_size=1, batch_size=1, num_workers=0, seed=0)
+        if self.num_workers > MOST_WORKERS:
+            raise ValueError(f"num_workers must be at most {MOST_WORKERS}, a process each, got {self.num_workers}")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1, or null for all images, got {self.limit}")
         if self.channels not in (1, 3):

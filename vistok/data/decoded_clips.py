@@ -57,7 +57,10 @@ class DecodedClips(ClipSource):
                 with atomic_folder(folder) as partial:
                     _write(source, partial, transform.image_size, keep_aspect=keep_aspect)
         self._folder = folder
-        self._videos = read_json(folder / INDEX)["videos"]
+        try:
+            self._videos = read_json(folder / INDEX)["videos"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder / INDEX} is damaged ({error!r}); remove {folder}, it is made again") from error
         self._shards: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 import struct
-import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import IO, Literal, NamedTuple, TypeVar
 
 import numpy as np
+import torch
 from PIL import Image
+
+from vistok.data.files import UNPACKING_ERRORS
+from vistok.data.formats import decoders
 
 Reading = Literal["photo", "raw"]
 """How a file is read. ``photo``: upright as its EXIF data say, transparent parts on white, 16 bits scaled to 8.
@@ -25,6 +27,8 @@ STRIP = 1 << 22
 ORIENTATION, TURNED_SIDEWAYS = 0x0112, (5, 6, 7, 8)
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 DEEP_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")  # Pillow clips these to 8 bit instead of scaling them
+GREY_SCALES = {"L;2": 85, "L;4": 17}
+"""By what Pillow multiplies grey levels of PNG files of 2 and 4 bits."""
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 
@@ -33,14 +37,12 @@ DECODING_ERRORS = (
     OSError,
     ValueError,
     SyntaxError,
-    EOFError,
     TypeError,
     LookupError,
     ArithmeticError,
     NotImplementedError,
     struct.error,
-    zlib.error,
-    zipfile.BadZipFile,
+    *UNPACKING_ERRORS,
     Image.DecompressionBombError,
 )
 
@@ -121,15 +123,18 @@ class Decoder:
         enough = 2 * self.side if self.side is not None and image.width * image.height > LARGE else None
         if enough and image.format in ("JPEG", "MPO"):
             image.draft(None, (enough, enough))
-        image.load()
+        pixels = _still_webp(image) if enough and image.format == "WEBP" else None
+        if pixels is None:
+            image.load()
         # Pillow turns TIFF files while it decodes; its versions of 2023 leave the tag as it was.
         orientation = None if image.format == "TIFF" else _orientation(image)
         transparent = _is_transparent(image)
         levels = _levels(image) if image.mode in DEEP_MODES else None
         # A power of two that leaves twice the side that is wanted, as ``draft`` does.
         factor = 1 << max(0, (min(image.size) // enough).bit_length() - 1) if enough else 1
-        if image.mode != self.mode or transparent or factor > 1:
-            image = _in_strips(image, self.mode, factor, lambda strip: self._eight_bit(strip, levels, transparent))
+        if image.mode != self.mode or transparent or factor > 1 or pixels is not None:
+            strips = image if pixels is None else Rows(pixels)
+            image = _in_strips(strips, self.mode, factor, lambda strip: self._eight_bit(strip, levels, transparent))
         return image if orientation is None else image.transpose(orientation)
 
     def _eight_bit(self, image: Image.Image, levels: Levels | None, transparent: bool) -> Image.Image:
@@ -154,17 +159,30 @@ class Decoder:
         return Header(size, turned, _is_transparent(image), image.mode in DEEP_MODES)
 
 
+def open_image(file: IO[bytes]) -> Image.Image:
+    """Look at an image file of a format that is read; raises one of ``DECODING_ERRORS``."""
+    image = Image.open(file, formats=decoders())
+    transparent = image.info.get("transparency")
+    # Pillow scales levels of other than 8 bits, and leaves the transparent one as the file has it.
+    raw = image.tile[0][3] if image.format == "PNG" and image.tile else None
+    if raw in GREY_SCALES and isinstance(transparent, int):
+        image.info["transparency"] = transparent * GREY_SCALES[raw]
+    elif raw == "RGB;16B" and isinstance(transparent, tuple):
+        image.info["transparency"] = tuple(level >> 8 for level in transparent)
+    return image
+
+
 def _read(file: IO[bytes], use: Callable[[Image.Image], T]) -> T:
     """What ``use`` makes of the image in a file; a PNG whose texts are too long for Pillow is read without them."""
     start = file.tell()
     try:
-        with Image.open(file) as image:
+        with open_image(file) as image:
             return use(image)
     except ValueError as error:
         if "decompressed data too large" not in str(error).lower():  # the versions of Pillow write it differently
             raise
     file.seek(start)
-    with Image.open(io.BytesIO(_without_texts(file.read()))) as image:
+    with open_image(io.BytesIO(_without_texts(file.read()))) as image:
         return use(image)
 
 
@@ -208,7 +226,38 @@ def _is_transparent(image: Image.Image) -> bool:
     return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
 
 
-def _in_strips(image: Image.Image, mode: str, factor: int, change: Callable[[Image.Image], Image.Image]) -> Image.Image:
+class Rows:
+    """Pixels (H, W, 3 or 4) of which rows become images when they are asked for."""
+
+    def __init__(self, pixels: np.ndarray) -> None:
+        self._pixels, self.size = pixels, (pixels.shape[1], pixels.shape[0])
+
+    def crop(self, box: tuple[int, int, int, int]) -> Image.Image:
+        """The rows of a box, which is as wide as all."""
+        _, top, _, bottom = box
+        return Image.fromarray(np.ascontiguousarray(self._pixels[top:bottom]))
+
+
+def _still_webp(image: Image.Image) -> np.ndarray | None:
+    """The pixels (H, W, 3 or 4) of a WebP file by torchvision, which holds one copy of them where Pillow holds four;
+    None for a moving one, or where torchvision cannot."""
+    file = getattr(image, "fp", None)
+    if file is None or getattr(image, "n_frames", 1) > 1:
+        return None
+    try:
+        from torchvision.io import ImageReadMode, decode_webp
+
+        file.seek(0)
+        content = np.frombuffer(file.read(), np.uint8).copy()
+        mode = ImageReadMode.RGB_ALPHA if _is_transparent(image) else ImageReadMode.RGB
+        return decode_webp(torch.from_numpy(content), mode).permute(1, 2, 0).numpy()
+    except (ImportError, AttributeError, RuntimeError, OSError, ValueError):  # built without it; or Pillow says what is
+        return None  # wrong with the file
+
+
+def _in_strips(
+    image: Image.Image | Rows, mode: str, factor: int, change: Callable[[Image.Image], Image.Image]
+) -> Image.Image:
     """What ``change`` makes of an image, of ``mode``, reduced by ``factor``; of a large one a strip at a time, so that
     no second one of its size is held."""
 
@@ -218,7 +267,7 @@ def _in_strips(image: Image.Image, mode: str, factor: int, change: Callable[[Ima
     width, height = image.size
     rows = max(STRIP // max(width, 1) // factor, 1) * factor
     if rows >= height:
-        return small(image)
+        return small(image if isinstance(image, Image.Image) else image.crop((0, 0, width, height)))
     result = Image.new(mode, (-(-width // factor), -(-height // factor)))
     for top in range(0, height, rows):
         result.paste(small(image.crop((0, top, width, min(top + rows, height)))), (0, top // factor))

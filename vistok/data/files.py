@@ -13,11 +13,18 @@ from typing import IO
 
 from vistok.data.formats import is_image
 
+try:
+    from lzma import LZMAError
+except ImportError:  # a Python that was built without it, which reads no such entries
+    LZMAError = EOFError  # type: ignore[misc, assignment]
+
 CAPTIONS = "captions.jsonl"
 """What lies beside images and describes them; see :mod:`vistok.data.captions`."""
 SPLITS = ("train", "val", "validation", "test")
 SAMPLES = ("samples.json", "grid.png", "samples.npz", "unfinished.json")
 """What `vistok sample` puts beside samples: the first says that the others are there, and are not samples."""
+UNPACKING_ERRORS = (zipfile.BadZipFile, zlib.error, LZMAError, EOFError)
+"""What reading a damaged entry of an archive raises, besides OSError."""
 HELD_IN_MEMORY = 64 << 20
 """Bytes of an archive's member that are unpacked at once; a larger one is unpacked while it is read."""
 
@@ -26,7 +33,8 @@ class FileTree(ABC):
     """The files below ``root``, hidden ones and those that `vistok sample` adds to samples excepted.
 
     Attributes:
-        skipped: what was not looked into, with the reason: links that lead back.
+        skipped: what was not looked into, with the reason: links that lead back or nowhere, files that are no data
+            (a pipe would wait for a writer), entries of an archive with the name of another one.
     """
 
     def __init__(self, root: Path) -> None:
@@ -73,8 +81,11 @@ class Folder(FileTree):
             for entry in sorted(entries, key=lambda entry: entry.name):
                 if entry.is_dir():
                     yield from self._walk(f"{folder}{entry.name}/", (*above, here))
-                else:
+                elif entry.is_file():
                     yield folder + entry.name
+                elif not _is_hidden(folder + entry.name):
+                    reason = "a pipe, a socket or a device" if os.path.exists(entry.path) else "a link to nothing"
+                    self.skipped.append(f"{folder}{entry.name} ({reason})")
 
     def open(self, path: str) -> IO[bytes]:
         return open(self.root / path, "rb")
@@ -95,18 +106,22 @@ class Archive(FileTree):
             self._zip, self._owner = zipfile.ZipFile(root), os.getpid()
         except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
             raise ValueError(f"{root} is a damaged .zip file ({error}); fetch or make it again") from error
-        # Made on Windows it may have backslashes between folders.
-        self._members = {
-            info.filename.replace("\\", "/"): info for info in self._zip.infolist() if not info.filename.endswith("\\")
-        }
+        self._members: dict[str, zipfile.ZipInfo] = {}
+        twice = []
+        for info in self._zip.infolist():
+            name = info.filename.replace("\\", "/")  # which it may have between folders if it was made on Windows
+            if name in self._members and not name.endswith("/"):
+                twice.append(f"{name} (an earlier entry of that name)")
+            self._members[name] = info
         self._wrapper = ""
         super().__init__(root)
+        self.skipped += [name.removeprefix(self._wrapper) for name in twice if not _is_hidden(name)]
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_zip": None}
 
     def _list(self) -> Sequence[str]:
-        paths = [path for path, info in self._members.items() if not info.is_dir()]
+        paths = [path for path in self._members if not path.endswith("/")]
         self._wrapper = _wrapper([path for path in paths if not _is_hidden(path)])
         return [path.removeprefix(self._wrapper) for path in paths if path.startswith(self._wrapper)]
 
@@ -116,7 +131,7 @@ class Archive(FileTree):
             if info.file_size > HELD_IN_MEMORY:
                 return self._handle().open(info)
             return io.BytesIO(self._handle().read(info))
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        except (*UNPACKING_ERRORS, ValueError) as error:
             raise OSError(f"the archive's entry is damaged: {error}") from error
         except NotImplementedError as error:
             raise OSError(f"it is packed by method {info.compress_type}, which cannot be unpacked here") from error

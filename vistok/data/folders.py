@@ -176,7 +176,18 @@ def _warn_of_a_single_class(files: Sequence[str], prefix: str, tree: FileTree) -
     """Say so if all images are of one class although they lie in several folders further below."""
     common = _common_folder(files)
     below = {path.removeprefix(common).partition("/")[0] for path in files if "/" in path.removeprefix(common)}
-    if common != prefix and len(below) > 1:
+    if common == prefix or len(below) < 2:
+        return
+    if all(LIKE_SPLITS.search(name) for name in below):
+        log.warning(
+            "%s: all images lie in %s, so there is one class; if its folders %s are splits, take one as root, or call "
+            "them %s",
+            tree.root,
+            printable(common),
+            ", ".join(map(printable, sorted(below))),
+            ", ".join(SPLITS),
+        )
+    else:
         log.warning(
             "%s: all images lie in %s, so there is one class; if its %d folders are the classes, take %s as root",
             tree.root,

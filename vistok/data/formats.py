@@ -15,6 +15,9 @@ LOSSY = {
     ".tiff": False,
 }
 """Extensions, and whether their compression usually loses something. Of several frames the first one is read."""
+DECODERS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
+"""Pillow's names of the formats, whatever the files are called. It knows others that must not be tried: what begins as
+PostScript it hands to a program."""
 LOSSY_IF_READABLE = {".avif": True, ".heic": True, ".heif": True}
 """Those that some builds of Pillow, or plug-ins that register themselves, can decode."""
 
@@ -26,6 +29,15 @@ def image_extensions() -> tuple[str, ...]:
 
     formats = Image.registered_extensions()
     return (*LOSSY, *(name for name in LOSSY_IF_READABLE if formats.get(name) in Image.OPEN))
+
+
+@cache
+def decoders() -> tuple[str, ...]:
+    """Those of ``DECODERS`` that this Pillow has."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in DECODERS if name in Image.OPEN)
 
 
 def extension(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,6 +71,9 @@ class HuggingFaceSource(ImageSource):
         # Whole rows would be decoded otherwise, with all images in them.
         self._dataset = self._dataset.select_columns([self._image, *([self._class] if self._class else [])])
         self.classes = self._class_names() if self._class else ()
+        self._fingerprint = hash_lines([f"huggingface {self._dataset._fingerprint} {len(self)}"])
+        # Files are decoded here, as those of every source; ``datasets`` would try every format that Pillow knows.
+        self._dataset = self._dataset.cast_column(self._image, datasets.Image(decode=False))
         if self._class is None and integers:
             log.warning(
                 "%s has no column of class labels, so its images are unconditional; if there are class ids in %s, "
@@ -109,7 +113,11 @@ class HuggingFaceSource(ImageSource):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         try:
             row = self._dataset[int(index)]
-            image = self._decoder.convert(row[self._image])
+            held = row[self._image]
+            if held is None:
+                raise ValueError("it is empty")
+            with io.BytesIO(held["bytes"]) if held["bytes"] is not None else open(held["path"], "rb") as file:
+                image = self._decoder.read(file)
         except DECODING_ERRORS as error:
             raise UnreadableImageError(self.name(index), str(error)) from error
         return image, row[self._class] if self._class is not None else UNCONDITIONAL
@@ -118,7 +126,7 @@ class HuggingFaceSource(ImageSource):
         return f"{self._label}[{index}]"
 
     def fingerprint(self) -> str:
-        return hash_lines([f"huggingface {self._dataset._fingerprint} {len(self)}"])
+        return self._fingerprint
 
     def captions(self, index: int) -> tuple[str, ...]:
         if self._texts is None:

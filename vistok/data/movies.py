@@ -147,10 +147,17 @@ def frames_to_pixels(frames: np.ndarray | Tensor | Sequence[Image.Image], size: 
             raise ValueError(f"float frames must be clips (B, C, T, H, W) in [-1, 1], got {tuple(frames.shape)}")
         return frames
     if isinstance(frames, Sequence):
+        others = [type(frame).__name__ for frame in frames if not isinstance(frame, Image.Image)]
+        if others or not frames:
+            what = f"{others[0]} in it" if others else "an empty one"
+            raise ValueError(f"a list of frames holds the images of one clip, got {what}; stack arrays of frames")
+        sizes = sorted({image.size for image in frames})
+        if len(sizes) > 1:
+            raise ValueError(f"frames of one clip are of one size, got (width, height) {sizes}")
         frames = np.stack([np.asarray(image.convert("RGB")) for image in frames])
     array = np.asarray(frames)
     array = array[None] if array.ndim == 4 else array
-    if array.ndim != 5 or array.dtype != np.uint8 or array.shape[-1] not in (1, 3):
+    if array.ndim != 5 or array.dtype != np.uint8 or array.shape[-1] not in (1, 3) or 0 in array.shape:
         raise ValueError(
             f"frames must be uint8 (T, H, W, C) or (B, T, H, W, C) with 1 or 3 channels, got {array.dtype} "
             f"{array.shape}"

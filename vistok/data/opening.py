@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+from vistok.checkpoints.bounds import OversizedError, check_bytes
 from vistok.data.clip_shards import ClipShardSource
 from vistok.data.clip_sources import ClipSource, SelectedClips
 from vistok.data.config import CLIP_SOURCES, DataConfig
@@ -27,9 +30,15 @@ def open_source(config: DataConfig) -> ImageSource | ClipSource:
     """Open the source that a config describes, cut down to ``limit`` images or videos.
 
     Raises:
-        ValueError, FileNotFoundError: as the sources do; also for a key that the source needs and the config lacks.
+        ValueError, FileNotFoundError: as the sources do; also for a key that the source needs and the config lacks, and
+            for a batch that is larger than the machine's memory.
     """
     source = _open(config)
+    samples, pixels = min(config.batch_size, len(source)), math.prod(config.input_shape)
+    try:
+        check_bytes(f"data: a batch of {samples} with {pixels:,} numbers each", 4 * samples * pixels)
+    except OversizedError as error:
+        raise ValueError(f"{error}; lower data.batch_size, data.image_size or data.num_frames") from error
     if config.limit is None or config.limit >= len(source):
         return source
     # Evenly spread: sources lie sorted by class, so the first images would be of one class.

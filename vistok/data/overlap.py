@@ -57,10 +57,10 @@ def shared_images(trained: Source, held_out: Source) -> Shared:
     """Look for held-out images or videos among those that are trained on: by their bytes, wherever they lie, where they
     are files; by their names, where these are of a known data set; else only by the fingerprints of the whole sets."""
     looked = _spread(len(held_out))
-    if trained.fingerprint() == held_out.fingerprint():
+    if (files := _files(trained)) is not None and (others := _files(held_out)) is not None:
+        found = _same_bytes(files, others, looked)  # a fingerprint knows names and sizes, which other files may share
+    elif trained.fingerprint() == held_out.fingerprint():
         found = looked
-    elif (files := _files(trained)) is not None and (others := _files(held_out)) is not None:
-        found = _same_bytes(files, others, looked)
     elif isinstance(_whole(trained), NAMED) and isinstance(_whole(held_out), NAMED):
         names = {trained.name(index) for index in range(len(trained))}
         found = [index for index in looked if held_out.name(index) in names]

@@ -62,23 +62,26 @@ class JsonLines(PeerCache):
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with path.open() as file:
+        with path.open("rb") as file:
             self._count = sum(1 for line in file if line.strip())
 
     def __len__(self) -> int:
         return self._count
 
     def __iter__(self) -> Iterator[PeerSample]:
-        with self._path.open() as file:
+        with self._path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield self._sample(number, line)
 
-    def _sample(self, number: int, line: str) -> PeerSample:
+    def _sample(self, number: int, line: bytes) -> PeerSample:
         where = f"{self._path}, line {number}"
         try:
-            row = json.loads(line)
-            ids, label = np.array(row["tokens"]).reshape(1, -1), row["class_id"]
+            row = json.loads(line.decode("utf-8-sig"))  # Windows' editors begin a file with a mark
+            ids, label = np.array(row["tokens"]), row["class_id"]
+            if ids.ndim > 1:
+                raise ValueError(f"tokens are nested, of the shape {ids.shape}; one list of ids is expected")
+            ids = ids.reshape(1, -1)
         except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
             raise PeerCacheError(f"{where}: no class_id and tokens ({error!r})") from error
         return PeerSample(checked_ids(ids, where), checked_label(label, where), where)
@@ -111,9 +114,14 @@ def open_peer_cache(format_name: str, root: str | Path) -> PeerCache:
 
 def check_alike(samples: Sequence[PeerSample]) -> None:
     """Raise PeerCacheError unless all samples have one shape."""
-    shapes = {sample.values.shape for sample in samples}
-    if len(shapes) > 1:
-        raise PeerCacheError(f"samples differ in shape: {sorted(shapes)}; import sets of different crops one by one")
+    first, *_ = samples
+    for sample in samples:
+        if sample.values.shape != first.values.shape:
+            shapes = sorted({first.values.shape, sample.values.shape})
+            raise PeerCacheError(
+                f"samples differ in shape: {shapes}, such as {first.where} and {sample.where}; import sets of "
+                "different crops one by one"
+            )
 
 
 def checked_ids(values: np.ndarray, where: str) -> np.ndarray:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from vistok.data.decoding import DECODING_ERRORS, Decoder
+from vistok.data.decoding import DECODING_ERRORS, Decoder, open_image
 from vistok.data.transforms import center_crop_adm, to_pixels
 from vistok.utils.files import atomic_file
 
@@ -99,7 +99,7 @@ def open_picture(path: str | Path, decoder: Decoder | None = None) -> Image.Imag
         with path.open("rb") as file:
             if decoder is not None:
                 return decoder.read(file)
-            with Image.open(file) as image:
+            with open_image(file) as image:
                 image.load()
                 return image
     except UnidentifiedImageError as error:

@@ -34,7 +34,8 @@ class Segment:
         source: where it comes from: ``ids`` (the text), ``tokens`` (the image), ``given`` (an image that comes before),
             or the name of a special mark.
         in_loss: whether a model learns to predict it.
-        number: which text of a sample that has several; None is the one that the epoch draws.
+        number: which text of a sample that has several; None is the one that the epoch draws. Of ``given``, which of
+            several images that lie one behind the other; None is all that is given.
     """
 
     source: str
@@ -49,7 +50,8 @@ class StreamConfig:
     Attributes:
         share: how often, relative to the other templates.
         template: its segments, such as ``begin ids answer begin_image* tokens* end_image*``; a star puts one into the
-            loss, and ``ids:2`` is the third text of a sample. None is the template that is known by the name.
+            loss, ``ids:2`` is the third text of a sample, and ``given:1`` the second image that was given. None is the
+            template that is known by the name.
     """
 
     share: float = 1.0
@@ -68,10 +70,10 @@ def parse_template(text: str) -> tuple[Segment, ...]:
     segments = []
     for word in text.split():
         source, _, number = word.rstrip("*").partition(":")
-        if source not in (*SOURCES, *MARKS) or (number and not (source == "ids" and number.isdecimal())):
+        if source not in (*SOURCES, *MARKS) or (number and not (source in PARTS and number.isdecimal())):
             raise ValueError(
                 f"{word!r} is no segment of a template; there are {', '.join((*SOURCES, *MARKS))}, each with a star or "
-                "not, and ids:0, ids:1, … for one of several texts"
+                "not, and ids:0, ids:1, … and given:0, given:1, … for one of several texts and images"
             )
         segments.append(Segment(source, word.endswith("*"), int(number) if number else None))
     if not any(segment.in_loss for segment in segments):
@@ -218,7 +220,13 @@ class StreamBatches:
             missing = sorted(needed - set(cache.condition_spec.parts))
             if missing:
                 raise TokenCacheError(f"the template {name} needs {missing[0]!r}, which {cache.folder} does not have")
-            cache.check_texts(max((s.number + 1 for s in template if s.number is not None), default=0))
+            cache.check_texts(_count(template, "ids"))
+            images = _given_images(cache)
+            if _count(template, "given") > images:
+                raise TokenCacheError(
+                    f"the template {name} wants given:{_count(template, 'given') - 1}, and {cache.folder} has {images} "
+                    "given images of each sample"
+                )
         shares = [config.share for config in configs.values()]
         self._ends = np.cumsum(shares) / sum(shares)
         self._tokens, self._cache = TokenBatches(cache, seed=seed), cache
@@ -229,6 +237,13 @@ class StreamBatches:
         """What of the cache's conditions the streams are made of."""
         used = {segment.source for template in self.templates.values() for segment in template}
         return tuple(part for part in self._tokens.parts if part in used)
+
+    @property
+    def given_length(self) -> int | None:
+        """The most tokens of a given image, or of all of them where a template takes them together."""
+        given = self._cache.condition_spec.given
+        together = any(s.source == "given" and s.number is None for t in self.templates.values() for s in t)
+        return None if given is None else given.length if together else self._cache.spec["length"]
 
     def prompts(self, indices: np.ndarray) -> Condition | None:
         """What samples (B,) ask for by the first template that ends in an image; None if none does."""
@@ -277,7 +292,22 @@ class StreamBatches:
         """What a segment has of samples (B,) with a condition."""
         if segment.number is None:
             return condition.only([segment.source])
-        return self._cache.text_of(indices, segment.number)
+        if segment.source == "ids":
+            return self._cache.text_of(indices, segment.number)
+        length, given = self._cache.spec["length"], condition.parts["given"]
+        places = slice(segment.number * length, (segment.number + 1) * length)
+        return Condition.from_given(given.values[:, places], given.valid()[:, places]).drop(given.dropped)
+
+
+def _count(template: Sequence[Segment], source: str) -> int:
+    """How many texts or images of a sample a template numbers."""
+    return max((s.number + 1 for s in template if s.source == source and s.number is not None), default=0)
+
+
+def _given_images(cache: TokenCache | TokenMixture) -> int:
+    """How many whole images are given before each sample."""
+    given = cache.condition_spec.given
+    return 0 if given is None else given.length // cache.spec["length"]
 
 
 def joint_vocabulary(cache: TokenCache | TokenMixture) -> JointVocabulary:

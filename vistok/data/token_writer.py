@@ -39,7 +39,7 @@ class TokenShards:
         spec: the fields of the tokenizer's TokenSpec (``dataclasses.asdict``).
         tokenizer_hash: identifies the weights; :meth:`TokenCache.check_tokenizer` compares it.
         views: tokens of how many augmented versions of each image are written.
-        content: what is written of continuous tokens: latents, or the moments of their posteriors.
+        content: what is written: tokens, moments of their posteriors, or the latents that ids of scales are made of.
         classes: names in the order of the labels; empty if unconditional.
         source_fingerprint: of the images, see ``ImageSource.fingerprint``.
         condition: what else the samples are conditioned on: its ``ids``, ``features`` and ``given``.
@@ -64,7 +64,7 @@ class TokenShards:
         if views < 1:
             raise ValueError(f"views must be at least 1, got {views}")
         self.folder, self._spec, self._classes = folder, dict(spec), tuple(classes)
-        self._shape = (views, *sample_shape(spec, content))
+        self._shape, self._dtype = (views, *sample_shape(spec, content)), token_dtype(spec, content)
         self._condition = dataclasses.replace(condition, num_classes=len(classes))
         self._sequences = [name for name in self._condition.parts if name != "labels"]
         kinds = {name: getattr(condition, name) for name in self._sequences}
@@ -100,7 +100,7 @@ class TokenShards:
                 f"expected tokens of shape (B, {', '.join(map(str, self._shape))}) and B labels, "
                 f"got {stored.shape} and {classes.shape}"
             )
-        _check_range("token id", stored, self._spec["codebook_size"])
+        _check_range("token id", stored, None if self._dtype is np.float32 else self._spec["codebook_size"])
         if self._classes:
             _check_range("label", classes, len(self._classes))
         elif (classes != -1).any():
@@ -111,7 +111,7 @@ class TokenShards:
             raise ValueError(f"expected {len(labels)} samples of {self._sequences or 'no parts'}, got {found}")
         if any(len(given) != self._shape[0] for given in sequences.get("given", ())):
             raise ValueError(f"there must be given tokens for each of the {self._shape[0]} views")
-        return Samples(stored.astype(token_dtype(self._spec)), classes.astype(np.int64), sequences)
+        return Samples(stored.astype(self._dtype), classes.astype(np.int64), sequences)
 
     def write(self, number: int, samples: Sequence[Samples], failures: Failures | None = None) -> None:
         """Write a shard; its labels come last and say that it is whole.
@@ -130,7 +130,7 @@ class TokenShards:
             pieces = [alternatives for part in samples for alternatives in part.sequences[name]]
             values, lengths = pack(pieces, getattr(self._condition, name), self._dtypes[name])
             arrays |= {f"conditions-{name}": values, f"lengths-{name}": lengths}
-        nothing = np.empty((0, *self._shape), token_dtype(self._spec)), np.empty(0, np.int64)
+        nothing = np.empty((0, *self._shape), self._dtype), np.empty(0, np.int64)
         arrays["tokens"] = np.concatenate([nothing[0], *(part.tokens for part in samples)])
         arrays["labels"] = np.concatenate([nothing[1], *(part.labels for part in samples)])
         for kind, array in arrays.items():

@@ -4,7 +4,8 @@ A cache is a folder::
 
     index.json            what made it (the tokenizer's hash and token spec), class names, sample counts
     tokens-00000.npy      (N, V, L) or (N, V, L, depth) ids, or (N, V, L, D) latents; V augmentation views. Of latents
-                          with a posterior, (N, V, L, 2D) moments (means, log-variances), sampled when they are read
+                          with a posterior, (N, V, L, 2D) moments (means, log-variances), sampled when they are read.
+                          Of ids of scales, where asked for, the (N, V, h * w, D) latents that they are made of
     labels-00000.npy      (N,) int64; -1 where there are no classes
     conditions-features-00000.npy, lengths-features-00000.npy
                           what else the samples are conditioned on, if anything (see :mod:`vistok.data.ragged`); of each
@@ -12,7 +13,7 @@ A cache is a folder::
     unreadable-00000.json position and reason of the images that could not be read and are left out, if there are any
     tokens-00001.npy      …
 
-Ids are uint16 where the codebook allows, else int32; latents and moments are float32.
+Ids are uint16 where the codebook allows, else int32 or int64; latents and moments are float32.
 """
 
 from __future__ import annotations
@@ -36,14 +37,15 @@ from vistok.types import Condition, ConditionSpec, FeatureSpec, TokenSpec
 from vistok.utils.files import read_json
 
 FORMAT = "vistok-tokens-1"
-Content = Literal["tokens", "moments"]
+Content = Literal["tokens", "moments", "latents"]
+"""What a cache stores of an image; "latents" are those that ids of several scales are made of."""
 
 
 class TokenBatch(NamedTuple):
     """Cached tokens of one batch.
 
     Attributes:
-        tokens: (B, L) or (B, L, depth) int64 ids, or (B, L, D) float32 latents.
+        tokens: (B, L) or (B, L, depth) int64 ids, or (B, L, D) float32 latents; (B, h * w, D) before quantization.
         condition: of the B samples.
         indices: (B,) int64, positions in the cache.
     """
@@ -83,7 +85,7 @@ class TokenCache:
         counts: list[int] = index["shards"]
         self._ends = np.cumsum(counts)
         self._shape = sample_shape(self.spec, self.content)
-        shape, dtype = (self.views, *self._shape), token_dtype(self.spec)
+        shape, dtype = (self.views, *self._shape), token_dtype(self.spec, self.content)
         self._tokens = [self._map("tokens", i, (n, *shape), dtype) for i, n in enumerate(counts)]
         self._labels = np.concatenate([self._map("labels", i, (n,), np.int64) for i, n in enumerate(counts)])
         self.condition_spec = _condition_spec(index, self.folder)
@@ -128,8 +130,8 @@ class TokenCache:
         indices, views = np.asarray(indices, dtype=np.int64), np.asarray(views, dtype=np.int64)
         _check_range("index", indices, len(self))
         _check_range("view", views, self.views)
-        discrete = self.spec["codebook_size"] is not None
-        tokens = np.empty((len(indices), *self._shape), dtype=np.int64 if discrete else np.float32)
+        ids = self.spec["codebook_size"] is not None and self.content == "tokens"
+        tokens = np.empty((len(indices), *self._shape), dtype=np.int64 if ids else np.float32)
         shards = np.searchsorted(self._ends, indices, side="right")
         for shard in np.unique(shards):
             rows = shards == shard
@@ -160,9 +162,9 @@ class TokenCache:
             mask[absent] = True  # a null text is whole
             tensors = torch.from_numpy(values), torch.from_numpy(mask)
             if name == "given":
-                parts.append(Condition.from_given(tensors[0]))
-                continue
-            part = Condition.from_ids(*tensors) if ids else Condition.from_features(*tensors)
+                part = Condition.from_given(tensors[0], None if mask.all() else tensors[1])
+            else:
+                part = Condition.from_ids(*tensors) if ids else Condition.from_features(*tensors)
             parts.append(part.drop(torch.from_numpy(absent)))
         return Condition.together(*parts) if parts else Condition.none(len(indices))
 
@@ -401,18 +403,21 @@ def sample_moments(moments: Tensor, noise: Tensor) -> Tensor:
 
 
 def sample_shape(spec: Mapping[str, Any], content: Content = "tokens") -> tuple[int, ...]:
-    """Shape of what a cache stores of one sample, under the fields of a TokenSpec: (L,), (L, depth), (L, D) or, of
-    moments, (L, 2D)."""
+    """Shape of what a cache stores of one sample, under the fields of a TokenSpec: (L,), (L, depth), (L, D), of moments
+    (L, 2D), or of latents before quantization (h * w, D)."""
+    if content == "latents":
+        return (math.prod(spec["scales"][-1]), spec["dim"])
     if spec["codebook_size"] is None:
         return (spec["length"], spec["dim"] * (2 if content == "moments" else 1))
     return (spec["length"],) if spec["depth"] == 1 else (spec["length"], spec["depth"])
 
 
-def token_dtype(spec: Mapping[str, Any]) -> Any:
+def token_dtype(spec: Mapping[str, Any], content: Content = "tokens") -> Any:
     """The type that a cache stores these tokens in."""
-    if spec["codebook_size"] is None:
+    size = spec["codebook_size"]
+    if size is None or content == "latents":
         return np.float32
-    return np.uint16 if spec["codebook_size"] <= 1 << 16 else np.int32
+    return np.uint16 if size <= 1 << 16 else np.int32 if size <= 1 << 31 else np.int64
 
 
 def shard_name(kind: str, number: int) -> str:

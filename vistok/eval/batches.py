@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from vistok.types import Condition
+
 NETWORK_BATCH = 16
 
 
@@ -19,6 +21,11 @@ def filled(rows: Tensor) -> Tensor:
     """(n, ...) of at most ``NETWORK_BATCH`` rows, and copies of the last one: (NETWORK_BATCH, ...)."""
     missing = NETWORK_BATCH - len(rows)
     return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]) if missing else rows
+
+
+def filled_condition(condition: Condition) -> Condition:
+    """The condition of ``filled`` rows."""
+    return condition[torch.arange(NETWORK_BATCH).clamp_max(len(condition) - 1)]
 
 
 class Regrouper:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +30,8 @@ from vistok.data.shards import ShardFiles, shard_paths
 from vistok.data.transforms import center_crop_adm
 from vistok.utils.files import cache_folder
 
-RUN_MARKERS = ("metrics.jsonl", "config.yaml")
+RUN_MARKERS = (("metrics.jsonl",), ("config.yaml", "environment.json"))
+"""Files of which a run has all of one line; people keep a config.yaml beside their photos, too."""
 THREADS = 4  # decoding releases the interpreter lock
 
 
@@ -171,7 +171,7 @@ def _no_crop(images: ImageSet, crop: int | None) -> ImageSet:
 
 def is_run(folder: Path) -> bool:
     """Whether ``folder`` is a vistok run, whose own pictures (previews) are not what is to be scored."""
-    return any((folder / name).is_file() for name in RUN_MARKERS)
+    return any(all((folder / name).is_file() for name in names) for names in RUN_MARKERS)
 
 
 def _samples_of_run(folder: Path) -> Path:
@@ -328,14 +328,16 @@ class NpzImages:
                     )
                 with archive.open(f"{self.key}.npy") as file:
                     shape, order, dtype = _read_header(file)
-        except (zipfile.BadZipFile, OSError) as error:
+        except ImageError:
+            raise
+        except (*DECODING_ERRORS, RuntimeError) as error:  # RuntimeError: zipfile's word for a password
             raise ImageError(f"{path} is not a readable .npz file: {error}") from error
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or order == "F":
             layout = "column-major " if order == "F" else ""
             raise ImageError(
                 f"{self.key!r} of {path} is {layout}{dtype} {shape}; expected row-major uint8 (N, H, W, 3)"
             )
-        if shape[0] == 0:
+        if min(shape) < 1:
             raise ImageError(f"{path} holds no images: {self.key!r} has shape {shape}")
         self.count = shape[0]
         self.size = (shape[1], shape[2])
@@ -346,12 +348,13 @@ class NpzImages:
         stop = self.count if stop is None else min(stop, self.count)
         with zipfile.ZipFile(self.path) as archive, archive.open(f"{self.key}.npy") as file:
             _read_header(file)
-            file.seek(start * bytes_per_image, io.SEEK_CUR)
             for first in range(start, stop, batch_size):
                 rows = min(batch_size, stop - first)
                 try:
+                    if first == start:
+                        file.seek(start * bytes_per_image, io.SEEK_CUR)
                     data = file.read(rows * bytes_per_image)
-                except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+                except DECODING_ERRORS as error:
                     raise ImageError(f"{self.source} is damaged: {error}") from error
                 if len(data) < rows * bytes_per_image:
                     raise ImageError(f"{self.source} ends within image {first + len(data) // bytes_per_image}")
@@ -362,12 +365,9 @@ class NpzImages:
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], str, np.dtype]:
     """Shape, memory order ("C" or "F") and dtype of the .npy stream, which is left at its first value."""
-    try:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(file)
-    except ValueError as error:
-        raise ImageError(f"not a .npy array: {error}") from error
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)
     return shape, "F" if fortran else "C", dtype
 
 

@@ -6,6 +6,7 @@ N samples, D feature width, C classes.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -161,6 +162,8 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     cross = squares[_is_no_rounding_error(squares)].sqrt().sum()
     difference = mean_a - mean_b
     distance = float(difference @ difference + covariance_a.trace() + covariance_b.trace() - 2 * cross)
+    if not math.isfinite(distance):
+        raise ValueError("the moments are so large that their distance is not finite; were they scaled?")
     return max(distance, 0.0)
 
 
@@ -176,8 +179,10 @@ def check_symmetric(covariance: Tensor) -> None:
 
 def is_positive(covariance: Tensor) -> bool:
     """Whether a symmetric matrix (D, D) has no negative eigenvalues, up to rounding (the cheapest such test)."""
+    if not covariance.any():
+        return True
     allowed = NEGLIGIBLE * covariance.abs().max() * torch.eye(len(covariance), dtype=covariance.dtype)
-    return not covariance.numel() or int(torch.linalg.cholesky_ex(covariance + allowed).info) == 0
+    return int(torch.linalg.cholesky_ex(covariance + allowed).info) == 0
 
 
 def _check_not_negative(eigenvalues: Tensor) -> None:

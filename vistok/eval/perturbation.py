@@ -24,9 +24,10 @@ from vistok.eval.guards import count_warnings
 from vistok.eval.networks import CallableNetwork, FeatureNetwork, full_precision
 from vistok.eval.protocols import CUSTOM, PROTOCOLS
 from vistok.eval.record import describe_images, library_versions, save_result
-from vistok.eval.tokenizers import DataImages, to_rgb
+from vistok.eval.tokenizers import Conditions, DataImages, to_rgb, told
 from vistok.quantizers.perturbation import perturb, perturbation_draws
 from vistok.tokenizers.base import Tokenizer
+from vistok.types import Condition
 from vistok.utils.processes import ALONE, Processes
 from vistok.utils.progress import track
 
@@ -75,6 +76,7 @@ def evaluate_perturbation(
     *,
     grid: Grid = Grid(),
     seed: int = 0,
+    conditions: Conditions | None = None,
     processes: Processes = ALONE,
     out: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -86,6 +88,7 @@ def evaluate_perturbation(
         tokenizer: with ``latents(pixels)`` and a ``quantizer`` that has ``neighbours``, one id per position.
         data: the images; papers take ImageNet's validation set.
         network: of the features. With a network of the user's own the scores are called ``frechet_distance``.
+        conditions: what a tokenizer that decodes with texts is told of the images of a batch; None tells it nothing.
         processes: those that share the images; all of them return the result, the first one writes it.
         out: folder in which ``result.json`` is written.
 
@@ -99,7 +102,7 @@ def evaluate_perturbation(
     tokenizer.check_renders("pFID")
     originals = DataImages(data)
     cells = grid.cells(tokenizer.spec.num_ids)
-    passes = _passes(tokenizer, originals, cells, network, seed, processes)
+    passes = _passes(tokenizer, originals, cells, network, seed, conditions, processes)
     with full_precision():
         reference, *gaussians = (gathered(features, processes).moments["pool"].gaussian for features in passes)
         notes = count_warnings("images and reference", originals.count, {"pool": len(reference.mean)})
@@ -146,6 +149,7 @@ def _passes(
     cells: list[tuple[float, int]],
     network: FeatureNetwork,
     seed: int,
+    conditions: Conditions | None,
     processes: Processes,
 ) -> list[FeaturePass]:
     """The feature passes over this process's part of the originals, of the plain and of the perturbed reconstructions.
@@ -156,22 +160,22 @@ def _passes(
     real, plain, *perturbed = (FeaturePass(network, originals.source, moments=["pool"]) for _ in range(len(cells) + 2))
     most = max(strength for _, strength in cells)
     first, stop = processes.part(originals.count)
-    batches = originals.pixels(NETWORK_BATCH, first, stop)
-    for pixels in track(batches, f"perturbed {originals.source}", -(-(stop - first) // NETWORK_BATCH)):
-        count = len(pixels)
-        real.add(to_rgb(pixels))
-        latents = encode.latents(filled(pixels).to(tokenizer.device, tokenizer.dtype))
+    batches = originals.loaded(NETWORK_BATCH, first, stop)
+    for batch in track(batches, f"perturbed {originals.source}", -(-(stop - first) // NETWORK_BATCH)):
+        count, condition = len(batch.pixels), told(conditions, batch, tokenizer.device)
+        real.add(to_rgb(batch.pixels))
+        latents = encode.latents(filled(batch.pixels).to(tokenizer.device, tokenizer.dtype))
         neighbours = tokenizer.quantizer.neighbours(latents, most)  # (NETWORK_BATCH, L, most)
         draws = perturbation_draws(Keys.range(seed, len(neighbours), first), neighbours.shape[1])
-        plain.add(_decode(tokenizer, neighbours[..., 0])[:count])
+        plain.add(_decode(tokenizer, neighbours[..., 0], condition)[:count])
         for (rate, strength), features in zip(cells, perturbed):
-            features.add(_decode(tokenizer, perturb(neighbours, rate, strength, draws))[:count])
+            features.add(_decode(tokenizer, perturb(neighbours, rate, strength, draws), condition)[:count])
         first += count
     return [real, plain, *perturbed]
 
 
-def _decode(tokenizer: Tokenizer, ids: Tensor) -> Tensor:
-    return to_rgb(tokenizer.decode(ids).clamp(-1, 1).cpu())
+def _decode(tokenizer: Tokenizer, ids: Tensor, condition: Condition | None) -> Tensor:
+    return to_rgb(tokenizer.decode(ids, condition=condition).clamp(-1, 1).cpu())
 
 
 def _clipped(grid: Grid, codebook_size: int) -> list[str]:

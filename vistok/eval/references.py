@@ -8,7 +8,6 @@ some pooled features in place of images, and name all that made them, so that a 
 from __future__ import annotations
 
 import hashlib
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vistok.data.decoding import Reading
+from vistok.data.decoding import DECODING_ERRORS, Reading
 from vistok.eval.features import extract_features
 from vistok.eval.images import ImageSet, NpzImages, open_images
 from vistok.eval.metrics import Gaussian, check_symmetric, is_positive
@@ -41,6 +40,10 @@ WRONG_REFERENCE = (
 
 class InvalidReferenceError(ValueError):
     """A reference that cannot serve: without the keys, damaged, or made otherwise than the images are scored."""
+
+
+NUMBERS = ("count", "crop")
+"""Which of the following are numbers; others are texts."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,7 @@ def _open_npz(path: Path) -> Reference:
         with np.load(path, allow_pickle=False) as file:
             keys = list(file.files)
             arrays = {key: file[key] for key in keys if key in wanted}
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
+    except (*DECODING_ERRORS, RuntimeError, MemoryError) as error:  # RuntimeError: zipfile's word for a password
         raise InvalidReferenceError(f"{path} is not a readable .npz file: {error}") from error
     gaussians = {
         name: _gaussian(path, arrays, *pair) for name, pair in MOMENT_KEYS.items() if any(key in arrays for key in pair)
@@ -209,12 +212,17 @@ def _open_npz(path: Path) -> Reference:
 
 
 def _provenance(path: Path, arrays: dict[str, np.ndarray]) -> Provenance:
-    told = {}
+    told: dict[str, Any] = {}
     for item in fields(Provenance):
         if item.name in arrays:
             if arrays[item.name].size != 1:
                 raise InvalidReferenceError(f"{path}: {item.name!r} must be one value, got {arrays[item.name].shape}")
-            told[item.name] = arrays[item.name].item()
+            value: Any = arrays[item.name].item()
+            is_number = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+            if not (is_number if item.name in NUMBERS else isinstance(value, str)):
+                expected = "a whole number from 0" if item.name in NUMBERS else "a text"
+                raise InvalidReferenceError(f"{path}: {item.name!r} must be {expected}, got {value!r}"[:500])
+            told[item.name] = value
     return Provenance(**told)
 
 
@@ -224,7 +232,8 @@ def _rows(path: Path, rows: np.ndarray, gaussians: dict[str, Gaussian]) -> Tenso
     if rows.dtype.kind not in "fiu" or rows.ndim != 2 or width not in (None, rows.shape[1]):
         expected = f"real numbers (n, {'D' if width is None else width})"
         raise InvalidReferenceError(f"{ROWS_KEY!r} of {path} must be {expected}, got {rows.dtype} {rows.shape}")
-    values = torch.from_numpy(rows.astype(np.float32))
+    with np.errstate(over="ignore"):  # told below
+        values = torch.from_numpy(rows.astype(np.float32))
     if not bool(values.isfinite().all()):
         raise InvalidReferenceError(f"{ROWS_KEY!r} of {path} holds values that are not finite; make it again")
     return values
@@ -237,7 +246,7 @@ def _gaussian(path: Path, arrays: dict[str, np.ndarray], mean_key: str, covarian
         if arrays[key].dtype.kind not in "fiu":
             raise InvalidReferenceError(f"{key!r} of {path} must be real numbers, got {arrays[key].dtype}")
     mean, covariance = (torch.from_numpy(arrays[key].astype(np.float64)) for key in (mean_key, covariance_key))
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+    if mean.ndim != 1 or not len(mean) or covariance.shape != (len(mean), len(mean)):
         raise InvalidReferenceError(
             f"{mean_key!r} and {covariance_key!r} of {path} must be (D,) and (D, D), got {tuple(mean.shape)} and "
             f"{tuple(covariance.shape)}"

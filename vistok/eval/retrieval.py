@@ -71,19 +71,29 @@ def retrieval_scores(found: Embeddings) -> dict[str, float]:
     rank = (similar > own[:, None]).sum(1)
     scores = {"cosine": float(own.mean())}
     scores |= {f"recall_at_{k}": float((rank < k).double().mean()) for k in (1, 5)}
-    classes = found.labels.unique()
-    if len(classes) > 1 and classes[0] >= 0:
-        shares = torch.bincount(found.labels).double() / len(found.labels)
-        scores |= {
-            "class_recall": _class_recall(similar, found.labels),
-            "class_recall_of_targets": _class_recall(targets @ targets.T, found.labels),
-            "class_recall_by_chance": float(shares.square().sum()),
-        }
-    return scores
+    return scores | class_scores(found)
 
 
-def _class_recall(similar: Tensor, labels: Tensor) -> float:
-    nearest = similar.clone().fill_diagonal_(-torch.inf).argmax(1)
+def class_scores(found: Embeddings, *, without_own: bool = True) -> dict[str, float]:
+    """``class_recall`` and its kin, of ``retrieval_scores``; nothing of images without classes.
+
+    Args:
+        without_own: whether the own target of each does not count among the nearest.
+    """
+    labels, classes = found.labels, found.labels.unique()
+    if len(classes) < 2 or classes[0] < 0:
+        return {}
+    decoded, targets = F.normalize(found.decoded, dim=-1), F.normalize(found.targets, dim=-1)
+    shares = torch.bincount(labels).double() / len(labels)
+    return {
+        "class_recall": _class_recall(decoded @ targets.T, labels, without_own),
+        "class_recall_of_targets": _class_recall(targets @ targets.T, labels, True),
+        "class_recall_by_chance": float(shares.square().sum()),
+    }
+
+
+def _class_recall(similar: Tensor, labels: Tensor, without_own: bool) -> float:
+    nearest = (similar.fill_diagonal_(-torch.inf) if without_own else similar).argmax(1)
     return float((labels[nearest] == labels).double().mean())
 
 

@@ -11,21 +11,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vistok.data.batches import ImageBatch
 from vistok.data.config import DataConfig
 from vistok.data.image_batches import ImageBatches
 from vistok.data.opening import open_source
 from vistok.data.pictures import to_uint8
 from vistok.data.sources import ImageSource
 from vistok.data.transforms import ImageTransform
-from vistok.eval.batches import NETWORK_BATCH, filled, regrouped
+from vistok.eval.batches import NETWORK_BATCH, filled, filled_condition, regrouped
 from vistok.eval.images import ImageError
 from vistok.eval.networks import FeatureNetwork
 from vistok.eval.pairs import evaluate_reconstruction
 from vistok.eval.record import save_result
 from vistok.eval.retrieval import evaluate_embeddings
 from vistok.tokenizers.base import Tokenizer
+from vistok.types import Condition
 from vistok.utils.processes import ALONE, Processes
 from vistok.utils.progress import track
+
+Conditions = Callable[[ImageBatch], Condition]
+"""What a tokenizer is told of the images of a batch."""
 
 
 class DataImages:
@@ -47,14 +52,18 @@ class DataImages:
         self.count = len(source)
         self.size = (data.image_size, data.image_size)
 
-    def pixels(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
-        """Yield float (B, C, H, W) in [-1, 1] of images ``start`` to ``stop``, in order."""
+    def loaded(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[ImageBatch]:
+        """Yield batches of images ``start`` to ``stop``, in order."""
         stop = self.count if stop is None else stop
         for first in range(start, stop, batch_size):
             batch, failures = self._images.load(np.arange(first, min(first + batch_size, stop)), 0)
             if failures:
                 raise ImageError(f"cannot read an image that is to be scored: {next(iter(failures.values()))}")
-            yield batch.pixels
+            yield batch
+
+    def pixels(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        """Yield float (B, C, H, W) in [-1, 1] of images ``start`` to ``stop``, in order."""
+        return (batch.pixels for batch in self.loaded(batch_size, start, stop))
 
     def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
         """Yield uint8 (B, 3, H, W), in order."""
@@ -65,27 +74,36 @@ class Reconstructions:
     """What a tokenizer makes of ``originals``, as an ``ImageSet``; computed on its device, with a progress bar.
 
     The tokenizer always gets ``NETWORK_BATCH`` images, so that no pixel depends on the size of the batches read.
+
+    Args:
+        conditions: what the tokenizer is told of the images of a batch; None tells it nothing.
     """
 
     names: ClassVar[None] = None
     lossy: ClassVar[int] = 0
     files_read: ClassVar[None] = None
 
-    def __init__(self, tokenizer: Tokenizer, originals: DataImages):
-        self._tokenizer, self._originals = tokenizer.eval(), originals
+    def __init__(self, tokenizer: Tokenizer, originals: DataImages, conditions: Conditions | None = None):
+        self._tokenizer, self._originals, self._conditions = tokenizer.eval(), originals, conditions
         self.source = f"reconstructions of {originals.source}"
         self.count, self.size = originals.count, originals.size
 
     def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
         """Yield uint8 (B, 3, H, W), in order."""
         count = (self.count if stop is None else stop) - start
-        batches = self._originals.pixels(NETWORK_BATCH, start, stop)
+        batches = self._originals.loaded(NETWORK_BATCH, start, stop)
         return regrouped(map(self._reconstruct, track(batches, self.source, -(-count // NETWORK_BATCH))), batch_size)
 
-    def _reconstruct(self, pixels: Tensor) -> Tensor:
-        tokenizer = self._tokenizer
-        made = tokenizer.reconstruct(filled(pixels).to(tokenizer.device, tokenizer.dtype))
+    def _reconstruct(self, batch: ImageBatch) -> Tensor:
+        tokenizer, pixels = self._tokenizer, batch.pixels
+        condition = told(self._conditions, batch, tokenizer.device)
+        made = tokenizer.reconstruct(filled(pixels).to(tokenizer.device, tokenizer.dtype), condition=condition)
         return to_rgb(made[: len(pixels)].cpu())
+
+
+def told(conditions: Conditions | None, batch: ImageBatch, device: torch.device) -> Condition | None:
+    """The condition of the ``filled`` pixels of a batch."""
+    return None if conditions is None else filled_condition(conditions(batch)).to(device)
 
 
 def evaluate_tokenizer(
@@ -94,11 +112,15 @@ def evaluate_tokenizer(
     *,
     network: FeatureNetwork | None = None,
     lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
+    conditions: Conditions | None = None,
     processes: Processes = ALONE,
     out: str | Path | None = None,
 ) -> dict[str, Any]:
     """Score the reconstructions of all images of ``data``; see ``evaluate_reconstruction`` for the scores. A tokenizer
     that decodes to image embeddings is scored by them, see ``retrieval_scores``.
+
+    Args:
+        conditions: what a tokenizer that decodes with texts is told of the images of a batch; None tells it nothing.
 
     Raises:
         ImageError: an image that cannot be read.
@@ -114,7 +136,7 @@ def evaluate_tokenizer(
     device = tokenizer.device
     result = evaluate_reconstruction(
         originals,
-        Reconstructions(tokenizer, originals),
+        Reconstructions(tokenizer, originals, conditions),
         network=network,
         lpips=lpips.to(device) if isinstance(lpips, torch.nn.Module) else lpips,
         batch_size=data.batch_size,

@@ -77,8 +77,12 @@ class Generator(Model):
     needs_tokenizer: ClassVar[bool] = False
     """Whether ``forward`` and ``start`` need the tokenizer, whose ``expander`` makes the inputs of the transformer."""
 
-    takes_streams: ClassVar[bool] = False
-    """Whether ``forward`` takes streams of texts and images (``Streams``) in place of tokens, too."""
+    reads_latents: bool = False
+    """Whether it trains on the latents that its ids are made of, for bitwise self-correction."""
+
+    takes_streams: bool = False
+    """Whether ``forward`` takes streams of texts and images (``Streams``) in place of tokens, too; of a class, whether
+    some of its models do."""
 
     class_rows_from: int = 0
     """The row at which the classes begin in tables that hold them, among others or alone."""

@@ -185,14 +185,17 @@ def load_encoder(config: EncoderConfig, option: str, **arguments: Any) -> nn.Mod
             pretrained=True,
             num_classes=0,
             img_size=config.image_size,
-            # timm resamples the position table of the file to the image size.
-            pretrained_cfg_overlay={"file": config.weights} if config.weights else None,
+            # timm resamples the position table of the file to the image size. Its versions of 2024 take a file for the
+            # NumPy archive that a model was released as, unless they are told.
+            pretrained_cfg_overlay={"file": config.weights, "custom_load": config.weights.endswith(".npz")}
+            if config.weights
+            else None,
             **arguments,
         )
     except Exception as error:  # timm lets errors of the hub, of unpickling and of torch through
-        source = config.weights or "the download"
+        source, said = config.weights or "the download", str(error) or type(error).__name__
         raise CheckpointError(
-            f"the weights of {config.name} could not be read from {source}: {str(error).splitlines()[0]}. "
+            f"the weights of {config.name} could not be read from {source}: {said.splitlines()[0].rstrip('.')}. "
             f"Give a local file by {option}"
         ) from error
     if not hasattr(model, "num_prefix_tokens"):

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 from vistok.losses.discriminators import Discriminator
 from vistok.nn.positions import FixedClipPositions
 from vistok.nn.vit import ViTBlock
+from vistok.utils.sides import image_sides
 
 
 class ViTDiscriminator(Discriminator):
@@ -45,7 +46,7 @@ class ViTDiscriminator(Discriminator):
         norm_eps: float = 1e-5,
     ):
         super().__init__()
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        height, width = image_sides(image_size)
         sides, patch = (num_frames, height, width), (temporal_patch_size, patch_size, patch_size)
         if any(side % size for side, size in zip(sides, patch)):
             raise ValueError(f"clips of {sides} (frames, height, width) are no multiple of patches of {patch}")

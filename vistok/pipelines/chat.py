@@ -45,6 +45,9 @@ class Message:
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise ValueError(f"unknown role {self.role!r}; messages are of {' or '.join(ROLES)}")
+        if not isinstance(self.text, str | None) or not isinstance(self.image, Image.Image | None):
+            kind = type(self.image if isinstance(self.text, str | None) else self.text).__name__
+            raise ValueError(f"a message has a text (str) and an image (PIL.Image), got {kind}; open files with PIL")
         if self.text is None and self.image is None:
             raise ValueError(f"the message of {self.role} is empty: give it a text, an image, or both")
         if self.role == ASSISTANT and self.text is not None and self.image is not None:
@@ -103,6 +106,8 @@ class Chat:
         """
         if reply not in (None, "text", "image"):
             raise ValueError(f"a reply is 'text' or 'image', or None for what the model chooses; got {reply!r}")
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
         if reply == "image" and text is None and image is None:
             raise ValueError("say what to draw")
         pipe, said, options = self._pipe, Message(HUMAN, text, image), self._pipe.options(**sampling)
@@ -140,6 +145,8 @@ class Chat:
 
 
 def _message(values: Mapping[str, Any]) -> Message:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"a history is a list of messages, got {values!r} in it; say [{{'role': 'human', 'text': …}}]")
     unknown = [key for key in values if key not in ("role", "text", "image")]
     if unknown or "role" not in values:
         raise ValueError(f"a message has role, and text or image; got {', '.join(map(str, values)) or 'nothing'}")
@@ -175,12 +182,28 @@ def asked(pipe: Pipeline, text: str | None, images: Sequence[Image.Image] | Tens
                 f"{type(pipe.generator).__name__} reads no images: it takes {spec.describe()}. A model that reads them "
                 f"is trained with {WORDS['given']} (condition=[ids, given])"
             )
-        parts.append(Condition.from_given(pipe.tokens_of(images).cpu()))
+        parts.append(_given(pipe.tokens_of(images).cpu(), spec.given.length))
     if text is not None:
         if "ids" not in pipe.text.parts:
             raise ValueError(f"this pipeline has no text tokenizer and takes no text; it takes {spec.describe()}")
         parts.append(pipe.text.condition([text] * rows))
     return Condition.together(*parts)
+
+
+def _given(tokens: Tensor, length: int) -> Condition:
+    """The condition of images (B, N, ...), padded on the left to the most tokens that a model reads of one."""
+    missing = length - tokens.shape[1]
+    if missing < 0:
+        raise ValueError(
+            f"these images become {tokens.shape[1]} tokens each, and this model reads at most {length}; shrink them"
+        )
+    if not missing:
+        return Condition.from_given(tokens)
+    valid = torch.ones(tokens.shape[:2], dtype=torch.bool)
+    padding = tokens.new_zeros(len(tokens), missing, *tokens.shape[2:])
+    return Condition.from_given(
+        torch.cat([padding, tokens], 1), torch.cat([~valid.new_ones(len(tokens), missing), valid], 1)
+    )
 
 
 def texts(pipe: Pipeline, ids: Tensor) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from vistok.losses import LPIPS
 from vistok.pipelines.folders import load_tokenizer
 from vistok.pipelines.generation import Pipeline
 from vistok.pipelines.runs import data_of_run
+from vistok.pipelines.semantic import score_ids
+from vistok.pipelines.texts import TEXT_OVERRIDES, conditions_of, text_of_run
 from vistok.tokenizers.base import Tokenizer
 from vistok.utils.devices import choose_device
 from vistok.utils.processes import Processes
@@ -41,7 +44,7 @@ def score_tokenizer(
     """Score a tokenizer on the test split of its data, or on others.
 
     Args:
-        overrides: ``data.key=value`` texts.
+        overrides: ``data.key=value`` texts; for a tokenizer that decodes with texts also ``text.key=value``.
         reference: folder or .zip of other images.
         allowed: what the overrides may do.
         protocol: None for PSNR and SSIM, with rFID if ``weights`` are given; "reconstruction" with rFID in any case;
@@ -56,7 +59,9 @@ def score_tokenizer(
         overrides = [f"data.root={_check_images(reference)}", *overrides]
     where = processes.device() if device is None else choose_device(device)
     tokenizer = load_tokenizer(run).to(where)
-    overrides = [f"data.batch_size={batch_size}", *overrides]
+    of_text = [item for item in overrides if item.startswith(TEXT_OVERRIDES)]
+    text = text_of_run(run, tokenizer, of_text, allowed=allowed)
+    overrides = [f"data.batch_size={batch_size}", *(item for item in overrides if item not in of_text)]
     data = data_of_run(run, overrides, input_shape=tokenizer.input_shape, split="test", allowed=allowed)
     if len(tokenizer.input_shape) == 4:
         return _score_clip_tokenizer(tokenizer, data, protocol, weights, lpips_weights, processes)
@@ -65,9 +70,28 @@ def score_tokenizer(
     network = None
     if protocol is not None or weights is not None:
         network = load_network(choose_protocol(PAIRS, None, None), weights=weights, device=where)
+    told: dict[str, Any] = {"conditions": conditions_of(text, tokenizer, data), "processes": processes}
     if protocol == PERTURBATION and network is not None:
-        return evaluate_perturbation(tokenizer, data, network, processes=processes)
-    return evaluate_tokenizer(tokenizer, data, network=network, lpips=open_lpips(lpips_weights), processes=processes)
+        result = evaluate_perturbation(tokenizer, data, network, **told)
+    else:
+        result = evaluate_tokenizer(tokenizer, data, network=network, lpips=open_lpips(lpips_weights), **told)
+    if tokenizer.condition_spec.features is not None:
+        result["tokenizer"]["text"] = None if text is None else asdict(text)
+    return result
+
+
+def score_generated_ids(
+    run: str, overrides: Sequence[str], *, batch_size: int, device: str | None, allowed: Allowed = NOTHING
+) -> dict[str, Any]:
+    """Score a generator whose ids decode to image embeddings; see ``score_ids``.
+
+    Args:
+        overrides: ``data.key=value`` texts that name the images.
+    """
+    pipe = Pipeline.from_pretrained(run, device=device)
+    overrides = [f"data.batch_size={batch_size}", *overrides]
+    data = data_of_run(run, overrides, input_shape=pipe.tokenizer.input_shape, split="test", allowed=allowed)
+    return score_ids(pipe, data)
 
 
 def _score_clip_tokenizer(

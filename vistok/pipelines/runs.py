@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vistok.checkpoints import CONFIG, read_config
 from vistok.checkpoints.registry import entry
@@ -28,6 +29,27 @@ def holds_tokenizer_only(path: str | Path) -> bool:
     if (folder / CONFIG).is_file():
         return entry(read_config(folder)["model"]).kind == "tokenizer"
     return (folder / TOKENIZER).is_dir() and not any((folder / part).exists() for part in (GENERATOR, PIPELINE))
+
+
+def config_of_run(path: str | Path) -> dict[str, Any] | None:
+    """The config of a run folder, or of its best/; None of what is no run.
+
+    Raises:
+        ConfigError: a file that is no config.
+    """
+    file = _config_file(path)
+    return load_config(file) if file.is_file() else None
+
+
+def _config_file(path: str | Path) -> Path:
+    folder = Path(path).absolute()
+    file = folder / RUN_CONFIG
+    return folder.parent / RUN_CONFIG if folder.name == BEST_MODEL and not file.is_file() else file
+
+
+def holds_generator(path: str | Path) -> bool:
+    """Whether ``path`` is the run of a generator, or a pipeline."""
+    return any((Path(path) / part).exists() for part in (GENERATOR, PIPELINE))
 
 
 def data_of_run(
@@ -54,15 +76,16 @@ def data_of_run(
     foreign = [text for text in overrides if not text.startswith("data.")]
     if foreign:
         raise ConfigError(f"override {foreign[0]!r}: only data.… applies here, for example data.root=photos/")
-    folder = Path(path).absolute()
-    file = folder / RUN_CONFIG
-    if folder.name == BEST_MODEL and not file.is_file():
-        file = folder.parent / RUN_CONFIG
-    section = load_config(file).get("data") if file.is_file() else None
+    file, section = _config_file(path), (config_of_run(path) or {}).get("data")
+    if section and not isinstance(section, Mapping):
+        raise ConfigError(f"{file}: data is {section!r}, no section")
     if not section:
         frames = {"num_frames": input_shape[1]} if len(input_shape) == 4 else {}
         section = {"channels": input_shape[0], "image_size": input_shape[-2]} | frames
     if split is not None:
         section = {**section, "split": split}
     values = override({"data": section}, overrides, source=str(file), target=_Sections, allowed=allowed)["data"]
-    return DataConfig(**check(DataConfig, values, "data"))
+    try:
+        return DataConfig(**check(DataConfig, values, "data"))
+    except ValueError as error:
+        raise ConfigError(f"data, of {file}: {error}" if file.is_file() else str(error)) from error

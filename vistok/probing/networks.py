@@ -24,18 +24,18 @@ SIDE = 224
 class EfficientNetPool:
     """uint8 images (B, 3, H, W) to EfficientNet-Lite0's features of stride 32, averaged over places: (B, 320).
 
-    Images are resized to 224 px, bicubic with antialiasing.
+    Images are resized to ``side`` px, bicubic with antialiasing.
     """
 
-    def __init__(self, weights: str | None, device: torch.device):
+    def __init__(self, weights: str | None, device: torch.device, side: int = SIDE):
         self.network = EfficientNetFeatures(32, weights).eval().requires_grad_(False).to(device)
-        self.device = device
+        self.device, self.side = device, side
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         pixels = images.to(self.device).float() / 255
-        if tuple(pixels.shape[-2:]) != (SIDE, SIDE):
-            pixels = F.interpolate(pixels, (SIDE, SIDE), mode="bicubic", align_corners=False, antialias=True)
+        if tuple(pixels.shape[-2:]) != (self.side, self.side):
+            pixels = F.interpolate(pixels, (self.side, self.side), mode="bicubic", align_corners=False, antialias=True)
         mean, std = (
             torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (self.network.mean, self.network.std)
         )

@@ -19,8 +19,10 @@ from vistok.data.pictures import grid, save_png, to_pil
 from vistok.data.tokens import TokenCache
 from vistok.eval.record import library_versions, save_result
 from vistok.eval.retrieval import Gallery
+from vistok.eval.tokenizers import Conditions
 from vistok.pipelines.folders import load_tokenizer
 from vistok.pipelines.runs import data_of_run
+from vistok.pipelines.texts import TEXT_OVERRIDES, conditions_of, text_of_run
 from vistok.probing.generator import probe_generator
 from vistok.probing.report import write_comparison, write_probe
 from vistok.probing.settings import ProbeSettings
@@ -53,7 +55,8 @@ def probe(
         run: a run, saved tokenizer, or hub id.
         out: folder for tokens, the generator's run, ``result.json``, ``report.html`` and a picture.
         overrides: ``data.key=value`` texts: other images than the run's. With ``data.num_frames`` a tokenizer of images
-            is judged on clips, frame by frame.
+            is judged on clips, frame by frame. A tokenizer that decodes with texts reads those of the images, as its
+            run did, or as ``text.key=value`` texts change that.
         command: the command line that this call stands for, for the report.
         allowed: what the overrides may do.
 
@@ -67,10 +70,15 @@ def probe(
         ValueError, ConfigError, CheckpointError, ImageError: as data, tokenizers and networks.
     """
     out = Path(out)
-    tokenizer, data, held_out = _open(run, overrides, settings, device, allowed)
+    of_text = [item for item in overrides if item.startswith(TEXT_OVERRIDES)]
+    others = [item for item in overrides if item not in of_text]
+    tokenizer, data, held_out = _open(run, others, settings, device, allowed)
+    text = text_of_run(run, tokenizer, of_text, allowed=allowed)
+    conditions = conditions_of(text, tokenizer, held_out)
     what = {"tokenizer": tokenizer.fingerprint(), "data": asdict(data)}
+    what |= {} if text is None else {"text": asdict(text)}
     with continued(out, settings.plan(what)):
-        result = _judge(tokenizer, data, held_out, out, settings)
+        result = _judge(tokenizer, data, held_out, out, settings, conditions)
         result |= {"name": str(run), "command": command}
         save_result(result, out)
         write_probe(result, _picture(out), out)
@@ -110,12 +118,13 @@ def compare(
     for run, tokenizer in zip(runs[1:], others):
         _check_same(tokenizer, data, str(run), str(runs[0]))
     tokenizers = [first, *others]
+    texts = [conditions_of(text_of_run(run, part), part, held_out) for run, part in zip(runs, tokenizers, strict=True)]
     names = _folders(runs)
     what = {"tokenizers": [t.fingerprint() for t in tokenizers], "data": asdict(data)}
     with continued(out, settings.plan(what)):
         results = []
-        for run, name, tokenizer in zip(runs, names, tokenizers, strict=True):
-            result = _judge(tokenizer, data, held_out, out / name, settings) | {"name": str(run)}
+        for run, name, tokenizer, conditions in zip(runs, names, tokenizers, texts, strict=True):
+            result = _judge(tokenizer, data, held_out, out / name, settings, conditions) | {"name": str(run)}
             write_json(out / name / "result.json", result)
             results.append(result)
         whole = {
@@ -170,7 +179,12 @@ def _check_same(tokenizer: Tokenizer, data: DataConfig, name: str, first: str) -
 
 
 def _judge(
-    tokenizer: Tokenizer, data: DataConfig, held_out: DataConfig, out: Path, settings: ProbeSettings
+    tokenizer: Tokenizer,
+    data: DataConfig,
+    held_out: DataConfig,
+    out: Path,
+    settings: ProbeSettings,
+    conditions: Conditions | None,
 ) -> dict[str, Any]:
     """All that is measured of one tokenizer; tokens and the generator's run stay in ``out``, and are gone on from."""
     finished = out / "measured.json"
@@ -183,14 +197,14 @@ def _judge(
     result: dict[str, Any] = {
         "tokenizer": describe(tokenizer, data),
         "data": {"train": asdict(data), "test": asdict(held_out), "train_images": len(caches[0])},
-        "reconstruction": reconstruction(tokenizer, held_out, settings),
+        "reconstruction": reconstruction(tokenizer, held_out, settings, conditions),
         "code_usage": code_usage(caches[1]),
         "speed": speed(tokenizer, held_out),
         "feature_probes": feature_probes(tokenizer, caches[0], caches[1], data, held_out),
         "generator": None,
     }
     result["data"]["test_images"] = len(caches[1])
-    save_png(_draw(tokenizer, data, held_out), out / PICTURE)
+    save_png(_draw(tokenizer, data, held_out, conditions), out / PICTURE)
     if settings.steps:
         result["generator"] = probe_generator(caches[0].folder, caches[1].folder, out / "generator", settings)
     result |= {"settings": asdict(settings), "versions": library_versions()}
@@ -208,13 +222,15 @@ def _cache(tokenizer: Tokenizer, data: DataConfig, folder: Path) -> TokenCache:
 
 
 @torch.no_grad()
-def _draw(tokenizer: Tokenizer, gallery: DataConfig, data: DataConfig) -> Image.Image:
+def _draw(tokenizer: Tokenizer, gallery: DataConfig, data: DataConfig, conditions: Conditions | None) -> Image.Image:
     """Held-out originals over reconstructions. What is no image is shown as the nearest one of the gallery's, or, where
     there are no embeddings either, not at all."""
-    examples = example_batch(open_source(data), data, SHOWN).pixels
+    batch = example_batch(open_source(data), data, SHOWN)
+    examples = batch.pixels
     pixels = examples.to(tokenizer.device, tokenizer.dtype)
     if tokenizer.renders:
-        return compared(examples, tokenizer.reconstruct(pixels).float().cpu())
+        condition = None if conditions is None else conditions(batch).to(tokenizer.device)
+        return compared(examples, tokenizer.reconstruct(pixels, condition=condition).float().cpu())
     if tokenizer.embeds:
         return compared(examples, Gallery(tokenizer, gallery)(tokenizer.decode_features(tokenizer.encode(pixels))))
     return grid(to_pil(examples))

@@ -17,7 +17,7 @@ from vistok.data.loader import evaluation_loader
 from vistok.data.opening import open_source
 from vistok.data.tokens import TokenCache
 from vistok.eval.clips import evaluate_clip_tokenizer
-from vistok.eval.tokenizers import evaluate_tokenizer
+from vistok.eval.tokenizers import Conditions, evaluate_tokenizer
 from vistok.probing.linear import linear_probe
 from vistok.probing.networks import clip_network, image_network, lpips
 from vistok.probing.settings import ProbeSettings
@@ -48,9 +48,11 @@ def bits(spec: TokenSpec) -> float | None:
     return spec.length * spec.depth * math.log2(spec.num_ids) if spec.discrete else None
 
 
-def reconstruction(tokenizer: Tokenizer, data: DataConfig, settings: ProbeSettings) -> dict[str, Any] | None:
+def reconstruction(
+    tokenizer: Tokenizer, data: DataConfig, settings: ProbeSettings, conditions: Conditions | None = None
+) -> dict[str, Any] | None:
     """What ``evaluate_tokenizer`` says of the held-out images or clips; None of a tokenizer that makes neither pixels
-    nor embeddings."""
+    nor embeddings. ``conditions`` are those of images."""
     if not (tokenizer.renders or tokenizer.embeds):
         return None
     device, distance = tokenizer.device, lpips(settings.lpips_weights, tokenizer.device)
@@ -60,7 +62,7 @@ def reconstruction(tokenizer: Tokenizer, data: DataConfig, settings: ProbeSettin
     if tokenizer.embeds:
         return evaluate_tokenizer(tokenizer, data)
     network = image_network(settings.network, settings.weights, device)
-    return evaluate_tokenizer(tokenizer, data, network=network, lpips=distance)
+    return evaluate_tokenizer(tokenizer, data, network=network, lpips=distance, conditions=conditions)
 
 
 def code_usage(cache: TokenCache) -> dict[str, float] | None:
@@ -140,7 +142,7 @@ def _vectors(tokenizer: Tokenizer, cache: TokenCache) -> Tensor | None:
 
 @torch.no_grad()
 def _rasters(tokenizer: Tokenizer, data: DataConfig) -> dict[str, Tensor]:
-    names = [name for name in tokenizer.raster_features if name != "latents"]
+    names = list(tokenizer.raster_features)
     if not names or tokenizer.condition_spec.parts:
         return {}
     tokenizer.eval()

@@ -65,10 +65,11 @@ def as_boxes(scales: Sequence[Sequence[int]]) -> tuple[Grid3, ...]:
     Raises:
         ValueError: none, or a side below 1.
     """
-    sides = [(1, *scale) if len(scale) == 2 else tuple(scale) for scale in scales]
-    if not sides or any(len(box) != 3 or min(box) < 1 for box in sides):
+    given = scales if isinstance(scales, list | tuple) and all(isinstance(s, list | tuple) for s in scales) else ()
+    sides = [(1, *scale) if len(scale) == 2 else tuple(scale) for scale in given]
+    if not sides or any(len(box) != 3 or not all(type(side) is int and side >= 1 for side in box) for box in sides):
         raise ValueError(
-            f"scales must be (height, width) or (time, height, width) of at least 1, got {[tuple(s) for s in scales]}"
+            f"scales must be (height, width) or (time, height, width), whole numbers of at least 1, got {scales!r}"
         )
     return tuple((t, h, w) for t, h, w in sides)
 

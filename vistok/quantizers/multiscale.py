@@ -34,11 +34,12 @@ def as_grids(scales: Sequence[int | Sequence[int]]) -> tuple[Grid, ...]:
     """Scales given as sides of squares or as (height, width) as grids, all (height, width).
 
     Raises:
-        ValueError: none, or a side below 1.
+        ValueError: none, or sides that are no whole numbers of at least 1.
     """
-    sides = [(scale, scale) if isinstance(scale, int) else tuple(scale) for scale in scales]
-    if not sides or any(len(grid) != 2 or min(grid) < 1 for grid in sides):
-        raise ValueError(f"scales must be sides or (height, width) pairs of at least 1, got {tuple(scales)}")
+    given = scales if isinstance(scales, list | tuple) else ()
+    sides = [tuple(scale) if isinstance(scale, list | tuple) else (scale, scale) for scale in given]
+    if not sides or any(len(grid) != 2 or not all(type(side) is int and side >= 1 for side in grid) for grid in sides):
+        raise ValueError(f"scales must be sides or (height, width) pairs, whole numbers of at least 1, got {scales!r}")
     return tuple((height, width) for height, width in sides)
 
 

@@ -47,7 +47,7 @@ def build_quantizer(config: Mapping[str, Any], dim: int) -> Any:
     arguments = dict(config)
     name = arguments.pop("name", None)
     if not isinstance(name, str) or name not in QUANTIZERS:
-        hint = suggestion(str(name), tuple(QUANTIZERS))
+        hint = suggestion(str(name), tuple(QUANTIZERS)) or "."
         raise ValueError(f"quantizer.name: unknown {name!r}{hint} Known: {', '.join(QUANTIZERS)}.")
     kind = QUANTIZERS[name]
     given = {"dim": arguments.pop("dim", dim)} if kind is not FSQ else {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from einops import rearrange
@@ -197,7 +197,8 @@ class ScaledQuantizer(nn.Module):
         return dataclasses.replace(output, quantized=rearrange(output.quantized, "b d h w -> b (h w) d"))
 
     def expander(self) -> ScaleExpander:
-        return ScaleExpander(self.of_maps)
+        of_maps = self.of_maps
+        return BitExpander(of_maps) if isinstance(of_maps, PackedBSQ) else ScaleExpander(of_maps)
 
     def spec_of(self, spec: TokenSpec) -> TokenSpec:
         """The tokens of all scales, of a tokenizer whose latents are as many as ``spec`` says.
@@ -218,6 +219,26 @@ class ScaledQuantizer(nn.Module):
 
     def _map(self, latents: Tensor) -> Tensor:
         return rearrange(latents, "b (h w) d -> b d h w", h=self.scales[-1][0])
+
+
+class BitExpander(ScaleExpander):
+    """That of bits, which a generator can learn to correct."""
+
+    def __init__(self, quantizer: PackedBSQ):
+        super().__init__(quantizer)
+        self._packed = quantizer
+
+    @torch.no_grad()
+    def correct(self, latents: Tensor, draws: Mapping[str, Tensor] | None, most: float) -> tuple[Tensor, Tensor]:
+        packed = self._packed
+        latents = rearrange(latents.float(), "b (h w) d -> b d h w", h=packed.scales[-1][0])
+        latents = latents.to(packed.packing.basis.device)
+        length, count = sum(map(math.prod, packed.scales)), len(packed.scales)
+        flips, strengths = latents.new_ones(len(latents), length, packed.dim), latents.new_zeros(count)
+        if draws is not None:
+            flips, strengths = draws["flips"], packed.bits.drawn_strengths(dict(draws), most, count)
+        found = packed.bits.self_correct(latents, flips, strengths)
+        return found.inputs, packed.pack(found.targets)
 
 
 def spec_of(quantizer: nn.Module, spec: TokenSpec) -> TokenSpec:

@@ -26,6 +26,8 @@ from vistok.text import TEXT, PromptEncoder
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import ConditionSpec, FeatureSpec
 
+BEFORE = 2
+"""Digits that come before another in a conversation."""
 STYLE_NAMES = tuple(style.words or "plain" for style in STYLES)
 
 
@@ -71,21 +73,24 @@ def word(digit: int) -> str:
 def write_conversations(
     tokenizer: Tokenizer, data: DataConfig, out: Path, *, views: int, text: PromptEncoder
 ) -> TokenCache:
-    """A token cache of the styled digits of ``data``, each with another one of its style before it (``given``).
+    """A token cache of the styled digits of ``data``, each with two others of its style before it (``given``): the one
+    that it is changed from, and behind it the one that this is changed from.
 
-    The texts of a sample are, by number: 0 the request to draw it, 1 the request to change the given digit into it,
-    2 what it is, and 3 the request to draw the given one.
+    The texts of a sample are, by number: 0 the request to draw it, 1 the request to change another digit into it, 2
+    what it is; 3 and 4 the requests to draw the digit before it and to change another one into that; 5 the request to
+    draw the first.
 
     Args:
         data: digits in all styles; their ``affine`` and ``seed`` are those of the views.
-        views: versions of each digit, turned, shifted and scaled; each has another given digit of the same class.
+        views: versions of each digit, turned, shifted and scaled; each has other given digits of the same classes.
     """
     digits = load_styled("train" if data.split is None else data.split)
     count, affine = len(digits), data.affine or Affine()
     tokens = torch.stack([encode(tokenizer, _augmented(digits.pixels, affine, data.seed, v)) for v in range(views)], 1)
     partners, before = _partners(digits, views, data.seed)
     spec = tokenizer.spec
-    condition = ConditionSpec(ids=text.spec.ids, given=FeatureSpec(spec.dim, spec.length))
+    length = BEFORE * spec.length
+    condition = ConditionSpec(ids=text.spec.ids, given=FeatureSpec(spec.dim, length))
     with TokenWriter(
         out,
         asdict(spec),
@@ -96,14 +101,15 @@ def write_conversations(
         feature_dtype="float32",
     ) as writer:
         said = [
-            (draw_request(digit), edit_request(digit), word(digit), draw_request(other))
-            for digit, other in zip(digits.labels.tolist(), before.tolist())
+            [draw_request(digit), edit_request(digit), word(digit)]
+            + [draw_request(second), edit_request(second), draw_request(first)]
+            for digit, (second, first) in zip(digits.labels.tolist(), before.tolist())
         ]
         pieces = iter(text.encode([line for lines in said for line in lines], refuse_long=True)["ids"])
         ids = [[next(pieces) for _ in lines] for lines in said]
         given = [
-            [Piece(tokens[partner, view].numpy(), spec.length) for view, partner in enumerate(row)]
-            for row in partners.tolist()
+            [Piece(tokens[places, view].flatten(0, 1).numpy(), length) for view, places in enumerate(row)]
+            for row in partners
         ]
         writer.write(tokens, torch.full((count,), -1), {"ids": ids, "given": given})
         tokenizer.save_pretrained(writer.folder / TOKENIZER)
@@ -116,14 +122,17 @@ def _augmented(pixels: Tensor, affine: Affine, seed: int, view: int) -> Tensor:
 
 
 def _partners(digits: StyledDigits, views: int, seed: int) -> tuple[Tensor, Tensor]:
-    """(N, views) a digit of another class in the same style for each view, and (N,) that class."""
-    uniforms = Keys.range(seed, len(digits)).uniform("partners", 1 + views).numpy()
+    """(N, views, BEFORE) digits in the same style for each view, and (N, BEFORE) their classes, each another one than
+    that of the digit which it comes before."""
+    uniforms = Keys.range(seed, len(digits)).uniform("partners", BEFORE, 1 + views).numpy()
     labels, styles = digits.labels.numpy(), digits.styles.numpy()
-    others = (labels + 1 + (uniforms[:, 0] * (CLASSES - 1)).astype(np.int64)) % CLASSES
-    partners = np.empty((len(digits), views), np.int64)
-    for style in range(len(STYLES)):
-        for label in range(CLASSES):
-            there = np.flatnonzero((labels == label) & (styles == style))
-            rows = np.flatnonzero((others == label) & (styles == style))
-            partners[rows] = there[(uniforms[rows, 1:] * len(there)).astype(np.int64)]
+    partners = np.empty((len(digits), views, BEFORE), np.int64)
+    others, after = np.empty((len(digits), BEFORE), np.int64), labels
+    for turn in range(BEFORE):
+        after = others[:, turn] = (after + 1 + (uniforms[:, turn, 0] * (CLASSES - 1)).astype(np.int64)) % CLASSES
+        for style in range(len(STYLES)):
+            for label in range(CLASSES):
+                there = np.flatnonzero((labels == label) & (styles == style))
+                rows = np.flatnonzero((after == label) & (styles == style))
+                partners[rows, :, turn] = there[(uniforms[rows, turn, 1:] * len(there)).astype(np.int64)]
     return torch.from_numpy(partners), torch.from_numpy(others)

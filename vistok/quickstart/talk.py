@@ -40,7 +40,7 @@ class TalkScores:
         drawings: drawn digits ("draw a seven") that are recognised.
         captions: held-out digits that are named right ("seven").
         edits: held-out digits that are shown and changed ("now a three"), and recognised as what was asked for.
-        edits_kept: of these, those that are still in the hand of the shown digit.
+        edits_kept: of the same digits, recognised or not, those that are still in the hand of the shown digit.
         turns, turns_kept: the same of digits that the model drew itself, a turn before.
         recognised_real, style_real: held-out digits whose class, and whose style, the classifiers tell.
         copies: drawings and edits whose latents a training digit has too; see the protocol.

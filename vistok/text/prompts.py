@@ -13,7 +13,7 @@ from vistok.text.base import TextEncoder, TextError
 from vistok.text.encoders import CleaningEncoder, CLIPTower, HuggingFaceEncoder
 from vistok.text.tokenizers import ByteTokenizer, FileTokenizer
 from vistok.types import Condition, ConditionSpec
-from vistok.utils.files import atomic_folder, read_json, write_json
+from vistok.utils.files import atomic_folder, read_object, write_json
 
 TEXT = "text_encoder"
 """The folder's name inside of a token cache or a pipeline."""
@@ -169,7 +169,7 @@ class PromptEncoder:
         saved._folder = folder
         for file in sorted(folder.glob(f"*/{RECORD}")):
             try:
-                record = read_json(file)
+                record = read_object(file)
                 saved.identities[file.parent.name] = {key: record[key] for key in ("kind", "name", "length", "hash")}
             except (ValueError, KeyError, TypeError) as error:
                 raise TextError(f"{file} is damaged ({error!r})") from error
@@ -184,7 +184,7 @@ class PromptEncoder:
         inner = self._folder / part
         if identity["kind"] not in KINDS:
             raise TextError(f"{inner} is of a text encoder of the kind {identity['kind']!r}; known: {', '.join(KINDS)}")
-        carried = (inner / RECORD).is_file() and read_json(inner / RECORD).get("carried")
+        carried = (inner / RECORD).is_file() and read_object(inner / RECORD).get("carried")
         name = str(inner) if carried else identity["name"]
         encoder = KINDS[identity["kind"]](name, identity["length"])
         if identity["hash"] not in (None, encoder.identity["hash"]):  # of released weights there is none

@@ -16,8 +16,9 @@ from vistok.checkpoints import Model
 from vistok.config import ConfigError
 from vistok.draws import Draws, Keys
 from vistok.quantizers.gaussian import GaussianLatents
-from vistok.quantizers.scaled import ScaledQuantizer
+from vistok.quantizers.scaled import PackedBSQ, ScaledQuantizer
 from vistok.types import Clock, Condition, ConditionSpec, Expander, TokenizerOutput, TokenSpec
+from vistok.utils.sides import times
 
 if TYPE_CHECKING:
     from vistok.data.config import DataConfig
@@ -125,6 +126,23 @@ class Tokenizer(Model):
     def encode_moments(self, pixels: Tensor) -> Tensor:
         """Means and log-variances of the standardised latents, (B, L, 2D); of tokenizers with a posterior."""
         raise ValueError(f"the tokens of {type(self).__name__} have no posterior; use encode")
+
+    @property
+    def corrects_bits(self) -> bool:
+        """Whether ids are bits of scales, which training with self-correction turns (``PackedBSQ``)."""
+        quantizer = getattr(self, "quantizer", None)
+        return isinstance(quantizer, ScaledQuantizer) and isinstance(quantizer.of_maps, PackedBSQ)
+
+    def encode_latents(self, pixels: Tensor) -> Tensor:
+        """Pixels to what a quantizer with scales reads, (B, h * w, D) in raster order.
+
+        Raises:
+            ValueError: the quantizer has no scales.
+        """
+        if not isinstance(getattr(self, "quantizer", None), ScaledQuantizer):
+            raise ValueError(f"the quantizer of {type(self).__name__} has no scales; use encode")
+        latents: Any = self.latents  # which all have that take quantizers by name
+        return latents(pixels)
 
     def decode(self, tokens: Tensor, *, condition: Condition | None = None) -> Tensor:
         """Tokens to pixels, in [-1, 1] up to overshoot (not clamped).
@@ -405,19 +423,6 @@ def _warn_of_range(pixels: Tensor) -> None:
             "subtract 1, or let tokenizer.preprocess(…) read PIL images",
             stacklevel=4,
         )
-
-
-def image_sides(image_size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) of an ``image_size``: the side of a square, or both."""
-    if isinstance(image_size, int):
-        return image_size, image_size
-    height, width = image_size
-    return int(height), int(width)
-
-
-def times(sides: Sequence[int]) -> str:
-    """Sides as people write them: 256x256."""
-    return "x".join(map(str, sides))
 
 
 def _remedy(shape: tuple[int, ...], expected: tuple[int, ...]) -> str:

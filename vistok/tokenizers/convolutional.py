@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from vistok.draws import Draws
 from vistok.quantizers.scaled import spec_of
-from vistok.tokenizers.base import Tokenizer, image_sides, times
+from vistok.tokenizers.base import Tokenizer
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec
+from vistok.utils.sides import check_grid, grid_of, image_sides
 
 
 class ConvTokenizer(Tokenizer):
@@ -106,7 +106,8 @@ class ConvTokenizer(Tokenizer):
         self.check_condition(condition)
         latents = self.latents(pixels)
         quantized = self.quantizer(latents, draws=draws)
-        grid = (pixels.shape[2] // self.stride, pixels.shape[3] // self.stride)
+        spec = self.spec_for(pixels.shape[1:])
+        grid = spec.scales[-1] if spec.scales else spec.raster
         mapped = self.post_quant(quantized.quantized.transpose(1, 2).unflatten(2, grid))
         decoded = self.decoder.begin(mapped)
         features = {
@@ -116,24 +117,3 @@ class ConvTokenizer(Tokenizer):
         }
         reconstruction = self.decoder.finish(decoded, mapped)
         return TokenizerOutput(reconstruction, quantized.ids, quantized.losses, features)
-
-
-def grid_of(sides: Sequence[int], stride: int) -> tuple[int, int]:
-    """(h, w) of the tokens of an image of (height, width).
-
-    Raises:
-        ValueError: sides that are no multiples of the stride.
-    """
-    height, width = sides
-    if height < 1 or width < 1 or height % stride or width % stride:
-        raise ValueError(f"image sides must be multiples of {stride}, got {height}x{width}; resize or crop the images")
-    return height // stride, width // stride
-
-
-def check_grid(tokens: Tensor, grid: Sequence[int]) -> None:
-    """Raise ValueError unless there are as many tokens (B, L, …) as a grid has."""
-    if tokens.shape[1] != math.prod(grid):
-        raise ValueError(
-            f"a grid of {times(grid)} has {math.prod(grid)} tokens, got {tokens.shape[1]}; pass grid=(h, w) for other "
-            "image sizes"
-        )

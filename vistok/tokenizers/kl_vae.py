@@ -22,9 +22,9 @@ from vistok.checkpoints.official_config import OfficialConfig
 from vistok.checkpoints.weights import without_losses
 from vistok.draws import Draws, Keys
 from vistok.quantizers.gaussian import GaussianLatents, gaussian_kl
-from vistok.tokenizers.base import Tokenizer, image_sides
-from vistok.tokenizers.convolutional import check_grid, grid_of
+from vistok.tokenizers.base import Tokenizer
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec
+from vistok.utils.sides import check_grid, grid_of, image_sides
 
 KL16_SCALE = 0.2325
 """What MAR and xAR multiply the latents of KL-16 by; their deviation is then about 1."""

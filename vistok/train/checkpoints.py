@@ -19,7 +19,7 @@ from vistok.checkpoints import CheckpointError, Model, read_weights
 from vistok.checkpoints.weights import STATE
 from vistok.config import ConfigError, nearest
 from vistok.pipelines.folders import BEST_MODEL
-from vistok.utils.files import atomic_folder, read_json, remove_leftovers, restore, write_json
+from vistok.utils.files import atomic_folder, read_object, remove_leftovers, restore, write_json
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,13 @@ class Checkpoints:
     def best(self) -> dict[str, Any] | None:
         """``{"step", "metric", "value"}`` of the best checkpoint; None before the first judged one."""
         path = self.folder / BEST
-        return read_json(path) if path.exists() else None
+        if not path.exists():
+            return None
+        best = read_object(path)
+        kinds = {"step": int, "metric": str, "value": int | float}
+        if not all(isinstance(best.get(key), kind) for key, kind in kinds.items()):
+            raise CheckpointError(f"{path} is damaged: expected {', '.join(kinds)}, got {best}"[:500] + "; remove it")
+        return best
 
     def is_best(self, step: int) -> bool:
         best = self.best()
@@ -82,7 +88,7 @@ class Checkpoints:
         name = metric.removeprefix(prefix)
         if name not in row:
             near = nearest(name, tuple(row))
-            hint = f"; did you mean {prefix + near!r}?" if near else ""
+            hint = f"; did you mean {prefix + near!r}?" if near else "."
             raise ConfigError(f"training.best_metric: this run logs no {metric!r}{hint} It logs {', '.join(row)}.")
 
     def _metric(self, row: Mapping[str, float]) -> str:

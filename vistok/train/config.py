@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar, Literal
 
 from vistok.checkpoints import registry
-from vistok.checkpoints.bounds import bounded, integers
+from vistok.checkpoints.bounds import construct, integers
 from vistok.config import ConfigError, KeysOf, annotations_of, check, check_least
 from vistok.data.config import DataConfig
 from vistok.train.curves import curve_file
@@ -387,8 +387,7 @@ class RunConfig:
                 raise ConfigError(f"model.{key} is {given[key]!r}, but the data say {value!r}; leave the key out")
         arguments = check(model_class, given, "model")
         try:
-            with bounded(arguments):
-                return model_class(**arguments)
+            return construct(model_class, arguments)
         except (TypeError, LookupError, ArithmeticError, AssertionError, RuntimeError, MemoryError) as error:
             # What sizes that no model has do to torch, such as a negative one.
             odd = [

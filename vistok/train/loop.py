@@ -30,7 +30,7 @@ from vistok.train.environment import environment, open_accelerator, start_tracke
 from vistok.train.monitor import METRICS_FILE, Console, Meter, MetricsFile
 from vistok.train.players import Players
 from vistok.train.report import write_run_report
-from vistok.train.start import adapt, initialise, open_starts, with_model_of_source
+from vistok.train.start import adapt, check_frozen, initialise, open_starts, with_model_of_source
 from vistok.train.stopping import StopRequest, TrainingInterrupted
 from vistok.train.tasks import Task, Turn, task_type
 from vistok.train.tasks.base import forever, on_device
@@ -113,7 +113,7 @@ def prepare(run: RunConfig, folder: Path) -> tuple[Any, Task]:
     new = initialise(task.model, starts)
     if run.training.lora is not None:
         adapt(task.learner, run.training.lora, new)
-    task.learner.freeze(task.freeze)
+    check_frozen(task.learner.freeze(task.freeze), new, starts)
     return accelerator, task
 
 
@@ -144,7 +144,16 @@ class Trainer:
         """
         state = self.checkpoints.load()
         if state is not None:
-            self._load(state)
+            try:
+                self._load(state)
+            except ValueError as error:
+                changes = self._changes(config)
+                if changes:
+                    error.add_note(
+                        f"Since that checkpoint the config has another {', another '.join(changes)}. Resume with what "
+                        f"it had, or begin a new run from its weights: output_dir=… init_from={self.folder}"
+                    )
+                raise
             if self.accelerator.is_main_process:
                 for change in self._changes(config):
                     log.warning("resumed with another %s", change)

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from vistok.checkpoints import Model
 from vistok.checkpoints.adapters import added
+from vistok.checkpoints.bounds import OversizedError, check_bytes
 from vistok.config import ConfigError
 from vistok.train.config import LoraConfig
 from vistok.train.names import matching
@@ -46,6 +47,11 @@ def add_adapters(model: Model, config: LoraConfig) -> set[str]:
     if not layers:
         raise ConfigError(f"training.lora: {type(model).__name__} has no linear or convolutional layers")
     chosen = matching(layers, config.targets, "training.lora.targets")
+    sizes = (sum(layers[name].weight.shape[:1]) + layers[name].weight[0].numel() for name in chosen)
+    try:
+        check_bytes(f"training.lora.rank {config.rank}", 4 * config.rank * sum(sizes))
+    except OversizedError as error:
+        raise ConfigError(str(error)) from error
     for name in sorted(chosen):
         weight = layers[name].weight
         parametrize.register_parametrization(layers[name], "weight", LowRank(weight, config.rank, config.alpha))

@@ -182,9 +182,22 @@ class MetricsFile:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float | None]]:
-    """The rows of a metrics.jsonl; a last line that was cut off when the process died is left out."""
-    *whole, _ = Path(path).read_text().split("\n")
-    return [json.loads(line) for line in whole]
+    """The rows of a metrics.jsonl; a last line that was cut off when the process died is left out.
+
+    Raises:
+        ValueError: another line is no row; the message has its number.
+    """
+    *whole, _ = Path(path).read_text(errors="replace").split("\n")
+    rows = []
+    for number, line in enumerate(whole, 1):
+        try:
+            row = json.loads(line)
+            if not all(value is None or isinstance(value, int | float) for value in row.values()) or "step" not in row:
+                raise TypeError("expected numbers by name, and a step")
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number} is no row of metrics ({error}); remove the line") from error
+        rows.append(row)
+    return rows
 
 
 def memory_in_use(device: torch.device) -> int:

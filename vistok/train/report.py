@@ -24,7 +24,7 @@ from vistok.train.atlas import codebook_atlas
 from vistok.train.curves import reference_curve
 from vistok.train.monitor import METRICS_FILE, read_metrics
 from vistok.train.tasks.images import example_batch
-from vistok.utils.files import read_json
+from vistok.utils.files import read_object
 from vistok.utils.report import (
     REPORT_FILE,
     Block,
@@ -80,7 +80,7 @@ def write_run_report(folder: str | Path, *, examples: Examples | None = None) ->
     config, rows = load_config(folder / RUN_CONFIG), read_metrics(folder / METRICS_FILE)
     if not rows:
         raise FileNotFoundError(f"{folder} has logged no step yet: {METRICS_FILE} is empty")
-    facts = read_json(folder / "environment.json") if (folder / "environment.json").is_file() else {}
+    facts = read_object(folder / "environment.json") if (folder / "environment.json").is_file() else {}
     kind = GENERATOR if (folder / GENERATOR).is_dir() else TOKENIZER
     sections = [
         *_pictures(folder),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,6 +158,30 @@ def initialise(model: Model, starts: Sequence[Start]) -> set[str]:
     if new:
         log.warning("init_from: %d entries of the model stay new: %s", len(new), listing(new))
     return new
+
+
+def check_frozen(frozen: Collection[str], new: set[str], starts: Sequence[Start]) -> None:
+    """What is not trained must come from somewhere: warn where a run has no ``init_from``, since a model may have read
+    weights of its own.
+
+    Args:
+        frozen: names of the parameters that the config freezes.
+        new: those that ``starts`` left new.
+
+    Raises:
+        ConfigError: parameters that are both.
+    """
+    if starts and (left := new.intersection(frozen)):
+        raise ConfigError(
+            f"freeze keeps {len(left)} parameters as they are that none of init_from has, so they would stay random: "
+            f"{listing(left)}; name the run that has them with init_from"
+        )
+    if frozen and not starts:
+        log.warning(
+            "%d parameters are frozen, and there is no init_from: what the model did not read itself stays random: %s",
+            len(frozen),
+            listing(frozen),
+        )
 
 
 def adapt(learner: Learner, lora: LoraConfig, new: set[str]) -> None:

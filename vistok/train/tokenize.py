@@ -36,12 +36,12 @@ from vistok.data.order import ShardOrder
 from vistok.data.ragged import Piece
 from vistok.data.sources import ImageSource
 from vistok.data.token_writer import TokenShards
-from vistok.data.tokens import TokenCache
+from vistok.data.tokens import Content, TokenCache
 from vistok.data.transforms import ImageTransform, ten_crop
 from vistok.pipelines.folders import TOKENIZER
 from vistok.text import TEXT, PromptEncoder
+from vistok.text.captions import CaptionReader
 from vistok.tokenizers.base import Tokenizer
-from vistok.train.captions import CaptionReader
 from vistok.types import IdSpec, TokenSpec, to_json
 from vistok.utils.outputs import collected, unfinished
 from vistok.utils.processes import ALONE, Processes
@@ -66,6 +66,7 @@ def tokenize(
     refuse_long_texts: bool = False,
     feature_dtype: Literal["float16", "float32"] = "float16",
     given_frames: int = 0,
+    latents: bool = False,
     resume: bool = False,
     processes: Processes = ALONE,
 ) -> TokenCache:
@@ -90,21 +91,30 @@ def tokenize(
         feature_dtype: the type that features of a text encoder are stored in.
         given_frames: also store, as what each clip is conditioned on, the tokens of its first frames: of this many, the
             last repeated to a whole clip. 0 does not.
+        latents: store what is quantized, not the ids, of a tokenizer whose quantizer is ``multi_scale_bsq``: training
+            with bitwise self-correction turns other bits in every step.
         resume: keep the shards that an unfinished run has written.
         processes: those that share the work; each calls this with the same arguments.
 
     Raises:
         FileExistsError: ``out`` exists; or an unfinished one, and ``resume`` is False.
-        ValueError: an image size or channels that the tokenizer cannot read, or an unknown augmentation.
+        ValueError: an image size or channels that the tokenizer cannot read, an unknown augmentation, or latents of
+            another quantizer.
         ResumeError: nothing to resume, or shards of other images or of another tokenizer.
         TooManyUnreadableError: more than 1 % of the images cannot be read.
         FolderInUseError: another process writes ``out``.
         CaptionError, TextError: captions that cannot be read, or are too long.
     """
     out = Path(out)
+    if latents and not tokenizer.corrects_bits:
+        raise ValueError(
+            f"{type(tokenizer).__name__} has no bits of scales that self-correction could turn: leave latents out, or "
+            "take a tokenizer with the quantizer multi_scale_bsq"
+        )
+    content: Content = "latents" if latents else "moments" if tokenizer.has_posterior else "tokens"
     captions = CaptionReader(open_source(data), data.captions, text, refuse_long_texts)
     given = GivenFrames(tokenizer, given_frames) if given_frames else None
-    _tokenize(tokenizer, data, out, augmentation, captions, given, feature_dtype, resume, processes)
+    _tokenize(tokenizer, data, out, augmentation, content, captions, given, feature_dtype, resume, processes)
     cache = TokenCache(out)
     if processes.is_first:
         _warn_of_missing_texts(cache)
@@ -116,6 +126,7 @@ def _tokenize(
     data: DataConfig,
     out: Path,
     augmentation: str,
+    content: Content,
     captions: CaptionReader,
     given: GivenFrames | None,
     feature_dtype: Literal["float16", "float32"],
@@ -133,7 +144,7 @@ def _tokenize(
         dataclasses.asdict(spec),
         tokenizer.fingerprint(),
         views=views.count,
-        content="moments" if tokenizer.has_posterior else "tokens",
+        content=content,
         classes=source.classes,
         source_fingerprint=source.fingerprint(),
         condition=captions.text.spec if given is None else replace(captions.text.spec, given=given.spec),
@@ -147,7 +158,7 @@ def _tokenize(
         mine = [number for number in range(processes.index, count, processes.count) if not shards.is_written(number)]
         order = ShardOrder(len(source), data.batch_size, tuple(mine), SHARD_SIZE)
         loader = Loader(reader, order, num_workers=data.num_workers)
-        _write_shards(tokenizer.eval(), loader, shards, mine, data.batch_size, captions, given)
+        _write_shards(tokenizer.eval(), loader, shards, content, mine, data.batch_size, captions, given)
         processes.wait()
         failures = shards.failures()
         check_failures(failures, len(source))
@@ -207,6 +218,7 @@ def _write_shards(
     tokenizer: Tokenizer,
     loader: Loader,
     shards: TokenShards,
+    content: Content,
     numbers: Sequence[int],
     batch_size: int,
     captions: CaptionReader,
@@ -217,7 +229,7 @@ def _write_shards(
     def write(number: int, batches: Iterable[ImageBatch]) -> None:
         samples = [
             shards.checked(
-                _encode(tokenizer, b.pixels, batch_size),
+                _encode(tokenizer, b.pixels, batch_size, content),
                 b.labels,
                 captions.of(b) | ({} if given is None else given.of(b, batch_size)),
             )
@@ -273,10 +285,11 @@ def check_size(tokenizer: Tokenizer, data: DataConfig) -> TokenSpec:
 
 
 @torch.no_grad()
-def _encode(tokenizer: Tokenizer, pixels: Tensor, batch_size: int) -> Tensor:
-    """(B, V, C, H, W) to tokens (B, V, L[, depth or D]), or moments (B, V, L, 2D), ``batch_size`` images at a time."""
+def _encode(tokenizer: Tokenizer, pixels: Tensor, batch_size: int, content: Content = "tokens") -> Tensor:
+    """(B, V, C, H, W) to tokens (B, V, L[, depth or D]), moments (B, V, L, 2D) or latents before quantization (B, V,
+    h * w, D), ``batch_size`` images at a time."""
     images = pixels.flatten(0, 1).split(batch_size)
-    encode = tokenizer.encode_moments if tokenizer.has_posterior else tokenizer.encode
+    encode = {"moments": tokenizer.encode_moments, "latents": tokenizer.encode_latents}.get(content, tokenizer.encode)
     tokens = [encode(part.to(tokenizer.device, tokenizer.dtype)).cpu() for part in images]
     return torch.cat(tokens).unflatten(0, pixels.shape[:2])
 
@@ -365,7 +378,7 @@ def parse_augmentation(name: str) -> FixedViews | RandomViews:
         return RandomViews(int(argument))
     if kind == "random":
         raise ValueError(f"augmentation {name!r}: random needs a number of views, for example random:10")
-    hint = suggestion(name, AUGMENTATIONS)
+    hint = suggestion(name, AUGMENTATIONS) or "."
     raise ValueError(f"unknown augmentation {name!r}{hint} Known: {', '.join(AUGMENTATIONS)}.")
 
 

@@ -161,6 +161,14 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"{path} does not hold JSON: {error}") from error
 
 
+def read_object(path: str | Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object; raises as ``read_json``, also for anything else."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} does not hold a JSON object, but a {type(value).__name__}")
+    return value
+
+
 def read_lines(path: str | Path) -> list[str]:
     """The lines of a text file in UTF-8.
 

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from vistok.draws import Draws
 from vistok.quantizers import VectorQuantizer
-from vistok.tokenizers.base import Tokenizer, image_sides
+from vistok.tokenizers.base import Tokenizer
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec
+from vistok.utils.sides import image_sides
 
 SIDES = (1, 2, 3)
 LENGTH = sum(side * side for side in SIDES)

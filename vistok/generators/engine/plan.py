@@ -10,6 +10,32 @@ import torch
 from torch import Tensor
 
 
+def check_orders(orders: Tensor, length: int, rows: int | None = None) -> Tensor:
+    """Return ``orders`` (1 or B, L) if each names the places 0 .. length - 1 once.
+
+    Args:
+        rows: how many there must be; None allows any number.
+
+    Raises:
+        ValueError: another type or shape, or no permutations. On an accelerator, where looking would wait for it, these
+            stop its work with an error of its own.
+    """
+    wanted = f"({'B' if rows is None else rows}, {length})"
+    if orders.is_floating_point() or orders.dtype == torch.bool:
+        raise ValueError(f"an order names places by integers, got {orders.dtype}")
+    if orders.ndim != 2 or orders.shape[1] != length or (rows is not None and len(orders) != rows):
+        raise ValueError(f"orders must be {wanted}, one of all tokens each; got {tuple(orders.shape)}")
+    whole = (orders.sort(1).values == torch.arange(length, device=orders.device)).all()
+    message = (
+        f"an order names each of the places 0..{length - 1} once; got {tuple(orders.shape)} that are no permutations"
+    )
+    if orders.device.type != "cpu":
+        torch._assert_async(whole, message)
+    elif not bool(whole):
+        raise ValueError(message)
+    return orders
+
+
 @dataclass(frozen=True)
 class Plan:
     """The steps of a sample: each is a set of places, one or several.
@@ -63,13 +89,11 @@ def in_order(values: Tensor, orders: Tensor | None) -> tuple[Tensor, Tensor]:
     """Values (B, L) by place in an order (B, L), and that order; None is raster order.
 
     Raises:
-        ValueError: an order that is not one of all places.
+        ValueError: orders that are no permutations, one for each row.
     """
     if orders is None:
         return values, torch.arange(values.shape[1], device=values.device).expand(values.shape)
-    if orders.shape != values.shape:
-        raise ValueError(f"orders must be {tuple(values.shape)}, one of all tokens each; got {tuple(orders.shape)}")
-    return values.gather(1, orders), orders
+    return values.gather(1, check_orders(orders, values.shape[1], len(values))), orders
 
 
 def in_places(values: Tensor, order: Tensor) -> Tensor:

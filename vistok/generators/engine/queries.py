@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from vistok.draws import Draws, Keys
 from vistok.generators.base import token_loss
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
-from vistok.generators.engine.plan import Plan, in_order, in_places
+from vistok.generators.engine.plan import Plan, check_orders, in_order, in_places
 from vistok.generators.engine.sampling import DecodingOptions
 from vistok.generators.engine.session import AutoregressiveSession
 from vistok.guidance import Guidance, Weights
@@ -65,12 +66,14 @@ class QueryOptions(DecodingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.num_steps is not None and not isinstance(self.num_steps, Integral):
+            raise ValueError(f"num_steps must be a whole number, got {self.num_steps}")
         if self.group_sizes is None:
             return
         if self.num_steps is not None:
             raise ValueError("group_sizes say how many steps there are; leave num_steps out")
         object.__setattr__(self, "group_sizes", tuple(self.group_sizes))
-        if not self.group_sizes or min(self.group_sizes) < 1:
+        if not self.group_sizes or not all(isinstance(size, Integral) and size >= 1 for size in self.group_sizes):
             raise ValueError(f"group_sizes must be numbers of tokens from 1 on, got {self.group_sizes}")
 
 
@@ -183,21 +186,8 @@ class QueryGenerator(AutoregressiveGenerator):
             ValueError: an order that is no permutation of the places, or group sizes that are not all tokens.
         """
         length = self.spec.length
-        order = self._check_orders(draws["order"]) if "order" in draws else torch.arange(length)[None]
+        order = check_orders(draws["order"], length) if "order" in draws else torch.arange(length)[None]
         return Plan(order, self.group_sizes(options))
-
-    def _check_orders(self, orders: Tensor) -> Tensor:
-        places = torch.arange(self.spec.length, device=orders.device)
-        if (
-            orders.ndim != 2
-            or orders.shape[1] != len(places)
-            or not torch.equal(orders.sort(1).values, places.expand(orders.shape))
-        ):
-            raise ValueError(
-                f"an order names each of the places 0..{len(places) - 1} once; got orders {tuple(orders.shape)} that "
-                "are no permutations"
-            )
-        return orders
 
     def guidance_weights(self, guidance: Guidance, plan: Plan) -> list[Weights]:
         """How much each row counts in each step: a schedule's step is the first token of the group."""
@@ -279,6 +269,9 @@ class QueryGenerator(AutoregressiveGenerator):
             ids: (B, L) in raster order.
             orders: (B, L), the places of the tokens in order; None is raster order.
             **draws: others of ``training_draws``.
+
+        Raises:
+            ValueError: orders that are no permutations, one for each row.
         """
         return self.predict(*in_order(ids, orders), condition, draws)
 
@@ -296,7 +289,7 @@ class QueryGenerator(AutoregressiveGenerator):
         """Cross entropy in nats per token; metric "accuracy". Predictions (B, L, V) are in the order of ``draws``.
 
         Raises:
-            ValueError: orders of another shape than the tokens.
+            ValueError: orders that are no permutations, one for each row.
         """
         self.check_tokenizer(tokenizer)
         draws = draws or {}

@@ -56,6 +56,10 @@ class AutoregressiveSession:
         self.expander = expander
         self.draws = {name: value.to(device) for name, value in (draws or {}).items()}
         self.plan = self._plan().to(device)
+        if len(self.plan.order) not in (1, len(condition)):
+            raise ValueError(
+                f"{len(self.plan.order)} orders do not fit {len(condition)} rows: one for each, or one for all"
+            )
         self.decoding = DECODINGS[options.decoding]
         self.num_parts = model.num_parts
         self.decoding.check(self.plan, options, self.num_parts)

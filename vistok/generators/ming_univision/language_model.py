@@ -20,7 +20,7 @@ PROBED, HIDDEN = 10, 2
 """Ids that a model is tried with, and how many of them it is not to see."""
 NO_BACKBONE = (
     "cannot carry texts and images: it does not compute an embedding, attention over the entries that a mask leaves at "
-    "positions that it is told, and an output layer; take another model, such as Llama, Qwen or Mistral"
+    "positions that it is told, and an output layer; take another model, such as Qwen or Mistral"
 )
 
 

@@ -25,6 +25,7 @@ from vistok.draws import Draws, Keys
 from vistok.generators.base import weighted_mean
 from vistok.generators.engine.continuous import ContinuousGenerator
 from vistok.generators.ming_univision import official
+from vistok.generators.ming_univision.context import ALWAYS, IMAGE, TEXT, Context, Prompt, attention_mask
 from vistok.generators.ming_univision.language_model import LanguageModel
 from vistok.generators.ming_univision.networks import (
     EPS,
@@ -35,18 +36,8 @@ from vistok.generators.ming_univision.networks import (
     end_losses,
     projection,
 )
-from vistok.generators.ming_univision.reading import Reading, StreamReader
-from vistok.generators.ming_univision.sampling import (
-    ALWAYS,
-    IMAGE,
-    TEXT,
-    Context,
-    MingOptions,
-    MingSession,
-    Prompt,
-    attention_mask,
-    write_text,
-)
+from vistok.generators.ming_univision.reading import Reading, StreamReader, expanded
+from vistok.generators.ming_univision.sampling import MingOptions, MingSession, noise_of, write_text
 from vistok.guidance import OFF
 from vistok.types import (
     Clock,
@@ -92,7 +83,7 @@ class MingUniVision(ContinuousGenerator):
             is not known.
 
     Raises:
-        ValueError: discrete tokens, or a mark that is no id.
+        ValueError: discrete tokens, a mark or a role that is no id, marks with the same one, or a value out of range.
     """
 
     human: Tensor
@@ -173,9 +164,20 @@ class MingUniVision(ContinuousGenerator):
             self._arguments["language_model"] = model.sizes  # its weights are ours from now on
         marks = {"image_start": image_start, "image_patch": image_patch, "image_end": image_end, "end": end}
         ids = [text_vocabulary_size + number if mark is None else mark for number, mark in enumerate(marks.values())]
-        for name, mark in zip(marks, ids):
+        for name, mark in [*zip(marks, ids), *(("human", i) for i in human), *(("assistant", i) for i in assistant)]:
             if not 0 <= mark < size:
                 raise ValueError(f"{name} {mark} is no id of a vocabulary of {size}")
+        if len(set(ids)) < len(ids):
+            raise ValueError(
+                f"the marks need ids of their own, got {', '.join(f'{n} {i}' for n, i in zip(marks, ids))}"
+            )
+        for name, value, least in (
+            ("end_weight", end_weight, 0),
+            ("text_weight", text_weight, 0),
+            ("num_projection_layers", num_projection_layers, 1),
+        ):
+            if not least <= value < math.inf:
+                raise ValueError(f"{name} must be finite and at least {least}, got {value}")
         self.image_start, self.image_patch, self.image_end, self.end = ids
         if not 0 <= condition_dropout <= 1:
             raise ValueError(f"condition_dropout must lie in [0, 1], got {condition_dropout}")
@@ -262,8 +264,9 @@ class MingUniVision(ContinuousGenerator):
             features: (B, N, E) or None; they take the places of the patch marks, in their order.
 
         Raises:
-            ValueError: another number of marks than features.
+            ValueError: ids that the model does not have, or another number of marks than features.
         """
+        self.check_ids(ids)
         embeddings, images = self.embedding(ids), ids == self.image_patch
         count = 0 if features is None else features.shape[0] * features.shape[1]
         if int(images.sum()) != count:
@@ -274,13 +277,22 @@ class MingUniVision(ContinuousGenerator):
         everywhere = torch.ones_like(images)
         return Prompt(embeddings, everywhere, torch.zeros_like(ids), images)
 
+    def check_ids(self, ids: Tensor) -> None:
+        """Raise ValueError unless these are ids (B, n) of the language model."""
+        if ids.ndim != 2 or ids.is_floating_point():
+            raise ValueError(f"ids must be (B, n) integers, got shape {tuple(ids.shape)} of {ids.dtype}")
+        size = self.embedding.num_embeddings
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+            wrong = ids[(ids < 0) | (ids >= size)][0]
+            raise ValueError(f"id {int(wrong)} is not in the vocabulary of {size} of this model")
+
     def prompt(self, condition: Condition, tokenizer: Expands | None) -> Prompt:
         """The prompt of a condition, padding inside it hidden."""
         rows, device = len(condition), self.output.weight.device
         parts = [self._fixed(self.human, rows, device)]
         if (given := condition.part("given")) is not None:
-            expander = self.needed_tokenizer(tokenizer).expander()
-            features = self.embed_features(expander.expand(given.values.to(self.output.weight.dtype)))
+            expander, latents = self.needed_tokenizer(tokenizer).expander(), given.values.to(self.output.weight.dtype)
+            features = self.embed_features(expanded(expander, latents, given.mask))
             valid = given.valid() & ~given.dropped[:, None]
             ends = valid.any(1, keepdim=True)
             for x, where, is_image in (
@@ -328,10 +340,10 @@ class MingUniVision(ContinuousGenerator):
             condition: an image (``given``), a question (``ids``), or both.
         """
         self.check_condition(condition)
-        prompt = self.prompt(condition.to(self.output.weight.device), tokenizer)
-        count = prompt.embeddings.shape[1]
-        if not count:
+        if not condition.parts:
             raise ValueError("there is nothing to describe: the condition has neither an image nor a text")
+        prompt = self.prompt(condition.to(self.output.weight.device), tokenizer).trimmed()
+        count = prompt.embeddings.shape[1]
         context = Context(self, len(condition), count + max_tokens)
         hidden = context.read(prompt.embeddings, prompt.valid, prompt.kinds, prompt.images)
         return write_text(self, context, hidden[:, -1], max_tokens)[0]
@@ -500,17 +512,17 @@ class MingUniVision(ContinuousGenerator):
     ) -> MingSession:
         self.check_tokenizer(tokenizer)
         tokenizer = self.needed_tokenizer(tokenizer)
-        self.check_condition(condition)
-        if not draws or "noise" not in draws:
-            raise ValueError("latents are drawn from noise: pass draws=sampling_draws(Keys.range(seed, B))")
+        noise = noise_of(draws)
         session = self.converse(len(condition), options, tokenizer=tokenizer)
         session.ask(condition)
-        session.begin_image(session.options.guidance(has_image=condition.part("given") is not None), draws["noise"])
+        session.begin_image(session.options.guidance(has_image=condition.part("given") is not None), noise)
         return session
 
     def converse(self, rows: int = 1, options: MingOptions | None = None, *, tokenizer: Expands | None) -> MingSession:
         self.check_tokenizer(tokenizer)
         tokenizer = self.needed_tokenizer(tokenizer)
+        if rows < 1:
+            raise ValueError(f"a conversation has at least one row, got {rows}")
         text, given = self.text.length if self.text else 1, self.given.length + 2 if self.given else 0
         length = len(self.human) + given + text + len(self.assistant) + self.spec.length + 2
         return MingSession(self, rows, options or MingOptions(), tokenizer, length=length)

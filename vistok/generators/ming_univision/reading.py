@@ -14,10 +14,24 @@ import torch
 from torch import Tensor, nn
 
 from vistok.data.streams import KINDS, Streams
-from vistok.generators.ming_univision.sampling import ALWAYS, IMAGE, TEXT
-from vistok.types import JointVocabulary
+from vistok.generators.ming_univision.context import ALWAYS, IMAGE, TEXT
+from vistok.types import Expander, JointVocabulary
 
 TEXT_ID, IMAGE_ID = KINDS.index("text"), KINDS.index("image")
+
+
+def expanded(expander: Expander, latents: Tensor, valid: Tensor | None) -> Tensor:
+    """Features (B, N, E) of latents (B, N, C) of which some, (B, N) bool, are padding on any side; None for no padding.
+
+    A feature depends on all latents before it, so padding must not lie there.
+    """
+    if valid is None:
+        return expander.expand(latents)
+    first = (~valid).int().sort(dim=1, stable=True).indices  # the valid ones, in their order
+    count = max(1, int(valid.sum(1).max()))
+    features = expander.expand(latents.gather(1, first[:, :count, None].expand(-1, -1, latents.shape[2])))
+    places = first.argsort(1).clamp_max(count - 1)  # padding has any
+    return features.gather(1, places[..., None].expand(-1, -1, features.shape[2]))
 
 
 @dataclass(frozen=True)

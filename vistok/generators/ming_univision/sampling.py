@@ -1,26 +1,19 @@
-"""What Ming-UniVision has read and written so far, and how it goes on: the next latent, or the next word."""
+"""How Ming-UniVision goes on from what it has read: the next latent, or the next word; a session of both."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vistok.draws import Draws
-from vistok.generators.engine.cache import KVCache
-from vistok.generators.ming_univision.language_model import LanguageModel
-from vistok.generators.ming_univision.networks import Backbone, FlowHead
+from vistok.generators.ming_univision.context import ALWAYS, IMAGE, KINDS, TEXT, Context, JointModel, Prompt
 from vistok.guidance import OFF, PLAIN, ChannelNorm, Guidance, constant
-from vistok.types import Condition, Expander, Expands, TokenChunk, TokenSpec
-
-ALWAYS, TEXT, IMAGE = 0, 1, 2
-"""Kinds of entries: those that every row of guidance sees, the user's text, and images that came before."""
-KINDS = {"labels": TEXT, "ids": TEXT, "given": IMAGE}
-"""Which entries a row does without that drops a part of the condition."""
+from vistok.types import Condition, Expander, Expands, TokenChunk
 
 
 @dataclass(frozen=True)
@@ -74,129 +67,6 @@ class MingOptions:
         return OFF if self.guidance_scale == 1 or has_image else Guidance(((), nothing), (text,), combination)
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """What is read before an image is written.
-
-    Attributes:
-        embeddings: (B, n, D).
-        valid: (B, n) bool, False in padding.
-        kinds: (B, n) int64, see ``ALWAYS``.
-        images: (B, n) bool, True where the features of an image are read.
-    """
-
-    embeddings: Tensor
-    valid: Tensor
-    kinds: Tensor
-    images: Tensor
-
-    @classmethod
-    def cat(cls, parts: list[Prompt]) -> Prompt:
-        """One after another."""
-        names = ("embeddings", "valid", "kinds", "images")
-        return cls(*(torch.cat([getattr(part, name) for part in parts], 1) for name in names))
-
-    def trimmed(self) -> Prompt:
-        """Without entries that are padding in all rows."""
-        kept = self.valid.any(0)
-        return Prompt(self.embeddings[:, kept], self.valid[:, kept], self.kinds[:, kept], self.images[:, kept])
-
-
-class JointModel(Protocol):
-    """What a session needs of MingUniVision; see there."""
-
-    spec: TokenSpec
-    image_start: int
-    image_end: int
-    end: int | None
-    backbone: Backbone | LanguageModel
-    flow_head: FlowHead
-    embedding: nn.Embedding
-    to_condition: nn.Module
-    projection: nn.Module
-    output: nn.Linear
-
-    def check_condition(self, condition: Condition) -> None: ...
-
-    def prompt(self, condition: Condition, tokenizer: Expands | None) -> Prompt: ...
-
-
-class Context:
-    """A batch of growing sequences with their cache. Later entries see those before, unless a row does without.
-
-    Attributes:
-        rows: the number of sequences.
-        visible: (rows, length) bool, which entries later ones see.
-        kinds: (rows, length) int64, see ``ALWAYS``.
-    """
-
-    def __init__(self, model: JointModel, rows: int, length: int):
-        weight = model.output.weight
-        layers, heads, head_dim = model.backbone.cache_sizes
-        self.model, self.rows = model, rows
-        self.cache = KVCache(layers, rows, heads, length, head_dim, dtype=weight.dtype, device=weight.device)
-        self.visible = torch.zeros(rows, 0, dtype=torch.bool, device=weight.device)
-        self.kinds = torch.zeros(rows, 0, dtype=torch.int64, device=weight.device)
-
-    def __len__(self) -> int:
-        """Entries of each sequence."""
-        return self.visible.shape[1]
-
-    def check_room(self, count: int, what: str = "entries") -> None:
-        """Raise ValueError unless ``count`` more entries fit."""
-        limit = self.model.backbone.max_length
-        if len(self) + count > limit:
-            raise ValueError(
-                f"the context has {len(self)} entries, and {count} more {what} exceed the {limit} that this model is "
-                "built for; begin a new one, ask for less, or build the model with a larger max_length"
-            )
-
-    def read(
-        self, x: Tensor, valid: Tensor | None = None, kinds: Tensor | None = None, images: Tensor | None = None
-    ) -> Tensor:
-        """Append entries (R, n, D); their normed hidden states (R, n, D).
-
-        Raises:
-            ValueError: the context would be longer than the model's.
-        """
-        rows, count = x.shape[:2]
-        start = len(self)
-        self.check_room(count)
-        if valid is None:
-            valid = torch.ones(rows, count, dtype=torch.bool, device=x.device)
-        if kinds is None:
-            kinds = torch.full_like(valid, ALWAYS, dtype=torch.int64)
-        self.cache.reserve(start + count)
-        self.visible, self.kinds = torch.cat([self.visible, valid], 1), torch.cat([self.kinds, kinds], 1)
-        positions = (self.visible.cumsum(1)[:, start:] - 1).clamp_min(0)
-        return self.model.backbone(x, positions, attention_mask(self.visible, start), self.cache.layers, images)
-
-    def branch(self, hidden: list[Tensor]) -> None:
-        """Repeat all sequences, once for each of ``hidden`` (rows, length) bool: what that branch no longer sees."""
-        chosen = torch.arange(self.rows, device=self.visible.device).repeat(len(hidden))
-        self.cache.choose(chosen)
-        self.visible = self.visible[chosen] & ~torch.cat(hidden)
-        self.kinds = self.kinds[chosen]
-
-    def join(self, visible: Tensor) -> None:
-        """Keep the first branch alone, which sees again what is ``visible`` (rows, n) of its first n entries."""
-        first = torch.arange(self.rows, device=self.visible.device)
-        self.cache.choose(first)
-        self.visible = torch.cat([visible, self.visible[: self.rows, visible.shape[1] :]], 1)
-        self.kinds = self.kinds[: self.rows]
-
-
-def attention_mask(visible: Tensor, start: int) -> Tensor:
-    """What entries from ``start`` on see of all: bool (R, 1, n, keys), for (R, keys) that are visible at all.
-
-    Every entry sees itself, so that padding has something to attend to.
-    """
-    keys = visible.shape[1]
-    causal = torch.ones(keys - start, keys, dtype=torch.bool, device=visible.device).tril(start)
-    itself = torch.eye(keys, dtype=torch.bool, device=visible.device)[start:]
-    return (causal & visible[:, None] | itself)[:, None]
-
-
 class MingSession:
     """One context for a batch: what a human asks, what the model replies, an image or a text, and so on. Nothing is
     read twice.
@@ -233,9 +103,10 @@ class MingSession:
         stays in all rows of guidance; images of earlier turns are what ``image_guidance_scale`` is of.
 
         Raises:
-            ValueError: a condition that the model does not take, an image that is not whole, or no room.
+            ValueError: a condition that the model does not take, of other rows, an image that is not whole, or no room.
         """
         self.model.check_condition(condition)
+        self._check_rows(len(condition), "condition")
         self.read(self.model.prompt(condition.to(self.context.visible.device), self._tokenizer).trimmed())
 
     @torch.no_grad()
@@ -264,6 +135,10 @@ class MingSession:
         self._check_asked()
         return self.model.output(self.hidden).argmax(-1) == self.model.image_start
 
+    def _check_rows(self, count: int, what: str) -> None:
+        if count != self.context.rows:
+            raise ValueError(f"the session has {self.context.rows} rows, the {what} {count}; take as many")
+
     def _check_asked(self) -> None:
         if not len(self.context):
             raise ValueError("nothing was asked yet, so there is nothing to reply to; ask first")
@@ -278,9 +153,15 @@ class MingSession:
             hidden: of each row of guidance what it does without, (B, n) bool of the context; None goes by the kinds.
 
         Raises:
-            ValueError: no room for the image.
+            ValueError: no room for the image, or noise of another shape.
         """
         model, context, weight = self.model, self.context, self.model.output.weight
+        self._check_rows(len(noise), "noise")
+        if noise.shape[1] < model.spec.length or noise.shape[2:] != (model.spec.dim,):
+            raise ValueError(
+                f"noise must be (B, {model.spec.length}, {model.spec.dim}), got {tuple(noise.shape)}; sampling_draws "
+                "makes it"
+            )
         context.check_room(1 + model.spec.length, f"entries of an image of {model.spec.length} tokens")
         self.guidance, self._noise = guidance, noise.to(weight)
         if hidden is None:
@@ -315,8 +196,9 @@ class MingSession:
             ValueError: nothing was asked, or no room for the image.
         """
         self._check_asked()
+        noise = noise_of(draws)
         self.options = options
-        self.begin_image(options.guidance(has_image=self.has_image), draws["noise"])
+        self.begin_image(options.guidance(has_image=self.has_image), noise)
         for _ in self.generate():
             pass
         self.leave_image()
@@ -324,8 +206,16 @@ class MingSession:
 
     @torch.no_grad()
     def show(self, tokens: Tensor) -> None:
-        """Take given latents (B, L, C) for the model's reply."""
+        """Take given latents (B, L, C) for the model's reply.
+
+        Raises:
+            ValueError: nothing was asked, latents of another tokenizer or of another count, or no room.
+        """
         self._check_asked()
+        spec = self.model.spec
+        spec.check_latents(tokens)
+        if tokens.shape[1] != spec.length:
+            raise ValueError(f"an image of this model has {spec.length} latents, got {tokens.shape[1]}; resize it")
         self.begin_image(OFF, torch.zeros_like(tokens))
         self.append(tokens)
         self.leave_image()
@@ -348,8 +238,7 @@ class MingSession:
             ValueError: latents of another tokenizer, another batch size, or more than places left.
         """
         self.model.spec.check_latents(tokens)
-        if len(tokens) != len(self.tokens):
-            raise ValueError(f"the session has {len(self.tokens)} rows, the tokens {len(tokens)}")
+        self._check_rows(len(tokens), "tokens")
         if tokens.shape[1] > self.left:
             raise ValueError(f"{tokens.shape[1]} latents exceed the {self.left} places that are left in the image")
         self.tokens = torch.cat([self.tokens, tokens.to(self.tokens)], 1)
@@ -424,7 +313,14 @@ class MingSession:
 
     @torch.no_grad()
     def tell(self, ids: Tensor) -> Tensor:
-        """Read given ids (B, n) as the model's; logits (B, V) of the word that follows them."""
+        """Read given ids (B, n) as the model's; logits (B, V) of the word that follows them.
+
+        Raises:
+            ValueError: nothing was asked, ids that the model does not have, or no room.
+        """
+        self._check_asked()
+        self.model.check_ids(ids)
+        self._check_rows(len(ids), "ids")
         self.leave_image()
         self.hidden = self.context.read(self.model.embedding(ids))[:, -1]
         return self.model.output(self.hidden).float()
@@ -441,6 +337,13 @@ class MingSession:
         self.leave_image()
         ids, self.hidden = write_text(self.model, self.context, self.hidden, max_tokens)
         return ids
+
+
+def noise_of(draws: Draws | None) -> Tensor:
+    """The noise that an image is drawn from; ValueError if there is none."""
+    if not draws or "noise" not in draws:
+        raise ValueError("latents are drawn from noise: pass draws=sampling_draws(Keys.range(seed, B))")
+    return draws["noise"]
 
 
 @torch.no_grad()

@@ -20,9 +20,9 @@ class SubTokens:
     bits: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.bits, list | tuple) or len(self.bits) < 2 or not all(_is_count(n) for n in self.bits):
+            raise ValueError(f"factorized_bits must be two or more whole numbers of at least 1, got {self.bits}")
         object.__setattr__(self, "bits", tuple(self.bits))
-        if len(self.bits) < 2 or min(self.bits) < 1:
-            raise ValueError(f"factorized_bits must be two or more numbers of at least 1, got {self.bits}")
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -43,3 +43,7 @@ class SubTokens:
         for part, count in zip(parts, self.bits, strict=True):
             ids, shift = ids | (part << shift), shift + count
         return ids
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vistok.conditions import ConditionPart
+from vistok.data.streams import Streams
 from vistok.draws import Draws
-from vistok.generators.base import weighted_mean
+from vistok.generators.base import Conversation, weighted_mean
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
 from vistok.generators.engine.cache import Layers, of_layers
 from vistok.generators.engine.plan import Plan
 from vistok.generators.engine.sampling import DecodingOptions
 from vistok.generators.llama import LlamaBlock
+from vistok.generators.token_shuffle.joint import stream_losses, write
 from vistok.guidance.schedules import ScheduleName
 from vistok.nn.attention import Mask
 from vistok.nn.containers import ModuleList
@@ -114,17 +116,21 @@ class TokenShuffle(AutoregressiveGenerator):
         num_fusion_blocks, fusion_ratio: residual layers at either end, and their hidden width in units of dim.
         condition_dropout: share of training samples whose text is dropped, for guidance.
         text_weight: weight of the text's (and the marks') cross entropy; 0 trains on images alone.
+        writes: whether it learns from streams of texts and images, and writes texts, too: a joint model, whose alphabet
+            has the marks of streams. Its windows hold one token, and its texts are ids.
         z_loss: weight of the mean of squared log-partition functions, which keeps logits small.
         token_drop, attn_drop, proj_drop, ffn_drop: as of ``Llama``.
         rope_base: base of the rotary frequencies, over positions of the transformer.
         norm_eps: eps of the RMS norms.
 
     Raises:
-        ValueError: tokens without ids, a grid that windows do not divide, or a width that s^2 does not divide.
+        ValueError: tokens without ids, a grid that windows do not divide, a width that s^2 does not divide, or a joint
+            model with larger windows, with classes, or without texts.
     """
 
     members: Tensor
 
+    takes_streams = True  # if it writes
     only_next = "each of its positions predicts a window of tokens at once"
     registry_name = "token_shuffle"
     options_type = TokenShuffleOptions
@@ -161,6 +167,7 @@ class TokenShuffle(AutoregressiveGenerator):
         ffn_drop: float = 0.0,
         rope_base: float = 10000.0,
         norm_eps: float = 1e-5,
+        writes: bool = False,
     ):
         super().__init__()
         self.spec = self.check_spec(as_dataclass(TokenSpec, spec), type(self).__name__)
@@ -169,13 +176,22 @@ class TokenShuffle(AutoregressiveGenerator):
             raise ValueError(f"dim {dim} must be divisible by the {window**2} tokens of a window of {window}")
         if bool(text_vocabulary) != bool(text_length):
             raise ValueError(f"text_vocabulary {text_vocabulary} and text_length {text_length} go together")
+        if writes and (window > 1 or num_classes or not text_length):
+            raise ValueError(
+                f"writes takes windows of 1 and texts as ids alone, got window {window}, {num_classes} classes and "
+                f"texts of {text_length} ids; for a cache with classes name condition=[ids]"
+            )
         self.num_classes, self.condition_dropout = num_classes or None, condition_dropout
         self.text_weight, self.z_loss, self.window = text_weight, z_loss, window
         self.text = IdSpec(text_vocabulary, text_length) if text_length else None
-        self.vocabulary = JointVocabulary(num_classes + text_vocabulary, self.spec.num_ids, MARKS)
+        text_size = num_classes + text_vocabulary
+        self.vocabulary = JointVocabulary(text_size, self.spec.num_ids, *(() if writes else (MARKS,)))
+        self.takes_streams, self.end = writes, self.vocabulary.special("end") if writes else None
         self.register_buffer("members", members, persistent=False)
         self.num_windows = len(self.members)
-        self.condition_length = 2 + (num_classes > 0) + text_length  # with both marks
+        self.condition_length = 2 + writes + (num_classes > 0) + text_length  # with the marks
+        # A stream may have an image, a question and a reply.
+        self.max_entries = self.condition_length + self.num_windows + writes * (text_length + len(MARKS))
         self.embedding = nn.Embedding(self.vocabulary.size, dim)
         self.dropout = nn.Dropout(token_drop)
         fusion = (dim, window, num_fusion_blocks, fusion_ratio, norm_eps)
@@ -197,7 +213,7 @@ class TokenShuffle(AutoregressiveGenerator):
         )
         self.norm = RMSNorm(dim, norm_eps)
         self.output = nn.Linear(dim, self.vocabulary.size, bias=False)
-        positions = torch.arange(self.condition_length + self.num_windows)[:, None]
+        positions = torch.arange(self.max_entries)[:, None]
         self.rotation = FixedRotation(rotation_table(positions, dim // num_heads, base=rope_base))
         self._initialise()
 
@@ -216,8 +232,16 @@ class TokenShuffle(AutoregressiveGenerator):
 
     @property
     def condition_spec(self) -> ConditionSpec:
-        """A class label, text ids, or both."""
-        return ConditionSpec(num_classes=self.num_classes or 0, ids=self.text)
+        """A class label, text ids, or both; of a joint model text ids, and for captions the ids of an image."""
+        given = IdSpec(self.spec.num_ids, self.spec.length) if self.takes_streams else None
+        return ConditionSpec(num_classes=self.num_classes or 0, ids=self.text, given=given)
+
+    def check_condition(self, condition: Condition) -> None:
+        super().check_condition(condition)
+        if "given" in condition.parts:
+            raise ValueError(
+                "this model draws images from texts; an image that comes before is described, not continued"
+            )
 
     @classmethod
     def condition_arguments(cls, spec: ConditionSpec) -> dict[str, Any]:
@@ -230,7 +254,8 @@ class TokenShuffle(AutoregressiveGenerator):
         """Joint ids (R, T) of what stands before the windows, padded on the left, and what of it is valid (R, T)."""
         rows, device = len(condition), self.members.device
         there = torch.ones(rows, 1, dtype=torch.bool, device=device)
-        begin, image = (torch.full_like(there, self.vocabulary.special(n), dtype=torch.int64) for n in MARKS[:2])
+        names = ("begin", *(("answer",) if self.takes_streams else ()), "begin_image")
+        begin, *after = (torch.full_like(there, self.vocabulary.special(n), dtype=torch.int64) for n in names)
         ids, valid = [begin], [there]
         for name, length, first in self._text_parts:
             part = condition.part(name)
@@ -242,7 +267,8 @@ class TokenShuffle(AutoregressiveGenerator):
             valid.append(mask & ~part.dropped[:, None])
         whole, mask = torch.cat(ids, 1), torch.cat(valid, 1)
         order = mask.int().sort(dim=1, stable=True).indices  # what is there goes to the right, in its order
-        return torch.cat([whole.gather(1, order), image], 1), torch.cat([mask.gather(1, order), there], 1)
+        masks = [mask.gather(1, order), *[there] * len(after)]
+        return torch.cat([whole.gather(1, order), *after], 1), torch.cat(masks, 1)
 
     @property
     def _text_parts(self) -> list[tuple[str, int, int]]:
@@ -260,6 +286,10 @@ class TokenShuffle(AutoregressiveGenerator):
 
     # -----------------------------------------------------------------------------------------------------------------
     # Windows
+
+    def embed_joint(self, ids: Tensor) -> Tensor:
+        """Ids of the joint alphabet (R, n) to (R, n, D)."""
+        return self.embedding(ids)
 
     def embed_windows(self, ids: Tensor) -> Tensor:
         """Image ids (R, m, s^2) of windows to (R, m, D)."""
@@ -289,7 +319,7 @@ class TokenShuffle(AutoregressiveGenerator):
 
     def forward(
         self,
-        tokens: Tensor,
+        tokens: Tensor | Streams,
         condition: Condition,
         *,
         draws: Draws | None = None,
@@ -300,8 +330,11 @@ class TokenShuffle(AutoregressiveGenerator):
     ) -> GeneratorOutput:
         """Cross entropy in nats, mean over the ids of an image, plus ``text_weight`` times that of text and marks and
         ``z_loss`` times the mean square of the log-partition function. Metrics: "image_loss", "text_loss", "z_loss"
-        (unweighted) and "accuracy", the share of image ids right."""
+        (unweighted) and "accuracy", the share of image ids right. Of streams: as ``stream_losses`` says."""
         self.check_tokenizer(tokenizer)
+        if isinstance(tokens, Streams):
+            self.check_writes()
+            return stream_losses(self, tokens, (draws or {}).get("drop"), weights)
         condition = self.drop_condition(condition, draws)
         hidden, prefix, valid = self._states((tokens if context is None else context)[:, self.members], condition)
         begin = self.condition_length - 1  # of the image
@@ -321,6 +354,15 @@ class TokenShuffle(AutoregressiveGenerator):
 
     def training_logits(self, tokens: Tensor, condition: Condition, draws: Draws, tokenizer: Expands | None) -> Tensor:
         return self._image_part(self.logits(tokens, condition))
+
+    def describe(self, condition: Condition, max_tokens: int, *, tokenizer: Expands | None = None) -> Tensor:
+        self.check_writes()
+        self.check_tokenizer(tokenizer)
+        return write(self, self.condition_spec.check(condition).to(self.members.device), max_tokens)
+
+    def converse(self, rows: int = 1, options: Any = None, *, tokenizer: Expands | None = None) -> Conversation:
+        """Raises ValueError: it replies once."""
+        raise ValueError(f"{type(self).__name__} draws an image of a text or describes one; it holds no conversations")
 
     def _text_loss(self, hidden: Tensor, prefix: Tensor, valid: Tensor) -> Tensor:
         """(B,) mean over the text after its begin, and over both marks of the image; neither is folded."""

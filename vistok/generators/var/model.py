@@ -78,9 +78,13 @@ class VAR(AutoregressiveGenerator):
         progressive_from: the last scale, counted from 0, in use at first.
         progressive_after: steps before others join: those of the learning rate's warm-up.
         stage_warmup: steps in which the weight of a scale that joined rises.
+        self_correction: bits of what is fed are turned with a probability that is drawn for each batch and scale, in
+            hundredths from 0 to this, and later scales learn to repair it (Infinity, arXiv 2412.04431, section 3.3; 0.3
+            there). It needs a tokenizer with the quantizer multi_scale_bsq, and a cache of its latents.
 
     Raises:
-        ValueError: a spec without ids or scales, or scales to begin with that there are not.
+        ValueError: a spec without ids or scales, scales to begin with that there are not, negative steps, or a share
+            outside [0, 1].
     """
 
     norm: FinalModulation
@@ -135,6 +139,7 @@ class VAR(AutoregressiveGenerator):
         progressive_from: int = 4,
         progressive_after: int = 0,
         stage_warmup: int = 0,
+        self_correction: float = 0.0,
     ):
         super().__init__()
         self.spec = self.check_spec(as_dataclass(TokenSpec, spec), type(self).__name__)
@@ -142,12 +147,20 @@ class VAR(AutoregressiveGenerator):
             raise ValueError(
                 "VAR predicts one scale after another; these tokens have no scales: take a multi-scale tokenizer"
             )
+        for name, value in (("progressive_after", progressive_after), ("stage_warmup", stage_warmup)):
+            if value < 0:
+                raise ValueError(f"{name} counts steps and must not be negative, got {value}")
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
         if not 0 <= progressive_share <= 1:
             raise ValueError(f"progressive_share must lie in [0, 1], got {progressive_share}")
         if progressive_share and not 0 <= progressive_from < len(self.spec.scales):
             raise ValueError(
                 f"progressive_from {progressive_from} is no scale: these tokens have scales 0..{len(spec.scales) - 1}"
             )
+        if not 0 <= self_correction <= 1:
+            raise ValueError(f"self_correction is a probability in [0, 1], got {self_correction}")
+        self.self_correction, self.reads_latents = self_correction, self_correction > 0
         self.num_classes, self.condition_dropout = num_classes or None, condition_dropout
         self.has_null = condition_dropout > 0 or not num_classes  # its row is there, but untrained otherwise
         self.label_smoothing = label_smoothing
@@ -207,6 +220,13 @@ class VAR(AutoregressiveGenerator):
                 weight[: 2 * dim].mul_(gate_init)
                 weight[2 * dim :].mul_(0.5)
 
+    def check_tokenizer(self, tokenizer: Expands | None) -> None:
+        """As of every generator; and the tokenizer must make the tokens that are modelled."""
+        super().check_tokenizer(tokenizer)
+        spec = getattr(tokenizer, "spec", self.spec)
+        if spec != self.spec:
+            raise ValueError(f"this model is of other tokens than its tokenizer's: {self.spec}, not {spec}")
+
     # -----------------------------------------------------------------------------------------------------------------
     # What the engine asks for
 
@@ -260,6 +280,14 @@ class VAR(AutoregressiveGenerator):
     # -----------------------------------------------------------------------------------------------------------------
     # Training
 
+    def training_draws(self, keys: Keys) -> Draws:
+        """ "drop" (B,) uniform; of self-correction "flips" (B, L, D) and "strengths" (B, S), too."""
+        draws = super().training_draws(keys)
+        if self.self_correction:
+            draws["flips"] = keys.uniform("flips", self.spec.length, self.spec.dim)
+            draws["strengths"] = keys.uniform("strengths", len(self.scale_sizes))
+        return draws
+
     def logits(self, ids: Tensor, condition: Condition, tokenizer: Expands | None = None) -> Tensor:
         """Teacher-forced logits (B, L, V) of ids (B, L), each from all smaller scales; needs the tokenizer."""
         return self.logits_of(self._inputs(ids, tokenizer), condition)
@@ -267,8 +295,17 @@ class VAR(AutoregressiveGenerator):
     def _inputs(self, ids: Tensor, tokenizer: Expands | None) -> Tensor:
         """Of ids (B, L), what ``logits_of`` reads."""
         expander = self.needed_tokenizer(tokenizer).expander()
+        if ids.shape[1:] != (self.spec.length,):
+            raise ValueError(f"tokens must be (B, {self.spec.length}), of all scales; got {tuple(ids.shape)}")
         with without_autocast(ids.device):
             return expander.expand(ids).to(ids.device)
+
+    def _corrected(self, latents: Tensor, draws: Draws | None, tokenizer: Expands | None) -> tuple[Tensor, Tensor]:
+        """Of latents (B, h * w, D), what ``logits_of`` reads, and the ids that are left to predict."""
+        turned = draws if self.training and self.self_correction else None
+        expander = self.needed_tokenizer(tokenizer).expander()
+        with without_autocast(latents.device):
+            return expander.correct(latents, turned, self.self_correction)
 
     def training_logits(self, tokens: Tensor, condition: Condition, draws: Draws, tokenizer: Expands | None) -> Tensor:
         return self.logits(tokens, condition, tokenizer)
@@ -295,14 +332,17 @@ class VAR(AutoregressiveGenerator):
         tokenizer: Expands | None = None,
         context: Tensor | None = None,
     ) -> GeneratorOutput:
-        """Cross entropy in nats per token. Metrics: "accuracy", and "last_loss" and "last_accuracy" of the largest
-        scale in use.
+        """Cross entropy in nats per token of ids (B, L), or of those of latents (B, h * w, D), some of whose bits are
+        turned in training. Metrics: "accuracy", and "last_loss" and "last_accuracy" of the largest scale in use.
 
         In progressive training scales beyond the stage are left out, and the others weigh as little as they do among
         all.
         """
         condition = self.drop_condition(condition, draws)
-        inputs = self._inputs(tokens if context is None else context, tokenizer)
+        if tokens.is_floating_point():
+            inputs, tokens = self._corrected(tokens, draws, tokenizer)
+        else:
+            inputs = self._inputs(tokens if context is None else context, tokenizer)
         stage, warmth = self._stage(clock)
         logits = self.logits_of(inputs, condition, stage + 1)
         tokens = tokens[:, : logits.shape[1]]

@@ -23,7 +23,7 @@ from vistok.nn.alignment import AlignmentConfig
 from vistok.nn.containers import ModuleList
 from vistok.nn.masks import prefix_causal_mask
 from vistok.quantizers import VectorQuantizer
-from vistok.tokenizers.base import Tokenizer, image_sides, times
+from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.dar import official
 from vistok.tokenizers.dar.networks import (
     ROPE_BASE,
@@ -35,6 +35,7 @@ from vistok.tokenizers.dar.networks import (
     plain_norm,
 )
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec, as_dataclass
+from vistok.utils.sides import image_sides, times
 
 PATH = LinearPath(noise_at=0)
 VELOCITY = VelocityConfig()

@@ -21,7 +21,7 @@ from vistok.flow import FlowState, TimeSampling, last
 from vistok.guidance import APG, Scale
 from vistok.nn.alignment import AlignmentConfig
 from vistok.quantizers import FSQ
-from vistok.tokenizers.base import Tokenizer, image_sides, times
+from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.flextok import official
 from vistok.tokenizers.flextok.networks import (
     PATH,
@@ -34,6 +34,7 @@ from vistok.tokenizers.flextok.networks import (
 from vistok.tokenizers.kl_vae import KLVAE
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec, as_dataclass
 from vistok.utils.devices import without_autocast
+from vistok.utils.sides import image_sides, times
 
 D12 = TrunkConfig(dim=768, num_layers=12)
 TIMES = TimeSampling("mode", mode_scale=0.25)

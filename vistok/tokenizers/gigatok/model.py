@@ -22,7 +22,7 @@ from vistok.quantizers import VectorQuantizer
 from vistok.quantizers.named import chosen_quantizer
 from vistok.quantizers.scaled import spec_of
 from vistok.quantizers.vq import Gradient
-from vistok.tokenizers.base import Tokenizer, image_sides
+from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.gigatok import official
 from vistok.tokenizers.gigatok.networks import (
     GridDecoder,
@@ -35,6 +35,7 @@ from vistok.tokenizers.gigatok.networks import (
     initialise,
 )
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec, as_dataclass
+from vistok.utils.sides import image_sides
 
 CHANNEL_MULT = (1, 1, 2, 2, 4)
 ALIGNMENT = AlignmentConfig()
@@ -239,6 +240,9 @@ class GigaTok(Tokenizer):
     def latents(self, spatial: Tensor) -> Tensor:
         """A feature map (B, z_channels, h, w) to latents (B, L, code dim), before quantization."""
         return self.pre_quant(self.token_encoder(spatial))
+
+    def encode_latents(self, pixels: Tensor) -> Tensor:
+        return self.latents(self.encode_map(pixels))
 
     def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
         self.check_condition(condition)

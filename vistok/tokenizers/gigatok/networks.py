@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vistok.config import check_least
 from vistok.nn.alignment import AlignmentConfig, AlignmentHead
 from vistok.nn.attention import attend
 from vistok.nn.containers import ModuleList
@@ -30,7 +31,7 @@ class TransformerSize:
     """Width, number of layers, and heads of one transformer.
 
     Raises:
-        ValueError: the heads do not divide the width.
+        ValueError: the heads do not divide the width, or nothing of something.
     """
 
     dim: int
@@ -38,6 +39,7 @@ class TransformerSize:
     num_heads: int
 
     def __post_init__(self) -> None:
+        check_least(self, dim=1, num_layers=1, num_heads=1)
         if self.dim % self.num_heads:
             raise ValueError(f"a width of {self.dim} cannot be split into {self.num_heads} heads")
 

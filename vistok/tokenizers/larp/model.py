@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from vistok.draws import Draws, Keys
 from vistok.losses.vit_discriminator import initialise
 from vistok.quantizers import StochasticQuantizer, VectorQuantizer
-from vistok.tokenizers.base import Tokenizer, image_sides, times
+from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.larp import official
 from vistok.tokenizers.larp.networks import Decoder, Encoder, LatentNorm, NormOfLatents, Table, TransformerConfig
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec, as_dataclass
+from vistok.utils.sides import image_sides, times
 
 TYPES = ("patches", "queries", "latents", "patch_queries")
 L = {"dim": 768, "num_layers": 12, "num_heads": 12}

@@ -21,11 +21,12 @@ from vistok.checkpoints import OfficialCheckpoint
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.draws import Draws, Keys
 from vistok.quantizers.gaussian import LatentScale
-from vistok.tokenizers.base import Tokenizer, image_sides, times
+from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.mingtok import official
 from vistok.tokenizers.mingtok.expansion import SemanticExpander
 from vistok.tokenizers.mingtok.networks import LowLevelEncoder, PixelDecoder, SemanticDecoder, StageConfig
 from vistok.types import MAIN, Clock, Condition, TokenizerOutput, TokenSpec, as_dataclass
+from vistok.utils.sides import image_sides, times
 
 ENCODER = StageConfig(768, 12, 12, "swiglu")
 SEMANTIC = StageConfig(1024, 24, 16, "swiglu")

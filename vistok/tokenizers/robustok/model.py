@@ -21,10 +21,11 @@ from vistok.draws import Draws
 from vistok.quantizers import VectorQuantizer
 from vistok.quantizers.named import chosen_quantizer
 from vistok.quantizers.scaled import spec_of
-from vistok.tokenizers.base import Tokenizer, image_sides
+from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.robustok import official
 from vistok.tokenizers.robustok.networks import Backbone, Decoder, Encoder
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec
+from vistok.utils.sides import image_sides
 
 
 class RobusTok(Tokenizer):

@@ -21,10 +21,11 @@ from vistok.checkpoints import OfficialCheckpoint
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.draws import Draws
 from vistok.quantizers import VectorQuantizer
-from vistok.tokenizers.base import Tokenizer, image_sides
+from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.seed import official
 from vistok.tokenizers.seed.networks import PositionedBlocks, QFormer, Tower, TowerConfig, bottleneck, narrowing
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec, as_dataclass
+from vistok.utils.sides import image_sides
 
 
 class SEED(Tokenizer):
@@ -54,7 +55,7 @@ class SEED(Tokenizer):
         target_dim: channels E of the image embedding.
 
     Raises:
-        ValueError: another number of channels, or a tower of another width than ``context_dim``.
+        ValueError: another number of channels, a tower of another width than ``context_dim``, or a count below 1.
     """
 
     registry_name = "seed"
@@ -107,8 +108,19 @@ class SEED(Tokenizer):
         super().__init__()
         if in_channels != 3:
             raise ValueError(f"SEED reads images of 3 channels, got in_channels {in_channels}; repeat the grey channel")
-        if cross_attention_every < 1:
-            raise ValueError(f"cross_attention_every must be at least 1, got {cross_attention_every}")
+        counts = {
+            "num_queries": num_queries,
+            "num_layers": num_layers,
+            "cross_attention_every": cross_attention_every,
+            "codebook_size": codebook_size,
+            "code_dim": code_dim,
+            "reverse_layers": 1 if reverse_layers is None else reverse_layers,
+            "image_down": min(image_down, default=1),
+            "target_dim": target_dim,
+        }
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
         if reverse_layers is None and not image_down:
             raise ValueError("image_down is empty; give the widths that narrow a token, or reverse_layers")
         sides = image_sides(image_size)
@@ -257,7 +269,7 @@ class SEED(Tokenizer):
         features = self.features(pixels)
         if self.target_tower is None:
             return self.forward_features(features)
-        return self.forward_features(features, self.target_tower(pixels if target is None else target))
+        return self.forward_features(features, self.target_features(pixels if target is None else target))
 
     def forward_features(self, features: Tensor, target: Tensor | None = None) -> TokenizerOutput:
         """The training pass from vision features (B, T, C).

@@ -101,6 +101,12 @@ class Tower(nn.Module):
             raise ValueError(f"{config.name} is no vision transformer of such sizes: {error}") from error
         if not hasattr(model, "num_prefix_tokens"):
             raise ValueError(f"{config.name} is no vision transformer; its tokens are needed")
+        patch = model.patch_embed.patch_size
+        if any(side % part for side, part in zip(image_size, patch)):
+            raise ValueError(
+                f"patches of {patch[0]}x{patch[1]} do not divide images of {image_size[0]}x{image_size[1]}, whose rest "
+                f"{config.name} would not see; take a patch_size or an image_size that fits"
+            )
         if self.gives_tokens:
             model.norm = model.fc_norm = nn.Identity()
         return model

@@ -24,7 +24,7 @@ from vistok.quantizers import VectorQuantizer
 from vistok.quantizers.gaussian import GaussianLatents, gaussian_kl
 from vistok.quantizers.named import chosen_quantizer
 from vistok.quantizers.scaled import spec_of
-from vistok.tokenizers.base import Tokenizer, image_sides
+from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.titok import official
 from vistok.tokenizers.titok.networks import (
     BASE,
@@ -42,6 +42,7 @@ from vistok.tokenizers.titok.networks import (
 )
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec, as_dataclass
 from vistok.utils.devices import without_autocast
+from vistok.utils.sides import image_sides
 
 Bottleneck = Literal["vq", "vae"]
 Output = Literal["pixels", "codes", "codec"]
@@ -73,6 +74,9 @@ class TiTok(Tokenizer):
             "code_logits") and renders no pixels. "codec" is the second: the expected codes are decoded by the codec's
             decoder, which is a part of the model.
         codec: that codec's codebook and decoder; used by "codes" and "codec".
+        init_std: of the weights at first; the reference's 0.02 suits its widths from 512 on. Narrow transformers pass
+            so little of an image on then that all images have the same tokens for hundreds of steps: take about
+            dim ** -0.5.
         latent_mean, latent_scale: of the standardised latents of "vae", see ``GaussianLatents``.
         quantizer: another quantizer by name, {name: vq | lfq | bsq | fsq | index | multi_scale | multi_scale_bsq, …its
             arguments}, for codes of ``token_dim`` channels; what is said of codebooks above is of the own one.
@@ -137,6 +141,7 @@ class TiTok(Tokenizer):
         codebook_clustering: bool = False,
         output: Output = "codec",
         codec: CodecConfig = CodecConfig(),  # noqa: B008 (immutable)
+        init_std: float = 0.02,
         latent_mean: float | tuple[float, ...] = 0.0,
         latent_scale: float | tuple[float, ...] = 1.0,
         quantizer: dict[str, Any] | None = None,
@@ -148,6 +153,8 @@ class TiTok(Tokenizer):
         codec = as_dataclass(CodecConfig, codec)
         _check_choice("bottleneck", bottleneck, ("vq", "vae"))
         _check_choice("output", output, ("pixels", "codes", "codec"))
+        if init_std <= 0:
+            raise ValueError(f"init_std must be positive, got {init_std}")
         size = image_sides(image_size)
         encoder_grid, self.decoder_grid = (_patches(size, patch) for patch in (encoder_patch_size, decoder_patch_size))
         if output != "pixels" and codec.stride != decoder_patch_size:
@@ -176,7 +183,7 @@ class TiTok(Tokenizer):
             else CodeHead(decoder.dim, codec.codebook_size)
         )
         for name in self.truncated_normal:
-            getattr(self, name).apply(initialise)
+            getattr(self, name).apply(partial(initialise, std=init_std))
         self.renderer = CodecRenderer(codec, self.decoder_grid, in_channels) if output == "codec" else None
         if bottleneck == "vae":
             self.quantizer = GaussianLatents(token_dim, latent_mean, latent_scale)

@@ -8,6 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from vistok.config import check_least
 from vistok.nn.containers import ModuleList
 from vistok.nn.vit import ViTBlock
 from vistok.tokenizers.maskgit_vqgan import F16, CodecDecoder
@@ -18,11 +19,20 @@ NORM_EPS = 1e-5
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """Width, number of blocks and heads of one transformer."""
+    """Width, number of blocks and heads of one transformer.
+
+    Raises:
+        ValueError: the heads do not divide the width, or nothing of something.
+    """
 
     dim: int
     num_layers: int
     num_heads: int
+
+    def __post_init__(self) -> None:
+        check_least(self, dim=1, num_layers=1, num_heads=1)
+        if self.dim % self.num_heads:
+            raise ValueError(f"a width of {self.dim} cannot be split into {self.num_heads} heads")
 
 
 SMALL = ViTConfig(512, 8, 8)
@@ -201,9 +211,9 @@ def with_class(class_token: Tensor, tokens: Tensor) -> Tensor:
     return torch.cat([class_token.to(tokens).expand(len(tokens), 1, -1), tokens], 1)
 
 
-def initialise(module: nn.Module) -> None:
-    """Truncated normal weights and zero biases, as the reference has them."""
+def initialise(module: nn.Module, std: float) -> None:
+    """Truncated normal weights and zero biases, as the reference has them; its deviation is 0.02."""
     if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.trunc_normal_(module.weight, std=std)
     if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
         nn.init.zeros_(module.bias)

@@ -51,7 +51,7 @@ class TextGuidance(nn.Module):
 
 class TATiTok(TiTok):
     """A single-stage TiTok with text. Without a condition, or in its dropped rows, the decoder sees no text.
-    Arguments that are not explained here are those of ``TiTok``.
+    Arguments that are not explained here are those of ``TiTok``; ``init_std`` is the encoder's.
 
     Args:
         text_dim: channels of the text features.
@@ -99,6 +99,7 @@ class TATiTok(TiTok):
         codebook_size: int = 8192,
         codebook_l2_norm: bool = False,
         codebook_clustering: bool = True,
+        init_std: float = 0.02,
         latent_mean: float | tuple[float, ...] = 0.0,
         latent_scale: float | tuple[float, ...] = 1.0,
         text_dim: int = 768,
@@ -118,6 +119,7 @@ class TATiTok(TiTok):
             codebook_l2_norm=codebook_l2_norm,
             codebook_clustering=codebook_clustering and bottleneck == "vq",
             output="pixels",
+            init_std=init_std,
             latent_mean=latent_mean,
             latent_scale=latent_scale,
         )

@@ -18,9 +18,10 @@ from vistok.checkpoints import OfficialCheckpoint
 from vistok.draws import Draws
 from vistok.nn.conv import ConvDecoder, ConvEncoder
 from vistok.quantizers.multiscale import MultiScaleQuantizer, ScaleExpander
-from vistok.tokenizers.base import Tokenizer, image_sides
+from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.var_vq import official
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec
+from vistok.utils.sides import image_sides
 
 
 class VARVQ(Tokenizer):
@@ -188,8 +189,11 @@ class VARVQ(Tokenizer):
         """Ids of a schedule of grids of its own, of any image whose sides are multiples of the stride.
 
         Raises:
-            ValueError: the last scale is not the map's.
+            ValueError: sides that are no multiples of the stride, or a last scale that is not the map's.
         """
+        height, width = pixels.shape[-2:]
+        if height % self.stride or width % self.stride:
+            raise ValueError(f"image sides must be multiples of {self.stride}, got {height}x{width}")
         return self.quantizer.encode(self.pre_quant(self.encoder(pixels)), scales)
 
     @classmethod

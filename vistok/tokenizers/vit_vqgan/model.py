@@ -27,8 +27,9 @@ from vistok.quantizers import ResidualQuantizer, VectorQuantizer
 from vistok.quantizers.named import chosen_quantizer
 from vistok.quantizers.scaled import spec_of
 from vistok.quantizers.vq import Gradient
-from vistok.tokenizers.base import Tokenizer, image_sides
+from vistok.tokenizers.base import Tokenizer
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec, as_dataclass
+from vistok.utils.sides import image_sides
 
 HEAD_DIM = 64
 

@@ -20,8 +20,8 @@ def curve_file(name: str) -> Path:
     if not file.is_file():
         known = sorted(path.stem for path in HERE.glob("*.jsonl"))
         raise ConfigError(
-            f"curve: there is no reference curve {name!r}{suggestion(name, known)} Give one of {', '.join(known)}, or "
-            "the path of another run's metrics.jsonl"
+            f"curve: there is no reference curve {name!r}{suggestion(name, known) or '.'} Give one of "
+            f"{', '.join(known)}, or the path of another run's metrics.jsonl"
         )
     return file
 

@@ -173,7 +173,7 @@ def build_discriminator(
     arguments = dict(config.discriminator)
     name = arguments.pop("name", "patchgan")
     if not isinstance(name, str) or name not in DISCRIMINATORS:
-        hint = suggestion(str(name), tuple(DISCRIMINATORS))
+        hint = suggestion(str(name), tuple(DISCRIMINATORS)) or "."
         raise ConfigError(f"losses.gan.discriminator.name: unknown {name!r}{hint} Known: {', '.join(DISCRIMINATORS)}.")
     kind = DISCRIMINATORS[name]
     derived = kind.arguments_for(input_shape) | kind.arguments_for_range(value_range)

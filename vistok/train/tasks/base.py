@@ -51,13 +51,18 @@ class Learner(nn.Module):
         """Those of the model under the names that they have there."""
         return {name.removeprefix(self.EXPORTED): parameter for name, parameter in self.named_parameters()}
 
-    def freeze(self, patterns: Sequence[str]) -> None:
+    def freeze(self, patterns: Sequence[str]) -> set[str]:
         """Train no parameter whose name fits; modules that have no others stay in evaluation mode.
+
+        Returns:
+            the names that fit.
 
         Raises:
             ConfigError: a pattern that no name fits.
         """
-        self.leave(matching(self.parameters_by_name(), patterns, "freeze"))
+        names = matching(self.parameters_by_name(), patterns, "freeze")
+        self.leave(names)
+        return names
 
     def leave(self, names: Collection[str]) -> None:
         """Train none of these parameters; modules that have no others stay in evaluation mode."""

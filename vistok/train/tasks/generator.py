@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,39 +106,45 @@ class GeneratorTask(Task):
         self.classes = cache.classes if "labels" in condition.parts else ()
         spec = TokenSpec(**cache.spec)
         self.config, self.seed, self.length = config, config.seed, spec.length
+        self.cache_folder, self.parts = cache.folder, condition.parts
         kind = config.model_entry().load()
+        if config.streams:
+            _check_reads_streams(kind)
+            self._check_streams(condition)
+        self._open_loaders(cache, rank, world_size)
+        if config.streams and condition.given is not None:  # images of which a stream may take one by itself
+            reader: Any = self.loader.reader
+            condition = replace(condition, given=replace(condition.given, length=reader.given_length))
         derived = kind.condition_arguments(condition) | kind.tokenizer_arguments(self.tokenizer)
         model = config.build_model({"spec": to_json(spec), **derived})
+        if config.streams:  # which a model may do with some arguments alone
+            _check_reads_streams(model)
         objective = None
         if not config.objective.is_plain:
             objective = PredictionObjective(model, config.objective, config.seed, config.training.max_steps)
             self.changing_parameters = bool(list(objective.parameters()))
+        _check_content(model, cache, config.objective)
         self.learner = GeneratorLearner(model, objective)
         check(self.model.options_type, config.sampling, "sampling")
-        self.cache_folder, self.parts = cache.folder, condition.parts
-        processes = {"rank": rank, "world_size": world_size}
-        batches, held_out = config.training.batch_size, _held_out_tokens(config, cache, condition.parts)
-        self.held_out = no_samples()
-        if config.streams:
-            self._check_streams(condition)
-            self.loader = stream_loader(cache, config.streams, batches, seed=config.seed, **processes)
-            if held_out is not None:
-                self.held_out = stream_evaluation_loader(held_out, config.streams, batches, seed=config.seed)
-        else:
-            self.loader = token_loader(cache, batches, seed=config.seed, parts=condition.parts, **processes)
-            if held_out is not None:
-                self.held_out = token_evaluation_loader(held_out, batches, seed=config.seed, parts=condition.parts)
 
     def _check_streams(self, condition: ConditionSpec) -> None:
-        if not self.model.takes_streams:
-            raise ConfigError(
-                f"{self.model.registry_name} reads no streams of texts and images; leave streams out, or take a "
-                "model that does"
-            )
         if not self.config.objective.is_plain:
             raise ConfigError("streams have their own loss: leave objective out")
         if condition.ids is None:
             raise ConfigError("streams have texts, and these tokens have no ids; make them with --text-tokenizer")
+
+    def _open_loaders(self, cache: TokenMixture, rank: int, world_size: int) -> None:
+        held_out, seed = _held_out_tokens(self.config, cache, self.parts), self.config.seed
+        size, processes = self.config.training.batch_size, {"rank": rank, "world_size": world_size}
+        self.held_out = no_samples()
+        if streams := self.config.streams:
+            self.loader = stream_loader(cache, streams, size, seed=seed, **processes)
+            if held_out is not None:
+                self.held_out = stream_evaluation_loader(held_out, streams, size, seed=seed)
+        else:
+            self.loader = token_loader(cache, size, seed=seed, parts=self.parts, **processes)
+            if held_out is not None:
+                self.held_out = token_evaluation_loader(held_out, size, seed=seed, parts=self.parts)
 
     @property
     def model(self) -> Generator:
@@ -178,7 +184,10 @@ class GeneratorTask(Task):
     @torch.no_grad()
     def show(self, batch: TokenBatch) -> Tensor:
         condition = self.tokenizer.own_condition(batch.condition)
-        return self.tokenizer.eval().decode(_image_tokens(batch.tokens, self.length), condition=condition).clamp(-1, 1)
+        tokens = _image_tokens(batch.tokens, self.length)
+        if self.model.reads_latents:
+            tokens = self.tokenizer.quantizer.encode(tokens)
+        return self.tokenizer.eval().decode(tokens, condition=condition).clamp(-1, 1)
 
     def pipeline(self, model: Generator) -> Pipeline:
         return Pipeline(self.tokenizer, model, class_names=self.classes, sampling=self.config.sampling)
@@ -222,6 +231,33 @@ class GeneratorTask(Task):
     def export(self, folder: Path, model: Generator) -> None:
         model.save_pretrained(folder / GENERATOR)
         self.accompany(folder)
+
+
+def _check_reads_streams(model: Generator | type[Generator]) -> None:
+    if not model.takes_streams:
+        raise ConfigError(
+            f"{model.registry_name} reads no streams of texts and images; leave streams out, or take a model that does"
+        )
+
+
+def _check_content(model: Generator, cache: TokenMixture, objective: PredictionConfig) -> None:
+    """Raise ConfigError unless the cache holds what the generator trains on: ids, or the latents that they are of."""
+    name = model.registry_name
+    if model.reads_latents and not objective.is_plain:
+        raise ConfigError(
+            f"self_correction of {name} chooses what is fed and predicted: leave the section objective out"
+        )
+    if model.reads_latents == (cache.content == "latents"):
+        return
+    if model.reads_latents:
+        raise ConfigError(
+            f"self_correction of {name} turns bits while they are made of latents, and {cache.folder} holds ids: make "
+            "a cache with `vistok tokenize … --latents`"
+        )
+    raise ConfigError(
+        f"{cache.folder} holds the latents that ids are made of, which only self-correction reads: set "
+        "model.self_correction of var, or make a cache without --latents"
+    )
 
 
 def _image_tokens(tokens: Tensor | Streams, length: int) -> Tensor:
@@ -269,6 +305,11 @@ def _held_out_tokens(config: GeneratorRun, trained: TokenMixture, parts: Sequenc
         return None
     cache = TokenCache(config.validation.tokens)
     cache.check_tokenizer(trained.tokenizer_hash)
+    if cache.content != trained.content:
+        raise ConfigError(
+            f"validation.tokens: {cache.folder} holds {cache.content}, and {trained.folder} {trained.content}; make "
+            "both in the same way"
+        )
     if cache.classes != trained.classes:
         differing = sorted(set(cache.classes) ^ set(trained.classes))
         raise ConfigError(

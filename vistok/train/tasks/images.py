@@ -51,6 +51,14 @@ def held_out_images(trained: DataConfig, trained_source: Source, changes: dict |
         )
     if shared.found:
         log.warning("%s", shared)
+    classes, own = source.classes, trained_source.classes
+    if classes and classes != own:
+        log.warning(
+            "the held-out images have other classes (%s) than the trained ones (%s): their labels mean other things, "
+            "which matters to losses that read them",
+            ", ".join(map(str, classes[:5])),
+            ", ".join(map(str, own[:5])) or "none",
+        )
     return evaluation_loader(source, data)
 
 

@@ -175,7 +175,7 @@ def check_terms(tokenizer: Tokenizer, losses: Mapping[str, Any]) -> dict[str, Te
         if name in SETTINGS:
             continue
         if name not in allowed:
-            hint = suggestion(name, allowed)
+            hint = suggestion(name, allowed) or "."
             raise ConfigError(
                 f"losses.{name}: {type(tokenizer).__name__} provides no such term{hint} "
                 f"It provides: {', '.join(allowed)}."

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import ClassVar, Literal
@@ -10,6 +11,7 @@ from typing import ClassVar, Literal
 from einops import rearrange
 from torch import Tensor, nn
 
+from vistok.checkpoints.bounds import OversizedError, construct
 from vistok.config import ConfigError, check_least
 from vistok.draws import Draws, Keys
 from vistok.losses import L1, L2, LPIPS, ARPrior
@@ -36,6 +38,8 @@ class TermConfig:
 
     def __post_init__(self) -> None:
         check_least(self, start_step=0, boost=0, boost_steps=1)
+        if not math.isfinite(self.weight):
+            raise ValueError(f"weight must be finite, got {self.weight}")
 
     def factor(self, step: int) -> float:
         """How many times as much it counts at a step."""
@@ -221,8 +225,8 @@ class ARPriorTerm(Term):
         spec, outer = tokenizer.spec, {field.name for field in fields(TermConfig)}
         options = {key: value for key, value in asdict(config).items() if key not in outer}
         try:
-            self.prior = ARPrior(spec.dim, spec.length, **options)
-        except ValueError as error:
+            self.prior = construct(ARPrior, {"code_dim": spec.dim, "max_length": spec.length, **options})
+        except (ValueError, OversizedError) as error:
             raise ConfigError(f"losses.{name}: {error}") from error
         self.length = spec.length
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.config import ConfigError
+from vistok.config import ConfigError, check_least
 from vistok.data.captions import class_caption
 from vistok.draws import Draws
 from vistok.text import open_text_encoder
@@ -42,6 +42,7 @@ class TextContrastConfig(TermConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_least(self, dim=1, text_length=1)
         if self.weight and not self.encoder:
             raise ValueError("encoder is missing: the folder of a text encoder, such as an unpacked MiniLM")
         if not self.temperature > 0:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, cast
 from PIL import Image
 from torch import Tensor, nn
 
+from vistok.checkpoints.bounds import OversizedError, construct
 from vistok.config import ConfigError, KeysOf, build
 from vistok.data.batches import ImageBatch
 from vistok.data.config import DataConfig
@@ -20,6 +21,7 @@ from vistok.data.opening import open_source
 from vistok.draws import Draws, Keys, draws_on
 from vistok.losses import adaptive_weight
 from vistok.pipelines.folders import TOKENIZER
+from vistok.pipelines.texts import TextConfig
 from vistok.quantizers.perturbation import perturbation_draws
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.config import MODEL, PlayerConfig, RunConfig
@@ -29,7 +31,7 @@ from vistok.train.tasks.base import Learner, Task, Turn, on_device
 from vistok.train.tasks.images import example_batch, held_out_images, psnr
 from vistok.train.tasks.objective import SETTING_TYPES, TERMS, TokenizerObjective
 from vistok.train.tasks.perturbation import LatentPerturbation, PerturbationConfig
-from vistok.train.tasks.text import TextConfig, text_guide, text_of
+from vistok.train.tasks.text import text_guide, text_of
 from vistok.types import Clock, Condition, TokenizerOutput
 
 ADVERSARY = "adversary"
@@ -66,6 +68,10 @@ class TokenizerRun(RunConfig):
 
     def check_sections(self) -> None:
         super().check_sections()
+        if self.decoder_only and not self.sources:
+            raise ConfigError(
+                "decoder_only leaves all that tokens depend on as it is: name the run that it comes from with init_from"
+            )
         if not self.losses:
             raise ConfigError("losses is empty; give at least one weight, for example losses.l2=1.0")
 
@@ -129,7 +135,7 @@ class TokenizerTask(Task):
         objective.prepare(source.classes)
         self.learner = TokenizerLearner(model, objective, perturbation)
         self.gan = gan_config(model, config.losses)
-        self.adversary = Adversary(self.gan, model.input_shape, model.native_range) if self.gan else None
+        self.adversary = _adversary(self.gan, model) if self.gan else None
         self.loader = training_loader(source, self.data, rank=rank, world_size=world_size)
         changes = None if config.validation is None else config.validation.data
         self.held_out = held_out_images(self.data, source, changes)
@@ -313,3 +319,12 @@ def _target(batch: ImageBatch) -> Tensor:
 def _psnr_of(output: TokenizerOutput, target: Tensor) -> dict[str, Tensor]:
     """Of tokenizers whose training reconstructs."""
     return {} if output.reconstruction is None else {"psnr": psnr(output.reconstruction.detach(), target)}
+
+
+def _adversary(config: GanConfig, model: Tokenizer) -> Adversary:
+    """The adversary of a config. Raises ConfigError if it is larger than the machine's memory."""
+    arguments = {"config": config, "input_shape": model.input_shape, "value_range": model.native_range}
+    try:
+        return construct(Adversary, arguments)
+    except OversizedError as error:
+        raise ConfigError(f"losses.gan: {error}") from error

@@ -1,4 +1,4 @@
-"""The texts of images in training."""
+"""The texts of images as what models read of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from vistok.data.batches import ImageBatch
-from vistok.data.captions import class_caption
+from vistok.data.captions import captions_of
 from vistok.data.loader import Source
 from vistok.data.ragged import Piece
 from vistok.text import PromptEncoder
@@ -47,9 +47,7 @@ class CaptionReader:
 
     def texts(self, index: int, label: int) -> Sequence[str]:
         """The captions of an image with a label."""
-        if self.kind == "own":
-            return self.source.captions(index)
-        return class_caption(self.source.classes[label]) if label >= 0 else ()
+        return captions_of(self.source, self.kind, index, label)
 
     def condition(self, batch: ImageBatch, choices: Tensor) -> Condition:
         """The condition of one caption of each image, on the CPU; images without one are unconditional.

@@ -1,0 +1,144 @@
+"""What Ming-UniVision reads, and what it has read: prompts, and growing sequences with their cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vistok.generators.engine.cache import KVCache
+from vistok.generators.ming_univision.language_model import LanguageModel
+from vistok.generators.ming_univision.networks import Backbone, FlowHead
+from vistok.types import Condition, Expands, TokenSpec
+
+ALWAYS, TEXT, IMAGE = 0, 1, 2
+"""Kinds of entries: those that every row of guidance sees, the user's text, and images that came before."""
+KINDS = {"labels": TEXT, "ids": TEXT, "given": IMAGE}
+"""Which entries a row does without that drops a part of the condition."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is read before an image is written.
+
+    Attributes:
+        embeddings: (B, n, D).
+        valid: (B, n) bool, False in padding.
+        kinds: (B, n) int64, see ``ALWAYS``.
+        images: (B, n) bool, True where the features of an image are read.
+    """
+
+    embeddings: Tensor
+    valid: Tensor
+    kinds: Tensor
+    images: Tensor
+
+    @classmethod
+    def cat(cls, parts: list[Prompt]) -> Prompt:
+        """One after another."""
+        names = ("embeddings", "valid", "kinds", "images")
+        return cls(*(torch.cat([getattr(part, name) for part in parts], 1) for name in names))
+
+    def trimmed(self) -> Prompt:
+        """Without entries that are padding in all rows."""
+        kept = self.valid.any(0)
+        return Prompt(self.embeddings[:, kept], self.valid[:, kept], self.kinds[:, kept], self.images[:, kept])
+
+
+class JointModel(Protocol):
+    """What a session needs of MingUniVision; see there."""
+
+    spec: TokenSpec
+    image_start: int
+    image_end: int
+    end: int | None
+    backbone: Backbone | LanguageModel
+    flow_head: FlowHead
+    embedding: nn.Embedding
+    to_condition: nn.Module
+    projection: nn.Module
+    output: nn.Linear
+
+    def check_condition(self, condition: Condition) -> None: ...
+
+    def check_ids(self, ids: Tensor) -> None: ...
+
+    def prompt(self, condition: Condition, tokenizer: Expands | None) -> Prompt: ...
+
+
+class Context:
+    """A batch of growing sequences with their cache. Later entries see those before, unless a row does without.
+
+    Attributes:
+        rows: the number of sequences.
+        visible: (rows, length) bool, which entries later ones see.
+        kinds: (rows, length) int64, see ``ALWAYS``.
+    """
+
+    def __init__(self, model: JointModel, rows: int, length: int):
+        weight = model.output.weight
+        layers, heads, head_dim = model.backbone.cache_sizes
+        self.model, self.rows = model, rows
+        self.cache = KVCache(layers, rows, heads, length, head_dim, dtype=weight.dtype, device=weight.device)
+        self.visible = torch.zeros(rows, 0, dtype=torch.bool, device=weight.device)
+        self.kinds = torch.zeros(rows, 0, dtype=torch.int64, device=weight.device)
+
+    def __len__(self) -> int:
+        """Entries of each sequence."""
+        return self.visible.shape[1]
+
+    def check_room(self, count: int, what: str = "entries") -> None:
+        """Raise ValueError unless ``count`` more entries fit."""
+        limit = self.model.backbone.max_length
+        if len(self) + count > limit:
+            raise ValueError(
+                f"the context has {len(self)} entries, and {count} more {what} exceed the {limit} that this model is "
+                "built for; begin a new one, ask for less, or build the model with a larger max_length"
+            )
+
+    def read(
+        self, x: Tensor, valid: Tensor | None = None, kinds: Tensor | None = None, images: Tensor | None = None
+    ) -> Tensor:
+        """Append entries (R, n, D); their normed hidden states (R, n, D).
+
+        Raises:
+            ValueError: the context would be longer than the model's.
+        """
+        rows, count = x.shape[:2]
+        start = len(self)
+        self.check_room(count)
+        if valid is None:
+            valid = torch.ones(rows, count, dtype=torch.bool, device=x.device)
+        if kinds is None:
+            kinds = torch.full_like(valid, ALWAYS, dtype=torch.int64)
+        self.cache.reserve(start + count)
+        self.visible, self.kinds = torch.cat([self.visible, valid], 1), torch.cat([self.kinds, kinds], 1)
+        positions = (self.visible.cumsum(1)[:, start:] - 1).clamp_min(0)
+        return self.model.backbone(x, positions, attention_mask(self.visible, start), self.cache.layers, images)
+
+    def branch(self, hidden: list[Tensor]) -> None:
+        """Repeat all sequences, once for each of ``hidden`` (rows, length) bool: what that branch no longer sees."""
+        chosen = torch.arange(self.rows, device=self.visible.device).repeat(len(hidden))
+        self.cache.choose(chosen)
+        self.visible = self.visible[chosen] & ~torch.cat(hidden)
+        self.kinds = self.kinds[chosen]
+
+    def join(self, visible: Tensor) -> None:
+        """Keep the first branch alone, which sees again what is ``visible`` (rows, n) of its first n entries."""
+        first = torch.arange(self.rows, device=self.visible.device)
+        self.cache.choose(first)
+        self.visible = torch.cat([visible, self.visible[: self.rows, visible.shape[1] :]], 1)
+        self.kinds = self.kinds[: self.rows]
+
+
+def attention_mask(visible: Tensor, start: int) -> Tensor:
+    """What entries from ``start`` on see of all: bool (R, 1, n, keys), for (R, keys) that are visible at all.
+
+    Every entry sees itself, so that padding has something to attend to.
+    """
+    keys = visible.shape[1]
+    causal = torch.ones(keys - start, keys, dtype=torch.bool, device=visible.device).tril(start)
+    itself = torch.eye(keys, dtype=torch.bool, device=visible.device)[start:]
+    return (causal & visible[:, None] | itself)[:, None]
