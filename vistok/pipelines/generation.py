@@ -297,9 +297,9 @@ class Pipeline:
             ValueError: a generator that cannot keep tokens (see its ``edit``), masks or classes that do not fit the
                 images, tokens without a place in the image, and as of :meth:`__call__`.
         """
+        self.generator.check_edits()
         pixels = self._pixels(images)
         regenerate = masked_tokens(masks, pixels, self.grid, self.tokenizer.spec.scales).to(self.device)
-        self.generator.check_edits()
         request = Request(
             class_labels,
             prompt,
