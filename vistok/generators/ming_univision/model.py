@@ -450,7 +450,7 @@ class MingUniVision(ContinuousGenerator):
         """The entries of streams, the latents (M, C) of all their images, and the hidden states (B, n, D).
 
         Args:
-            drop: as of ``_image_states``.
+            drop: as in ``_image_states``.
 
         Raises:
             ValueError: images of another number of latents, or of other ones.
