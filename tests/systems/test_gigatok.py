@@ -126,6 +126,8 @@ def test_oblong_images():
         ({"num_tokens": 64}, r"64 pooled queries need a map .* it is 4 x 4"),
         ({"query_init": "first"}, r"'pooled' or 'mean', got 'first'"),
         ({"encoder_size": {"dim": 16, "num_layers": 1, "num_heads": 3}}, r"width of 16 cannot be split into 3 heads"),
+        ({"encoder_size": {"dim": 16, "num_layers": 0, "num_heads": 2}}, "num_layers must be at least 1, got 0"),
+        ({"encoder_size": "huge"}, r"a TransformerSize, or its \{dim, num_layers, num_heads\}, got 'huge'"),
         ({"alignment": {"layer": 3}}, r"alignment\.layer must lie in 1\.\.2, got 3"),
         ({"encoder_channel_mult": (1, 2)}, r"the encoder has 2 levels and the decoder 3"),
         ({"upsample": "bilinear"}, r"upsample must be one of .*'bilinear'"),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.tiny_models import pixels, tiny
+from support.tiny_models import ARGUMENTS, pixels, tiny
+from torch.nn import functional as F
 
 from vistok.checkpoints import CheckpointError, rename
 from vistok.draws import Keys
 from vistok.losses import ClassifierDistance, PooledDiscriminator
 from vistok.quantizers import VectorQuantizer
 from vistok.quantizers.clustering import CodeClustering
+from vistok.tokenizers.titok import TiTok
 from vistok.types import Condition
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -55,6 +57,8 @@ def test_a_decoder_patch_must_be_the_codecs_stride():
         ({"output": "pixel"}, "output must be one of 'pixels', 'codes', 'codec', got 'pixel'"),
         ({"bottleneck": "kl"}, "bottleneck must be one of"),
         ({"image_size": 18}, "18x18 is not a multiple of the patch size 4"),
+        ({"init_std": 0.0}, r"init_std must be positive, got 0\.0"),
+        ({"encoder": {"dim": 32, "num_layers": 1, "num_heads": 5}}, "a width of 32 cannot be split into 5 heads"),
     ],
 )
 def test_what_it_cannot_be_built_of_is_said(arguments, message):
@@ -68,6 +72,15 @@ def test_encoder_and_decoder_may_have_other_patches_and_sizes():
         "titok", output="pixels", encoder_patch_size=8, decoder_patch_size=2, decoder=wide, image_size=(16, 24)
     )
     assert model.decode(model.encode(pixels(model))).shape == (3, 3, 16, 24)
+
+
+def test_wider_weights_tell_images_apart_from_the_start():
+    def spread(init_std: float) -> float:
+        torch.manual_seed(0)
+        model = TiTok(**ARGUMENTS["titok"] | {"output": "pixels", "init_std": init_std})
+        return F.normalize(model.latents(torch.rand(16, 3, 16, 16) * 2 - 1), dim=-1).std(0).mean().item()
+
+    assert spread(32**-0.5) > 10 * spread(0.02)
 
 
 def test_another_number_of_tokens_is_refused():

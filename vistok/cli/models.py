@@ -66,7 +66,10 @@ def pipeline(
         typer.Option(help="What reads prompts for a generator of text features: a Hugging Face folder or name."),
     ] = None,
     clean_texts: Annotated[
-        bool, typer.Option("--clean-texts", help="Of the text encoder: clean prompts first, as LlamaGen does.")
+        bool,
+        typer.Option(
+            "--clean-texts", help="Of the text encoder: first take markup, addresses and odd signs out of prompts."
+        ),
     ] = False,
 ) -> None:
     """Put a tokenizer and a generator into one folder, which `vistok sample` and vistok.pipeline read."""

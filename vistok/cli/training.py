@@ -173,7 +173,10 @@ def tokenize(
         str, typer.Option(help="Of the text encoder: those of the text, or all (of CLIP's towers).")
     ] = "text",
     clean_texts: Annotated[
-        bool, typer.Option("--clean-texts", help="Of the text encoder: clean captions first, as LlamaGen does.")
+        bool,
+        typer.Option(
+            "--clean-texts", help="Of the text encoder: first take markup, addresses and odd signs out of captions."
+        ),
     ] = False,
     text_length: Annotated[int, typer.Option(help="Tokens of a caption at most; longer ones are cut.")] = 120,
     refuse_long_texts: Annotated[

@@ -91,7 +91,7 @@ def assemble(
     if class_names is not None:
         settings["class_names"] = tuple(class_names)
     settings["sampling"] = settings["sampling"] | dict(sampling or {})
-    model, official = load_generator(generator), _official(generator)
+    codec, model, official = load_tokenizer(tokenizer), load_generator(generator), _official(generator)
     text, features = PromptEncoder.load(home / TEXT) if home is not None else NO_TEXT, model.condition_spec.features
     if official is not None and official.text_encoder is not None and features is not None:
         text = PromptEncoder.named(*official.text_encoder, features.length)
@@ -99,7 +99,7 @@ def assemble(
         text = _read_by(text_encoder, clean_texts, model.condition_spec, text)
     elif clean_texts:
         raise ValueError("texts are cleaned for a text encoder: name it, too")
-    return Pipeline(load_tokenizer(tokenizer), model, **settings, text=text)
+    return Pipeline(codec, model, **settings, text=text)
 
 
 def _read_by(name: str, clean: bool, spec: ConditionSpec, trained: PromptEncoder) -> PromptEncoder:

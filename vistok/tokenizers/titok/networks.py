@@ -212,7 +212,7 @@ def with_class(class_token: Tensor, tokens: Tensor) -> Tensor:
 
 
 def initialise(module: nn.Module, std: float) -> None:
-    """Truncated normal weights and zero biases, as the reference has them, with a deviation of 0.02."""
+    """Truncated normal weights and zero biases, as the reference has them; its deviation is 0.02."""
     if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
         nn.init.trunc_normal_(module.weight, std=std)
     if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
