@@ -335,7 +335,7 @@ def test_latents_come_from_the_frozen_autoencoder(diffusers_folder, tmp_path):
 
 def test_what_is_said_of_the_autoencoder_overrides_its_own_config(diffusers_folder):
     model = tiny("flextok", vae_weights=str(diffusers_folder[0]), vae={"latent_scale": 2.0}, patch_size=2)
-    assert model.vae.scale.tolist() == [2.0] * 4
+    assert model.vae.gaussian.scale.tolist() == [2.0] * 4
 
 
 def test_an_autoencoder_without_weights_is_refused_when_it_is_used():

@@ -26,14 +26,14 @@ VQGANS = ["vit_vqgan", "llamagen_vq"]
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_encode_gives_the_tokens_that_spec_promises(name):
     model = tiny(name)
-    tokens = model.encode(pixels(model))
+    tokens = model.encode(pixels(model, seed=1))
     if model.spec.discrete:
         assert tokens.shape == (3, model.spec.length)
         assert model.spec.check_ids(tokens) is tokens
     else:
         assert tokens.shape == (3, model.spec.length, model.spec.dim)
     assert len(tokens.unique()) > 1
-    assert torch.equal(model.encode(pixels(model)), tokens)
+    assert torch.equal(model.encode(pixels(model, seed=1)), tokens)
 
 
 @pytest.mark.parametrize("name", VQGANS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 
 from vistok.checkpoints import registry
 from vistok.data.tar import UNCONDITIONAL, check_class
+from vistok.utils.files import NPY_ERRORS
 
 
 class PeerSample(NamedTuple):
@@ -149,5 +149,5 @@ def load_array(path: Path) -> np.ndarray | dict[str, np.ndarray]:
     try:
         loaded = np.load(path, allow_pickle=False)
         return loaded if isinstance(loaded, np.ndarray) else dict(loaded)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
+    except NPY_ERRORS as error:
         raise PeerCacheError(f"{path} cannot be read ({error}); repair or remove it") from error

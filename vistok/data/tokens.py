@@ -34,7 +34,7 @@ from vistok.data.order import SequentialOrder, ShuffledOrder
 from vistok.data.ragged import RaggedShard
 from vistok.draws import Keys
 from vistok.types import Condition, ConditionSpec, FeatureSpec, TokenSpec
-from vistok.utils.files import read_json
+from vistok.utils.files import NPY_ERRORS, read_json
 
 FORMAT = "vistok-tokens-1"
 Content = Literal["tokens", "moments", "latents"]
@@ -215,7 +215,7 @@ class TokenCache:
             return np.load(path, mmap_mode="r", allow_pickle=False)
         except FileNotFoundError as error:
             raise TokenCacheError(f"token cache {self.folder} is incomplete: {path.name} is missing") from error
-        except (ValueError, OSError, EOFError) as error:
+        except NPY_ERRORS as error:
             raise TokenCacheError(f"{path} is damaged or truncated ({error}); make the cache again") from error
 
     def _map(self, kind: str, number: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -28,7 +28,7 @@ from vistok.data.imagefiles import ImageFiles, LeftOut, TreeFiles
 from vistok.data.pictures import to_uint8
 from vistok.data.shards import ShardFiles, shard_paths
 from vistok.data.transforms import center_crop_adm
-from vistok.utils.files import cache_folder
+from vistok.utils.files import NPY_ERRORS, cache_folder
 
 RUN_MARKERS = (("metrics.jsonl",), ("config.yaml", "environment.json"))
 """Files of which a run has all of one line; people keep a config.yaml beside their photos, too."""
@@ -330,7 +330,7 @@ class NpzImages:
                     shape, order, dtype = _read_header(file)
         except ImageError:
             raise
-        except (*DECODING_ERRORS, RuntimeError) as error:  # RuntimeError: zipfile's word for a password
+        except (*NPY_ERRORS, *DECODING_ERRORS, RuntimeError) as error:  # RuntimeError: zipfile's word for a password
             raise ImageError(f"{path} is not a readable .npz file: {error}") from error
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or order == "F":
             layout = "column-major " if order == "F" else ""

@@ -22,7 +22,7 @@ from vistok.eval.features import extract_features
 from vistok.eval.images import ImageSet, NpzImages, open_images
 from vistok.eval.metrics import Gaussian, check_symmetric, is_positive
 from vistok.eval.networks import FeatureNetwork
-from vistok.utils.files import atomic_file
+from vistok.utils.files import NPY_ERRORS, atomic_file
 from vistok.utils.processes import ALONE, Processes
 
 MOMENT_KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
@@ -185,7 +185,7 @@ def _open_npz(path: Path) -> Reference:
         with np.load(path, allow_pickle=False) as file:
             keys = list(file.files)
             arrays = {key: file[key] for key in keys if key in wanted}
-    except (*DECODING_ERRORS, RuntimeError, MemoryError) as error:  # RuntimeError: zipfile's word for a password
+    except (*NPY_ERRORS, *DECODING_ERRORS, RuntimeError) as error:  # RuntimeError: zipfile's word for a password
         raise InvalidReferenceError(f"{path} is not a readable .npz file: {error}") from error
     gaussians = {
         name: _gaussian(path, arrays, *pair) for name, pair in MOMENT_KEYS.items() if any(key in arrays for key in pair)
