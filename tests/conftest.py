@@ -10,8 +10,10 @@ import pytest
 from hypothesis import settings
 
 # Examples are slow where the machine is busy; that is no failure.
-settings.register_profile("vistok", deadline=None)
-settings.load_profile("vistok")
+# Repeatable: the same examples in every run. HYPOTHESIS_PROFILE=random draws others.
+settings.register_profile("vistok", deadline=None, derandomize=True)
+settings.register_profile("random", deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "vistok"))
 
 
 @pytest.fixture(scope="session", autouse=True)
