@@ -66,7 +66,7 @@ class ConditionSpec:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The names of the parts that there are."""
+        """The names of the parts that it has."""
         return tuple(name for name in PARTS if (self.num_classes if name == "labels" else getattr(self, name)))
 
     def only(self, parts: Iterable[str]) -> ConditionSpec:

@@ -198,7 +198,7 @@ class JointVocabulary:
         return starts[kind], ends[kind]
 
     def special(self, name: str) -> int:
-        """The id of a mark. Raises ValueError for a name that is none."""
+        """The id of a mark. Raises ValueError for an unknown name."""
         if name not in self.specials:
             raise ValueError(f"{name!r} is no special token; there are {', '.join(self.specials)}")
         return self.span("special")[0] + self.specials.index(name)
@@ -333,7 +333,7 @@ class Expander(ABC):
         """
 
     def correct(self, latents: Tensor, draws: Mapping[str, Tensor] | None, most: float) -> tuple[Tensor, Tensor]:
-        """Inputs as of ``expand`` and the ids (B, L) to predict, of the latents (B, h * w, D) that ids of scales are
+        """Inputs as in ``expand`` and the ids (B, L) to predict, of the latents (B, h * w, D) that ids of scales are
         made of, whose bits are partly turned: bitwise self-correction.
 
         Args:

@@ -114,7 +114,11 @@ def test_seeds_are_whole_numbers(pipe):
 
 
 def test_a_generator_that_cannot_edit_says_so_before_any_work(pipe):
-    with pytest.raises(ValueError, match="Llama generates in an order of its own"):
+    latents = tiny("kl_vae")
+    cells = Pipeline(latents, tiny("xar", spec=latents.spec, num_classes=3))
+    with pytest.raises(ValueError, match="XAR cannot keep some tokens and generate the others"):
+        cells.edit("no image", None)
+    with pytest.raises(ValueError, match="images must be PIL images, got str"):
         pipe.edit("no image", None)
 
 

@@ -174,7 +174,7 @@ def test_statistics_per_channel_and_old_attention_names_of_diffusers(tmp_path):
     save_diffusers(model, tmp_path / "vae", latents_mean=[1, 2, 3, 4], latents_std=[2, 2, 4, 4], scaling_factor=1.0)
     loaded = KLVAE.from_diffusers(tmp_path / "vae", image_size=16)
     assert loaded.gaussian.mean.tolist() == [1, 2, 3, 4]
-    assert loaded.scale.tolist() == [0.5, 0.5, 0.25, 0.25]
+    assert loaded.gaussian.scale.tolist() == [0.5, 0.5, 0.25, 0.25]
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     state = {key.removeprefix("vae."): t for key, t in model.state_dict().items()}
     for new, name in old.items():

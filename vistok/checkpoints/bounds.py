@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -53,7 +54,13 @@ def construct(
     if weights is not None and all(value <= max(sides, default=1) for _, value in integers(arguments)):
         with bounded(arguments, weights):
             return module(**arguments)
-    with bounded(arguments, weights) as counted, torch.random.fork_rng(devices=[]), torch.device("meta"):
+    with (
+        bounded(arguments, weights) as counted,
+        torch.random.fork_rng(devices=[]),
+        warnings.catch_warnings(),
+        torch.device("meta"),
+    ):
+        warnings.simplefilter("ignore")  # of weights that are read into it; what matters is said again below
         try:
             module(**arguments)
         except OversizedError:

@@ -27,7 +27,7 @@ class OfficialCheckpoint:
     Args:
         repo: "owner/name" on the hub; for a file that is not there, the folder that its authors put it in, or "".
         tokenizer: of a generator: the id of the released tokenizer whose tokens it models.
-        text_encoder: of a generator of text features: the kind, as of ``vistok.text``, and the hub name of its encoder.
+        text_encoder: of a generator of text features: the kind, as in ``vistok.text``, and the hub name of its encoder.
         licence: of the weights, where it is another one than their system's.
     """
 

@@ -23,10 +23,10 @@ VIDEOS = Kind("video", lambda: VIDEO_EXTENSIONS)
 
 
 class ClipShardSource(ClipSource):
-    """Videos of webdataset shards, which are indexed once and then read at random; labels as of ``ShardSource``.
+    """Videos of webdataset shards, which are indexed once and then read at random; labels as in ``ShardSource``.
 
     Args:
-        pattern, split, cache: as of ``ShardSource``.
+        pattern, split, cache: as in ``ShardSource``.
 
     Raises:
         FileNotFoundError, ValueError, ConfigError: as ``ShardSource`` does.

@@ -72,7 +72,7 @@ def box_mask(box: Sequence[float], grid: tuple[int, int]) -> Tensor:
     """A bool mask (h, w) of a grid, True inside a box [top, left, bottom, right] given in shares of the sides.
 
     Raises:
-        ValueError: a box that is none.
+        ValueError: a box outside the image or empty.
     """
     top, left, bottom, right = box
     if not (0 <= top <= bottom <= 1 and 0 <= left <= right <= 1):

@@ -21,7 +21,7 @@ class MovingDigitsSource(ClipSource):
     """Grey clips (T, size, size, 1) of one moving digit each.
 
     Args:
-        split: "train", "test" or None for both, as of the digits.
+        split: "train", "test" or None for both, as for the digits.
         image_size: side of the frames; the digit takes half of it.
         sideways: digits move along the middle of the frame only, left and right.
         num_frames: frames of a video.

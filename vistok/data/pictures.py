@@ -71,13 +71,17 @@ def from_pil(images: Sequence[Image.Image], size: tuple[int, int], channels: int
         background: grey level that shows through transparent parts.
 
     Raises:
-        ValueError: no images, a size that is not square, or pixels of which nobody can know which value is white.
+        ValueError: no images or other things, a size that is not square, or pixels of which nobody can know which value
+            is white.
     """
     height, width = size
     if height != width:
         raise ValueError(f"images are cropped to squares, but {height}x{width} was asked for; pass pixels instead")
-    if not images:
+    if not len(images):
         raise ValueError("there are no images")
+    for image in images:
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"images must be PIL images, got {type(image).__name__}; PIL.Image.open reads a file")
     decoder = Decoder(channels, side=height, background=background)
     converted = [decoder.convert(image) for image in images]
     cropped = [image if image.size == (width, height) else center_crop_adm(image, height) for image in converted]

@@ -65,7 +65,7 @@ def parse_template(text: str) -> tuple[Segment, ...]:
     """The segments of a template, see ``StreamConfig``.
 
     Raises:
-        ValueError: a segment that is none, or a template with nothing in the loss.
+        ValueError: an unknown segment, or a template with nothing in the loss.
     """
     segments = []
     for word in text.split():
@@ -194,7 +194,7 @@ class StreamBatches:
         streams: by name, a share alone for a template that is known, or a ``StreamConfig``.
 
     Raises:
-        ValueError: an unknown template, a segment that is none, or a share that is not above 0.
+        ValueError: an unknown template, an unknown segment, or a share that is not above 0.
         TokenCacheError: a template that needs texts as ids, or given tokens, and the cache has none.
     """
 

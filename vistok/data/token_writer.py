@@ -171,7 +171,7 @@ class TokenWriter:
     Args:
         folder: must not exist yet.
         shard_size: samples per file.
-        The others are as of :class:`TokenShards`.
+        The others are those of :class:`TokenShards`.
 
     Attributes:
         folder: where the cache lies while it is being written; what else is put there becomes part of it.

@@ -357,7 +357,7 @@ def token_loader(
     num_workers: int = 0,
     parts: Sequence[str] | None = None,
 ) -> Loader[TokenBatch]:
-    """Shuffled whole batches of a cache, or of a mixture, for training; ``batch_size`` is per process, ``parts`` as of
+    """Shuffled whole batches of a cache, or of a mixture, for training; ``batch_size`` is per process, ``parts`` as in
     :class:`TokenBatches`."""
     order = ShuffledOrder(len(cache), batch_size, seed, rank, world_size)
     return Loader(TokenBatches(cache, seed=seed, parts=parts), order, num_workers=num_workers)

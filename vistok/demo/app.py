@@ -116,7 +116,7 @@ def launched(
 
 
 def launch(paths: Sequence[str], **options: Any) -> None:
-    """Show runs in a browser until Ctrl-C; arguments as of :func:`launched`."""
+    """Show runs in a browser until Ctrl-C; arguments as in :func:`launched`."""
     with launched(paths, **options) as app:
         print(f"{TITLE}: {app.local_url} (Ctrl-C ends it)", flush=True)
         app.block_thread()

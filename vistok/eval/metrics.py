@@ -138,7 +138,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     (N < D) are left out, where only rounding errors would enter. (Heusel et al. 2017, eq. 6.)
 
     Raises:
-        ValueError: widths that differ, moments that are not finite or not real, or a covariance that is none.
+        ValueError: widths that differ, moments that are not finite or not real, or a matrix that is no covariance.
     """
     if a.mean.shape != b.mean.shape or a.covariance.shape != b.covariance.shape:
         raise ValueError(

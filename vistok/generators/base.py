@@ -193,7 +193,7 @@ class Generator(Model):
         Args:
             options: an ``options_type``; None takes its defaults.
             draws: from ``sampling_draws``; needed unless the options make sampling deterministic.
-            tokenizer: as of ``forward``.
+            tokenizer: as in ``forward``.
         """
 
     def stream(

@@ -112,7 +112,7 @@ def named(
         window: (start, stop), ratios in [0, 1] of "step" and "rectangular"; None is (0.18, 1) and (0.05, 1).
 
     Raises:
-        ValueError: an unknown name, or a power or window that is none, or that the schedule does not take.
+        ValueError: an unknown name, or an invalid power or window, or that the schedule does not take.
     """
     if name not in NAMES:
         raise ValueError(f"guidance_schedule must be one of {', '.join(map(repr, NAMES))}, got {name!r}")

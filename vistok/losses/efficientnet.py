@@ -64,7 +64,7 @@ class EfficientNetFeatures(nn.Module):
 
     Args:
         stride: 8, 16 or 32; D is 40, 112 or 320.
-        weights: as of ``efficientnet_lite0``.
+        weights: as in ``efficientnet_lite0``.
 
     Attributes:
         dim: D.

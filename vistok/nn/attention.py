@@ -131,7 +131,7 @@ class CrossAttention(nn.Module):
     Args:
         dim: width D of both.
         num_heads: number of heads.
-        qk_norm: as of ``Attention``.
+        qk_norm: as in ``Attention``.
     """
 
     def __init__(self, dim: int, num_heads: int, *, qk_norm: Callable[[int], nn.Module] | None = None):

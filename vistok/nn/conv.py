@@ -274,18 +274,18 @@ class ConvDecoder(nn.Module):
 
     Args:
         in_channels, out_channels, channels, channel_mult, norm_groups, dropout, attend, attention_levels,
-            middle_blocks: as of ConvEncoder.
+            middle_blocks: as in ConvEncoder.
         res_blocks: residual blocks per level of the encoder.
         extra_blocks: how many more a level of the decoder has.
         bias: whether the residual blocks' convolutions have biases.
         upsample: "nearest" repeats pixels and convolves; "depth_to_space" convolves and spreads channels.
-        conv: as of ConvEncoder.
+        conv: as in ConvEncoder.
         resample: what ends all levels but the finest, in place of ``upsample``.
         adaptive_norm: each level begins with a norm whose scale and shift are read from the decoder's input
             (``AdaptiveGroupNorm``).
 
     Raises:
-        ValueError: an unknown ``upsample``, or as of ConvEncoder.
+        ValueError: an unknown ``upsample``, or as in ConvEncoder.
     """
 
     def __init__(

@@ -64,7 +64,7 @@ class MixtureOfExperts(nn.Module):
         return (weights / weights.sum(-1, keepdim=True) if self.renormalise else weights), chosen
 
     def forward(self, x: Tensor, second: Tensor | None = None) -> Tensor:
-        """``second`` is as of ``route``."""
+        """``second`` is that of ``route``."""
         tokens = x.flatten(0, -2)  # (M, D)
         weights, chosen = self.route(tokens, None if second is None else second.flatten())
         few = chosen.numel() <= 4 * len(self.gate)

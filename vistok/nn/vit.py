@@ -95,6 +95,6 @@ class ViTBlock(nn.Module):
     def forward(
         self, x: Tensor, *, mask: Tensor | None = None, causal: bool = False, cache: LayerCache | None = None
     ) -> Tensor:
-        """``mask``, ``causal`` and ``cache`` are as of ``Attention``."""
+        """``mask``, ``causal`` and ``cache`` are those of ``Attention``."""
         x = x + self.drop_path(self.scale1(self.attn(self.norm1(x), mask=mask, causal=causal, cache=cache)))
         return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))

@@ -77,7 +77,7 @@ def overview(
         labels: of the images, and of those that follow them.
         columns: images per row; None chooses.
         clips: whether the images are frames in a row, which lie below each other.
-        least: as of ``sheet``.
+        least: as in ``sheet``.
     """
     labels = labels[: len(images)]
     turns = len(set(labels))

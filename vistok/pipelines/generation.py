@@ -220,7 +220,7 @@ class Pipeline:
             negative_prompt: what guidance leads away from, in place of the unconditional: one text, or one for each.
             num_images_per_prompt: images of each prompt, one after another.
             num_images: instead of classes: this many unconditional images.
-            frames: instead of classes: the first frames of each clip, as of ``given``.
+            frames: instead of classes: the first frames of each clip, as in ``given``.
             condition: instead of classes: any condition that the generator takes.
             seed: None takes 0, or a seed drawn from ``generator``.
             generator: the source of the seed, as in diffusers.
@@ -285,21 +285,21 @@ class Pipeline:
         which the generated part need not meet well; masks that reach the lower right corner lose nothing.
 
         Args:
-            images: as of :meth:`reconstruct`.
+            images: as in :meth:`reconstruct`.
             masks: what is generated. PIL images of the sizes of ``images``, light where it is; or a bool tensor, (H, W)
                 or (B, H, W), of the size that the images have after cropping. One mask serves all images.
             class_labels: what to generate: one class for all images, or one for each; None leaves it to the model.
             prompt, negative_prompt: the same by texts.
 
-        The others are as of :meth:`__call__`.
+        The others are those of :meth:`__call__`.
 
         Raises:
             ValueError: a generator that cannot keep tokens (see its ``edit``), masks or classes that do not fit the
-                images, tokens without a place in the image, and as of :meth:`__call__`.
+                images, tokens without a place in the image, and as in :meth:`__call__`.
         """
+        self.generator.check_edits()
         pixels = self._pixels(images)
         regenerate = masked_tokens(masks, pixels, self.grid, self.tokenizer.spec.scales).to(self.device)
-        self.generator.check_edits()
         request = Request(
             class_labels,
             prompt,
@@ -334,7 +334,7 @@ class Pipeline:
         preview_every: int | None = None,
         **sampling: Any,
     ) -> Iterator[Preview]:
-        """Generate images, all in one batch, and yield previews on the way; arguments as of :meth:`__call__`.
+        """Generate images, all in one batch, and yield previews on the way; arguments as in :meth:`__call__`.
 
         Args:
             preview_every: positions between two previews; None takes a row of the grid, or what the tokenizer's
@@ -378,7 +378,7 @@ class Pipeline:
         """What the model says of images, in words: a text for one image, a list for several.
 
         Args:
-            images: as of :meth:`reconstruct`.
+            images: as in :meth:`reconstruct`.
             question: what it is asked about them.
             max_tokens: of each text.
 
@@ -425,7 +425,7 @@ class Pipeline:
         return values.to(tokenizer.device, tokenizer.dtype if values.is_floating_point() else values.dtype)
 
     def tokens_of(self, images: Sequence[Image.Image] | Tensor) -> Tensor:
-        """Tokens of images, as of :meth:`reconstruct`, on the generator's device."""
+        """Tokens of images, as in :meth:`reconstruct`, on the generator's device."""
         return self.tokenizer.encode(self.to_tokenizer(self._pixels(images))).to(self.device)
 
     def decode(self, tokens: Tensor, keys: Keys, condition: Condition | None = None) -> Tensor:

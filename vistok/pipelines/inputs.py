@@ -41,7 +41,7 @@ def masked_tokens(
     """Which tokens of images a mask covers, (B, L) bool.
 
     Args:
-        masks: as of ``Pipeline.edit``.
+        masks: as in ``Pipeline.edit``.
         pixels: the images, (B, C, H, W).
         grid: (h, w) of the tokens' places in an image; None if they have none.
         scales: of tokens in scales, the grids.

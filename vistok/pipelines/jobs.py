@@ -57,7 +57,7 @@ def accept(
 
     Raises:
         ConfigError: an unknown option, or one of the wrong type.
-        ValueError: as of ``Conditions``, a condition that the generator does not take, or a negative prompt without
+        ValueError: as in ``Conditions``, a condition that the generator does not take, or a negative prompt without
             guidance.
     """
     check_keywords(call, pipe.generator.options_type, request.sampling)

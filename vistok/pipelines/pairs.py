@@ -49,7 +49,7 @@ def partly_generated(
     Args:
         condition: what the generator is told of the images.
         keys: of the images; each depends on its own alone.
-        options: of sampling, as of ``pipe.options``.
+        options: of sampling, as in ``pipe.options``.
     """
     tokens = pipe.tokenizer.encode(pipe.to_tokenizer(pixels), condition=pipe.own_condition(condition))
     kept = keys.uniform("kept", tokens.shape[1]) < sigma

@@ -129,7 +129,7 @@ class Conditions:
         return condition[torch.arange(len(condition)).repeat_interleave(request.copies)]
 
     def of_images(self, request: Request, count: int) -> Condition:
-        """The condition of ``count`` images that there are: one for all, one for each, or none.
+        """The condition of ``count`` given images: one for all, one for each, or none.
 
         Raises:
             ValueError: another number of classes or prompts, or as ``of``.

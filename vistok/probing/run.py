@@ -100,7 +100,7 @@ def compare(
     Args:
         runs: as ``run`` of ``probe``. The first one's data are taken, as overrides change them.
         settings: with steps, every tokenizer is probed with a small generator, too.
-        out, overrides, command, allowed: as of ``probe``; a folder below ``out`` for each tokenizer.
+        out, overrides, command, allowed: as in ``probe``; a folder below ``out`` for each tokenizer.
 
     Returns:
         what ``result.json`` holds: ``tokenizers``, a result of ``probe`` each; ``settings``, ``data``, ``versions``.

@@ -176,7 +176,7 @@ class MultiScaleBSQ(nn.Module):
             patch: positions that are p x p neighbours go together, as (B, l / p^2, D p^2).
 
         Raises:
-            ValueError: as of ``maps``, or grids that p does not divide.
+            ValueError: as in ``maps``, or grids that p does not divide.
         """
         maps = list(self.maps(bits))[: len(self.scales) - 1]
         return self._inputs(maps, resize, patch)
@@ -212,10 +212,10 @@ class MultiScaleBSQ(nn.Module):
             strengths: (S,) in [0, 1].
             requantize: the flipped code is what the map is made of, so that later scales repair it. Without it flips
                 leave no trace in the map.
-            patch: as of ``next_inputs``.
+            patch: as in ``next_inputs``.
 
         Raises:
-            ValueError: draws of another shape, or as of ``next_inputs``.
+            ValueError: draws of another shape, or as in ``next_inputs``.
         """
         x, sizes = self._checked(latents), [math.prod(box) for box in self.scales]
         if flips.shape != (len(x), sum(sizes), self.dim) or len(strengths) != len(sizes):

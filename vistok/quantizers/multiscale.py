@@ -79,7 +79,7 @@ class MultiScaleQuantizer(nn.Module):
         restart_after: training steps after which an unused code is moved onto a residual; 0 is never.
 
     Raises:
-        ValueError: scales that are none, no refiners although they have a share.
+        ValueError: invalid scales, no refiners although they have a share.
     """
 
     def __init__(

@@ -29,8 +29,8 @@ class PackedBSQ(nn.Module):
     Args:
         dim: channels D, the bits of an id.
         scales: grids, smallest first: sides of squares, or (height, width).
-        decay: as of ``MultiScaleBSQ``.
-        entropy_temperature: temperature of the "entropy" term over the normalised residuals of all scales, as of
+        decay: as in ``MultiScaleBSQ``.
+        entropy_temperature: temperature of the "entropy" term over the normalised residuals of all scales, as in
             ``BSQ``; None leaves the term out.
         position_weight, usage_weight: of both entropies in it.
         self_correction: bits of a scale are turned with a probability that is drawn for each batch and scale, in
@@ -38,7 +38,7 @@ class PackedBSQ(nn.Module):
         corrected_scales: in how many scales, from the smallest; None is all.
 
     Raises:
-        ValueError: more bits than an id can hold, scales that are none, or a probability outside [0, 1].
+        ValueError: more bits than an id can hold, invalid scales, or a probability outside [0, 1].
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class PackedBSQ(nn.Module):
             yield so_far
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """The map (B, D, h, w) of tokens as of ``maps``."""
+        """The map (B, D, h, w) of tokens as in ``maps``."""
         *_, last = self.maps(tokens)
         return last
 

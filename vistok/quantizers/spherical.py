@@ -19,7 +19,7 @@ from vistok.types import QuantizerOutput
 class BSQ(LFQ):
     """Normalise latents (..., D) and replace each channel by its sign over sqrt(D): 2^D codes of length one.
 
-    Ids are as of ``LFQ``. The gradient passes straight through the signs, and really through the normalisation. The
+    Ids are those of ``LFQ``. The gradient passes straight through the signs, and really through the normalisation. The
     "commitment" is less than 2 / D, since both sides have length one and no more than a right angle lies between them.
 
     Args:

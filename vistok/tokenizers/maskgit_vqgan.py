@@ -172,7 +172,7 @@ class MaskGITVQGAN(ConvTokenizer):
         "channel_mult": (1, 1, 2),
         "res_blocks": 1,
         "codebook_size": 32,
-        "codebook_embed_dim": 4,
+        "codebook_embed_dim": 8,
         "norm_groups": 4,
     }
     native_range = (0.0, 1.0)

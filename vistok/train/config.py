@@ -270,7 +270,7 @@ class InitFrom:
 
 
 def _model_keys(section: Mapping[str, Any]) -> dict[str, Any]:
-    """The types of the keys of a ``model`` section; a name that is none is told later."""
+    """The types of the keys of a ``model`` section; an unknown name is reported later."""
     try:
         return {"name": str, **annotations_of(registry.entry(section.get("name", "")).load())}
     except registry.UnknownModelError:

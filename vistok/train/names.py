@@ -1,4 +1,4 @@
-"""Names of parameters in configs: patterns, as of file names."""
+"""Names of parameters in configs: patterns, as in file names."""
 
 from __future__ import annotations
 

@@ -368,7 +368,7 @@ class RandomViews:
 
 
 def parse_augmentation(name: str) -> FixedViews | RandomViews:
-    """The views that an augmentation stands for; ValueError if there is none of the name."""
+    """The views that an augmentation stands for; ValueError for an unknown name."""
     if name in FIXED_VIEWS:
         return FIXED_VIEWS[name]
     kind, _, argument = name.partition(":")

@@ -132,7 +132,7 @@ class AutoregressiveGenerator(Generator):
         parts; ``step_logits`` gives the first.
 
         Args:
-            hidden: as of ``step_logits``.
+            hidden: as in ``step_logits``.
             parts: (R, count) each, the parts that come before it.
         """
         raise ValueError(f"{type(self).__name__} draws whole ids, which have no parts")
@@ -344,7 +344,7 @@ class AutoregressiveGenerator(Generator):
             condition: of what is generated.
             options: any decoding; ``jacobi`` and ``cautious`` keep known tokens, too.
             draws: of ``sampling_draws``.
-            tokenizer: as of ``forward``.
+            tokenizer: as in ``forward``.
 
         Returns:
             (B, L) ids, where ``tokens`` are.

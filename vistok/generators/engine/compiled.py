@@ -140,7 +140,7 @@ class SessionSteps:
         step: of the model's class and sizes.
         cache: of the session, after its condition was fed.
 
-    The others are as of ``CompiledStep``.
+    The others are those of ``CompiledStep``.
     """
 
     def __init__(

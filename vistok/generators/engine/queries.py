@@ -55,7 +55,7 @@ class QueryOptions(DecodingOptions):
         num_steps: passes through the model; None is the model's own number, as many as there are tokens is one by one.
         group_sizes: how many tokens each step generates, instead of ``num_steps``; their sum is the number of tokens.
 
-    The others are as of ``DecodingOptions``. Schedules of guidance count tokens: step i of n is the i-th of n tokens.
+    The others are those of ``DecodingOptions``. Schedules of guidance count tokens: step i of n is token i of n.
 
     Raises:
         ValueError: both, or sizes below 1.

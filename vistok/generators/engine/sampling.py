@@ -43,7 +43,7 @@ class DecodingOptions(GuidanceOptions):
         trial_length: of ``cautious``: tokens of a continuation, which ends at a multiple of it; 0 is a row of the
             raster.
 
-    The others are as of ``GuidanceOptions``; of the logits. A step is a token.
+    The others are those of ``GuidanceOptions``; of the logits. A step is a token.
 
     Raises:
         ValueError: a value out of its range or not finite.

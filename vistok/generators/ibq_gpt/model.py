@@ -84,7 +84,7 @@ class IBQGPT(Llama):
         gate_init: scale of the initial weights of the residual branches' gates: larger models take a smaller one.
         condition_dropout: share of training samples whose class is dropped, for guidance; with 0 there is no null
             class, and guidance is refused.
-        token_drop, attn_drop, proj_drop, ffn_drop: as of ``Llama``.
+        token_drop, attn_drop, proj_drop, ffn_drop: as in ``Llama``.
         rope_base, norm_eps: base of the rotary frequencies, eps of the RMS norms.
         positions: "rope2d" for tokens on a raster, as released; "rope1d" for others.
 

@@ -55,7 +55,7 @@ class MAROptions(GuidanceOptions):
         temperature: factor of the noise that denoising steps add.
         guidance_schedule: ``linear`` rises with the share of the image that is known.
 
-    The others are as of ``GuidanceOptions``; of the predicted noise. A step is a token; those of one iteration share
+    The others are those of ``GuidanceOptions``; of the predicted noise. A step is a token; those of one iteration share
     the scale of the last of them.
 
     Raises:

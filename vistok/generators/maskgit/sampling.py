@@ -36,7 +36,7 @@ class MaskGITOptions(GuidanceOptions):
         temperature: T of ids and of their confidence. Step k of S (from 0) draws an id from softmax(logits / t) and
             adds t times Gumbel noise to its logit, with t = T (1 - (k + 1) / S): the last step takes the likeliest ids.
 
-    The others are as of ``GuidanceOptions``; of the logits. A step is a forward pass.
+    The others are those of ``GuidanceOptions``; of the logits. A step is a forward pass.
 
     Raises:
         ValueError: a value out of its range or not finite.

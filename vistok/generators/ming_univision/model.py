@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,11 @@ from torch.nn import functional as F
 
 from vistok.checkpoints import load_strictly
 from vistok.checkpoints.official_config import OfficialConfig
-from vistok.data.streams import KINDS, Streams
+from vistok.data.streams import Streams
 from vistok.draws import Draws, Keys
 from vistok.generators.base import weighted_mean
-from vistok.generators.engine.continuous import ContinuousGenerator
 from vistok.generators.ming_univision import official
-from vistok.generators.ming_univision.context import ALWAYS, IMAGE, TEXT, Context, Prompt, attention_mask
+from vistok.generators.ming_univision.context import Context
 from vistok.generators.ming_univision.language_model import LanguageModel
 from vistok.generators.ming_univision.networks import (
     EPS,
@@ -36,8 +35,9 @@ from vistok.generators.ming_univision.networks import (
     end_losses,
     projection,
 )
-from vistok.generators.ming_univision.reading import Reading, StreamReader, expanded
+from vistok.generators.ming_univision.reading import StreamReader
 from vistok.generators.ming_univision.sampling import MingOptions, MingSession, noise_of, write_text
+from vistok.generators.ming_univision.understanding import Understanding
 from vistok.guidance import OFF
 from vistok.types import (
     Clock,
@@ -51,12 +51,11 @@ from vistok.types import (
     as_dataclass,
 )
 
-IMAGE_KIND = KINDS.index("image")
 OWN_STEPS = 8
 """Of the head, for latents that the model draws itself in training."""
 
 
-class MingUniVision(ContinuousGenerator):
+class MingUniVision(Understanding):
     """Text to image, image and text to image, image to text.
 
     A context is: the human's role, an image that came before, the human's text, the model's role, and the image that
@@ -86,9 +85,6 @@ class MingUniVision(ContinuousGenerator):
         ValueError: discrete tokens, a mark or a role that is no id, marks with the same one, or a value out of range.
     """
 
-    human: Tensor
-    assistant: Tensor
-    projection: nn.Module
     to_condition: nn.Module
 
     registry_name = "ming_univision"
@@ -226,128 +222,6 @@ class MingUniVision(ContinuousGenerator):
     def tokenizer_arguments(cls, tokenizer: Expands) -> dict[str, Any]:
         return dict(tokenizer.latent_statistics or {})
 
-    def check_tokenizer(self, tokenizer: Expands | None) -> None:
-        super().check_tokenizer(tokenizer)
-        others = (tokenizer.latent_statistics if tokenizer is not None else None) or {}
-        for name, own in self.latent_statistics.items():
-            if own is not None and name in others and not math.isclose(own, others[name], rel_tol=1e-4, abs_tol=1e-6):
-                raise ValueError(
-                    f"the latents of this tokenizer are standardised with {name} {others[name]:.6g}, and this model "
-                    f"learned latents with {own:.6g}: it was trained with another tokenizer, which you may load instead"
-                )
-
-    def needed_tokenizer(self, tokenizer: Expands | None) -> Expands:
-        # In training it is called for every batch, and reading statistics waits for the device.
-        super().check_tokenizer(tokenizer)
-        return cast(Expands, tokenizer)
-
-    # -----------------------------------------------------------------------------------------------------------------
-    # Reading
-
-    def embed_features(self, features: Tensor) -> Tensor:
-        """Semantic features (B, N, E) as the language model reads them, (B, N, D).
-
-        Raises:
-            ValueError: features of another width.
-        """
-        if features.shape[-1] != self.feature_dim:
-            raise ValueError(
-                f"this model reads features of {self.feature_dim} channels, the tokenizer makes {features.shape[-1]}; "
-                "build it with feature_dim of the tokenizer that it is to have"
-            )
-        return self.projection(features)
-
-    def embed_ids(self, ids: Tensor, features: Tensor | None = None) -> Prompt:
-        """Ids (B, n) of the language model as a prompt in which nothing is hidden from any row.
-
-        Args:
-            features: (B, N, E) or None; they take the places of the patch marks, in their order.
-
-        Raises:
-            ValueError: ids that the model does not have, or another number of marks than features.
-        """
-        self.check_ids(ids)
-        embeddings, images = self.embedding(ids), ids == self.image_patch
-        count = 0 if features is None else features.shape[0] * features.shape[1]
-        if int(images.sum()) != count:
-            raise ValueError(f"the ids have {int(images.sum())} patch marks for {count} features of images")
-        if features is not None:
-            embedded = self.embed_features(features)
-            embeddings = embeddings.masked_scatter(images[..., None], embedded.to(embeddings))
-        everywhere = torch.ones_like(images)
-        return Prompt(embeddings, everywhere, torch.zeros_like(ids), images)
-
-    def check_ids(self, ids: Tensor) -> None:
-        """Raise ValueError unless these are ids (B, n) of the language model."""
-        if ids.ndim != 2 or ids.is_floating_point():
-            raise ValueError(f"ids must be (B, n) integers, got shape {tuple(ids.shape)} of {ids.dtype}")
-        size = self.embedding.num_embeddings
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
-            wrong = ids[(ids < 0) | (ids >= size)][0]
-            raise ValueError(f"id {int(wrong)} is not in the vocabulary of {size} of this model")
-
-    def prompt(self, condition: Condition, tokenizer: Expands | None) -> Prompt:
-        """The prompt of a condition, padding inside it hidden."""
-        rows, device = len(condition), self.output.weight.device
-        parts = [self._fixed(self.human, rows, device)]
-        if (given := condition.part("given")) is not None:
-            expander, latents = self.needed_tokenizer(tokenizer).expander(), given.values.to(self.output.weight.dtype)
-            features = self.embed_features(expanded(expander, latents, given.mask))
-            valid = given.valid() & ~given.dropped[:, None]
-            ends = valid.any(1, keepdim=True)
-            for x, where, is_image in (
-                (self._mark(self.image_start, rows), ends, False),
-                (features, valid, True),
-                (self._mark(self.image_end, rows), ends, False),
-            ):
-                kinds = torch.full(where.shape, IMAGE, device=device)
-                parts.append(Prompt(x, where, kinds, torch.full_like(where, is_image)))
-        if self.classes is not None and (label := condition.part("labels")) is not None:
-            valid = ~label.dropped[:, None]
-            embeddings = self.classes(label.values.where(valid[:, 0], 0))[:, None]
-            parts.append(
-                Prompt(embeddings, valid, torch.full(valid.shape, TEXT, device=device), torch.zeros_like(valid))
-            )
-        if (text := condition.part("ids")) is not None:
-            valid = text.valid() & ~text.dropped[:, None]
-            embeddings = self.embedding(text.values.where(valid, 0))
-            parts.append(
-                Prompt(embeddings, valid, torch.full(valid.shape, TEXT, device=device), torch.zeros_like(valid))
-            )
-        return Prompt.cat([*parts, self._fixed(self.assistant, rows, device)])
-
-    def _mark(self, mark: int, rows: int) -> Tensor:
-        return self.embedding.weight[mark].expand(rows, 1, -1)
-
-    def _fixed(self, ids: Tensor, rows: int, device: torch.device) -> Prompt:
-        """Ids (n,) that all rows have, and always see."""
-        embeddings = self.embedding(ids).expand(rows, -1, -1)
-        shape = (rows, len(ids))
-        valid = torch.ones(shape, dtype=torch.bool, device=device)
-        return Prompt(embeddings, valid, torch.full(shape, ALWAYS, device=device), torch.zeros_like(valid))
-
-    def logits(self, prompt: Prompt) -> Tensor:
-        """Logits (B, n, V) of the word behind each entry of a prompt, all in one pass."""
-        positions = (prompt.valid.cumsum(1) - 1).clamp_min(0)
-        hidden = self.backbone(prompt.embeddings, positions, attention_mask(prompt.valid, 0), images=prompt.images)
-        return self.output(hidden).float()
-
-    @torch.no_grad()
-    def describe(self, condition: Condition, max_tokens: int, *, tokenizer: Expands | None) -> Tensor:
-        """Answer in text: ids (B, n), n <= max_tokens, the likeliest each time, filled up with the end mark.
-
-        Args:
-            condition: an image (``given``), a question (``ids``), or both.
-        """
-        self.check_condition(condition)
-        if not condition.parts:
-            raise ValueError("there is nothing to describe: the condition has neither an image nor a text")
-        prompt = self.prompt(condition.to(self.output.weight.device), tokenizer).trimmed()
-        count = prompt.embeddings.shape[1]
-        context = Context(self, len(condition), count + max_tokens)
-        hidden = context.read(prompt.embeddings, prompt.valid, prompt.kinds, prompt.images)
-        return write_text(self, context, hidden[:, -1], max_tokens)[0]
-
     # -----------------------------------------------------------------------------------------------------------------
     # Training
 
@@ -393,13 +267,6 @@ class MingUniVision(ContinuousGenerator):
         loss = terms["flow"] + self.end_weight * terms["image_end"]
         return GeneratorOutput(loss, flow, {name: term.detach() for name, term in terms.items()})
 
-    def _hidden(self, tokens: Tensor, condition: Condition, draws: Draws, tokenizer: Expands) -> Tensor:
-        """``_image_states`` of latents (B, N, C) that are read."""
-        with torch.no_grad():
-            features = tokenizer.expander().expand(tokens)
-        prompt = self.prompt(condition, tokenizer)
-        return self._image_states(prompt, self.embed_features(features), draws.get("drop"))
-
     def own_draws(self, keys: Keys) -> Draws:
         """ "own" (B, L, C) normal."""
         return {"own": keys.normal("objective own", *self.context_shape)}
@@ -416,60 +283,6 @@ class MingUniVision(ContinuousGenerator):
         hidden = self._hidden(tokens, condition, draws, self.needed_tokenizer(tokenizer))
         z, noise = self.to_condition(hidden[:, :-1]).flatten(0, 1), draws["own"].flatten(0, 1)
         return self.flow_head.sample(z, noise, OFF, num_steps=OWN_STEPS).view_as(tokens)
-
-    def _image_states(self, prompt: Prompt, image: Tensor, drop: Tensor | None) -> Tensor:
-        """Hidden states (B, N + 1, D) of the start mark and of the image (B, N, D) behind a prompt.
-
-        Args:
-            drop: (B,) uniform numbers that say which rows do without their text, or without text and image.
-        """
-        rows, start = prompt.valid.shape
-        own = torch.cat([self._mark(self.image_start, rows), image], 1)
-        new = prompt.valid.new_ones(own.shape[:2])
-        x, valid = torch.cat([prompt.embeddings, own], 1), torch.cat([prompt.valid, new], 1)
-        kinds = torch.cat([prompt.kinds, torch.full_like(new, ALWAYS, dtype=torch.int64)], 1)
-        response = torch.cat([torch.zeros_like(prompt.valid), new], 1)
-        images = torch.cat([prompt.images, torch.zeros_like(new)], 1)
-        return self._states(x, valid, kinds, response, images, drop)[:, start:]
-
-    def _states(
-        self, x: Tensor, valid: Tensor, kinds: Tensor, response: Tensor, images: Tensor, drop: Tensor | None
-    ) -> Tensor:
-        """Hidden states (B, n, D) of entries, of which a response does without what ``drop`` leaves out."""
-        left = valid
-        if drop is not None:
-            for kind, share in ((TEXT, 1.0), (IMAGE, 0.5)):
-                dropped = (drop < share * self.condition_dropout)[:, None]
-                left = left & ~(dropped & (kinds == kind))
-        # What comes before is read as a whole, as in sampling; the response does without, and closes the gap.
-        mask = attention_mask(valid, 0).where(~response[:, None, :, None], attention_mask(left, 0))
-        positions = torch.where(response, left.cumsum(1), valid.cumsum(1)) - 1
-        return self.backbone(x, positions.clamp_min(0), mask, images=images)
-
-    def read_streams(self, streams: Streams, tokenizer: Expands, drop: Tensor | None) -> tuple[Reading, Tensor, Tensor]:
-        """The entries of streams, the latents (M, C) of all their images, and the hidden states (B, n, D).
-
-        Args:
-            drop: as of ``_image_states``.
-
-        Raises:
-            ValueError: images of another number of latents, or of other ones.
-        """
-        reading, length = self.reader(streams), self.spec.length
-        if streams.latents is None:
-            raise ValueError("these streams have images as ids; this model reads latents")
-        latents = streams.latents[(streams.kinds == IMAGE_KIND) & streams.mask]
-        if len(latents) % length:
-            raise ValueError(f"the images of streams have {length} latents each for this model; these have others")
-        with torch.no_grad():
-            features = tokenizer.expander().expand(self.spec.check_latents(latents.unflatten(0, (-1, length))))
-        x, embedded = self.embedding(reading.ids), self.embed_features(features).flatten(0, 1)
-        x = x.masked_scatter(reading.images[..., None], embedded.to(x))
-        return (
-            reading,
-            latents,
-            self._states(x, reading.valid, reading.kinds, reading.response, reading.inputs, drop),
-        )
 
     def _stream_losses(
         self, streams: Streams, draws: Draws, weights: Tensor | None, tokenizer: Expands
@@ -526,6 +339,22 @@ class MingUniVision(ContinuousGenerator):
         text, given = self.text.length if self.text else 1, self.given.length + 2 if self.given else 0
         length = len(self.human) + given + text + len(self.assistant) + self.spec.length + 2
         return MingSession(self, rows, options or MingOptions(), tokenizer, length=length)
+
+    @torch.no_grad()
+    def describe(self, condition: Condition, max_tokens: int, *, tokenizer: Expands | None) -> Tensor:
+        """Answer in text: ids (B, n), n <= max_tokens, the likeliest each time, filled up with the end mark.
+
+        Args:
+            condition: an image (``given``), a question (``ids``), or both.
+        """
+        self.check_condition(condition)
+        if not condition.parts:
+            raise ValueError("there is nothing to describe: the condition has neither an image nor a text")
+        prompt = self.prompt(condition.to(self.output.weight.device), tokenizer).trimmed()
+        count = prompt.embeddings.shape[1]
+        context = Context(self, len(condition), count + max_tokens)
+        hidden = context.read(prompt.embeddings, prompt.valid, prompt.kinds, prompt.images)
+        return write_text(self, context, hidden[:, -1], max_tokens)[0]
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -178,7 +178,7 @@ class MingSession:
         """Read another turn of the human, and begin another image.
 
         Args:
-            noise: as of ``begin_image``.
+            noise: as in ``begin_image``.
         """
         self.ask(condition)
         self.begin_image(self.options.guidance(has_image=self.has_image), noise)

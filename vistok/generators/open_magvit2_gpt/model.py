@@ -48,7 +48,7 @@ class OpenMAGVIT2GPT(Llama):
         multiple_of: the feed-forward width, 8/3 of dim, is rounded up to a multiple of this.
         condition_dropout: share of training samples whose class is dropped, for guidance; with 0 there is no null
             class, and guidance is refused.
-        token_drop, attn_drop, proj_drop, ffn_drop: as of ``Llama``.
+        token_drop, attn_drop, proj_drop, ffn_drop: as in ``Llama``.
         rope_base, norm_eps: base of the rotary frequencies, eps of the RMS norms.
         positions: "rope2d" for tokens on a raster, as released; "rope1d" for others.
 

@@ -81,7 +81,7 @@ def sample_larger(
         keys: of the samples.
 
     Raises:
-        ValueError: as of ``enlarged``, and group sizes, which are of one size alone.
+        ValueError: as in ``enlarged``, and group sizes, which are of one size alone.
     """
     options = options or model.options_type()
     if options.group_sizes is not None:

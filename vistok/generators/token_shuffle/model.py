@@ -119,7 +119,7 @@ class TokenShuffle(AutoregressiveGenerator):
         writes: whether it learns from streams of texts and images, and writes texts, too: a joint model, whose alphabet
             has the marks of streams. Its windows hold one token, and its texts are ids.
         z_loss: weight of the mean of squared log-partition functions, which keeps logits small.
-        token_drop, attn_drop, proj_drop, ffn_drop: as of ``Llama``.
+        token_drop, attn_drop, proj_drop, ffn_drop: as in ``Llama``.
         rope_base: base of the rotary frequencies, over positions of the transformer.
         norm_eps: eps of the RMS norms.
 

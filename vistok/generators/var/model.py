@@ -48,7 +48,7 @@ class VAROptions(DecodingOptions):
         more_smooth: mix the codes of each place by their probabilities, with noise that falls from scale to scale,
             instead of drawing one: smoother pictures, whose tokens are code vectors (B, L, D).
 
-    The others are as of ``DecodingOptions``.
+    The others are those of ``DecodingOptions``.
     """
 
     more_smooth: bool = False
@@ -83,7 +83,7 @@ class VAR(AutoregressiveGenerator):
             there). It needs a tokenizer with the quantizer multi_scale_bsq, and a cache of its latents.
 
     Raises:
-        ValueError: a spec without ids or scales, scales to begin with that there are not, negative steps, or a share
+        ValueError: a spec without ids or scales, a first scale that it does not have, negative steps, or a share
             outside [0, 1].
     """
 

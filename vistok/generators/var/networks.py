@@ -41,7 +41,7 @@ class QVBiasAttention(Attention):
     """Attention whose queries and values have biases, and its keys none.
 
     Args:
-        dim, num_heads, attn_drop, proj_drop: as of ``Attention``.
+        dim, num_heads, attn_drop, proj_drop: as in ``Attention``.
         l2_norm: compare queries and keys by their angle, times a learned scale for each head. Otherwise logits are
             0.25 / sqrt(head dim) times the products.
     """

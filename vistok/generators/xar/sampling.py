@@ -48,7 +48,7 @@ class XAROptions(GuidanceOptions):
             that is one entity has the whole scale.
         context_noise: the noise level, in [0, 1), at which finished entities are shown to later ones.
 
-    The others are as of ``GuidanceOptions``; of the velocity. A step is an entity.
+    The others are those of ``GuidanceOptions``; of the velocity. A step is an entity.
 
     Raises:
         ValueError: a value out of its range, or fewer steps than the solver needs.

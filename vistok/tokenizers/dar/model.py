@@ -385,7 +385,7 @@ class Trajectory:
     Args:
         model: the tokenizer.
         batch_size: number of images.
-        num_steps, solver, draws: as of ``DAR.decode``.
+        num_steps, solver, draws: as in ``DAR.decode``.
     """
 
     def __init__(

@@ -94,7 +94,7 @@ class Decoder(nn.Module):
             ``latent_position_base``) or learned.
         positions: whether the patch queries are fixed or learned position tables.
         typed: which of "latents" and "patch_queries" get a learned vector of their own.
-        config, grid, patch, num_tokens, norm_eps: as of the encoder.
+        config, grid, patch, num_tokens, norm_eps: as in the encoder.
         out_channels: of the clip.
     """
 

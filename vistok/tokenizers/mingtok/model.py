@@ -169,7 +169,7 @@ class MingTok(Tokenizer):
         return self.paint(self.semantic_features(tokens), grid)
 
     def paint(self, semantic: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Semantic features (B, N, D) to pixels (B, C, H, W), not clamped; ``grid`` as of ``decode``."""
+        """Semantic features (B, N, D) to pixels (B, C, H, W), not clamped; ``grid`` as in ``decode``."""
         return self.pixel_decoder(semantic, self._grid_of(semantic.shape[1], grid))
 
     def _grid_of(self, count: int, grid: tuple[int, int] | None) -> tuple[int, int]:

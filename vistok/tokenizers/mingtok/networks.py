@@ -28,7 +28,7 @@ class StageConfig:
         dim: width.
         num_layers: blocks.
         num_heads: attention heads.
-        feed_forward: as of ``ViTBlock``.
+        feed_forward: as in ``ViTBlock``.
     """
 
     dim: int

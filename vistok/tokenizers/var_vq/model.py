@@ -149,7 +149,7 @@ class VARVQ(Tokenizer):
         return self.decode_map(self.quantizer.decode(tokens))
 
     def decode_scales(self, tokens: Tensor) -> Tensor:
-        """The images (S, B, C, H, W) of the first scale, of the first two, and so on, of tokens as of ``decode``."""
+        """The images (S, B, C, H, W) of the first scale, of the first two, and so on, of tokens as in ``decode``."""
         self._check_tokens(tokens)
         return torch.stack([self.decode_map(so_far) for so_far in self.quantizer.maps(tokens)])
 

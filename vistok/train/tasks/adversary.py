@@ -41,7 +41,7 @@ GameName = Literal["vanilla", "non_saturating", "non_saturating_mean", "hinge", 
 
 
 def _discriminator_keys(section: Mapping[str, Any]) -> dict[str, Any]:
-    """The types of the keys of a ``discriminator`` section; a name that is none is told later."""
+    """The types of the keys of a ``discriminator`` section; an unknown name is reported later."""
     kind = DISCRIMINATORS.get(section.get("name", "patchgan"))
     return {"name": str, **({} if kind is None else annotations_of(kind))}
 

@@ -27,7 +27,7 @@ class Cautious:
     """The decoding; its settings are in ``DecodingOptions``."""
 
     def draws(self, keys: Keys, length: int, options: DecodingOptions) -> Draws:
-        """Uniform numbers: "ids" (B, L) of the first continuation, as of plain sampling, and "trials"
+        """Uniform numbers: "ids" (B, L) of the first continuation, as in plain sampling, and "trials"
         (B, L, trials - 1) of the others."""
         return {"ids": keys.uniform("ids", length), "trials": keys.uniform("trials", length, options.trials - 1)}
 
