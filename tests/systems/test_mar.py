@@ -171,7 +171,7 @@ def test_each_row_has_its_own_region():
     again = model.edit(images, more, LABELS, options(), draws=draw(model))
     assert torch.equal(again[~more], images[~more])
     torch.testing.assert_close(again[[0, 2]], edited[[0, 2]], atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match=r"regenerate \(16,\) or \(B, 16\), got \(3, 16\) and \(4,\)"):
+    with pytest.raises(ValueError, match=r"regenerate \(16,\) or \(B, 16\), got \(3, 16, 3\) and \(4,\)"):
         model.edit(images, regenerate[0, :4], LABELS)
 
 

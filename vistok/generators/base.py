@@ -263,9 +263,10 @@ class Generator(Model):
         (self.spec.check_ids if self.spec.discrete else self.spec.check_latents)(tokens)
         rows, length = tokens.shape[:2]
         if length != self.spec.length or regenerate.shape not in ((length,), (rows, length)):
+            whole = f"(B, {self.spec.length})" if self.spec.discrete else f"(B, {self.spec.length}, D)"
             raise ValueError(
-                f"tokens must be (B, {self.spec.length}) and regenerate ({self.spec.length},) or (B, "
-                f"{self.spec.length}), got {(rows, length)} and {tuple(regenerate.shape)}"
+                f"tokens must be {whole} and regenerate ({self.spec.length},) or (B, {self.spec.length}), got "
+                f"{tuple(tokens.shape)} and {tuple(regenerate.shape)}"
             )
         if regenerate.dtype != torch.bool:
             raise ValueError(f"regenerate must be bool, True where tokens are generated; got {regenerate.dtype}")
