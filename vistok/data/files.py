@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import tokenize
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
@@ -25,6 +26,17 @@ SAMPLES = ("samples.json", "grid.png", "samples.npz", "unfinished.json")
 """What `vistok sample` puts beside samples: the first says that the others are there, and are not samples."""
 UNPACKING_ERRORS = (zipfile.BadZipFile, zlib.error, LZMAError, EOFError)
 """What reading a damaged entry of an archive raises, besides OSError."""
+NPY_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    TypeError,
+    LookupError,
+    MemoryError,
+    tokenize.TokenError,
+    *UNPACKING_ERRORS,
+)
+"""What NumPy raises of a damaged .npy or .npz file, whose headers it parses like Python."""
 HELD_IN_MEMORY = 64 << 20
 """Bytes of an archive's member that are unpacked at once; a larger one is unpacked while it is read."""
 

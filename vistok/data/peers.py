@@ -11,8 +11,8 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from vistok.checkpoints import registry
+from vistok.data.files import NPY_ERRORS
 from vistok.data.tar import UNCONDITIONAL, check_class
-from vistok.utils.files import NPY_ERRORS
 
 
 class PeerSample(NamedTuple):

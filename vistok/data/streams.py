@@ -24,6 +24,7 @@ MARKS = JointVocabulary(0, 1).specials
 PARTS = ("ids", "given")
 KINDS: tuple[TokenKind, ...] = ("text", "image", "special")
 """What the numbers of ``Streams.kinds`` mean."""
+TEXT_KIND, IMAGE_KIND = KINDS.index("text"), KINDS.index("image")
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,13 @@ import torch
 from torch import Tensor
 
 from vistok.config import check
+from vistok.data.files import NPY_ERRORS
 from vistok.data.loader import Failures, Loader
 from vistok.data.order import SequentialOrder, ShuffledOrder
 from vistok.data.ragged import RaggedShard
 from vistok.draws import Keys
 from vistok.types import Condition, ConditionSpec, FeatureSpec, TokenSpec
-from vistok.utils.files import NPY_ERRORS, read_json
+from vistok.utils.files import read_json
 
 FORMAT = "vistok-tokens-1"
 Content = Literal["tokens", "moments", "latents"]

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from vistok.data.decoding import DECODING_ERRORS, Decoder, Header, Reading
-from vistok.data.files import open_tree, printable
+from vistok.data.files import NPY_ERRORS, open_tree, printable
 from vistok.data.folders import divided_at
 from vistok.data.formats import extension, image_extensions, is_image, is_lossy
 from vistok.data.imagefiles import ImageFiles, LeftOut, TreeFiles
 from vistok.data.pictures import to_uint8
 from vistok.data.shards import ShardFiles, shard_paths
 from vistok.data.transforms import center_crop_adm
-from vistok.utils.files import NPY_ERRORS, cache_folder
+from vistok.utils.files import cache_folder
 
 RUN_MARKERS = (("metrics.jsonl",), ("config.yaml", "environment.json"))
 """Files of which a run has all of one line; people keep a config.yaml beside their photos, too."""

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from vistok.data.decoding import DECODING_ERRORS, Reading
+from vistok.data.files import NPY_ERRORS
 from vistok.eval.features import extract_features
 from vistok.eval.images import ImageSet, NpzImages, open_images
 from vistok.eval.metrics import Gaussian, check_symmetric, is_positive
 from vistok.eval.networks import FeatureNetwork
-from vistok.utils.files import NPY_ERRORS, atomic_file
+from vistok.utils.files import atomic_file
 from vistok.utils.processes import ALONE, Processes
 
 MOMENT_KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}

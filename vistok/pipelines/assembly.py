@@ -44,10 +44,11 @@ def pipeline(
     source = local(source)
     if generator is not None:
         return assemble(source, generator).to(choose_device(device), choose_dtype(dtype))
-    official = _official(source)
-    tokenizer = (
-        home_of(source) if (Path(source) / STATE).is_file() else None if official is None else official.tokenizer
-    )
+    if (Path(source) / STATE).is_file():
+        tokenizer: str | Path | None = home_of(source)
+    else:
+        official = _official(source)
+        tokenizer = None if official is None else official.tokenizer
     if tokenizer is None:
         return Pipeline.from_pretrained(source, device=device, dtype=dtype)
     return assemble(tokenizer, source).to(choose_device(device), choose_dtype(dtype))

@@ -9,28 +9,12 @@ import os
 import shutil
 import sys
 import tempfile
-import tokenize
-import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 PARTIAL, RETIRED, INNER = ".partial", ".old", "old"
-NPY_ERRORS = (
-    OSError,
-    ValueError,
-    EOFError,
-    SyntaxError,
-    tokenize.TokenError,
-    MemoryError,
-    LookupError,
-    TypeError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
-"""What NumPy raises of a damaged .npy or .npz file, whose headers it parses like Python."""
 
 
 @contextmanager

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.checkpoints import load_strictly
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.data.streams import Streams
 from vistok.draws import Draws, Keys
@@ -260,10 +259,7 @@ class MingUniVision(Understanding):
         ).unflatten(0, tokens.shape[:2])
         end = end_losses(self.output(hidden[:, -1]), self.image_end)
         per_sample = {"flow": flow.mean(1), "image_end": end}
-        terms = {
-            name: values.mean() if weights is None else weighted_mean(values, weights)
-            for name, values in per_sample.items()
-        }
+        terms = {name: weighted_mean(values, weights) for name, values in per_sample.items()}
         loss = terms["flow"] + self.end_weight * terms["image_end"]
         return GeneratorOutput(loss, flow, {name: term.detach() for name, term in terms.items()})
 
@@ -365,9 +361,7 @@ class MingUniVision(Understanding):
         given = OfficialConfig(config, official.WITHOUT_EFFECT)
         arguments = official.arguments(given)
         given.finish()
-        model = cls(**arguments)
-        load_strictly(model, official.our_names(state_dict, arguments["backbone"]), source="the official state dict")
-        return model
+        return cls(**arguments).with_official_weights(official.our_names(state_dict, arguments["backbone"]))
 
 
 def _mean_of(losses: Tensor, rows: Tensor, weights: Tensor | None) -> Tensor:

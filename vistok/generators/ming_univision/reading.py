@@ -13,11 +13,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
-from vistok.data.streams import KINDS, Streams
+from vistok.data.streams import IMAGE_KIND, TEXT_KIND, Streams
 from vistok.generators.ming_univision.context import ALWAYS, IMAGE, TEXT
 from vistok.types import Expander, JointVocabulary
-
-TEXT_ID, IMAGE_ID = KINDS.index("text"), KINDS.index("image")
 
 
 def expanded(expander: Expander, latents: Tensor, valid: Tensor | None) -> Tensor:
@@ -86,8 +84,8 @@ class StreamReader(nn.Module):
         vocabulary = self.vocabulary
         if streams.latents is None:
             raise ValueError("these streams have images as ids; this model reads latents")
-        ids, images = streams.ids, (streams.kinds == IMAGE_ID) & streams.mask
-        if bool((((ids < vocabulary.text_size) != (streams.kinds == TEXT_ID)) & streams.mask).any()):
+        ids, images = streams.ids, (streams.kinds == IMAGE_KIND) & streams.mask
+        if bool((((ids < vocabulary.text_size) != (streams.kinds == TEXT_KIND)) & streams.mask).any()):
             raise ValueError(
                 f"these streams are of another vocabulary: this model's has texts of {vocabulary.text_size} ids"
             )
@@ -99,7 +97,7 @@ class StreamReader(nn.Module):
         is_last = (start == start[:, -1:]) & (start > 0)
         response = is_last & (is_last & images & streams.in_loss).any(1, keepdim=True)
         shown = ~response & (images | starts | (ends & asked))
-        wish = ~response & asked & (turn == turn[:, -1:]) & (streams.kinds == TEXT_ID) & streams.mask
+        wish = ~response & asked & (turn == turn[:, -1:]) & (streams.kinds == TEXT_KIND) & streams.mask
         kinds = torch.where(shown, IMAGE, torch.where(wish, TEXT, ALWAYS))
         row = (ids - vocabulary.text_size).clamp_min(0)
         own = torch.where((ids < vocabulary.text_size)[..., None], ids[..., None], self._own[row])  # (B, N, R)

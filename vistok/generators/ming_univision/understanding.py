@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from vistok.data.streams import KINDS, Streams
+from vistok.data.streams import IMAGE_KIND, Streams
 from vistok.draws import Draws
 from vistok.generators.engine.continuous import ContinuousGenerator
 from vistok.generators.ming_univision.context import ALWAYS, IMAGE, TEXT, Prompt, attention_mask
@@ -16,8 +16,6 @@ from vistok.generators.ming_univision.language_model import LanguageModel
 from vistok.generators.ming_univision.networks import Backbone
 from vistok.generators.ming_univision.reading import Reading, StreamReader, expanded
 from vistok.types import Condition, Expands
-
-IMAGE_KIND = KINDS.index("image")
 
 
 class Understanding(ContinuousGenerator):

@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vistok.data.streams import KINDS, Streams
+from vistok.data.streams import IMAGE_KIND, KINDS, TEXT_KIND, Streams
 from vistok.generators.base import weighted_mean
 from vistok.generators.engine.cache import KVCache, Layers
 from vistok.nn.attention import Mask
 from vistok.nn.rotary import Positions
 from vistok.types import Condition, GeneratorOutput, IdSpec, JointVocabulary, TokenSpec
-
-TEXT, IMAGE = KINDS.index("text"), KINDS.index("image")
 
 
 class JointModel(Protocol):
@@ -60,7 +58,7 @@ def stream_losses(model: JointModel, streams: Streams, drop: Tensor | None, weig
     learned = streams.in_loss & valid & (places > 0)
     rows, found = learned.nonzero(as_tuple=True)
     logits, ids = model.head(hidden[rows, before[rows, found - 1]]), streams.ids[rows, found]
-    losses, images = F.cross_entropy(logits, ids, reduction="none"), streams.kinds[rows, found] == IMAGE
+    losses, images = F.cross_entropy(logits, ids, reduction="none"), streams.kinds[rows, found] == IMAGE_KIND
     counted = torch.ones_like(losses) if weights is None else weights[rows]
     image, text = (weighted_mean(losses, counted * kind) for kind in (images, ~images))
     right = (logits.detach().argmax(-1) == ids).float()
@@ -93,7 +91,7 @@ def check(model: JointModel, streams: Streams) -> None:
 
 def left_out(streams: Streams, drop: Tensor | None, share: float) -> Tensor:
     """(B, N) bool: the texts that rows, where ``drop`` (B,) says so, draw their image without."""
-    text, drawn = (streams.kinds == TEXT) & ~streams.in_loss, (streams.kinds == IMAGE) & streams.in_loss
+    text, drawn = (streams.kinds == TEXT_KIND) & ~streams.in_loss, (streams.kinds == IMAGE_KIND) & streams.in_loss
     if drop is None:
         return torch.zeros_like(text)
     return text & (drop < share)[:, None] & drawn.any(1, keepdim=True)
