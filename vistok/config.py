@@ -28,13 +28,12 @@ from vistok.signatures import (
     describe,
     dotted,
     mismatch,
-    nearest,
     section_type,
-    suggestion,
     with_todays_names,
 )
 from vistok.utils.files import atomic_file
 from vistok.utils.omega import calls_resolver, check_size, escape, escaped
+from vistok.utils.spelling import nearest, suggestion
 
 __all__ = [
     "NOTHING",

@@ -7,7 +7,6 @@ the value and what was allowed.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import logging
 import math
@@ -16,6 +15,8 @@ import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
+
+from vistok.utils.spelling import nearest, suggestion
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -145,19 +146,6 @@ def build(target: Callable[..., T], values: Mapping[str, Any], path: str) -> T:
         raise
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
-
-
-def nearest(name: str, allowed: Sequence[str]) -> str | None:
-    """Return the allowed name that ``name`` is most likely a misspelling of, or None."""
-    lowered = {candidate.lower(): candidate for candidate in allowed}
-    matches = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.6)
-    return lowered[matches[0]] if matches else None
-
-
-def suggestion(name: Any, allowed: Sequence[str]) -> str:
-    """What a message says of an unknown name: "; did you mean 'x'?", or nothing where no allowed one is near."""
-    near = nearest(name, allowed) if isinstance(name, str) else None
-    return f"; did you mean {near!r}?" if near else ""
 
 
 def describe(annotation: Any) -> str:
