@@ -143,7 +143,7 @@ def open_images(
 
 
 def _shards_of(pattern: Path) -> list[Path]:
-    """Of a path that does not exist: the shards, if it is a pattern of some."""
+    """The shards that a path which does not exist stands for, if it is a pattern of some."""
     if pattern.suffix == ".tar" and any(sign in str(pattern) for sign in "{*?["):
         try:
             return [Path(str(path)) for path in shard_paths(str(pattern))]

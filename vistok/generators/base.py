@@ -121,7 +121,7 @@ class Generator(Model):
         """The condition, dropped in the rows that the draws name."""
         return condition.drop(draws["drop"] < self.condition_dropout) if draws and "drop" in draws else condition
 
-    # What training may feed in place of the tokens (see ``vistok.train.tasks.prediction``): others for some of them.
+    # The context: what training feeds in place of the tokens, with some replaced (``vistok.train.tasks.prediction``).
 
     @property
     def takes_context(self) -> bool:
@@ -138,7 +138,7 @@ class Generator(Model):
         return tokens
 
     def replaced(self, uniforms: Tensor, share: float, draws: Draws) -> Tensor:
-        """Which places of the context others take, about ``share`` of them: (B, N) bool.
+        """Which tokens of the context are replaced, about ``share`` of them: (B, N) bool.
 
         Args:
             uniforms: (B, N), a number for each place.
@@ -273,7 +273,7 @@ class Generator(Model):
         return regenerate.expand(rows, -1)
 
     end: int | None = None
-    """Of a model that writes texts, the id that ends one."""
+    """The id that ends a text, of a model that writes texts."""
 
     def check_writes(self) -> None:
         """Raise ValueError if this generator writes no texts."""

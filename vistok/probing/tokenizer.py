@@ -27,7 +27,7 @@ from vistok.types import TokenSpec
 from vistok.utils.progress import track
 
 MOST_CHANNELS = 8192
-"""Of a token sequence that a linear probe reads place by place; longer ones are averaged over places."""
+"""The longest token sequence that a linear probe reads place by place; longer ones are averaged over places."""
 TIMED_SECONDS = 1.0
 TIMED_BATCH = 16
 
@@ -66,8 +66,8 @@ def reconstruction(
 
 
 def code_usage(cache: TokenCache) -> dict[str, float] | None:
-    """Of the tokens of all images: the share of codes in use, their perplexity, and the entropy of a token in bits, as
-    if tokens were independent. None of latents."""
+    """The share of codes in use among the tokens of all images, their perplexity, and the entropy of a token in bits,
+    as if tokens were independent. None of latents."""
     spec = TokenSpec(**cache.spec)
     if not spec.discrete:
         return None

@@ -92,7 +92,7 @@ class IndexedBuffer:
         return buffers
 
     def shift(self, x: Tensor) -> Tensor:
-        """As of ``LayerBuffer``; ``cut`` can take back a part of x."""
+        """See ``LayerBuffer.shift``; ``cut`` can take back a part of x."""
         if self._slots.ndim == 1:
             return self._layer.shift(x)
         self._recent = torch.cat([self._layer.shift_memory.to(x), x], 1)

@@ -78,7 +78,7 @@ class QueryOptions(DecodingOptions):
 
 
 class QuerySession(AutoregressiveSession):
-    """Cached sampling in groups: the cache keeps known tokens, and of queries what training has in their place."""
+    """Cached sampling in groups: the cache keeps the known tokens, and ``kept_queries`` queries of each step."""
 
     model: QueryGenerator
     options: QueryOptions

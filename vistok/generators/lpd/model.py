@@ -152,7 +152,7 @@ class LPD(QueryGenerator):
         return torch.cat([self._embed_known(ids, places), queries], 1)
 
     def entry_positions(self, known: Tensor | None, upcoming: Tensor) -> slice:
-        """Nothing: entries were told where they lie when they were embedded."""
+        """An empty slice: positions are part of the embeddings."""
         return slice(0)
 
     def step_mask(self, known: int, queries: int, start: int, device: torch.device) -> Tensor:

@@ -146,7 +146,7 @@ class MaskGIT(Generator):
         return GeneratorOutput(loss, logits, {"accuracy": right})
 
     def replaced(self, uniforms: Tensor, share: float, draws: Draws) -> Tensor:
-        """Of the tokens that are not masked."""
+        """Which of the tokens that are not masked are replaced: (B, L) bool."""
         return (uniforms < share) & ~draws["masked"]
 
     def own_draws(self, keys: Keys) -> Draws:
@@ -161,7 +161,7 @@ class MaskGIT(Generator):
         draws: Draws,
         tokenizer: Expands | None = None,
     ) -> Tensor:
-        """Masked like the others, and drawn from what is left, as in sampling."""
+        """Replaced tokens are masked like the others and drawn from what is left, as in sampling."""
         rows = self.class_rows(self.drop_condition(condition, draws))
         logits = self.predict(tokens.masked_fill(draws["masked"] | replaced, self.mask_id), rows)
         return drawn_ids(logits, draws["own"])

@@ -35,7 +35,7 @@ TOKENIZERS = {
     16384: "FoundationVision/LlamaGen/vq_ds16_c2i.pt",
     1024: "fun-research/TiTok/maskgit-vqgan-imagenet-f16-256.bin",
 }
-"""Whose tokens the released models are of, by their number of codes."""
+"""The tokenizers that the released models were trained with, by their number of codes."""
 RELEASED = {"0.3b_llamagen": ("L", 16384), "0.3b_maskgit": ("L", 1024), "0.7b_llamagen": ("XL", 16384)}
 OrderKind = Literal["random", "raster"]
 PlaceKind = Literal["rope2d", "rope1d"]

@@ -300,8 +300,8 @@ class DAR(Tokenizer):
     def prefix_decoder(
         self, draws: Draws | None = None, *, condition: Condition | None = None
     ) -> Callable[[Tensor], Tensor]:
-        """As of every tokenizer; here each call goes on where the last one stopped, so that the previews of a whole
-        image cost as many evaluations of the network as the image."""
+        """See ``Tokenizer.prefix_decoder``. Each call goes on where the last one stopped, so that the previews of a
+        whole image cost as many evaluations of the network as the image."""
         self.check_condition(condition)
         trajectory: Trajectory | None = None
         image: Tensor | None = None

@@ -128,7 +128,7 @@ class IBQ(ConvTokenizer):
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Of a training file the moving averages, as in the published scores."""
+        """The moving averages of a training file, which the published scores are of."""
         return first_stage(state)
 
 

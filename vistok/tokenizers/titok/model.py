@@ -110,7 +110,7 @@ class TiTok(Tokenizer):
     }
     native_range = (0.0, 1.0)
     truncated_normal: ClassVar[tuple[str, ...]] = ("encoder", "decoder", "head")
-    """The parts whose weights start so; the others start as torch has them."""
+    """The parts whose weights start from a truncated normal distribution; the others start as torch has them."""
     sizes = {
         "l32": _size(LARGE, LARGE, 32, TWO_STAGE),
         "b64": _size(BASE, BASE, 64, TWO_STAGE),
