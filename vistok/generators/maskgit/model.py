@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from vistok.checkpoints import OfficialCheckpoint
 from vistok.draws import Draws, Keys
-from vistok.generators.base import Generator, weighted_mean
+from vistok.generators.base import Generator, check_draws, weighted_mean
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator, drawn_ids
 from vistok.generators.maskgit import official
 from vistok.generators.maskgit.networks import NETWORKS
@@ -188,15 +188,9 @@ class MaskGIT(Generator):
         draws: Draws | None = None,
         tokenizer: Expands | None = None,
     ) -> MaskGITSession:
-        self.check_tokenizer(tokenizer)
         options = options or MaskGITOptions()
-        self.check_condition(condition)
-        if options.guidance.is_on:
-            self.check_condition(options.guidance.conditions(condition))
-        if draws is None and options.temperature > 0:
-            raise ValueError(
-                "sampling with a temperature above 0 needs draws: pass sampling_draws(Keys.range(seed, B), options)"
-            )
+        self.check_start(condition, options.guidance, tokenizer)
+        check_draws(draws, options.temperature)
         return MaskGITSession(self, condition, options, draws)
 
     def edit(

@@ -131,7 +131,6 @@ class RandAR(QueryGenerator):
                 num_heads,
                 rounded_hidden_dim(dim, multiple_of),
                 num_kv_heads=num_kv_heads,
-                qk_norm=False,
                 eps=norm_eps,
                 attn_drop=attn_drop,
                 proj_drop=proj_drop,

@@ -202,8 +202,6 @@ class TokenShuffle(AutoregressiveGenerator):
                 dim,
                 num_heads,
                 rounded_hidden_dim(dim, multiple_of),
-                num_kv_heads=None,
-                qk_norm=False,
                 eps=norm_eps,
                 attn_drop=attn_drop,
                 proj_drop=proj_drop,
