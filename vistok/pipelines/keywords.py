@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from vistok.config import ConfigError, nearest, with_todays_names
+from vistok.config import ConfigError, with_todays_names
+from vistok.utils.spelling import did_you_mean, nearest
 
 SYNONYMS = {
     "labels": "class_labels",
@@ -42,7 +43,7 @@ def check_keywords(call: Callable[..., Any], options_type: type, given: Mapping[
     own = [p.name for p in kinds if p.kind is not inspect.Parameter.VAR_KEYWORD and p.name != "self"]
     name, known = wrong[0], [*own, *options]
     guess = SYNONYMS.get(name) if SYNONYMS.get(name) in known else nearest(name, known)
-    hint = f"; did you mean {guess}?" if guess else "."
+    hint = did_you_mean(guess) if guess else did_you_mean()
     raise ConfigError(
         f"there is no keyword {name!r} here{hint} The call takes {', '.join(own)}; and as sampling options of this "
         f"generator {', '.join(options)}"
