@@ -31,7 +31,7 @@ from vistok.data.transforms import center_crop_adm
 from vistok.utils.files import cache_folder
 
 RUN_MARKERS = (("metrics.jsonl",), ("config.yaml", "environment.json"))
-"""Files of which a run has all of one line; people keep a config.yaml beside their photos, too."""
+"""A run folder has all files of one of these sets. A config.yaml alone is none: people keep one beside photos, too."""
 THREADS = 4  # decoding releases the interpreter lock
 
 

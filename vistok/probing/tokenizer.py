@@ -17,7 +17,7 @@ from vistok.data.loader import evaluation_loader
 from vistok.data.opening import open_source
 from vistok.data.tokens import TokenCache
 from vistok.eval.clips import evaluate_clip_tokenizer
-from vistok.eval.tokenizers import Conditions, evaluate_tokenizer
+from vistok.eval.tokenizers import BatchConditions, evaluate_tokenizer
 from vistok.probing.linear import linear_probe
 from vistok.probing.networks import clip_network, image_network, lpips
 from vistok.probing.settings import ProbeSettings
@@ -49,7 +49,7 @@ def bits(spec: TokenSpec) -> float | None:
 
 
 def reconstruction(
-    tokenizer: Tokenizer, data: DataConfig, settings: ProbeSettings, conditions: Conditions | None = None
+    tokenizer: Tokenizer, data: DataConfig, settings: ProbeSettings, conditions: BatchConditions | None = None
 ) -> dict[str, Any] | None:
     """What ``evaluate_tokenizer`` says of the held-out images or clips; None of a tokenizer that makes neither pixels
     nor embeddings. ``conditions`` are those of images."""

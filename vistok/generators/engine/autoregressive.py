@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vistok.draws import Draws, Keys, inverse_cdf
 from vistok.generators.base import Generator, check_draws, token_loss
-from vistok.generators.engine.cache import KVCache, Layers
+from vistok.generators.engine.cache import CachedLayers, KVCache
 from vistok.generators.engine.compiled import CompiledStep
 from vistok.generators.engine.decodings import DECODINGS
 from vistok.generators.engine.packed import DecodingCopies
@@ -102,7 +102,7 @@ class AutoregressiveGenerator(Generator):
 
     @abstractmethod
     def transform(
-        self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: Layers | None, *state: Tensor
+        self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: CachedLayers | None, *state: Tensor
     ) -> Tensor:
         """Logits' inputs: hidden states (R, e, D) of entries (R, e, D).
 

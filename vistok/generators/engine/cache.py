@@ -105,11 +105,11 @@ class IndexedBuffer:
             self._layer.shift_memory.copy_(self._recent.gather(1, index))
 
 
-Layer = LayerBuffer | IndexedBuffer
-Layers = Sequence[Layer]
+CachedLayer = LayerBuffer | IndexedBuffer
+CachedLayers = Sequence[CachedLayer]
 
 
-def of_layers(kv_cache: Layers | None, count: int) -> Sequence[Layer | None]:
+def of_layers(kv_cache: CachedLayers | None, count: int) -> Sequence[CachedLayer | None]:
     """The cache of each of ``count`` layers, None for each without a cache."""
     return kv_cache or [None] * count
 

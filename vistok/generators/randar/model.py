@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vistok.checkpoints import OfficialCheckpoint, rename
 from vistok.draws import Draws, Keys
 from vistok.generators.engine.autoregressive import OrderedEntries
-from vistok.generators.engine.cache import Layers, of_layers
+from vistok.generators.engine.cache import CachedLayers, of_layers
 from vistok.generators.engine.plan import in_order
 from vistok.generators.engine.queries import QueryGenerator
 from vistok.generators.llama import LlamaBlock, position_table
@@ -191,7 +191,7 @@ class RandAR(QueryGenerator):
         return None if start == 0 else torch.ones(stop, start + stop, dtype=torch.bool, device=device).tril(start)
 
     def transform(
-        self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: Layers | None, *state: Tensor
+        self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: CachedLayers | None, *state: Tensor
     ) -> Tensor:
         rotation = self.rotation(positions)
         for block, memory in zip(self.blocks, of_layers(kv_cache, len(self.blocks))):

@@ -20,7 +20,7 @@ from vistok.checkpoints import OfficialCheckpoint
 from vistok.draws import Draws, Keys
 from vistok.generators.base import weighted_mean
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
-from vistok.generators.engine.cache import Layers, of_layers
+from vistok.generators.engine.cache import CachedLayers, of_layers
 from vistok.generators.engine.plan import Plan
 from vistok.generators.engine.sampling import DecodingOptions
 from vistok.generators.engine.session import AutoregressiveSession
@@ -261,7 +261,7 @@ class VAR(AutoregressiveGenerator):
         return (self.scales[start:stop, None] >= self.scales[None, :stop])[None, None]
 
     def transform(
-        self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: Layers | None, *state: Tensor
+        self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: CachedLayers | None, *state: Tensor
     ) -> Tensor:
         (class_vector,), shared = state, self.shared_modulation
         condition = class_vector if shared is None else shared(class_vector)

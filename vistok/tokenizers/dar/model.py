@@ -224,7 +224,7 @@ class DAR(Tokenizer):
         self.check_condition(condition)
         return self.quantizer.encode(self.latents(pixels))
 
-    def condition(self, codes: Tensor) -> Tensor:
+    def embed_codes(self, codes: Tensor) -> Tensor:
         """Embed the first k codes (B, k, d) for the velocity network, (B, k, Dc); a token depends on no later one."""
         x = self.post_quant(codes) + self.token_positions.weight[: codes.shape[1]]
         for block in self.decoder:
@@ -351,7 +351,7 @@ class DAR(Tokenizer):
         quantized = self.quantizer(latents)
         start = self.group_start(draws["time"])
         positions = torch.arange(self.group_size, device=pixels.device) + start[:, None]  # (B, Q)
-        embedded = self.condition(quantized.quantized)
+        embedded = self.embed_codes(quantized.quantized)
         tokens = embedded.gather(1, positions[..., None].expand(-1, -1, embedded.shape[2]))
         t = shift_time(draws["time"], self.time_shift)
         data, noise = self.data_std * (pixels if target is None else target), draws["noise"]
@@ -404,7 +404,7 @@ class Trajectory:
         noise = (draws or model.decoding_draws(Keys.range(0, batch_size)))["noise"]
         noise = noise.to(model.last_layer.device, torch.float32)
         self._states = SOLVERS[solver or model.solver](self._velocity, noise, times)
-        self._condition = noise.new_empty(0)  # of the tokens so far
+        self._embedded = noise.new_empty(0)  # of the tokens so far
 
     def advance(self, tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Take all steps that the ids (B, k) allow; they begin with those of earlier calls.
@@ -412,7 +412,7 @@ class Trajectory:
         Yields:
             after each step, how many ids it needs, and pixels (B, C, H, W): the straight line from there to the data.
         """
-        self._condition = self.model.condition(self.model.quantizer.ids_to_latents(tokens))
+        self._embedded = self.model.embed_codes(self.model.quantizer.ids_to_latents(tokens))
         while self.taken < len(self.needed) and self.needed[self.taken] <= tokens.shape[1]:
             state = next(self._states)
             self.taken += 1
@@ -421,7 +421,7 @@ class Trajectory:
 
     def _velocity(self, x: Tensor, t: float) -> Tensor:
         stop = self._stops[t]
-        tokens = self._condition[:, stop - self.model.group_size : stop]
+        tokens = self._embedded[:, stop - self.model.group_size : stop]
         return self.model.velocity(x.to(tokens.dtype), torch.full((1,), t, device=x.device), tokens).velocity.float()
 
 

@@ -343,7 +343,7 @@ class FlexTok(Tokenizer):
         quantized = self.quantizer(registers)
         kept = kept_tokens(draws["keep"], self._spec.length, self.nested_dropout)
         null = draws["null"] < self.null_dropout
-        given = self.decoder.condition(self._perturb(quantized.quantized, registers, draws), kept, null)
+        given = self.decoder.embed_codes(self._perturb(quantized.quantized, registers, draws), kept, null)
         t = self.time_sampling(draws["time"])
         predicted = self.decoder(PATH.interpolate(clean, draws["noise"], t), t, given)
         flow = (predicted.velocity - PATH.velocity(clean, draws["noise"])).square().flatten(1).mean(1)
