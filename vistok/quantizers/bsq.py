@@ -183,8 +183,8 @@ class MultiScaleBSQ(nn.Module):
     def _inputs(self, maps: Sequence[Tensor], resize: Resize, patch: int) -> Tensor:
         """Of the maps after each scale; nothing is read from that of all scales."""
         none = maps[0].new_zeros(len(maps[0]), 0, self.dim * patch**2)  # a single scale has no input
-        parts = (grouped(_resized(m, self.scales[k + 1], resize), patch) for k, m in enumerate(maps[: len(self.scales) - 1]))
-        return torch.cat([none, *parts], 1)
+        before = enumerate(maps[: len(self.scales) - 1])
+        return torch.cat([none, *(grouped(_resized(m, self.scales[k + 1], resize), patch) for k, m in before)], 1)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Bitwise self-correction

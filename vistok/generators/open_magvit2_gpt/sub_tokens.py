@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 MOST_BITS = 62
 """Of an id, as of ``LFQ``."""
 
@@ -26,7 +25,7 @@ class SubTokens:
     def __post_init__(self) -> None:
         if not isinstance(self.bits, list | tuple) or len(self.bits) < 2 or not all(_is_count(n) for n in self.bits):
             raise ValueError(
-                f"factorized_bits must be two or more whole numbers of at least 1, got {self.bits}; ids as a whole take "
+                f"factorized_bits must be two or more whole numbers of at least 1, got {self.bits}; whole ids take "
                 "a generator without sub-tokens"
             )
         if sum(self.bits) > MOST_BITS:
