@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vistok.conditions import Condition, ConditionSpec, FeatureSpec, IdSpec
+from vistok.draws import Draws, Keys
 
 __all__ = [
     "Clock",
@@ -245,6 +246,14 @@ class Clock:
     def progress(self) -> float:
         """The share of the run that is over, 0 .. 1."""
         return self.step / self.max_steps
+
+
+class DrawsInTraining(ABC):
+    """A quantizer that is random in training: whoever calls it asks it what it draws from."""
+
+    @abstractmethod
+    def training_draws(self, keys: Keys, length: int) -> Draws:
+        """The random tensors that ``forward`` consumes for latents (B, ``length``, D)."""
 
 
 class AfterBackward(ABC):

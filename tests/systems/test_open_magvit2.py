@@ -118,6 +118,8 @@ def test_bits_must_add_up():
     for bits in ((5,), (0, 5), (-1, 6), (2.5, 2.5), 5, None):
         with pytest.raises(ValueError, match="two or more whole numbers of at least 1, got"):
             gpt(factorized_bits=bits)
+    with pytest.raises(ValueError, match="add up to 1000002, and an id holds 62 bits at most"):
+        gpt(factorized_bits=(2, 10**6))
     with pytest.raises(ValueError, match="32 codes, but this tokenizer has 30"):
         gpt(spec=TokenSpec(16, 30, dim=5, grid=(4, 4)), factorized_bits=(2, 3))
     with pytest.raises(ValueError, match="continuous"):

@@ -195,6 +195,9 @@ def test_an_edit_keeps_what_it_should_and_sees_all_of_it(name):
         model.edit(ids, regenerate, condition, options_of(name))
     with pytest.raises(ValueError, match="not group_sizes"):
         model.edit(ids, regenerate, condition, options_of(name, temperature=0, group_sizes=(16,)))
+    for num_steps in (0, 17):  # of whole images, however few tokens are generated
+        with pytest.raises(ValueError, match=rf"num_steps must lie in 1\.\.16, .* got {num_steps}"):
+            model.edit(ids, regenerate, condition, options_of(name, temperature=0, num_steps=num_steps))
     with pytest.raises(ValueError, match=r"regenerate \(16,\) or \(B, 16\)"):
         model.edit(ids, regenerate[:, :3], condition, options_of(name, temperature=0))
 
@@ -253,6 +256,16 @@ def test_a_local_order_of_wrong_sizes_is_refused(sizes, first, message):
         locality_order((4, 4), sizes, first, np.zeros((len(sizes), 16)))
 
 
+def test_groups_that_do_not_begin_with_one_token_need_a_random_order():
+    model = tiny("lpd")
+    sizes, keys = {"group_sizes": (4, 4, 8)}, Keys.range(0, 3)
+    with pytest.raises(ValueError, match="the first group has 4; let group_sizes begin with 1, or take order='random'"):
+        model.sampling_draws(keys, LPDOptions(**sizes))
+    options = LPDOptions(**sizes, order="random")
+    drawn = model.sample(labels(0, 1, 2), options, draws=model.sampling_draws(keys, options))
+    assert drawn.shape == (3, 16)
+
+
 def test_guidance_that_rises_is_one_number_for_a_group_or_differs_within_it():
     for name, second_group in (("randar", [1.25]), ("lpd", [1.25, 1.5])):
         options = options_of(name, guidance_scale=5.0, guidance_schedule="linear-done", group_sizes=(1, 2, 13))
@@ -281,7 +294,7 @@ def test_the_published_groups_are_taken():
     for steps in (20, 32):
         sizes = model.group_sizes(LPDOptions(num_steps=steps))
         assert (len(sizes), sum(sizes), sizes[0]) == (steps, 256, 1)
-    with pytest.raises(ValueError, match="must begin with 1"):
+    with pytest.raises(ValueError, match="let group_sizes begin with 1"):
         tiny("lpd").sampling_draws(Keys.range(0, 1), LPDOptions(group_sizes=(2, 14)))
     with pytest.raises(ValueError, match="order must be"):
         LPDOptions(order="raster")

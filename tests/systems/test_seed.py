@@ -199,7 +199,7 @@ def test_the_image_term_is_the_distance_to_the_target_towers_embedding():
     assert "image" not in tiny("seed", target_tower=None)(images).losses
     with pytest.raises(ValueError, match="SEED encodes images of 16x16 only, got 8x8"):
         model(images, target=torch.zeros(3, 3, 8, 8))
-    with pytest.raises(ValueError, match="an image has 8 tokens, got 7"):
+    with pytest.raises(ValueError, match="decodes 8 tokens at once, got 7"):
         model.decode_features(output.tokens[:, 1:])
     with pytest.raises(ValueError, match="SEED renders no pixels"):
         model.decode(output.tokens)

@@ -253,6 +253,33 @@ def test_scales_join_one_after_another(tokenizer):
     assert model.eval()(ids, labels(0, 1, 2), clock=Clock(0, 40), tokenizer=tokenizer).prediction.shape[1] == ALL
 
 
+def test_scales_join_after_the_warm_up_however_short_their_share_is():
+    model = tiny("var", progressive_share=0.1, progressive_from=1, progressive_after=8)
+    assert [model.stage_at(step, 40) for step in (0, 3, 4, 8, 9, 39)] == [1, 1, 1, 1, 3, 3]
+    plain = tiny("var", progressive_after=8)
+    assert [plain.stage_at(step, 40) for step in (0, 8, 9)] == [3, 3, 3]
+
+
+@pytest.mark.parametrize("scales", [((4, 6),), ((2, 3), (4, 6)), ((1, 1), (3, 2), (4, 6), (4, 6))])
+def test_any_schedule_that_ends_at_the_map_is_learned_and_sampled(scales):
+    """A single scale, several tokens in the first, one that does not grow."""
+    tokenizer = tiny("var_vq", image_size=(16, 24), scales=scales)
+    model, images = tiny("var", spec=tokenizer.spec).train(), pixels(tokenizer)
+    ids, condition = tokenizer.encode(images), labels(0, 4, -1)
+    model(ids, condition, draws=model.training_draws(Keys.range(0, 3)), tokenizer=tokenizer).loss.backward()
+    model.eval()
+    greedy = model.sample(condition, VAROptions(temperature=0), tokenizer=tokenizer)
+    assert torch.equal(model.logits(greedy, condition, tokenizer).argmax(-1), greedy)
+    assert tokenizer.decode(greedy).shape == images.shape
+    for limits in ({"top_k": 1}, {"top_p": 1e-6}):  # which leave the likeliest code alone
+        for more_smooth in (False, True):
+            options = VAROptions(**limits, more_smooth=more_smooth)
+            draws = model.sampling_draws(Keys.range(0, 3), options)
+            drawn = model.sample(condition, options, draws=draws, tokenizer=tokenizer)
+            expected = tokenizer.quantizer.ids_to_latents(greedy) if more_smooth else greedy
+            torch.testing.assert_close(drawn, expected)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

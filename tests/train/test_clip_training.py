@@ -103,6 +103,34 @@ def test_every_tokenizer_of_one_code_per_position_can_have_the_prior(name):
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        {"name": "vq", "codebook_size": 12},
+        {"name": "lfq"},
+        {"name": "bsq"},
+        {"name": "fsq", "levels": (3, 3, 2, 2)},
+        {"name": "index", "codebook_size": 12},
+    ],
+)
+def test_the_prior_orders_codes_of_other_quantizers(quantizer):
+    model = tiny("larp", quantizer=quantizer).train()
+    learner = TokenizerLearner(model, TokenizerObjective(model, {"ar_prior": PRIOR}))
+    _, terms = learner(pixels(model), None, Clock(5, 10), learner.training_draws(Keys.range(0, 3)))
+    terms["ar_prior"].backward()
+    assert all(p.grad.isfinite().all() for p in learner.parameters() if p.grad is not None)
+    assert model.pre_quant.weight.grad.abs().sum() > 0
+
+
+def test_the_prior_refuses_codes_that_it_cannot_score():
+    scales = {"name": "multi_scale", "codebook_size": 12, "scales": ((1, 1), (1, 6))}
+    with pytest.raises(ConfigError, match=r"losses\.ar_prior: LARP provides no such term: it scores ids of one code"):
+        TokenizerObjective(tiny("larp", quantizer=scales), {"ar_prior": PRIOR})
+    many = tiny("larp", codebook_dim=50, quantizer={"name": "lfq"})
+    with pytest.raises(ConfigError, match=r"scores every code at every token, which would take .* this machine has"):
+        TokenizerObjective(many, {"ar_prior": PRIOR})
+
+
 def test_the_prior_needs_ids():
     with pytest.raises(ConfigError, match=r"losses\.ar_prior: KLVAE provides no such term"):
         TokenizerObjective(tiny("kl_vae"), {"ar_prior": PRIOR})

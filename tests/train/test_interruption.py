@@ -318,6 +318,17 @@ def test_dying_codebook_warns_once_and_names_what_is_not_yet_on(tmp_path, monkey
     assert "codebook_restart_after" not in caplog.text
 
 
+def test_dying_codes_of_a_quantizer_by_name_get_its_own_remedies(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(CodebookWatch, "PATIENCE", 2)
+    monkeypatch.setattr(CodebookWatch, "SHARE", 1.1)
+    quantizer = {"name": "vq", "codebook_size": 32, "normalize": False}
+    with caplog.at_level("WARNING", logger="vistok"):
+        train(tokenizer_config(tmp_path / "run", model={"quantizer": quantizer}))
+    assert "model.quantizer.restart_after=100" in caplog.text
+    assert "model.quantizer.normalize=true" in caplog.text
+    assert "model.codebook" not in caplog.text
+
+
 def test_codebook_watch_waits_and_forgives():
     watch = CodebookWatch(1.0, ["restart"])
     usages = dict.fromkeys(range(100, 2000, 100), 0.05) | {300: 0.5}

@@ -71,6 +71,16 @@ def test_neighbours_go_together_channels_first():
         quantizer.next_inputs(quantizer.encode(x), patch=3)
 
 
+def test_a_single_scale_has_bits_and_no_inputs():
+    quantizer, x = MultiScaleBSQ(3, ((4, 4),)), Keys.range(0, 2).normal("x", 3, 4, 4)
+    bits = quantizer.encode(x)
+    assert torch.equal(bits, (x > 0).flatten(2).transpose(1, 2).long())
+    assert quantizer.next_inputs(bits, patch=2).shape == (2, 0, 12)
+    found = quantizer.self_correct(x, torch.ones(2, 16, 3), torch.zeros(1), patch=2)
+    assert found.inputs.shape == (2, 0, 12)
+    assert found.targets.shape == (2, 4, 12)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -13,9 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vistok
 from vistok.checkpoints import registry
+from vistok.draws import Keys
 from vistok.losses import BitEntropyLoss, EntropyLoss
 from vistok.quantizers import BSQ, LFQ, IndexQuantizer, ResidualQuantizer, VectorQuantizer
 from vistok.quantizers.bsq import MultiScaleBSQ
+from vistok.quantizers.perturbation import Perturbation, perturbation_draws
 from vistok.quantizers.vq import rotate_to
 
 
@@ -329,31 +331,79 @@ BY_NAME = {
     "index": ({"codebook_size": 10}, 10),
     "fsq": ({"levels": [3, 3, 2, 2]}, 36),
     "vq": ({"codebook_size": 12, "normalize": False}, 12),
+    "stochastic": ({"codebook_size": 12, "temperature": "learned"}, 12),
 }
-DIMS = {"open_magvit2": "bits", "titok": "token_dim"}
+DIMS = {
+    "open_magvit2": "bits",
+    "open_magvit2_video": "bits",
+    "titok": "token_dim",
+    "ta_titok": "token_dim",
+    "larp": "codebook_dim",
+    "seed": "code_dim",
+}
 """What the channels of a code are called where it is not ``codebook_embed_dim``."""
 TAKING = [name for name in names("tokenizer") if "quantizer" in signature(registry.entry(name).load()).parameters]
+NOT_TAKING = {"kl_vae", "mingtok"} | {"var_vq"} | {"framewise"}
+"""Of latents; of its own growing grids, for which others take the quantizer; of another tokenizer."""
 
 
-def test_convolutional_and_transformer_tokenizers_take_quantizers_by_name():
-    convolutional = {"llamagen_vq", "ibq", "open_magvit2", "maskgit_vqgan"}
-    assert {*convolutional, "vit_vqgan", "titok", "gigatok", "robustok"} <= set(TAKING)
+def with_quantizer(tokenizer, name, **options):
+    """The tiny tokenizer with the quantizer of that name, for codes of 4 channels."""
+    if tokenizer == "flextok":
+        return tiny(tokenizer, quantizer={"name": name, **({} if name == "fsq" else {"dim": 4}), **options})
+    return tiny(tokenizer, **{DIMS.get(tokenizer, "codebook_embed_dim"): 4}, quantizer={"name": name, **options})
+
+
+def test_all_tokenizers_with_one_quantizer_take_another_by_name():
+    assert set(names("tokenizer")) - set(TAKING) == NOT_TAKING
 
 
 @pytest.mark.parametrize("tokenizer", TAKING)
 @pytest.mark.parametrize("name", BY_NAME)
 def test_tokenizers_take_quantizers_by_name(name, tokenizer, tmp_path):
     options, size = BY_NAME[name]
-    channels = {DIMS.get(tokenizer, "codebook_embed_dim"): 4}
-    model = tiny(tokenizer, **channels, quantizer={"name": name, **options})
+    model = with_quantizer(tokenizer, name, **options)
     assert (model.spec.codebook_size, model.spec.dim) == (size, 4)
     assert model.loss_terms[: len(model.quantizer.loss_terms)] == model.quantizer.loss_terms
     images = pixels(model)
-    output = model.train()(images)
-    sum([output.reconstruction.square().mean(), *(term.mean() for term in output.losses.values())]).backward()
-    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
-    model.eval().save_pretrained(tmp_path / "saved")
-    assert torch.equal(vistok.load(tmp_path / "saved").encode(images), model.encode(images))
+    optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], 1e-3)
+    for step in range(2):
+        draws = model.training_draws(Keys.of(0, range(len(images)), step))
+        output = model(images, draws=draws)
+        assert set(output.losses) == set(model.loss_terms)
+        terms = [term.mean() for term in output.losses.values()]
+        sum(terms if output.reconstruction is None else [*terms, output.reconstruction.square().mean()]).backward()
+        assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+        optimizer.step()
+        optimizer.zero_grad()
+    ids = model.eval().encode(images)
+    assert ids.shape == (len(images), model.spec.length)
+    assert ids.max() < size
+    decode = model.decode if model.renders else model.decode_features
+    decoded = decode(ids)
+    assert decoded.isfinite().all()
+    if model.renders:
+        assert decoded.shape == images.shape
+    if model.spec.prefix_step:
+        assert model.decode(ids[:, : model.spec.prefix_step]).shape == images.shape
+    model.save_pretrained(tmp_path / "saved")
+    again = vistok.load(tmp_path / "saved")
+    assert torch.equal(again.encode(images), ids)
+    assert torch.equal((again.decode if model.renders else again.decode_features)(ids), decoded)
+
+
+@pytest.mark.parametrize("tokenizer", TAKING)
+def test_a_stochastic_quantizer_draws_in_training_alone(tokenizer):
+    """What it draws from, the tokenizer asks it for."""
+    model = with_quantizer(tokenizer, "stochastic", codebook_size=12, temperature=1e3)
+    images = pixels(model)
+    first, other = (model.training_draws(Keys.range(seed, len(images))) for seed in (0, 1))
+    assert first["codes"].shape == (len(images), model.spec.length)
+    tokens = model(images, draws=first | {"codes": other["codes"]}).tokens
+    assert torch.equal(model(images, draws=first | {"codes": other["codes"]}).tokens, tokens)
+    assert not torch.equal(model(images, draws=first).tokens, tokens)
+    without = {key: value for key, value in first.items() if key != "codes"}
+    assert torch.equal(model(images, draws=without).tokens, model.encode(images))
 
 
 def test_quantizers_that_do_not_fit_are_refused():
@@ -368,3 +418,32 @@ def test_quantizers_that_do_not_fit_are_refused():
             tiny("llamagen_vq", codebook_embed_dim=4, quantizer=quantizer)
     with pytest.raises(ValueError, match="residual_depth 2"):
         tiny("vit_vqgan", residual_depth=2, quantizer={"name": "lfq"})
+    with pytest.raises(ValueError, match=r"quantizer_dropout 0\.1 leaves codes unrounded, and the quantizer 'lfq'"):
+        tiny("flextok", quantizer_dropout=0.1, quantizer={"name": "lfq", "dim": 4})
+    with pytest.raises(ValueError, match=r"quantizer\.dim: missing"):
+        tiny("flextok", quantizer={"name": "lfq"})
+    for tokenizer in ("dar", "flextok"):
+        with pytest.raises(ValueError, match="prefixes of ordered tokens decode, and a scale is spread over all"):
+            with_quantizer(tokenizer, "multi_scale", codebook_size=8, scales=((1, 1), (1, 8)))
+    with pytest.raises(ValueError, match="of images, not of clips"):
+        with_quantizer("open_magvit2_video", "multi_scale_bsq", scales=(1, 4))
+
+
+def test_flextok_begins_with_latents_that_have_a_direction():
+    """But for FSQ, which the released initial zeros suit."""
+    kind, options = registry.entry("flextok").load(), registry.entry("flextok").load().tiny
+    assert not kind(**options).encoder.to_codes.weight.any()
+    model = kind(**options, quantizer={"name": "vq", "codebook_size": 12, "dim": 4})
+    assert model.encoder.to_codes.weight.std() > 0.01
+
+
+@pytest.mark.parametrize("tokenizer", ["vit_vqgan", "dar", "flextok", "seed", "larp"])
+def test_codes_by_name_are_perturbed_in_training(tokenizer):
+    model = with_quantizer(tokenizer, "vq", codebook_size=12).train()
+    images = pixels(model)
+    draws = model.training_draws(Keys.range(0, len(images))) | perturbation_draws(
+        Keys.range(0, len(images)), model.spec.length
+    )
+    plain = model(images, draws=draws).features["quantized"]
+    model.quantizer.perturbation = Perturbation(share=1.0)
+    assert not torch.equal(model(images, draws=draws).features["quantized"], plain)

@@ -20,7 +20,12 @@ from vistok.quantizers.scaled import PackedBSQ, ScaledQuantizer
 
 SCALES = ((1, 1), (2, 3), (4, 6))
 LENGTH = 31
-TAKING = [name for name in names("tokenizer") if "quantizer" in signature(registry.entry(name).load()).parameters]
+NOT_OF_SCALES = {"dar", "flextok", "open_magvit2_video"}  # prefixes of ordered tokens, and clips
+TAKING = [
+    name
+    for name in names("tokenizer")
+    if "quantizer" in signature(registry.entry(name).load()).parameters and name not in NOT_OF_SCALES
+]
 KINDS = {"multi_scale": {"codebook_size": 16}, "multi_scale_bsq": {"entropy_temperature": 0.1}}
 
 
@@ -54,7 +59,7 @@ def test_ids_are_the_bits_of_the_scales(seed, dim, decay):
 
 def test_turned_bits_are_in_the_map_and_are_repaired():
     packed, x = PackedBSQ(5, SCALES, self_correction=0.3).train(), maps()
-    draws = packed.training_draws(Keys.range(1, 2))
+    draws = packed.training_draws(Keys.range(1, 2), 24)
     output = packed(x, draws=draws)
     torch.testing.assert_close(packed.decode(output.ids), output.quantized)
     assert not torch.equal(output.ids, packed.encode(x))
@@ -64,7 +69,7 @@ def test_turned_bits_are_in_the_map_and_are_repaired():
         packed(x)
     assert torch.equal(packed.eval()(x, draws=draws).ids, packed.encode(x))
     none = PackedBSQ(5, SCALES, self_correction=1.0, corrected_scales=0).train()
-    assert torch.equal(none(x, draws=none.training_draws(Keys.range(1, 2))).ids, none.encode(x))
+    assert torch.equal(none(x, draws=none.training_draws(Keys.range(1, 2), 24)).ids, none.encode(x))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +101,7 @@ def test_tokenizers_take_scales_by_name_and_feed_next_scale_generators(name, kin
     output = model.train()(images)
     assert output.tokens.shape == (3, length)
     assert set(output.losses) == set(model.loss_terms)
-    pictured = output.reconstruction if model.reconstructs else output.features["code_logits"]
+    pictured = output.reconstruction if model.reconstructs else output.features["quantized"]
     sum([pictured.square().mean(), *(term.mean() for term in output.losses.values())]).backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     ids = model.eval().encode(images)

@@ -178,11 +178,13 @@ class MultiScaleBSQ(nn.Module):
         Raises:
             ValueError: as in ``maps``, or grids that p does not divide.
         """
-        maps = list(self.maps(bits))[: len(self.scales) - 1]
-        return self._inputs(maps, resize, patch)
+        return self._inputs(list(self.maps(bits)), resize, patch)
 
     def _inputs(self, maps: Sequence[Tensor], resize: Resize, patch: int) -> Tensor:
-        return torch.cat([grouped(_resized(m, self.scales[k + 1], resize), patch) for k, m in enumerate(maps)], 1)
+        """Of the maps after each scale; nothing is read from that of all scales."""
+        none = maps[0].new_zeros(len(maps[0]), 0, self.dim * patch**2)  # a single scale has no input
+        before = enumerate(maps[: len(self.scales) - 1])
+        return torch.cat([none, *(grouped(_resized(m, self.scales[k + 1], resize), patch) for k, m in before)], 1)
 
     # -----------------------------------------------------------------------------------------------------------------
     # Bitwise self-correction
@@ -231,7 +233,7 @@ class MultiScaleBSQ(nn.Module):
             maps.append(so_far)
             targets.append(grouped(bits.float(), patch) > 0)
             flipped.append(_sequence(turned))
-        return Corrected(self._inputs(maps[:-1], "trilinear", patch), torch.cat(targets, 1), torch.cat(flipped, 1))
+        return Corrected(self._inputs(maps, "trilinear", patch), torch.cat(targets, 1), torch.cat(flipped, 1))
 
     # -----------------------------------------------------------------------------------------------------------------
 

@@ -280,7 +280,8 @@ class ScaleExpander(Expander):
     def expand(self, tokens: Tensor) -> Tensor:
         tokens = tokens.to(self.codes.device)
         maps = list(self._quantizer.maps(tokens))
-        return torch.cat([self._input(so_far, k) for k, so_far in enumerate(maps[:-1])], 1)
+        none = maps[0].new_zeros(len(maps[0]), 0, maps[0].shape[1])  # a single scale has no input
+        return torch.cat([none, *(self._input(so_far, k) for k, so_far in enumerate(maps[:-1]))], 1)
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:

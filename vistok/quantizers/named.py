@@ -17,10 +17,12 @@ from vistok.quantizers.lfq import LFQ
 from vistok.quantizers.multiscale import MultiScaleQuantizer
 from vistok.quantizers.scaled import PackedBSQ, ScaledQuantizer
 from vistok.quantizers.spherical import BSQ
+from vistok.quantizers.stochastic import StochasticQuantizer
 from vistok.quantizers.vq import VectorQuantizer
 
 QUANTIZERS: dict[str, type[nn.Module]] = {
     "vq": VectorQuantizer,
+    "stochastic": StochasticQuantizer,
     "lfq": LFQ,
     "bsq": BSQ,
     "fsq": FSQ,
@@ -30,16 +32,16 @@ QUANTIZERS: dict[str, type[nn.Module]] = {
 }
 
 
-def chosen_quantizer(config: Mapping[str, Any] | None, dim: int, own: Callable[[], nn.Module]) -> Any:
+def chosen_quantizer(config: Mapping[str, Any] | None, dim: int | None, own: Callable[[], nn.Module]) -> Any:
     """The quantizer that a config describes (``build_quantizer``), or the tokenizer's ``own`` where it has none."""
     return own() if config is None else build_quantizer(config, dim)
 
 
-def build_quantizer(config: Mapping[str, Any], dim: int) -> Any:
+def build_quantizer(config: Mapping[str, Any], dim: int | None) -> Any:
     """The quantizer that a config describes: ``name``, and the arguments of the class.
 
     Args:
-        dim: channels of the latents; the class's ``dim``, which the config leaves out.
+        dim: channels of the latents; the class's ``dim``, which the config leaves out. None leaves it to the config.
 
     Raises:
         ValueError: an unknown name, arguments that the class does not take, or another number of channels.
@@ -50,8 +52,8 @@ def build_quantizer(config: Mapping[str, Any], dim: int) -> Any:
         hint = suggestion(str(name), tuple(QUANTIZERS)) or "."
         raise ValueError(f"quantizer.name: unknown {name!r}{hint} Known: {', '.join(QUANTIZERS)}.")
     kind = QUANTIZERS[name]
-    given = {"dim": arguments.pop("dim", dim)} if kind is not FSQ else {}
+    given = {"dim": arguments.pop("dim", dim)} if kind is not FSQ and dim is not None else {}
     quantizer = build(kind, arguments | given, "quantizer")
-    if quantizer.dim != dim:
+    if dim is not None and quantizer.dim != dim:
         raise ValueError(f"the quantizer {name!r} has codes of {quantizer.dim} channels, the latents have {dim}")
     return ScaledQuantizer(quantizer) if isinstance(quantizer, MultiScaleQuantizer | PackedBSQ) else quantizer

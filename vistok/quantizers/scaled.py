@@ -16,11 +16,11 @@ from vistok.losses.entropy import BitEntropyLoss
 from vistok.quantizers.bsq import MultiScaleBSQ
 from vistok.quantizers.lfq import LFQ
 from vistok.quantizers.multiscale import Grid, MultiScaleQuantizer, ScaleExpander, as_grids, whole_scales
-from vistok.types import QuantizerOutput, TokenSpec
+from vistok.types import DrawsInTraining, QuantizerOutput, TokenSpec
 from vistok.utils.devices import without_autocast
 
 
-class PackedBSQ(nn.Module):
+class PackedBSQ(nn.Module, DrawsInTraining):
     """``MultiScaleBSQ`` of images, the bits of a place packed into one id as ``LFQ`` packs them.
 
     Bitwise self-correction (Infinity, arXiv 2412.04431, section 3.3): in training random bits are turned, and what that
@@ -89,7 +89,7 @@ class PackedBSQ(nn.Module):
         with without_autocast(latents.device):
             return self.pack(self.bits.encode(latents.float()))
 
-    def training_draws(self, keys: Keys) -> Draws:
+    def training_draws(self, keys: Keys, length: int) -> Draws:
         """ "flips" and "strengths" of self-correction, where it is on."""
         return self.bits.correction_draws(keys) if self.self_correction else {}
 
@@ -146,7 +146,7 @@ class PackedBSQ(nn.Module):
         return so_far if so_far.shape[-2:] == grid else F.interpolate(so_far, size=grid, mode="bilinear")
 
 
-class ScaledQuantizer(nn.Module):
+class ScaledQuantizer(nn.Module, DrawsInTraining):
     """A quantizer of maps (B, D, h, w) for latents (B, h * w, D).
 
     Its ids are (B, L) of all scales, smallest first; ``ids_to_latents`` gives what they add up to.
@@ -175,9 +175,8 @@ class ScaledQuantizer(nn.Module):
     def loss_terms(self) -> tuple[str, ...]:
         return self.of_maps.loss_terms
 
-    def training_draws(self, keys: Keys) -> Draws:
-        """What ``forward`` draws from in training: of ``PackedBSQ``."""
-        return self.of_maps.training_draws(keys) if isinstance(self.of_maps, PackedBSQ) else {}
+    def training_draws(self, keys: Keys, length: int) -> Draws:
+        return self.of_maps.training_draws(keys, length) if isinstance(self.of_maps, DrawsInTraining) else {}
 
     def encode(self, latents: Tensor) -> Tensor:
         """Ids (B, L) of latents (B, h * w, D)."""
@@ -208,7 +207,9 @@ class ScaledQuantizer(nn.Module):
         """
         last = self.scales[-1]
         if spec.prefix_step is not None:
-            raise ValueError("ordered tokens have no scales: take a quantizer of one grid")
+            raise ValueError(
+                "prefixes of ordered tokens decode, and a scale is spread over all: take a quantizer of one grid"
+            )
         if math.prod(last) != spec.length or (spec.grid is not None and spec.grid != last):
             where = f"on a grid of {spec.grid}" if spec.grid is not None else "in a row: end with (1, their number)"
             raise ValueError(

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.draws import Draws, inverse_cdf
-from vistok.types import QuantizerOutput
+from vistok.draws import Draws, Keys, inverse_cdf
+from vistok.types import DrawsInTraining, QuantizerOutput
 from vistok.utils.devices import without_autocast
 
 
-class StochasticQuantizer(nn.Module):
+class StochasticQuantizer(nn.Module, DrawsInTraining):
     """Replace each latent vector z by a code e drawn from softmax(z . e / temperature), or by the likeliest one.
 
     Computes in float32 whatever the precision around it. Gradients pass straight through to the normalised latents.
@@ -68,11 +68,15 @@ class StochasticQuantizer(nn.Module):
 
     def encode(self, latents: Tensor, *, draws: Draws | None = None) -> Tensor:
         """Ids (B, L) of latents (B, L, D): the likeliest codes, or drawn ones where ``draws`` has "codes" (B, L)."""
-        if draws is None:
+        if draws is None or "codes" not in draws:
             return self.similarities(latents).argmax(-1)
         probabilities = self.assignment_probabilities(latents)
         uniforms = draws["codes"].to(probabilities.device)
         return inverse_cdf(probabilities.flatten(0, -2), uniforms.flatten()).view(uniforms.shape)
+
+    def training_draws(self, keys: Keys, length: int) -> Draws:
+        """ "codes", (B, ``length``) uniform."""
+        return {"codes": keys.uniform("codes", length)}
 
     def neighbours(self, latents: Tensor, k: int) -> Tensor:
         """Ids (..., k) of the k likeliest codes, likeliest first."""
@@ -86,7 +90,7 @@ class StochasticQuantizer(nn.Module):
         """Quantize latents (B, L, D).
 
         Args:
-            draws: "codes", uniform numbers (B, L) by which codes are drawn; None takes the likeliest.
+            draws: "codes", uniform numbers (B, L) by which codes are drawn; without them the likeliest are taken.
         """
         with torch.no_grad():
             ids = self.encode(latents, draws=draws)

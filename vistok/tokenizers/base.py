@@ -17,7 +17,7 @@ from vistok.config import ConfigError
 from vistok.draws import Draws, Keys
 from vistok.quantizers.gaussian import GaussianLatents
 from vistok.quantizers.scaled import PackedBSQ, ScaledQuantizer
-from vistok.types import Clock, Condition, ConditionSpec, Expander, TokenizerOutput, TokenSpec
+from vistok.types import Clock, Condition, ConditionSpec, DrawsInTraining, Expander, TokenizerOutput, TokenSpec
 from vistok.utils.sides import times
 
 if TYPE_CHECKING:
@@ -209,9 +209,9 @@ class Tokenizer(Model):
         raise ValueError(f"{type(self).__name__} has no expander: generators read its tokens as they are")
 
     def training_draws(self, keys: Keys) -> Draws:
-        """The random tensors that ``forward`` consumes in training; most tokenizers need none."""
+        """The random tensors that ``forward`` consumes in training: those of the quantizer, and of most none."""
         quantizer = getattr(self, "quantizer", None)
-        return quantizer.training_draws(keys) if isinstance(quantizer, ScaledQuantizer) else {}
+        return quantizer.training_draws(keys, self.spec.length) if isinstance(quantizer, DrawsInTraining) else {}
 
     def standardise(self, pixels: Tensor) -> None:
         """Set the mean and the scale of continuous latents from example images (B, C, H, W); done after training."""

@@ -34,9 +34,7 @@ def cosine_groups(num_steps: int, length: int) -> tuple[int, ...]:
     Raises:
         ValueError: fewer than one step, or more steps than tokens.
     """
-    if not 1 <= num_steps <= length:
-        raise ValueError(f"num_steps must lie in 1..{length}, one for each token at most; got {num_steps}")
-    if num_steps == length:
+    if check_steps(num_steps, length) == length:
         return (1,) * length
     sizes, done = [1], 1
     while done < length:
@@ -45,6 +43,13 @@ def cosine_groups(num_steps: int, length: int) -> tuple[int, ...]:
         sizes.append(max(target - done, 1))
         done += sizes[-1]
     return tuple(sizes)
+
+
+def check_steps(num_steps: int, length: int) -> int:
+    """Return ``num_steps`` if so many steps can generate ``length`` tokens; else raise ValueError."""
+    if not 1 <= num_steps <= length:
+        raise ValueError(f"num_steps must lie in 1..{length}, one for each token at most; got {num_steps}")
+    return num_steps
 
 
 @dataclass(frozen=True)
@@ -168,12 +173,17 @@ class QueryGenerator(AutoregressiveGenerator):
         """
         length = self.spec.length
         if options.group_sizes is None:
-            return self.scheduled_groups(self.default_steps if options.num_steps is None else options.num_steps)
+            return self.scheduled_groups(self._num_steps(options))
         if sum(options.group_sizes) != length:
             raise ValueError(
                 f"group_sizes {options.group_sizes} sum to {sum(options.group_sizes)}, not to {length} tokens"
             )
         return options.group_sizes
+
+    def _num_steps(self, options: QueryOptions) -> int:
+        """Steps of a whole image."""
+        num_steps = self.default_steps if options.num_steps is None else options.num_steps
+        return check_steps(num_steps, self.spec.length)
 
     def scheduled_groups(self, num_steps: int) -> tuple[int, ...]:
         """The group sizes of so many steps: ``cosine_groups``, unless the model says otherwise."""
@@ -250,7 +260,7 @@ class QueryGenerator(AutoregressiveGenerator):
         length = self.spec.length
         order = draws.get("order", torch.arange(length).expand(ids.shape)).to(ids.device)
         order = order.gather(1, kept.gather(1, order).long().argsort(dim=1, descending=True, stable=True))
-        num_steps, left = self.default_steps if options.num_steps is None else options.num_steps, length - count
+        num_steps, left = self._num_steps(options), length - count
         sizes = cosine_groups(math.ceil(num_steps * left / length), left)
         options = replace(options, num_steps=None, group_sizes=(count, *sizes) if count else sizes)
         session = self.start(condition, options, draws=draws | {"order": order})

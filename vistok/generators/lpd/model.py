@@ -202,6 +202,11 @@ class LPD(QueryGenerator):
         if grid is None or len(grid) != 2:
             raise ValueError("the order 'locality' needs tokens on an image raster; take order='random'")
         sizes, length = self.group_sizes(options), self.spec.length
+        if sizes[0] != 1:
+            raise ValueError(
+                f"the order 'locality' grows from one token, and the first group has {sizes[0]}; let group_sizes begin "
+                "with 1, or take order='random'"
+            )
         first = (keys.uniform("first") * length).long().clamp_max(length - 1)
         ties = keys.uniform("ties", len(sizes), length).numpy()
         orders = [

@@ -8,20 +8,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MOST_BITS = 62
+"""Of an id, as of ``LFQ``."""
+
 
 @dataclass(frozen=True)
 class SubTokens:
     """An id of sum(bits) bits in parts of ``bits`` bits each, the lowest first (arXiv 2409.04410, section 3.2).
 
     Raises:
-        ValueError: fewer than two parts, or a part without bits.
+        ValueError: fewer than two parts, a part without bits, or more bits than an id can hold.
     """
 
     bits: tuple[int, ...]
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, list | tuple) or len(self.bits) < 2 or not all(_is_count(n) for n in self.bits):
-            raise ValueError(f"factorized_bits must be two or more whole numbers of at least 1, got {self.bits}")
+            raise ValueError(
+                f"factorized_bits must be two or more whole numbers of at least 1, got {self.bits}; whole ids take "
+                "a generator without sub-tokens"
+            )
+        if sum(self.bits) > MOST_BITS:
+            raise ValueError(f"factorized_bits add up to {sum(self.bits)}, and an id holds {MOST_BITS} bits at most")
         object.__setattr__(self, "bits", tuple(self.bits))
 
     @property

@@ -373,10 +373,10 @@ class VAR(AutoregressiveGenerator):
         """The last scale in use at an optimisation step."""
         last, first = len(self.scale_sizes) - 1, self.progressive_from
         end = self.progressive_share * max_steps
+        if self.progressive_share and step <= self.progressive_after:  # however short the share of the run is
+            return first
         if step >= end:
             return last
-        if step <= self.progressive_after:
-            return first
         return first + round((step - self.progressive_after) / (end - self.progressive_after) * (last - first))
 
     def _stage(self, clock: Clock | None) -> tuple[int, float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Literal, Self
 
 import torch
@@ -23,6 +24,8 @@ from vistok.nn.alignment import AlignmentConfig
 from vistok.nn.containers import ModuleList
 from vistok.nn.masks import prefix_causal_mask
 from vistok.quantizers import VectorQuantizer
+from vistok.quantizers.named import chosen_quantizer
+from vistok.quantizers.scaled import spec_of
 from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.dar import official
 from vistok.tokenizers.dar.networks import (
@@ -73,9 +76,12 @@ class DAR(Tokenizer):
         num_steps, solver: what ``decode`` does unless it is told otherwise.
         alignment: head for the "repa" loss, of the input of block 8 (``layer``, counted from 0), for DINOv2-B, with
             2,048 hidden channels unless it says otherwise; None has none.
+        quantizer: another quantizer by name, {name: vq | stochastic | lfq | bsq | fsq | index, …its arguments}, for
+            codes of ``codebook_embed_dim`` channels; what is said of codebooks above is of the own one. Those of
+            growing grids have no groups.
 
     Raises:
-        ValueError: sizes that do not divide.
+        ValueError: sizes that do not divide, or a quantizer of growing grids.
     """
 
     registry_name = "dar"
@@ -127,6 +133,7 @@ class DAR(Tokenizer):
         num_steps: int = 8,
         solver: Solver = "adams_bashforth2",
         alignment: AlignmentConfig | None = None,
+        quantizer: dict[str, Any] | None = None,
     ):
         super().__init__()
         velocity = as_dataclass(VelocityConfig, velocity)
@@ -159,14 +166,19 @@ class DAR(Tokenizer):
         self.encoder_norm, self.decoder_norm = plain_norm(encoder_dim), plain_norm(decoder_dim)
         self.encoder = ModuleList(DARBlock(encoder_dim, gate_init) for _ in range(num_encoder_layers))
         self.pre_quant = nn.Linear(encoder_dim, codebook_embed_dim, bias=False)
-        self.quantizer = VectorQuantizer(
-            codebook_size,
+        self.quantizer = chosen_quantizer(
+            quantizer,
             codebook_embed_dim,
-            gradient="normalised",
-            init="uniform",
-            entropy_temperature=entropy_temperature,
-            restart_after=codebook_restart_after,
+            lambda: VectorQuantizer(
+                codebook_size,
+                codebook_embed_dim,
+                gradient="normalised",
+                init="uniform",
+                entropy_temperature=entropy_temperature,
+                restart_after=codebook_restart_after,
+            ),
         )
+        self._spec = spec_of(self.quantizer, replace(self._spec, codebook_size=self.quantizer.codebook_size))
         self.post_quant = nn.Linear(codebook_embed_dim, decoder_dim, bias=False)
         self.token_positions = nn.Embedding(max_tokens, decoder_dim)
         nn.init.trunc_normal_(self.token_positions.weight, std=position_std)
@@ -324,7 +336,8 @@ class DAR(Tokenizer):
         return {"noise": keys.normal("decoding noise", *self._input_shape)}
 
     def training_draws(self, keys: Keys) -> Draws:
-        return {"time": keys.uniform("time"), "noise": keys.normal("noise", *self._input_shape)}
+        own = {"time": keys.uniform("time"), "noise": keys.normal("noise", *self._input_shape)}
+        return super().training_draws(keys) | own
 
     def forward(
         self,
@@ -338,7 +351,7 @@ class DAR(Tokenizer):
         """One random time per image: the term "flow" (B,) is the squared error of the velocity there, relative to the
         variance of the data; the reconstruction is the straight line from there to the data.
 
-        The terms "codebook" and "commitment" are means over the tokens up to the group of each image's time, the last
+        The terms of the quantizer are means over the tokens up to the group of each image's time, the last
         that has been used.
 
         Raises:
@@ -348,7 +361,7 @@ class DAR(Tokenizer):
         if draws is None:
             raise ValueError("D-AR trains on random times and noise: pass draws=model.training_draws(keys)")
         latents = self.latents(pixels)
-        quantized = self.quantizer(latents)
+        quantized = self.quantizer(latents, draws=draws)
         start = self.group_start(draws["time"])
         positions = torch.arange(self.group_size, device=pixels.device) + start[:, None]  # (B, Q)
         embedded = self.embed_codes(quantized.quantized)

@@ -21,6 +21,8 @@ from vistok.flow import FlowState, TimeSampling, last
 from vistok.guidance import APG, Scale
 from vistok.nn.alignment import AlignmentConfig
 from vistok.quantizers import FSQ
+from vistok.quantizers.named import chosen_quantizer
+from vistok.quantizers.scaled import spec_of
 from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.flextok import official
 from vistok.tokenizers.flextok.networks import (
@@ -61,8 +63,9 @@ class FlexTok(Tokenizer):
         encoder, decoder: the two transformers.
         num_tokens: registers N.
         levels: of the quantizer, see ``FSQ``; their product is the codebook size.
-        code_std: deviation of the initial weights of the layer that codes are rounded from. With 0, as released, all
-            images begin with the same codes, and it takes long until they differ; 0.02 suits short runs.
+        code_std: deviation of the initial weights of the layer that codes are made from. With 0, as released, all
+            images begin with the same codes, and it takes long until they differ; 0.02 suits short runs. None is 0 with
+            FSQ and 0.02 with other quantizers, some of which compare directions, and zeros have none.
         adaln_streams: 2 modulates the decoder's patches and registers separately, 1 together.
         nested_dropout: how many tokens a training sample keeps: "uniform" in 1..N; "pow2", one of 1, 2, 4, ..., N;
             "uniform_pow2", uniform rounded up to one of them; "none", all.
@@ -75,9 +78,13 @@ class FlexTok(Tokenizer):
         alignment: head for the "repa" loss, of patches after the decoder's block 1 (``layer``, counted from 0), for
             DINOv2-L, with four times the decoder's channels inside unless it says otherwise; None has none.
         num_steps, guidance_scale, guidance: what ``decode`` does unless it is told otherwise.
+        quantizer: another quantizer by name, {name: vq | stochastic | lfq | bsq | fsq | index, …its arguments}, in
+            place of FSQ with ``levels``; ``dim`` among the arguments is the number of channels of a code. Those of
+            growing grids have no prefixes.
 
     Raises:
-        ValueError: sizes that do not divide.
+        ValueError: sizes that do not divide, a quantizer of growing grids, or ``quantizer_dropout`` with one that is
+            not FSQ.
         CheckpointError: no autoencoder where ``vae_weights`` points.
     """
 
@@ -131,7 +138,7 @@ class FlexTok(Tokenizer):
         decoder: TrunkConfig = D12,
         num_tokens: int = 256,
         levels: tuple[int, ...] = LEVELS,
-        code_std: float = 0.0,
+        code_std: float | None = None,
         adaln_streams: Literal[1, 2] = 2,
         nested_dropout: NestedDropout = "pow2",
         null_dropout: float = 0.2,
@@ -145,6 +152,7 @@ class FlexTok(Tokenizer):
         num_steps: int = 25,
         guidance_scale: float = 7.5,
         guidance: GuidanceName = "apg",
+        quantizer: dict[str, Any] | None = None,
     ):
         super().__init__()
         height, width = image_sides(image_size)
@@ -155,8 +163,17 @@ class FlexTok(Tokenizer):
         stride = 1 if self.vae is None else self.vae.stride
         self._unit = (stride * patch[0], stride * patch[1])
         self._map_shape = (channels, height // stride, width // stride)
-        self.quantizer = FSQ(levels)
-        self._spec = TokenSpec(num_tokens, self.quantizer.codebook_size, self.quantizer.dim, prefix_step=1)
+        self.quantizer = chosen_quantizer(quantizer, None, lambda: FSQ(levels))
+        rounds = isinstance(self.quantizer, FSQ)
+        if quantizer_dropout and not rounds:
+            raise ValueError(
+                f"quantizer_dropout {quantizer_dropout} leaves codes unrounded, and the quantizer "
+                f"{(quantizer or {}).get('name')!r} rounds none; set it to 0, or take 'fsq'"
+            )
+        if code_std is None:
+            code_std = 0.0 if rounds else 0.02
+        plain = TokenSpec(num_tokens, self.quantizer.codebook_size, self.quantizer.dim, prefix_step=1)
+        self._spec = spec_of(self.quantizer, plain)
         self.spec_for(self._input_shape)  # refuses sides that do not divide
         grid = (height // self._unit[0], width // self._unit[1])
         sizes = (channels, patch, grid, num_tokens, self.quantizer.dim)
@@ -191,7 +208,7 @@ class FlexTok(Tokenizer):
 
     @property
     def loss_terms(self) -> tuple[str, ...]:
-        return ("flow",)
+        return (*self.quantizer.loss_terms, "flow")
 
     @property
     def alignment_dim(self) -> int | None:
@@ -309,7 +326,7 @@ class FlexTok(Tokenizer):
         return {"noise": keys.normal("decoding noise", *self._map_shape)}
 
     def training_draws(self, keys: Keys) -> Draws:
-        draws = {"noise": keys.normal("noise", *self._map_shape)}
+        draws = super().training_draws(keys) | {"noise": keys.normal("noise", *self._map_shape)}
         draws |= {name: keys.uniform(name) for name in ("time", "keep", "null")}
         if self.vae is not None and self.posterior == "sample":
             draws["posterior"] = keys.normal("posterior", self.vae.spec.length, self.vae.spec.dim)
@@ -329,7 +346,8 @@ class FlexTok(Tokenizer):
         clock: Clock | None = None,
         draws: Draws | None = None,
     ) -> TokenizerOutput:
-        """The loss term "flow", (B,): the mean squared error of the velocity at one random time per image.
+        """The loss term "flow", (B,): the mean squared error of the velocity at one random time per image; and those
+        of the quantizer, over all tokens. FSQ has none.
 
         Raises:
             ValueError: no draws: a flow model cannot be trained without noise.
@@ -340,7 +358,7 @@ class FlexTok(Tokenizer):
         maps = self.to_maps(pixels, draws=draws)
         clean = maps if target is None else self.to_maps(target, draws=draws)
         registers = self.encoder(maps)
-        quantized = self.quantizer(registers)
+        quantized = self.quantizer(registers, draws=draws)
         kept = kept_tokens(draws["keep"], self._spec.length, self.nested_dropout)
         null = draws["null"] < self.null_dropout
         given = self.decoder.embed_codes(self._perturb(quantized.quantized, registers, draws), kept, null)
@@ -351,7 +369,7 @@ class FlexTok(Tokenizer):
         head = self.decoder.alignment_head
         if predicted.features is not None and head is not None:
             features["alignment"] = head(predicted.features)
-        return TokenizerOutput(None, quantized.ids, {"flow": flow}, features)
+        return TokenizerOutput(None, quantized.ids, quantized.losses | {"flow": flow}, features)
 
     def _perturb(self, codes: Tensor, registers: Tensor, draws: Draws) -> Tensor:
         """Codes (B, N, d) with quantizer dropout and token corruption, where these are on."""

@@ -89,8 +89,9 @@ class GigaTok(Tokenizer):
             otherwise; None has none.
         dropout: inside the residual blocks, in training.
         norm_groups: groups of all group norms; they must divide every width.
-        quantizer: another quantizer by name, {name: vq | lfq | bsq | fsq | index | multi_scale | multi_scale_bsq, …its
-            arguments}, for codes of ``codebook_embed_dim`` channels; what is said of codebooks above is of the own one.
+        quantizer: another quantizer by name, {name: vq | stochastic | lfq | bsq | fsq | index | multi_scale |
+            multi_scale_bsq, …its arguments}, for codes of ``codebook_embed_dim`` channels; what is said of codebooks
+            above is of the own one.
 
     Raises:
         ValueError: sizes that do not divide, an unknown layout, or "1d" without cross-attention.

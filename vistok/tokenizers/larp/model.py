@@ -13,9 +13,11 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from vistok.draws import Draws, Keys
+from vistok.draws import Draws
 from vistok.losses.vit_discriminator import initialise
 from vistok.quantizers import StochasticQuantizer, VectorQuantizer
+from vistok.quantizers.named import chosen_quantizer
+from vistok.quantizers.scaled import spec_of
 from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.larp import official
 from vistok.tokenizers.larp.networks import Decoder, Encoder, LatentNorm, NormOfLatents, Table, TransformerConfig
@@ -52,6 +54,9 @@ class LARP(Tokenizer):
         types: which tokens get a learned vector of their kind, of "patches", "queries", "latents", "patch_queries".
         norm_eps: eps of the blocks' LayerNorms. The released weights were trained with 1e-5.
         in_channels: 3, or 1 for grey clips.
+        quantizer: another quantizer by name, {name: vq | stochastic | lfq | bsq | fsq | index | multi_scale |
+            multi_scale_bsq, …its arguments}, for codes of ``codebook_dim`` channels; what is said of codebooks
+            above is of the own one.
 
     Raises:
         ValueError: sizes that patches do not divide, or an unknown option.
@@ -100,6 +105,7 @@ class LARP(Tokenizer):
         types: Sequence[str] = ("patch_queries",),
         norm_eps: float = 1e-5,
         in_channels: int = 3,
+        quantizer: dict[str, Any] | None = None,
     ):
         super().__init__()
         encoder, decoder = as_dataclass(TransformerConfig, encoder), as_dataclass(TransformerConfig, decoder)
@@ -122,7 +128,7 @@ class LARP(Tokenizer):
         t, h, w = (side // patch for side, patch in zip(sides, self.patch))
         self.grid = (t, h, w)
         self._input_shape = (in_channels, *sides)
-        self.num_tokens, self.assignment = num_tokens, assignment
+        self.num_tokens = num_tokens
         self.encoder = Encoder(
             encoder,
             self.grid,
@@ -138,20 +144,24 @@ class LARP(Tokenizer):
         )
         self.pre_quant = nn.Linear(encoder.dim, codebook_dim)
         self.latent_norm = None if latent_norm == "none" else NormOfLatents(latent_norm, num_tokens, codebook_dim)
-        self.quantizer: StochasticQuantizer | VectorQuantizer
-        if assignment == "stochastic":
-            self.quantizer = StochasticQuantizer(
-                codebook_size, codebook_dim, normalize=codebook_l2_norm, temperature=temperature
-            )
-        else:
-            self.quantizer = VectorQuantizer(
+
+        def own_quantizer() -> StochasticQuantizer | VectorQuantizer:
+            if assignment == "stochastic":
+                return StochasticQuantizer(
+                    codebook_size, codebook_dim, normalize=codebook_l2_norm, temperature=temperature
+                )
+            nearest = VectorQuantizer(
                 codebook_size,
                 codebook_dim,
                 normalize=codebook_l2_norm,
                 gradient="normalised",
                 entropy_temperature=entropy_temperature,
             )
-            nn.init.kaiming_uniform_(self.quantizer.embedding.weight)
+            nn.init.kaiming_uniform_(nearest.embedding.weight)
+            return nearest
+
+        self.quantizer = chosen_quantizer(quantizer, codebook_dim, own_quantizer)
+        self._spec = spec_of(self.quantizer, TokenSpec(num_tokens, self.quantizer.codebook_size, codebook_dim))
         self.post_quant = nn.Linear(codebook_dim, decoder.dim)
         self.decoder = Decoder(
             decoder,
@@ -168,10 +178,6 @@ class LARP(Tokenizer):
         self.apply(initialise)
         # The first reconstruction is black.
         nn.init.zeros_(self.decoder.to_pixels.weight)
-
-    @property
-    def spec(self) -> TokenSpec:
-        return TokenSpec(self.num_tokens, self.quantizer.codebook_size, self.quantizer.dim)
 
     def _spec_for_sides(self, sides: tuple[int, ...]) -> TokenSpec:
         """Shorter clips give as many tokens."""
@@ -203,7 +209,7 @@ class LARP(Tokenizer):
         return self.quantizer.encode(latents) if draws is None else self.quantizer(latents, draws=draws).ids
 
     def decode(self, tokens: Tensor, *, condition: Condition | None = None, num_frames: int | None = None) -> Tensor:
-        """Ids (B, n) to clips (B, C, T, H, W) in [-1, 1], up to overshoot.
+        """Ids (B, n), or those of scales (see ``dequantize``), to clips (B, C, T, H, W) in [-1, 1], up to overshoot.
 
         Args:
             num_frames: frames T of the clip that the ids were made from; None is a whole one.
@@ -212,10 +218,7 @@ class LARP(Tokenizer):
             ValueError: ids out of range, not n of them, or no such clip.
         """
         self.check_condition(condition)
-        self.spec.check_ids(tokens)
-        if tokens.shape[1] != self.num_tokens:
-            raise ValueError(f"this tokenizer decodes {self.num_tokens} tokens at once, got {tokens.shape[1]}")
-        return self.decode_latents(self.quantizer.ids_to_latents(tokens), num_frames=num_frames)
+        return self.decode_latents(self.dequantize(tokens), num_frames=num_frames)
 
     def decode_latents(self, quantized: Tensor, *, num_frames: int | None = None) -> Tensor:
         """Codes (B, n, d) to clips (B, C, T, H, W) in [-1, 1], up to overshoot."""
@@ -238,9 +241,6 @@ class LARP(Tokenizer):
         reconstruction = self.decode_latents(quantized.quantized, num_frames=pixels.shape[2])
         features = {"latents": latents, "quantized": quantized.quantized}
         return TokenizerOutput(reconstruction, quantized.ids, quantized.losses, features)
-
-    def training_draws(self, keys: Keys) -> Draws:
-        return {"codes": keys.uniform("codes", self.num_tokens)} if self.assignment == "stochastic" else {}
 
     @torch.no_grad()
     def reconstruct(self, pixels: Tensor, *, condition: Condition | None = None) -> Tensor:

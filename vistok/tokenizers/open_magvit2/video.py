@@ -12,6 +12,7 @@ from vistok.checkpoints.weights import first_stage
 from vistok.nn.causal_conv import CausalConv3d, CausalDepthToSpace, CausalDownsample
 from vistok.nn.conv import ConvDecoder, ConvEncoder
 from vistok.quantizers import LFQ
+from vistok.quantizers.named import chosen_quantizer
 from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.convolutional import ConvTokenizer
 from vistok.tokenizers.open_magvit2 import official
@@ -28,6 +29,7 @@ class OpenMAGVIT2Video(ConvTokenizer):
 
     Args:
         num_frames: frames of the clips that ``spec`` describes.
+        quantizer: as there, but for those of growing grids, which are of images.
 
     Raises:
         ValueError: sides that are no multiple of the stride, another number of frames, or widths that norm_groups does
@@ -65,6 +67,7 @@ class OpenMAGVIT2Video(ConvTokenizer):
         position_weight: float = 1.0,
         usage_weight: float = 1.0,
         norm_groups: int = 32,
+        quantizer: dict[str, Any] | None = None,
     ):
         super().__init__(image_size, in_channels, len(channel_mult))
         self._input_shape = (in_channels, num_frames, *self._input_shape[1:])
@@ -88,11 +91,15 @@ class OpenMAGVIT2Video(ConvTokenizer):
                 resample=lambda level, width: CausalDownsample(width, in_time=in_time[level]),
             ),
             nn.Identity(),
-            LFQ(
+            chosen_quantizer(
+                quantizer,
                 bits,
-                entropy_temperature=entropy_temperature,
-                position_weight=position_weight,
-                usage_weight=usage_weight,
+                lambda: LFQ(
+                    bits,
+                    entropy_temperature=entropy_temperature,
+                    position_weight=position_weight,
+                    usage_weight=usage_weight,
+                ),
             ),
             nn.Identity(),
             ConvDecoder(
@@ -119,6 +126,8 @@ class OpenMAGVIT2Video(ConvTokenizer):
                 f"{1 + self.time_stride * max((frames - 1) // self.time_stride, 1)} frames"
             )
         flat = super()._spec_for_sides((height, width))
+        if flat.scales:
+            raise ValueError("quantizers of growing grids are of images, not of clips: take one of a single grid")
         steps = 1 + (frames - 1) // self.time_stride
         if steps * flat.length == 1:
             raise ValueError(

@@ -21,6 +21,8 @@ from vistok.checkpoints import OfficialCheckpoint
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.draws import Draws
 from vistok.quantizers import VectorQuantizer
+from vistok.quantizers.named import chosen_quantizer
+from vistok.quantizers.scaled import spec_of
 from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.seed import official
 from vistok.tokenizers.seed.networks import PositionedBlocks, QFormer, Tower, TowerConfig, bottleneck, narrowing
@@ -53,6 +55,9 @@ class SEED(Tokenizer):
             tokens, narrowed by ``image_down``.
         image_down: widths of the linears that narrow a token where there is no reverse Q-Former.
         target_dim: channels E of the image embedding.
+        quantizer: another quantizer by name, {name: vq | stochastic | lfq | bsq | fsq | index | multi_scale |
+            multi_scale_bsq, …its arguments}, for codes of ``code_dim`` channels; what is said of codebooks
+            above is of the own one.
 
     Raises:
         ValueError: another number of channels, a tower of another width than ``context_dim``, or a count below 1.
@@ -104,6 +109,7 @@ class SEED(Tokenizer):
         image_down: tuple[int, ...] = (256, 128, 32),
         target_dim: int = 1024,
         codebook_restart_after: int = 0,
+        quantizer: dict[str, Any] | None = None,
     ):
         super().__init__()
         if in_channels != 3:
@@ -141,9 +147,14 @@ class SEED(Tokenizer):
             self.vision_norm.requires_grad_(False)
             self.qformer.requires_grad_(False)
         self.to_latents = bottleneck(dim, dim, code_dim)
-        self.quantizer = VectorQuantizer(
-            codebook_size, code_dim, normalize=False, init="uniform", restart_after=codebook_restart_after
+        self.quantizer = chosen_quantizer(
+            quantizer,
+            code_dim,
+            lambda: VectorQuantizer(
+                codebook_size, code_dim, normalize=False, init="uniform", restart_after=codebook_restart_after
+            ),
         )
+        self._spec = spec_of(self.quantizer, TokenSpec(num_queries, self.quantizer.codebook_size, code_dim))
         self.from_latents = bottleneck(code_dim, code_dim, dim)
         self.query_blocks, self.image_blocks = (
             PositionedBlocks(num_queries, dim, num_blocks, block_heads) for _ in range(2)
@@ -158,12 +169,8 @@ class SEED(Tokenizer):
             self.image_proj = nn.Linear(dim, target_dim)
 
     @property
-    def spec(self) -> TokenSpec:
-        return TokenSpec(self.qformer.queries.shape[1], self.quantizer.codebook_size, self.quantizer.dim)
-
-    @property
     def loss_terms(self) -> tuple[str, ...]:
-        """ "codebook" and "commitment" of the quantizer, "query" and, with a target tower, "image"."""
+        """Those of the quantizer, its own "codebook" and "commitment"; "query" and, with a target tower, "image"."""
         return (*self.quantizer.loss_terms, "query", *(("image",) if self.target_tower is not None else ()))
 
     @property
@@ -234,15 +241,12 @@ class SEED(Tokenizer):
         return super().decode(tokens)
 
     def decode_features(self, tokens: Tensor) -> Tensor:
-        """Ids (B, L) to image embeddings (B, E), not normalised.
+        """Ids (B, L), or those of scales (see ``dequantize``), to image embeddings (B, E), not normalised.
 
         Raises:
             ValueError: ids out of range, or another number of them.
         """
-        self.spec.check_ids(tokens)
-        if tokens.shape[1] != self.spec.length:
-            raise ValueError(f"an image has {self.spec.length} tokens, got {tokens.shape[1]}")
-        return self.embed(self.from_latents(self.quantizer.ids_to_latents(tokens)))
+        return self.embed(self.from_latents(self.dequantize(tokens)))
 
     def embed(self, decoded: Tensor) -> Tensor:
         """Decoded codes (B, L, D) to image embeddings (B, E)."""
@@ -268,23 +272,25 @@ class SEED(Tokenizer):
         self.check_condition(condition)
         features = self.features(pixels)
         if self.target_tower is None:
-            return self.forward_features(features)
-        return self.forward_features(features, self.target_features(pixels if target is None else target))
+            return self.forward_features(features, draws=draws)
+        return self.forward_features(features, self.target_features(pixels if target is None else target), draws=draws)
 
-    def forward_features(self, features: Tensor, target: Tensor | None = None) -> TokenizerOutput:
+    def forward_features(
+        self, features: Tensor, target: Tensor | None = None, *, draws: Draws | None = None
+    ) -> TokenizerOutput:
         """The training pass from vision features (B, T, C).
 
-        Losses: "codebook" and "commitment" (B, L); "query" (B, L), 1 - cosine of the Q-Former's outputs and what the
-        codes are decoded to; with a ``target`` (B, E), "image" (B,), the mean squared distance to it. Features:
-        "queries" and "latents" (B, L, D), "quantized" (B, L, code_dim) and "image_embedding" (B, E). The paper weights
-        the terms 5 * (commitment + 0.25 * codebook) + 2 * query + 0.5 * image.
+        Losses: those of the quantizer, "codebook" and "commitment" (B, L) of its own; "query" (B, L), 1 - cosine of the
+        Q-Former's outputs and what the codes are decoded to; with a ``target`` (B, E), "image" (B,), the mean squared
+        distance to it. Features: "queries" and "latents" (B, L, D), "quantized" (B, L, code_dim) and "image_embedding"
+        (B, E). The paper weights the terms 5 * (commitment + 0.25 * codebook) + 2 * query + 0.5 * image.
 
         Raises:
             ValueError: a target of another shape.
         """
         queries = self.query_features(features)
         latents = self.to_latents(queries)
-        quantized = self.quantizer(latents)
+        quantized = self.quantizer(latents, draws=draws)
         decoded = self.from_latents(quantized.quantized)
         embedding = self.embed(decoded)
         losses = quantized.losses | {"query": 1 - F.cosine_similarity(self.query_blocks(decoded), queries, dim=-1)}

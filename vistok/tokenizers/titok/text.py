@@ -104,6 +104,7 @@ class TATiTok(TiTok):
         latent_scale: float | tuple[float, ...] = 1.0,
         text_dim: int = 768,
         text_length: int = 77,
+        quantizer: dict[str, Any] | None = None,
     ):
         super().__init__(
             image_size=image_size,
@@ -122,6 +123,7 @@ class TATiTok(TiTok):
             init_std=init_std,
             latent_mean=latent_mean,
             latent_scale=latent_scale,
+            quantizer=quantizer,
         )
         self.text_dim, self.text_length = text_dim, text_length
         self.text = TextGuidance(text_dim, self.decoder.input.out_features, text_length)

@@ -175,7 +175,8 @@ def check_terms(tokenizer: Tokenizer, losses: Mapping[str, Any]) -> dict[str, Te
         if name in SETTINGS:
             continue
         if name not in allowed:
-            hint = suggestion(name, allowed) or "."
+            needs = f": {TERMS[name].needs}." if name in TERMS and TERMS[name].needs else None
+            hint = needs or suggestion(name, allowed) or "."
             raise ConfigError(
                 f"losses.{name}: {type(tokenizer).__name__} provides no such term{hint} "
                 f"It provides: {', '.join(allowed)}."

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 from einops import rearrange
 from torch import Tensor, nn
 
-from vistok.checkpoints.bounds import OversizedError, construct
+from vistok.checkpoints.bounds import OversizedError, check_bytes, construct
 from vistok.config import ConfigError, check_least
 from vistok.draws import Draws, Keys
 from vistok.losses import L1, L2, LPIPS, ARPrior
@@ -75,6 +75,9 @@ class Term(nn.Module):
     def __init__(self, name: str, config: TermConfig):
         super().__init__()
         self.name, self.config = name, config
+
+    needs: ClassVar[str] = ""
+    """What a tokenizer has to give, for the error of one that does not."""
 
     @classmethod
     def fits(cls, tokenizer: Tokenizer) -> bool:
@@ -214,17 +217,21 @@ class ARPriorTerm(Term):
     config_type = ARPriorConfig
     config: ARPriorConfig
     reads_codes = True
+    needs = "it scores ids of one code each, not sums of codes of several scales or levels, and no latents"
 
     @classmethod
     def fits(cls, tokenizer: Tokenizer) -> bool:
         spec = tokenizer.spec
-        return spec.discrete and spec.depth == 1 and not spec.scales  # whose places are sums of several codes
+        return spec.discrete and spec.depth == 1 and not spec.scales
 
     def __init__(self, name: str, config: ARPriorConfig, tokenizer: Tokenizer):
         super().__init__(name, config)
         spec, outer = tokenizer.spec, {field.name for field in fields(TermConfig)}
         options = {key: value for key, value in asdict(config).items() if key not in outer}
         try:
+            check_bytes(
+                f"losses.{name} scores every code at every token, which", 4 * spec.num_ids * (spec.length + spec.dim)
+            )
             self.prior = construct(ARPrior, {"code_dim": spec.dim, "max_length": spec.length, **options})
         except (ValueError, OversizedError) as error:
             raise ConfigError(f"losses.{name}: {error}") from error

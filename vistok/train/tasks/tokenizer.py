@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -23,6 +24,7 @@ from vistok.draws import Draws, Keys, draws_on
 from vistok.losses import adaptive_weight
 from vistok.pipelines.folders import TOKENIZER
 from vistok.pipelines.texts import TextConfig
+from vistok.quantizers.named import QUANTIZERS
 from vistok.quantizers.perturbation import perturbation_draws
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.config import MODEL, PlayerConfig, RunConfig
@@ -304,14 +306,24 @@ def _codebook_watch(tokenizer: Tokenizer, config: TokenizerRun, world_size: int)
     training, size = config.training, tokenizer.spec.num_ids
     images = config.data.batch_size * world_size * training.gradient_accumulation_steps * max(training.log_every, 1)
     possible = 1 - (1 - 1 / size) ** (images * tokenizer.spec.length * tokenizer.spec.depth)
-    arguments, remedies = tokenizer.config, []
-    if arguments.get("codebook_restart_after") == 0:
-        remedies.append("restart dead codes (model.codebook_restart_after=100)")
-    if arguments.get("codebook_l2_norm") is False:
-        remedies.append("compare normalised codes (model.codebook_l2_norm=true)")
-    if "entropy_temperature" in arguments and not config.losses.get("entropy"):
-        remedies.append("an entropy loss (model.entropy_temperature=0.01 losses.entropy=0.1)")
-    return CodebookWatch(possible, remedies)
+    return CodebookWatch(possible, _remedies(tokenizer, config.losses))
+
+
+def _remedies(tokenizer: Tokenizer, losses: Mapping[str, Any]) -> list[str]:
+    """What the tokenizer, or the quantizer that it took by name, offers against dying codes and does not use yet."""
+    arguments, where, restart, norm = tokenizer.config, "model", "codebook_restart_after", "codebook_l2_norm"
+    if named := arguments.get("quantizer"):
+        parameters = inspect.signature(QUANTIZERS[named["name"]]).parameters.values()
+        arguments = {parameter.name: parameter.default for parameter in parameters} | named
+        where, restart, norm = "model.quantizer", "restart_after", "normalize"
+    remedies = []
+    if arguments.get(restart) == 0:
+        remedies.append(f"restart dead codes ({where}.{restart}=100)")
+    if arguments.get(norm) is False:
+        remedies.append(f"compare normalised codes ({where}.{norm}=true)")
+    if "entropy_temperature" in arguments and not losses.get("entropy"):
+        remedies.append(f"an entropy loss ({where}.entropy_temperature=0.01 losses.entropy=0.1)")
+    return remedies
 
 
 def _target(batch: ImageBatch) -> Tensor:
