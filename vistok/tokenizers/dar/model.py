@@ -76,9 +76,9 @@ class DAR(Tokenizer):
         num_steps, solver: what ``decode`` does unless it is told otherwise.
         alignment: head for the "repa" loss, of the input of block 8 (``layer``, counted from 0), for DINOv2-B, with
             2,048 hidden channels unless it says otherwise; None has none.
-        quantizer: another quantizer by name, {name: vq | stochastic | lfq | bsq | fsq | index, …its arguments}, for
-            codes of ``codebook_embed_dim`` channels; what is said of codebooks above is of the own one. Those of
-            growing grids have no groups.
+        quantizer: a quantizer in place of the own one, {name, …its arguments} as ``build_quantizer`` takes it, for
+            codes of ``codebook_embed_dim`` channels. Other arguments of the codebook then have no effect.
+            Quantizers of growing grids are refused: their ids form no groups.
 
     Raises:
         ValueError: sizes that do not divide, or a quantizer of growing grids.

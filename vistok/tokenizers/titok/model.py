@@ -80,9 +80,8 @@ class TiTok(Tokenizer):
             so little of an image on then that all images have the same tokens for hundreds of steps: take about
             dim ** -0.5.
         latent_mean, latent_scale: of the standardised latents of "vae", see ``GaussianLatents``.
-        quantizer: another quantizer by name, {name: vq | stochastic | lfq | bsq | fsq | index | multi_scale |
-            multi_scale_bsq, …its arguments}, for codes of ``token_dim`` channels; what is said of codebooks
-            above is of the own one.
+        quantizer: a quantizer in place of the own one, {name, …its arguments} as ``build_quantizer`` takes it, for
+            codes of ``token_dim`` channels. Other arguments of the codebook then have no effect.
 
     Raises:
         ValueError: a size that patches do not divide, a decoder patch that is not the codec's stride, or an unknown
