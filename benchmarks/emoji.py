@@ -17,6 +17,7 @@ import argparse
 import json
 import shutil
 import tempfile
+import textwrap
 import zipfile
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -103,7 +104,7 @@ def score(run: Path, texts: dict[str, list[tuple[str, list[str]]]], out: Path, c
             f"{name}: {figures[f'retrieved_{name}']:.1%} of {len(rows)} nearer than {RIVALS} others "
             f"(chance {1 / (RIVALS + 1):.0%}; through the tokenizer {figures[f'reachable_{name}']:.1%})"
         )
-        shown += list(zip(prompts[:8], made.images[:8], strict=True))
+        shown += [(prompts[i], made.images[i]) for i in spread(range(len(prompts)), 8)]
     write_sheet(shown, out / "prompts.png")
     return figures
 
@@ -147,15 +148,15 @@ def retrieval(made, real) -> float:
 
 
 def write_sheet(shown, path: Path) -> None:
-    """Pictures with their prompts below."""
+    """Pictures below their prompts, a row of each kind; of those that are scored every twentieth or so, none picked."""
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(3, len(shown) // 3, figsize=(16, 7))
+    figure, axes = pyplot.subplots(3, len(shown) // 3, figsize=(8, 4), layout="constrained")
     for axis, (prompt, image) in zip(axes.flat, shown, strict=True):
         axis.imshow(image)
-        axis.set_title(prompt[:22], fontsize=7)
+        axis.set_title(textwrap.fill(prompt, 16), fontsize=7)
         axis.axis("off")
-    figure.savefig(path, dpi=100, bbox_inches="tight")
+    figure.savefig(path, dpi=100)
 
 
 if __name__ == "__main__":
