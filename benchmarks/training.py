@@ -11,8 +11,8 @@ On a GPU: ``--device cuda --dtype bf16 --compile --batch-size 64 --matrix 8192``
 
     python benchmarks/training.py --recipe moving_digits/larp_tokenizer
 
-tells what a step of the training loop itself waits for: the shares of data, forward, backward, optimizer, and of the
-rest (draws of a batch belong to forward), with the recipe's own data.
+tells what a step of the training loop itself waits for, with the recipe's own data: the shares of data, draws, forward,
+backward, optimizer, logging (with the row that is written every ``training.log_every`` steps) and of the rest.
 """
 
 from __future__ import annotations

@@ -44,9 +44,11 @@ def system_page(item: dict[str, Any]) -> str:
     lines += table(("config", "what it trains"), ((f"`vistok train {config}`", summary(config)) for config in own))
     lines += ["", "## Official checkpoints", ""]
     lines += checkpoint_table(item["checkpoints"])
-    curves = [curve for curve in curve_names() if curve.endswith(f"-{item['name']}")]
+    curves = [curve for curve in curve_names() if item["name"] in curve.split("-")]
+    if curves:
+        lines += ["", "## Reference curves", "", "`docs/curves/README.md` tells how each was made."]
     for curve in curves:
-        lines += ["", "## Reference curve", "", f"![{curve}](../../curves/{curve}.png)"]
+        lines += ["", f"![{curve}](../../curves/{curve}.png)"]
     return "\n".join(lines) + "\n"
 
 

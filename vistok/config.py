@@ -10,17 +10,17 @@ import dataclasses
 import inspect
 import os
 import re
-import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 from vistok.signatures import (
     RENAMED,
     ConfigError,
     KeysOf,
     ShellCommand,
+    alternatives,
     annotations_of,
     build,
     check,
@@ -28,13 +28,12 @@ from vistok.signatures import (
     describe,
     dotted,
     mismatch,
-    nearest,
     section_type,
-    suggestion,
     with_todays_names,
 )
 from vistok.utils.files import atomic_file
 from vistok.utils.omega import calls_resolver, check_size, escape, escaped
+from vistok.utils.spelling import nearest, suggestion
 
 __all__ = [
     "NOTHING",
@@ -111,7 +110,7 @@ def load_config(
         raise ConfigError(f"{path}: not a readable YAML mapping: {_one_line(error)}") from error
     if not OmegaConf.is_dict(config):
         raise ConfigError(f"{path}: expected `key: value` lines at the top, found a list")
-    return _apply(config, overrides, source=str(path), target=target, allowed=allowed)
+    return override(config, overrides, source=str(path), target=target, allowed=allowed)
 
 
 def override(
@@ -124,57 +123,38 @@ def override(
 ) -> dict[str, Any]:
     """Apply ``key.sub=value`` overrides to plain values; arguments and errors are those of :func:`load_config`.
 
-    ``source`` names the values in messages.
+    Args:
+        values: plain ones; texts with ``${`` are references only in what OmegaConf has read.
+        source: what messages call them.
     """
-    from omegaconf import OmegaConf
-
-    return _apply(OmegaConf.create(escaped(values)), overrides, source=source, target=target, allowed=allowed)
-
-
-def _apply(
-    config: Any, overrides: Sequence[str], *, source: str, target: Callable[..., Any] | None, allowed: Allowed
-) -> dict[str, Any]:
-    """The overridden, resolved config as plain values."""
     from omegaconf import OmegaConf
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     malformed = [_malformed_override(text) for text in overrides if not _is_override(text)]
     if malformed:
         raise ConfigError(*malformed)
-    commands: dict[str, ShellCommand] = {}
+    config = OmegaConf.create(values if OmegaConf.is_config(values) else escaped(values), flags={"allow_objects": True})
     texts = _with_texts(OmegaConf.to_container(config, resolve=False), overrides)
     for text in overrides:
-        key, _, given = text.partition("=")
-        parts, value = key.split("."), None
-        commands.pop(key, None)
-        if given.startswith(ShellCommand.PREFIX):
-            if not allowed.commands:
-                raise ConfigError(f"override {text!r}: this runs a command; if you mean it, add --allow-commands")
-            commands[key] = ShellCommand(given.removeprefix(ShellCommand.PREFIX))
-        else:
-            value = _override_value(text, _annotation_at(target, parts, texts), allowed)
+        parts = text.partition("=")[0].split(".")
+        value = _override_value(text, _annotation_at(target, parts, texts), allowed)
         for part in reversed(parts):
             value = {part: value}
         try:
             config = OmegaConf.merge(config, value)
+        except TypeError as error:
+            raise ConfigError(f"override {text!r}: a list changes as a whole, as in key=[1,2]") from error
         except OmegaConfBaseException as error:
             raise ConfigError(f"override {text!r}: {_one_line(error)}") from error
     _refuse_resolvers(OmegaConf.to_container(config, resolve=False), "", source)
     try:
-        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        return OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except RecursionError as error:
         raise ConfigError(f"{source}: a reference leads back to itself") from error
     except MissingMandatoryValue as error:
         raise ConfigError(f"{source}: {error.full_key} is left open (???); give it: {error.full_key}=…") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{source}: {error.full_key}: {str(error).splitlines()[0]}") from error
-    for key, command in commands.items():
-        *sections, last = key.split(".")
-        section = values
-        for part in sections:
-            section = section[part]
-        section[last] = command
-    return values
 
 
 def _override_value(text: str, annotation: Any, allowed: Allowed) -> Any:
@@ -184,9 +164,13 @@ def _override_value(text: str, annotation: Any, allowed: Allowed) -> Any:
     from omegaconf.errors import OmegaConfBaseException
 
     value = text.partition("=")[2]
+    if value.startswith(ShellCommand.PREFIX):
+        if not allowed.commands:
+            raise ConfigError(f"override {text!r}: this runs a command; if you mean it, add --allow-commands")
+        return ShellCommand(value.removeprefix(ShellCommand.PREFIX))
     if "${oc.env:" in value:
         value = _with_environment(text, value, allowed)
-    choices = _alternatives(annotation)
+    choices = alternatives(annotation)
     if type(None) in choices and value in ("", "null"):
         return None
     texts = [choice for choice in choices if typing.get_origin(choice) in (tuple, list, Sequence)]
@@ -260,13 +244,6 @@ def _key_annotations(annotation: Any, values: Mapping[str, Any]) -> Mapping[str,
     if target is None:
         return {}
     return annotations_of(target) if inspect.isclass(target) else target(values)
-
-
-def _alternatives(annotation: Any) -> list[Any]:
-    """The members of a union, or the one annotation."""
-    if typing.get_origin(annotation) in (Union, types.UnionType):
-        return [choice for part in typing.get_args(annotation) for choice in _alternatives(part)]
-    return [annotation]
 
 
 def _refuse_resolvers(value: Any, path: str, source: str) -> None:

@@ -7,15 +7,16 @@ the value and what was allowed.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import logging
 import math
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
+
+from vistok.utils.spelling import nearest, suggestion
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -36,6 +37,8 @@ RENAMED = {
     "ffn_dropout": "ffn_drop",
 }
 """Names of arguments up to version 0.1, and today's: configs and saved models of that version are still read."""
+
+UNIONS = (Union, types.UnionType)
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -145,19 +148,6 @@ def build(target: Callable[..., T], values: Mapping[str, Any], path: str) -> T:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def nearest(name: str, allowed: Sequence[str]) -> str | None:
-    """Return the allowed name that ``name`` is most likely a misspelling of, or None."""
-    lowered = {candidate.lower(): candidate for candidate in allowed}
-    matches = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.6)
-    return lowered[matches[0]] if matches else None
-
-
-def suggestion(name: Any, allowed: Sequence[str]) -> str:
-    """What a message says of an unknown name: "; did you mean 'x'?", or nothing where no allowed one is near."""
-    near = nearest(name, allowed) if isinstance(name, str) else None
-    return f"; did you mean {near!r}?" if near else ""
-
-
 def describe(annotation: Any) -> str:
     """Write a type annotation the way a config's author thinks of it: ``int | None``, ``"center" | "random"``."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
@@ -167,7 +157,7 @@ def describe(annotation: Any) -> str:
         return describe(arguments[0])
     if origin is Literal:
         return " | ".join("null" if choice is None else repr(choice) for choice in arguments)
-    if origin in (Union, types.UnionType):
+    if origin in UNIONS:
         return " | ".join(describe(choice) for choice in arguments if choice is not ShellCommand)
     if inspect.isclass(annotation) and dataclasses.is_dataclass(annotation):
         return f"a section {{{', '.join(_parameters(annotation))}}}"
@@ -216,22 +206,17 @@ def with_todays_names(target: Callable[..., Any], values: Mapping[str, Any], pat
 
 
 def _check_value(annotation: Any, value: Any, path: str) -> Any:
-    section = section_type(annotation)
-    if section is not None and isinstance(value, section):
-        return value
+    section, item, entry = section_type(annotation), _item_type(annotation, tuple), _item_type(annotation, dict)
     if section is not None and isinstance(value, Mapping):
         arguments = check(section, value, path)
         try:
             return section(**arguments)
         except (ValueError, TypeError) as error:  # the dataclass' own rules, in __post_init__
             raise ConfigError(f"{path}: {error}") from error
-    item = _item_section(annotation)
     if item is not None and isinstance(value, (list, tuple)):
         return tuple(_check_value(item, each, f"{path}[{position}]") for position, each in enumerate(value))
-    if typing.get_origin(annotation) is dict and isinstance(value, Mapping):
-        _, kind = typing.get_args(annotation)
-        if section_type(kind) is not None and all(isinstance(key, str) for key in value):
-            return {key: _check_value(kind, each, dotted(path, key)) for key, each in value.items()}
+    if entry is not None and isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: _check_value(entry, each, dotted(path, key)) for key, each in value.items()}
 
     from pydantic import ValidationError
 
@@ -245,24 +230,37 @@ def _check_value(annotation: Any, value: Any, path: str) -> Any:
         raise ConfigError(f"{mismatch(path, value)}: expected {describe(annotation)}{hint}") from error
 
 
+def alternatives(annotation: Any) -> list[Any]:
+    """The members of a union, or the one annotation, without what ``Annotated`` adds."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return alternatives(typing.get_args(annotation)[0])
+    if typing.get_origin(annotation) in UNIONS:
+        return [choice for part in typing.get_args(annotation) for choice in alternatives(part)]
+    return [annotation]
+
+
 def section_type(annotation: Any) -> type | None:
     """The one dataclass that a mapping may stand for in this annotation, if there is one."""
-    if typing.get_origin(annotation) in (Union, types.UnionType, typing.Annotated):
-        found = [section_type(argument) for argument in typing.get_args(annotation)]
-        found = [section for section in found if section is not None]
-        return found[0] if len(found) == 1 else None
-    return annotation if inspect.isclass(annotation) and dataclasses.is_dataclass(annotation) else None
+    found = [choice for choice in alternatives(annotation) if _is_section(choice)]
+    return found[0] if len(found) == 1 else None
 
 
-def _item_section(annotation: Any) -> Any:
-    """The annotation of the items of ``tuple[Section, ...]``, also beside other types; None if none is a section."""
-    if typing.get_origin(annotation) in (Union, types.UnionType, typing.Annotated):
-        found = [_item_section(argument) for argument in typing.get_args(annotation)]
-        return next((section for section in found if section is not None), None)
-    arguments = typing.get_args(annotation)
-    if typing.get_origin(annotation) is tuple and len(arguments) == 2 and arguments[1] is ...:
-        return arguments[0] if section_type(arguments[0]) is not None else None
-    return None
+def _is_section(annotation: Any) -> bool:
+    return inspect.isclass(annotation) and dataclasses.is_dataclass(annotation)
+
+
+def _item_type(annotation: Any, container: type) -> Any:
+    """What ``tuple[Section, ...]`` or ``dict[str, Section]`` holds, also beside other types; None if no section."""
+    held = [typing.get_args(choice) for choice in alternatives(annotation) if typing.get_origin(choice) is container]
+    found = [kind for kinds in held if container is dict or ... in kinds for kind in kinds if section_type(kind)]
+    return found[0] if found else None
+
+
+def _literals(annotation: Any) -> Iterator[Any]:
+    if typing.get_origin(annotation) is Literal:
+        yield from typing.get_args(annotation)
+    for argument in typing.get_args(annotation):
+        yield from _literals(argument)
 
 
 @cache
@@ -275,57 +273,31 @@ def _adapter(annotation: Any) -> TypeAdapter[Any]:
 
 def _strict(annotation: Any) -> Any:
     """Forbid conversions between scalars, wherever they stand in the annotation, but not list -> tuple."""
-    from pydantic import AllowInfNan, Strict
+    from pydantic import AllowInfNan, GetPydanticSchema, PlainValidator, Strict
+    from pydantic_core.core_schema import is_instance_schema
 
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is float:  # of a config no number is meant that is none
         return typing.Annotated[annotation, Strict(), AllowInfNan(False)]
     if annotation in (int, bool, str):
         return typing.Annotated[annotation, Strict()]
-    if inspect.isclass(annotation) and dataclasses.is_dataclass(annotation):
-        return typing.Annotated[Any, _instance_validator(annotation)]
+    if _is_section(annotation):  # a mapping that stands for it is checked apart, for the sake of its messages
+        return typing.Annotated[Any, GetPydanticSchema(lambda *_: is_instance_schema(annotation))]
     if origin is Literal:
-        return typing.Annotated[annotation, _literal_validator(arguments)]
-    if origin is None or origin is typing.Annotated or not arguments:
-        return annotation
-    if origin in (Union, types.UnionType):
-        return Union[tuple(map(_strict, arguments))]  # noqa: UP007 - built from a tuple
-    if origin in (tuple, list, set, dict, Sequence, Mapping):
-        return origin[tuple(argument if argument is ... else _strict(argument) for argument in arguments)]
+        return typing.Annotated[Any, PlainValidator(partial(_choice, arguments))]
+    if arguments and origin in (*UNIONS, typing.Annotated, tuple, list, set, dict, Sequence, Mapping):
+        outer: Any = Union if origin is types.UnionType else origin
+        return outer[tuple(map(_strict, arguments))]
     return annotation
 
 
-def _instance_validator(kind: type) -> Any:
-    """A validator that takes what is a ``kind`` already."""
-    from pydantic import PlainValidator
-
-    def same(value: Any) -> Any:
-        if not isinstance(value, kind):
-            raise ValueError(f"no {kind.__name__}")
-        return value
-
-    return PlainValidator(same)
-
-
-def _literal_validator(choices: tuple[Any, ...]) -> Any:
-    """A validator that tells ``True`` from ``1`` and ``1.0``, which compare equal."""
-    from pydantic import BeforeValidator
-
-    def same_type(value: Any) -> Any:
-        if value is False and "no" in choices:  # how YAML reads a bare no
-            return "no"
-        if not any(type(value) is type(choice) and value == choice for choice in choices):
-            raise ValueError("not one of the choices")
-        return value
-
-    return BeforeValidator(same_type)
-
-
-def _literals(annotation: Any) -> Iterator[Any]:
-    if typing.get_origin(annotation) is Literal:
-        yield from typing.get_args(annotation)
-    for argument in typing.get_args(annotation):
-        yield from _literals(argument)
+def _choice(choices: tuple[Any, ...], value: Any) -> Any:
+    """``value``, which is one of ``choices``; ``True``, ``1`` and ``1.0``, which compare equal, are three."""
+    if value is False and "no" in choices:  # how YAML reads a bare no
+        return "no"
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise ValueError("not one of the choices")
+    return value
 
 
 def dotted(path: str, key: str) -> str:

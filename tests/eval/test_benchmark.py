@@ -22,7 +22,7 @@ from vistok.data.pictures import to_uint8
 from vistok.eval import evaluate
 from vistok.eval.batches import NETWORK_BATCH
 from vistok.eval.benchmark import benchmark
-from vistok.eval.plan import BenchmarkError, Plan
+from vistok.eval.plan import BenchmarkError, BenchmarkPlan
 from vistok.eval.search import local_minimum
 from vistok.pipelines import Pipeline
 from vistok.utils.outputs import ResumeError
@@ -269,12 +269,12 @@ def test_damaged_files_are_named(pipe, tmp_path):
         benchmark(pipe, tmp_path / "out", **CALL)
 
 
-def plan(**changes) -> Plan:
+def plan(**changes) -> BenchmarkPlan:
     values = {
         "num_images": 5000, "labels": "random", "num_classes": 10, "seed": 0, "sampling": {}, "tokenizer": "t",
         "generator": "g", "network": {}, "dtype": "float32", "image_size": (16, 16),
     }  # fmt: skip
-    return Plan(**values | changes)
+    return BenchmarkPlan(**values | changes)
 
 
 def test_labels_depend_on_the_number_of_the_image_alone():

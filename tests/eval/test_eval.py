@@ -28,7 +28,7 @@ from vistok.data.pictures import to_uint8
 from vistok.eval import evaluate, evaluate_reconstruction, make_reference, networks
 from vistok.eval import metrics as m
 from vistok.eval.batches import NETWORK_BATCH, filled, regrouped
-from vistok.eval.features import Rows
+from vistok.eval.features import RowStore
 from vistok.eval.images import FolderImages, ImageError, NpzImages, open_images
 from vistok.eval.networks import CallableNetwork, InceptionV3Compat
 from vistok.eval.protocols import PROTOCOLS
@@ -701,7 +701,7 @@ def test_full_precision_restores_what_was_set():
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=6))
 @settings(max_examples=20)
 def test_rows_are_joined_in_their_order(counts):
-    store, whole = Rows(), torch.arange(sum(counts)).unsqueeze(1)
+    store, whole = RowStore(), torch.arange(sum(counts)).unsqueeze(1)
     for part in whole.split(counts):
         store.append(part)
     assert torch.equal(store.join(), whole)

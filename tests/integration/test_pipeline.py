@@ -161,6 +161,34 @@ def test_what_to_generate_must_be_said_once(pipe, unconditional):
         pipe([0], batch_size=0)
 
 
+@pytest.mark.parametrize("name", ["num_images_per_label", "index_start", "seed", "batch_size"])
+@pytest.mark.parametrize("value", [1.0, 1.5, "2", [1]])
+def test_counts_are_whole_numbers(pipe, name, value):
+    with pytest.raises(ValueError, match=f"{name} must be a whole number, got "):
+        pipe([0], **{name: value})
+
+
+def test_counts_of_numpy_and_negative_starts(pipe, unconditional):
+    assert len(unconditional(num_images=np.int64(2)).images) == 2
+    with pytest.raises(ValueError, match="index_start must be at least 0, got -1"):
+        pipe([0], index_start=-1)
+    with pytest.raises(ValueError, match=r"preview_every must be a whole number, got 0\.5 \(float\)"):
+        pipe.stream([0], preview_every=0.5)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        ({"window": 3}, "window has no effect with decoding 'plain'; leave it out, or give decoding 'jacobi'"),
+        ({"coupled": True, "decoding": "cautious"}, "coupled has no effect with decoding 'cautious'"),
+        ({"trials": 2, "decoding": "jacobi"}, "trials has no effect with decoding 'jacobi'"),
+    ],
+)
+def test_options_of_another_decoding_are_refused(pipe, sampling, message):
+    with pytest.raises(ValueError, match=message):
+        pipe([0], **sampling)
+
+
 def test_unconditional_grey_images(unconditional):
     out = unconditional(num_images=3)
     assert out.labels is None

@@ -292,6 +292,9 @@ def test_another_text_encoder_is_refused(runs, tmp_path):
         ("ids", {"prompt": "two", "negative_prompt": 3, "guidance_scale": 2.0}, "negative_prompt must be a text"),
         ("ids", {"prompt": "two", "num_images_per_prompt": 0}, "num_images_per_prompt must be at least 1, got 0"),
         ("features", {"num_images": 1, "negative_prompt": "two"}, "negative_prompt goes with prompt"),
+        ("ids", {"prompt": "two", "num_images_per_prompt": 1.5}, "num_images_per_prompt must be a whole number"),
+        ("ids", {"prompt": "two\ud800"}, "is no text: surrogates not allowed"),
+        ("features", {"prompt": ["two", "\udc41"]}, "is no text: surrogates not allowed"),
     ],
 )
 def test_what_a_pipeline_cannot_be_asked_for(runs, part, what, message):

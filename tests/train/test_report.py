@@ -25,7 +25,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "mine"
-    return train(tokenizer_config(folder, curve="quickstart-tokenizer", validation={"data": {"split": "test"}}))
+    return train(
+        tokenizer_config(folder, curve="quickstart-vit_vqgan-tokenizer", validation={"data": {"split": "test"}})
+    )
 
 
 def test_a_run_ends_with_its_page(run):
@@ -35,7 +37,7 @@ def test_a_run_ends_with_its_page(run):
     ]
     assert labels == ["step 3", "step 6"]
     assert "after 6 of 6 steps" in report.text
-    assert "reference: quickstart-tokenizer" in report.text
+    assert "reference: quickstart-vit_vqgan-tokenizer" in report.text
     assert "held-out" in report.text
     assert all(title in report.text for title in ("PSNR in dB", "share of codes in use", "images per second"))
     assert "tokens of 256 images" in report.text

@@ -22,7 +22,7 @@ from vistok.train.config import RunConfig
 from vistok.train.monitor import Console, MetricsFile, read_metrics
 from vistok.train.parallel import checkpoint_activations
 from vistok.train.preview import preview
-from vistok.train.profile import profile
+from vistok.train.profile import PHASES, profile
 from vistok.train.tasks.adversary import Adversary
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -147,6 +147,20 @@ def test_profile_writes_a_trace_and_a_summary(tmp_path, capsys):
     events = json.loads((tmp_path / "run.trace.json").read_text())["traceEvents"]
     assert sum(event.get("name") == "step" and event.get("cat") == "user_annotation" for event in events) == 5
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("task", ["tokenizer", "generator"])
+def test_a_profile_tells_what_draws_and_logging_take(tmp_path, tokens, task):
+    training = {"log_every": 50, "trackers": ["tensorboard"]}
+    if task == "tokenizer":
+        config = tokenizer_config(tmp_path / "run", training=training)
+    else:
+        config = generator_config(tmp_path / "run", tokens, training=training)
+    found = profile(config)
+    assert all(found.seconds[phase] > 0 for phase in PHASES), found.seconds
+    assert sum(found.seconds.values()) == pytest.approx(found.step_seconds)
+    often = profile(config | {"training": config["training"] | {"log_every": 1}})
+    assert often.seconds["logging"] > found.seconds["logging"]
 
 
 def test_profiled_steps_are_those_with_an_adversary(tmp_path, monkeypatch):

@@ -78,6 +78,19 @@ def test_check_converts_what_yaml_cannot_write():
     assert "dim" not in checked  # the signature's default stands
 
 
+def test_sections_in_containers_are_checked_where_they_stand():
+    def build(many: tuple[Jitter, ...] | None = None, named: dict[str, Jitter] | None = None) -> None: ...
+
+    values = {"many": [{"degrees": 1}, Jitter(2.0)], "named": {"a": {"repeats": 2}}}
+    assert check(build, values, "") == {"many": (Jitter(1.0), Jitter(2.0)), "named": {"a": Jitter(repeats=2)}}
+    with pytest.raises(ConfigError) as caught:
+        check(build, {"many": [{}, {"degres": 1}], "named": {"a": 3}}, "")
+    assert caught.value.args == (
+        "many[1].degres: unknown key; did you mean many[1].degrees? allowed: degrees, repeats",
+        "named.a: got 3 (int): expected a section {degrees, repeats}",
+    )
+
+
 def test_check_takes_functions_and_ready_dataclasses():
     def build(jitter: Jitter, count: int = 1) -> None: ...
 
@@ -187,6 +200,7 @@ def test_load_refuses_malformed_overrides(config_file: Path, override: str):
     [
         ("sizes=[1,", "override 'sizes=\\[1,': the value is not valid YAML"),
         ("lr=${nowhere}", "lr: Interpolation key 'nowhere' not found"),
+        ("sizes.0=3", r"override 'sizes\.0=3': a list changes as a whole, as in key=\[1,2\]"),
     ],
 )
 def test_load_refuses_bad_values(config_file: Path, override: str, message: str):

@@ -114,11 +114,11 @@ def test_pipeline_json(tmp_path_factory: pytest.TempPathFactory, damage: Callabl
 @FEW
 @given(damage=damages())
 def test_result_json(tmp_path_factory: pytest.TempPathFactory, damage: Callable):
-    from vistok.eval.plan import Plan
+    from vistok.eval.plan import BenchmarkPlan
 
     folder = tmp_path_factory.mktemp("benchmark")
     (folder / RESULT_FILE).write_bytes(damage(json.dumps({"runs": [{"guidance_scale": [1.0, 2.0]}]}).encode()))
-    plan = Plan(16, "none", 0, 0, {}, "a", "b", {}, "float32", (16, 16), None)
+    plan = BenchmarkPlan(16, "none", 0, 0, {}, "a", "b", {}, "float32", (16, 16), None)
     outcome(lambda: _earlier(folder, plan, []), BenchmarkError, RESULT_FILE)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -9,8 +10,10 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 from support.processes import SECONDS, first_line
 
@@ -173,7 +176,152 @@ def test_of_another_host_nothing_is_assumed(tmp_path: Path):
         end(process)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": "x"}'])
+def test_a_killed_owner_that_nobody_has_waited_for_is_dead(tmp_path: Path):
+    process = holder(tmp_path / "run", "fork")
+    process.kill()  # and not waited for: it stays in the system's table
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    with locked(tmp_path / "run"):
+        pass
+    end(process)
+
+
+@pytest.mark.parametrize("where", ["container", "machine"])
+def test_of_another_machine_with_the_same_host_name_nothing_is_assumed(tmp_path: Path, where: str):
+    process = holder(tmp_path / "run")
+    try:
+        owner = tmp_path / ".run.owner"
+        there = json.loads(owner.read_text())
+        assert there["space"] or sys.platform != "linux"
+        owner.write_text(json.dumps(there | {"space": where, "pid": 2**22 + 1}))  # a pid that is free here
+        with pytest.raises(FolderInUseError, match="is writing it"), locked(tmp_path / "run"):
+            pass
+    finally:
+        end(process)
+
+
+def test_an_owner_that_is_no_process_is_not_known_to_be_dead(tmp_path: Path):
+    process = holder(tmp_path / "run")
+    try:
+        owner = tmp_path / ".run.owner"
+        owner.write_text(json.dumps(json.loads(owner.read_text()) | {"pid": -1}))
+        with pytest.raises(FolderInUseError, match="is writing it"), locked(tmp_path / "run"):
+            pass
+    finally:
+        end(process)
+
+
+def test_a_pid_that_is_somebody_else_s_by_now_holds_nothing(tmp_path: Path):
+    process = holder(tmp_path / "run", "fork")
+    owner = json.loads((tmp_path / ".run.owner").read_text())
+    process.kill()
+    process.wait(timeout=SECONDS)
+    (tmp_path / ".run.owner").write_text(json.dumps(owner | {"pid": os.getppid()}))
+    with locked(tmp_path / "run"):
+        pass
+    end(process)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the beginning of a process is told by the clock")
+def test_setting_the_clock_kills_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """psutil tells when a process began as the clock says now that the machine did."""
+    process = holder(tmp_path / "run")
+    create_time = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: create_time(self) + 3600)
+    try:
+        with pytest.raises(FolderInUseError, match="is writing it"), locked(tmp_path / "run"):
+            pass
+    finally:
+        end(process)
+
+
+@pytest.mark.parametrize("how", ["a thread", "the same thread"])
+def test_a_process_does_not_share_a_lock_with_itself(tmp_path: Path, how: str):
+    def enter() -> str:
+        try:
+            with locked(tmp_path / "run"):
+                return "entered"
+        except FolderInUseError as error:
+            return str(error)
+
+    with locked(tmp_path / "run"):
+        if how == "a thread":
+            with ThreadPoolExecutor(1) as pool:
+                outcome = pool.submit(enter).result()
+        else:
+            outcome = enter()
+        assert f"process {os.getpid()} on" in outcome
+        assert (tmp_path / ".run.owner").exists()
+    assert enter() == "entered"
+
+
+def test_a_forked_process_does_not_free_the_lock(tmp_path: Path):
+    with locked(tmp_path / "run"):
+        inner = subprocess.run([sys.executable, "-c", FORKED, str(tmp_path / "x")], check=False, timeout=SECONDS)
+    assert inner.returncode == 0
+
+
+FORKED = """
+import os, sys
+from pathlib import Path
+from vistok.utils.locks import FolderInUseError, locked
+
+folder = Path(sys.argv[1])
+with locked(folder):
+    if os.fork() == 0:
+        sys.exit()  # leaves the block in the child
+    os.wait()
+    assert (folder.parent / ".x.owner").exists()
+    if os.fork() == 0:
+        try:
+            with locked(folder):
+                os._exit(1)
+        except FolderInUseError:
+            os._exit(0)
+    assert os.wait()[1] == 0
+"""
+
+
+@pytest.mark.parametrize("code", ["ENOLCK", "EOPNOTSUPP"])
+def test_a_file_system_without_locks_is_told_and_written(tmp_path: Path, monkeypatch, caplog, code: str):
+    fcntl = pytest.importorskip("fcntl")
+
+    def fail(*_):
+        raise OSError(getattr(errno, code), "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with locked(tmp_path / "run"):
+        assert "take care that no other process writes it" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_another_process_made_meanwhile_is_not_replaced(tmp_path: Path):
+    def race() -> None:
+        with atomic_folder(tmp_path / "x") as folder:
+            (folder / "a").write_text("ours")
+            (tmp_path / "x").mkdir()
+            (tmp_path / "x" / "a").write_text("theirs")
+
+    with pytest.raises(FileExistsError, match="meanwhile"):
+        race()
+    assert (tmp_path / "x" / "a").read_text() == "theirs"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_two_readers_put_back_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    retired = tmp_path / ".x.abc.old"
+    (retired / "old").mkdir(parents=True)
+    replace = os.replace
+
+    def after_another(source, target):
+        replace(source, target)
+        replace(source, target)  # which finds nothing there
+
+    monkeypatch.setattr(os, "replace", after_another)
+    restore(tmp_path)
+    assert (tmp_path / "x").is_dir()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": "x"}', "[" * 100_000, '{"pid": 1e999}'])
 def test_a_damaged_owner_file_is_no_obstacle(tmp_path: Path, content: str):
     (tmp_path / ".run.owner").write_text(content)
     (tmp_path / ".run.lock").write_text("")

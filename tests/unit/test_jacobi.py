@@ -250,7 +250,7 @@ def test_settings_that_do_not_fit_are_refused():
         (name,) = wrong
         with pytest.raises(ValueError, match=name):
             DecodingOptions(**wrong)
-    with pytest.raises(ValueError, match="Tokens of one step are independent: take decoding 'plain'"):
+    with pytest.raises(ValueError, match="4 in a step, independent of each other: take decoding 'plain'"):
         tiny("token_shuffle").sample(labels(0), DecodingOptions(temperature=0, decoding="jacobi"))
     model = tiny("llama", spec=TokenSpec(8, 32, dim=4), positions="rope1d")
     with pytest.raises(ValueError, match=r"no raster: take draft .random"):

@@ -39,6 +39,7 @@ from vistok.config import check, with_todays_names
 from vistok.types import to_json
 from vistok.utils.files import atomic_folder, read_json, restore, write_json
 from vistok.utils.paths import local
+from vistok.utils.spelling import did_you_mean
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MODEL_FILES = (CONFIG, WEIGHTS, ADAPTER, ADAPTER_CONFIG)
@@ -225,7 +226,7 @@ def find_official(source: str) -> tuple[str, OfficialCheckpoint] | None:
         return None
     near = [name for name in known if name.endswith(f"/{source}")] or difflib.get_close_matches(source, known, n=3)
     if near or source.endswith(RELEASED_SUFFIXES):
-        hint = f"; did you mean {' or '.join(near)}?" if near else "."
+        hint = did_you_mean(*near)
         raise CheckpointError(
             f"there is no folder {source!r}, and no official checkpoint of that name{hint} `vistok models` lists them"
         )

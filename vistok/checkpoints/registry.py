@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vistok.signatures import suggestion
+from vistok.utils.spelling import suggestion
 
 if TYPE_CHECKING:
     from vistok.checkpoints.official import OfficialCheckpoint, Reference

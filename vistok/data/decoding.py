@@ -133,7 +133,7 @@ class Decoder:
         # A power of two that leaves twice the side that is wanted, as ``draft`` does.
         factor = 1 << max(0, (min(image.size) // enough).bit_length() - 1) if enough else 1
         if image.mode != self.mode or transparent or factor > 1 or pixels is not None:
-            strips = image if pixels is None else Rows(pixels)
+            strips = image if pixels is None else PixelRows(pixels)
             image = _in_strips(strips, self.mode, factor, lambda strip: self._eight_bit(strip, levels, transparent))
         return image if orientation is None else image.transpose(orientation)
 
@@ -226,7 +226,7 @@ def _is_transparent(image: Image.Image) -> bool:
     return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
 
 
-class Rows:
+class PixelRows:
     """Pixels (H, W, 3 or 4) of which rows become images when they are asked for."""
 
     def __init__(self, pixels: np.ndarray) -> None:
@@ -256,7 +256,7 @@ def _still_webp(image: Image.Image) -> np.ndarray | None:
 
 
 def _in_strips(
-    image: Image.Image | Rows, mode: str, factor: int, change: Callable[[Image.Image], Image.Image]
+    image: Image.Image | PixelRows, mode: str, factor: int, change: Callable[[Image.Image], Image.Image]
 ) -> Image.Image:
     """What ``change`` makes of an image, of ``mode``, reduced by ``factor``; of a large one a strip at a time, so that
     no second one of its size is held."""

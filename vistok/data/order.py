@@ -78,30 +78,10 @@ class SequentialOrder:
 
 
 @dataclass(frozen=True)
-class ResampledOrder:
-    """Training on samples drawn with replacement, anew in every epoch; whole batches only.
-
-    Raises:
-        ValueError: there are too few samples for one batch, or ``rank`` is no rank.
-    """
-
-    length: int
-    batch_size: int
-    seed: int = 0
-    rank: int = 0
-    world_size: int = 1
-
-    in_step: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        ShuffledOrder(self.length, self.batch_size, self.seed, self.rank, self.world_size)
-
-    def __len__(self) -> int:
-        """Batches per epoch on each process."""
-        return self.length // (self.batch_size * self.world_size)
+class ResampledOrder(ShuffledOrder):
+    """Training on samples drawn with replacement, anew in every epoch; as many batches as ``ShuffledOrder`` has."""
 
     def batches(self, epoch: int) -> np.ndarray:
-        """Indices of this rank's batches, (batches, batch_size) int64."""
         shape = (len(self), self.world_size, self.batch_size)
         # Two numbers of 24 bits each reach every sample of any data set.
         high, low = Keys(self.seed, (0,), step=epoch).uniform("resampled order", 2, *shape)[0].double().numpy()
@@ -137,7 +117,7 @@ class ShardOrder:
         ]
 
 
-Order = ShuffledOrder | ResampledOrder | SequentialOrder | ShardOrder
+Order = ShuffledOrder | SequentialOrder | ShardOrder
 
 
 def _check_rank(rank: int, world_size: int) -> None:

@@ -169,7 +169,7 @@ def _generation(gr: Any, run: Run, suffix: str) -> None:
         what = gr.Dropdown(
             run.classes, value=next(iter(run.classes), None), label="class", visible=bool(run.classes), filterable=True
         )
-        prompt = gr.Textbox(label="prompt", visible=run.takes_prompts)
+        prompt = gr.Textbox(label="prompt", placeholder="empty: whatever it likes", visible=run.takes_prompts)
         most = MOST_CLIPS if run.is_video else MOST_IMAGES
         count = gr.Slider(1, most, value=min(4, most), step=1, label="clips" if run.is_video else "images")
         seed = gr.Number(0, precision=0, label="seed")

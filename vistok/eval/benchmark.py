@@ -20,7 +20,7 @@ from vistok.eval.classes import class_table
 from vistok.eval.comparison import Source, score_sides
 from vistok.eval.features import FeaturePass
 from vistok.eval.networks import FeatureNetwork
-from vistok.eval.plan import BenchmarkError, Labels, Plan
+from vistok.eval.plan import BenchmarkError, BenchmarkPlan, Labels
 from vistok.eval.protocols import Protocol as Rules
 from vistok.eval.protocols import choose_protocol, load_network
 from vistok.eval.record import RESULT_FILE, save_result
@@ -242,11 +242,13 @@ def _search(start: float, runs: list[_Run], try_setting: Callable[[Setting], _Ru
     return local_minimum(distance, start)
 
 
-def _store(out: Path, setting: Setting, plan: Plan, *, keep_images: bool) -> FeatureStore:
+def _store(out: Path, setting: Setting, plan: BenchmarkPlan, *, keep_images: bool) -> FeatureStore:
     return FeatureStore(out / setting.folder, plan.shards, plan.scored_size, keep_images=keep_images)
 
 
-def _earlier(out: Path, plan: Plan, stores: list[tuple[Setting, FeatureStore]]) -> list[tuple[Setting, FeatureStore]]:
+def _earlier(
+    out: Path, plan: BenchmarkPlan, stores: list[tuple[Setting, FeatureStore]]
+) -> list[tuple[Setting, FeatureStore]]:
     """What earlier sweeps into the same folder have finished, and this one does not name: it is scored again with it.
 
     Raises:
@@ -274,7 +276,7 @@ class _Sampler:
     """Makes the images of a plan by their numbers."""
 
     pipe: ImagePipeline
-    plan: Plan
+    plan: BenchmarkPlan
     sampling: dict[str, Any]
 
     def images(self, start: int, stop: int, setting: Setting, bar: Bar, done: int) -> Tensor:
@@ -298,7 +300,7 @@ def _plan(
     sampling: Mapping[str, Any],
     network: Mapping[str, Any],
     eval_size: int | None,
-) -> Plan:
+) -> BenchmarkPlan:
     options = to_json(dataclasses.asdict(pipe.options(**sampling)))
     options.pop("guidance_scale", None)
     spec = pipe.generator.condition_spec
@@ -309,7 +311,7 @@ def _plan(
             'labels="none" to score unconditional images'
         )
     _, height, width = pipe.tokenizer.image_shape("the benchmark of a pipeline")
-    return Plan(
+    return BenchmarkPlan(
         num_images=num_images,
         labels=labels or ("balanced" if num_classes else "none"),
         num_classes=num_classes,
@@ -324,7 +326,7 @@ def _plan(
     )
 
 
-def _choose_metrics(rules: Rules, plan: Plan, real: Reference) -> tuple[list[str], list[str]]:
+def _choose_metrics(rules: Rules, plan: BenchmarkPlan, real: Reference) -> tuple[list[str], list[str]]:
     # The samples' side allows everything that so many images allow: all features of the network are kept.
     planned: Any = _PlannedImages(plan.num_images, plan.scored_size)
     samples = Reference("the benchmark", planned)

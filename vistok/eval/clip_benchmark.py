@@ -56,7 +56,7 @@ class ClipPipeline(Protocol):
 
 @dataclass(frozen=True)
 class ClipPlan:
-    """All that determines the clips and their features, except the guidance scale; ``Plan`` of clips.
+    """All that determines the clips and their features, except the guidance scale; ``BenchmarkPlan`` of clips.
 
     Attributes:
         num_images: how many clips.

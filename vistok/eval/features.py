@@ -81,7 +81,7 @@ class FeaturePass:
         self, network: FeatureNetwork, source: str, *, keep: Sequence[str] = (), moments: Sequence[str] = ()
     ) -> None:
         self._network, self._source = network, source
-        self._kept = {name: Rows() for name in keep}
+        self._kept = {name: RowStore() for name in keep}
         self._moments: dict[str, Moments | None] = dict.fromkeys(moments)
         self._digests: list[Tensor] = []
         self._groups = Regrouper(NETWORK_BATCH)
@@ -158,7 +158,7 @@ def gathered(part: FeaturePass, processes: Processes) -> Extraction:
     return Extraction.concatenate([extraction for extraction in parts if extraction is not None])
 
 
-class Rows:
+class RowStore:
     """Rows (n, ...) that come a few at a time, joined at the end without a second copy: 50,000 features are 400 MB.
 
     They are kept in blocks so large that the allocator returns each as soon as it is let go.

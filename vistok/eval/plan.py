@@ -20,7 +20,7 @@ class BenchmarkError(ValueError):
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchmarkPlan:
     """All that determines the samples and their features, except the guidance scale.
 
     Two runs with one plan give the same features, whatever their batch size and number of processes.

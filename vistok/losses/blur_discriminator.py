@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from itertools import pairwise
 from math import comb
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,21 +58,13 @@ class BlurDiscriminator(Discriminator):
             nn.Conv2d(widths[-1], widths[-1], 1), nn.LeakyReLU(0.1), nn.Conv2d(widths[-1], 1, 5, padding=2)
         )
 
-    @classmethod
-    def arguments_for(cls, input_shape: tuple[int, ...]) -> dict[str, Any]:
-        return {"in_channels": input_shape[0]}
-
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, 1, h, w), h = H / 2^num_stages rounded up, from images (B, in_channels, H, W).
 
         Raises:
             ValueError: another number of channels, or images too small for one logit.
         """
-        if images.ndim != 4 or images.shape[1] != self.in_channels or min(images.shape[2:]) < self.min_size:
-            raise ValueError(
-                f"images must be (batch, {self.in_channels}, H, W) with sides of at least {self.min_size} px, got "
-                f"{tuple(images.shape)}; use fewer stages for smaller images"
-            )
+        self.check_images(images, self.min_size, "; use fewer stages for smaller images")
         return self.to_logits(self.blocks(self.block_in(images)))
 
 

@@ -84,10 +84,6 @@ class DINODiscriminator(Discriminator):
         self.heads = ModuleList(_head(dim, kernel_size, norm_group) for _ in range(1 + len(taps)))
 
     @classmethod
-    def arguments_for(cls, input_shape: tuple[int, ...]) -> dict[str, Any]:
-        return {"in_channels": input_shape[0]}
-
-    @classmethod
     def arguments_for_range(cls, value_range: tuple[float, float]) -> dict[str, Any]:
         return {"value_range": value_range}
 
@@ -113,8 +109,7 @@ class DINODiscriminator(Discriminator):
         Raises:
             ValueError: images of another shape.
         """
-        if images.ndim != 4 or images.shape[1] != self.in_channels:
-            raise ValueError(f"images must be (batch, {self.in_channels}, H, W), got {tuple(images.shape)}")
+        self.check_images(images)
         features = self.features(self._sized(images, uniforms))
         return torch.cat([head(feature).flatten(1) for head, feature in zip(self.heads, features)], 1)
 

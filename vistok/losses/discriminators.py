@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any, ClassVar, Self
@@ -16,20 +15,23 @@ from vistok.nn.batch_norm import BatchNorm2d
 from vistok.nn.containers import ModuleList
 
 
-class Discriminator(nn.Module, ABC):
+class Discriminator(nn.Module):
     """Judges images (B, C, H, W) or clips (B, C, T, H, W): logits of any shape, the batch first.
 
     Attributes:
+        in_channels: C.
         num_uniforms: how many random numbers a batch takes: ``forward`` gets them, in [0, 1) on the host, as
             ``uniforms``, if there are any.
     """
 
     num_uniforms: ClassVar[int] = 0
 
+    in_channels: int
+
     @classmethod
-    @abstractmethod
     def arguments_for(cls, input_shape: tuple[int, ...]) -> dict[str, Any]:
         """The constructor's arguments that follow from the data, of shape (C, H, W) or (C, T, H, W)."""
+        return {"in_channels": input_shape[0]}
 
     @classmethod
     def arguments_for_range(cls, value_range: tuple[float, float]) -> dict[str, Any]:
@@ -39,6 +41,14 @@ class Discriminator(nn.Module, ABC):
     def frozen(self) -> dict[str, nn.Module]:
         """Networks that it asks, by name, which are never trained and are no part of its state."""
         return {}
+
+    def check_images(self, images: Tensor, least_side: int = 1, hint: str = "") -> None:
+        """Raise ValueError unless these are images (B, in_channels, H, W) with sides of at least ``least_side``."""
+        if images.ndim != 4 or images.shape[1] != self.in_channels or min(images.shape[2:]) < least_side:
+            sides = f" with sides of at least {least_side} px" if least_side > 1 else ""
+            raise ValueError(
+                f"images must be (batch, {self.in_channels}, H, W){sides}, got {tuple(images.shape)}{hint}"
+            )
 
 
 class StyleGANDiscriminator(Discriminator):
@@ -145,21 +155,13 @@ class PatchGAN(Discriminator):
         self.main = nn.Sequential(*modules)
         self.apply(_init_patchgan)
 
-    @classmethod
-    def arguments_for(cls, input_shape: tuple[int, ...]) -> dict[str, Any]:
-        return {"in_channels": input_shape[0]}
-
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, 1, h, w), h about H / 2^num_layers - 2, from images (B, in_channels, H, W).
 
         Raises:
             ValueError: another number of channels, or images too small for one logit.
         """
-        if images.ndim != 4 or images.shape[1] != self.in_channels or min(images.shape[2:]) < self.min_size:
-            raise ValueError(
-                f"images must be (batch, {self.in_channels}, H, W) with sides of at least {self.min_size} px, got "
-                f"{tuple(images.shape)}; use fewer layers for smaller images"
-            )
+        self.check_images(images, self.min_size, "; use fewer layers for smaller images")
         return self.main(images)
 
 

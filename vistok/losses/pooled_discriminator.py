@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,18 +55,13 @@ class PooledDiscriminator(Discriminator):
             nn.Conv2d(widths[-1], widths[-1], 1), nn.LeakyReLU(SLOPE), nn.Conv2d(widths[-1], 1, 5, padding=2)
         )
 
-    @classmethod
-    def arguments_for(cls, input_shape: tuple[int, ...]) -> dict[str, Any]:
-        return {"in_channels": input_shape[0]}
-
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, 1, grid, grid) of images (B, in_channels, H, W).
 
         Raises:
             ValueError: another number of channels.
         """
-        if images.ndim != 4 or images.shape[1] != self.in_channels:
-            raise ValueError(f"images must be (batch, {self.in_channels}, H, W), got {tuple(images.shape)}")
+        self.check_images(images)
         x = F.leaky_relu(self.input(images), SLOPE)
         for stage in self.stages:
             x = stage(x)

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vistok.config import check_least
 from vistok.nn.attention import Attention, LayerCache
 from vistok.nn.mlp import MLP, GatedMLP, two_thirds
 
 FeedForward = Literal["gelu", "swiglu"]
+
+
+@dataclass(frozen=True)
+class TransformerSize:
+    """Width, number of layers, and heads of one transformer.
+
+    Raises:
+        ValueError: the heads do not divide the width, or nothing of something.
+    """
+
+    dim: int
+    num_layers: int
+    num_heads: int
+
+    def __post_init__(self) -> None:
+        check_least(self, dim=1, num_layers=1, num_heads=1)
+        if self.dim % self.num_heads:
+            raise ValueError(f"a width of {self.dim} cannot be split into {self.num_heads} heads")
 
 
 class DropPath(nn.Module):

@@ -13,6 +13,7 @@ from torch import Tensor
 from vistok.conditions import WORDS
 from vistok.data.movies import shown
 from vistok.draws import Keys
+from vistok.pipelines.keywords import check_whole
 from vistok.types import Condition
 
 if TYPE_CHECKING:
@@ -106,8 +107,7 @@ class Chat:
         """
         if reply not in (None, "text", "image"):
             raise ValueError(f"a reply is 'text' or 'image', or None for what the model chooses; got {reply!r}")
-        if max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+        check_whole("max_tokens", max_tokens, least=1)
         if reply == "image" and text is None and image is None:
             raise ValueError("say what to draw")
         pipe, said, options = self._pipe, Message(HUMAN, text, image), self._pipe.options(**sampling)
@@ -158,8 +158,8 @@ def captions(
     pipe: Pipeline, images: Sequence[Image.Image] | Tensor, question: str | None, max_tokens: int, batch_size: int
 ) -> list[str]:
     """What the model says of each image, asked a question or nothing."""
-    if max_tokens < 1 or batch_size < 1:
-        raise ValueError(f"max_tokens and batch_size must be at least 1, got {max_tokens} and {batch_size}")
+    check_whole("max_tokens", max_tokens, least=1)
+    check_whole("batch_size", batch_size, least=1)
     pipe.generator.check_writes()
     said = []
     for start in range(0, len(images), batch_size):

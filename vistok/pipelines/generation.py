@@ -18,6 +18,7 @@ from vistok.config import check
 from vistok.data.movies import shown
 from vistok.draws import Draws, Keys
 from vistok.generators.base import Generator
+from vistok.generators.engine.sampling import DecodingOptions, refuse_without_effect
 from vistok.pipelines.card import model_card, push_to_hub
 from vistok.pipelines.chat import MAX_TOKENS, Chat, Message, captions
 from vistok.pipelines.classes import ClassLabel, ClassNames
@@ -184,9 +185,16 @@ class Pipeline:
         return push_to_hub(self, repo_id, card, private=private, token=token)
 
     def options(self, **sampling: Any) -> Any:
-        """The options that a call with these would use: an ``options_type``, with ``self.sampling`` for the others."""
+        """The options that a call with these would use: an ``options_type``, with ``self.sampling`` for the others.
+
+        Raises:
+            ValueError: an unknown option, a value out of range, or one that has no effect with the chosen decoding.
+        """
         options_type = self.generator.options_type
-        return options_type(**check(options_type, {**self.sampling, **sampling}, ""))
+        options = options_type(**check(options_type, {**self.sampling, **sampling}, ""))
+        if isinstance(options, DecodingOptions):
+            refuse_without_effect(options, sampling)
+        return options
 
     @torch.no_grad()
     def __call__(

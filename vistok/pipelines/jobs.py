@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vistok.data.movies import shown
 from vistok.draws import Draws, Keys
-from vistok.pipelines.keywords import check_keywords
+from vistok.pipelines.keywords import check_keywords, check_whole
 from vistok.pipelines.output import PipelineOutput
 from vistok.pipelines.requests import Conditions, Request
 from vistok.types import Condition, to_json
@@ -85,8 +85,7 @@ def generate(
     Raises:
         ValueError: ``batch_size`` below 1, or a tokenizer that makes no images.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_whole("batch_size", batch_size, least=1)
     check_images(pipe)
     tokens, pixels = [], []
     for start in range(0, len(job), batch_size):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from vistok.config import ConfigError, nearest, with_todays_names
+from vistok.config import ConfigError, with_todays_names
+from vistok.utils.spelling import did_you_mean, nearest
 
 SYNONYMS = {
     "labels": "class_labels",
@@ -42,8 +44,18 @@ def check_keywords(call: Callable[..., Any], options_type: type, given: Mapping[
     own = [p.name for p in kinds if p.kind is not inspect.Parameter.VAR_KEYWORD and p.name != "self"]
     name, known = wrong[0], [*own, *options]
     guess = SYNONYMS.get(name) if SYNONYMS.get(name) in known else nearest(name, known)
-    hint = f"; did you mean {guess}?" if guess else "."
+    hint = did_you_mean(guess) if guess else did_you_mean()
     raise ConfigError(
         f"there is no keyword {name!r} here{hint} The call takes {', '.join(own)}; and as sampling options of this "
         f"generator {', '.join(options)}"
     )
+
+
+def check_whole(name: str, value: Any, *, least: int | None = None) -> None:
+    """Raise ValueError unless the argument ``name`` is a whole number, of at least ``least``, or None."""
+    try:
+        number = None if value is None else operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a whole number, got {value!r} ({type(value).__name__})") from None
+    if number is not None and least is not None and number < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")

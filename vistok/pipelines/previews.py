@@ -16,6 +16,7 @@ from vistok.data.pictures import to_pil
 from vistok.draws import Keys
 from vistok.pipelines.display import Shown
 from vistok.pipelines.jobs import Job
+from vistok.pipelines.keywords import check_whole
 from vistok.types import Condition
 
 if TYPE_CHECKING:
@@ -54,10 +55,8 @@ def previews(pipe: Pipeline, job: Job, every: int | None = None) -> Iterator[Pre
         ValueError: ``every`` below 1, or a tokenizer that makes no images.
     """
     pipe.tokenizer.check_renders("previews")
-    every = preview_step(pipe) if every is None else every
-    if every < 1:
-        raise ValueError(f"preview_every must be at least 1, got {every}")
-    return _previews(pipe, job, every)
+    check_whole("preview_every", every, least=1)
+    return _previews(pipe, job, preview_step(pipe) if every is None else every)
 
 
 @torch.no_grad()

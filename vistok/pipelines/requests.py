@@ -11,6 +11,7 @@ import torch
 
 from vistok.conditions import PARTS
 from vistok.pipelines.classes import ClassLabel, ClassNames
+from vistok.pipelines.keywords import check_whole
 from vistok.text import PromptEncoder
 from vistok.types import Condition, ConditionSpec
 
@@ -35,7 +36,7 @@ class Request:
         sampling: options by name.
 
     Raises:
-        ValueError: both words for the images of each, or no whole number as a seed.
+        ValueError: both words for the images of each, or what is no whole number where one is meant.
     """
 
     class_labels: ClassLabel | Iterable[ClassLabel] | None = None
@@ -55,11 +56,9 @@ class Request:
             raise ValueError("give num_images_per_label or num_images_per_prompt, not both")
         if self.seed is not None and self.generator is not None:
             raise ValueError("give either seed or generator, not both")
-        try:
-            operator.index(0 if self.seed is None else self.seed)
-        except TypeError:
-            kind = type(self.seed).__name__
-            raise ValueError(f"seed must be a whole number, got {self.seed!r} ({kind})") from None
+        for name in ("seed", "num_images", "num_images_per_label", "num_images_per_prompt"):
+            check_whole(name, getattr(self, name))
+        check_whole("index_start", self.index_start, least=0)
 
     @property
     def copies(self) -> int:
@@ -116,8 +115,7 @@ class Conditions:
         per = "prompt" if request.num_images_per_prompt != 1 else "label"
         names = (f"num_images_per_{per}", "num_images")
         for name, value in zip(names, (request.copies, request.num_images), strict=True):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            check_whole(name, value, least=1)
         if request.negative_prompt is not None and request.prompt is None:
             raise ValueError("negative_prompt goes with prompt=…")
         if request.num_images is not None:

@@ -17,7 +17,7 @@ RUN_CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True)
-class _Sections:
+class _DataSection:
     """What ``data.…=…`` overrides apply to."""
 
     data: DataConfig
@@ -84,7 +84,7 @@ def data_of_run(
         section = {"channels": input_shape[0], "image_size": input_shape[-2]} | frames
     if split is not None:
         section = {**section, "split": split}
-    values = override({"data": section}, overrides, source=str(file), target=_Sections, allowed=allowed)["data"]
+    values = override({"data": section}, overrides, source=str(file), target=_DataSection, allowed=allowed)["data"]
     try:
         return DataConfig(**check(DataConfig, values, "data"))
     except ValueError as error:

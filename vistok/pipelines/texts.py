@@ -43,7 +43,7 @@ class TextConfig:
 
 
 @dataclass(frozen=True)
-class _Sections:
+class _TextSection:
     """What ``text.…=…`` overrides apply to."""
 
     text: TextConfig | None
@@ -101,7 +101,7 @@ def text_of_run(
             "that text encoder with text.encoder=… (text.length=… and text.positions=… as in its training), or decode "
             "without texts with text=null"
         )
-    values = override({"text": section}, overrides, source=str(path), target=_Sections, allowed=allowed)["text"]
+    values = override({"text": section}, overrides, source=str(path), target=_TextSection, allowed=allowed)["text"]
     return None if values is None else TextConfig(**check(TextConfig, values, "text"))
 
 

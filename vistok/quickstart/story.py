@@ -163,7 +163,7 @@ def write_story(
     count = f"{spec.length} {kind}" if spec.grid is None else f"{'×'.join(map(str, spec.grid))} {kind}"
     write_report(
         path,
-        title="Digits, one token at a time",
+        title=f"Digits, written in {kind}",
         kicker="vistok quickstart",
         lead=(
             f"{system.summary}. The tokenizer learned to write each 32×32 digit as {count}, and the generator to "

@@ -34,7 +34,7 @@ from vistok.utils.report import (
 if TYPE_CHECKING:
     from vistok.quickstart.talk import Judged
 
-COLUMNS, ROWS = 20, 10
+COLUMNS, ROWS = 12, 10
 
 
 @dataclass(frozen=True)

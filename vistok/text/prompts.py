@@ -106,8 +106,13 @@ class PromptEncoder:
         """By part, the sequence of every text.
 
         Raises:
-            TextError: a text is longer than the encoder's length, and ``refuse_long``.
+            TextError: a text is longer than the encoder's length, and ``refuse_long``; or it is no Unicode text.
         """
+        for text in texts:
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise TextError(f"{text!r} is no text: {error.reason} ({error.object[error.start]!r})") from None
         sequences = {part: self._encoder(part).encode(texts) for part in self.parts}
         for part, pieces in sequences.items() if refuse_long else ():
             length = self._encoder(part).spec.length
@@ -124,7 +129,8 @@ class PromptEncoder:
             spec = self._encoder(part).spec
             cut = [text for text, piece in zip(given, pieces, strict=True) if piece.length > spec.length]
             if cut:
-                log.warning("%d texts were cut to %d tokens, such as %r", len(cut), spec.length, cut[0][:80])
+                what = "a text was" if len(cut) == 1 else f"{len(cut)} texts were"
+                log.warning("%s cut to %d tokens: %r", what, spec.length, cut[0][:80])
             rows = iter(piece.values for piece in pieces)
             values, mask = pad_left([None if text is None else next(rows) for text in texts], spec)
             make = Condition.from_ids if part == "ids" else Condition.from_features

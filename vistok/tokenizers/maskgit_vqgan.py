@@ -26,7 +26,7 @@ from vistok.types import Clock, Condition, TokenizerOutput
 F16 = (1, 1, 2, 2, 4)
 
 
-class ResBlock(nn.Module):
+class CodecResBlock(nn.Module):
     """Two normalised 3x3 convolutions without biases: (B, C_in, h, w) -> (B, C_out, h, w).
 
     Where the channels change, what is added is a 1x1 convolution of the block's own output, and the input is dropped:
@@ -48,13 +48,13 @@ class ResBlock(nn.Module):
         return y + (x if self.shortcut is None else self.shortcut(y))
 
 
-class Level(nn.Module):
+class CodecLevel(nn.Module):
     """The residual blocks at one resolution, then ``resample``."""
 
     def __init__(self, in_channels: int, out_channels: int, blocks: int, resample: nn.Module, norm_groups: int):
         super().__init__()
         widths = [in_channels] + [out_channels] * (blocks - 1)
-        self.blocks = nn.Sequential(*(ResBlock(width, out_channels, norm_groups) for width in widths))
+        self.blocks = nn.Sequential(*(CodecResBlock(width, out_channels, norm_groups) for width in widths))
         self.resample = resample
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class CodecEncoder(nn.Module):
         self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1, bias=False)
         self.levels = nn.Sequential(
             *(
-                Level(
+                CodecLevel(
                     widths[i - 1] if i else channels,
                     width,
                     res_blocks,
@@ -97,7 +97,7 @@ class CodecEncoder(nn.Module):
                 for i, width in enumerate(widths)
             )
         )
-        self.middle = nn.Sequential(*(ResBlock(widths[-1], widths[-1], norm_groups) for _ in range(res_blocks)))
+        self.middle = nn.Sequential(*(CodecResBlock(widths[-1], widths[-1], norm_groups) for _ in range(res_blocks)))
         self.norm_out = group_norm(widths[-1], norm_groups)
         self.conv_out = nn.Conv2d(widths[-1], z_channels, 1)
 
@@ -122,10 +122,10 @@ class CodecDecoder(nn.Module):
         widths = [channels * mult for mult in reversed(channel_mult)]
         finest = len(widths) - 1
         self.conv_in = nn.Conv2d(z_channels, widths[0], 3, padding=1)
-        self.middle = nn.Sequential(*(ResBlock(widths[0], widths[0], norm_groups) for _ in range(res_blocks)))
+        self.middle = nn.Sequential(*(CodecResBlock(widths[0], widths[0], norm_groups) for _ in range(res_blocks)))
         self.levels = nn.Sequential(
             *(
-                Level(
+                CodecLevel(
                     widths[max(i - 1, 0)],
                     width,
                     res_blocks,

@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 
 from vistok.checkpoints import CheckpointError, Model, read_weights
 from vistok.checkpoints.weights import STATE
-from vistok.config import ConfigError, nearest
+from vistok.config import ConfigError
 from vistok.pipelines.folders import BEST_MODEL
 from vistok.utils.files import atomic_folder, read_object, remove_leftovers, restore, write_json
+from vistok.utils.spelling import did_you_mean, nearest
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ class Checkpoints:
         name = metric.removeprefix(prefix)
         if name not in row:
             near = nearest(name, tuple(row))
-            hint = f"; did you mean {prefix + near!r}?" if near else "."
+            hint = did_you_mean(repr(prefix + near)) if near else did_you_mean()
             raise ConfigError(f"training.best_metric: this run logs no {metric!r}{hint} It logs {', '.join(row)}.")
 
     def _metric(self, row: Mapping[str, float]) -> str:

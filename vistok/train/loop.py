@@ -8,7 +8,7 @@ import time
 import zlib
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -132,6 +132,9 @@ class Trainer:
         self.players = Players(task, self.config, accelerator)
         self.step, self.meter, self.trail = 0, Meter(), Trail()
         self.row: dict[str, float] = {}  # the last of the log
+        self.seconds = 0.0  # of training, as far as the first process counts
+        self.phase: Callable[[str], AbstractContextManager[Any]] = record_function
+        """What a phase of a step runs in, by its name."""
 
     def resume(self, config: Mapping[str, Any]) -> None:
         """Go to the newest checkpoint; where there is none yet, stay at the beginning.
@@ -176,10 +179,7 @@ class Trainer:
     def run(self) -> None:
         """Train to ``max_steps``; checkpoint and export at the end in any case."""
         config = self.config
-        self.seconds = 0.0  # of training, as far as the first process counts
-        if self.accelerator.is_main_process:  # which removes what others leave half-written
-            self.metrics = MetricsFile(self.folder / METRICS_FILE, self.step)
-            self.seconds = self.metrics.seconds()
+        self.open_log()
         console = Console(
             self.folder.name,
             config.max_steps,
@@ -204,10 +204,10 @@ class Trainer:
                 validating = self.task.validates and saving and not stopped  # whose time may be short
                 held_out = {}
                 if _due(self.step, config.log_every) or last or validating:
-                    self._check_finite()
+                    self.check_finite()
                     elapsed = time.monotonic() - begin
                     held_out = self._validate(stop) if validating else {}
-                    self._log(units, elapsed, held_out)
+                    self.log(units, elapsed, held_out)
                     console.report(self.step, self.row)
                     begin, units = time.monotonic(), 0
                 pause = time.monotonic()
@@ -224,6 +224,12 @@ class Trainer:
                     )
                 begin += time.monotonic() - pause  # pictures and checkpoints are not training time
         self._name_unreadable()
+
+    def open_log(self) -> None:
+        """Begin metrics.jsonl, or go on with it."""
+        if self.accelerator.is_main_process:  # which removes what others leave half-written
+            self.metrics = MetricsFile(self.folder / METRICS_FILE, self.step)
+            self.seconds = self.metrics.seconds()
 
     def _introduction(self) -> dict[str, str]:
         """What is said before the first step: where it runs, what is trained, and how to watch."""
@@ -259,7 +265,7 @@ class Trainer:
         clock = Clock(self.step, self.config.max_steps)
         self.players.begin(self.step)
         for part in range(parts):
-            with record_function("data wait"):
+            with self.phase("data wait"):
                 batch = next(batches)
             self.trail.add_batch(self.step + 1, batch.indices)
             batch = on_device(batch, self.accelerator.device)
@@ -281,7 +287,7 @@ class Trainer:
     def _turns(self, batch: Any, clock: Clock) -> Iterator[Turn]:
         turns = self.task.losses(self.players.wrapped, batch, clock)
         while True:
-            with record_function("forward"), self.accelerator.autocast():
+            with self.phase("forward"), self.accelerator.autocast():
                 turn = next(turns, None)
             if turn is None:
                 return
@@ -289,20 +295,23 @@ class Trainer:
 
     def _add_gradients(self, turn: Turn) -> None:
         player = self.players[turn.player]
-        with record_function("backward"):
+        with self.phase("backward"):
             player.backward(turn.loss / self.config.gradient_accumulation_steps)
-        self.meter.add(turn.terms)
-        self.trail.add(self.step + 1, f"{player.prefix}loss", turn.loss)
+        with self.phase("logging"):
+            self.meter.add(turn.terms)
+            self.trail.add(self.step + 1, f"{player.prefix}loss", turn.loss)
 
     def _move(self, player: str) -> None:
-        with record_function("optimizer"):
+        with self.phase("optimizer"):
             norms = self.players.move(player)
-        self.meter.add(norms)
-        if not self.players[player].scales_loss:  # which makes gradients infinite now and then
-            for name, norm in norms.items():
-                self.trail.add(self.step + 1, name, norm)
+        with self.phase("logging"):
+            self.meter.add(norms)
+            if not self.players[player].scales_loss:  # which makes gradients infinite now and then
+                for name, norm in norms.items():
+                    self.trail.add(self.step + 1, name, norm)
 
-    def _log(self, units: int, elapsed: float, held_out: dict[str, float]) -> None:
+    def log(self, units: int, elapsed: float, held_out: dict[str, float]) -> None:
+        """Write the row of a log window, which took ``elapsed`` seconds for so many ``units`` of data."""
         self.meter.add(self.task.window_metrics())
         means = self.meter.means(partial(self.accelerator.reduce, reduction="mean"))
         self.seconds += elapsed
@@ -319,7 +328,7 @@ class Trainer:
                 log.warning(warning)
         self.row = row
 
-    def _check_finite(self) -> None:
+    def check_finite(self) -> None:
         """Raise TrainingDivergedError, on all processes, if a loss or gradient since the last check was not finite."""
         culprit = self.trail.check(self.task.sample_name)
         bad = torch.tensor(float(culprit is not None), device=self.accelerator.device)
@@ -398,7 +407,7 @@ class Trainer:
 
     def save(self, *, validated: bool) -> None:
         """Write a checkpoint and what users load; also to ``best/`` where validation says that it is the best."""
-        self._check_finite()
+        self.check_finite()
         self.task.loader.count_failures(self._unreadable())  # the state of one process is saved, for all
         state = self._state()
         judged_by = self.row if validated or not self.task.validates else None

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vistok.train.config import RunConfig
+from vistok.train.environment import start_trackers
 from vistok.train.loop import Trainer, prepare
 from vistok.train.start import with_model_of_source
 from vistok.train.tasks.base import forever
 from vistok.utils.files import atomic_file
 from vistok.utils.paths import expand
 
-PHASES = ("data wait", "forward", "backward", "optimizer")
+if TYPE_CHECKING:
+    import torch
+
+PHASES = ("data wait", "draws", "forward", "backward", "optimizer", "logging")
+LOG_ROW = "log row"
 WARMUP, STEPS = 2, 5
 
 
@@ -23,8 +32,9 @@ class Profile(NamedTuple):
 
     Attributes:
         trace: the trace file, for chrome://tracing or Perfetto.
-        seconds: per step, of each phase, and of the rest ("other").
-        step_seconds: of a whole step.
+        seconds: per step, of each phase of ``PHASES``, and of the rest ("other"). A log row, which is written every
+            ``training.log_every`` steps, counts with its share of a step.
+        step_seconds: of a whole step, with that share.
         units_per_second: throughput, in the task's ``unit``.
     """
 
@@ -38,7 +48,8 @@ class Profile(NamedTuple):
 def profile(config: Mapping[str, Any]) -> Profile:
     """Train a few steps under torch's profiler. Nothing is saved but the trace, beside where the run would go.
 
-    Where there is a GPU, each phase ends when the device is done with it, so that phases are measured, not launches.
+    Where there is a GPU, each phase but the draws ends when the device is done with it, so that phases are measured,
+    not launches. A row of the log is written to a scratch folder and its TensorBoard, never to a service.
 
     Raises:
         ConfigError: anything wrong with the config.
@@ -49,41 +60,68 @@ def profile(config: Mapping[str, Any]) -> Profile:
 
     run = RunConfig.parse(with_model_of_source(expand(config)))
     run.model_entry()
+    trackers = tuple(name for name in run.training.trackers if name == "tensorboard")
+    run = replace(run, training=replace(run.training, trackers=trackers))
     trace = Path(f"{run.output_dir}.trace.json")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         accelerator, task = prepare(run, folder)
         trainer = Trainer(run, task, accelerator, folder)
         trainer.step = task.complete_from  # steps of before everything takes part would look cheap
+        trainer.phase = partial(_phase, accelerator.device)
+        start_trackers(accelerator, folder, trackers)
+        trainer.open_log()
         batches = forever(task.loader)
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-        units = 0
+        units, begin = 0, time.monotonic()
         for _ in range(WARMUP):
-            trainer.optimise(batches)
+            units += trainer.optimise(batches)
             trainer.step += 1
+        _log(trainer, units, begin)
         _wait(accelerator.device)
+        units, begin = 0, time.monotonic()
         with torch_profile(activities=activities) as profiler:
             for _ in range(STEPS):
                 with torch.profiler.record_function("step"):
                     units += trainer.optimise(batches)
                     trainer.step += 1
                     _wait(accelerator.device)
+            with torch.profiler.record_function(LOG_ROW):
+                _log(trainer, units, begin)
         if accelerator.is_main_process:
             with atomic_file(trace) as temporary:
                 profiler.export_chrome_trace(str(temporary))
-    return _summary(profiler, trace, units, task.unit)
+        accelerator.end_training()
+    return _summary(profiler, trace, units, task.unit, run.training.log_every)
 
 
-def _wait(device) -> None:
+def _log(trainer: Trainer, units: int, begin: float) -> None:
+    trainer.check_finite()
+    trainer.log(units, time.monotonic() - begin, {})
+
+
+@contextmanager
+def _phase(device: torch.device, name: str) -> Iterator[None]:
+    from torch.profiler import record_function
+
+    with record_function(name):
+        yield
+        _wait(device)
+
+
+def _wait(device: torch.device) -> None:
     import torch
 
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
-def _summary(profiler, trace: Path, units: int, unit: str) -> Profile:
-    totals = {event.key: event.cpu_time_total / 1e6 / STEPS for event in profiler.key_averages()}
-    seconds = {phase: totals.get(phase, 0.0) for phase in PHASES}
-    whole = totals["step"]
+def _summary(profiler, trace: Path, units: int, unit: str, log_every: int) -> Profile:
+    totals = {event.key: event.cpu_time_total / 1e6 for event in profiler.key_averages()}
+    seconds = {phase: totals.get(phase, 0.0) / STEPS for phase in PHASES}
+    seconds["forward"] -= seconds["draws"]  # which are made within
+    row = totals[LOG_ROW] / log_every if log_every else 0.0
+    seconds["logging"] += row
+    whole = totals["step"] / STEPS + row
     seconds["other"] = max(whole - sum(seconds.values()), 0.0)
     return Profile(trace, seconds, whole, units / (whole * STEPS), unit)

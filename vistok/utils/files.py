@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import hashlib
 import json
 import os
@@ -25,7 +26,8 @@ def atomic_folder(target: str | Path, *, replace: bool = False) -> Iterator[Path
     folders it may be gone, until :func:`restore` puts the old one back.
 
     Raises:
-        FileExistsError: ``target`` exists and ``replace`` is False (checked before any work starts).
+        FileExistsError: ``target`` exists and ``replace`` is False: before any work starts, or because another process
+            made it meanwhile.
     """
     target = Path(target)
     restore(target.parent)
@@ -38,10 +40,10 @@ def atomic_folder(target: str | Path, *, replace: bool = False) -> Iterator[Path
         os.chmod(temporary, 0o755)  # mkdtemp makes private folders
         for path in [*temporary.rglob("*"), temporary]:
             _flush(path)
-        if target.exists():
+        if replace and target.exists():
             _swap(temporary, target)
         else:
-            os.replace(temporary, target)
+            _rename(temporary, target)
         _flush(target.parent)
     except BaseException:
         restore(target.parent)
@@ -54,7 +56,20 @@ def restore(parent: Path) -> None:
     for retired in parent.glob(f".*{RETIRED}"):
         target = parent / retired.name[1 : -len(RETIRED)].rpartition(".")[0]
         if (retired / INNER).exists() and not target.exists():
-            os.replace(retired / INNER, target)
+            try:
+                os.replace(retired / INNER, target)
+            except OSError:
+                if not target.exists():  # else another process has put it back
+                    raise
+
+
+def _rename(new: Path, target: Path) -> None:
+    try:
+        os.replace(new, target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise FileExistsError(f"{target} has been made by another process meanwhile; choose another folder") from error
 
 
 def _swap(new: Path, target: Path) -> None:

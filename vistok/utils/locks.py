@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -15,8 +16,12 @@ import psutil
 
 log = logging.getLogger(__name__)
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""What a file system says that has no locks, such as a share whose server runs no lock service."""
 TRIES = 10
 """A lock file that is removed by the process before, or stolen from a dead one, is made anew."""
+OWNER = {"pid": int, "host": str, "space": str, "started": float}
+"""What an owner says of itself."""
 
 
 class FolderInUseError(ValueError):
@@ -38,13 +43,13 @@ def locked(folder: str | Path) -> Iterator[None]:
     folder = Path(folder).resolve()
     path = _lock_file(folder)
     lock = _acquire(FileLock, path, folder)
-    owner = path.with_suffix(".owner")
+    owner, holder = path.with_suffix(".owner"), os.getpid()
     try:
         if lock is not None:
             owner.write_text(json.dumps(_this_process()))
         yield
     finally:
-        if lock is not None:
+        if lock is not None and os.getpid() == holder:  # a process that was forked off meanwhile holds nothing
             owner.unlink(missing_ok=True)
             path.unlink(missing_ok=True)  # before it is free: whoever has opened it by then looks again
             lock.release()
@@ -76,7 +81,10 @@ def _acquire(kind: type, path: Path, folder: Path) -> Any:
                 raise FolderInUseError(_in_use(folder, owner)) from None
             path.unlink(missing_ok=True)  # what holds it was left behind by the dead: processes that read its data
             continue
-        except NotImplementedError:
+        except (NotImplementedError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+                raise
+            path.unlink(missing_ok=True)
             log.warning("the file system of %s has no locks: take care that no other process writes it", folder)
             return None
         if _still_stands(kind, path):
@@ -99,26 +107,51 @@ def _still_stands(kind: type, path: Path) -> bool:
 
 
 def _this_process() -> dict[str, Any]:
-    return {"pid": os.getpid(), "host": socket.gethostname(), "started": psutil.Process().create_time()}
+    return {"pid": os.getpid(), "host": socket.gethostname(), "space": _space(), "started": _started(os.getpid())}
+
+
+def _space() -> str:
+    """What tells machines, and containers of one machine, apart that have one host name: there a pid is another
+    process."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # no Linux
+        return ""
+
+
+def _started(pid: int) -> float:
+    """When a process began: on Linux in ticks since the machine did, because its clock may be set meanwhile; elsewhere
+    in seconds.
+
+    Raises:
+        psutil.NoSuchProcess: there is none.
+    """
+    began = psutil.Process(pid).create_time()
+    try:
+        return float(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, LookupError, ValueError):
+        return began
 
 
 def _owner(path: Path) -> dict[str, Any] | None:
     try:
         owner = json.loads(path.with_suffix(".owner").read_text())
-        return {"pid": int(owner["pid"]), "host": str(owner["host"]), "started": float(owner["started"])}
-    except (OSError, ValueError, KeyError, TypeError):
+        return {kind: convert(owner[kind]) for kind, convert in OWNER.items()}
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None  # it is being written just now, or damaged
 
 
 def _is_dead(owner: dict[str, Any]) -> bool:
-    """Whether the owner is known to be dead; of another host's nothing is known."""
-    if owner["host"] != socket.gethostname():
+    """Whether the owner is known to be dead; of another host's or container's nothing is known."""
+    if (owner["host"], owner["space"]) != (socket.gethostname(), _space()):
         return False
     try:
-        return abs(psutil.Process(owner["pid"]).create_time() - owner["started"]) > 1
+        if psutil.Process(owner["pid"]).status() == psutil.STATUS_ZOMBIE:  # killed, and nobody asks how it ended
+            return True
+        return abs(_started(owner["pid"]) - owner["started"]) > 1
     except psutil.NoSuchProcess:
         return True
-    except psutil.AccessDenied:
+    except (psutil.AccessDenied, ValueError, OverflowError):  # or no pid at all
         return False
 
 

@@ -7,6 +7,8 @@ import re
 from importlib.resources import files
 from pathlib import Path
 
+from vistok.utils.spelling import did_you_mean
+
 FOLDER = Path(str(files("vistok"))) / "train" / "configs"
 
 
@@ -30,7 +32,7 @@ def find_recipe(name: str | Path) -> Path:
     asked = asked.removeprefix("configs/").lower()
     near = [known_name for known_name in known if asked in known_name][:5]
     near = near or difflib.get_close_matches(asked, known, n=3, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(near)}?" if near else "."
+    hint = did_you_mean(*near)
     raise FileNotFoundError(
         f"there is no config file {name}, and none of that name ships{hint} `vistok configs` lists all"
     )

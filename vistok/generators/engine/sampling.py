@@ -6,6 +6,7 @@ Nucleus (top-p) sampling: Holtzman et al., arXiv 1904.09751.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -18,6 +19,11 @@ from vistok.guidance import GuidanceOptions
 DecodingName = Literal["plain", "jacobi", "cautious"]
 DraftName = Literal["random", "repeat_left", "repeat_above"]
 CriterionName = Literal["speculative", "exact"]
+OPTIONS_OF: Mapping[str, tuple[str, ...]] = {
+    "jacobi": ("window", "draft", "criterion", "coupled"),
+    "cautious": ("entropy_threshold", "trials", "trial_length"),
+}
+"""By decoding, the options that no other decoding looks at."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,17 @@ class DecodingOptions(GuidanceOptions):
         """How the part number ``part`` of an id is drawn, where a model draws ids in parts: all alike, unless
         the options say otherwise."""
         return self
+
+
+def refuse_without_effect(options: DecodingOptions, given: Collection[str]) -> None:
+    """Raise ValueError if one of the options that a call names belongs to another decoding than ``options`` take."""
+    for decoding, names in OPTIONS_OF.items():
+        idle = [name for name in given if name in names]
+        if idle and options.decoding != decoding:
+            raise ValueError(
+                f"{idle[0]} has no effect with decoding {options.decoding!r}; leave it out, or give decoding "
+                f"{decoding!r}"
+            )
 
 
 def part_draws(num_parts: int) -> tuple[str, ...]:

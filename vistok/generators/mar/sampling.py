@@ -17,7 +17,7 @@ from vistok.nn.diffusion_head import DiffusionHead
 from vistok.types import Condition, TokenChunk, TokenSpec
 
 
-class MaskedModel(Protocol):
+class MARLike(Protocol):
     """What a session needs of MAR; see there."""
 
     spec: TokenSpec
@@ -105,7 +105,7 @@ class MARSession:
     """
 
     @torch.no_grad()
-    def __init__(self, model: MaskedModel, condition: Condition, options: MAROptions, draws: Draws):
+    def __init__(self, model: MARLike, condition: Condition, options: MAROptions, draws: Draws):
         weight = model.input.weight
         self.model, self.options, self._guidance = model, options, options.guidance
         rows = self._guidance.conditions(condition)

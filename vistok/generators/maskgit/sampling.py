@@ -15,7 +15,7 @@ from vistok.guidance import GuidanceOptions, ScheduleName
 from vistok.types import Condition, TokenChunk, TokenSpec
 
 
-class MaskedModel(Protocol):
+class MaskGITLike(Protocol):
     """What a session needs of MaskGIT; see there."""
 
     spec: TokenSpec
@@ -70,7 +70,7 @@ class MaskGITSession:
     """
 
     @torch.no_grad()
-    def __init__(self, model: MaskedModel, condition: Condition, options: MaskGITOptions, draws: Draws | None):
+    def __init__(self, model: MaskGITLike, condition: Condition, options: MaskGITOptions, draws: Draws | None):
         device = model.output.weight.device
         condition = condition.to(device)
         self.model, self.options, self._guidance = model, options, options.guidance

@@ -47,7 +47,7 @@ class Prompt:
         return Prompt(self.embeddings[:, kept], self.valid[:, kept], self.kinds[:, kept], self.images[:, kept])
 
 
-class JointModel(Protocol):
+class MingLike(Protocol):
     """What a session needs of MingUniVision; see there."""
 
     spec: TokenSpec
@@ -77,7 +77,7 @@ class Context:
         kinds: (rows, length) int64, see ``ALWAYS``.
     """
 
-    def __init__(self, model: JointModel, rows: int, length: int):
+    def __init__(self, model: MingLike, rows: int, length: int):
         weight = model.output.weight
         layers, heads, head_dim = model.backbone.cache_sizes
         self.model, self.rows = model, rows

@@ -64,7 +64,7 @@ class BackboneConfig:
     max_length: int = 32768
 
 
-class Block(nn.Module):
+class BackboneBlock(nn.Module):
     """Attention and feed-forward, each behind an RMS norm and with a residual."""
 
     def __init__(self, config: BackboneConfig, *, dense: bool):
@@ -113,7 +113,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         self.blocks = ModuleList(
-            Block(config, dense=not config.num_experts or index < config.num_dense_layers)
+            BackboneBlock(config, dense=not config.num_experts or index < config.num_dense_layers)
             for index in range(config.num_layers)
         )
         self.norm = RMSNorm(config.dim, config.norm_eps)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vistok.draws import Draws
-from vistok.generators.ming_univision.context import ALWAYS, IMAGE, KINDS, TEXT, Context, JointModel, Prompt
+from vistok.generators.ming_univision.context import ALWAYS, IMAGE, KINDS, TEXT, Context, MingLike, Prompt
 from vistok.guidance import OFF, PLAIN, ChannelNorm, Guidance, constant
 from vistok.types import Condition, Expander, Expands, TokenChunk
 
@@ -83,7 +83,7 @@ class MingSession:
     """
 
     @torch.no_grad()
-    def __init__(self, model: JointModel, rows: int, options: MingOptions, tokenizer: Expands, *, length: int):
+    def __init__(self, model: MingLike, rows: int, options: MingOptions, tokenizer: Expands, *, length: int):
         self.model, self.options, self._tokenizer = model, options, tokenizer
         self.context, self.guidance = Context(model, rows, length), OFF
         self.tokens = model.output.weight.new_zeros(rows, 0, model.spec.dim)
@@ -347,7 +347,7 @@ def noise_of(draws: Draws | None) -> Tensor:
 
 
 @torch.no_grad()
-def write_text(model: JointModel, context: Context, hidden: Tensor, max_tokens: int) -> tuple[Tensor, Tensor]:
+def write_text(model: MingLike, context: Context, hidden: Tensor, max_tokens: int) -> tuple[Tensor, Tensor]:
     """Greedy ids (B, n) from the state (B, D) that the first is drawn from, and the state behind the last; what rows
     that have ended are filled up with is hidden from them."""
     if model.end is None:

@@ -19,7 +19,7 @@ from vistok.nn.rotary import Positions
 from vistok.types import Condition, GeneratorOutput, IdSpec, JointVocabulary, TokenSpec
 
 
-class JointModel(Protocol):
+class TokenShuffleLike(Protocol):
     """What is asked of the model; see there."""
 
     spec: TokenSpec
@@ -40,7 +40,9 @@ class JointModel(Protocol):
     def new_cache(self, rows: int, length: int, device: torch.device | str | None = None) -> KVCache: ...
 
 
-def stream_losses(model: JointModel, streams: Streams, drop: Tensor | None, weights: Tensor | None) -> GeneratorOutput:
+def stream_losses(
+    model: TokenShuffleLike, streams: Streams, drop: Tensor | None, weights: Tensor | None
+) -> GeneratorOutput:
     """Cross entropy in nats of what is in the loss of streams: the mean over image ids, plus ``text_weight`` times the
     mean over words and marks. Metrics "image_loss", "text_loss" and "accuracy", the share of image ids right.
 
@@ -70,7 +72,7 @@ def stream_losses(model: JointModel, streams: Streams, drop: Tensor | None, weig
     return GeneratorOutput(image + model.text_weight * text, logits, metrics)
 
 
-def check(model: JointModel, streams: Streams) -> None:
+def check(model: TokenShuffleLike, streams: Streams) -> None:
     """Raise ValueError for streams that the model does not read."""
     if streams.latents is not None:
         raise ValueError("these streams have images as latents; this model reads ids")
@@ -110,7 +112,7 @@ def causal(valid: Tensor, new: int | None = None) -> Tensor:
 
 
 @torch.no_grad()
-def write(model: JointModel, condition: Condition, max_tokens: int) -> Tensor:
+def write(model: TokenShuffleLike, condition: Condition, max_tokens: int) -> Tensor:
     """What the model says of given images, asked a text or nothing: greedy text ids (B, n), filled up with its end;
     n is at most ``max_tokens``, and the longest text that the model learns, with its end."""
     vocabulary, given, asked = model.vocabulary, condition.part("given"), condition.part("ids")

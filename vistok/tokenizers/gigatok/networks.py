@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,32 +15,14 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.config import check_least
 from vistok.nn.alignment import AlignmentConfig, AlignmentHead
 from vistok.nn.attention import attend
 from vistok.nn.containers import ModuleList
 from vistok.nn.mlp import MLP
+from vistok.nn.vit import TransformerSize
 
 LayerKind = Literal["self_attention", "cross_attention"]
 QueryInit = Literal["pooled", "mean"]
-
-
-@dataclass(frozen=True)
-class TransformerSize:
-    """Width, number of layers, and heads of one transformer.
-
-    Raises:
-        ValueError: the heads do not divide the width, or nothing of something.
-    """
-
-    dim: int
-    num_layers: int
-    num_heads: int
-
-    def __post_init__(self) -> None:
-        check_least(self, dim=1, num_layers=1, num_heads=1)
-        if self.dim % self.num_heads:
-            raise ValueError(f"a width of {self.dim} cannot be split into {self.num_heads} heads")
 
 
 class Decoded(NamedTuple):

@@ -23,7 +23,7 @@ from vistok.quantizers.named import chosen_quantizer
 from vistok.quantizers.scaled import spec_of
 from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.robustok import official
-from vistok.tokenizers.robustok.networks import Backbone, Decoder, Encoder
+from vistok.tokenizers.robustok.networks import Decoder, Encoder, ViTBackbone
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec
 from vistok.utils.sides import image_sides
 
@@ -92,7 +92,7 @@ class RobusTok(Tokenizer):
             raise ValueError(f"num_tokens must be a square number, for a square raster; got {num_tokens}")
         self._input_shape = (in_channels, height, width)
         grid = (height // patch_size, width // patch_size)
-        backbones = [Backbone(dim, num_layers, num_heads, grid, drop_path) for _ in range(2)]
+        backbones = [ViTBackbone(dim, num_layers, num_heads, grid, drop_path) for _ in range(2)]
         self.encoder = Encoder(backbones[0], dim, patch_size, in_channels, num_tokens)
         self.decoder = Decoder(backbones[1], dim, patch_size, in_channels)
         self.pre_quant = nn.Linear(dim, codebook_embed_dim)

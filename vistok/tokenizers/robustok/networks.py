@@ -17,7 +17,7 @@ NORM_EPS = 1e-6
 LAYER_SCALE = 1e-5
 
 
-class Backbone(nn.Module):
+class ViTBackbone(nn.Module):
     """Class token, learned positions, blocks and norm of a vision transformer.
 
     Args:
@@ -65,7 +65,7 @@ class Encoder(nn.Module):
     embedding.
     """
 
-    def __init__(self, backbone: Backbone, dim: int, patch_size: int, in_channels: int, num_tokens: int):
+    def __init__(self, backbone: ViTBackbone, dim: int, patch_size: int, in_channels: int, num_tokens: int):
         super().__init__()
         self.patch_embed = nn.Conv2d(in_channels, dim, patch_size, patch_size)
         self.latent_tokens = nn.Parameter(torch.randn(1, num_tokens, dim) * 0.02)
@@ -84,7 +84,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Code features (B, N, D) to pixels (B, C, H, W), in the places of mask tokens."""
 
-    def __init__(self, backbone: Backbone, dim: int, patch_size: int, out_channels: int):
+    def __init__(self, backbone: ViTBackbone, dim: int, patch_size: int, out_channels: int):
         super().__init__()
         self.patch_size = patch_size
         self.mask_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)

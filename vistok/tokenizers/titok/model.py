@@ -36,7 +36,7 @@ from vistok.tokenizers.titok.networks import (
     Decoder,
     Encoder,
     PixelHead,
-    ViTConfig,
+    TransformerSize,
     initialise,
     learned,
 )
@@ -52,7 +52,9 @@ SINGLE_STAGE = {"output": "pixels", "token_dim": 64, "codebook_size": 8192, "cod
 VAE = {"output": "pixels", "token_dim": 16, "bottleneck": "vae"}
 
 
-def _size(encoder: ViTConfig, decoder: ViTConfig, num_tokens: int, kind: Mapping[str, Any]) -> dict[str, Any]:
+def _size(
+    encoder: TransformerSize, decoder: TransformerSize, num_tokens: int, kind: Mapping[str, Any]
+) -> dict[str, Any]:
     return {"encoder": asdict(encoder), "decoder": asdict(decoder), "num_tokens": num_tokens, **kind}
 
 
@@ -132,8 +134,8 @@ class TiTok(Tokenizer):
         in_channels: int = 3,
         encoder_patch_size: int = 16,
         decoder_patch_size: int = 16,
-        encoder: ViTConfig = BASE,
-        decoder: ViTConfig = BASE,
+        encoder: TransformerSize = BASE,
+        decoder: TransformerSize = BASE,
         num_tokens: int = 64,
         token_dim: int = 12,
         bottleneck: Bottleneck = "vq",
@@ -150,7 +152,7 @@ class TiTok(Tokenizer):
         super().__init__()
         if quantizer is not None and bottleneck == "vae":
             raise ValueError("a bottleneck 'vae' has latents and no codes: leave quantizer out, or take 'vq'")
-        encoder, decoder = as_dataclass(ViTConfig, encoder), as_dataclass(ViTConfig, decoder)
+        encoder, decoder = as_dataclass(TransformerSize, encoder), as_dataclass(TransformerSize, decoder)
         codec = as_dataclass(CodecConfig, codec)
         _check_choice("bottleneck", bottleneck, ("vq", "vae"))
         _check_choice("output", output, ("pixels", "codes", "codec"))

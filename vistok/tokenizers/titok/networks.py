@@ -8,36 +8,17 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from vistok.config import check_least
 from vistok.nn.containers import ModuleList
-from vistok.nn.vit import ViTBlock
+from vistok.nn.vit import TransformerSize, ViTBlock
 from vistok.tokenizers.maskgit_vqgan import F16, CodecDecoder
 
 Grid = tuple[int, int]
 NORM_EPS = 1e-5
 
 
-@dataclass(frozen=True)
-class ViTConfig:
-    """Width, number of blocks and heads of one transformer.
-
-    Raises:
-        ValueError: the heads do not divide the width, or nothing of something.
-    """
-
-    dim: int
-    num_layers: int
-    num_heads: int
-
-    def __post_init__(self) -> None:
-        check_least(self, dim=1, num_layers=1, num_heads=1)
-        if self.dim % self.num_heads:
-            raise ValueError(f"a width of {self.dim} cannot be split into {self.num_heads} heads")
-
-
-SMALL = ViTConfig(512, 8, 8)
-BASE = ViTConfig(768, 12, 12)
-LARGE = ViTConfig(1024, 24, 16)
+SMALL = TransformerSize(512, 8, 8)
+BASE = TransformerSize(768, 12, 12)
+LARGE = TransformerSize(1024, 24, 16)
 
 
 @dataclass(frozen=True)
@@ -71,7 +52,7 @@ class CodecConfig:
 class Transformer(nn.Module):
     """Norm, pre-norm blocks, norm: (B, N, D) -> (B, N, D)."""
 
-    def __init__(self, config: ViTConfig):
+    def __init__(self, config: TransformerSize):
         super().__init__()
         self.norm_pre = nn.LayerNorm(config.dim, NORM_EPS)
         self.blocks = ModuleList(ViTBlock(config.dim, config.num_heads, eps=NORM_EPS) for _ in range(config.num_layers))
@@ -101,7 +82,7 @@ class Encoder(nn.Module):
 
     def __init__(
         self,
-        config: ViTConfig,
+        config: TransformerSize,
         grid: Grid,
         patch_size: int,
         in_channels: int,
@@ -132,7 +113,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents (B, N, D) to features of the patches, (B, P, W)."""
 
-    def __init__(self, config: ViTConfig, grid: Grid, num_tokens: int, in_dim: int):
+    def __init__(self, config: TransformerSize, grid: Grid, num_tokens: int, in_dim: int):
         super().__init__()
         self.num_patches = grid[0] * grid[1]
         self.input = nn.Linear(in_dim, config.dim)

@@ -11,7 +11,7 @@ from torch import Tensor
 from vistok.checkpoints import CheckpointError, rename
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.tokenizers.maskgit_vqgan import official_names
-from vistok.tokenizers.titok.networks import BASE, LARGE, SMALL, CodecConfig, ViTConfig
+from vistok.tokenizers.titok.networks import BASE, LARGE, SMALL, CodecConfig, TransformerSize
 
 WIDTHS = {"small": SMALL, "base": BASE, "large": LARGE}
 NAMES = {config: name for name, config in WIDTHS.items()}
@@ -41,7 +41,7 @@ WITHOUT_EFFECT = {
 
 def config(size: Mapping[str, Any]) -> dict[str, Any]:
     """The reference's config of one of our sizes."""
-    encoder, decoder = (NAMES[ViTConfig(**size[part])] for part in ("encoder", "decoder"))
+    encoder, decoder = (NAMES[TransformerSize(**size[part])] for part in ("encoder", "decoder"))
     model = {
         "token_size": size["token_dim"],
         "vit_enc_model_size": encoder,
@@ -63,7 +63,7 @@ def arguments(given: OfficialConfig) -> dict[str, Any]:
     """Our constructor's arguments, those that TiTok and TA-TiTok share."""
     widths = _widths(given)
 
-    def transformer(key: str) -> ViTConfig:
+    def transformer(key: str) -> TransformerSize:
         name = given.take(f"model.vq_model.{key}")
         if name not in widths:
             raise CheckpointError(f"model.vq_model.{key} is {name!r}; known sizes: {', '.join(widths)}")
@@ -91,7 +91,7 @@ def arguments(given: OfficialConfig) -> dict[str, Any]:
     }
 
 
-def _widths(given: OfficialConfig) -> dict[str, ViTConfig]:
+def _widths(given: OfficialConfig) -> dict[str, TransformerSize]:
     """The transformers by name; overrides are those of shrunken models."""
     overrides = given.take("overrides.widths", {})
     for name, sizes in overrides.items():
@@ -99,7 +99,7 @@ def _widths(given: OfficialConfig) -> dict[str, ViTConfig]:
             raise CheckpointError(
                 f"overrides.widths.{name} is {sizes!r}; expected width, layers and heads of one of {', '.join(WIDTHS)}"
             )
-    return {name: ViTConfig(*sizes) for name, sizes in overrides.items()} or WIDTHS
+    return {name: TransformerSize(*sizes) for name, sizes in overrides.items()} or WIDTHS
 
 
 def codec(given: OfficialConfig) -> CodecConfig:

@@ -19,7 +19,7 @@ from vistok.checkpoints import OfficialCheckpoint
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.tokenizers.titok import official
 from vistok.tokenizers.titok.model import Bottleneck, TiTok
-from vistok.tokenizers.titok.networks import BASE, LARGE, SMALL, ViTConfig, learned
+from vistok.tokenizers.titok.networks import BASE, LARGE, SMALL, TransformerSize, learned
 from vistok.types import Condition, ConditionSpec, FeatureSpec
 
 VQ = {"bottleneck": "vq", "token_dim": 64, "codebook_size": 8192, "codebook_l2_norm": False}
@@ -27,7 +27,7 @@ RELEASED_VQ = VQ | {"codebook_clustering": True}
 VAE = {"bottleneck": "vae", "token_dim": 16}
 
 
-def _size(encoder: ViTConfig, num_tokens: int, kind: Mapping[str, Any]) -> dict[str, Any]:
+def _size(encoder: TransformerSize, num_tokens: int, kind: Mapping[str, Any]) -> dict[str, Any]:
     return {"encoder": asdict(encoder), "decoder": asdict(LARGE), "num_tokens": num_tokens, **kind}
 
 
@@ -91,8 +91,8 @@ class TATiTok(TiTok):
         in_channels: int = 3,
         encoder_patch_size: int = 16,
         decoder_patch_size: int = 16,
-        encoder: ViTConfig = BASE,
-        decoder: ViTConfig = LARGE,
+        encoder: TransformerSize = BASE,
+        decoder: TransformerSize = LARGE,
         num_tokens: int = 32,
         token_dim: int = 64,
         bottleneck: Bottleneck = "vq",

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from vistok.config import ConfigError, check
 from vistok.data.loader import no_samples
@@ -155,7 +156,8 @@ class GeneratorTask(Task):
         return {TOKENIZER: self.tokenizer} if self.model.needs_tokenizer else {}
 
     def losses(self, players: Mapping[str, nn.Module], batch: TokenBatch, clock: Clock) -> Iterator[Turn]:
-        draws = self.learner.training_draws(self._keys(batch, clock.step))
+        with record_function("draws"):
+            draws = self.learner.training_draws(self._keys(batch, clock.step))
         output = self._output(players[MODEL], batch, clock, draws)
         yield Turn(MODEL, output.loss, {"loss": output.loss.detach()} | output.metrics)
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, cast
 
 from PIL import Image
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from vistok.checkpoints.bounds import OversizedError, construct
 from vistok.config import ConfigError, KeysOf, build
@@ -206,7 +207,8 @@ class TokenizerTask(Task):
         self, learner: nn.Module, batch: ImageBatch, clock: Clock, keys: Keys, source: Source
     ) -> tuple[TokenizerOutput, dict[str, Tensor]]:
         """``source`` is what the batch is of."""
-        draws = draws_on(self.learner.training_draws(keys), batch.pixels.device)
+        with record_function("draws"):
+            draws = draws_on(self.learner.training_draws(keys), batch.pixels.device)
         return learner(batch.pixels, batch.target, clock, draws, batch.labels, self._condition(batch, keys, source))
 
     def _condition(self, batch: ImageBatch, keys: Keys, source: Source) -> Condition | None:

@@ -105,9 +105,10 @@ class Jacobi:
                 "'plain'"
             )
         if not (plan.is_single and plan.is_raster):
+            way = "in another order" if plan.is_single else f"{max(plan.sizes)} in a step, independent of each other"
             raise ValueError(
-                f"decoding 'jacobi' guesses tokens that follow each other; this model generates {plan.sizes[:4]}… "
-                "tokens per step, or in another order. Tokens of one step are independent: take decoding 'plain'"
+                f"decoding 'jacobi' guesses tokens that follow each other; this model generates them {way}: take "
+                "decoding 'plain'"
             )
 
     def run(self, session: SamplingSession, stop: int) -> Iterator[TokenChunk]:
