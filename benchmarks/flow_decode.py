@@ -72,7 +72,7 @@ def attention(block, x: Tensor, mask: Tensor) -> Tensor:
 def packed_decode(decoder: FlowDecoder, codes: Tensor, lengths: Tensor, noise: Tensor, num_steps: int) -> Tensor:
     """The reference's scheme: two passes over the packed batch in every step."""
     null = torch.zeros(len(codes), dtype=torch.bool, device=codes.device)
-    conditional, empty = (decoder.condition(codes, lengths, rows) for rows in (null, ~null))
+    conditional, empty = (decoder.embed_codes(codes, lengths, rows) for rows in (null, ~null))
 
     def velocity(x: Tensor, t: float) -> Tensor:
         guided, free = (packed_velocity(decoder, x.to(codes.dtype), t, registers) for registers in (conditional, empty))

@@ -1,11 +1,10 @@
 """Weight-only int8 (torchao) beside floating point: time of a sampling step, and change of the teacher-forced loss.
 
     pip install torchao
-    python benchmarks/int8.py --run RUN    # RUN: a run of stage generator, such as quickstart/generator
+    python benchmarks/int8.py --run RUN    # RUN: the run of a generator, such as quickstart/generator
 
 Steps are those of ``sampling.py``: GPT-B, random weights, a batch of 4 with guidance, in turn with the same model in
-floating point. The loss is that of the run's averaged
-weights on the first cached tokens of its own training data.
+floating point. The loss is that of the run's averaged weights on the first cached tokens of its own training data.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ def override(
     """Apply ``key.sub=value`` overrides to plain values; arguments and errors are those of :func:`load_config`.
 
     Args:
-        values: plain ones; texts with ``${`` are references only in what OmegaConf has read.
+        values: plain values, in which ``${`` is text; or a config that OmegaConf has read, with its references.
         source: what messages call them.
     """
     from omegaconf import OmegaConf

@@ -54,8 +54,8 @@ class Keys:
         return len(self.indices)
 
     def on(self, device: torch.device) -> Keys:
-        """The same keys for draws that are made on ``device``: other numbers, independent of batches and processes
-        alike. Where torch has no generator for such a device, they are made on the CPU."""
+        """Keys that draw on ``device``, or on the CPU where torch has no generator for such a device. They draw other
+        numbers than these keys, which depend on batch and processes as little."""
         return DeviceKeys(self.seed, self.indices, self.step, device if device.type in GENERATORS else CPU)
 
     def at(self, indices: Iterable[int]) -> Self:
@@ -97,7 +97,7 @@ class DeviceKeys(Keys):
     """Keys whose draws are made where they are needed, for the noise of training: a torch generator is seeded for each
     sample and name.
 
-    On a CPU torch takes 32 bits of a seed, so that one in four thousand million pairs of streams is one stream.
+    On a CPU torch takes 32 bits of a seed: two streams are the same with a probability of 2^-32.
     """
 
     device: torch.device = CPU

@@ -283,7 +283,8 @@ class TokenizerOutput:
             (B, 1, H, W) or (B, 1, T, H, W) of pixels, (B, L) of features; what is absent counts evenly.
 
     Raises:
-        ValueError: reconstructions without a main one in the first place, or a weight map of nothing.
+        ValueError: the first reconstruction is not "main", or a weight map has the name of no reconstruction or
+            feature.
     """
 
     reconstructions: dict[str, Tensor]
@@ -338,7 +339,7 @@ class Expander(ABC):
     def expand(self, tokens: Tensor) -> Tensor:
         """Inputs (B, L, E) of whole sequences of tokens (B, L[, D]); no input depends on a later token.
 
-        Where steps have several tokens, those of all steps but the first, which has none before it.
+        Where a step has several tokens, there are inputs for all steps but the first, which follows no token.
         """
 
     def correct(self, latents: Tensor, draws: Mapping[str, Tensor] | None, most: float) -> tuple[Tensor, Tensor]:

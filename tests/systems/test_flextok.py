@@ -88,9 +88,9 @@ def test_more_tokens_change_the_image(model, ids):
 def test_null_condition_hides_all_tokens(model, ids):
     codes, none = model.quantizer.ids_to_latents(ids), torch.zeros(3, dtype=torch.bool)
     lengths = torch.tensor([1, 4, 8])
-    registers = model.decoder.condition(codes, lengths, ~none)
+    registers = model.decoder.embed_codes(codes, lengths, ~none)
     assert torch.equal(registers, model.decoder.null_token.expand_as(registers))
-    kept = model.decoder.condition(codes, lengths, none)
+    kept = model.decoder.embed_codes(codes, lengths, none)
     assert torch.equal(kept[0, 1], model.decoder.dropped_token)
     assert not torch.equal(kept[2, 1], model.decoder.dropped_token)
 
@@ -117,8 +117,11 @@ def test_scale_1_equals_no_guidance(model, ids, guidance):
 def test_three_rows_equal_three_passes(model, ids):
     decoder, codes = model.decoder, model.quantizer.ids_to_latents(ids)
     whole, none = torch.full((3,), TOKENS), torch.zeros(3, dtype=torch.bool)
-    rows = [decoder.condition(codes, whole, none), decoder.condition(codes.roll(1, 0), torch.tensor([1, 4, 8]), none)]
-    rows.append(decoder.condition(codes, whole, ~none))
+    rows = [
+        decoder.embed_codes(codes, whole, none),
+        decoder.embed_codes(codes.roll(1, 0), torch.tensor([1, 4, 8]), none),
+    ]
+    rows.append(decoder.embed_codes(codes, whole, ~none))
     x = noise = model.decoding_draws(Keys.range(0, 3))["noise"]
     for t, t_next in pairwise(PATH.times(3)):
         x = x + (t_next - t) * combined([decoder(x, torch.tensor([t]), row).velocity for row in rows])

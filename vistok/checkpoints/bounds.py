@@ -23,7 +23,7 @@ MAX_INTEGER = 2**40
 MOST = {"image_size": 2**16, "layers": 1000, "blocks": 1000, "depth": 1000, "refiners": 1000}
 """The largest integer of an argument with such a word in its name."""
 TOO_MUCH_FOR_AN_ERROR = 1 / 16
-"""The share of the memory that is not filled to see an error once more."""
+"""A model that takes more than this share of the memory is not built once more for the sake of its error message."""
 MAX_TENSORS = 25_000  # published models of many experts have up to 20,000
 
 

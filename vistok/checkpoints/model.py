@@ -68,10 +68,10 @@ class Model(
     names."""
 
     num_classes: int | None = None
-    """Of a generator: how many classes it can be conditioned on; None if it takes no labels."""
+    """How many classes a generator can be conditioned on; None if it takes no labels."""
 
     class_names: tuple[str, ...] = ()
-    """Of a generator: the names of its classes, where they go with its weights, in the order of the ids."""
+    """The names of a generator's classes in the order of the ids, where they go with its weights."""
 
     adapter_apart: bool = False
     """In training with low-rank adapters: whether they are saved beside the weights, rather than merged into them."""
@@ -97,12 +97,12 @@ class Model(
 
     @property
     def device(self) -> torch.device:
-        """Of the weights."""
+        """Where the weights are."""
         return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """The type of the weights."""
         return next(self.parameters()).dtype
 
     def with_official_weights(self, state_dict: Mapping[str, Tensor]) -> Self:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Licence:
-    """Of a reference implementation and of the weights that it released, as their repositories state them; whoever uses
-    them reads the repositories' own words."""
+    """The licences of a reference implementation and of its released weights, as their repositories state them; who
+    uses them reads the repositories' own words."""
 
     code: str = "not stated"
     weights: str = "not stated"
@@ -68,7 +68,7 @@ class Entry:
         return _load(self.references[name]) if name in self.references else None
 
     def licence_of(self, name: str) -> Licence:
-        """Of the reference implementation that calls the model ``name``."""
+        """The licences of the reference implementation that calls the model ``name``."""
         reference = self.reference(name)
         return self.licence if reference is None else reference.licence
 

@@ -96,7 +96,7 @@ class ShardCaptions:
         self._places: dict[int, dict[str, tuple[int, int]]] = {}
 
     def of(self, shard: int, image: str) -> Captions:
-        """Of the image of this name in a shard: its .txt file, else what its .json file says.
+        """The captions of the image of this name in a shard: its .txt file, else what its .json file says.
 
         Raises:
             CaptionError: a damaged .json file, or a text that is not UTF-8.

@@ -64,7 +64,7 @@ class DataConfig:
         reading: ``photo``: upright as the EXIF data say, transparent parts on white, 16 bits scaled to 8; ``raw``: as
             the suites of published protocols read files, which ignore orientation and alpha.
         num_frames: frames of a clip; None reads images.
-        frame_stride: how many frames of the video lie between two of the clip, plus one: 1 takes them all.
+        frame_stride: how far apart in the video the frames of a clip lie; 1 takes consecutive ones.
         clip_start: where in its video a training clip begins: ``random``, ``center`` or ``first``; evaluation takes
             ``center`` instead of ``random``.
         short_clips: videos of fewer frames ``repeat`` their last one, or are left out and named (``refuse``).

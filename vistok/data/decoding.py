@@ -28,7 +28,7 @@ ORIENTATION, TURNED_SIDEWAYS = 0x0112, (5, 6, 7, 8)
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 DEEP_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")  # Pillow clips these to 8 bit instead of scaling them
 GREY_SCALES = {"L;2": 85, "L;4": 17}
-"""By what Pillow multiplies grey levels of PNG files of 2 and 4 bits."""
+"""The factors by which Pillow multiplies the grey levels of PNG files of 2 and 4 bits."""
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 
@@ -108,7 +108,7 @@ class Decoder:
         """Any PIL image to mode L or RGB.
 
         Raises:
-            ValueError: pixels of which nobody can know which value is white.
+            ValueError: 32-bit integers, or floats outside [0, 1], which do not say which value is white.
             one of ``DECODING_ERRORS``: from decoding, where it is not decoded yet.
         """
         if self.reading == "raw":

@@ -26,7 +26,7 @@ def as_it_is(image: Image.Image, strength: float) -> Image.Image:
 
 
 def turned(degrees: float) -> Callable[[Image.Image, float], Image.Image]:
-    """To the left by so many degrees, whatever the strength."""
+    """A turn to the left by ``degrees``, whatever the strength."""
     return lambda image, strength: image.rotate(degrees, Image.Resampling.BICUBIC)
 
 
@@ -61,4 +61,4 @@ VARIANTS: Mapping[str, tuple[Variant, ...]] = {
     "turned": (PLAIN, Variant("turned left", turned(45)), Variant("turned right", turned(-45))),
     "styled": STYLES,
 }
-"""By ``data.name``: what a source of digits shows of each."""
+"""The variants in which a source of digits shows each, by ``data.name``."""

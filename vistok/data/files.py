@@ -58,7 +58,7 @@ class FileTree(ABC):
         self._paths = [path for path in paths if path not in own]
 
     def images(self) -> list[str]:
-        """Sorted."""
+        """The paths of all images, sorted."""
         return sorted(path for path in self._paths if is_image(path))
 
     def others(self) -> list[str]:

@@ -23,7 +23,7 @@ LIKE_SPLITS = re.compile(r"(?i)(?<![a-z])(train(ing)?|val(id(ation)?)?|test(ing)
 
 
 def accepted_layouts() -> str:
-    """For messages."""
+    """The layouts of folders that are read, as messages say it."""
     return (
         "accepted layouts: <class>/*, the same under train/, val/ or test/, or images side by side without classes; "
         f"extensions: {' '.join(image_extensions())}"

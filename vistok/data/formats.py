@@ -19,7 +19,7 @@ DECODERS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
 """Pillow's names of the formats, whatever the files are called. It knows others that must not be tried: what begins as
 PostScript it hands to a program."""
 LOSSY_IF_READABLE = {".avif": True, ".heic": True, ".heif": True}
-"""Those that some builds of Pillow, or plug-ins that register themselves, can decode."""
+"""Formats that only some builds of Pillow, or plug-ins that register themselves, can decode."""
 
 
 @cache
@@ -33,7 +33,7 @@ def image_extensions() -> tuple[str, ...]:
 
 @cache
 def decoders() -> tuple[str, ...]:
-    """Those of ``DECODERS`` that this Pillow has."""
+    """The entries of ``DECODERS`` that this Pillow has."""
     from PIL import Image
 
     Image.init()

@@ -96,7 +96,7 @@ class HuggingFaceSource(ImageSource):
         return wanted or next(iter(usual), None)
 
     def _class_names(self) -> tuple[str, ...]:
-        """Of a class label column; or the ids as text."""
+        """The names that a class label column has, or the ids as text."""
         feature = self._dataset.features[self._class]
         if hasattr(feature, "names"):
             return tuple(feature.names)

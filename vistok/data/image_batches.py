@@ -80,6 +80,6 @@ class InMemory(ImageSource):
 
 
 def as_array(image: Image.Image) -> np.ndarray:
-    """uint8 (H, W, C)."""
+    """A PIL image as uint8 (H, W, C)."""
     array = np.asarray(image)
     return array[..., None] if array.ndim == 2 else array

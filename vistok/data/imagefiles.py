@@ -60,7 +60,7 @@ class ImageFiles(ABC):
 
     @abstractmethod
     def size(self, index: int) -> int:
-        """Bytes."""
+        """The length of the file in bytes."""
 
     @abstractmethod
     def name(self, index: int) -> str:

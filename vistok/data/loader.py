@@ -67,7 +67,7 @@ def check_failures(failures: Failures, count: int) -> None:
 
 
 def listed(failures: Failures) -> str:
-    """The first of them in the order of the source, one a line."""
+    """The first failures in the order of the source, a line each."""
     reasons = [failures[index] for index in sorted(failures)]
     return "\n".join(reasons[:SHOWN] + ["…"] * (len(reasons) > SHOWN))
 
@@ -192,7 +192,7 @@ class Loader(Generic[B]):
 
 
 class _Nothing:
-    """Reads the batches of no samples, of which there are none."""
+    """The batch reader of a data set without samples."""
 
     def __len__(self) -> int:
         return 0
@@ -202,7 +202,7 @@ class _Nothing:
 
 
 def no_samples() -> Loader[Any]:
-    """The loader of no samples: every epoch is over at once."""
+    """A loader without samples: every epoch is empty."""
     return Loader(_Nothing(), SequentialOrder(0, 1))
 
 

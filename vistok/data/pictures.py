@@ -71,8 +71,8 @@ def from_pil(images: Sequence[Image.Image], size: tuple[int, int], channels: int
         background: grey level that shows through transparent parts.
 
     Raises:
-        ValueError: no images or other things, a size that is not square, or pixels of which nobody can know which value
-            is white.
+        ValueError: no images, something else among them, a size that is not square, or pixels that do not say which
+            value is white.
     """
     height, width = size
     if height != width:

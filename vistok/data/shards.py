@@ -62,7 +62,7 @@ class ShardFiles(ImageFiles):
         return self.samples[index].name
 
     def shard(self, index: int) -> Path:
-        """Where it lies."""
+        """The path of the shard that an image lies in."""
         return self._paths[self.samples[index].shard]
 
     def open(self, index: int) -> BinaryIO:
@@ -138,7 +138,7 @@ def local_shards(pattern: Shard, split: str | None, cache: Path) -> list[Path]:
 def check_samples(
     pattern: Shard, paths: Sequence[Path], kind: Kind, count: int, left_out: LeftOut, wrong_label: str | None
 ) -> None:
-    """Refuse shards with ``count`` samples if that is none, or if a label is wrong; name the files that are left out.
+    """Raise if shards hold no samples or a wrong label; warn of files that are left out.
 
     Raises:
         FileNotFoundError: no samples.
@@ -218,7 +218,7 @@ def expand_braces(pattern: str) -> Iterator[str]:
 
 
 def samples_of(path: Path, number: int, cache: Path | None, kind: Kind = IMAGES) -> Index:
-    """As ``index_shard``; what it finds is kept in ``cache``, because a large set takes minutes to walk through.
+    """``index_shard``, whose result is kept in ``cache``, because a large set takes minutes to walk through.
 
     Raises:
         ValueError: it is cut, damaged or no tar file; or as ``index_shard``.

@@ -15,7 +15,7 @@ TEXT = 16
 """Height of letters in pixels."""
 LINE = TEXT + 6
 LINES = 3
-"""Of a label, at most."""
+"""The most lines of a label."""
 MARGIN = 6
 
 

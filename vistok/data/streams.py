@@ -87,7 +87,8 @@ TEMPLATES: dict[str, tuple[Segment, ...]] = {
     "image_to_text": parse_template("begin begin_image tokens end_image answer ids* end*"),
     "edit": parse_template("begin begin_image given end_image ids answer begin_image* tokens* end_image*"),
 }
-"""By name; the last has an image and an instruction before the image. ``begin`` is where somebody asks."""
+"""The templates by name; the last has an image and an instruction before the image. ``begin`` is where somebody
+asks."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from vistok.utils.files import atomic_file, atomic_folder, read_json, write_json
 
 NOTHING = ConditionSpec()
 Sequences = Mapping[str, Sequence[Sequence[Piece]]]
-"""By the name of a part: of every sample, its alternatives."""
+"""The alternatives of every sample, by the name of the part of the condition."""
 
 
 class Samples(NamedTuple):

@@ -138,7 +138,7 @@ class VideoFile(Video):
 
     @cached_property
     def _degrees(self) -> float:
-        """By how much frames are turned."""
+        """How many degrees the frames are turned by."""
         with self._opened() as (container, stream):
             return next((frame.rotation for frame in container.decode(stream)), 0)
 

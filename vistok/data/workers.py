@@ -47,7 +47,7 @@ def _end_workers() -> None:
 
 
 def _workers(loader: DataLoader) -> list[BaseProcess]:
-    """Torch has no public name for them."""
+    """The worker processes of a loader, for which torch has no public name."""
     return list(getattr(loader._iterator, "_workers", ()))
 
 

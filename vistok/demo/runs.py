@@ -101,11 +101,6 @@ class Run:
         return list(names) if names else [str(i) for i in range(self.pipe.generator.condition_spec.num_classes)]
 
     @property
-    def first_class(self) -> str | None:
-        """What is chosen at first; None without classes."""
-        return next(iter(self.classes), None)
-
-    @property
     def takes_prompts(self) -> bool:
         return self.pipe is not None and bool(self.pipe.text.parts)
 

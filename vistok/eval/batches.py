@@ -18,7 +18,7 @@ NETWORK_BATCH = 16
 
 
 def filled(rows: Tensor) -> Tensor:
-    """(n, ...) of at most ``NETWORK_BATCH`` rows, and copies of the last one: (NETWORK_BATCH, ...)."""
+    """Rows (n, ...), n <= NETWORK_BATCH, filled up with copies of the last one: (NETWORK_BATCH, ...)."""
     missing = NETWORK_BATCH - len(rows)
     return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]) if missing else rows
 

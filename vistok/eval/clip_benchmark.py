@@ -161,7 +161,7 @@ def benchmark_clips(
             theirs = statistics_of(real, rules, network, batch_size=batch_size, processes=processes)
         if processes.is_first:
             for setting, store in stores:
-                runs.append(setting.describe(plan.sampling) | _score(store, plan, rules, network, theirs, real))
+                runs.append(setting.describe(plan.sampling) | _score(store, rules, network, theirs, real))
                 previews.append(store.previews())
             result = {
                 "benchmark": to_json(plan.to_json()),
@@ -306,7 +306,6 @@ def _features(network: ClipNetwork, rules: VideoProtocol, clips: Tensor) -> Tens
 
 def _score(
     store: FeatureStore,
-    plan: ClipPlan,
     rules: VideoProtocol,
     network: ClipNetwork,
     theirs: ClipStatistics,

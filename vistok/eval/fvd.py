@@ -86,7 +86,7 @@ class ClipStatistics:
         return self.moments.count
 
     def merge(self, other: ClipStatistics) -> ClipStatistics:
-        """Those of both parts together.
+        """The statistics of both parts together.
 
         Raises:
             StatisticsError: parts that were made by other means.

@@ -63,7 +63,7 @@ def lossy_warnings(name: str, lossy: int) -> Iterator[str]:
 
 
 def file_warnings(name: str, read: FilesRead) -> Iterator[str]:
-    """What was not read as one might think."""
+    """Warnings of files that were left out, of splits that were read together, and of what a protocol ignores."""
     if read.left_out.count:
         yield f"{name}: {read.left_out}"
     if read.splits is not None:
@@ -85,7 +85,7 @@ def _widths(side: Side) -> dict[str, int]:
 
 
 def count_warnings(name: str, count: int | None, widths: Mapping[str, int]) -> Iterator[str]:
-    """Too few images for Frechet distances of so many features."""
+    """The warning that there are too few images for Frechet distances of so many features."""
     if count is None:
         return
     if count < FEW_SAMPLES:

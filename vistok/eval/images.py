@@ -31,7 +31,7 @@ from vistok.data.transforms import center_crop_adm
 from vistok.utils.files import cache_folder
 
 RUN_MARKERS = (("metrics.jsonl",), ("config.yaml", "environment.json"))
-"""Files of which a run has all of one line; people keep a config.yaml beside their photos, too."""
+"""A run folder has all files of one of these sets. A config.yaml alone is none: people keep one beside photos, too."""
 THREADS = 4  # decoding releases the interpreter lock
 
 
@@ -143,7 +143,7 @@ def open_images(
 
 
 def _shards_of(pattern: Path) -> list[Path]:
-    """Of a path that does not exist: the shards, if it is a pattern of some."""
+    """The shards that a path which does not exist stands for, if it is a pattern of some."""
     if pattern.suffix == ".tar" and any(sign in str(pattern) for sign in "{*?["):
         try:
             return [Path(str(path)) for path in shard_paths(str(pattern))]

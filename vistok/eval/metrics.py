@@ -168,7 +168,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 NEGLIGIBLE = 1e-4
-"""Of the largest value of a matrix: what float32 files and rounding do to a covariance of thousands of features."""
+"""What float32 files and rounding do to a covariance of thousands of features, as a share of its largest value."""
 
 
 def check_symmetric(covariance: Tensor) -> None:

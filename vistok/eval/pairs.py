@@ -22,7 +22,7 @@ from vistok.eval.scoring import Side, compute_scores
 from vistok.utils.processes import ALONE, Processes
 
 FEWEST_OTHERS, DOUBTFUL = 3, 0.5
-"""Pairs that such a doubt takes, and the share of a stranger's error from which there is one."""
+"""Files are doubted from so many pairs on, if their error is at least this share of that against another's original."""
 
 Source = str | Path | Sequence[str | Path] | Tensor | ImageSet
 

@@ -24,7 +24,7 @@ from vistok.eval.guards import count_warnings
 from vistok.eval.networks import CallableNetwork, FeatureNetwork, full_precision
 from vistok.eval.protocols import CUSTOM, PROTOCOLS
 from vistok.eval.record import describe_images, library_versions, save_result
-from vistok.eval.tokenizers import Conditions, DataImages, to_rgb, told
+from vistok.eval.tokenizers import BatchConditions, DataImages, to_rgb, told
 from vistok.quantizers.perturbation import perturb, perturbation_draws
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import Condition
@@ -76,7 +76,7 @@ def evaluate_perturbation(
     *,
     grid: Grid = Grid(),
     seed: int = 0,
-    conditions: Conditions | None = None,
+    conditions: BatchConditions | None = None,
     processes: Processes = ALONE,
     out: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def _passes(
     cells: list[tuple[float, int]],
     network: FeatureNetwork,
     seed: int,
-    conditions: Conditions | None,
+    conditions: BatchConditions | None,
     processes: Processes,
 ) -> list[FeaturePass]:
     """The feature passes over this process's part of the originals, of the plain and of the perturbed reconstructions.

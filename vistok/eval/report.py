@@ -196,7 +196,7 @@ def _scale(run: Mapping[str, Any]) -> float:
 
 
 def _grid(run: Mapping[str, Any], images: Sequence[Image.Image], labels: str) -> Picture:
-    """Of few classes in turn, a column per class with its name."""
+    """A grid of samples; few classes in turn get a column each, with its name."""
     names = [row["name"] or str(row["class"]) for row in run.get("classes", ())]
     in_columns = labels == "balanced" and 1 < len(names) <= min(COLUMNS, len(images))
     if in_columns:
@@ -207,7 +207,7 @@ def _grid(run: Mapping[str, Any], images: Sequence[Image.Image], labels: str) ->
 
 
 def _classes(run: Mapping[str, Any]) -> Folded:
-    """Classes that miss the real images come first."""
+    """The table of classes, those that miss the real images first."""
     rows = sorted(run["classes"], key=lambda row: (row["precision"] is None, row["precision"], row["class"]))
     counts = [row["images"] for row in rows]
     each = f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"

@@ -25,7 +25,7 @@ from vistok.utils.progress import track
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Of all images of a data set, in order.
+    """The embeddings of all images of a data set, in order.
 
     Attributes:
         decoded: (N, E), what the ids of each image are decoded to.

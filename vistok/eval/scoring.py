@@ -44,7 +44,7 @@ class Side:
         return self.extraction.count if self.extraction is not None else None
 
     def gaussian(self, feature: str, device: torch.device) -> m.Gaussian:
-        """Stored moments come first, as in the ADM suite."""
+        """The stored moments of a feature where there are some, as in the ADM suite; else those of the images."""
         gaussian = self.reference.gaussians.get(feature)
         if gaussian is None:
             gaussian = self.extracted.moments[feature].to(device).gaussian

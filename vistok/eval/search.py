@@ -10,9 +10,9 @@ LOWEST_SCALE = 1.0
 
 
 def local_minimum(score: Callable[[float], float], start: float, step: float = SEARCH_STEP) -> float:
-    """The scale to which a walk from ``start`` in steps leads, while the score falls: upwards, or else downwards.
+    """The scale that a walk from ``start`` ends at. It goes up in steps while the score falls, or else down.
 
-    Both neighbours of the result are no better, but for the lower one of ``LOWEST_SCALE``, which is not tried.
+    Neither neighbour of the result is better; scales below ``LOWEST_SCALE`` are not tried.
 
     Args:
         score: of a scale; asked once for each.

@@ -29,7 +29,7 @@ from vistok.types import Condition
 from vistok.utils.processes import ALONE, Processes
 from vistok.utils.progress import track
 
-Conditions = Callable[[ImageBatch], Condition]
+BatchConditions = Callable[[ImageBatch], Condition]
 """What a tokenizer is told of the images of a batch."""
 
 
@@ -83,7 +83,7 @@ class Reconstructions:
     lossy: ClassVar[int] = 0
     files_read: ClassVar[None] = None
 
-    def __init__(self, tokenizer: Tokenizer, originals: DataImages, conditions: Conditions | None = None):
+    def __init__(self, tokenizer: Tokenizer, originals: DataImages, conditions: BatchConditions | None = None):
         self._tokenizer, self._originals, self._conditions = tokenizer.eval(), originals, conditions
         self.source = f"reconstructions of {originals.source}"
         self.count, self.size = originals.count, originals.size
@@ -101,7 +101,7 @@ class Reconstructions:
         return to_rgb(made[: len(pixels)].cpu())
 
 
-def told(conditions: Conditions | None, batch: ImageBatch, device: torch.device) -> Condition | None:
+def told(conditions: BatchConditions | None, batch: ImageBatch, device: torch.device) -> Condition | None:
     """The condition of the ``filled`` pixels of a batch."""
     return None if conditions is None else filled_condition(conditions(batch)).to(device)
 
@@ -112,7 +112,7 @@ def evaluate_tokenizer(
     *,
     network: FeatureNetwork | None = None,
     lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
-    conditions: Conditions | None = None,
+    conditions: BatchConditions | None = None,
     processes: Processes = ALONE,
     out: str | Path | None = None,
 ) -> dict[str, Any]:

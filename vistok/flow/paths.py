@@ -24,7 +24,7 @@ class LinearPath:
 
         x_t = (1 - s) data + s noise,        velocity dx/dt = +-(noise - data), + where ``noise_at`` is 1.
 
-    The velocity is constant along a path, so one evaluation extrapolates to either end.
+    The velocity is constant along a path, so one evaluation extrapolates to the data.
 
     Attributes:
         noise_at: the time of pure noise: 1 (FlexTok, xAR, SD3) or 0 (D-AR).
@@ -49,10 +49,6 @@ class LinearPath:
     def data_estimate(self, x: Tensor, velocity: Tensor, t: Tensor | float) -> Tensor:
         """Where the straight line from x at time t (a number or (B,)) along ``velocity`` meets the data end."""
         return x + _per_sample(self.data_at - t, x) * velocity
-
-    def noise_estimate(self, x: Tensor, velocity: Tensor, t: Tensor | float) -> Tensor:
-        """Where the straight line from x at time t (a number or (B,)) along ``velocity`` meets the noise end."""
-        return x + _per_sample(self.noise_at - t, x) * velocity
 
     def times(self, num_steps: int) -> list[float]:
         """The ``num_steps`` + 1 evenly spaced times from noise to data.

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from vistok.checkpoints import Model
 from vistok.conditions import WORDS
 from vistok.draws import Draws, Keys
+from vistok.guidance import Guidance
 from vistok.types import Clock, Condition, ConditionSpec, Expands, GeneratorOutput, TokenChunk, TokenSpec
 
 
@@ -121,7 +122,7 @@ class Generator(Model):
         """The condition, dropped in the rows that the draws name."""
         return condition.drop(draws["drop"] < self.condition_dropout) if draws and "drop" in draws else condition
 
-    # What training may feed in place of the tokens (see ``vistok.train.tasks.prediction``): others for some of them.
+    # The context: what training feeds in place of the tokens, with some replaced (``vistok.train.tasks.prediction``).
 
     @property
     def takes_context(self) -> bool:
@@ -138,7 +139,7 @@ class Generator(Model):
         return tokens
 
     def replaced(self, uniforms: Tensor, share: float, draws: Draws) -> Tensor:
-        """Which places of the context others take, about ``share`` of them: (B, N) bool.
+        """Which tokens of the context are replaced, about ``share`` of them: (B, N) bool.
 
         Args:
             uniforms: (B, N), a number for each place.
@@ -273,7 +274,7 @@ class Generator(Model):
         return regenerate.expand(rows, -1)
 
     end: int | None = None
-    """Of a model that writes texts, the id that ends one."""
+    """The id that ends a text, of a model that writes texts."""
 
     def check_writes(self) -> None:
         """Raise ValueError if this generator writes no texts."""
@@ -389,6 +390,22 @@ class Generator(Model):
                 "this generator was built without a null class (condition_dropout 0): it cannot generate "
                 f"unconditionally or with guidance, and every sample needs {self.condition_spec.describe()}"
             )
+
+    def check_start(self, condition: Condition, guidance: Guidance, tokenizer: Expands | None) -> None:
+        """Raise ValueError unless sampling can start: a tokenizer only where one is needed, and conditions that fit in
+        all rows of ``guidance``."""
+        self.check_tokenizer(tokenizer)
+        self.check_condition(condition)
+        if guidance.is_on:
+            self.check_condition(guidance.conditions(condition))
+
+
+def check_draws(draws: Draws | None, *temperatures: float) -> None:
+    """Raise ValueError if one of the temperatures is above 0, so that sampling is random, and there are no draws."""
+    if draws is None and any(temperature > 0 for temperature in temperatures):
+        raise ValueError(
+            "sampling with a temperature above 0 needs draws: pass sampling_draws(Keys.range(seed, B), options)"
+        )
 
 
 def weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:

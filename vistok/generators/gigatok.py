@@ -113,7 +113,7 @@ TOKENIZERS = {
     "BL_dino_disc": "VQ_BL256_dino_disc",
     "XLXXL": "VQ_XLXXL256_e300",
 }
-"""By what follows _VQ_ in a generator's name."""
+"""The tokenizer of each released generator, by what follows _VQ_ in the generator's name."""
 CHECKPOINTS = tuple(
     # On Google Drive, linked from the repository's README.
     OfficialCheckpoint("", f"{name}.pt", config, tokenizer=f"{TOKENIZERS[name.partition('_VQ_')[2]]}.pt")

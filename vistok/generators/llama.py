@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vistok.checkpoints import CheckpointError, OfficialCheckpoint, rename
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
-from vistok.generators.engine.cache import Layer, Layers, of_layers
+from vistok.generators.engine.cache import CachedLayer, CachedLayers, of_layers
 from vistok.nn.attention import Attention, Mask
 from vistok.nn.containers import ModuleList
 from vistok.nn.mlp import SwiGLU, rounded_hidden_dim
@@ -57,8 +57,8 @@ class LlamaBlock(nn.Module):
         num_heads: int,
         hidden_dim: int,
         *,
-        num_kv_heads: int | None,
-        qk_norm: bool,
+        num_kv_heads: int | None = None,
+        qk_norm: bool = False,
         eps: float,
         attn_drop: float,
         proj_drop: float,
@@ -79,7 +79,7 @@ class LlamaBlock(nn.Module):
         self.norm2 = RMSNorm(dim, eps)
         self.ffn = SwiGLU(dim, hidden_dim, drop=ffn_drop)
 
-    def forward(self, x: Tensor, rotation: Rotation | None, mask: Tensor | None, cache: Layer | None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation | None, mask: Tensor | None, cache: CachedLayer | None) -> Tensor:
         x = x + self.attn(self.norm1(x), mask=mask, causal=mask is None, rotation=rotation, cache=cache)
         return x + self.ffn(self.norm2(x))
 
@@ -316,7 +316,7 @@ class Llama(AutoregressiveGenerator):
         return (offset > 0) & visible[:, None, None] | (offset == 0)  # (R, 1, stop - start, stop)
 
     def transform(
-        self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: Layers | None, *state: Tensor
+        self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: CachedLayers | None, *state: Tensor
     ) -> Tensor:
         return self._run(self.blocks, x, positions, mask, kv_cache, *state)
 
@@ -326,7 +326,7 @@ class Llama(AutoregressiveGenerator):
         x: Tensor,
         positions: Positions,
         mask: Mask | None,
-        kv_cache: Layers | None,
+        kv_cache: CachedLayers | None,
         *state: Tensor,
     ) -> Tensor:
         if self.drop_before_positions:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from vistok.checkpoints import fuse, rename
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
-from vistok.generators.engine.cache import Layer, Layers, of_layers
+from vistok.generators.engine.cache import CachedLayer, CachedLayers, of_layers
 from vistok.nn.attention import Attention, Mask
 from vistok.nn.containers import ModuleList
 from vistok.nn.mlp import MLP
@@ -44,7 +44,7 @@ class GPTBlock(nn.Module):
         self.mlp = MLP(dim, 4 * dim, squared_relu, bias=mlp_bias)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: Layer | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, cache: CachedLayer | None) -> Tensor:
         y = self.norm1(x)
         previous = F.pad(y[:, :-1], (0, 0, 1, 0)) if cache is None else cache.shift(y)
         y = y * self.mix + previous * (1 - self.mix)
@@ -155,7 +155,7 @@ class ViTVQGANGPT(AutoregressiveGenerator):
         return seen & visible[:, None, None] | (keys == queries[:, None])  # each sees itself: no row is empty
 
     def transform(
-        self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: Layers | None, *state: Tensor
+        self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: CachedLayers | None, *state: Tensor
     ) -> Tensor:
         for block, memory in zip(self.blocks, of_layers(kv_cache, len(self.blocks))):
             x = block(x, mask, memory)

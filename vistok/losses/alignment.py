@@ -47,7 +47,8 @@ class FrozenEncoder(nn.Module):
         dim: channels D of a patch's features.
 
     Raises:
-        ValueError: timm knows no such model, it is no vision transformer, or a stride that there is not.
+        ValueError: timm knows no such model, it is no vision transformer, or a stride other than 8, 16
+            or 32.
         CheckpointError: the weights file is absent, damaged or of another model, the download failed, or the package
             with the weights is not installed.
     """

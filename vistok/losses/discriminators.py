@@ -39,7 +39,7 @@ class Discriminator(nn.Module):
         return {}
 
     def frozen(self) -> dict[str, nn.Module]:
-        """Networks that it asks, by name, which are never trained and are no part of its state."""
+        """Frozen networks that it computes with, by name; they are no part of its state."""
         return {}
 
     def check_images(self, images: Tensor, least_side: int = 1, hint: str = "") -> None:

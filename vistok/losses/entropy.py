@@ -28,8 +28,8 @@ class EntropyLoss(nn.Module):
     """Mean entropy of each position's code probabilities, minus the entropy of their mean over the batch.
 
     Probabilities are softmax(-distance / temperature). The loss is low where every position is sure of its code
-    and the batch as a whole uses all codes evenly (MaskGIT, Chang et al. 2022; LlamaGen's quantizer). In training, the
-    batch is that of all processes together, so with equal shares they minimise what a single one would.
+    and the batch as a whole uses all codes evenly (MaskGIT, Chang et al. 2022; LlamaGen's quantizer). In training the
+    mean is over the batches of all processes, which together minimise what a single process would.
 
     Args:
         temperature: of the softmax, positive.

@@ -25,7 +25,7 @@ class LayerCache(Protocol):
 
 
 class GrowingCache:
-    """The keys and values of one layer, as many as it has seen: for sequences whose length nobody knows before."""
+    """The keys and values of one layer, for a sequence whose length is not known: it grows with every call."""
 
     def __init__(self) -> None:
         self._seen: tuple[Tensor, Tensor] | None = None

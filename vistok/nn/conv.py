@@ -22,9 +22,9 @@ from vistok.nn.norms import AdaptiveGroupNorm
 UpsampleKind = Literal["nearest", "depth_to_space"]
 Padding = Literal["after", "around"]
 ConvKind = type[nn.Conv2d] | type[CausalConv3d]
-"""Of images, or of clips."""
+"""The convolutions of an autoencoder of images, or of clips."""
 Resample = Callable[[int, int], nn.Module]
-"""What ends the level of a number, 0 the finest, and of a width."""
+"""Builds what ends a level, from the number of the level (0 is the finest) and its width."""
 
 
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:

@@ -1,4 +1,4 @@
-"""A network that is asked, and never trained or saved."""
+"""A frozen network inside of a module, neither trained nor saved with it."""
 
 from __future__ import annotations
 

@@ -72,13 +72,14 @@ class MixtureOfExperts(nn.Module):
         return out if self.shared is None else out + self.shared(x)
 
     def _gathered(self, tokens: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """Of few tokens: each with copies of its experts' weights, and nothing for the host to wait for."""
+        """The experts' outputs for few tokens: each gets copies of its experts' weights, and the host waits for
+        nothing."""
         gate = torch.einsum("mkhd,md->mkh", self.gate[chosen], tokens)
         up = torch.einsum("mkhd,md->mkh", self.up[chosen], tokens)
         return torch.einsum("mkdh,mkh,mk->md", self.down[chosen], F.silu(gate) * up, weights)
 
     def _sorted(self, tokens: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """Of many tokens: sorted by expert; the host reads once how many each has."""
+        """The experts' outputs for many tokens, sorted by expert; the host waits once, for how many each has."""
         order = chosen.flatten().argsort(stable=True)
         counts = chosen.flatten().bincount(minlength=len(self.gate)).tolist()
         source = order // self.experts_per_token

@@ -21,7 +21,7 @@ class TransformerSize:
     """Width, number of layers, and heads of one transformer.
 
     Raises:
-        ValueError: the heads do not divide the width, or nothing of something.
+        ValueError: the heads do not divide the width, or a number is below 1.
     """
 
     dim: int

@@ -14,7 +14,7 @@ def window_members(length: int, grid: tuple[int, ...] | None, size: int, what: s
         what: the name of the size in messages.
 
     Raises:
-        ValueError: the size is no number of tokens or does not divide the grid, or there is none.
+        ValueError: a size below 1, a grid that the size does not divide, or tokens on no (h, w) grid.
     """
     if not isinstance(size, int) or size < 1:
         raise ValueError(f"{what} must be a whole number of at least 1, got {size!r}")

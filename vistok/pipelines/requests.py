@@ -151,7 +151,7 @@ class Conditions:
         return self.classes.resolve(labels)
 
     def _named(self, request: Request) -> Condition:
-        """Of classes, of prompts, or of both."""
+        """The condition of class labels, of prompts, or of both."""
         conditions = []
         if request.class_labels is not None:
             ids = torch.tensor(self.class_ids(request.class_labels), dtype=torch.int64)

@@ -59,10 +59,11 @@ def write_samples(
     """Generate ``num_images`` images into the folder ``out``, which appears when all are there.
 
     It gets 000000.png, 000001.png, … (of clips their frames in a row, beside 000000.mp4 and 000000.gif); grid.png with
-    the first 64; samples.json with all that made them; and with
-    ``npz`` samples.npz, which ADM-style evaluators read. Image i is of class ``classes[i % len(classes)]``, or of the
-    prompt ``prompts[i % len(prompts)]``; it is the same whatever the batch size and the number of processes. Until then
-    the images lie in ``OUT.unfinished/``, where a killed run can go on.
+    the first 64; samples.json with all that made them; and with ``npz`` samples.npz, which ADM-style evaluators read.
+    Until all are there the images lie in ``OUT.unfinished/``, where a killed run can go on.
+
+    Image i is of class ``classes[i % len(classes)]``, or of the prompt ``prompts[i % len(prompts)]``; it is the same
+    whatever the batch size and the number of processes.
 
     Args:
         classes: by id or by name; None takes all classes in turn, if there are any.

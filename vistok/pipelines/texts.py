@@ -13,7 +13,7 @@ from vistok.config import NOTHING, Allowed, ConfigError, check, check_least, ove
 from vistok.data.config import DataConfig
 from vistok.data.loader import Source
 from vistok.data.opening import open_source
-from vistok.eval.tokenizers import Conditions
+from vistok.eval.tokenizers import BatchConditions
 from vistok.pipelines.runs import config_of_run
 from vistok.text import PromptEncoder, open_text_encoder
 from vistok.text.captions import CaptionReader
@@ -105,7 +105,7 @@ def text_of_run(
     return None if values is None else TextConfig(**check(TextConfig, values, "text"))
 
 
-def conditions_of(config: TextConfig | None, tokenizer: Tokenizer, data: DataConfig) -> Conditions | None:
+def conditions_of(config: TextConfig | None, tokenizer: Tokenizer, data: DataConfig) -> BatchConditions | None:
     """What a tokenizer is told of the images of ``data``: of several captions of an image the first. Images without a
     caption are decoded without one. None tells it nothing."""
     if config is None:

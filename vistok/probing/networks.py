@@ -60,7 +60,7 @@ def image_network(name: str, weights: str | None, device: torch.device) -> Featu
 
 
 def clip_network(name: str, weights: str | None, device: torch.device) -> Any:
-    """As ``image_network``, of clips. The default of images stands for none."""
+    """The network of clips by its name; see ``image_network``. The default name for images means none."""
     if name in ("none", IMAGE_NETWORKS[0]):
         return None
     if name == "i3d":

@@ -63,7 +63,7 @@ def row(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of several, all with the columns of all that are measured of any."""
+    """Rows of several tokenizers with the same columns: all that is measured of any of them."""
     rows = [row(result) for result in results]
     names = list(dict.fromkeys(name for one in rows for name in one))
     kept = [name for name in names if any(one.get(name) is not None for one in rows)]

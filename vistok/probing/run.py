@@ -19,7 +19,7 @@ from vistok.data.pictures import grid, save_png, to_pil
 from vistok.data.tokens import TokenCache
 from vistok.eval.record import library_versions, save_result
 from vistok.eval.retrieval import Gallery
-from vistok.eval.tokenizers import Conditions
+from vistok.eval.tokenizers import BatchConditions
 from vistok.pipelines.folders import load_tokenizer
 from vistok.pipelines.runs import data_of_run
 from vistok.pipelines.texts import TEXT_OVERRIDES, conditions_of, text_of_run
@@ -184,7 +184,7 @@ def _judge(
     held_out: DataConfig,
     out: Path,
     settings: ProbeSettings,
-    conditions: Conditions | None,
+    conditions: BatchConditions | None,
 ) -> dict[str, Any]:
     """All that is measured of one tokenizer; tokens and the generator's run stay in ``out``, and are gone on from."""
     finished = out / "measured.json"
@@ -222,7 +222,9 @@ def _cache(tokenizer: Tokenizer, data: DataConfig, folder: Path) -> TokenCache:
 
 
 @torch.no_grad()
-def _draw(tokenizer: Tokenizer, gallery: DataConfig, data: DataConfig, conditions: Conditions | None) -> Image.Image:
+def _draw(
+    tokenizer: Tokenizer, gallery: DataConfig, data: DataConfig, conditions: BatchConditions | None
+) -> Image.Image:
     """Held-out originals over reconstructions. What is no image is shown as the nearest one of the gallery's, or, where
     there are no embeddings either, not at all."""
     batch = example_batch(open_source(data), data, SHOWN)

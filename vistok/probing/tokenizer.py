@@ -17,7 +17,7 @@ from vistok.data.loader import evaluation_loader
 from vistok.data.opening import open_source
 from vistok.data.tokens import TokenCache
 from vistok.eval.clips import evaluate_clip_tokenizer
-from vistok.eval.tokenizers import Conditions, evaluate_tokenizer
+from vistok.eval.tokenizers import BatchConditions, evaluate_tokenizer
 from vistok.probing.linear import linear_probe
 from vistok.probing.networks import clip_network, image_network, lpips
 from vistok.probing.settings import ProbeSettings
@@ -27,7 +27,7 @@ from vistok.types import TokenSpec
 from vistok.utils.progress import track
 
 MOST_CHANNELS = 8192
-"""Of a token sequence that a linear probe reads place by place; longer ones are averaged over places."""
+"""The longest token sequence that a linear probe reads place by place; longer ones are averaged over places."""
 TIMED_SECONDS = 1.0
 TIMED_BATCH = 16
 
@@ -49,7 +49,7 @@ def bits(spec: TokenSpec) -> float | None:
 
 
 def reconstruction(
-    tokenizer: Tokenizer, data: DataConfig, settings: ProbeSettings, conditions: Conditions | None = None
+    tokenizer: Tokenizer, data: DataConfig, settings: ProbeSettings, conditions: BatchConditions | None = None
 ) -> dict[str, Any] | None:
     """What ``evaluate_tokenizer`` says of the held-out images or clips; None of a tokenizer that makes neither pixels
     nor embeddings. ``conditions`` are those of images."""
@@ -66,8 +66,8 @@ def reconstruction(
 
 
 def code_usage(cache: TokenCache) -> dict[str, float] | None:
-    """Of the tokens of all images: the share of codes in use, their perplexity, and the entropy of a token in bits, as
-    if tokens were independent. None of latents."""
+    """The share of codes in use among the tokens of all images, their perplexity, and the entropy of a token in bits,
+    as if tokens were independent. None of latents."""
     spec = TokenSpec(**cache.spec)
     if not spec.discrete:
         return None

@@ -61,7 +61,8 @@ class CodeClustering(nn.Module):
 
 
 def _of_all_processes(candidates: Tensor, distances: Tensor) -> Tensor:
-    """Of the candidates (K, D) that every process has, those of the smallest distance (K,)."""
+    """The nearest candidates (K, D) of all processes: for each code those of the process with the least distance
+    (K,)."""
     size = group_size()
     if size == 1:
         return candidates

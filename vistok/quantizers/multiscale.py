@@ -79,7 +79,7 @@ class MultiScaleQuantizer(nn.Module):
         restart_after: training steps after which an unused code is moved onto a residual; 0 is never.
 
     Raises:
-        ValueError: invalid scales, no refiners although they have a share.
+        ValueError: invalid scales, or a ``refiner_share`` above 0 without refiners.
     """
 
     def __init__(

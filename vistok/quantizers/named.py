@@ -38,7 +38,7 @@ def chosen_quantizer(config: Mapping[str, Any] | None, dim: int | None, own: Cal
 
 
 def build_quantizer(config: Mapping[str, Any], dim: int | None) -> Any:
-    """The quantizer that a config describes: ``name``, and the arguments of the class.
+    """The quantizer that a config describes: ``name``, a key of ``QUANTIZERS``, and the arguments of its class.
 
     Args:
         dim: channels of the latents; the class's ``dim``, which the config leaves out. None leaves it to the config.

@@ -46,7 +46,7 @@ class CodeRestart(nn.Module):
         self.places.copy_(self._picks(latents.flatten(0, -2)))
 
     def _picks(self, latents: Tensor) -> Tensor:
-        """A random one for each code (K, D), of all latents (N, D) that the processes have."""
+        """A random latent for each code, (K, D), of the latents (N, D) of all processes."""
         count, size = len(latents), group_size()
         chosen = torch.randint(count * size, (len(self.idle),), device=latents.device)
         process, row = chosen // count, chosen % count

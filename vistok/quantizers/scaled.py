@@ -223,7 +223,7 @@ class ScaledQuantizer(nn.Module, DrawsInTraining):
 
 
 class BitExpander(ScaleExpander):
-    """That of bits, which a generator can learn to correct."""
+    """The inputs of a next-scale generator, and with turned bits its inputs and targets for self-correction."""
 
     def __init__(self, quantizer: PackedBSQ):
         super().__init__(quantizer)

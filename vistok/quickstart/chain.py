@@ -68,7 +68,7 @@ class Chain:
 
     @property
     def seconds(self) -> float:
-        """Since the beginning."""
+        """Seconds since the beginning."""
         return time.monotonic() - self.begin
 
     @property

@@ -112,7 +112,7 @@ def _rows(*clips: Tensor) -> np.ndarray:
 
 
 def curves(runs: Sequence[Path]) -> Charts:
-    """Of the runs of the tokenizer, the generator and the predictor."""
+    """Training curves of the tokenizer, the generator and the predictor."""
     tokenizer, generator, predictor = (read_metrics(run / "metrics.jsonl") for run in runs)
     named = [
         ("Tokenizer: PSNR in dB", tokenizer, "psnr"),

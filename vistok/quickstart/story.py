@@ -83,7 +83,7 @@ def draw(generated: Digits, train: Digits, held_out: Digits, *, tokenizer: Token
 
 
 def curves(runs: tuple[Path, Path], spec: TokenSpec) -> Charts:
-    """Of the runs of the tokenizer and of the generator."""
+    """Training curves of the tokenizer and of the generator."""
     tokenizer, generator = (read_metrics(run / "metrics.jsonl") for run in runs)
     named = [
         ("Tokenizer: PSNR in dB", tokenizer, "psnr"),

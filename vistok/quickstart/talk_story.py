@@ -65,7 +65,7 @@ def draw(judged: Judged, talks: Sequence[Sequence[Message]]) -> TalkPictures:
 
 
 def curves(runs: tuple[Path, Path]) -> Charts:
-    """Of the runs of the tokenizer and of the generator."""
+    """Training curves of the tokenizer and of the generator."""
     tokenizer, generator = (read_metrics(run / "metrics.jsonl") for run in runs)
     named = [
         ("Tokenizer: PSNR in dB", tokenizer, "psnr"),

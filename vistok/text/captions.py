@@ -33,7 +33,7 @@ class CaptionReader:
     refuse_long: bool
 
     def of(self, batch: ImageBatch) -> dict[str, Sequence[Sequence[Piece]]]:
-        """By part of the condition, the sequences of each image."""
+        """The sequences of each image, by the part of the condition that they belong to."""
         if not self.text.parts:
             return {}
         texts = [self.texts(index, label) for index, label in zip(batch.indices.tolist(), batch.labels.tolist())]

@@ -98,12 +98,12 @@ class PromptEncoder:
 
     @property
     def spec(self) -> ConditionSpec:
-        """Of the conditions; opens the encoders."""
+        """What its conditions are made of; opens the encoders."""
         parts: dict[str, Any] = {part: self._encoder(part).spec for part in self.parts}
         return ConditionSpec(**parts)
 
     def encode(self, texts: Sequence[str], *, refuse_long: bool = False) -> dict[str, list[Piece]]:
-        """By part, the sequence of every text.
+        """The sequence of every text, by the part of the condition.
 
         Raises:
             TextError: a text is longer than the encoder's length, and ``refuse_long``; or it is no Unicode text.

@@ -49,11 +49,11 @@ class Tokenizer(Model):
     encoding_parts: tuple[str, ...] = ("encoder.*", "pre_quant.*", "quantizer.*")
     """Patterns of the names of all parameters that ``encode`` depends on, so that a decoder can be trained alone."""
     quantizer: Any
-    """Of discrete tokenizers: latents to codes and back, a module of ``vistok.quantizers``."""
+    """Latents to codes and back, a module of ``vistok.quantizers``; of discrete tokenizers."""
     has_posterior: bool = False
     """Whether latents are drawn from a distribution, whose moments ``encode_moments`` gives."""
     gaussian: GaussianLatents
-    """Of those: the distribution, and the scale in which generators see what is drawn."""
+    """The posterior, and the scale in which generators see what is drawn from it; of tokenizers that have one."""
 
     _spec: TokenSpec
     _input_shape: tuple[int, ...]

@@ -61,8 +61,8 @@ class KLVAE(Tokenizer):
         latent_mean, latent_scale: one number, or one per latent channel; ``standardise`` measures them.
 
     Raises:
-        ValueError: sides that are no multiple of the stride, widths that norm_groups does not divide, a level that
-            there is not, or statistics for another number of channels.
+        ValueError: sides that are no multiple of the stride, widths that norm_groups does not divide, attention in a
+            level that does not exist, or statistics for another number of channels.
     """
 
     registry_name = "kl_vae"

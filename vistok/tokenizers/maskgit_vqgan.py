@@ -158,9 +158,8 @@ class MaskGITVQGAN(ConvTokenizer):
         codebook_embed_dim: channels of a code, and of the maps between encoder and decoder.
         codebook_restart_after: steps after which an unused code is moved onto a latent; 0 is never.
         norm_groups: groups of all group norms (32 in the released model); they must divide every width.
-        quantizer: another quantizer by name, {name: vq | stochastic | lfq | bsq | fsq | index | multi_scale |
-            multi_scale_bsq, …its arguments}, for codes of ``codebook_embed_dim`` channels; what is said of codebooks
-            above is of the own one.
+        quantizer: a quantizer in place of the own one, {name, …its arguments} as ``build_quantizer`` takes it, for
+            codes of ``codebook_embed_dim`` channels. Other arguments of the codebook then have no effect.
 
     Raises:
         ValueError: sides that are no multiple of the stride, or widths that norm_groups does not divide.

@@ -49,7 +49,7 @@ class Atlas:
 
     @property
     def perplexity(self) -> float:
-        """Of the distribution of codes, 1 .. codebook_size."""
+        """The perplexity of the distribution of codes, 1 .. codebook_size."""
         share = self.counts.double() / self.counts.sum()
         return float(torch.special.entr(share).sum().exp())
 

@@ -81,7 +81,7 @@ class Checkpoints:
         """Raise ConfigError unless the log rows have ``best_metric``.
 
         Args:
-            row: any of them.
+            row: a row of the log.
             prefix: what begins the names of metrics that this row lacks, but others have: "val_".
         """
         metric = self._metric(row)

@@ -102,7 +102,7 @@ def _train(config: Mapping[str, Any], run: RunConfig, folder: Path, resume: bool
 
 
 def prepare(run: RunConfig, folder: Path) -> tuple[Any, Task]:
-    """The accelerator, and the task with its model as training starts with it."""
+    """The accelerator, and the task with the model that training starts from."""
     from accelerate.utils import set_seed
 
     starts = open_starts(run)
@@ -134,7 +134,7 @@ class Trainer:
         self.row: dict[str, float] = {}  # the last of the log
         self.seconds = 0.0  # of training, as far as the first process counts
         self.phase: Callable[[str], AbstractContextManager[Any]] = record_function
-        """What a phase of a step runs in, by its name."""
+        """Makes the context that a phase of a step, such as "forward", runs in."""
 
     def resume(self, config: Mapping[str, Any]) -> None:
         """Go to the newest checkpoint; where there is none yet, stay at the beginning.

@@ -145,7 +145,7 @@ class CodebookMonitor:
         return None if self.watch is None else self.watch.update(step, row["codebook_usage"])
 
     def state_dict(self) -> dict[str, Any]:
-        """All processes call it."""
+        """What ``load_state_dict`` needs; all processes must call it."""
         return {
             "counts": None if self.usage is None else self.usage.over_processes(),
             "watch": None if self.watch is None else self.watch.state_dict(),

@@ -148,7 +148,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def replicating() -> AbstractContextManager[None]:
-    """Meanwhile sharded tensors, if there are any, can compute with plain ones, which every process must have alike."""
+    """A context in which sharded tensors (DTensor) compute with plain ones, which must be equal on all processes."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return nullcontext()
     from torch.distributed.tensor.experimental import implicit_replication

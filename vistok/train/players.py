@@ -215,7 +215,7 @@ class Players:
 
     @contextmanager
     def gathering(self) -> Iterator[None]:
-        """Meanwhile gradients are only added up on each process."""
+        """A context in which gradients add up on each process, and are not averaged over all (``no_sync``)."""
         with ExitStack() as stack:
             for player in self._players.values():
                 stack.enter_context(self._accelerator.no_sync(player.wrapped))
@@ -276,7 +276,7 @@ class Players:
         self._load_average(state["average"])
 
     def _say(self, message: str, *values: Any) -> None:
-        """Log it, once for all processes."""
+        """Log a message on the first process alone."""
         if self._accelerator.is_main_process:
             log.warning(message, *values)
 

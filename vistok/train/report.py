@@ -57,7 +57,7 @@ TITLES = {
 }
 HELD_OUT = "val_"
 PIXELS, MOST_EXAMPLES, FEWEST_EXAMPLES = 1 << 20, 256, 32
-"""Images that the codebook is looked at with: so many pixels of them, at least and at most so many images."""
+"""The codebook is looked at with images of about so many pixels together; their number lies between these bounds."""
 
 Examples = Callable[[int], Tensor]
 """Gives that many images of the run's data, evenly spread, (n, C, H, W) in [-1, 1]."""

@@ -272,7 +272,7 @@ def _renamed(weights: Mapping[str, Tensor], rules: Mapping[str, str | None], nam
 
 
 def _known(part: nn.Module, weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Those that the module has a place for; others are logged.
+    """The weights that the module has an entry for; others are logged.
 
     Raises:
         CheckpointError: there are none.

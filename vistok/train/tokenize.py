@@ -194,7 +194,7 @@ class GivenFrames:
         self.spec = IdSpec(spec.num_ids, spec.length)
 
     def of(self, batch: ImageBatch, batch_size: int) -> dict[str, Sequence[Sequence[Piece]]]:
-        """Of each clip the tokens given before it, one sequence for each of its views."""
+        """The tokens given before each clip, one sequence for each of its views."""
         views, length = batch.pixels.shape[1], self.tokenizer.input_shape[1]
         first = batch.pixels[:, :, :, : self.count].flatten(0, 1)  # (B * V, C, count, H, W)
         ids = _encode(self.tokenizer, repeat_last(first, length).unflatten(0, (-1, views)), batch_size).numpy()

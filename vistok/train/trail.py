@@ -66,6 +66,6 @@ class Trail:
 
 
 def earliest(culprits: Sequence[Culprit | None]) -> list[Culprit]:
-    """Of the culprits of all processes those of the earliest step."""
+    """The culprits of the earliest step, of those of all processes."""
     found = [culprit for culprit in culprits if culprit is not None]
     return [culprit for culprit in found if culprit.step == min(other.step for other in found)]

@@ -1,1 +1,1 @@
-"""Files, devices, processes, progress: what every room may use and nothing of vistok stands below."""
+"""Files, devices, processes, progress: what every room may use. It imports nothing else of vistok."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 MOST_NODES = 1_000_000
-"""Of a YAML file, aliases written out: a few lines of aliases of aliases would fill the memory."""
+"""The most values of a YAML file, aliases written out: a few lines of aliases of aliases would fill the memory."""
 
 
 def calls_resolver(text: str) -> bool:

@@ -1,5 +1,5 @@
-"""Folders that take long to fill: each has one writer, a record of what its files depend on, and can be gone on with
-after a death.
+"""Folders that take long to fill. Each has one writer and a record of what its files depend on, and a killed command
+goes on in it.
 
 ``collected`` is for folders that appear when they are whole: until then the files lie in ``TARGET.unfinished/``, and
 ``--resume`` goes on. ``continued`` is for folders that the same command may add to at any time: they have their name

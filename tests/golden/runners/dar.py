@@ -28,7 +28,7 @@ def encode(case: Case, step: Step) -> dict[str, Tensor]:
     model: DAR = case.build_model().train(step.args["train"])
     prequant = model.latents(step.tensor("image", 0))
     quantized = model.quantizer(prequant)
-    return step.answers(prequant, quantized.ids, quantized.quantized, model.condition(quantized.quantized))
+    return step.answers(prequant, quantized.ids, quantized.quantized, model.embed_codes(quantized.quantized))
 
 
 @runner("dar/tokenizer", "velocity")

@@ -81,7 +81,7 @@ def _noised(step: Step) -> Tensor:
 def _condition(case: Case, step: Step) -> Tensor:
     codes = _quantizer(case).ids_to_latents(step.tensor("tokens", 3))
     lengths = torch.tensor(step.args.get("keep_k", [codes.shape[1]] * len(codes)))
-    return _decoder(case).condition(codes, lengths, torch.tensor(step.args.get("null", [False] * len(codes))))
+    return _decoder(case).embed_codes(codes, lengths, torch.tensor(step.args.get("null", [False] * len(codes))))
 
 
 @runner("flextok/decoder", "sigmas")

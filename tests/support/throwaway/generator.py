@@ -17,7 +17,7 @@ from vistok.conditions import PARTS
 from vistok.draws import Draws, Keys
 from vistok.generators.base import weighted_mean
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
-from vistok.generators.engine.cache import Layers
+from vistok.generators.engine.cache import CachedLayers
 from vistok.generators.engine.plan import Plan
 from vistok.generators.engine.sampling import DecodingOptions
 from vistok.guidance import Guidance, constant
@@ -121,7 +121,9 @@ class Scattered(AutoregressiveGenerator):
     def attention_mask(self, condition: Condition, start: int, stop: int) -> Tensor | None:
         return None if start == 0 else self.output.weight.new_ones(1, 1, stop - start, stop, dtype=torch.bool)
 
-    def transform(self, x: Tensor, positions: Any, mask: Tensor | None, kv_cache: Layers | None, state: Tensor) -> Any:
+    def transform(
+        self, x: Tensor, positions: Any, mask: Tensor | None, kv_cache: CachedLayers | None, state: Tensor
+    ) -> Any:
         for block, memory in zip(self.blocks, kv_cache or [None] * len(self.blocks)):
             x = block(x + state, mask, memory)
         return x

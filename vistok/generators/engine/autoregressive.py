@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from vistok.draws import Draws, Keys, inverse_cdf
-from vistok.generators.base import Generator, token_loss
-from vistok.generators.engine.cache import KVCache, Layers
+from vistok.generators.base import Generator, check_draws, token_loss
+from vistok.generators.engine.cache import CachedLayers, KVCache
 from vistok.generators.engine.compiled import CompiledStep
 from vistok.generators.engine.decodings import DECODINGS
 from vistok.generators.engine.packed import DecodingCopies
@@ -102,7 +102,7 @@ class AutoregressiveGenerator(Generator):
 
     @abstractmethod
     def transform(
-        self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: Layers | None, *state: Tensor
+        self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: CachedLayers | None, *state: Tensor
     ) -> Tensor:
         """Logits' inputs: hidden states (R, e, D) of entries (R, e, D).
 
@@ -288,16 +288,9 @@ class AutoregressiveGenerator(Generator):
         draws: Draws | None = None,
         tokenizer: Expands | None = None,
     ) -> AutoregressiveSession:
-        self.check_tokenizer(tokenizer)
         options = options or self.options_type()
-        self.check_condition(condition)
-        guidance = options.guidance
-        if guidance.is_on:
-            self.check_condition(guidance.conditions(condition))
-        if draws is None and any(options.of_part(part).temperature > 0 for part in range(self.num_parts)):
-            raise ValueError(
-                "sampling with a temperature above 0 needs draws: pass sampling_draws(Keys.range(seed, B))"
-            )
+        self.check_start(condition, options.guidance, tokenizer)
+        check_draws(draws, *(options.of_part(part).temperature for part in range(self.num_parts)))
         copies, compiled = self.decoding_copies, self.compiled_step
         expander = None if tokenizer is None else tokenizer.expander()
         session = self.session_type(options)

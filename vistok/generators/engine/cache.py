@@ -92,7 +92,7 @@ class IndexedBuffer:
         return buffers
 
     def shift(self, x: Tensor) -> Tensor:
-        """As of ``LayerBuffer``; ``cut`` can take back a part of x."""
+        """See ``LayerBuffer.shift``; ``cut`` can take back a part of x."""
         if self._slots.ndim == 1:
             return self._layer.shift(x)
         self._recent = torch.cat([self._layer.shift_memory.to(x), x], 1)
@@ -105,11 +105,11 @@ class IndexedBuffer:
             self._layer.shift_memory.copy_(self._recent.gather(1, index))
 
 
-Layer = LayerBuffer | IndexedBuffer
-Layers = Sequence[Layer]
+CachedLayer = LayerBuffer | IndexedBuffer
+CachedLayers = Sequence[CachedLayer]
 
 
-def of_layers(kv_cache: Layers | None, count: int) -> Sequence[Layer | None]:
+def of_layers(kv_cache: CachedLayers | None, count: int) -> Sequence[CachedLayer | None]:
     """The cache of each of ``count`` layers, None for each without a cache."""
     return kv_cache or [None] * count
 

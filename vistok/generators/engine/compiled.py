@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vistok.generators.engine.cache import KVCache, Layers
+from vistok.generators.engine.cache import CachedLayers, KVCache
 from vistok.generators.engine.contracts import NextTokenModel
 from vistok.generators.engine.sampling import DecodingOptions, draw_ids
 from vistok.generators.engine.split import split_layers
@@ -53,7 +53,7 @@ class CompiledStep:
         weights: Tensor,
         failed: Tensor,
         visible: Tensor | None,
-        layers: Layers,
+        layers: CachedLayers,
         state: tuple[Tensor, ...],
         computing: NextTokenModel,
     ) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vistok.draws import Draws, Keys
-from vistok.generators.engine.cache import KVCache, Layers
+from vistok.generators.engine.cache import CachedLayers, KVCache
 from vistok.generators.engine.plan import Plan
 from vistok.generators.engine.sampling import DecodingOptions
 from vistok.nn.attention import Mask
@@ -46,7 +46,7 @@ class NextTokenModel(Protocol):
     def attention_mask(self, condition: Condition, start: int, stop: int) -> Tensor | None: ...
 
     def transform(
-        self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: Layers | None, *state: Tensor
+        self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: CachedLayers | None, *state: Tensor
     ) -> Tensor: ...
 
     def entry_logits(self, hidden: Tensor) -> Tensor: ...

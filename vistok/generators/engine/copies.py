@@ -37,5 +37,5 @@ def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def is_altered(module: nn.Module) -> bool:
-    """Whether more happens in a call, or something else, than the class says: hooks, or a forward of its own."""
+    """Whether a call does other than the class's ``forward``: the module has hooks, or a ``forward`` of its own."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))

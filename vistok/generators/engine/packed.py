@@ -19,7 +19,7 @@ from vistok.generators.engine.copies import is_altered, is_plain_linear, with_la
 from vistok.nn.mlp import GatedMLP
 
 FEWEST_ROWS = 4
-"""With fewer, products are as fast in PyTorch's layout."""
+"""The fewest rows that packing pays for: with fewer, products are as fast in PyTorch's layout."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class PackedGatedMLP(nn.Module):
 
 
 def _packable_dtypes() -> tuple[torch.dtype, ...]:
-    """Those that this build of PyTorch packs on this processor: the operators are its own, and may go."""
+    """The dtypes that this build of PyTorch packs on this processor. The operators are private, and may be gone."""
     operators = torch.ops.mkldnn
     if not torch.backends.mkldnn.is_available() or not hasattr(operators, "_reorder_linear_weight"):
         return ()

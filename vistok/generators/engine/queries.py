@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vistok.draws import Draws, Keys
-from vistok.generators.base import token_loss
+from vistok.generators.base import check_draws, token_loss
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
 from vistok.generators.engine.plan import Plan, check_orders, in_order, in_places
 from vistok.generators.engine.sampling import DecodingOptions
@@ -83,7 +83,7 @@ class QueryOptions(DecodingOptions):
 
 
 class QuerySession(AutoregressiveSession):
-    """Cached sampling in groups: the cache keeps known tokens, and of queries what training has in their place."""
+    """Cached sampling in groups: the cache keeps the known tokens, and ``kept_queries`` queries of each step."""
 
     model: QueryGenerator
     options: QueryOptions
@@ -244,10 +244,7 @@ class QueryGenerator(AutoregressiveGenerator):
         options, length = options or self.options_type(), self.spec.length
         if options.group_sizes is not None:
             raise ValueError("an edit generates as many tokens as it is asked for; give num_steps, not group_sizes")
-        if draws is None and options.temperature > 0:
-            raise ValueError(
-                "sampling with a temperature above 0 needs draws: pass sampling_draws(Keys.range(seed, B), options)"
-            )
+        check_draws(draws, options.temperature)
         edited = tokens.clone()
         for count in kept.sum(1).unique().tolist():  # images with as many kept tokens have the same steps
             rows = (kept.sum(1) == count).nonzero()[:, 0]

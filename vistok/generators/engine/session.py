@@ -84,7 +84,7 @@ class AutoregressiveSession:
         self._compiled = self._compiled_steps()
 
     def _weights_of(self, guidance: Guidance) -> list[Weights]:
-        """Of the session's rows at each step; those that ``guidance`` has not count 0."""
+        """The weights of the session's rows at each step; rows that ``guidance`` lacks weigh 0."""
         lacking = (0.0,) * (len(self.guidance.rows) - len(guidance.rows))
         return [guidance.weights(step, len(self.plan)) + lacking for step in range(len(self.plan))]
 

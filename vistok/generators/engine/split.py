@@ -17,7 +17,7 @@ from vistok.generators.engine.copies import is_altered, is_plain_linear, with_la
 from vistok.nn.mlp import GatedMLP
 
 MOST_ROWS = 32
-"""With more there is more to do than reading weights."""
+"""The most rows for which a product takes as long as reading the weight does."""
 
 OUTPUTS_AT_A_TIME, FEWEST_INPUTS, MOST_PARTS = 64, 64, 8
 """Compilers add up 8 parts within what comes next, but no more."""

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from vistok.checkpoints import CheckpointError, OfficialCheckpoint, rename
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.checkpoints.weights import second_stage
-from vistok.generators.engine.cache import Layer, Layers
+from vistok.generators.engine.cache import CachedLayer, CachedLayers
 from vistok.generators.llama import Llama, LlamaBlock
 from vistok.nn.attention import Mask
 from vistok.nn.modulation import modulate
@@ -50,7 +50,7 @@ class ModulatedLlamaBlock(LlamaBlock):
         self.modulation = nn.Linear(dim, 6 * dim)
 
     def forward(
-        self, x: Tensor, rotation: Rotation | None, mask: Tensor | None, cache: Layer | None, *state: Tensor
+        self, x: Tensor, rotation: Rotation | None, mask: Tensor | None, cache: CachedLayer | None, *state: Tensor
     ) -> Tensor:
         """The state is the class vector (B, 1, D), behind its activation."""
         (class_vector,) = state
@@ -166,7 +166,7 @@ class IBQGPT(Llama):
         return (F.silu(self._embed_class(condition)),)
 
     def transform(
-        self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: Layers | None, *state: Tensor
+        self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: CachedLayers | None, *state: Tensor
     ) -> Tensor:
         return self.norm(super().transform(x, positions, mask, kv_cache, *state), *state)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vistok.checkpoints import OfficialCheckpoint, rename
 from vistok.draws import Draws, Keys
-from vistok.generators.engine.cache import Layers, of_layers
+from vistok.generators.engine.cache import CachedLayers, of_layers
 from vistok.generators.engine.plan import Plan
 from vistok.generators.engine.queries import QueryGenerator
 from vistok.generators.engine.sampling import DecodingOptions
@@ -152,7 +152,7 @@ class LPD(QueryGenerator):
         return torch.cat([self._embed_known(ids, places), queries], 1)
 
     def entry_positions(self, known: Tensor | None, upcoming: Tensor) -> slice:
-        """Nothing: entries were told where they lie when they were embedded."""
+        """An empty slice: positions are part of the embeddings."""
         return slice(0)
 
     def step_mask(self, known: int, queries: int, start: int, device: torch.device) -> Tensor:
@@ -162,7 +162,7 @@ class LPD(QueryGenerator):
         return mask
 
     def transform(
-        self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: Layers | None, *state: Tensor
+        self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: CachedLayers | None, *state: Tensor
     ) -> Tensor:
         for block, memory in zip(self.blocks, of_layers(kv_cache, len(self.blocks))):
             x = block(x, mask=mask, cache=memory)

@@ -19,7 +19,7 @@ OrderName = Literal["locality", "random"]
 
 @dataclass(frozen=True)
 class LPDOptions(QueryOptions):
-    """As ``QueryOptions``, and the order of the places.
+    """``QueryOptions`` with an order of the places.
 
     Attributes:
         order: "locality" places the tokens of a group near known ones and far from one another, "random" anywhere;

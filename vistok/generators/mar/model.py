@@ -35,7 +35,7 @@ from vistok.types import Clock, Condition, Expands, GeneratorOutput, TokenSpec, 
 
 NUM_TIMESTEPS = 1000
 OWN_STEPS = 10
-"""Of the head, for tokens that the model draws itself in training: many fewer than in sampling, of small networks."""
+"""Denoising steps of the head for tokens that the model draws itself in training: many fewer than in sampling."""
 
 
 class MARBlock(nn.Module):
@@ -248,14 +248,15 @@ class MAR(ContinuousGenerator):
 
     @property
     def context_shape(self) -> tuple[int, ...]:
-        """The model's tokens."""
+        """(L / p^2, D p^2), of the model's tokens."""
         return (self.length, self.token_dim)
 
     def context_of(self, tokens: Tensor) -> Tensor:
         return self.group(tokens)
 
     def replaced(self, uniforms: Tensor, share: float, draws: Draws) -> Tensor:
-        """The share, rounded up, of the visible tokens: as many in every row, since the encoder sees as many."""
+        """``share`` of the visible tokens, rounded up: as many in every row, since the encoder reads rows of one
+        length."""
         visible = draws["visible"]
         count = math.ceil(share * visible.shape[1])
         chosen = visible.gather(1, uniforms.gather(1, visible).argsort(1)[:, :count])
@@ -273,7 +274,8 @@ class MAR(ContinuousGenerator):
         draws: Draws,
         tokenizer: Expands | None = None,
     ) -> Tensor:
-        """Masked like the others, and drawn from what is left, as in sampling, in a few steps of the head."""
+        """Replaced tokens are masked like the others and drawn from what is left, as in sampling, in a few steps of the
+        head."""
         visible, tokens = draws["visible"], self.group(tokens)
         kept = visible[~replaced.gather(1, visible)].view(len(visible), -1)
         chosen = visible[replaced.gather(1, visible)].view(len(visible), -1)
@@ -368,7 +370,7 @@ def patch_members(spec: TokenSpec, patch_size: int) -> Tensor:
     """The raster indices (L / p^2, p^2) of the latents of every patch, patches and latents in raster order.
 
     Raises:
-        ValueError: the patch does not divide the grid, or there is none.
+        ValueError: the patch does not divide the grid, or the tokens lie on none.
     """
     return window_members(spec.length, spec.grid, patch_size, "patch_size")
 

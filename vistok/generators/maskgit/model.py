@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from vistok.checkpoints import OfficialCheckpoint
 from vistok.draws import Draws, Keys
-from vistok.generators.base import Generator, weighted_mean
+from vistok.generators.base import Generator, check_draws, weighted_mean
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator, drawn_ids
 from vistok.generators.maskgit import official
 from vistok.generators.maskgit.networks import NETWORKS
@@ -146,7 +146,7 @@ class MaskGIT(Generator):
         return GeneratorOutput(loss, logits, {"accuracy": right})
 
     def replaced(self, uniforms: Tensor, share: float, draws: Draws) -> Tensor:
-        """Of the tokens that are not masked."""
+        """Which of the tokens that are not masked are replaced: (B, L) bool."""
         return (uniforms < share) & ~draws["masked"]
 
     def own_draws(self, keys: Keys) -> Draws:
@@ -161,7 +161,7 @@ class MaskGIT(Generator):
         draws: Draws,
         tokenizer: Expands | None = None,
     ) -> Tensor:
-        """Masked like the others, and drawn from what is left, as in sampling."""
+        """Replaced tokens are masked like the others and drawn from what is left, as in sampling."""
         rows = self.class_rows(self.drop_condition(condition, draws))
         logits = self.predict(tokens.masked_fill(draws["masked"] | replaced, self.mask_id), rows)
         return drawn_ids(logits, draws["own"])
@@ -188,15 +188,9 @@ class MaskGIT(Generator):
         draws: Draws | None = None,
         tokenizer: Expands | None = None,
     ) -> MaskGITSession:
-        self.check_tokenizer(tokenizer)
         options = options or MaskGITOptions()
-        self.check_condition(condition)
-        if options.guidance.is_on:
-            self.check_condition(options.guidance.conditions(condition))
-        if draws is None and options.temperature > 0:
-            raise ValueError(
-                "sampling with a temperature above 0 needs draws: pass sampling_draws(Keys.range(seed, B), options)"
-            )
+        self.check_start(condition, options.guidance, tokenizer)
+        check_draws(draws, options.temperature)
         return MaskGITSession(self, condition, options, draws)
 
     def edit(

@@ -37,12 +37,12 @@ class Prompt:
 
     @classmethod
     def cat(cls, parts: list[Prompt]) -> Prompt:
-        """One after another."""
+        """Several prompts as one, one after another."""
         names = ("embeddings", "valid", "kinds", "images")
         return cls(*(torch.cat([getattr(part, name) for part in parts], 1) for name in names))
 
     def trimmed(self) -> Prompt:
-        """Without entries that are padding in all rows."""
+        """The prompt without the entries that are padding in all rows."""
         kept = self.valid.any(0)
         return Prompt(self.embeddings[:, kept], self.valid[:, kept], self.kinds[:, kept], self.images[:, kept])
 

@@ -121,7 +121,7 @@ class LanguageModel(nn.Module):
         caches: Sequence[LayerCache] | None = None,
         images: Tensor | None = None,
     ) -> Tensor:
-        """As of ``Backbone``; there is one router for texts and images, if there are any."""
+        """See ``Backbone.forward``. ``images`` are not looked at: texts and images share all routers."""
         lowest = torch.finfo(x.dtype).min
         answer = self.layers(
             inputs_embeds=x,

@@ -51,7 +51,7 @@ from vistok.types import (
 )
 
 OWN_STEPS = 8
-"""Of the head, for latents that the model draws itself in training."""
+"""Denoising steps of the head for latents that the model draws itself in training."""
 
 
 class MingUniVision(Understanding):
@@ -275,7 +275,7 @@ class MingUniVision(Understanding):
         draws: Draws,
         tokenizer: Expands | None = None,
     ) -> Tensor:
-        """Drawn in a few steps of the head."""
+        """The model's own latents, drawn in a few steps of the head."""
         hidden = self._hidden(tokens, condition, draws, self.needed_tokenizer(tokenizer))
         z, noise = self.to_condition(hidden[:, :-1]).flatten(0, 1), draws["own"].flatten(0, 1)
         return self.flow_head.sample(z, noise, OFF, num_steps=OWN_STEPS).view_as(tokens)

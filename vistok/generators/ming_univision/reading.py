@@ -110,12 +110,13 @@ class StreamReader(nn.Module):
 
 
 def _spread(reading: Reading, there: Tensor) -> list[Tensor]:
-    """All but the ids, each entry as often as it has ids, (B, N, R)."""
+    """The other fields of a reading, repeated for each id that an entry may have: (B, N, R) each."""
     return [getattr(reading, field.name)[..., None].expand_as(there) for field in fields(reading)[1:]]
 
 
 def _packed(reading: Reading, there: Tensor) -> Reading:
-    """The entries that are there, moved together; what is left over at the end is padding."""
+    """The entries (B, N, R) that are ``there``, moved together in each row, (B, M); what is left at the end is
+    padding."""
     flat = there.flatten(1)
     order = (~flat).int().sort(dim=1, stable=True).indices[:, : int(flat.sum(1).max())]
     columns = {f.name: getattr(reading, f.name).flatten(1).gather(1, order) for f in fields(reading)}

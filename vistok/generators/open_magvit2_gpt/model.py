@@ -128,9 +128,8 @@ class OpenMAGVIT2GPT(Llama):
             **drops,
         )
         hidden_dim = rounded_hidden_dim(dim, multiple_of)
-        sizes: dict[str, Any] = {"num_kv_heads": None, "qk_norm": False, "eps": norm_eps}
         self.intra_blocks = ModuleList(
-            self.block_type(dim, num_heads, hidden_dim, **sizes, **drops) for _ in range(num_intra_layers)
+            self.block_type(dim, num_heads, hidden_dim, eps=norm_eps, **drops) for _ in range(num_intra_layers)
         )
         for module in self.intra_blocks.modules():
             if isinstance(module, nn.Linear):

@@ -41,7 +41,7 @@ class SubTokenOptions(DecodingOptions):
 
     @property
     def guidance(self) -> Guidance:
-        """That of the first sub-token; if only others are guided, rows for them that do not count here."""
+        """The guidance of the first sub-token. Where later ones alone are guided, it has a null row of weight 0."""
         own, later = super().guidance, self.later_guidance_scale
         if own.is_on or later is None or not classifier_free(later).is_on:
             return own

@@ -52,7 +52,7 @@ def enlarged(model: RandAR, extrapolated: int = EXTRAPOLATED) -> RandAR:
 
 
 def _rotation(grid: tuple[int, int], pairs: int, base: float, extrapolated: int) -> Rotation:
-    """Of the class, which is not seen by its position, and of all places of the larger grid."""
+    """The rotations of the class, which are zero, and of all places of the larger grid, (1 + 4 L, head_dim / 2)."""
     frequencies = base ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
     slower = [torch.where(torch.arange(pairs) < extrapolated, 1.0, (side - 1) / (2 * side - 1)) for side in grid]
     places = grid_positions((2 * grid[0], 2 * grid[1])).double()  # (4 L, 2)

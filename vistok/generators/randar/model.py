@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vistok.checkpoints import OfficialCheckpoint, rename
 from vistok.draws import Draws, Keys
 from vistok.generators.engine.autoregressive import OrderedEntries
-from vistok.generators.engine.cache import Layers, of_layers
+from vistok.generators.engine.cache import CachedLayers, of_layers
 from vistok.generators.engine.plan import in_order
 from vistok.generators.engine.queries import QueryGenerator
 from vistok.generators.llama import LlamaBlock, position_table
@@ -35,7 +35,7 @@ TOKENIZERS = {
     16384: "FoundationVision/LlamaGen/vq_ds16_c2i.pt",
     1024: "fun-research/TiTok/maskgit-vqgan-imagenet-f16-256.bin",
 }
-"""Whose tokens the released models are of, by their number of codes."""
+"""The tokenizers that the released models were trained with, by their number of codes."""
 RELEASED = {"0.3b_llamagen": ("L", 16384), "0.3b_maskgit": ("L", 1024), "0.7b_llamagen": ("XL", 16384)}
 OrderKind = Literal["random", "raster"]
 PlaceKind = Literal["rope2d", "rope1d"]
@@ -131,7 +131,6 @@ class RandAR(QueryGenerator):
                 num_heads,
                 rounded_hidden_dim(dim, multiple_of),
                 num_kv_heads=num_kv_heads,
-                qk_norm=False,
                 eps=norm_eps,
                 attn_drop=attn_drop,
                 proj_drop=proj_drop,
@@ -192,7 +191,7 @@ class RandAR(QueryGenerator):
         return None if start == 0 else torch.ones(stop, start + stop, dtype=torch.bool, device=device).tril(start)
 
     def transform(
-        self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: Layers | None, *state: Tensor
+        self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: CachedLayers | None, *state: Tensor
     ) -> Tensor:
         rotation = self.rotation(positions)
         for block, memory in zip(self.blocks, of_layers(kv_cache, len(self.blocks))):

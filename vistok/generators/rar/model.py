@@ -20,7 +20,7 @@ from vistok.checkpoints import OfficialCheckpoint, rename
 from vistok.draws import Draws, Keys
 from vistok.generators.base import token_loss
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator, OrderedEntries
-from vistok.generators.engine.cache import Layers, of_layers
+from vistok.generators.engine.cache import CachedLayers, of_layers
 from vistok.generators.engine.plan import in_order, in_places
 from vistok.generators.rar import official
 from vistok.generators.rar.networks import RARBlock
@@ -161,7 +161,7 @@ class RAR(AutoregressiveGenerator):
         return self.token_embedding(ids) + self.positions[0, 2 + places] + target
 
     def transform(
-        self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: Layers | None, *state: Tensor
+        self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: CachedLayers | None, *state: Tensor
     ) -> Tensor:
         (class_vector,) = state
         condition = class_vector[:, None] + self.slots[0, positions]  # (R, n, D)

@@ -7,7 +7,7 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.generators.engine.cache import Layer
+from vistok.generators.engine.cache import CachedLayer
 from vistok.nn.attention import Attention
 from vistok.nn.mlp import MLP
 from vistok.nn.modulation import modulate, modulation
@@ -27,7 +27,7 @@ class RARBlock(nn.Module):
         self.mlp = MLP(dim, mlp_dim, F.gelu, drop=proj_drop)
         self.modulation = modulation(dim, 6)
 
-    def forward(self, x: Tensor, condition: Tensor, mask: Tensor | None, cache: Layer | None) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, mask: Tensor | None, cache: CachedLayer | None) -> Tensor:
         """``condition`` is (B, N, D): each position has its own."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).chunk(6, -1)
         attended = self.attn(modulate(self.norm1(x), shift1, scale1), mask=mask, causal=mask is None, cache=cache)

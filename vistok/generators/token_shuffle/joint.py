@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from vistok.data.streams import IMAGE_KIND, KINDS, TEXT_KIND, Streams
 from vistok.generators.base import weighted_mean
-from vistok.generators.engine.cache import KVCache, Layers
+from vistok.generators.engine.cache import CachedLayers, KVCache
 from vistok.nn.attention import Mask
 from vistok.nn.rotary import Positions
 from vistok.types import Condition, GeneratorOutput, IdSpec, JointVocabulary, TokenSpec
@@ -32,7 +32,7 @@ class TokenShuffleLike(Protocol):
     def embed_joint(self, ids: Tensor) -> Tensor: ...
 
     def transform(
-        self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: Layers | None, *state: Tensor
+        self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: CachedLayers | None, *state: Tensor
     ) -> Tensor: ...
 
     def head(self, hidden: Tensor) -> Tensor: ...

@@ -21,7 +21,7 @@ from vistok.data.streams import Streams
 from vistok.draws import Draws
 from vistok.generators.base import Conversation, weighted_mean
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
-from vistok.generators.engine.cache import Layers, of_layers
+from vistok.generators.engine.cache import CachedLayers, of_layers
 from vistok.generators.engine.plan import Plan
 from vistok.generators.engine.sampling import DecodingOptions
 from vistok.generators.llama import LlamaBlock
@@ -202,8 +202,6 @@ class TokenShuffle(AutoregressiveGenerator):
                 dim,
                 num_heads,
                 rounded_hidden_dim(dim, multiple_of),
-                num_kv_heads=None,
-                qk_norm=False,
                 eps=norm_eps,
                 attn_drop=attn_drop,
                 proj_drop=proj_drop,
@@ -409,7 +407,7 @@ class TokenShuffle(AutoregressiveGenerator):
         return self._image_part(self.window_logits(hidden))[:, :, 0]
 
     def transform(
-        self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: Layers | None, *state: Tensor
+        self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: CachedLayers | None, *state: Tensor
     ) -> Tensor:
         x, rotation = self.dropout(x), self.rotation(positions)
         for block, memory in zip(self.blocks, of_layers(kv_cache, len(self.blocks))):

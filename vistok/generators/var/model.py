@@ -20,7 +20,7 @@ from vistok.checkpoints import OfficialCheckpoint
 from vistok.draws import Draws, Keys
 from vistok.generators.base import weighted_mean
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator
-from vistok.generators.engine.cache import Layers, of_layers
+from vistok.generators.engine.cache import CachedLayers, of_layers
 from vistok.generators.engine.plan import Plan
 from vistok.generators.engine.sampling import DecodingOptions
 from vistok.generators.engine.session import AutoregressiveSession
@@ -221,7 +221,7 @@ class VAR(AutoregressiveGenerator):
                 weight[2 * dim :].mul_(0.5)
 
     def check_tokenizer(self, tokenizer: Expands | None) -> None:
-        """As of every generator; and the tokenizer must make the tokens that are modelled."""
+        """Raise ValueError as every generator does, and for a tokenizer that makes other tokens than those modelled."""
         super().check_tokenizer(tokenizer)
         spec = getattr(tokenizer, "spec", self.spec)
         if spec != self.spec:
@@ -232,7 +232,7 @@ class VAR(AutoregressiveGenerator):
 
     @property
     def num_entries(self) -> int:
-        """One for each token: the class takes the places of the first scale, the last scale is read from nothing."""
+        """One for each token: the class at the places of the first scale, then the map so far on each next grid."""
         return self.spec.length
 
     def plan(self, draws: Draws) -> Plan:
@@ -261,7 +261,7 @@ class VAR(AutoregressiveGenerator):
         return (self.scales[start:stop, None] >= self.scales[None, :stop])[None, None]
 
     def transform(
-        self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: Layers | None, *state: Tensor
+        self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: CachedLayers | None, *state: Tensor
     ) -> Tensor:
         (class_vector,), shared = state, self.shared_modulation
         condition = class_vector if shared is None else shared(class_vector)
@@ -293,7 +293,7 @@ class VAR(AutoregressiveGenerator):
         return self.logits_of(self._inputs(ids, tokenizer), condition)
 
     def _inputs(self, ids: Tensor, tokenizer: Expands | None) -> Tensor:
-        """Of ids (B, L), what ``logits_of`` reads."""
+        """The inputs (B, L - n, E) of ``logits_of`` for ids (B, L)."""
         expander = self.needed_tokenizer(tokenizer).expander()
         if ids.shape[1:] != (self.spec.length,):
             raise ValueError(f"tokens must be (B, {self.spec.length}), of all scales; got {tuple(ids.shape)}")
@@ -301,7 +301,8 @@ class VAR(AutoregressiveGenerator):
             return expander.expand(ids).to(ids.device)
 
     def _corrected(self, latents: Tensor, draws: Draws | None, tokenizer: Expands | None) -> tuple[Tensor, Tensor]:
-        """Of latents (B, h * w, D), what ``logits_of`` reads, and the ids that are left to predict."""
+        """The inputs of ``logits_of`` for latents (B, h * w, D) some of whose bits are turned, and the ids (B, L) to
+        predict."""
         turned = draws if self.training and self.self_correction else None
         expander = self.needed_tokenizer(tokenizer).expander()
         with without_autocast(latents.device):

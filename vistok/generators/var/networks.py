@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.generators.engine.cache import Layer
+from vistok.generators.engine.cache import CachedLayer
 from vistok.nn.attention import Attention
 from vistok.nn.mlp import MLP
 from vistok.nn.modulation import modulate, modulation
@@ -115,7 +115,7 @@ class VARBlock(nn.Module):
         self.modulation = (SharedModulation if shared_modulation else OwnModulation)(dim)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, condition: Tensor, mask: Tensor | None, cache: Layer | None) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, mask: Tensor | None, cache: CachedLayer | None) -> Tensor:
         """Attend where ``mask`` allows it; None is to everything, also in the cache."""
         gate1, gate2, scale1, scale2, shift1, shift2 = self.modulation(condition).unbind(2)  # (R, 1, D) each
         attended = self.attn(modulate(self.norm1(x), shift1, scale1), mask=mask, cache=cache)

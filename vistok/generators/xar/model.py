@@ -274,14 +274,14 @@ class XAR(ContinuousGenerator):
 
     @property
     def context_shape(self) -> tuple[int, ...]:
-        """In the layout's order."""
+        """(N, D), in the layout's order."""
         return (self.layout.length, self.spec.dim)
 
     def context_of(self, tokens: Tensor) -> Tensor:
         return self.layout.to_sequence(tokens)
 
     def replaced(self, uniforms: Tensor, share: float, draws: Draws) -> Tensor:
-        """Whole entities; not the last, which is nobody's context."""
+        """Whole entities are replaced; never the last, which is the context of none."""
         entity = _entity_of(self.layout, 0, self.layout.length, uniforms.device)
         return (uniforms[:, entity] < share) & (entity < self.layout.num_entities - 1)
 

@@ -76,9 +76,9 @@ class DAR(Tokenizer):
         num_steps, solver: what ``decode`` does unless it is told otherwise.
         alignment: head for the "repa" loss, of the input of block 8 (``layer``, counted from 0), for DINOv2-B, with
             2,048 hidden channels unless it says otherwise; None has none.
-        quantizer: another quantizer by name, {name: vq | stochastic | lfq | bsq | fsq | index, …its arguments}, for
-            codes of ``codebook_embed_dim`` channels; what is said of codebooks above is of the own one. Those of
-            growing grids have no groups.
+        quantizer: a quantizer in place of the own one, {name, …its arguments} as ``build_quantizer`` takes it, for
+            codes of ``codebook_embed_dim`` channels. Other arguments of the codebook then have no effect.
+            Quantizers of growing grids are refused: their ids form no groups.
 
     Raises:
         ValueError: sizes that do not divide, or a quantizer of growing grids.
@@ -236,7 +236,7 @@ class DAR(Tokenizer):
         self.check_condition(condition)
         return self.quantizer.encode(self.latents(pixels))
 
-    def condition(self, codes: Tensor) -> Tensor:
+    def embed_codes(self, codes: Tensor) -> Tensor:
         """Embed the first k codes (B, k, d) for the velocity network, (B, k, Dc); a token depends on no later one."""
         x = self.post_quant(codes) + self.token_positions.weight[: codes.shape[1]]
         for block in self.decoder:
@@ -312,8 +312,8 @@ class DAR(Tokenizer):
     def prefix_decoder(
         self, draws: Draws | None = None, *, condition: Condition | None = None
     ) -> Callable[[Tensor], Tensor]:
-        """As of every tokenizer; here each call goes on where the last one stopped, so that the previews of a whole
-        image cost as many evaluations of the network as the image."""
+        """See ``Tokenizer.prefix_decoder``. Each call goes on where the last one stopped, so that the previews of a
+        whole image cost as many evaluations of the network as the image."""
         self.check_condition(condition)
         trajectory: Trajectory | None = None
         image: Tensor | None = None
@@ -364,7 +364,7 @@ class DAR(Tokenizer):
         quantized = self.quantizer(latents, draws=draws)
         start = self.group_start(draws["time"])
         positions = torch.arange(self.group_size, device=pixels.device) + start[:, None]  # (B, Q)
-        embedded = self.condition(quantized.quantized)
+        embedded = self.embed_codes(quantized.quantized)
         tokens = embedded.gather(1, positions[..., None].expand(-1, -1, embedded.shape[2]))
         t = shift_time(draws["time"], self.time_shift)
         data, noise = self.data_std * (pixels if target is None else target), draws["noise"]
@@ -417,7 +417,7 @@ class Trajectory:
         noise = (draws or model.decoding_draws(Keys.range(0, batch_size)))["noise"]
         noise = noise.to(model.last_layer.device, torch.float32)
         self._states = SOLVERS[solver or model.solver](self._velocity, noise, times)
-        self._condition = noise.new_empty(0)  # of the tokens so far
+        self._embedded = noise.new_empty(0)  # of the tokens so far
 
     def advance(self, tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Take all steps that the ids (B, k) allow; they begin with those of earlier calls.
@@ -426,7 +426,7 @@ class Trajectory:
             after each step, how many ids it needs, and pixels (B, C, H, W): the straight line from there to the data.
         """
         codes = self.model.quantizer.ids_to_latents(tokens).to(self.model.dtype)
-        self._condition = self.model.condition(codes)
+        self._embedded = self.model.embed_codes(codes)
         while self.taken < len(self.needed) and self.needed[self.taken] <= tokens.shape[1]:
             state = next(self._states)
             self.taken += 1
@@ -435,7 +435,7 @@ class Trajectory:
 
     def _velocity(self, x: Tensor, t: float) -> Tensor:
         stop = self._stops[t]
-        tokens = self._condition[:, stop - self.model.group_size : stop]
+        tokens = self._embedded[:, stop - self.model.group_size : stop]
         return self.model.velocity(x.to(tokens.dtype), torch.full((1,), t, device=x.device), tokens).velocity.float()
 
 

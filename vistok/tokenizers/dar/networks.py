@@ -223,8 +223,8 @@ def _pooled(x: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def _initialise(module: nn.Module, dim: int) -> None:
-    """Deviation 0.02 at the released width; others keep the scale of the signal. At 128 channels 0.02 would shrink it
-    in every layer, and the velocity would be slow to hear what the tokens say."""
+    """Deviation 0.02 at the released width, and at others what keeps the scale of the signal. At 128 channels 0.02
+    would shrink the signal in every layer, and the velocity would depend on the tokens after long training only."""
     std = 0.02 * math.sqrt(RELEASED_WIDTH / dim)
     for part in module.modules():
         if isinstance(part, nn.Linear):

@@ -78,9 +78,9 @@ class FlexTok(Tokenizer):
         alignment: head for the "repa" loss, of patches after the decoder's block 1 (``layer``, counted from 0), for
             DINOv2-L, with four times the decoder's channels inside unless it says otherwise; None has none.
         num_steps, guidance_scale, guidance: what ``decode`` does unless it is told otherwise.
-        quantizer: another quantizer by name, {name: vq | stochastic | lfq | bsq | fsq | index, …its arguments}, in
-            place of FSQ with ``levels``; ``dim`` among the arguments is the number of channels of a code. Those of
-            growing grids have no prefixes.
+        quantizer: a quantizer in place of FSQ with ``levels``, {name, …its arguments} as ``build_quantizer`` takes it;
+            ``dim`` among the arguments is the number of channels of a code. Quantizers of growing grids are refused:
+            their ids have no prefixes that decode.
 
     Raises:
         ValueError: sizes that do not divide, a quantizer of growing grids, or ``quantizer_dropout`` with one that is
@@ -361,7 +361,7 @@ class FlexTok(Tokenizer):
         quantized = self.quantizer(registers, draws=draws)
         kept = kept_tokens(draws["keep"], self._spec.length, self.nested_dropout)
         null = draws["null"] < self.null_dropout
-        given = self.decoder.condition(self._perturb(quantized.quantized, registers, draws), kept, null)
+        given = self.decoder.embed_codes(self._perturb(quantized.quantized, registers, draws), kept, null)
         t = self.time_sampling(draws["time"])
         predicted = self.decoder(PATH.interpolate(clean, draws["noise"], t), t, given)
         flow = (predicted.velocity - PATH.velocity(clean, draws["noise"])).square().flatten(1).mean(1)

@@ -215,7 +215,7 @@ class FlowDecoder(nn.Module):
         self.alignment_layer = None if alignment is None else alignment.tap(range(config.num_layers))
         self.alignment_head = None if alignment is None else NormedAlignmentHead(dim, alignment)
 
-    def condition(self, codes: Tensor, lengths: Tensor, null: Tensor) -> Tensor:
+    def embed_codes(self, codes: Tensor, lengths: Tensor, null: Tensor) -> Tensor:
         """Embed codes (B, N, d) as registers (B, N, D).
 
         Args:
@@ -235,7 +235,7 @@ class FlowDecoder(nn.Module):
         """The velocity, noise - data, at noisy latents (B, C, h, w) and times (B,), or (1,) for all.
 
         Args:
-            registers: (B, N, D) from ``condition``.
+            registers: (B, N, D) from ``embed_codes``.
         """
         x, count = self.embed(noisy, registers), registers.shape[1]
         embedding = nn.functional.silu(self.time_embedding(t))
@@ -298,7 +298,7 @@ def denoise(
     scale = at_time(guidance_scale) if callable(guidance_scale) else guidance_scale
     rows = classifier_free(scale, combination=combination)
     null = torch.cat([torch.full_like(lengths, bool(parts), dtype=torch.bool) for parts in rows.rows])
-    registers = decoder.condition(rows.repeat(codes), rows.repeat(lengths), null)
+    registers = decoder.embed_codes(rows.repeat(codes), rows.repeat(lengths), null)
     return euler(velocity_field(decoder, registers, rows), noise.float(), PATH.times(num_steps))
 
 
@@ -306,7 +306,7 @@ def velocity_field(decoder: FlowDecoder, registers: Tensor, guidance: Guidance) 
     """The field of one trajectory.
 
     Args:
-        registers: (R * B, N, D) from ``FlowDecoder.condition``, row by row of the guidance.
+        registers: (R * B, N, D) from ``FlowDecoder.embed_codes``, row by row of the guidance.
     """
 
     def velocity(x: Tensor, t: float) -> Tensor:

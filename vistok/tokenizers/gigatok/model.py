@@ -89,9 +89,8 @@ class GigaTok(Tokenizer):
             otherwise; None has none.
         dropout: inside the residual blocks, in training.
         norm_groups: groups of all group norms; they must divide every width.
-        quantizer: another quantizer by name, {name: vq | stochastic | lfq | bsq | fsq | index | multi_scale |
-            multi_scale_bsq, …its arguments}, for codes of ``codebook_embed_dim`` channels; what is said of codebooks
-            above is of the own one.
+        quantizer: a quantizer in place of the own one, {name, …its arguments} as ``build_quantizer`` takes it, for
+            codes of ``codebook_embed_dim`` channels. Other arguments of the codebook then have no effect.
 
     Raises:
         ValueError: sizes that do not divide, an unknown layout, or "1d" without cross-attention.

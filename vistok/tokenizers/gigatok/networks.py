@@ -111,7 +111,7 @@ def pool_levels(features: Tensor, num_tokens: int) -> Tensor:
     return torch.cat(groups, 1)
 
 
-class Layers(nn.Module):
+class TransformerLayers(nn.Module):
     """The layers of one transformer over (B, N, D).
 
     Args:
@@ -162,7 +162,7 @@ class _Encoder(nn.Module):
         self.grid = grid
         self.norm_in, self.embed = nn.LayerNorm(channels), nn.Linear(channels, size.dim)
         self.positions = learned_positions(math.prod(grid), size.dim)
-        self.transformer = Layers(size, kind)
+        self.transformer = TransformerLayers(size, kind)
         self.norm_out, self.out = nn.LayerNorm(size.dim), nn.Linear(size.dim, channels)
 
     def embed_map(self, spatial: Tensor) -> Tensor:
@@ -250,7 +250,7 @@ class _Decoder(nn.Module):
         self.grid, self.tap = grid, None if alignment is None else alignment.tap(range(1, size.num_layers + 1))
         self.norm_in, self.embed = nn.LayerNorm(channels), nn.Linear(channels, size.dim)
         self.positions = learned_positions(math.prod(grid), size.dim)
-        self.transformer = Layers(size, kind)
+        self.transformer = TransformerLayers(size, kind)
         self.norm_out, self.out = nn.LayerNorm(size.dim), nn.Conv2d(size.dim, channels, 3, padding=1)
         self.alignment_head = None if alignment is None else AlignmentHead.of(size.dim, alignment)
 

@@ -143,7 +143,7 @@ def _sizes(given: OfficialConfig) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def _layer_kind(name: str | None, layout: str, state: Mapping[str, Tensor]) -> str:
-    """From the argument; where it is not given, from the weights."""
+    """The kind that the argument names; where it is not given, the one that the weights have."""
     if name is None:
         crosses = any(".multihead_attn." in key for key in state)
         return "cross_attention" if crosses or layout == "1d" else "self_attention"

@@ -48,9 +48,8 @@ class IBQ(ConvTokenizer):
         position_weight, usage_weight: of both entropies in that term, see ``EntropyLoss``.
         dropout: inside the residual blocks, in training.
         norm_groups: groups of all group norms (32 in every released model); they must divide every width.
-        quantizer: another quantizer by name, {name: vq | stochastic | lfq | bsq | fsq | index | multi_scale |
-            multi_scale_bsq, …its arguments}, for codes of ``codebook_embed_dim`` channels; what is said of codebooks
-            above is of the own one.
+        quantizer: a quantizer in place of the own one, {name, …its arguments} as ``build_quantizer`` takes it, for
+            codes of ``codebook_embed_dim`` channels. Other arguments of the codebook then have no effect.
 
     Raises:
         ValueError: sides that are no multiple of the stride, attention in a level that does not exist, or widths that
@@ -129,7 +128,7 @@ class IBQ(ConvTokenizer):
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Of a training file the moving averages, as in the published scores."""
+        """The moving averages of a training file, which the published scores are of."""
         return first_stage(state)
 
 

@@ -54,9 +54,8 @@ class LARP(Tokenizer):
         types: which tokens get a learned vector of their kind, of "patches", "queries", "latents", "patch_queries".
         norm_eps: eps of the blocks' LayerNorms. The released weights were trained with 1e-5.
         in_channels: 3, or 1 for grey clips.
-        quantizer: another quantizer by name, {name: vq | stochastic | lfq | bsq | fsq | index | multi_scale |
-            multi_scale_bsq, …its arguments}, for codes of ``codebook_dim`` channels; what is said of codebooks
-            above is of the own one.
+        quantizer: a quantizer in place of the own one, {name, …its arguments} as ``build_quantizer`` takes it, for
+            codes of ``codebook_dim`` channels. Other arguments of the codebook then have no effect.
 
     Raises:
         ValueError: sizes that patches do not divide, or an unknown option.

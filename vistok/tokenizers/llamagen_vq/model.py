@@ -51,9 +51,8 @@ class LlamaGenVQ(ConvTokenizer):
         entropy_temperature: temperature of the "entropy" loss term (0.01 in LlamaGen); None leaves the term out.
         codebook_restart_after: steps after which an unused code is moved onto a latent; 0 is never.
         quantizer_gradient: how the gradient passes the quantizer ("normalised" in LlamaGen); see ``VectorQuantizer``.
-        quantizer: another quantizer by name, {name: vq | stochastic | lfq | bsq | fsq | index | multi_scale |
-            multi_scale_bsq, …its arguments}, for codes of ``codebook_embed_dim`` channels; what is said of codebooks
-            above is of the own one.
+        quantizer: a quantizer in place of the own one, {name, …its arguments} as ``build_quantizer`` takes it, for
+            codes of ``codebook_embed_dim`` channels. Other arguments of the codebook then have no effect.
         dropout: inside the residual blocks, in training.
         norm_groups: groups of all group norms (32 in every released model); they must divide every width.
 

@@ -37,9 +37,8 @@ class OpenMAGVIT2(ConvTokenizer):
         entropy_temperature: temperature of the "entropy" loss term; None leaves the term out.
         position_weight, usage_weight: of both entropies in that term, see ``EntropyLoss``.
         norm_groups: groups of all group norms (32 in every released model); they must divide every width.
-        quantizer: another quantizer by name, {name: vq | stochastic | lfq | bsq | fsq | index | multi_scale |
-            multi_scale_bsq, …its arguments}, for codes of ``bits`` channels; what is said of codebooks
-            above is of the own one.
+        quantizer: a quantizer in place of the own one, {name, …its arguments} as ``build_quantizer`` takes it, for
+            codes of ``bits`` channels. Other arguments of the codebook then have no effect.
 
     Raises:
         ValueError: sides that are no multiple of the stride, images of a single token, or widths that norm_groups does

@@ -42,9 +42,8 @@ class RobusTok(Tokenizer):
         codebook_l2_norm: compare and decode l2-normalised codes.
         codebook_restart_after: steps after which an unused code is moved onto a latent; 0 is never.
         drop_path: share of samples whose branch the last block leaves out in training; earlier ones have less.
-        quantizer: another quantizer by name, {name: vq | stochastic | lfq | bsq | fsq | index | multi_scale |
-            multi_scale_bsq, …its arguments}, for codes of ``codebook_embed_dim`` channels; what is said of codebooks
-            above is of the own one.
+        quantizer: a quantizer in place of the own one, {name, …its arguments} as ``build_quantizer`` takes it, for
+            codes of ``codebook_embed_dim`` channels. Other arguments of the codebook then have no effect.
 
     Raises:
         ValueError: a size that patches do not divide, or a number of tokens that is no square.

@@ -55,9 +55,8 @@ class SEED(Tokenizer):
             tokens, narrowed by ``image_down``.
         image_down: widths of the linears that narrow a token where there is no reverse Q-Former.
         target_dim: channels E of the image embedding.
-        quantizer: another quantizer by name, {name: vq | stochastic | lfq | bsq | fsq | index | multi_scale |
-            multi_scale_bsq, …its arguments}, for codes of ``code_dim`` channels; what is said of codebooks
-            above is of the own one.
+        quantizer: a quantizer in place of the own one, {name, …its arguments} as ``build_quantizer`` takes it, for
+            codes of ``code_dim`` channels. Other arguments of the codebook then have no effect.
 
     Raises:
         ValueError: another number of channels, a tower of another width than ``context_dim``, or a count below 1.

@@ -80,9 +80,8 @@ class TiTok(Tokenizer):
             so little of an image on then that all images have the same tokens for hundreds of steps: take about
             dim ** -0.5.
         latent_mean, latent_scale: of the standardised latents of "vae", see ``GaussianLatents``.
-        quantizer: another quantizer by name, {name: vq | stochastic | lfq | bsq | fsq | index | multi_scale |
-            multi_scale_bsq, …its arguments}, for codes of ``token_dim`` channels; what is said of codebooks
-            above is of the own one.
+        quantizer: a quantizer in place of the own one, {name, …its arguments} as ``build_quantizer`` takes it, for
+            codes of ``token_dim`` channels. Other arguments of the codebook then have no effect.
 
     Raises:
         ValueError: a size that patches do not divide, a decoder patch that is not the codec's stride, or an unknown
@@ -111,7 +110,7 @@ class TiTok(Tokenizer):
     }
     native_range = (0.0, 1.0)
     truncated_normal: ClassVar[tuple[str, ...]] = ("encoder", "decoder", "head")
-    """The parts whose weights start so; the others start as torch has them."""
+    """The parts whose weights start from a truncated normal distribution; the others start as torch has them."""
     sizes = {
         "l32": _size(LARGE, LARGE, 32, TWO_STAGE),
         "b64": _size(BASE, BASE, 64, TWO_STAGE),

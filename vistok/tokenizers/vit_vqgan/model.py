@@ -109,9 +109,8 @@ class ViTVQGAN(Tokenizer):
         entropy_temperature: offers the "entropy" loss term, with this softmax temperature; None does not.
         codebook_restart_after: steps after which an unused code is moved onto a latent; 0 is never.
         quantizer_gradient: how the gradient passes the quantizer ("raw" in ViT-VQGAN); see ``VectorQuantizer``.
-        quantizer: another quantizer by name, {name: vq | stochastic | lfq | bsq | fsq | index | multi_scale |
-            multi_scale_bsq, …its arguments}, for codes of ``codebook_embed_dim`` channels; what is said of codebooks
-            above is of the own one.
+        quantizer: a quantizer in place of the own one, {name, …its arguments} as ``build_quantizer`` takes it, for
+            codes of ``codebook_embed_dim`` channels. Other arguments of the codebook then have no effect.
         in_channels: 3, or 1 for grey images.
         pixel_distribution: "point" predicts pixels; "logit_laplace" predicts mean and scale of a Laplace distribution
             in logit space (the paper's loss, after DALL-E, arXiv 2102.12092, appendix A.3).

@@ -115,7 +115,7 @@ class Adversary(nn.Module):
         self.lecam = LeCam(*options) if config.lecam_weight else None
 
     def frozen(self) -> dict[str, nn.Module]:
-        """Networks that the discriminator asks, by name."""
+        """Frozen networks that the discriminator computes with, by name."""
         return self.discriminator.frozen()
 
     def fool(self, fake: Tensor, keys: Keys) -> Tensor:

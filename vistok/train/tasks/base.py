@@ -40,7 +40,7 @@ class Learner(nn.Module):
     """
 
     EXPORTED = "model."
-    """What begins the names, in the learner's state, of what is exported."""
+    """The prefix, in the learner's state dict, of what is exported."""
 
     def __init__(self, model: Model):
         super().__init__()
@@ -48,7 +48,7 @@ class Learner(nn.Module):
         self._frozen: tuple[nn.Module, ...] = ()
 
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
-        """Those of the model under the names that they have there."""
+        """All parameters; those of the model under the names that they have in it."""
         return {name.removeprefix(self.EXPORTED): parameter for name, parameter in self.named_parameters()}
 
     def freeze(self, patterns: Sequence[str]) -> set[str]:
@@ -139,7 +139,8 @@ class Task(ABC):
         return self.config.player(name)
 
     def frozen(self) -> dict[str, nn.Module]:
-        """Networks that losses ask, by name. The loop moves them to the device; they are never trained or saved.
+        """Frozen networks that the losses compute with, by name. The loop moves them to the device, and neither trains
+        nor saves them.
 
         Their weights keep their type, and they compute in the run's mixed precision by autocast, as players do: what a
         network keeps out of autocast, such as the distances of a codec's codes, stays exact.

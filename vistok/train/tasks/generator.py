@@ -336,6 +336,6 @@ def _held_out_tokens(config: GeneratorRun, trained: TokenMixture, parts: Sequenc
 
 
 def _of_the_same_images(one: TokenCache, other: TokenCache) -> bool:
-    """As far as can be seen: imported caches do not say which images they are of."""
+    """Whether two caches are of the same images, as far as they tell: imported caches do not."""
     known = one.source_fingerprint == other.source_fingerprint != ""
     return one.folder.samefile(other.folder) or (known and torch.equal(one.labels, other.labels))

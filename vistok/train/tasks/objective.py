@@ -56,7 +56,7 @@ TERMS: dict[str, type[Term]] = {
     "semantic_contrast": SemanticContrastTerm,
     "text_contrast": TextContrastTerm,
 }
-"""Terms that any tokenizer can have which gives what they read; others are the tokenizer's own."""
+"""Terms for every tokenizer that gives what they read; all others are the tokenizer's own."""
 OLD_SETTINGS = {"lpips": ("lpips_weights", "lpips_weighting"), "repa": ("repa_encoder",)}
 """Keys of the losses section that belong to a term: ``lpips_weights`` is ``lpips.weights``."""
 
@@ -119,7 +119,7 @@ class TokenizerObjective(nn.Module):
             term.prepare(classes)
 
     def frozen(self) -> dict[str, nn.Module]:
-        """Networks that the terms ask, by name."""
+        """Frozen networks that the terms compute with, by name."""
         return {name: network for term in self.terms.values() for name, network in term.frozen().items()}
 
     def training_draws(self, keys: Keys) -> Draws:
@@ -144,7 +144,7 @@ class TokenizerObjective(nn.Module):
         return self.reconstructions.get(name, ReconstructionConfig())
 
     def weight(self, name: str) -> float:
-        """Of a term by its name in ``forward``."""
+        """The weight of a term, by its name in ``forward``."""
         term, _, reconstruction = name.partition("/")
         weight: float = self.terms[term].config.weight
         return weight * self._reconstruction(reconstruction).weight if reconstruction else weight

@@ -292,7 +292,7 @@ def _where(chosen: Tensor, one: Tensor, other: Tensor) -> Tensor:
 
 
 def _cross_entropy(model: AutoregressiveGenerator, logits: list[Tensor], ids: Tensor) -> Tensor:
-    """Nats (...) of ids (...), the sum over their parts, each with logits (..., V_p)."""
+    """Cross entropy (...) in nats of ids (...): the sum over their parts, each with logits (..., V_p)."""
     parts = zip(logits, model.split_ids(ids), strict=True)
     return torch.stack([F.cross_entropy(x.movedim(-1, 1), part, reduction="none") for x, part in parts]).sum(0)
 
@@ -305,7 +305,8 @@ def _hidden(
     masked: Tensor | None = None,
     mask_vector: Tensor | None = None,
 ) -> Tensor:
-    """The hidden states (B, L, D) that tokens are predicted from, in order, the k-th fed those before the k-th.
+    """The hidden states (B, L, D) that tokens are predicted from, in order; that of token k has seen the tokens before
+    it.
 
     Args:
         masked: (B, L), which tokens are not seen, with ``mask_vector`` on their entries; attention goes both ways.

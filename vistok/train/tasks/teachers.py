@@ -1,4 +1,4 @@
-"""Terms of a tokenizer's objective that ask a frozen network: a classifier, another tokenizer, a vision transformer."""
+"""Terms of a tokenizer's objective with a frozen network: a classifier, another tokenizer, a vision transformer."""
 
 from __future__ import annotations
 

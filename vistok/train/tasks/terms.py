@@ -25,7 +25,7 @@ class TermConfig:
     """One term of the objective; in place of the section a number is its weight.
 
     Attributes:
-        start_step, until_step: it counts from the first on, and no longer from the second on.
+        start_step, until_step: the step from which on it counts, and the one from which on it no longer does.
         boost, boost_steps: at step 0 it counts 1 + boost times as much, and until ``boost_steps`` that falls evenly to
             once (Open-MAGVIT2 asks so for even use of its codes). The term is logged as it counts.
     """
@@ -88,7 +88,7 @@ class Term(nn.Module):
         """Get to know the names of the classes, before training."""
 
     def frozen(self) -> dict[str, nn.Module]:
-        """Networks that it asks, by name."""
+        """Frozen networks that it computes with, by name."""
         return {}
 
     def training_draws(self, keys: Keys) -> Draws:
@@ -101,7 +101,7 @@ class Term(nn.Module):
 
 
 class OwnTerm(Term):
-    """What the tokenizer computes itself: of ``output.losses`` the mean of the one of that name."""
+    """A term that the tokenizer computes itself: the mean of the entry of its name in ``output.losses``."""
 
     def __init__(self, name: str, config: TermConfig):
         super().__init__(name, config)

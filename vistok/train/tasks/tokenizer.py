@@ -331,7 +331,7 @@ def _target(batch: ImageBatch) -> Tensor:
 
 
 def _psnr_of(output: TokenizerOutput, target: Tensor) -> dict[str, Tensor]:
-    """Of tokenizers whose training reconstructs."""
+    """The PSNR of a training output, of tokenizers that reconstruct in training."""
     return {} if output.reconstruction is None else {"psnr": psnr(output.reconstruction.detach(), target)}
 
 

@@ -54,7 +54,7 @@ class Picture(Block):
 
     @property
     def width(self) -> int:
-        """In CSS pixels."""
+        """The width on the page, in CSS pixels."""
         return round(self.image.width * self.scale)
 
 

@@ -6,6 +6,6 @@ from vistok.generators.engine.decodings.jacobi import Jacobi
 from vistok.generators.engine.decodings.plain import Plain
 
 DECODINGS: dict[str, Decoding] = {"plain": Plain(), "jacobi": Jacobi(), "cautious": Cautious()}
-"""By the names that ``DecodingOptions.decoding`` takes."""
+"""All decodings, by the names that ``DecodingOptions.decoding`` takes."""
 
 __all__ = ["DECODINGS", "Cautious", "Jacobi", "Plain"]

@@ -87,6 +87,6 @@ class Cautious:
 
 
 def _entropy(logits: Tensor) -> Tensor:
-    """In nats, (B,), of logits (B, V)."""
+    """The entropy in nats, (B,), of logits (B, V)."""
     logs = logits.log_softmax(-1)
     return -(logs.exp() * logs.clamp_min(torch.finfo(logs.dtype).min)).sum(-1)
