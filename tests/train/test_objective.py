@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.tiny_models import pixels, tiny
+from support.tiny_models import ARGUMENTS, pixels, tiny
 from support.tiny_runs import GAN, losses_of, tokenizer_config
 from torch import nn
 
+import vistok
 from vistok.config import ConfigError
 from vistok.data.batches import ImageBatch
 from vistok.draws import Keys
@@ -41,6 +42,27 @@ def test_terms_begin_and_end_at_their_steps():
     assert active == [{"l2"}, {"l2"}, {"l1", "l2"}, {"l1"}, {"l1"}]
     assert objective.changes == {2, 3}
     assert objective.complete_from == 2
+
+
+@pytest.mark.parametrize("name", ["flextok", "dar"])
+def test_a_run_weighs_the_terms_of_a_quantizer_by_name(name, tmp_path):
+    derived = ("image_size", "in_channels")
+    model = {key: value for key, value in ARGUMENTS[name].items() if key not in derived}
+    quantizer = {"name": "lfq", "entropy_temperature": 0.1} | ({"dim": 5} if name == "flextok" else {})
+    config = tokenizer_config(tmp_path / "run")
+    config |= {
+        "model": {"name": name, **model, "quantizer": quantizer},
+        "losses": {"flow": 1.0, "commitment": 0.25, "entropy": 0.1},
+        "training": {"max_steps": 2, "log_every": 1, "image_every": 0, "save_every": 2},
+    }
+    folder = train(config)
+    rows = read_metrics(folder / "metrics.jsonl")
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["flow"] + 0.25 * row["commitment"] + 0.1 * row["entropy"], rel=1e-5)
+    assert len(rows) == 2
+    assert vistok.load(folder / "tokenizer").quantizer.dim == (5 if name == "flextok" else 4)
+    with pytest.raises(ConfigError, match=r"losses\.codebook: .* It provides: .*commitment, entropy, flow"):
+        train(config | {"output_dir": str(tmp_path / "other"), "losses": {"codebook": 1.0}})
 
 
 def test_every_reconstruction_is_compared_and_weighted_and_ended():

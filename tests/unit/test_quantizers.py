@@ -406,6 +406,22 @@ def test_a_stochastic_quantizer_draws_in_training_alone(tokenizer):
     assert torch.equal(model(images, draws=without).tokens, model.encode(images))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("tokenizer", names("tokenizer"))
+def test_tokenizers_decode_in_half_precision_whatever_their_quantizer_computes_in(tokenizer):
+    by_name = BY_NAME if tokenizer in TAKING else {}
+    others = [with_quantizer(tokenizer, name, **options) for name, (options, _) in by_name.items()]
+    for model in (tiny(tokenizer), *others):
+        images = pixels(model)
+        tokens = model.encode(images)
+        whole = (model.decode if model.renders else model.decode_features)(tokens)
+        half = model.to(torch.bfloat16)
+        assert half.encode(images.bfloat16()).shape == tokens.shape
+        given = tokens if half.spec.discrete else tokens.bfloat16()
+        decoded = (half.decode if half.renders else half.decode_features)(given)
+        assert (decoded.float() - whole).abs().mean() < 0.1 * whole.abs().mean() + 0.02
+
+
 def test_quantizers_that_do_not_fit_are_refused():
     for quantizer, problem in (
         ({"name": "lfg"}, r"unknown 'lfg'; did you mean 'lfq'"),

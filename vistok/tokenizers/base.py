@@ -176,7 +176,7 @@ class Tokenizer(Model):
         """
 
     def dequantize(self, tokens: Tensor, length: int | None = None) -> Tensor:
-        """What the decoder reads, latents (B, L, D), of ids (B, L[, depth]).
+        """What the decoder reads, latents (B, L, D) in the model's precision, of ids (B, L[, depth]).
 
         Where tokens have scales, ids (B, n) of the first ones or of all, or as many code vectors (B, n, D), which
         smooth sampling gives.
@@ -190,12 +190,13 @@ class Tokenizer(Model):
         if self.spec.scales and tokens.is_floating_point():
             if tokens.ndim != 3 or tokens.shape[2] != self.spec.dim:
                 raise ValueError(f"code vectors must be (B, n, {self.spec.dim}), got {tuple(tokens.shape)}")
-            return self.quantizer.ids_to_latents(tokens)
-        self.spec.check_ids(tokens)
-        length = self.spec.length if length is None else length
-        if tokens.shape[1] != length and not self.spec.scales:
-            raise ValueError(f"this tokenizer decodes {length} tokens at once, got {tokens.shape[1]}")
-        return self.quantizer.ids_to_latents(tokens)
+        else:
+            self.spec.check_ids(tokens)
+            length = self.spec.length if length is None else length
+            if tokens.shape[1] != length and not self.spec.scales:
+                raise ValueError(f"this tokenizer decodes {length} tokens at once, got {tokens.shape[1]}")
+        latents: Tensor = self.quantizer.ids_to_latents(tokens)
+        return latents.to(self.dtype)  # quantizers that compute in float32 give it
 
     def expander(self) -> Expander:
         """What turns tokens into the inputs of a generator that has this tokenizer in its loop: of a quantizer with

@@ -86,9 +86,9 @@ class ConvTokenizer(Tokenizer):
         if self.spec.scales:
             return self.decode_latents(self.dequantize(tokens), self.spec.scales[-1])
         grid = grid or self.spec.raster
-        self.spec.check_ids(tokens)
+        codes = self.dequantize(tokens, tokens.shape[1])
         check_grid(tokens, grid)
-        return self.decode_latents(self.quantizer.ids_to_latents(tokens), grid)
+        return self.decode_latents(codes, grid)
 
     def decode_latents(self, quantized: Tensor, grid: tuple[int, ...]) -> Tensor:
         """Codes (B, h * w, code dim) on a grid (h, w) to pixels."""

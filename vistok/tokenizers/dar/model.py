@@ -425,7 +425,8 @@ class Trajectory:
         Yields:
             after each step, how many ids it needs, and pixels (B, C, H, W): the straight line from there to the data.
         """
-        self._embedded = self.model.embed_codes(self.model.quantizer.ids_to_latents(tokens))
+        codes = self.model.quantizer.ids_to_latents(tokens).to(self.model.dtype)
+        self._embedded = self.model.embed_codes(codes)
         while self.taken < len(self.needed) and self.needed[self.taken] <= tokens.shape[1]:
             state = next(self._states)
             self.taken += 1

@@ -28,6 +28,7 @@ class VARVQ(Tokenizer):
     """Ids of growing grids: the first id means the whole image, later grids add what the earlier ones left.
 
     Tokens are (B, L), smallest scale first, in raster order inside a scale. The tokens of the first scales decode, too.
+    The quantizer is its own; other tokenizers take it by the name "multi_scale".
 
     Args:
         image_size: side of the images, or (height, width).
