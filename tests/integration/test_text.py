@@ -336,6 +336,7 @@ def test_a_generator_refuses_conditions_that_it_cannot_combine(cache, tmp_path):
 
 
 def test_absent_encoders_are_refused(tmp_path):
+    pytest.importorskip("transformers")
     with pytest.raises(TextError, match="is no text encoder"):
         open_text_encoder(str(tmp_path))
     with pytest.raises(TextError, match="is no text tokenizer"):
@@ -359,6 +360,8 @@ def test_absent_encoders_are_refused(tmp_path):
     ],
 )
 def test_captions_are_cleaned(caption, cleaned):
+    pytest.importorskip("ftfy")
+    pytest.importorskip("bs4")
     assert clean_caption(caption) == cleaned
 
 

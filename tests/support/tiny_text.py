@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from vistok.data.captions import NUMBERS
@@ -13,6 +14,7 @@ WORDS = (*NUMBERS, "a", "an", "the", ",", "turned", "left", "right", "red", "blu
 
 def save_tiny_t5(folder: Path, seed: int = 0) -> Path:
     """A T5 encoder-decoder of width 16 and its tokenizer, which knows WORDS and ends every text with </s>."""
+    pytest.importorskip("transformers")
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast, T5Config, T5Model
 
@@ -32,6 +34,7 @@ def save_tiny_t5(folder: Path, seed: int = 0) -> Path:
 
 def save_tiny_clip(folder: Path, seed: int = 0) -> Path:
     """CLIP's tower of texts, of width 16 and 8 positions, and its tokenizer, which knows WORDS and two marks."""
+    pytest.importorskip("transformers")
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 

@@ -20,6 +20,7 @@ def draws(model, batch: int = 3, options: MaskGITOptions = OPTIONS, seed: int = 
 
 
 def test_bert_is_that_of_transformers():
+    pytest.importorskip("transformers")
     from transformers import BertConfig, BertModel
 
     from vistok.checkpoints import load_strictly
