@@ -11,11 +11,14 @@ import difflib
 import inspect
 import logging
 import math
+import os
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
+
+from vistok.utils.files import is_utf8
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -235,6 +238,10 @@ def _check_value(annotation: Any, value: Any, path: str) -> Any:
 
     from pydantic import ValidationError
 
+    if isinstance(value, str | os.PathLike) and not is_utf8(str(value)):
+        raise ConfigError(
+            f"{mismatch(path, value)}: a config is UTF-8, and this is not; rename it, or name a link to it"
+        )
     try:
         return _adapter(annotation).validate_python(value)
     except ValidationError as error:

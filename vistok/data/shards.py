@@ -26,12 +26,12 @@ from vistok.data.imagefiles import ImageFiles, LeftOut
 from vistok.data.remote import Shard, check_address, fetch, is_remote
 from vistok.data.sources import FileSource, hash_lines
 from vistok.data.tar import IMAGES, UNCONDITIONAL, Index, Kind, Sample, index_shard, open_member
-from vistok.utils.files import atomic_file, cache_folder, read_json
+from vistok.utils.files import atomic_file, cache_folder, read_json, read_lines
 
 log = logging.getLogger(__name__)
 
 CLASS_NAMES = "classnames.txt"
-INDEX_VERSION = 3
+INDEX_VERSION = 4
 MOST_SHARDS = 100_000
 
 
@@ -160,7 +160,7 @@ def class_names(pattern: Shard, paths: Sequence[Path], samples: Sequence[Sample]
     sample has a label.
 
     Raises:
-        ValueError: labels for some samples only, or too few names.
+        ValueError: labels for some samples only, too few names, or names that are no UTF-8.
     """
     unlabelled = [sample for sample in samples if sample.label == UNCONDITIONAL]
     if len(unlabelled) == len(samples):
@@ -172,7 +172,7 @@ def class_names(pattern: Shard, paths: Sequence[Path], samples: Sequence[Sample]
     names = paths[0].with_name(CLASS_NAMES)
     if not names.exists():
         return tuple(map(str, range(count)))
-    lines = tuple(names.read_text().splitlines())
+    lines = tuple(read_lines(names))
     if len(lines) < count:
         raise ValueError(f"{names} names {len(lines)} classes, but there is a label {count - 1}")
     return lines

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vistok.eval.metrics import Moments, frechet_distance
 from vistok.eval.video_protocols import VideoProtocol, video_protocol
-from vistok.utils.files import atomic_file
+from vistok.utils.files import atomic_file, utf8_path
 
 
 class ClipNetwork(Protocol):
@@ -101,8 +101,8 @@ class ClipStatistics:
         told = {"protocol": self.protocol, "network": self.network, "source": self.source, "count": self.count}
         told["weights_sha256"] = self.weights_sha256
         tensors = {"sum": self.moments.sum.cpu(), "outer": self.moments.outer.cpu()}
-        with atomic_file(Path(path)) as temporary:
-            save_file(tensors, temporary, metadata={"clip_statistics": json.dumps(told)})
+        with atomic_file(Path(path)) as temporary, utf8_path(temporary) as name:
+            save_file(tensors, name, metadata={"clip_statistics": json.dumps(told)})
 
     @classmethod
     def load(cls, path: str | Path) -> ClipStatistics:
@@ -112,7 +112,7 @@ class ClipStatistics:
             StatisticsError: an absent, damaged or foreign file.
         """
         try:
-            with safe_open(str(path), "pt") as file:
+            with utf8_path(path) as name, safe_open(name, "pt") as file:
                 told = json.loads((file.metadata() or {})["clip_statistics"])
                 moments = Moments(0)
                 moments.count, moments.sum, moments.outer = (
