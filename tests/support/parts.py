@@ -1,4 +1,4 @@
-"""Run by several processes: for every model, whether their losses and gradients are those of one process, a line each."""
+"""Run by several processes: whether every model's losses and gradients are those of one process, a line each."""
 
 from __future__ import annotations
 

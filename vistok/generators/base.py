@@ -393,8 +393,8 @@ class Generator(Model):
 
 
 def weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
-    """Mean of values (B,) with weights (B,), 0 where all weights are 0: a batch may hold no usable sample. In training on
-    several processes it is this one's part of the mean over all; see ``share_of_group``."""
+    """Mean of values (B,) with weights (B,), 0 where all weights are 0: a batch may hold no usable sample. In training
+    on several processes it is this one's part of the mean over all; see ``share_of_group``."""
     if weights is None:
         return values.mean()
     total = share_of_group(weights.sum())

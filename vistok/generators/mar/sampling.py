@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vistok.draws import Draws
 from vistok.flow.diffusion import GaussianDiffusion, even_timesteps, strided_timesteps
+from vistok.generators.engine.finite import check_finite
 from vistok.guidance import GuidanceOptions, ScheduleName
 from vistok.nn.diffusion_head import DiffusionHead
 from vistok.types import Condition, TokenChunk, TokenSpec
@@ -189,7 +190,7 @@ class MARSession:
         """Draw the next ``num_tokens`` latents in ``num_iter`` iterations, one chunk per iteration.
 
         Raises:
-            ValueError: num_tokens exceeds what is left, or is not a number of whole patches.
+            ValueError: num_tokens exceeds what is left, or is not a number of whole patches; latents that are not finite.
         """
         size = self.model.members.shape[1]
         count = self._left if num_tokens is None else num_tokens // size
@@ -206,7 +207,8 @@ class MARSession:
             self._grouped = self._grouped.scatter(1, chosen[..., None].expand_as(drawn), drawn)
             self._left = end + left
             positions = self.model.members[chosen].flatten(1)
-            yield TokenChunk(positions, self.model.ungroup(drawn), torch.ones_like(positions, dtype=torch.bool))
+            latents = check_finite(self.model.ungroup(drawn), "latents", self.model.input.weight.dtype, positions)
+            yield TokenChunk(positions, latents, torch.ones_like(positions, dtype=torch.bool))
 
     def _draw(self, chosen: Tensor, weights: Sequence[float]) -> Tensor:
         """New tokens (B, n, d) at positions (B, n)."""

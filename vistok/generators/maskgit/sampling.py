@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vistok.draws import Draws, inverse_cdf
+from vistok.generators.engine.finite import check_finite
 from vistok.guidance import GuidanceOptions, ScheduleName
 from vistok.types import Condition, TokenChunk, TokenSpec
 
@@ -161,6 +162,7 @@ class MaskGITSession:
         return TokenChunk(self._places, self._ids.masked_fill(~settled, 0), settled)
 
     def _logits(self, step: int) -> Tensor:
-        """Guided logits (B, L, V), float32."""
+        """Guided logits (B, L, V), float32; ValueError where they are not finite."""
         logits = self.model.predict(self._guidance.repeat(self._ids), self._classes)
-        return self._guidance.combine(logits, self._guidance.weights(step, self.options.num_steps))
+        logits = self._guidance.combine(logits, self._guidance.weights(step, self.options.num_steps))
+        return check_finite(logits, "logits", self.model.output.weight.dtype)
