@@ -669,6 +669,38 @@ def test_a_png_with_a_long_text(tmp_path: Path):
     assert PngImagePlugin.MAX_TEXT_CHUNK == 1 << 20, "no setting of Pillow is changed"
 
 
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [(b"tEXt", b"C\0" + b"x" * (1 << 19))] * 130,  # more than 64 MiB together
+        [(b"iTXt", b"C\0\1\0\0\0" + zlib.compress(b"x" * (1 << 20)))] * 70,
+        [(b"zTXt", b"C\0\7x")],  # packed in a way that is not known
+        [(b"iCCP", b"no name")],
+    ],
+)
+def test_texts_that_pillow_refuses_do_not_hide_a_png(tmp_path: Path, chunks: list[tuple[bytes, bytes]]):
+    data = png(3)
+    written = b"".join(png_with_chunk(*chunk)[33 : 45 + len(chunk[1])] for chunk in chunks)
+    (tmp_path / "a.png").write_bytes(data[:33] + written + data[33:])
+    with pytest.raises((OSError, ValueError)), Image.open(tmp_path / "a.png") as image:
+        image.load()
+    [seen] = training_images(tmp_path).values()
+    assert np.array_equal(seen, levels(3))
+    assert open_images(tmp_path).count == 1
+
+
+def test_a_damaged_text_does_not_hide_a_png_and_other_damage_is_named(tmp_path: Path):
+    data = bytearray(png_with_chunk(b"tEXt", b"a\0b"))
+    data[33 + 8 + 1] ^= 1  # its checksum does not fit
+    (tmp_path / "a.png").write_bytes(data)
+    [seen] = training_images(tmp_path).values()
+    assert np.array_equal(seen, levels(3))
+    data[-20] ^= 1  # of the pixels, too
+    (tmp_path / "a.png").write_bytes(data)
+    with pytest.raises(UnreadableImageError, match=r"a\.png"):
+        open_source(DataConfig(8, root=str(tmp_path)))[0]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="names are texts there")
 def test_names_that_are_no_utf8(tmp_path: Path, caplog):
     name = os.fsdecode(b"caf\xe9")

@@ -112,6 +112,21 @@ def test_every_option_of_every_generator_is_finite(name):
                 kind(**{field.name: value})
 
 
+@pytest.mark.parametrize("name", ["mar", "xar", "maskgit", "ming_univision"])
+def test_steps_have_a_bound(name):
+    """More would run for days, or fill the memory with noise."""
+    model = tiny(name)
+    for count in (10**9, 10**30, 0, True):
+        with pytest.raises(ValueError, match=r"num_(steps|iter) must be"):
+            model.options_type(**{"num_iter" if name == "mar" else "num_steps": count}).times()
+
+
+def test_options_of_later_sub_tokens_are_named():
+    for name, value in {"later_temperature": -1, "later_top_k": -1, "later_top_p": 0}.items():
+        with pytest.raises(ValueError, match=rf"{name} must"):
+            tiny("open_magvit2_gpt").options_type(**{name: value})
+
+
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-6}])
 def test_greedy_in_three_ways(options):
     logits, uniforms = torch.randn(64, 11), torch.rand(64)

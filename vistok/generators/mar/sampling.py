@@ -16,6 +16,7 @@ from vistok.generators.engine.finite import check_finite
 from vistok.guidance import GuidanceOptions, ScheduleName
 from vistok.nn.diffusion_head import DiffusionHead
 from vistok.types import Condition, TokenChunk, TokenSpec
+from vistok.utils.steps import check_steps
 
 
 class MaskedModel(Protocol):
@@ -71,8 +72,7 @@ class MAROptions(GuidanceOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_iter < 1:
-            raise ValueError(f"num_iter must be at least 1, got {self.num_iter}")
+        check_steps("num_iter", self.num_iter)
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be finite and not negative, got {self.temperature}")
         if self.step_spacing not in ("even", "stride"):
@@ -190,7 +190,8 @@ class MARSession:
         """Draw the next ``num_tokens`` latents in ``num_iter`` iterations, one chunk per iteration.
 
         Raises:
-            ValueError: num_tokens exceeds what is left, or is not a number of whole patches; latents that are not finite.
+            ValueError: num_tokens exceeds what is left, or is not a number of whole patches; latents that are not
+                finite.
         """
         size = self.model.members.shape[1]
         count = self._left if num_tokens is None else num_tokens // size

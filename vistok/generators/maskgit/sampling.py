@@ -14,6 +14,7 @@ from vistok.draws import Draws, inverse_cdf
 from vistok.generators.engine.finite import check_finite
 from vistok.guidance import GuidanceOptions, ScheduleName
 from vistok.types import Condition, TokenChunk, TokenSpec
+from vistok.utils.steps import check_steps
 
 
 class MaskedModel(Protocol):
@@ -49,8 +50,7 @@ class MaskGITOptions(GuidanceOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, got {self.num_steps}")
+        check_steps("num_steps", self.num_steps)
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be finite and not negative, got {self.temperature}")
 

@@ -15,6 +15,7 @@ from vistok.generators.engine.finite import check_finite
 from vistok.generators.ming_univision.context import ALWAYS, IMAGE, KINDS, TEXT, Context, JointModel, Prompt
 from vistok.guidance import OFF, PLAIN, ChannelNorm, Guidance, constant
 from vistok.types import Condition, Expander, Expands, TokenChunk
+from vistok.utils.steps import check_steps
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,7 @@ class MingOptions:
             raise ValueError(f"time_shift must be finite and positive, got {self.time_shift}")
         if self.combination not in ("sum", "channel_norm"):
             raise ValueError(f"combination must be 'sum' or 'channel_norm', got {self.combination!r}")
-        if not isinstance(self.num_steps, int) or self.num_steps < 1:
-            raise ValueError(f"num_steps must be an integer of at least 1, got {self.num_steps!r}")
+        check_steps("num_steps", self.num_steps)
 
     def guidance(self, *, has_image: bool) -> Guidance:
         """The rows and their scales, with or without an image that came before."""
