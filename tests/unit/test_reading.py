@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageOps, PngImagePlugin
 
 from vistok.data import DataConfig, decoding, files, open_source, training_loader
+from vistok.data.captions import CaptionError
 from vistok.data.decoding import Decoder
 from vistok.data.formats import image_extensions
 from vistok.data.loader import TooManyUnreadableError
@@ -412,6 +413,33 @@ def test_damaged_entries_of_other_methods(tmp_path: Path, method: int):
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_damaged_captions_of_an_archive_are_named(tmp_path: Path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("a.png", png(0))
+        archive.writestr("captions.jsonl", '{"file_name": "a.png", "text": "grey dust"}')
+    content = (tmp_path / "x.zip").read_bytes()
+    (tmp_path / "x.zip").write_bytes(content.replace(b"grey dust", b"grey must"))
+    source = open_source(DataConfig(8, root=str(tmp_path / "x.zip")))
+    with pytest.raises(CaptionError, match=r"x\.zip/captions\.jsonl cannot be read: .*CRC"):
+        source.captions(0)
+
+
+@pytest.mark.parametrize("text", ['{"en": "a cat"}', '"\\ud800"', "7", '[["a"]]'])
+def test_texts_that_are_none_are_refused(tmp_path: Path, text: str):
+    path = write_tar(tmp_path / "0.tar", {"a.png": png(0), "a.json": f'{{"caption": {text}}}'.encode()})
+    with pytest.raises(CaptionError, match=r"0\.tar:a\.json holds no caption"):
+        open_source(DataConfig(8, source="webdataset", root=str(path))).captions(0)
+    picture(0).save(tmp_path / "a.png")
+    (tmp_path / "captions.jsonl").write_text(f'{{"file_name": "a.png", "text": {text}}}')
+    with pytest.raises(CaptionError, match=r"captions\.jsonl:1: expected"):
+        open_source(DataConfig(8, root=str(tmp_path))).captions(0)
+
+
+def test_texts_of_shards_begin_without_a_byte_order_mark(tmp_path: Path):
+    path = write_tar(tmp_path / "0.tar", {"a.png": png(0), "a.txt": "a cat\r\n".encode("utf-8-sig")})
+    assert open_source(DataConfig(8, source="webdataset", root=str(path))).captions(0) == ("a cat",)
+
+
 def test_entries_of_one_name_are_counted(tmp_path: Path, caplog):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         for name in ("set/a.png", "set/b.png", "set/a.png", "set\\b.png"):

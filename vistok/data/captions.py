@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from vistok.data.files import CAPTIONS, FileTree, printable
+from vistok.data.files import CAPTIONS, UNPACKING_ERRORS, FileTree, printable
 from vistok.data.formats import extension
 from vistok.data.tar import contents, open_member
 from vistok.utils.files import is_utf8
@@ -44,13 +44,18 @@ def folder_captions(tree: FileTree, prefix: str) -> dict[str, Captions]:
     """The captions of a folder's images by their paths: of ``captions.jsonl`` in ``prefix`` (a split), or at the top.
 
     Raises:
-        CaptionError: a line that is no object with ``file_name`` and ``text``.
+        CaptionError: a line that is no object with ``file_name`` and ``text``, or an archive's entry that is damaged.
     """
     captions: dict[str, Captions] = {}
     for folder in dict.fromkeys(("", prefix)):
         if folder + CAPTIONS in tree.others():
-            with tree.open(folder + CAPTIONS) as file:
-                captions |= _read_lines(file.read(), f"{tree.root}/{folder}{CAPTIONS}", folder)
+            where = f"{tree.root}/{folder}{CAPTIONS}"
+            try:
+                with tree.open(folder + CAPTIONS) as file:
+                    content = file.read()
+            except (OSError, *UNPACKING_ERRORS) as error:
+                raise CaptionError(f"{where} cannot be read: {error}") from error
+            captions |= _read_lines(content, where, folder)
     absent = captions.keys() - set(tree.images())
     if absent:
         log.warning(
