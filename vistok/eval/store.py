@@ -56,7 +56,7 @@ class FeatureStore:
         tensors["digests"] = extraction.digests
         tensors["preview"] = images[: max(0, PREVIEWS - shard[0])].contiguous()
         if self.keep_images:
-            with atomic_file(self._pixels(shard)) as temporary, open(temporary) as file:
+            with atomic_file(self._pixels(shard)) as temporary, open(temporary, "wb") as file:
                 np.save(file, images.permute(0, 2, 3, 1).contiguous().numpy())
         with atomic_file(self._features(shard)) as temporary, utf8_path(temporary) as name:
             save_file(tensors, name)  # last: it says that the range is complete
