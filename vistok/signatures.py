@@ -10,12 +10,14 @@ import dataclasses
 import inspect
 import logging
 import math
+import os
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
 
+from vistok.utils.files import is_utf8
 from vistok.utils.spelling import nearest, suggestion
 
 if TYPE_CHECKING:
@@ -220,6 +222,10 @@ def _check_value(annotation: Any, value: Any, path: str) -> Any:
 
     from pydantic import ValidationError
 
+    if isinstance(value, str | os.PathLike) and not is_utf8(str(value)):
+        raise ConfigError(
+            f"{mismatch(path, value)}: a config is UTF-8, and this is not; rename it, or name a link to it"
+        )
     try:
         return _adapter(annotation).validate_python(value)
     except ValidationError as error:

@@ -12,6 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 from support.tiny_models import tiny
 from torch import Tensor
 from typer.testing import CliRunner
@@ -83,6 +85,47 @@ def test_statistics_of_other_means_are_refused(tmp_path):
         ClipStatistics.load(tmp_path / "absent.safetensors")
     with pytest.raises(StatisticsError, match="no clips"):
         ClipStatistics.of([], MeanColours(), video_protocol("tats"), source="nowhere")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("count", 0),
+        ("count", 2.5),
+        ("sum", torch.full((6,), torch.nan, dtype=torch.float64)),
+        ("sum", torch.zeros(6, dtype=torch.int64)),
+        ("sum", torch.full((6,), 1e6, dtype=torch.float64)),
+        ("outer", -torch.eye(6, dtype=torch.float64)),
+        ("outer", torch.ones(6, 6, dtype=torch.float64).triu()),
+        ("outer", torch.eye(5, dtype=torch.float64)),
+        ("source", None),
+        ("protocol", 3),
+    ],
+)
+def test_statistics_that_no_clips_have_are_refused(tmp_path, name, value):
+    path = tmp_path / "x.safetensors"
+    statistics(clips(4)).save(path)
+    with safe_open(path, "pt") as file:
+        told = json.loads(file.metadata()["clip_statistics"])
+        tensors = {key: file.get_tensor(key) for key in ("sum", "outer")}
+    assert len(tensors["sum"]) == 6
+    (tensors if name in tensors else told)[name] = value
+    save_file(tensors, path, metadata={"clip_statistics": json.dumps(told)})
+    with pytest.raises(StatisticsError, match=r"x\.safetensors holds no clip statistics of ours"):
+        ClipStatistics.load(path)
+
+
+@pytest.mark.parametrize("key", ["protocol", "network", "weights_sha256", "source", "count"])
+def test_statistics_that_lack_a_fact_are_refused(tmp_path, key):
+    path = tmp_path / "x.safetensors"
+    statistics(clips(4)).save(path)
+    with safe_open(path, "pt") as file:
+        told = json.loads(file.metadata()["clip_statistics"])
+        tensors = {name: file.get_tensor(name) for name in ("sum", "outer")}
+    told.pop(key)
+    save_file(tensors, path, metadata={"clip_statistics": json.dumps(told)})
+    with pytest.raises(StatisticsError, match=key):
+        ClipStatistics.load(path)
 
 
 def test_protocols_prepare_pixels_as_they_say():

@@ -119,6 +119,23 @@ def test_statistics_of_a_batch_are_those_of_all_processes(tmp_path):
         assert torch.allclose(theirs["weights"][key].double(), tensor.double(), rtol=1e-3, atol=1e-5), key
 
 
+def test_the_losses_of_three_processes_are_those_of_one_for_every_model():
+    """With weights that differ from sample to sample, as unreadable ones have, and thus from process to process."""
+    launcher = [*TORCHRUN[:-1], "--nproc_per_node=3"]
+    done = subprocess.run(
+        [*launcher, "-m", "support.parts"],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    models = [*names("tokenizer"), *names("generator")]
+    assert [line.partition(": ")[0] for line in done.stdout.splitlines()] == models
+    assert [line for line in done.stdout.splitlines() if not line.endswith(": the same")] == []
+
+
 def test_dropout_is_keyed_by_process_and_all_else_by_sample(tmp_path):
     tokens = write_tokens(tmp_path / "tokens")
 

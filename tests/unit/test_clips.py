@@ -209,7 +209,10 @@ def test_lists_of_ucf101_larp_and_kinetics(folder, tmp_path):
     assert source.classes == ("Jump", "Run")
     assert [source.label(index) for index in range(2)] == [1, 0]
     larp = tmp_path / "ucf101_train.csv"
-    larp.write_text("id,path,action,label\n0,run/v_Run_g01_c01.avi,Whatever,7\n")
+    larp.write_text(
+        "\ufeff"  # as Excel saves it
+        "id,path,action,label\n0,run/v_Run_g01_c01.avi,Whatever,7\n"
+    )
     assert listed_videos(f"{ucf}+{larp}", folder).classes == ("Jump", "Run")
     write_video(tmp_path / "k" / "rock climbing" / "abc_000001_000011.mp4", 9)
     kinetics = tmp_path / "k600_val.csv"
@@ -224,10 +227,24 @@ def test_lists_of_ucf101_larp_and_kinetics(folder, tmp_path):
         ("list.txt", "run/v_Run_g01_c09.avi 1\n", FileNotFoundError, "1 of 1 videos .* are not there: .*v_Run_g01_c09"),
         ("list.csv", "file,kind\na.mp4,b\n", ValueError, "has the columns file, kind; expected id, path"),
         ("empty.txt", "\n", FileNotFoundError, "names no videos"),
+        ("empty.csv", "", ValueError, "has the columns ; expected id, path"),
+        ("head.csv", "id,path,action,label\n", FileNotFoundError, "names no videos"),
+        ("short.csv", "id,path\n1,run/v_Run_g01_c01.avi\n7\n", ValueError, r"short\.csv: row 3 .*it has no path"),
+        ("time.csv", "label,youtube_id,time_start,time_end\na,abc,1.5,11\n", ValueError, r"time\.csv: row 2 .*'1\.5'"),
+        (
+            "cut.csv",
+            "label,youtube_id,time_start,time_end\na,abc,1\n",
+            ValueError,
+            r"cut\.csv: row 2 .*expected youtube",
+        ),
+        ("some.csv", "path\nrun/v_Run_g01_c01.avi\n../x.avi\n", ValueError, "1 of 2 videos of .* have no action"),
+        ("latin.txt", "run/caf\udce9.avi\n", ValueError, r"latin\.txt is no text in UTF-8: byte 0xe9"),
+        ("long.csv", f"path\n{'x' * 200_000}\n", ValueError, r"long\.csv is no CSV file: field larger"),
     ],
 )
 def test_bad_lists_are_named(folder, tmp_path, name, content, error, message):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content.encode("utf-8", "surrogateescape"))
+    write_video(folder.parent / "x.avi", 2)
     with pytest.raises(error, match=message):
         listed_videos(tmp_path / name, folder)
 

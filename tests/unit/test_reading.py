@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageOps, PngImagePlugin
 
 from vistok.data import DataConfig, decoding, files, open_source, training_loader
+from vistok.data.captions import CaptionError
 from vistok.data.decoding import Decoder
 from vistok.data.formats import image_extensions
 from vistok.data.loader import TooManyUnreadableError
@@ -412,6 +413,33 @@ def test_damaged_entries_of_other_methods(tmp_path: Path, method: int):
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_damaged_captions_of_an_archive_are_named(tmp_path: Path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("a.png", png(0))
+        archive.writestr("captions.jsonl", '{"file_name": "a.png", "text": "grey dust"}')
+    content = (tmp_path / "x.zip").read_bytes()
+    (tmp_path / "x.zip").write_bytes(content.replace(b"grey dust", b"grey must"))
+    source = open_source(DataConfig(8, root=str(tmp_path / "x.zip")))
+    with pytest.raises(CaptionError, match=r"x\.zip/captions\.jsonl cannot be read: .*CRC"):
+        source.captions(0)
+
+
+@pytest.mark.parametrize("text", ['{"en": "a cat"}', '"\\ud800"', "7", '[["a"]]'])
+def test_texts_that_are_none_are_refused(tmp_path: Path, text: str):
+    path = write_tar(tmp_path / "0.tar", {"a.png": png(0), "a.json": f'{{"caption": {text}}}'.encode()})
+    with pytest.raises(CaptionError, match=r"0\.tar:a\.json holds no caption"):
+        open_source(DataConfig(8, source="webdataset", root=str(path))).captions(0)
+    picture(0).save(tmp_path / "a.png")
+    (tmp_path / "captions.jsonl").write_text(f'{{"file_name": "a.png", "text": {text}}}')
+    with pytest.raises(CaptionError, match=r"captions\.jsonl:1: expected"):
+        open_source(DataConfig(8, root=str(tmp_path))).captions(0)
+
+
+def test_texts_of_shards_begin_without_a_byte_order_mark(tmp_path: Path):
+    path = write_tar(tmp_path / "0.tar", {"a.png": png(0), "a.txt": "a cat\r\n".encode("utf-8-sig")})
+    assert open_source(DataConfig(8, source="webdataset", root=str(path))).captions(0) == ("a cat",)
+
+
 def test_entries_of_one_name_are_counted(tmp_path: Path, caplog):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         for name in ("set/a.png", "set/b.png", "set/a.png", "set\\b.png"):
@@ -508,6 +536,77 @@ def test_labels_have_a_bound(tmp_path: Path, name: str, content: bytes):
     assert open_images(path).count == 1, "labels do not concern an evaluation"
 
 
+def link(name: str, target: str, kind: bytes) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def test_links_in_shards_are_what_they_lead_to_and_all_else_is_named(tmp_path: Path, caplog):
+    path = tmp_path / "0.tar"
+    with tarfile.open(path, "w") as archive:
+        info = tarfile.TarInfo("x/a.png")
+        info.size = len(png(0))
+        archive.addfile(info, io.BytesIO(png(0)))
+        archive.addfile(link("y/b.png", "x/a.png", tarfile.LNKTYPE))  # what tar makes of a second name of a file
+        archive.addfile(link("y/c.png", "../x/a.png", tarfile.SYMTYPE))
+        archive.addfile(link("d.png", "y/c.png", tarfile.SYMTYPE))
+        archive.addfile(link("e.png", "/etc/passwd", tarfile.SYMTYPE))
+        archive.addfile(link("f.png", "f.png", tarfile.LNKTYPE))
+        archive.addfile(link("g.png", "", tarfile.FIFOTYPE))
+    with caplog.at_level(logging.WARNING):
+        source = open_source(DataConfig(8, source="webdataset", root=str(path)))
+    assert [source.name(i).rpartition(":")[2] for i in range(len(source))] == ["x/a.png", "y/b.png", "y/c.png", "d.png"]
+    assert all(np.array_equal(np.asarray(source[i][0]), levels(0)) for i in range(4))
+    assert open_images(path).count == 4
+    for name in ("e.png (a link to no file", "f.png (a link to no file", "g.png (a pipe"):
+        assert f"{path}:{name}" in caplog.text
+
+
+def test_hidden_files_of_shards_are_no_images(tmp_path: Path, caplog):
+    """As macOS puts them beside files."""
+    members = {"./._a.png": b"x", "./a.png": png(0), "__MACOSX/a.png": b"x", ".cache/b.png": png(1), "../c.png": png(2)}
+    path = write_tar(tmp_path / "0.tar", members)
+    with caplog.at_level(logging.WARNING):
+        assert len(open_source(DataConfig(8, source="webdataset", root=str(path)))) == 2
+    assert sorted(open_images(path).names) == ["../c", "a"]
+    assert f"3 files are not images and are ignored: {path}:._a.png (hidden)" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["a.cls", "a.json"])
+def test_two_labels_of_one_name_are_refused(tmp_path: Path, name: str):
+    write_tar(tmp_path / "0.tar", {"a.png": png(0), name: b"1"})
+    with tarfile.open(tmp_path / "0.tar", "a") as archive:
+        info = tarfile.TarInfo(f"./{name}")
+        info.size = 1
+        archive.addfile(info, io.BytesIO(b"2"))
+    with pytest.raises(ValueError, match=f"has two files {name}"):
+        open_source(DataConfig(8, source="webdataset", root=str(tmp_path / "0.tar")))
+
+
+@pytest.mark.parametrize(("content", "names"), [(b"\xef\xbb\xbfcat\r\n", ("cat",)), (b"caf\xe9\n", None)])
+def test_class_names_of_shards_are_read_as_text_or_named(tmp_path: Path, content: bytes, names):
+    path = write_tar(tmp_path / "0.tar", {"a.png": png(0), "a.cls": b" 0\n"})
+    (tmp_path / "classnames.txt").write_bytes(content)
+    if names:
+        assert open_source(DataConfig(8, source="webdataset", root=str(path))).classes == names
+        return
+    with pytest.raises(ValueError, match=r"classnames\.txt is no text in UTF-8: byte 0xe9 at 3"):
+        open_source(DataConfig(8, source="webdataset", root=str(path)))
+
+
+def test_names_do_not_command_a_terminal(tmp_path: Path, caplog):
+    for name in ("red\x1b[31m", "two\nlines", "back\x9b2J"):
+        (tmp_path / name).mkdir()
+        picture(0).save(tmp_path / name / f"{name}.png")
+        (tmp_path / name / f"{name}.txt").touch()
+    with caplog.at_level(logging.WARNING):
+        source = open_source(DataConfig(8, root=str(tmp_path)))
+    names = [*source.classes, *(source.name(index) for index in range(3)), *open_images(tmp_path).names]
+    assert all(text.isprintable() for text in [*names, *caplog.text.splitlines()])
+    assert source.classes == ("back\\x9b2J", "red\\x1b[31m", "two\\nlines")
+
+
 def test_one_key_has_one_image(tmp_path: Path):
     path = write_tar(tmp_path / "0.tar", {"a.png": png(0), "a.jpg": png(1)})
     for opened in (
@@ -596,6 +695,38 @@ def test_a_png_with_a_long_text(tmp_path: Path):
         assert np.array_equal(seen, levels(3))
     assert open_images(tmp_path).count == 3
     assert PngImagePlugin.MAX_TEXT_CHUNK == 1 << 20, "no setting of Pillow is changed"
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [(b"tEXt", b"C\0" + b"x" * (1 << 19))] * 130,  # more than 64 MiB together
+        [(b"iTXt", b"C\0\1\0\0\0" + zlib.compress(b"x" * (1 << 20)))] * 70,
+        [(b"zTXt", b"C\0\7x")],  # packed in a way that is not known
+        [(b"iCCP", b"no name")],
+    ],
+)
+def test_texts_that_pillow_refuses_do_not_hide_a_png(tmp_path: Path, chunks: list[tuple[bytes, bytes]]):
+    data = png(3)
+    written = b"".join(png_with_chunk(*chunk)[33 : 45 + len(chunk[1])] for chunk in chunks)
+    (tmp_path / "a.png").write_bytes(data[:33] + written + data[33:])
+    with pytest.raises((OSError, ValueError)), Image.open(tmp_path / "a.png") as image:
+        image.load()
+    [seen] = training_images(tmp_path).values()
+    assert np.array_equal(seen, levels(3))
+    assert open_images(tmp_path).count == 1
+
+
+def test_a_damaged_text_does_not_hide_a_png_and_other_damage_is_named(tmp_path: Path):
+    data = bytearray(png_with_chunk(b"tEXt", b"a\0b"))
+    data[33 + 8 + 1] ^= 1  # its checksum does not fit
+    (tmp_path / "a.png").write_bytes(data)
+    [seen] = training_images(tmp_path).values()
+    assert np.array_equal(seen, levels(3))
+    data[-20] ^= 1  # of the pixels, too
+    (tmp_path / "a.png").write_bytes(data)
+    with pytest.raises(UnreadableImageError, match=r"a\.png"):
+        open_source(DataConfig(8, root=str(tmp_path)))[0]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="names are texts there")

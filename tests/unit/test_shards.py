@@ -203,6 +203,19 @@ def test_index_is_kept_until_a_shard_changes(shards: Path, tmp_path: Path, monke
     assert len(ShardSource(str(shards / "*.tar"), cache=tmp_path / "cache")) == 9
 
 
+@pytest.mark.parametrize("change", [{"label": 2**70}, {"label": "1"}, {"offset": -1}, {"size": True}, {"name": 7}])
+def test_a_damaged_index_is_made_anew(shards: Path, tmp_path: Path, change: dict):
+    cache = tmp_path / "cache"
+    before = ShardSource(str(shards / "train-0000.tar"), cache=cache)
+    [kept] = (cache / "index").iterdir()
+    index = json.loads(kept.read_text())
+    index["samples"][0] = list(before.files.samples[0]._replace(**change))[1:]
+    kept.write_text(json.dumps(index))
+    after = ShardSource(str(shards / "train-0000.tar"), cache=cache)
+    assert after.files.samples == before.files.samples
+    assert json.loads(kept.read_text())["samples"] == [list(sample[1:]) for sample in before.files.samples]
+
+
 def test_shards_are_read_where_no_index_can_be_kept(shards: Path, tmp_path: Path):
     (tmp_path / "cache").write_text("a file in the place of the folder")
     assert len(ShardSource(str(shards / "*.tar"), cache=tmp_path / "cache")) == 12

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vistok.checkpoints.weights import CheckpointError, read_weights
-from vistok.utils.files import read_json, write_json
+from vistok.utils.files import read_json, utf8_path, write_json
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ORIGINAL = ".parametrizations.weight.original"
@@ -62,7 +62,8 @@ def save_adapter(folder: Path, state: Mapping[str, Tensor], base: str) -> None:
         tensors[f"{_PEFT}{module}.lora_B.weight"] = part["up"].detach().cpu().contiguous()
         scales[module] = float(part["scale"])
     rank = len(next(iter(found.values()))["down"])
-    save_file(tensors, folder / ADAPTER, metadata={"format": "pt"})
+    with utf8_path(folder / ADAPTER) as name:
+        save_file(tensors, name, metadata={"format": "pt"})
     config = {"peft_type": "LORA", "base_model_name_or_path": base, "r": rank, "target_modules": sorted(found)}
     config |= {"lora_alpha": rank * next(iter(scales.values())), "bias": "none", "inference_mode": True}
     write_json(folder / ADAPTER_CONFIG, config)

@@ -37,7 +37,7 @@ from vistok.checkpoints.weights import (
 )
 from vistok.config import check, with_todays_names
 from vistok.types import to_json
-from vistok.utils.files import atomic_folder, read_json, restore, write_json
+from vistok.utils.files import atomic_folder, read_json, restore, utf8_path, write_json
 from vistok.utils.paths import local
 from vistok.utils.spelling import did_you_mean
 
@@ -145,7 +145,8 @@ class Model(
         state = without_adapters(trained) if self.adapter_apart else merged(trained)
         state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
         try:
-            save_file(state, save_directory / WEIGHTS, metadata={"format": "pt"})
+            with utf8_path(save_directory / WEIGHTS) as name:
+                save_file(state, name, metadata={"format": "pt"})
             if self.adapter_apart:
                 save_adapter(save_directory, trained, base=self.registry_name)
         except SafetensorError as error:  # its word for a failed write, which is nearly always a full disk

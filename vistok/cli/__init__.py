@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 import threading
@@ -39,6 +40,9 @@ app = typer.Typer(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a failure that a user can act upon is one message and exit code 2."""
     _show_logs()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     if not os.environ.get("VISTOK_DEBUG"):
         threading.excepthook = _name_failed_thread
     given = sys.argv[1:] if arguments is None else arguments

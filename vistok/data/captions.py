@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from vistok.data.files import CAPTIONS, FileTree, printable
+from vistok.data.files import CAPTIONS, UNPACKING_ERRORS, FileTree, printable
 from vistok.data.formats import extension
-from vistok.data.tar import open_member, regular_files
+from vistok.data.tar import contents, open_member
+from vistok.utils.files import is_utf8
 
 log = logging.getLogger(__name__)
 
@@ -43,13 +44,18 @@ def folder_captions(tree: FileTree, prefix: str) -> dict[str, Captions]:
     """The captions of a folder's images by their paths: of ``captions.jsonl`` in ``prefix`` (a split), or at the top.
 
     Raises:
-        CaptionError: a line that is no object with ``file_name`` and ``text``.
+        CaptionError: a line that is no object with ``file_name`` and ``text``, or an archive's entry that is damaged.
     """
     captions: dict[str, Captions] = {}
     for folder in dict.fromkeys(("", prefix)):
         if folder + CAPTIONS in tree.others():
-            with tree.open(folder + CAPTIONS) as file:
-                captions |= _read_lines(file.read(), f"{tree.root}/{folder}{CAPTIONS}", folder)
+            where = f"{tree.root}/{folder}{CAPTIONS}"
+            try:
+                with tree.open(folder + CAPTIONS) as file:
+                    content = file.read()
+            except (OSError, *UNPACKING_ERRORS) as error:
+                raise CaptionError(f"{where} cannot be read: {error}") from error
+            captions |= _read_lines(content, where, folder)
     absent = captions.keys() - set(tree.images())
     if absent:
         log.warning(
@@ -79,12 +85,16 @@ def texts_of(value: Any) -> Captions:
 
     Raises:
         TypeError: something else.
+        ValueError: a text that is no Unicode.
     """
     if value is None:
         return ()
-    values = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else [value]
+    several = isinstance(value, Iterable) and not isinstance(value, str | Mapping)
+    values = list(value) if several else [value]
     if not all(isinstance(text, str) for text in values):
         raise TypeError(f"a caption is a text or a list of texts, got {value!r}")
+    if broken := next((text for text in values if not is_utf8(text)), None):
+        raise ValueError(f"a caption is Unicode, got {broken!r}")
     return tuple(text.strip() for text in values if text.strip())
 
 
@@ -109,7 +119,7 @@ class ShardCaptions:
             with open_member(path, *place) as file:
                 content = file.read()
             try:
-                texts = texts_of(content.decode() if kind == ".txt" else _of_json(content))
+                texts = texts_of(content.decode("utf-8-sig") if kind == ".txt" else _of_json(content))
             except (ValueError, TypeError, RecursionError) as error:
                 raise CaptionError(f"{path}:{printable(key)}{kind} holds no caption: {error}") from error
             if texts:
@@ -119,8 +129,7 @@ class ShardCaptions:
     def _index(self, shard: int) -> dict[str, tuple[int, int]]:
         """Offset and size of the .txt and .json files of a shard, by their names."""
         if shard not in self._places:
-            members = regular_files(self._shards[shard])
-            named = ((member.name.removeprefix("./"), member) for member in members)
+            named = contents(self._shards[shard]).files.items()
             self._places[shard] = {
                 name[: -len(extension(name))] + extension(name): (member.offset_data, member.size)
                 for name, member in named

@@ -173,23 +173,29 @@ def open_image(file: IO[bytes]) -> Image.Image:
 
 
 def _read(file: IO[bytes], use: Callable[[Image.Image], T]) -> T:
-    """What ``use`` makes of the image in a file; a PNG whose texts are too long for Pillow is read without them."""
+    """What ``use`` makes of the image in a file; a PNG whose texts are damaged, or too long for Pillow, is read without
+    them."""
     start = file.tell()
     try:
         with open_image(file) as image:
             return use(image)
-    except ValueError as error:
-        if "decompressed data too large" not in str(error).lower():  # the versions of Pillow write it differently
+    except Image.DecompressionBombError:
+        raise
+    except DECODING_ERRORS:
+        file.seek(start)
+        if file.read(len(PNG_SIGNATURE)) != PNG_SIGNATURE:
             raise
-    file.seek(start)
-    with open_image(io.BytesIO(_without_texts(file.read()))) as image:
+        file.seek(start)
+        content = file.read()
+        pixels = _without_texts(content)
+        if len(pixels) == len(content):  # the texts are not to blame
+            raise
+    with open_image(io.BytesIO(pixels)) as image:
         return use(image)
 
 
 def _without_texts(png: bytes) -> bytes:
     """A PNG file without its texts and its colour profile, which no conversion here looks at."""
-    if not png.startswith(PNG_SIGNATURE):
-        return png
     kept, position = [PNG_SIGNATURE], len(PNG_SIGNATURE)
     while position + 8 <= len(png):
         length, kind = struct.unpack(">I4s", png[position : position + 8])

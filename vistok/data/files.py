@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tokenize
+import unicodedata
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
@@ -37,6 +38,8 @@ NPY_ERRORS = (
     *UNPACKING_ERRORS,
 )
 """What NumPy raises of a damaged .npy or .npz file, whose headers it parses like Python."""
+UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
+"""Unicode's categories of control signs, surrogates and ends of lines."""
 HELD_IN_MEMORY = 64 << 20
 """Bytes of an archive's member that are unpacked at once; a larger one is unpacked while it is read."""
 
@@ -52,7 +55,7 @@ class FileTree(ABC):
     def __init__(self, root: Path) -> None:
         self.root = root
         self.skipped: list[str] = []
-        paths = [path for path in self._list() if not _is_hidden(path)]
+        paths = [path for path in self._list() if not is_hidden(path)]
         samples = {path.removesuffix(SAMPLES[0]) for path in paths if path.rpartition("/")[2] == SAMPLES[0]}
         own = {folder + name for folder in samples for name in SAMPLES}
         self._paths = [path for path in paths if path not in own]
@@ -95,7 +98,7 @@ class Folder(FileTree):
                     yield from self._walk(f"{folder}{entry.name}/", (*above, here))
                 elif entry.is_file():
                     yield folder + entry.name
-                elif not _is_hidden(folder + entry.name):
+                elif not is_hidden(folder + entry.name):
                     reason = "a pipe, a socket or a device" if os.path.exists(entry.path) else "a link to nothing"
                     self.skipped.append(f"{folder}{entry.name} ({reason})")
 
@@ -127,14 +130,14 @@ class Archive(FileTree):
             self._members[name] = info
         self._wrapper = ""
         super().__init__(root)
-        self.skipped += [name.removeprefix(self._wrapper) for name in twice if not _is_hidden(name)]
+        self.skipped += [name.removeprefix(self._wrapper) for name in twice if not is_hidden(name)]
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_zip": None}
 
     def _list(self) -> Sequence[str]:
         paths = [path for path in self._members if not path.endswith("/")]
-        self._wrapper = _wrapper([path for path in paths if not _is_hidden(path)])
+        self._wrapper = _wrapper([path for path in paths if not is_hidden(path)])
         return [path.removeprefix(self._wrapper) for path in paths if path.startswith(self._wrapper)]
 
     def open(self, path: str) -> IO[bytes]:
@@ -179,12 +182,24 @@ def open_tree(root: str | Path) -> FileTree:
 
 
 def printable(text: str) -> str:
-    """A file's name as it can be printed and saved: bytes that are no UTF-8 become ``\\xff``."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """A file's name as it can be printed and saved: bytes that are no UTF-8 become ``\\xff``, and so do signs that a
+    terminal would obey."""
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") if _escapes(text) else text
+    return "".join(sign if unicodedata.category(sign) not in UNPRINTABLE else _escaped(sign) for sign in text)
 
 
-def _is_hidden(path: str) -> bool:
-    return any(part.startswith((".", "__MACOSX")) for part in path.split("/"))
+def _escapes(text: str) -> bool:
+    """Whether it can be written as UTF-8 but for bytes of other encodings."""
+    return all(not "\ud800" <= sign <= "\udfff" or "\udc80" <= sign <= "\udcff" for sign in text)
+
+
+def _escaped(sign: str) -> str:
+    return sign.encode("unicode_escape").decode()
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a file, or a folder above it, is one of those that systems keep for themselves."""
+    return any(part.startswith((".", "__MACOSX")) and part not in (".", "..") for part in path.split("/"))
 
 
 def _wrapper(paths: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from vistok.config import ShellCommand
 from vistok.data.captions import ShardCaptions
@@ -25,13 +25,13 @@ from vistok.data.files import printable
 from vistok.data.imagefiles import ImageFiles, LeftOut
 from vistok.data.remote import Shard, check_address, fetch, is_remote
 from vistok.data.sources import FileSource, hash_lines
-from vistok.data.tar import IMAGES, UNCONDITIONAL, Index, Kind, Sample, index_shard, open_member
-from vistok.utils.files import atomic_file, cache_folder, read_json
+from vistok.data.tar import IMAGES, MOST_CLASSES, UNCONDITIONAL, Index, Kind, Sample, index_shard, open_member
+from vistok.utils.files import atomic_file, cache_folder, read_json, read_lines
 
 log = logging.getLogger(__name__)
 
 CLASS_NAMES = "classnames.txt"
-INDEX_VERSION = 3
+INDEX_VERSION = 4
 MOST_SHARDS = 100_000
 
 
@@ -160,7 +160,7 @@ def class_names(pattern: Shard, paths: Sequence[Path], samples: Sequence[Sample]
     sample has a label.
 
     Raises:
-        ValueError: labels for some samples only, or too few names.
+        ValueError: labels for some samples only, too few names, or names that are no UTF-8.
     """
     unlabelled = [sample for sample in samples if sample.label == UNCONDITIONAL]
     if len(unlabelled) == len(samples):
@@ -172,7 +172,7 @@ def class_names(pattern: Shard, paths: Sequence[Path], samples: Sequence[Sample]
     names = paths[0].with_name(CLASS_NAMES)
     if not names.exists():
         return tuple(map(str, range(count)))
-    lines = tuple(names.read_text().splitlines())
+    lines = tuple(read_lines(names))
     if len(lines) < count:
         raise ValueError(f"{names} names {len(lines)} classes, but there is a label {count - 1}")
     return lines
@@ -229,12 +229,9 @@ def samples_of(path: Path, number: int, cache: Path | None, kind: Kind = IMAGES)
     file = cache / "index" / f"{hash_lines([key])[:32]}.json" if cache is not None else None
     if file is not None:
         try:
-            kept = read_json(file)
-            count, names = kept["left_out"]
-            samples = [Sample(number, *row) for row in kept["samples"]]
-            return Index(samples, LeftOut(count, tuple(names)), kept["wrong_label"])
+            return _kept_index(read_json(file), number)
         except (OSError, ValueError, TypeError, KeyError):
-            pass  # it is not kept yet
+            pass  # it is not kept yet, or damaged
     try:
         index = index_shard(path, number, kind)
     except tarfile.TarError as error:
@@ -250,3 +247,17 @@ def samples_of(path: Path, number: int, cache: Path | None, kind: Kind = IMAGES)
         except OSError as error:
             log.info("the index of %s is not kept: %s", path, error)
     return index
+
+
+def _kept_index(kept: Any, number: int) -> Index:
+    """What was kept of a shard; ValueError, TypeError or KeyError if it is damaged."""
+    samples = [Sample(number, *row) for row in kept["samples"]]
+    (count, names), wrong_label = kept["left_out"], kept["wrong_label"]
+    for sample in samples:
+        whole = all(type(value) is int for value in (sample.offset, sample.size, sample.label))
+        if not whole or min(sample.offset, sample.size) < 0 or not UNCONDITIONAL <= sample.label < MOST_CLASSES:
+            raise ValueError(f"no sample: {sample}")
+    texts = [*(sample.name for sample in samples), *names, wrong_label or ""]
+    if type(count) is not int or not all(isinstance(text, str) for text in texts):
+        raise TypeError("texts and a count are expected")
+    return Index(samples, LeftOut(count, tuple(names)), wrong_label)

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import io
 import json
+import posixpath
 import re
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from vistok.data.files import printable
+from vistok.data.files import is_hidden, printable
 from vistok.data.formats import extension, image_extensions
 from vistok.data.imagefiles import LeftOut
 
@@ -116,39 +117,74 @@ def open_member(path: Path, offset: int, size: int) -> BinaryIO:
     return io.BufferedReader(Slice(path, offset, size))
 
 
-def regular_files(path: Path) -> list[tarfile.TarInfo]:
-    """The members of a tar file that are files, in their order there; the bytes of each begin at its ``offset_data``.
+class Contents(NamedTuple):
+    """What a tar file holds.
+
+    Attributes:
+        files: its members that are files, and links to such, by their names, in their order there; the bytes of each
+            begin at its ``offset_data``.
+        twice: names that more than one of them has; the last one counts.
+        skipped: what is neither file nor folder, with the reason.
+    """
+
+    files: dict[str, tarfile.TarInfo]
+    twice: frozenset[str]
+    skipped: list[str]
+
+
+def contents(path: Path) -> Contents:
+    """Walk through a tar file.
 
     Raises:
         tarfile.ReadError: it is no uncompressed tar file, cut, or damaged.
         OSError: it cannot be read at all.
     """
+    files: dict[str, tarfile.TarInfo] = {}
+    twice, skipped = set[str](), list[str]()
     with tarfile.open(path, "r:") as archive:
-        members = [member for member in archive if member.isfile()]
+        for member in archive:
+            name, target = member.name.removeprefix("./"), member
+            if member.islnk() or member.issym():  # what tar makes of the second name of a file
+                linked = posixpath.join(posixpath.dirname(name) if member.issym() else "", member.linkname)
+                target = files.get(posixpath.normpath(linked), member)
+            if member.isdir():
+                continue
+            if not target.isreg() or target.issparse():
+                skipped.append(f"{name} ({_reason(target)})")
+                continue
+            if name in files:
+                twice.add(name)
+            files[name] = target
         _check_end(path, archive.offset)
-    return members
+    return Contents(files, frozenset(twice), skipped)
+
+
+def _reason(member: tarfile.TarInfo) -> str:
+    if member.islnk() or member.issym():
+        return "a link to no file before it"
+    return "stored with holes" if member.issparse() else "a pipe, a socket or a device"
 
 
 def index_shard(path: Path, number: int, kind: Kind = IMAGES) -> Index:
     """The images of a tar file, or samples of another kind, with their labels.
 
     Raises:
-        tarfile.ReadError, OSError: see ``regular_files``.
+        tarfile.ReadError, OSError: see ``contents``.
         ValueError: a key has two of them.
     """
-    members: dict[str, tarfile.TarInfo] = {}
-    for member in regular_files(path):
-        name = member.name.removeprefix("./")
-        if name in members and kind.wants(name):
+    members, twice, skipped = contents(path)
+    hidden = [name for name in members if is_hidden(name)]  # such as ._a.png, which macOS puts beside a.png
+    members = {name: member for name, member in members.items() if not is_hidden(name)}
+    for name in members:
+        if name in twice and kind.wants(name):
             raise ValueError(
                 f"{path}: the key {printable(_key(name))!r} has two {kind.name}s of the name {printable(name)}"
             )
-        members[name] = member
     images = _chosen(members, kind)
     _check_keys(path, images, kind)
     wrong_label = None
     try:
-        labels = _labels(path, members, set(images.values()))
+        labels = _labels(path, members, set(images.values()), twice)
     except ValueError as error:  # of no concern to those who only look at the images
         labels, wrong_label = {}, str(error)
     samples = [
@@ -157,6 +193,7 @@ def index_shard(path: Path, number: int, kind: Kind = IMAGES) -> Index:
     ]
     keys = set(images.values())
     left_out = [name for name in members if name not in images and not _belongs(name, keys)]
+    left_out += [*skipped, *(f"{name} (hidden)" for name in hidden)]
     return Index(samples, LeftOut.of(f"{path}:{name}" for name in left_out), wrong_label)
 
 
@@ -195,7 +232,9 @@ def _check_keys(path: Path, images: Mapping[str, str], kind: Kind) -> None:
             )
 
 
-def _labels(path: Path, members: Mapping[str, tarfile.TarInfo], keys: set[str]) -> dict[str, int]:
+def _labels(
+    path: Path, members: Mapping[str, tarfile.TarInfo], keys: set[str], twice: Collection[str]
+) -> dict[str, int]:
     """Class ids by key: that of its .cls file, else that of its .json file, if it has one."""
     labels: dict[str, int] = {}
     with path.open("rb") as file:
@@ -204,6 +243,8 @@ def _labels(path: Path, members: Mapping[str, tarfile.TarInfo], keys: set[str]) 
                 key = _key(name)
                 if extension(name) != kind or key in labels or key not in keys:
                     continue
+                if name in twice:
+                    raise ValueError(f"{path} has two files {printable(name)}, which may differ; remove one")
                 file.seek(member.offset_data)
                 try:
                     label = _label(file.read(min(member.size, LONGEST_LABEL + 1)), kind)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +13,12 @@ import numpy as np
 from vistok.data.clip_sources import ClipSource
 from vistok.data.clips import ClipTransform
 from vistok.data.decoding import Decoder
-from vistok.data.files import SPLITS
+from vistok.data.files import SPLITS, printable
 from vistok.data.sources import hash_lines
 from vistok.data.tar import UNCONDITIONAL
 from vistok.data.video_decoders import open_video
 from vistok.data.videos import VIDEO_EXTENSIONS, UnreadableClipError, Video, is_frame
+from vistok.utils.files import read_lines
 
 _LAYOUTS = f"videos are files ({' '.join(VIDEO_EXTENSIONS)}) or folders of images, in <class>/ folders or side by side"
 
@@ -154,7 +155,7 @@ def listed_videos(
 
     Raises:
         FileNotFoundError: no such list, or a video that it names is not there.
-        ValueError: a list of another form.
+        ValueError: a list of another form or encoding, or one in which some videos have an action and others none.
     """
     rows: list[tuple[Path, str]] = []
     for name in str(lists).split("+"):
@@ -168,35 +169,60 @@ def listed_videos(
     found = [_locate(video, action) for video, action in rows]
     absent = [str(video) for (video, _), there in zip(rows, found, strict=True) if there is None]
     if absent:
-        shown = ", ".join(absent[:5])
+        shown = printable(", ".join(absent[:5]))
         raise FileNotFoundError(f"{len(absent)} of {len(rows)} videos of {lists} are not there: {shown}")
     classes = tuple(sorted({action for _, action in rows if action}))
-    labels = [classes.index(action) if action else UNCONDITIONAL for _, action in rows]
+    unlabelled = [video for video, action in rows if not action]
+    if classes and unlabelled:
+        raise ValueError(
+            f"{len(unlabelled)} of {len(rows)} videos of {lists} have no action (such as "
+            f"{printable(str(unlabelled[0]))}); give one to each, or to none"
+        )
+    places = {action: label for label, action in enumerate(classes)} | {"": UNCONDITIONAL}
+    labels = [places[action] for _, action in rows]
     return VideoSource([path for path in found if path is not None], labels, classes, decoder)
 
 
 def _rows(path: Path) -> list[tuple[str, str]]:
     """(path, action) of each line of a list."""
-    lines = [line for line in path.read_text().splitlines() if line.strip()]
+    lines = [line for line in read_lines(path) if line.strip()]
     if path.suffix.lower() != ".csv":
         return [(line.split()[0], _action_of(line.split()[0])) for line in lines]
-    rows = list(csv.DictReader(lines))
-    columns = set(rows[0]) if rows else set()
-    if "path" in columns:
-        return [(row["path"], _ucf_action(row["path"]) or row.get("action") or row.get("label") or "") for row in rows]
-    if {"youtube_id", "time_start", "time_end"} <= columns:
-        name = "{youtube_id}_{start:06d}_{end:06d}.mp4"
-        return [
-            (
-                name.format(youtube_id=row["youtube_id"], start=int(row["time_start"]), end=int(row["time_end"])),
-                row.get("label") or "",
-            )
-            for row in rows
-        ]
-    raise ValueError(
-        f"{path} has the columns {', '.join(sorted(columns))}; expected id, path, action, label, or label, "
-        "youtube_id, time_start, time_end (Kinetics)"
-    )
+    try:
+        reader = csv.DictReader(lines)
+        columns, rows = set(reader.fieldnames or ()), list(reader)
+    except csv.Error as error:
+        raise ValueError(f"{path} is no CSV file: {error}") from error
+    read = _larp_row if "path" in columns else _kinetics_row if columns >= KINETICS else None
+    if read is None:
+        raise ValueError(
+            f"{path} has the columns {', '.join(sorted(columns))}; expected id, path, action, label, or label, "
+            "youtube_id, time_start, time_end (Kinetics)"
+        )
+    found = []
+    for number, row in enumerate(rows, 2):
+        try:
+            found.append(read(row))
+        except (ValueError, TypeError) as error:  # a cell is missing, or no number
+            raise ValueError(f"{path}: row {number} names no video: {error}") from error
+    return found
+
+
+KINETICS = {"youtube_id", "time_start", "time_end"}
+
+
+def _larp_row(row: Mapping[str, str | None]) -> tuple[str, str]:
+    path = row["path"]
+    if not path:
+        raise ValueError("it has no path")
+    return path, _ucf_action(path) or row.get("action") or row.get("label") or ""
+
+
+def _kinetics_row(row: Mapping[str, str | None]) -> tuple[str, str]:
+    name, start, end = row["youtube_id"], row["time_start"], row["time_end"]
+    if not (name and start and end):
+        raise ValueError("expected youtube_id, time_start and time_end")
+    return f"{name}_{int(start):06d}_{int(end):06d}.mp4", row.get("label") or ""
 
 
 def _locate(path: Path, action: str) -> Path | None:

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vistok.eval.metrics import Moments, frechet_distance
+from vistok.eval.metrics import Moments, check_symmetric, frechet_distance, is_positive
 from vistok.eval.video_protocols import VideoProtocol, video_protocol
-from vistok.utils.files import atomic_file
+from vistok.utils.files import atomic_file, utf8_path
 
 
 class ClipNetwork(Protocol):
@@ -101,8 +102,8 @@ class ClipStatistics:
         told = {"protocol": self.protocol, "network": self.network, "source": self.source, "count": self.count}
         told["weights_sha256"] = self.weights_sha256
         tensors = {"sum": self.moments.sum.cpu(), "outer": self.moments.outer.cpu()}
-        with atomic_file(Path(path)) as temporary:
-            save_file(tensors, temporary, metadata={"clip_statistics": json.dumps(told)})
+        with atomic_file(Path(path)) as temporary, utf8_path(temporary) as name:
+            save_file(tensors, name, metadata={"clip_statistics": json.dumps(told)})
 
     @classmethod
     def load(cls, path: str | Path) -> ClipStatistics:
@@ -112,17 +113,15 @@ class ClipStatistics:
             StatisticsError: an absent, damaged or foreign file.
         """
         try:
-            with safe_open(str(path), "pt") as file:
+            with utf8_path(path) as name, safe_open(name, "pt") as file:
                 told = json.loads((file.metadata() or {})["clip_statistics"])
-                moments = Moments(0)
-                moments.count, moments.sum, moments.outer = (
-                    told["count"],
-                    file.get_tensor("sum"),
-                    file.get_tensor("outer"),
-                )
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+                moments = _checked(told["count"], file.get_tensor("sum"), file.get_tensor("outer"))
+            facts = [told[name] for name in ("protocol", "network", "weights_sha256", "source")]
+            if not all(isinstance(fact, str) for fact in (facts[0], facts[1], facts[3])):
+                raise ValueError("protocol, network and source are texts")
+        except (OSError, SafetensorError, LookupError, ValueError, TypeError, RuntimeError, RecursionError) as error:
             raise StatisticsError(f"{path} holds no clip statistics of ours: {error!r}") from error
-        return cls(moments, told["protocol"], told["network"], told["weights_sha256"], told["source"])
+        return cls(moments, *facts)
 
     def _require_alike(self, other: ClipStatistics) -> None:
         for name in ("protocol", "network", "weights_sha256"):
@@ -132,6 +131,23 @@ class ClipStatistics:
                     f"these statistics do not belong together: {name} is {ours!r} for {self.source} and {theirs!r} for "
                     f"{other.source}"
                 )
+
+
+def _checked(count: Any, total: Tensor, outer: Tensor) -> Moments:
+    """Moments as a file gives them; ValueError unless some clips can have had them."""
+    if type(count) is not int or count < 1:
+        raise ValueError(f"a number of clips is expected, got {count!r}")
+    if total.ndim != 1 or outer.shape != (len(total), len(total)):
+        raise ValueError(f"moments of shapes {tuple(total.shape)} and {tuple(outer.shape)}")
+    if any(part.dtype != torch.float64 or not bool(part.isfinite().all()) for part in (total, outer)):
+        raise ValueError("moments are finite float64")
+    check_symmetric(outer)
+    squares = outer.diagonal() / count
+    if not is_positive(outer) or bool((squares - (total / count).square() < -1e-9 * squares.abs()).any()):
+        raise ValueError("no clips have such moments: a variance would be negative")
+    moments = Moments(0)
+    moments.count, moments.sum, moments.outer = count, total, outer
+    return moments
 
 
 def frechet_video_distance(generated: ClipStatistics, real: ClipStatistics) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from vistok.utils.steps import check_steps
+
 
 class Velocity(NamedTuple):
     """What a network predicts of noisy pixels or latents: a velocity (B, C, H, W), and features of patches (B, P, D) by
@@ -54,10 +56,9 @@ class LinearPath:
         """The ``num_steps`` + 1 evenly spaced times from noise to data.
 
         Raises:
-            ValueError: num_steps is not a positive integer.
+            ValueError: num_steps is not a positive integer, or more than ``MOST_STEPS``.
         """
-        if not isinstance(num_steps, int) or isinstance(num_steps, bool) or num_steps < 1:
-            raise ValueError(f"num_steps must be an integer of at least 1, got {num_steps!r}; for example num_steps=25")
+        check_steps("num_steps", num_steps)
         rising = [i / num_steps for i in range(num_steps + 1)]
         return rising if self.noise_at == 0 else rising[::-1]
 

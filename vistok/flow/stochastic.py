@@ -14,6 +14,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from vistok.flow.solvers import FlowState, VelocityField
+from vistok.utils.steps import check_steps
 
 LAST_TIME = 0.04
 """Where the last step begins, which goes to t = 0 without noise: the score is stiff there."""
@@ -23,8 +24,9 @@ def stochastic_times(num_steps: int) -> list[float]:
     """The num_steps + 1 times that ``euler_maruyama`` visits: evenly from 1 to 0.04, then 0.
 
     Raises:
-        ValueError: fewer than the two steps that it takes to add noise and to remove it.
+        ValueError: fewer than the two steps that it takes to add noise and to remove it, or more than ``MOST_STEPS``.
     """
+    check_steps("num_steps", num_steps)
     if num_steps < 2:
         raise ValueError(
             f"num_steps must be at least 2 for the stochastic solver (the last step adds no noise), got {num_steps}; "

@@ -16,6 +16,7 @@ from vistok.conditions import WORDS
 from vistok.draws import Draws, Keys
 from vistok.guidance import Guidance
 from vistok.types import Clock, Condition, ConditionSpec, Expands, GeneratorOutput, TokenChunk, TokenSpec
+from vistok.utils.processes import share_of_group
 
 
 class Session(Protocol):
@@ -409,10 +410,11 @@ def check_draws(draws: Draws | None, *temperatures: float) -> None:
 
 
 def weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
-    """Mean of values (B,) with weights (B,), 0 where all weights are 0: a batch may hold no usable sample."""
+    """Mean of values (B,) with weights (B,), 0 where all weights are 0: a batch may hold no usable sample. In training
+    on several processes it is this one's part of the mean over all; see ``share_of_group``."""
     if weights is None:
         return values.mean()
-    total = weights.sum()
+    total = share_of_group(weights.sum())
     return (values * weights).sum() / total.where(total > 0, 1)
 
 

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from vistok.utils.processes import share_of_group
+
 
 class L1(nn.Module):
     """Mean absolute error over all elements."""
@@ -78,7 +80,7 @@ class LogitLaplace(nn.Module):
 def _mean(errors: Tensor, weight: Tensor | None) -> Tensor:
     if weight is None:
         return errors.mean()
-    return (errors * weight).sum() / weight.expand_as(errors).sum()
+    return (errors * weight).sum() / share_of_group(weight.expand_as(errors).sum())
 
 
 def _check_same_shape(prediction: Tensor, target: Tensor) -> None:

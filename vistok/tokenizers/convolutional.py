@@ -92,6 +92,7 @@ class ConvTokenizer(Tokenizer):
 
     def decode_latents(self, quantized: Tensor, grid: tuple[int, ...]) -> Tensor:
         """Codes (B, h * w, code dim) on a grid (h, w) to pixels."""
+        quantized = quantized.to(self.dtype)  # codes without weights, such as bits, are float32
         return self.decoder(self.post_quant(quantized.transpose(1, 2).unflatten(2, grid)))
 
     def forward(

@@ -24,7 +24,7 @@ from vistok.train.atlas import codebook_atlas
 from vistok.train.curves import reference_curve
 from vistok.train.monitor import METRICS_FILE, read_metrics
 from vistok.train.tasks.images import example_batch
-from vistok.utils.files import read_object
+from vistok.utils.files import read_object, utf8_path
 from vistok.utils.report import (
     REPORT_FILE,
     Block,
@@ -117,7 +117,7 @@ def _lead(
 
 def _weights(folder: Path) -> int:
     """How many numbers a saved model has."""
-    with safe_open(folder / WEIGHTS, "pt") as file:
+    with utf8_path(folder / WEIGHTS) as name, safe_open(name, "pt") as file:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (no mapping)
 
 

@@ -156,6 +156,37 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
+@contextmanager
+def utf8_path(path: str | os.PathLike[str]) -> Iterator[str]:
+    """The path of a file for libraries that take UTF-8 alone, as safetensors does: its own; or, where a folder above
+    it has another name, as Linux allows, one by which the system knows the folder while it is open here.
+
+    Raises:
+        ValueError: the file's own name is no UTF-8.
+    """
+    name = os.fspath(path)
+    if is_utf8(name):
+        yield name
+        return
+    folder, own = os.path.split(name)
+    if not is_utf8(own):
+        raise ValueError(f"the name of the file {own!r} is not UTF-8; rename it")
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        yield f"/proc/self/fd/{handle}/{own}"
+    finally:
+        os.close(handle)
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written as UTF-8; names of files of other encodings cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def write_json(target: str | Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically. NaN is refused: it is not JSON."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"

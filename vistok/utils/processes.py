@@ -100,6 +100,16 @@ def sum_over_group(values: Tensor) -> Tensor:
     return values if group_size() == 1 else _SumOverGroup.apply(values)
 
 
+def share_of_group(total: Tensor) -> Tensor:
+    """What a weighted mean in a loss divides by, given this process's total of the weights (scalar): the mean of all
+    processes' totals, since the mean of their losses is then the mean over all samples, however the weights are spread.
+
+    Where gradients are computed every process must call it. Elsewhere, as in a validation that one process does alone,
+    the total stays as it is.
+    """
+    return mean_over_group(total.detach().float()).to(total) if torch.is_grad_enabled() else total
+
+
 def mean_over_group(values: Tensor) -> Tensor:
     """The mean of ``values`` (...) over the process group; every process must call it, and gets the same mean.
 

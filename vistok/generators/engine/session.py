@@ -12,6 +12,7 @@ from vistok.draws import Draws
 from vistok.generators.engine.compiled import CompiledStep, SessionSteps
 from vistok.generators.engine.contracts import NextTokenModel
 from vistok.generators.engine.decodings import DECODINGS
+from vistok.generators.engine.finite import explain
 from vistok.generators.engine.packed import DecodingCopies, DecodingCopy
 from vistok.generators.engine.plan import Plan
 from vistok.generators.engine.sampling import DecodingOptions
@@ -292,12 +293,7 @@ class AutoregressiveSession:
         """Raise ValueError if logits were not finite: the one time that the host waits for the device."""
         failed = int(self.failed)
         if failed < self.sequence.shape[1]:
-            dtype = str(self.model.dtype).removeprefix("torch.")
-            raise ValueError(
-                f"the logits of token {failed} are not finite in {dtype}: "
-                + ("float16 has too small a range; sample in bfloat16 or float32" if dtype == "float16" else "")
-                + ("" if dtype == "float16" else "the weights hold NaN or infinities, or values grow beyond the range")
-            )
+            raise ValueError(explain(f"the logits of token {failed}", self.model.dtype))
 
     def network(self) -> NextTokenModel:
         """The model, or the copy of it that decoding steps compute with."""

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from vistok.draws import Draws
 from vistok.flow.diffusion import GaussianDiffusion, even_timesteps, strided_timesteps
+from vistok.generators.engine.finite import check_finite
 from vistok.guidance import GuidanceOptions, ScheduleName
 from vistok.nn.diffusion_head import DiffusionHead
 from vistok.types import Condition, TokenChunk, TokenSpec
+from vistok.utils.steps import check_steps
 
 
 class MARLike(Protocol):
@@ -70,8 +72,7 @@ class MAROptions(GuidanceOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_iter < 1:
-            raise ValueError(f"num_iter must be at least 1, got {self.num_iter}")
+        check_steps("num_iter", self.num_iter)
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be finite and not negative, got {self.temperature}")
         if self.step_spacing not in ("even", "stride"):
@@ -189,7 +190,8 @@ class MARSession:
         """Draw the next ``num_tokens`` latents in ``num_iter`` iterations, one chunk per iteration.
 
         Raises:
-            ValueError: num_tokens exceeds what is left, or is not a number of whole patches.
+            ValueError: num_tokens exceeds what is left, or is not a number of whole patches; latents that are not
+                finite.
         """
         size = self.model.members.shape[1]
         count = self._left if num_tokens is None else num_tokens // size
@@ -206,7 +208,8 @@ class MARSession:
             self._grouped = self._grouped.scatter(1, chosen[..., None].expand_as(drawn), drawn)
             self._left = end + left
             positions = self.model.members[chosen].flatten(1)
-            yield TokenChunk(positions, self.model.ungroup(drawn), torch.ones_like(positions, dtype=torch.bool))
+            latents = check_finite(self.model.ungroup(drawn), "latents", self.model.input.weight.dtype, positions)
+            yield TokenChunk(positions, latents, torch.ones_like(positions, dtype=torch.bool))
 
     def _draw(self, chosen: Tensor, weights: Sequence[float]) -> Tensor:
         """New tokens (B, n, d) at positions (B, n)."""

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from vistok.draws import Draws, inverse_cdf
+from vistok.generators.engine.finite import check_finite
 from vistok.guidance import GuidanceOptions, ScheduleName
 from vistok.types import Condition, TokenChunk, TokenSpec
+from vistok.utils.steps import check_steps
 
 
 class MaskGITLike(Protocol):
@@ -48,8 +50,7 @@ class MaskGITOptions(GuidanceOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_steps < 1:
-            raise ValueError(f"num_steps must be at least 1, got {self.num_steps}")
+        check_steps("num_steps", self.num_steps)
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature must be finite and not negative, got {self.temperature}")
 
@@ -161,6 +162,7 @@ class MaskGITSession:
         return TokenChunk(self._places, self._ids.masked_fill(~settled, 0), settled)
 
     def _logits(self, step: int) -> Tensor:
-        """Guided logits (B, L, V), float32."""
+        """Guided logits (B, L, V), float32; ValueError where they are not finite."""
         logits = self.model.predict(self._guidance.repeat(self._ids), self._classes)
-        return self._guidance.combine(logits, self._guidance.weights(step, self.options.num_steps))
+        logits = self._guidance.combine(logits, self._guidance.weights(step, self.options.num_steps))
+        return check_finite(logits, "logits", self.model.output.weight.dtype)

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from vistok.draws import Draws
+from vistok.generators.engine.finite import check_finite
 from vistok.generators.ming_univision.context import ALWAYS, IMAGE, KINDS, TEXT, Context, MingLike, Prompt
 from vistok.guidance import OFF, PLAIN, ChannelNorm, Guidance, constant
 from vistok.types import Condition, Expander, Expands, TokenChunk
+from vistok.utils.steps import check_steps
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,7 @@ class MingOptions:
             raise ValueError(f"time_shift must be finite and positive, got {self.time_shift}")
         if self.combination not in ("sum", "channel_norm"):
             raise ValueError(f"combination must be 'sum' or 'channel_norm', got {self.combination!r}")
-        if not isinstance(self.num_steps, int) or self.num_steps < 1:
-            raise ValueError(f"num_steps must be an integer of at least 1, got {self.num_steps!r}")
+        check_steps("num_steps", self.num_steps)
 
     def guidance(self, *, has_image: bool) -> Guidance:
         """The rows and their scales, with or without an image that came before."""
@@ -253,7 +254,7 @@ class MingSession:
         """Draw the next latents, one chunk for each place.
 
         Raises:
-            ValueError: more than places left.
+            ValueError: more than places left; latents that are not finite.
         """
         count = self.left if num_tokens is None else num_tokens
         if not 0 <= count <= self.left:
@@ -270,6 +271,7 @@ class MingSession:
             )[:, None]
             self.tokens = torch.cat([self.tokens, latents], 1)
             places = torch.full((len(latents), 1), place, device=latents.device)
+            check_finite(latents, "latents", self.model.embedding.weight.dtype, places)
             yield TokenChunk(places, latents, torch.ones_like(places, dtype=torch.bool))
 
     @torch.no_grad()
@@ -349,7 +351,11 @@ def noise_of(draws: Draws | None) -> Tensor:
 @torch.no_grad()
 def write_text(model: MingLike, context: Context, hidden: Tensor, max_tokens: int) -> tuple[Tensor, Tensor]:
     """Greedy ids (B, n) from the state (B, D) that the first is drawn from, and the state behind the last; what rows
-    that have ended are filled up with is hidden from them."""
+    that have ended are filled up with is hidden from them.
+
+    Raises:
+        ValueError: a model without a mark that ends a text, or logits that are not finite.
+    """
     if model.end is None:
         raise ValueError("this model has no mark that ends a text")
     ended = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
@@ -357,7 +363,8 @@ def write_text(model: MingLike, context: Context, hidden: Tensor, max_tokens: in
     for _ in range(max_tokens):
         if bool(ended.all()):
             break
-        new = torch.where(ended, model.end, model.output(hidden).argmax(-1))
+        logits = check_finite(model.output(hidden)[:, None], "logits", hidden.dtype)[:, 0]
+        new = torch.where(ended, model.end, logits.argmax(-1))
         ids.append(new[:, None])
         hidden = context.read(model.embedding(new)[:, None], valid=~ended[:, None])[:, -1]
         ended = ended | (new == model.end)

@@ -27,7 +27,10 @@ class SubTokenOptions(DecodingOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _ = self.of_part(1)
+        try:
+            self.of_part(1)
+        except ValueError as error:
+            raise ValueError(f"of the later sub-tokens: later_{error}") from error
 
     def of_part(self, part: int) -> DecodingOptions:
         own = {

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from vistok.data.streams import IMAGE_KIND, KINDS, TEXT_KIND, Streams
 from vistok.generators.base import weighted_mean
 from vistok.generators.engine.cache import CachedLayers, KVCache
+from vistok.generators.engine.finite import check_finite
 from vistok.nn.attention import Mask
 from vistok.nn.rotary import Positions
 from vistok.types import Condition, GeneratorOutput, IdSpec, JointVocabulary, TokenSpec
@@ -133,7 +134,7 @@ def write(model: TokenShuffleLike, condition: Condition, max_tokens: int) -> Ten
     while said.shape[1] < max_tokens and not bool(ended.all()):
         places = positions_of(valid)[:, -new:]
         hidden = model.transform(model.embed_joint(ids[:, -new:]), places, causal(valid, new), cache.layers)
-        logits = model.head(hidden[:, -1])
+        logits = check_finite(model.head(hidden[:, -1:]), "logits", hidden.dtype)[:, 0]
         words = torch.cat([logits[:, : vocabulary.text_size], logits[:, end, None]], 1).argmax(-1)
         word = torch.where(ended | (words == vocabulary.text_size), end, words)[:, None]
         ended = ended | (word[:, 0] == end)

@@ -251,7 +251,7 @@ class VAR(AutoregressiveGenerator):
 
     def embed_tokens(self, ids: Tensor, places: Tensor, upcoming: Tensor) -> Tensor:
         """(R, m, D) of the map so far on the next grid, ``ids`` (R, m, E); each told its scale and its place."""
-        return self.input(ids) + self._places(upcoming)
+        return self.input(ids.to(self.input.weight.dtype)) + self._places(upcoming)
 
     def _places(self, places: Tensor) -> Tensor:
         return self.scale_embedding(self.scales[places]) + self.positions[0, places]

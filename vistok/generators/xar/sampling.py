@@ -13,6 +13,7 @@ from vistok.draws import Draws
 from vistok.flow import FlowState, LinearPath, euler, euler_maruyama, guided, stochastic_times
 from vistok.flow.solvers import VelocityField
 from vistok.generators.engine.cache import KVCache
+from vistok.generators.engine.finite import check_finite
 from vistok.generators.xar.layouts import EntityLayout
 from vistok.guidance import GuidanceOptions, ScheduleName
 from vistok.types import Condition, TokenChunk, TokenSpec
@@ -128,7 +129,7 @@ class XARSession:
         The coarse scales of a pyramid are no tokens and yield nothing.
 
         Raises:
-            ValueError: num_tokens does not end with an entity.
+            ValueError: num_tokens does not end with an entity; latents that are not finite.
         """
         entities = range(self.entity, self._stop(num_tokens))
         # All before the first step: a copy to a device waits for what it is computing.
@@ -136,6 +137,8 @@ class XARSession:
         for entity, positions in zip(entities, raster):
             here = slice(self.layout.bounds[entity], self.layout.bounds[entity + 1])
             self._sequence[:, here] = self._solve(entity, here).to(self._sequence)
+            places = positions.expand(len(self._sequence), -1) if len(positions) else None  # coarse scales have none
+            check_finite(self._sequence[:, here], "latents", self._sequence.dtype, places)
             self.entity = entity + 1
             if len(positions):
                 shape = (len(self._sequence), len(positions))

@@ -38,6 +38,7 @@ from vistok.tokenizers.dar.networks import (
     plain_norm,
 )
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec, as_dataclass
+from vistok.utils.processes import share_of_group
 from vistok.utils.sides import image_sides, times
 
 PATH = LinearPath(noise_at=0)
@@ -441,4 +442,4 @@ class Trajectory:
 
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean of per-token values (B, N) where the mask is True; a value without tokens stays."""
-    return values if values.ndim == 0 else (values * mask).sum() / mask.sum()
+    return values if values.ndim == 0 else (values * mask).sum() / share_of_group(mask.sum().to(values))

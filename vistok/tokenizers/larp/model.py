@@ -222,7 +222,7 @@ class LARP(Tokenizer):
     def decode_latents(self, quantized: Tensor, *, num_frames: int | None = None) -> Tensor:
         """Codes (B, n, d) to clips (B, C, T, H, W) in [-1, 1], up to overshoot."""
         steps = self._time_steps(self._input_shape[1] if num_frames is None else num_frames)
-        return self.from_native(self.decoder(self.post_quant(quantized), steps))
+        return self.from_native(self.decoder(self.post_quant(quantized.to(self.dtype)), steps))
 
     def forward(
         self,

@@ -189,7 +189,7 @@ def write_report(path: str | Path, *, title: str, kicker: str, lead: str, sectio
         .render(title=title, kicker=kicker, lead=lead, sections=sections, slides=slides)
     )
     with atomic_file(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")  # names of files need not be UTF-8
 
 
 @cache

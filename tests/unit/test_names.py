@@ -1,0 +1,78 @@
+"""Folders and files whose names are no UTF-8, as Linux allows: they work, or one message names the way out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.processes import SECONDS
+from support.tiny_models import tiny
+from support.tiny_runs import generator_config, tokenizer_config, write_tokens
+
+import vistok
+from vistok.config import ConfigError
+from vistok.train import train
+from vistok.utils.files import utf8_path
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="names are texts there")
+
+NAME = os.fsdecode(b"caf\xe9")
+
+
+def test_models_are_saved_and_loaded_below_such_a_folder(tmp_path: Path):
+    model = tiny("vit_vqgan")
+    model.save_pretrained(tmp_path / NAME)
+    for key, tensor in vistok.load(tmp_path / NAME).state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[key]), key
+    assert [path.name for path in tmp_path.iterdir()] == [NAME]
+
+
+def test_a_file_of_such_a_name_is_named(tmp_path: Path):
+    with (
+        pytest.raises(ValueError, match=r"the name of the file 'caf\\udce9' is not UTF-8; rename it"),
+        utf8_path(tmp_path / NAME),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("key", ["output_dir", "data.root"])
+def test_a_config_cannot_hold_them_and_says_so_before_anything_is_written(tmp_path: Path, key: str):
+    section, _, inner = key.rpartition(".")
+    value = str(tmp_path / NAME)
+    config = tokenizer_config(tmp_path / "run")
+    config = config | ({section: config[section] | {inner: value}} if section else {key: value})
+    with pytest.raises(ConfigError, match=rf"{key}: got .* a config is UTF-8, and this is not; rename it"):
+        train(config)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_runs_that_were_moved_to_such_a_folder(tmp_path: Path):
+    """Every command works on them, and prints."""
+    few = {"max_steps": 1, "image_every": 0}
+    tokenizer = train(tokenizer_config(tmp_path / "tokenizer", training=few))
+    generator = train(generator_config(tmp_path / "generator", write_tokens(tmp_path / "tokens"), training=few))
+    folder = tmp_path / NAME
+    folder.mkdir()
+    for run in (tokenizer, generator):
+        shutil.move(run, folder)
+    for command in (
+        ["report", folder / "tokenizer"],
+        ["tokenize", folder / "tokenizer", "--out", folder / "tokens"],
+        ["sample", folder / "generator", "--out", folder / "samples", "--num", "2"],
+        ["reconstruct", folder / "tokenizer", folder / "samples", "--out", folder / f"{NAME}.png"],
+        ["pipeline", folder / "tokenizer", folder / "generator", "--out", folder / "pipeline"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "vistok", *map(os.fspath, command)],
+            capture_output=True,
+            timeout=SECONDS,
+            check=False,
+        )
+        assert done.returncode == 0, (command, done.stderr)
+        assert b"caf\\udce9" in done.stdout

@@ -1,0 +1,35 @@
+"""Numbers beyond the range of a precision: found where they appear, before they become ids or images of nothing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def explain(what: str, dtype: torch.dtype) -> str:
+    """The message about something that is not finite in a precision, with the way out."""
+    name = str(dtype).removeprefix("torch.")
+    remedy = (
+        "float16 has too small a range; sample in bfloat16 or float32"
+        if dtype == torch.float16
+        else "the weights hold NaN or infinities, or values grow beyond the range"
+    )
+    return f"{what} are not finite in {name}: {remedy}"
+
+
+def check_finite(values: Tensor, what: str, dtype: torch.dtype, positions: Tensor | None = None) -> Tensor:
+    """The values (B, n, ...) as they are; the host waits for the device.
+
+    Args:
+        what: their name, such as "latents".
+        dtype: of the weights that made them.
+        positions: (B, n), of which tokens they are; None counts them from 0.
+
+    Raises:
+        ValueError: some are NaN or infinite; the message names the first token.
+    """
+    wrong = ~values.isfinite().flatten(2).all(-1)  # (B, n)
+    if bool(wrong.any()):
+        places = torch.arange(wrong.shape[1], device=wrong.device).expand_as(wrong) if positions is None else positions
+        raise ValueError(explain(f"the {what} of token {int(places[wrong].min())}", dtype))
+    return values
