@@ -393,7 +393,7 @@ def twice(positions) -> None:
         (lambda: options(num_steps=1), r"num_steps 1 of them \(at least 2\)"),
         (lambda: MAROptions(num_steps=1), "num_steps must lie between 2 and the 1000"),
         (lambda: options(num_steps=400), "no stride through 1000 timesteps visits num_steps 400"),
-        (lambda: options(num_iter=0), "num_iter must be at least 1"),
+        (lambda: options(num_iter=0), "num_iter must be an integer of at least 1, got 0"),
         (lambda: options(temperature=-1.0), "temperature must be finite and not negative"),
         (lambda: options(step_spacing="odd"), "step_spacing must be"),
         (lambda: tiny().start(Condition.from_labels([5]), draws=draw(tiny())), "class label 5"),
