@@ -162,7 +162,7 @@ def test_half_precision_that_overflows_is_told_the_remedy():
     with torch.no_grad():
         model.output.weight.fill_(6e4)
         model.norm.weight.fill_(1e3)
-    with pytest.raises(ValueError, match=r"token 0 are not finite in float16: .* sample in bfloat16 or float32"):
+    with pytest.raises(ValueError, match=r"token 0 are not finite in float16: .* take bfloat16 or float32"):
         model.sample(labels(0, 1), GREEDY)
 
 

@@ -168,6 +168,17 @@ def test_a_condition_is_refused_where_none_is_taken(name):
         model.decode(tokens, condition=labels(0, 1, 2))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", names("tokenizer"))
+def test_latents_that_are_not_finite_have_no_ids(name):
+    """Of NaN a comparison with codes would give the id 0 without a word."""
+    model = tiny(name)
+    for parameter in model.parameters():
+        parameter.fill_(torch.nan)
+    with pytest.raises(ValueError, match="the latents of these images are not finite in float32: the weights hold NaN"):
+        model.encode(pixels(model))
+
+
 def test_a_tokenizer_that_renders_nothing_says_so():
     model = Silent()
     tokens = model.encode(clips())

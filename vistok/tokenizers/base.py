@@ -18,6 +18,7 @@ from vistok.draws import Draws, Keys
 from vistok.quantizers.gaussian import GaussianLatents
 from vistok.quantizers.scaled import PackedBSQ, ScaledQuantizer
 from vistok.types import Clock, Condition, ConditionSpec, DrawsInTraining, Expander, TokenizerOutput, TokenSpec
+from vistok.utils.finite import finite_latents
 from vistok.utils.sides import times
 
 if TYPE_CHECKING:
@@ -174,6 +175,15 @@ class Tokenizer(Model):
             clock: where training stands, for parts with a schedule.
             draws: from ``training_draws``, for parts that are random in training.
         """
+
+    def quantize(self, latents: Tensor) -> Tensor:
+        """Ids (B, L[, depth]) of what the quantizer reads, latents (B, L, D) or a map of them (B, D, h, w).
+
+        Raises:
+            ValueError: latents that are not finite, of which any id would be wrong.
+        """
+        ids: Tensor = self.quantizer.encode(finite_latents(latents))
+        return ids
 
     def dequantize(self, tokens: Tensor, length: int | None = None) -> Tensor:
         """What the decoder reads, latents (B, L, D) in the model's precision, of ids (B, L[, depth]).

@@ -69,7 +69,7 @@ class ConvTokenizer(Tokenizer):
 
     def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
         self.check_condition(condition)
-        return self.quantizer.encode(self.latents(pixels))
+        return self.quantize(self.latents(pixels))
 
     def decode(
         self, tokens: Tensor, *, condition: Condition | None = None, grid: tuple[int, ...] | None = None

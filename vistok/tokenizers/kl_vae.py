@@ -24,6 +24,7 @@ from vistok.draws import Draws, Keys
 from vistok.quantizers.gaussian import GaussianLatents, gaussian_kl
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec
+from vistok.utils.finite import finite_latents
 from vistok.utils.sides import check_grid, grid_of, image_sides
 
 KL16_SCALE = 0.2325
@@ -159,7 +160,7 @@ class KLVAE(Tokenizer):
     def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
         """Pixels to standardised latents (B, L, D): the posterior's mode, or, with ``draws``, a sample."""
         self.check_condition(condition)
-        return self.gaussian.standardise(self.gaussian.choose(*self.moments(pixels), draws))
+        return finite_latents(self.gaussian.standardise(self.gaussian.choose(*self.moments(pixels), draws)))
 
     def encode_moments(self, pixels: Tensor) -> Tensor:
         """The posterior of the standardised latents, (B, L, 2D): means, then log-variances."""

@@ -12,13 +12,13 @@ from vistok.draws import Draws
 from vistok.generators.engine.compiled import CompiledStep, SessionSteps
 from vistok.generators.engine.contracts import NextTokenModel
 from vistok.generators.engine.decodings import DECODINGS
-from vistok.generators.engine.finite import explain
 from vistok.generators.engine.packed import DecodingCopies, DecodingCopy
 from vistok.generators.engine.plan import Plan
 from vistok.generators.engine.sampling import DecodingOptions
 from vistok.generators.engine.windows import Windows, only_forced
 from vistok.guidance import PLAIN, Guidance, Weights
 from vistok.types import Condition, Expander, TokenChunk
+from vistok.utils.finite import explain
 
 
 class AutoregressiveSession:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from vistok.draws import Draws
 from vistok.flow.diffusion import GaussianDiffusion, even_timesteps, strided_timesteps
-from vistok.generators.engine.finite import check_finite
 from vistok.guidance import GuidanceOptions, ScheduleName
 from vistok.nn.diffusion_head import DiffusionHead
 from vistok.types import Condition, TokenChunk, TokenSpec
+from vistok.utils.finite import check_finite
 from vistok.utils.steps import check_steps
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from vistok.draws import Draws, inverse_cdf
-from vistok.generators.engine.finite import check_finite
 from vistok.guidance import GuidanceOptions, ScheduleName
 from vistok.types import Condition, TokenChunk, TokenSpec
+from vistok.utils.finite import check_finite
 from vistok.utils.steps import check_steps
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from vistok.draws import Draws
-from vistok.generators.engine.finite import check_finite
 from vistok.generators.ming_univision.context import ALWAYS, IMAGE, KINDS, TEXT, Context, MingLike, Prompt
 from vistok.guidance import OFF, PLAIN, ChannelNorm, Guidance, constant
 from vistok.types import Condition, Expander, Expands, TokenChunk
+from vistok.utils.finite import check_finite
 from vistok.utils.steps import check_steps
 
 

@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from vistok.data.streams import IMAGE_KIND, KINDS, TEXT_KIND, Streams
 from vistok.generators.base import weighted_mean
 from vistok.generators.engine.cache import CachedLayers, KVCache
-from vistok.generators.engine.finite import check_finite
 from vistok.nn.attention import Mask
 from vistok.nn.rotary import Positions
 from vistok.types import Condition, GeneratorOutput, IdSpec, JointVocabulary, TokenSpec
+from vistok.utils.finite import check_finite
 
 
 class TokenShuffleLike(Protocol):

@@ -13,10 +13,10 @@ from vistok.draws import Draws
 from vistok.flow import FlowState, LinearPath, euler, euler_maruyama, guided, stochastic_times
 from vistok.flow.solvers import VelocityField
 from vistok.generators.engine.cache import KVCache
-from vistok.generators.engine.finite import check_finite
 from vistok.generators.xar.layouts import EntityLayout
 from vistok.guidance import GuidanceOptions, ScheduleName
 from vistok.types import Condition, TokenChunk, TokenSpec
+from vistok.utils.finite import check_finite
 
 PATH = LinearPath(noise_at=1)
 

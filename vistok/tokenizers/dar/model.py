@@ -235,7 +235,7 @@ class DAR(Tokenizer):
 
     def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
         self.check_condition(condition)
-        return self.quantizer.encode(self.latents(pixels))
+        return self.quantize(self.latents(pixels))
 
     def embed_codes(self, codes: Tensor) -> Tensor:
         """Embed the first k codes (B, k, d) for the velocity network, (B, k, Dc); a token depends on no later one."""

@@ -253,7 +253,7 @@ class FlexTok(Tokenizer):
 
     def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
         self.check_condition(condition)
-        return self.quantizer.encode(self.encoder(self.to_maps(pixels, draws=draws)))
+        return self.quantize(self.encoder(self.to_maps(pixels, draws=draws)))
 
     @torch.no_grad()
     def decode(

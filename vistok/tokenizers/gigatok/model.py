@@ -246,7 +246,7 @@ class GigaTok(Tokenizer):
 
     def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
         self.check_condition(condition)
-        return self.quantizer.encode(self.latents(self.encode_map(pixels)))
+        return self.quantize(self.latents(self.encode_map(pixels)))
 
     def decode(self, tokens: Tensor, *, condition: Condition | None = None) -> Tensor:
         """Ids (B, L), or those of scales (see ``dequantize``), to pixels (B, C, H, W).

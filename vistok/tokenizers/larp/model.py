@@ -205,7 +205,7 @@ class LARP(Tokenizer):
         """
         self.check_condition(condition)
         latents = self.latents(pixels)
-        return self.quantizer.encode(latents) if draws is None else self.quantizer(latents, draws=draws).ids
+        return self.quantize(latents) if draws is None else self.quantizer(latents, draws=draws).ids
 
     def decode(self, tokens: Tensor, *, condition: Condition | None = None, num_frames: int | None = None) -> Tensor:
         """Ids (B, n), or those of scales (see ``dequantize``), to clips (B, C, T, H, W) in [-1, 1], up to overshoot.

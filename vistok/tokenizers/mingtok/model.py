@@ -26,6 +26,7 @@ from vistok.tokenizers.mingtok import official
 from vistok.tokenizers.mingtok.expansion import SemanticExpander
 from vistok.tokenizers.mingtok.networks import LowLevelEncoder, PixelDecoder, SemanticDecoder, StageConfig
 from vistok.types import MAIN, Clock, Condition, TokenizerOutput, TokenSpec, as_dataclass
+from vistok.utils.finite import finite_latents
 from vistok.utils.sides import image_sides, times
 
 ENCODER = StageConfig(768, 12, 12, "swiglu")
@@ -140,7 +141,7 @@ class MingTok(Tokenizer):
     def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
         """Pixels to standardised latents (B, N, d) of the patches, in raster order; nothing is drawn."""
         self.check_condition(condition)
-        return self.scale.standardise(self.latents(pixels)[:, :-1])
+        return finite_latents(self.scale.standardise(self.latents(pixels)[:, :-1]))
 
     @property
     def latent_statistics(self) -> Mapping[str, float] | None:

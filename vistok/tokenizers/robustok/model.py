@@ -122,7 +122,7 @@ class RobusTok(Tokenizer):
 
     def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
         self.check_condition(condition)
-        return self.quantizer.encode(self.latents(pixels))
+        return self.quantize(self.latents(pixels))
 
     def decode(self, tokens: Tensor, *, condition: Condition | None = None) -> Tensor:
         """Ids (B, N), or those of scales (see ``dequantize``), to pixels (B, C, H, W).

@@ -223,7 +223,7 @@ class SEED(Tokenizer):
 
     def encode_features(self, features: Tensor) -> Tensor:
         """Vision features (B, T, C), before their norm, to ids (B, L)."""
-        return self.quantizer.encode(self.to_latents(self.query_features(features)))
+        return self.quantize(self.to_latents(self.query_features(features)))
 
     def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
         """Pixels in [-1, 1] to ids (B, L); nothing is drawn.

@@ -42,6 +42,7 @@ from vistok.tokenizers.titok.networks import (
 )
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec, as_dataclass
 from vistok.utils.devices import without_autocast
+from vistok.utils.finite import finite_latents
 from vistok.utils.sides import image_sides
 
 Bottleneck = Literal["vq", "vae"]
@@ -238,8 +239,9 @@ class TiTok(Tokenizer):
         self.check_condition(condition)
         hidden = self.latents(pixels)
         if not self.has_posterior:
-            return self._in_full_precision(self.quantizer.encode, hidden)
-        return self.quantizer.standardise(self.quantizer.choose(*self.quantizer.moments(hidden), draws))
+            return self._in_full_precision(self.quantize, hidden)
+        chosen = self.quantizer.choose(*self.quantizer.moments(hidden), draws)
+        return finite_latents(self.quantizer.standardise(chosen))
 
     def encode_moments(self, pixels: Tensor) -> Tensor:
         if not self.has_posterior:

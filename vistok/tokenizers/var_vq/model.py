@@ -21,6 +21,7 @@ from vistok.quantizers.multiscale import MultiScaleQuantizer, ScaleExpander
 from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.var_vq import official
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec
+from vistok.utils.finite import finite_latents
 from vistok.utils.sides import image_sides
 
 
@@ -137,7 +138,7 @@ class VARVQ(Tokenizer):
 
     def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
         self.check_condition(condition)
-        return self.quantizer.encode(self.latents(pixels))
+        return self.quantize(self.latents(pixels))
 
     def decode(self, tokens: Tensor, *, condition: Condition | None = None) -> Tensor:
         """Ids (B, n) of the first scales, or of all, to pixels; or code vectors (B, n, D), as smooth sampling gives.
@@ -195,7 +196,7 @@ class VARVQ(Tokenizer):
         height, width = pixels.shape[-2:]
         if height % self.stride or width % self.stride:
             raise ValueError(f"image sides must be multiples of {self.stride}, got {height}x{width}")
-        return self.quantizer.encode(self.pre_quant(self.encoder(pixels)), scales)
+        return self.quantizer.encode(finite_latents(self.pre_quant(self.encoder(pixels))), scales)
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:

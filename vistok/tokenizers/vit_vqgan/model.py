@@ -222,7 +222,7 @@ class ViTVQGAN(Tokenizer):
 
     def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
         self.check_condition(condition)
-        return self.quantizer.encode(self.latents(pixels))
+        return self.quantize(self.latents(pixels))
 
     def decode(self, tokens: Tensor, *, condition: Condition | None = None) -> Tensor:
         """Ids (B, L[, depth]), or those of scales (see ``dequantize``), to pixels (B, C, H, W).

@@ -10,7 +10,7 @@ def explain(what: str, dtype: torch.dtype) -> str:
     """The message about something that is not finite in a precision, with the way out."""
     name = str(dtype).removeprefix("torch.")
     remedy = (
-        "float16 has too small a range; sample in bfloat16 or float32"
+        "float16 has too small a range; take bfloat16 or float32"
         if dtype == torch.float16
         else "the weights hold NaN or infinities, or values grow beyond the range"
     )
@@ -33,3 +33,14 @@ def check_finite(values: Tensor, what: str, dtype: torch.dtype, positions: Tenso
         places = torch.arange(wrong.shape[1], device=wrong.device).expand_as(wrong) if positions is None else positions
         raise ValueError(explain(f"the {what} of token {int(places[wrong].min())}", dtype))
     return values
+
+
+def finite_latents(latents: Tensor) -> Tensor:
+    """Latents of images as they are; the host waits for the device.
+
+    Raises:
+        ValueError: some are NaN or infinite.
+    """
+    if not bool(latents.isfinite().all()):
+        raise ValueError(explain("the latents of these images", latents.dtype))
+    return latents
