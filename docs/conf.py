@@ -13,7 +13,7 @@ from vistok._version import __version__  # noqa: E402
 project, author, release = "vistok", "The vistok contributors", __version__
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
-exclude_patterns = ["README.md", "curves/README.md", "images"]
+exclude_patterns = ["README.md", "curves/README.md", "differences", "images"]
 
 nb_execution_mode = "off"  # the tests execute them
 myst_enable_extensions = ["colon_fence"]

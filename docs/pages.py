@@ -1,4 +1,7 @@
-"""Pages of the site that are made from the registry: one per system, and the model zoo with its licences."""
+"""Pages of the site that are made from the registry: one per system, and the model zoo with its licences.
+
+What no registry knows is written by hand: ``differences/NAME.md``, what differs from the paper.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from vistok.utils.recipes import models_of_configs, summary
 
 HERE = Path(__file__).parent
 NOTEBOOKS = HERE.parent / "notebooks"
+DIFFERENCES = HERE / "differences"
 
 
 def write_pages(folder: Path) -> None:
@@ -30,7 +34,7 @@ def write_pages(folder: Path) -> None:
 
 
 def system_page(item: dict[str, Any]) -> str:
-    """What it is (the class' docstring), sizes, recipes, checkpoints, reference curves."""
+    """What it is (the class' docstring), sizes, recipes, checkpoints, what differs from the paper, reference curves."""
     module, _, name = registry.entry(item["name"]).target.partition(":")
     lines = [f"# {item['name']}", "", f"A {item['kind']}: `{item['official']}` in official names."]
     if item["paper"]:
@@ -44,12 +48,25 @@ def system_page(item: dict[str, Any]) -> str:
     lines += table(("config", "what it trains"), ((f"`vistok train {config}`", summary(config)) for config in own))
     lines += ["", "## Official checkpoints", ""]
     lines += checkpoint_table(item["checkpoints"])
+    lines += ["", "## What differs from the paper", "", differences(item["name"])]
     curves = [curve for curve in curve_names() if item["name"] in curve.split("-")]
     if curves:
         lines += ["", "## Reference curves", "", "`docs/curves/README.md` tells how each was made."]
     for curve in curves:
         lines += ["", f"![{curve}](../../curves/{curve}.png)"]
     return "\n".join(lines) + "\n"
+
+
+def differences(name: str) -> str:
+    """The bullets of a system.
+
+    Raises:
+        FileNotFoundError: it has none.
+    """
+    file = DIFFERENCES / f"{name}.md"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: say in 2 to 6 bullets what of {name} differs from its paper")
+    return file.read_text().rstrip()
 
 
 def zoo_page(catalogue: list[dict[str, Any]]) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 from support.released import write_tokenizer
 
 import vistok
-from vistok.cli import main
+from vistok.cli import COMMANDS, main
 from vistok.config import save_config
 from vistok.data.pictures import GAP, to_pil
 from vistok.data.sheets import LINE
@@ -112,13 +113,17 @@ def test_help_is_fast_and_lists_the_commands():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["quickstart", "train", "tokenize", "sample", "reconstruct", "eval", "convert", "pipeline", "models", "configs"],
-)
-def test_every_command_has_help(command, run_command):
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("columns", ["80", "110"])
+def test_every_command_has_help_that_fits_the_terminal(command, columns, run_command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
     assert command in run_command("--help")
-    assert "Usage: vistok " + command in run_command(command, "--help")
+    shown = run_command(command, "--help")
+    assert "Usage: vistok " + command in shown
+    assert "bool>" not in shown  # flags take no value
+    above = [line.strip() for line in shown.split("╭")[0].splitlines()]
+    short = [line for line, after in pairwise(above) if after and 0 < len(line) < int(columns) - 30]
+    assert all(line.endswith((".", ":")) for line in short), short  # no line is broken but by the terminal
 
 
 def test_version(run_command):
@@ -448,7 +453,7 @@ def test_the_catalogue_counts_parameters():
 def test_help_and_version_are_commands_too(run_command, refused):
     assert "Autoregressive visual generation" in run_command("help")
     assert "--guidance-scale" in run_command("help", "sample")
-    assert "there is no command 'smaple'" in refused("help", "smaple")
+    assert "there is no command 'smaple'; did you mean 'sample'? `vistok help` lists all" in refused("help", "smaple")
     assert run_command("version") == run_command("--version") == f"vistok {vistok.__version__}\n"
 
 
@@ -494,7 +499,7 @@ def test_what_a_config_leaves_open_hides_no_other_mistake(tmp_path, refused):
 def test_messages_say_what_to_do(pipe, photos, tmp_path, run_command, refused, monkeypatch):
     assert "1 sample is in" in run_command("sample", pipe, "--num", 1, "--out", tmp_path / "one")
     unknown = refused("eval", photos, "--reference", photos, "--protocol", "pertubation")
-    assert "of a tokenizer: reconstruction, perturbation" in unknown
+    assert "of a tokenizer: reconstruction, perturbation; of clips: larp-ucf-gen, " in unknown
 
     def unreachable(*given, **named):
         raise OSError("no network")
@@ -502,6 +507,27 @@ def test_messages_say_what_to_do(pipe, photos, tmp_path, run_command, refused, m
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", unreachable)
     lpips = refused("train", "imagenet256/llamagen_vq16", f"data.root={photos}", f"output_dir={tmp_path}/r")
     assert "losses.lpips_weights=FILE" in lpips
+
+
+def test_a_folder_that_is_not_there_is_told_with_those_beside_it(pipe, tmp_path, refused, monkeypatch):
+    (tmp_path / "runs" / "first" / "checkpoints" / "step-0000004").mkdir(parents=True)
+    near = refused("sample", f"{tmp_path}/runs/first/checkpoints/step-4", "--out", tmp_path / "s")
+    assert near.endswith("first/checkpoints has step-0000004")
+    assert f"there is no folder {tmp_path}/runs/frist; {tmp_path}/runs has first" in refused(
+        "report", tmp_path / "runs" / "frist"
+    )
+    assert "pipe is no training run with steps: it has no config.yaml" in refused("report", pipe)
+    monkeypatch.chdir(tmp_path)
+    assert "folder runs/first/checkpoints/step-5; runs/first/checkpoints has step-0000004" in refused(
+        "sample", "runs/first/checkpoints/step-5", "--out", "s"
+    )
+
+    def unreachable(*given, **named):
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    either = refused("sample", "runs/second", "--out", "s")  # may be a hub id as well
+    assert "there is no local folder 'runs/second'; runs has first, and it could not be fetched from the hub" in either
 
 
 def test_configs_are_listed_printed_and_copied(run_command, refused, tmp_path):

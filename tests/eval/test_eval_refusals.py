@@ -160,4 +160,4 @@ def test_what_was_read_is_recorded(tmp_path: Path):
         "splits": None,
     }
     assert result["versions"]["pillow"]
-    assert any("1 files are not images and are ignored: z.heic2" in note for note in result["warnings"])
+    assert any("1 file is not an image and is ignored: z.heic2" in note for note in result["warnings"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import warnings
@@ -68,6 +69,25 @@ def test_an_output_shows_itself_with_a_column_per_class(pipe):
     assert out._repr_html_() is None
     with pytest.raises(ValueError, match="scale must be above 0, got -1"):
         out.grid(scale=-1)
+
+
+def test_an_output_is_told_in_a_line(pipe):
+    made = pipe([0, 1], num_images_per_label=5, seed=0)
+    side = made.images[0].width
+    names = ", ".join([pipe.class_names[0]] * 5 + [pipe.class_names[1]] * 3)
+    assert repr(made) == f"PipelineOutput(10 images, {side}x{side}: {names}, …)"
+    first = next(iter(pipe.stream([0], seed=0)))
+    assert repr(first) == f"Preview({first.step} of {first.total} positions)"
+    clip = dataclasses.replace(made, pixels=torch.zeros(1, 3, 7, 4, 6), labels=None, class_names=None)
+    assert repr(clip) == "PipelineOutput(1 clip of 7 frames, 6x4)"
+
+
+def test_tokens_and_pixels_that_are_no_tensors_are_told(pipe):
+    tokenizer = pipe.tokenizer
+    with pytest.raises(ValueError, match=r"token ids must be a tensor, got list; torch\.as_tensor"):
+        tokenizer.decode([[0, 1]])
+    with pytest.raises(ValueError, match=r"got shape \(\d+, \d+, \d+\); pixels\[None\] is a batch of one"):
+        tokenizer.encode(torch.zeros(tokenizer.input_shape))
 
 
 def test_a_callback_sees_every_step_and_may_stop(pipe):

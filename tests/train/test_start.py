@@ -76,6 +76,14 @@ def test_bad_sources_are_refused(tmp_path, first, source, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_weights_of_another_size_are_told_by_the_arguments(tmp_path, first):
+    with pytest.raises(CheckpointError, match=r"does not fit ViTVQGAN; .* of another shape") as refused:
+        train(tokenizer_config(tmp_path / "run", init_from=str(first), model={"codebook_embed_dim": 2}))
+    (note,) = refused.value.__notes__
+    assert note.startswith("model.codebook_embed_dim is 2 here, and ")
+    assert note.endswith(f" in {first}")
+
+
 def test_frozen_parameters_stay_and_their_modules_do_not_train(tmp_path, first, monkeypatch):
     model = {"codebook_restart_after": 1}
     before = weights_of(train(tokenizer_config(tmp_path / "before", **STILL)))  # the same seed

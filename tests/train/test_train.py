@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from itertools import pairwise
@@ -289,9 +290,13 @@ def test_rates_fall_at_milestones():
             SchedulerConfig(name, milestones=milestones)
 
 
-def test_a_rise_may_begin_anywhere_and_a_tail_fall_with_the_square_root():
+def test_a_rise_may_begin_anywhere_and_a_tail_fall_by_a_shape():
     config = SchedulerConfig("wsd", warmup_steps=4, warmup_from=0.2, decay_share=0.5, decay_shape="sqrt")
     values = [lr_factor(config, 9)(step) for step in range(9)]
     assert values == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 0.5, 1 - 0.5**0.5, 1 - 0.75**0.5, 0])
+    along_a_cosine = lr_factor(dataclasses.replace(config, decay_shape="cosine", final_factor=0.2), 9)
+    assert [along_a_cosine(step) for step in range(4, 9)] == pytest.approx(
+        [1, 0.8 * (2 + 2**0.5) / 4 + 0.2, 0.6, 0.8 * (2 - 2**0.5) / 4 + 0.2, 0.2]
+    )
     with pytest.raises(ValueError, match=r"warmup_from .* got 2"):
         SchedulerConfig(warmup_from=2)

@@ -125,7 +125,7 @@ def test_other_files_are_named_in_a_warning(folder: Path, caplog: pytest.LogCapt
     (folder / ".DS_Store").write_text("x")
     with caplog.at_level(logging.WARNING):
         assert len(open_folder(folder)) == 23
-    assert "1 files are not images and are ignored: ant/notes.txt" in caplog.text
+    assert "1 file is not an image and is ignored: ant/notes.txt" in caplog.text
 
 
 def test_bad_roots_name_the_path_and_what_is_accepted(tmp_path: Path, folder: Path):
@@ -426,6 +426,15 @@ def test_state_of_other_data_is_refused(folder: Path):
         training_loader(source, config(batch_size=4)).load_state_dict(state)
     with pytest.raises(ValueError, match="its seed was 0, now it is 1"):
         training_loader(source, config(seed=1)).load_state_dict(state)
+
+
+def test_what_is_no_image_is_told_without_python_objects(tmp_path: Path):
+    root = fill_folder(tmp_path, {"ant": 2})
+    (root / "ant" / "001.png").write_bytes(b"nope")
+    with pytest.raises(
+        UnreadableImageError, match=r"001\.png: no image that can be read; empty, damaged, or of another"
+    ):
+        open_folder(root)[1]
 
 
 @pytest.mark.parametrize("cache", ["none", "memory"])

@@ -88,6 +88,20 @@ def test_a_continued_folder_keeps_its_record(tmp_path: Path):
     assert json.loads((folder / PLAN).read_text()) == SEVEN
 
 
+def test_nothing_stays_of_a_continued_folder_that_no_file_came_to(tmp_path: Path):
+    folder = tmp_path / "out"
+
+    def fail() -> None:
+        with continued(folder, SEVEN):
+            (folder / "parts").mkdir()
+            raise RuntimeError("no data")
+
+    with pytest.raises(RuntimeError) as failed:
+        fail()
+    assert not folder.exists()
+    assert not hasattr(failed.value, "__notes__")
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "7"])
 def test_a_damaged_record_is_named(tmp_path: Path, content: str):
     with continued(tmp_path / "out", SEVEN):

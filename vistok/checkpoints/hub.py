@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vistok.checkpoints.weights import INDEX_SUFFIX, CheckpointError, shard_names
+from vistok.utils.files import beside
 
 
 def download(repo: str, filename: str, options: Mapping[str, Any]) -> Path:
@@ -43,7 +44,8 @@ def snapshot(repo: str, files: Sequence[str], **hub_options: Any) -> Path:
     from huggingface_hub import snapshot_download
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise CheckpointError(f"there is no folder {repo!r}, and it is not a hub id of the form owner/name")
+        near = beside(repo) or ", and it is not a hub id of the form owner/name"
+        raise CheckpointError(f"there is no folder {repo!r}{near}")
     return _reach(repo, lambda: snapshot_download(repo, allow_patterns=list(files), **hub_options))
 
 
@@ -55,6 +57,6 @@ def _reach(what: str, fetch: Callable[[], str]) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise CheckpointError(
-            f"there is no local folder {what!r} and it could not be fetched from the hub: {reason}. "
+            f"there is no local folder {what!r}{beside(what)}, and it could not be fetched from the hub: {reason}. "
             "Check the name and the connection, or download the files elsewhere and give their local path"
         ) from error

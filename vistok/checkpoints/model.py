@@ -37,7 +37,7 @@ from vistok.checkpoints.weights import (
 )
 from vistok.config import check, with_todays_names
 from vistok.types import to_json
-from vistok.utils.files import atomic_folder, read_json, restore, utf8_path, write_json
+from vistok.utils.files import atomic_folder, missing_folder, read_json, restore, utf8_path, write_json
 from vistok.utils.paths import local
 from vistok.utils.spelling import did_you_mean
 
@@ -225,6 +225,8 @@ def find_official(source: str) -> tuple[str, OfficialCheckpoint] | None:
         return known[source]
     if Path(source).is_absolute():
         return None
+    if source.count("/") > 1 and Path(source).parent.is_dir():  # no hub id, and meant to lie here
+        raise CheckpointError(missing_folder(source))
     near = [name for name in known if name.endswith(f"/{source}")] or difflib.get_close_matches(source, known, n=3)
     if near or source.endswith(RELEASED_SUFFIXES):
         hint = did_you_mean(*near)

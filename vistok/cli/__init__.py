@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from vistok.cli.commands import Command, Group, help_of
 from vistok.cli.configs import configs
 from vistok.cli.console import errors, output
 from vistok.cli.models import convert, models, pipeline
@@ -21,6 +22,7 @@ from vistok.cli.sampling import caption, demo, pairs, reconstruct, sample
 from vistok.cli.scoring import benchmark, evaluate
 from vistok.cli.training import import_tokens, quickstart, report, tokenize, train
 from vistok.utils.paths import at_home
+from vistok.utils.spelling import suggestion
 
 __all__ = ["app", "main"]
 
@@ -28,6 +30,7 @@ EPILOG = "VISTOK_DEBUG=1 in the environment shows the traceback of an error."
 
 app = typer.Typer(
     name="vistok",
+    cls=Group,
     help="Autoregressive visual generation: train tokenizers and generators, sample, evaluate.",
     epilog=EPILOG,
     no_args_is_help=True,
@@ -103,7 +106,9 @@ def help_(
 ) -> None:
     """Say what vistok or one of its commands does."""
     if command is not None and command not in COMMANDS:
-        raise ValueError(f"there is no command {command!r}; there are {', '.join(COMMANDS)}")
+        raise ValueError(
+            f"there is no command {command!r}{suggestion(command, list(COMMANDS)) or '.'} `vistok help` lists all"
+        )
     app(["--help"] if command is None else [command, "--help"], prog_name="vistok")
 
 
@@ -144,4 +149,4 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "version": version,
 }
 for _name, _command in COMMANDS.items():
-    app.command(_name)(_command)
+    app.command(_name, cls=Command, help=help_of(_command))(_command)

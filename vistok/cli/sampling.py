@@ -110,7 +110,7 @@ def pairs(
     """Generate images of partly real tokens, beside the real ones: what a tokenizer is post-trained on.
 
     A tokenizer learns from them with data.root=PAIRS/generated data.target_root=PAIRS/real; see
-    configs/cifar10/post_training.yaml.
+    `vistok configs cifar10/post_training`.
 
     On several GPUs, or in several processes: torchrun --nproc_per_node=8 -m vistok pairs …
     """

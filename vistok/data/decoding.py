@@ -10,7 +10,7 @@ from typing import IO, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from vistok.data.files import UNPACKING_ERRORS
 from vistok.data.formats import decoders
@@ -161,7 +161,10 @@ class Decoder:
 
 def open_image(file: IO[bytes]) -> Image.Image:
     """Look at an image file of a format that is read; raises one of ``DECODING_ERRORS``."""
-    image = Image.open(file, formats=decoders())
+    try:
+        image = Image.open(file, formats=decoders())
+    except UnidentifiedImageError as error:  # whose own words are about a Python object
+        raise UnidentifiedImageError("no image that can be read; empty, damaged, or of another format") from error
     transparent = image.info.get("transparency")
     # Pillow scales levels of other than 8 bits, and leaves the transparent one as the file has it.
     raw = image.tile[0][3] if image.format == "PNG" and image.tile else None

@@ -33,7 +33,8 @@ class LeftOut(NamedTuple):
 
     def __str__(self) -> str:
         shown = ", ".join(self.names) + (", …" if self.count > len(self.names) else "")
-        return f"{self.count} files are not images and are ignored: {shown}"
+        what = "1 file is not an image and is" if self.count == 1 else f"{self.count} files are not images and are"
+        return f"{what} ignored: {shown}"
 
 
 class ImageFiles(ABC):

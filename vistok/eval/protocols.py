@@ -118,8 +118,12 @@ def choose_protocol(name: str, features: Callable | None, network: str | None) -
         ValueError: an unknown protocol, a function without a name, or a protocol that fixes another network.
     """
     if name not in PROTOCOLS:
-        known = ", ".join(PROTOCOLS)
-        raise ValueError(f"unknown protocol {name!r}; known: {known}; of a tokenizer: reconstruction, perturbation")
+        from vistok.eval.video_protocols import VIDEO_PROTOCOLS
+
+        raise ValueError(
+            f"unknown protocol {name!r}; known: {', '.join(PROTOCOLS)}; of a tokenizer: reconstruction, perturbation; "
+            f"of clips: {', '.join(VIDEO_PROTOCOLS)}"
+        )
     if (features is None) != (network is None):
         raise ValueError("features and network belong together: the network's name goes into the record of its scores")
     if features is None:

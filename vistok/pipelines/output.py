@@ -11,8 +11,11 @@ from torch import Tensor
 from vistok.data.movies import Movie, to_frames
 from vistok.pipelines.display import MOVIES, Shown
 
+NAMED = 8
+"""Classes or prompts that the text of an output tells."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class PipelineOutput(Shown):
     """What a pipeline generated; in a notebook it shows itself.
 
@@ -32,6 +35,16 @@ class PipelineOutput(Shown):
     labels: list[int] | None
     prompts: list[str | None] | None = None
     class_names: list[str] | None = None
+
+    def __repr__(self) -> str:
+        """How many images of which size, and what they show: the numbers in them would fill the screen."""
+        count, _, *frames, height, width = self.pixels.shape
+        what = (
+            f"{'clip' if frames else 'image'}{'' if count == 1 else 's'}{f' of {frames[0]} frames' if frames else ''}"
+        )
+        names = [name or "no text" for name in self.names or []]
+        shown = f": {', '.join(names[:NAMED])}{', …' if len(names) > NAMED else ''}" if names else ""
+        return f"{type(self).__name__}({count} {what}, {width}x{height}{shown})"
 
     @property
     def names(self) -> list[str] | None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vistok.pipelines.generation import Pipeline
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Preview(Shown):
     """Unfinished images; in a notebook they show themselves.
 
@@ -43,6 +43,9 @@ class Preview(Shown):
     tokens: Tensor
     known: Tensor
     images: list[Image.Image] | None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.step} of {self.total} positions)"
 
 
 def previews(pipe: Pipeline, job: Job, every: int | None = None) -> Iterator[Preview]:

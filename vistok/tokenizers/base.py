@@ -358,7 +358,10 @@ class Tokenizer(Model):
         if not pixels.is_floating_point():
             raise ValueError(f"pixels must be float in [-1, 1], got {pixels.dtype}; divide uint8 by 127.5, subtract 1")
         if pixels.ndim != len(expected) + 1:
-            raise ValueError(f"pixels must be (B, {', '.join(map(str, expected))}), got shape {tuple(pixels.shape)}")
+            hint = "; pixels[None] is a batch of one" if pixels.ndim == len(expected) else ""
+            raise ValueError(
+                f"pixels must be (B, {', '.join(map(str, expected))}), got shape {tuple(pixels.shape)}{hint}"
+            )
         if not self.training and pixels.numel():  # training would wait for the device
             _warn_of_range(pixels)
         return self.spec_for(pixels.shape[1:])

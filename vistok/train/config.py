@@ -87,7 +87,7 @@ class SchedulerConfig:
         final_lr: the rate at the last step, in place of ``final_factor``.
         decay_share: share of all steps that the tail of wsd takes.
         decay_shape: of the tail at the share p of it that is done: ``linear`` falls as 1 - p, ``sqrt`` as 1 - sqrt(p)
-            (arXiv 2405.18392).
+            (arXiv 2405.18392), ``cosine`` as (1 + cos(pi p)) / 2.
         start_step: the step at which the schedule begins, for a player that joins later.
         hold: of linear and exponential.
         bend: of bent.
@@ -99,7 +99,7 @@ class SchedulerConfig:
     final_factor: float = 0.0
     decay_share: float = 0.2
     warmup_from: float | None = None
-    decay_shape: Literal["linear", "sqrt"] = "linear"
+    decay_shape: Literal["linear", "sqrt", "cosine"] = "linear"
     final_lr: float | None = None
     start_step: int = 0
     hold: float = 0.0

@@ -51,6 +51,14 @@ def build_optimizer(named: Iterable[tuple[str, nn.Parameter]], config: Optimizer
     return kind(sections, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
+TAILS: dict[str, Callable[[float], float]] = {
+    "linear": lambda done: 1 - done,
+    "sqrt": lambda done: 1 - math.sqrt(done),
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+}
+"""What is left of the fall of a ``wsd`` schedule at each share of its tail, see ``SchedulerConfig.decay_shape``."""
+
+
 def lr_factor(config: SchedulerConfig, max_steps: int, lr: float = 1.0) -> Callable[[int], float]:
     """The factor on the learning rate at each step 0 .. max_steps - 1; of cosine and wsd the last one's is
     ``final_factor``.
@@ -67,7 +75,7 @@ def lr_factor(config: SchedulerConfig, max_steps: int, lr: float = 1.0) -> Calla
             return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
         if config.name == "wsd":
             left = min((1 - step / max(last, 1)) / config.decay_share, 1.0)
-            return final + (1 - final) * (left if config.decay_shape == "linear" else 1 - math.sqrt(1 - left))
+            return final + (1 - final) * TAILS[config.decay_shape](1 - left)
         if config.name in ("linear", "exponential"):
             left = min((1 - progress) / (1 - config.hold), 1.0)
             return final + (1 - final) * left if config.name == "linear" else final ** (1 - left)

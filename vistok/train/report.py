@@ -24,7 +24,7 @@ from vistok.train.atlas import codebook_atlas
 from vistok.train.curves import reference_curve
 from vistok.train.monitor import METRICS_FILE, read_metrics
 from vistok.train.tasks.images import example_batch
-from vistok.utils.files import read_object, utf8_path
+from vistok.utils.files import missing_folder, read_object, utf8_path
 from vistok.utils.report import (
     REPORT_FILE,
     Block,
@@ -74,6 +74,8 @@ def write_run_report(folder: str | Path, *, examples: Examples | None = None) ->
         FileNotFoundError: ``folder`` is no run, or has trained no step yet.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(missing_folder(folder))
     for name in (RUN_CONFIG, METRICS_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is no training run with steps: it has no {name}")

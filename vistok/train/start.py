@@ -153,11 +153,30 @@ def initialise(model: Model, starts: Sequence[Start]) -> set[str]:
     """
     new = set(model.state_dict()) if starts else set()
     for start in starts:
-        filled, tables = _load(model, start)
+        try:
+            filled, tables = _load(model, start)
+        except CheckpointError as error:
+            for difference in _differences(model, start):
+                error.add_note(difference)
+            raise
         new = (new - filled) | tables
     if new:
         log.warning("init_from: %d entries of the model stay new: %s", len(new), listing(new))
     return new
+
+
+def _differences(model: Model, start: Start) -> list[str]:
+    """What a source of the same system was built with that this model is not: why its weights may not fit."""
+    if start.source.module or start.saved is None or start.saved["model"] != model.registry_name:
+        return []
+    kind = "generator" if isinstance(model, Generator) else "tokenizer"
+    derived, own = _derived_keys(model.registry_name, kind), model.config
+    theirs = {key: value for key, value in start.saved["arguments"].items() if key in own and key not in derived}
+    return [
+        f"model.{key} is {own[key]} here, and {value} in {start.source.path}"
+        for key, value in theirs.items()
+        if value != own[key]
+    ]
 
 
 def check_frozen(frozen: Collection[str], new: set[str], starts: Sequence[Start]) -> None:

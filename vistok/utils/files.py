@@ -244,6 +244,25 @@ def missing_file(path: str | Path) -> str:
     return f"there is no file {path}" + (f"; {folder} has {', '.join(near)}" if near else "")
 
 
+def missing_folder(path: str | Path) -> str:
+    """What a message says of a folder that is not there: its name, and which ones are beside it."""
+    path = Path(path)
+    if path.exists():
+        return f"{path} is a file; name a folder"
+    return f"there is no folder {path}{beside(path)}"
+
+
+def beside(path: str | Path) -> str:
+    """How a message about a folder that is not there goes on: "; runs has first, second", the likeliest ones first, or
+    nothing where the folder around it is not there either, or not named."""
+    path = Path(path)
+    if path.parent == Path() or not path.parent.is_dir():
+        return ""
+    names = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    near = difflib.get_close_matches(path.name, names, n=3) or names[:5]
+    return f"; {path.parent} has {', '.join(near)}" if near else ""
+
+
 def sha256(path: str | Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:

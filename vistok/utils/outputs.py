@@ -73,7 +73,8 @@ def collected(
 
 @contextmanager
 def continued(folder: Path, settings: Mapping[str, Any], *, processes: Processes = ALONE) -> Iterator[Path]:
-    """A folder that keeps its record: the same settings go on in it, and files of two settings never mix.
+    """A folder that keeps its record: the same settings go on in it, and files of two settings never mix. A new one is
+    removed if the block ends in an error before there is any other file.
 
     Args:
         settings: everything that all files depend on, as JSON values.
@@ -96,7 +97,10 @@ def continued(folder: Path, settings: Mapping[str, Any], *, processes: Processes
         try:
             yield folder
         except BaseException as error:
-            error.add_note(f"What is finished lies in {folder}: the same command goes on from there.")
+            if _is_begun(folder, PLAN):
+                error.add_note(f"What is finished lies in {folder}: the same command goes on from there.")
+            elif processes.count == 1:
+                shutil.rmtree(folder)
             raise
 
 
@@ -126,9 +130,9 @@ def _begin(target: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
             write_json(temporary / SETTINGS, settings)
 
 
-def _is_begun(folder: Path) -> bool:
+def _is_begun(folder: Path, record: str = SETTINGS) -> bool:
     """Whether there is any file in it beside the record."""
-    return any(path.is_file() and path != folder / SETTINGS for path in folder.rglob("*"))
+    return any(path.is_file() and path != folder / record for path in folder.rglob("*"))
 
 
 def _check(folder: Path, record: str, settings: Mapping[str, Any]) -> None:

@@ -278,8 +278,9 @@ def _chosen_parts(cache: TokenMixture, chosen: Sequence[str] | None) -> Conditio
     missing = [part for part in parts if part not in cache.condition_spec.parts]
     if missing:
         raise ConfigError(
-            f"condition names {missing[0]!r}, but {cache.folder} has {' and '.join(cache.condition_spec.parts) or 'no'}"
-            " conditions; `vistok tokenize` makes ids and features of captions"
+            f"condition names {missing[0]!r}, but the tokens in {cache.folder} come with "
+            f"{' and '.join(cache.condition_spec.parts) or 'nothing'}; `vistok tokenize` makes ids (--text-tokenizer) "
+            "and features (--text-encoder) of captions, and given tokens (--given-frames) of clips"
         )
     return cache.condition_spec.only(parts)
 
