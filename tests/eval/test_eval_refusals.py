@@ -124,7 +124,7 @@ def test_notes_are_said_once(tmp_path: Path):
     network = CallableNetwork(batch_statistics, "colours")
     notes = evaluate_reconstruction(originals, made, network=network)["warnings"]
     assert len(notes) == len(set(notes))
-    for kind in ("lossily compressed", "are not images"):
+    for kind in ("lossily compressed", "is not an image"):
         sides = [note.partition(":")[0] for note in notes if kind in note]
         assert len(sides) == len(set(sides)) > 0
 
