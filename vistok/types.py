@@ -138,7 +138,7 @@ class TokenSpec:
         """
         if not self.discrete:
             raise ValueError("this tokenizer has continuous latents; it takes no ids")
-        _check_tensor(ids, "token ids")
+        check_tensor(ids, "token ids")
         if ids.is_floating_point() or ids.dtype == torch.bool:
             raise ValueError(
                 f"token ids must be integers, got {ids.dtype}; continuous latents do not fit this codebook"
@@ -160,7 +160,7 @@ class TokenSpec:
         """Return ``latents`` if they are (B, n, dim) floats and the tokens continuous; else raise ValueError."""
         if self.discrete:
             raise ValueError(f"these tokens are ids of a codebook of {self.codebook_size}, not latents")
-        _check_tensor(latents, "latents")
+        check_tensor(latents, "latents")
         if not latents.is_floating_point():
             raise ValueError(f"latents must be float, got {latents.dtype}; are these ids of another tokenizer?")
         if latents.ndim != 3 or latents.shape[2] != self.dim:
@@ -170,7 +170,8 @@ class TokenSpec:
         return latents
 
 
-def _check_tensor(tokens: Any, what: str) -> None:
+def check_tensor(tokens: Any, what: str) -> None:
+    """Raise ValueError unless the tokens that a caller hands over, named by ``what``, are a tensor."""
     if not isinstance(tokens, Tensor):
         raise ValueError(f"{what} must be a tensor, got {type(tokens).__name__}; torch.as_tensor(…) makes one")
 

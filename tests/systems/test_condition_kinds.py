@@ -70,7 +70,7 @@ def test_it_trains_and_samples_or_says_why_not(name, kind):
     condition = model.condition_spec.check(condition_of(spec))
     loop = in_loop(model)
     tokens = token_ids(model) if model.spec.discrete else torch.randn(BATCH, model.spec.length, model.spec.dim)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for step in range(2):
         loss = model(tokens, condition, draws=model.training_draws(Keys.range(0, BATCH, step)), **loop).loss
         optimizer.zero_grad()

@@ -339,7 +339,7 @@ def test_half_precision_weights_fit_and_a_buffer_may_hold_infinities():
 
 def fill_the_disk(monkeypatch) -> None:
     def save_half(state, path, metadata=None):
-        path.write_bytes(b"half")
+        Path(path).write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("vistok.checkpoints.model.save_file", save_half)

@@ -168,6 +168,14 @@ def test_a_condition_is_refused_where_none_is_taken(name):
         model.decode(tokens, condition=labels(0, 1, 2))
 
 
+@pytest.mark.parametrize("name", names("tokenizer"))
+def test_tokens_that_are_no_tensor_are_told(name):
+    model = tiny(name)
+    decode = model.decode if model.renders else model.decode_features
+    with pytest.raises(ValueError, match="must be a tensor, got list"):
+        decode([[0, 1]])
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", names("tokenizer"))
 def test_latents_that_are_not_finite_have_no_ids(name):

@@ -193,7 +193,7 @@ def _rows(path: Path) -> list[tuple[str, str]]:
         columns, rows = set(reader.fieldnames or ()), list(reader)
     except csv.Error as error:
         raise ValueError(f"{path} is no CSV file: {error}") from error
-    read = _larp_row if "path" in columns else _kinetics_row if columns >= KINETICS else None
+    read = _path_row if "path" in columns else _kinetics_row if columns >= KINETICS else None
     if read is None:
         raise ValueError(
             f"{path} has the columns {', '.join(sorted(columns))}; expected id, path, action, label, or label, "
@@ -211,7 +211,7 @@ def _rows(path: Path) -> list[tuple[str, str]]:
 KINETICS = {"youtube_id", "time_start", "time_end"}
 
 
-def _larp_row(row: Mapping[str, str | None]) -> tuple[str, str]:
+def _path_row(row: Mapping[str, str | None]) -> tuple[str, str]:
     path = row["path"]
     if not path:
         raise ValueError("it has no path")

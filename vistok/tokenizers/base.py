@@ -17,7 +17,16 @@ from vistok.config import ConfigError
 from vistok.draws import Draws, Keys
 from vistok.quantizers.gaussian import GaussianLatents
 from vistok.quantizers.scaled import PackedBSQ, ScaledQuantizer
-from vistok.types import Clock, Condition, ConditionSpec, DrawsInTraining, Expander, TokenizerOutput, TokenSpec
+from vistok.types import (
+    Clock,
+    Condition,
+    ConditionSpec,
+    DrawsInTraining,
+    Expander,
+    TokenizerOutput,
+    TokenSpec,
+    check_tensor,
+)
 from vistok.utils.finite import finite_latents
 from vistok.utils.sides import times
 
@@ -197,6 +206,7 @@ class Tokenizer(Model):
         Raises:
             ValueError: ids out of range, or another number of them.
         """
+        check_tensor(tokens, "token ids")
         if self.spec.scales and tokens.is_floating_point():
             if tokens.ndim != 3 or tokens.shape[2] != self.spec.dim:
                 raise ValueError(f"code vectors must be (B, n, {self.spec.dim}), got {tuple(tokens.shape)}")

@@ -86,7 +86,7 @@ class ConvTokenizer(Tokenizer):
         if self.spec.scales:
             return self.decode_latents(self.dequantize(tokens), self.spec.scales[-1])
         grid = grid or self.spec.raster
-        codes = self.dequantize(tokens, tokens.shape[1])
+        codes = self.dequantize(tokens, self.spec.check_ids(tokens).shape[1])
         check_grid(tokens, grid)
         return self.decode_latents(codes, grid)
 

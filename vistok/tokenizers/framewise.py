@@ -12,7 +12,7 @@ from torch import Tensor
 from vistok.checkpoints import registry
 from vistok.draws import Draws, Keys
 from vistok.tokenizers.base import Tokenizer
-from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec
+from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec, check_tensor
 
 
 class Framewise(Tokenizer):
@@ -113,6 +113,7 @@ class Framewise(Tokenizer):
             ValueError: another number of tokens, or ids out of range.
         """
         self.check_condition(condition)
+        check_tensor(tokens, "tokens")
         if tokens.shape[1] != self.spec.length:
             raise ValueError(
                 f"{self.num_frames} frames have {self.spec.length} tokens, {self.tokenizer.spec.length} each, got "

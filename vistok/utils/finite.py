@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+NONE = torch.iinfo(torch.int64).max
+
 
 def explain(what: str, dtype: torch.dtype) -> str:
     """The message about something that is not finite in a precision, with the way out."""
@@ -33,6 +35,31 @@ def check_finite(values: Tensor, what: str, dtype: torch.dtype, positions: Tenso
         places = torch.arange(wrong.shape[1], device=wrong.device).expand_as(wrong) if positions is None else positions
         raise ValueError(explain(f"the {what} of token {int(places[wrong].min())}", dtype))
     return values
+
+
+class FirstFailure:
+    """Which token of a batch was the first whose values are not finite, noted on the device while a loop runs.
+
+    Args:
+        what: what the values are, such as "latents".
+        dtype: of the weights that make them.
+    """
+
+    def __init__(self, what: str, dtype: torch.dtype) -> None:
+        self._what, self._dtype = what, dtype
+        self._first: Tensor | None = None
+
+    def note(self, values: Tensor, positions: Tensor | None = None) -> None:
+        """Look at values (B, n, ...) of tokens (B, n), or of the first n; the host does not wait."""
+        wrong = ~values.isfinite().flatten(2).all(-1)
+        places = torch.arange(wrong.shape[1], device=wrong.device) if positions is None else positions
+        first = torch.where(wrong, places, NONE).amin()
+        self._first = first if self._first is None else torch.minimum(self._first, first)
+
+    def check(self) -> None:
+        """Raise ValueError, naming the token, if there was one: the one time that the host waits for the device."""
+        if self._first is not None and int(self._first) < NONE:
+            raise ValueError(explain(f"the {self._what} of token {int(self._first)}", self._dtype))
 
 
 def finite_latents(latents: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 import torch
@@ -94,10 +94,13 @@ class DecodingOptions(GuidanceOptions):
         return self
 
 
+DEFAULTS = {field.name: field.default for field in fields(DecodingOptions)}
+
+
 def refuse_without_effect(options: DecodingOptions, given: Collection[str]) -> None:
-    """Raise ValueError if one of the options that a call names belongs to another decoding than ``options`` take."""
+    """Raise ValueError if an option that a call gives, and changes, belongs to another decoding than the chosen one."""
     for decoding, names in OPTIONS_OF.items():
-        idle = [name for name in given if name in names]
+        idle = [name for name in given if name in names and getattr(options, name) != DEFAULTS[name]]
         if idle and options.decoding != decoding:
             raise ValueError(
                 f"{idle[0]} has no effect with decoding {options.decoding!r}; leave it out, or give decoding "

@@ -15,7 +15,7 @@ from vistok.flow.diffusion import GaussianDiffusion, even_timesteps, strided_tim
 from vistok.guidance import GuidanceOptions, ScheduleName
 from vistok.nn.diffusion_head import DiffusionHead
 from vistok.types import Condition, TokenChunk, TokenSpec
-from vistok.utils.finite import check_finite
+from vistok.utils.finite import FirstFailure
 from vistok.utils.steps import check_steps
 
 
@@ -197,7 +197,7 @@ class MARSession:
         count = self._left if num_tokens is None else num_tokens // size
         if count > self._left or (num_tokens is not None and num_tokens % size):
             raise ValueError(f"num_tokens must be a multiple of {size} up to {self._left * size}, got {num_tokens}")
-        end = self._left - count
+        end, failure = self._left - count, FirstFailure("latents", self.model.input.weight.dtype)
         for left in masks_left(count, self.options.num_iter) if count else ():
             chosen = self._order[:, end + left : self._left]
             if not chosen.shape[1]:
@@ -208,8 +208,10 @@ class MARSession:
             self._grouped = self._grouped.scatter(1, chosen[..., None].expand_as(drawn), drawn)
             self._left = end + left
             positions = self.model.members[chosen].flatten(1)
-            latents = check_finite(self.model.ungroup(drawn), "latents", self.model.input.weight.dtype, positions)
+            latents = self.model.ungroup(drawn)
+            failure.note(latents, positions)
             yield TokenChunk(positions, latents, torch.ones_like(positions, dtype=torch.bool))
+        failure.check()
 
     def _draw(self, chosen: Tensor, weights: Sequence[float]) -> Tensor:
         """New tokens (B, n, d) at positions (B, n)."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vistok.draws import Draws, inverse_cdf
 from vistok.guidance import GuidanceOptions, ScheduleName
 from vistok.types import Condition, TokenChunk, TokenSpec
-from vistok.utils.finite import check_finite
+from vistok.utils.finite import FirstFailure
 from vistok.utils.steps import check_steps
 
 
@@ -77,6 +77,7 @@ class MaskGITSession:
         self.model, self.options, self._guidance = model, options, options.guidance
         rows = self._guidance.conditions(condition)
         self._classes = model.class_rows(rows)
+        self._failure = FirstFailure("logits", model.output.weight.dtype)
         self._draws = {name: value.to(device) for name, value in (draws or {}).items()}
         shape = (len(condition), model.spec.length)
         self._ids = torch.full(shape, model.mask_id, dtype=torch.int64, device=device)
@@ -141,6 +142,7 @@ class MaskGITSession:
             remaining = torch.minimum(left - 1 - end, planned).clamp_min(1) if step < steps - 1 else left * 0
             left = end + remaining
             yield self._step(step, left)
+        self._failure.check()
 
     def _step(self, step: int, left: Tensor) -> TokenChunk:
         """Draw all masked tokens and settle the most confident ones, so that ``left`` (B,) remain."""
@@ -149,6 +151,7 @@ class MaskGITSession:
         if temperature:
             uniforms = self._draws["ids"][:, step].flatten()
             ids = inverse_cdf((logits / temperature).softmax(-1).flatten(0, 1), uniforms).view(masked.shape)
+            ids = ids.clamp_max(logits.shape[-1] - 1)  # of NaN it is beyond the last
         else:
             ids = logits.argmax(-1)
         confidence = logits.gather(-1, ids[..., None]).squeeze(-1)
@@ -162,7 +165,8 @@ class MaskGITSession:
         return TokenChunk(self._places, self._ids.masked_fill(~settled, 0), settled)
 
     def _logits(self, step: int) -> Tensor:
-        """Guided logits (B, L, V), float32; ValueError where they are not finite."""
+        """Guided logits (B, L, V), float32."""
         logits = self.model.predict(self._guidance.repeat(self._ids), self._classes)
         logits = self._guidance.combine(logits, self._guidance.weights(step, self.options.num_steps))
-        return check_finite(logits, "logits", self.model.output.weight.dtype)
+        self._failure.note(logits)
+        return logits

@@ -14,7 +14,7 @@ from vistok.draws import Draws
 from vistok.generators.ming_univision.context import ALWAYS, IMAGE, KINDS, TEXT, Context, MingLike, Prompt
 from vistok.guidance import OFF, PLAIN, ChannelNorm, Guidance, constant
 from vistok.types import Condition, Expander, Expands, TokenChunk
-from vistok.utils.finite import check_finite
+from vistok.utils.finite import FirstFailure, check_finite
 from vistok.utils.steps import check_steps
 
 
@@ -259,6 +259,7 @@ class MingSession:
         count = self.left if num_tokens is None else num_tokens
         if not 0 <= count <= self.left:
             raise ValueError(f"{count} latents were asked for, and the image has {self.left} places left")
+        failure = FirstFailure("latents", self.model.embedding.weight.dtype)
         for _ in range(count):
             self.advance()
             place, options = self.tokens.shape[1], self.options
@@ -271,8 +272,9 @@ class MingSession:
             )[:, None]
             self.tokens = torch.cat([self.tokens, latents], 1)
             places = torch.full((len(latents), 1), place, device=latents.device)
-            check_finite(latents, "latents", self.model.embedding.weight.dtype, places)
+            failure.note(latents, places)
             yield TokenChunk(places, latents, torch.ones_like(places, dtype=torch.bool))
+        failure.check()
 
     @torch.no_grad()
     def advance(self) -> None:

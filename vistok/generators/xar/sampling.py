@@ -16,7 +16,7 @@ from vistok.generators.engine.cache import KVCache
 from vistok.generators.xar.layouts import EntityLayout
 from vistok.guidance import GuidanceOptions, ScheduleName
 from vistok.types import Condition, TokenChunk, TokenSpec
-from vistok.utils.finite import check_finite
+from vistok.utils.finite import FirstFailure
 
 PATH = LinearPath(noise_at=1)
 
@@ -134,16 +134,18 @@ class XARSession:
         entities = range(self.entity, self._stop(num_tokens))
         # All before the first step: a copy to a device waits for what it is computing.
         raster = [self.layout.raster_positions(entity).to(self._sequence.device) for entity in entities]
+        failure = FirstFailure("latents", self._sequence.dtype)
         for entity, positions in zip(entities, raster):
             here = slice(self.layout.bounds[entity], self.layout.bounds[entity + 1])
             self._sequence[:, here] = self._solve(entity, here).to(self._sequence)
             places = positions.expand(len(self._sequence), -1) if len(positions) else None  # coarse scales have none
-            check_finite(self._sequence[:, here], "latents", self._sequence.dtype, places)
+            failure.note(self._sequence[:, here], places)
             self.entity = entity + 1
             if len(positions):
                 shape = (len(self._sequence), len(positions))
                 valid = torch.ones(shape, dtype=torch.bool, device=positions.device)
                 yield TokenChunk(positions.expand(shape), self._sequence[:, here], valid)
+        failure.check()
 
     def _stop(self, num_tokens: int | None) -> int:
         """The entity before which the next ``num_tokens`` positions end."""

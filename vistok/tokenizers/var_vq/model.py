@@ -20,7 +20,7 @@ from vistok.nn.conv import ConvDecoder, ConvEncoder
 from vistok.quantizers.multiscale import MultiScaleQuantizer, ScaleExpander
 from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.var_vq import official
-from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec
+from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec, check_tensor
 from vistok.utils.finite import finite_latents
 from vistok.utils.sides import image_sides
 
@@ -160,6 +160,7 @@ class VARVQ(Tokenizer):
         return self.decoder(self.post_quant(quantized))
 
     def _check_tokens(self, tokens: Tensor) -> None:
+        check_tensor(tokens, "token ids")
         if not tokens.is_floating_point():
             self.spec.check_ids(tokens)
         elif tokens.ndim != 3 or tokens.shape[2] != self.quantizer.dim:
