@@ -19,6 +19,7 @@ A tokenizer or generator that is in the folder already is not trained again.
 from __future__ import annotations
 
 import argparse
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -190,7 +191,8 @@ def train_for(row: Row, changes: list[str], seconds: float, out: Path) -> tuple[
     from vistok.config import load_config
 
     run = out / row.config
-    if not run.exists():
+    if not (run / "core_seconds.txt").exists():
+        shutil.rmtree(run, ignore_errors=True)  # what was interrupted begins anew
         steps = steps_in(row.config, changes, seconds)
         used = train_steps(row.config, changes, steps, run)
         (run / "core_seconds.txt").write_text(str(used))
