@@ -141,11 +141,13 @@ def _mixed(values: np.ndarray | np.uint64) -> np.ndarray | np.uint64:
 def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     """The first id whose cumulative probability exceeds the uniform number: (B, V), (B,) -> (B,) int64.
 
-    Ids of probability 0 are never drawn.
+    Ids of probability 0 are never drawn. Probabilities that are not finite give an arbitrary id: whoever calls checks
+    them.
     """
     cumulative = probabilities.cumsum(-1)
     if cumulative.device.type == "cpu":  # one running sum: ids of probability 0 do not raise it
-        return torch.searchsorted(cumulative, _threshold(uniforms, cumulative[:, -1:]), right=True).squeeze(-1)
+        ids = torch.searchsorted(cumulative, _threshold(uniforms, cumulative[:, -1:]), right=True).squeeze(-1)
+        return ids.clamp_max(probabilities.shape[-1] - 1)  # no sum of NaN exceeds anything
     return first_above(cumulative.masked_fill(probabilities == 0, 0), uniforms)
 
 

@@ -10,7 +10,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -133,9 +135,18 @@ def end(process: subprocess.Popen) -> None:
     process.communicate(timeout=SECONDS)
 
 
-def test_a_living_owner_is_named(tmp_path: Path):
-    process = holder(tmp_path / "run")
+@contextmanager
+def held(folder: Path) -> Iterator[subprocess.Popen]:
+    """The process that holds the lock of the folder meanwhile."""
+    process = holder(folder)
     try:
+        yield process
+    finally:
+        end(process)
+
+
+def test_a_living_owner_is_named(tmp_path: Path):
+    with held(tmp_path / "run") as process:
         for name in (tmp_path / "run", tmp_path / "x" / ".." / "run"):
             with (
                 pytest.raises(
@@ -145,8 +156,6 @@ def test_a_living_owner_is_named(tmp_path: Path):
             ):
                 pass
         assert process.poll() is None
-    finally:
-        end(process)
 
 
 @pytest.mark.parametrize("how", [(), ("fork",)])
@@ -165,15 +174,12 @@ def test_a_dead_owner_holds_nothing(tmp_path: Path, how: tuple[str, ...]):
 
 
 def test_of_another_host_nothing_is_assumed(tmp_path: Path):
-    process = holder(tmp_path / "run")
-    try:
+    with held(tmp_path / "run"):
         owner = tmp_path / ".run.owner"
         there = json.loads(owner.read_text()) | {"host": "elsewhere", "started": 0.0}  # here it would count as dead
         owner.write_text(json.dumps(there))
         with pytest.raises(FolderInUseError, match="on elsewhere is writing it"), locked(tmp_path / "run"):
             pass
-    finally:
-        end(process)
 
 
 def test_a_killed_owner_that_nobody_has_waited_for_is_dead(tmp_path: Path):
@@ -187,27 +193,21 @@ def test_a_killed_owner_that_nobody_has_waited_for_is_dead(tmp_path: Path):
 
 @pytest.mark.parametrize("where", ["container", "machine"])
 def test_of_another_machine_with_the_same_host_name_nothing_is_assumed(tmp_path: Path, where: str):
-    process = holder(tmp_path / "run")
-    try:
+    with held(tmp_path / "run"):
         owner = tmp_path / ".run.owner"
         there = json.loads(owner.read_text())
         assert there["space"] or sys.platform != "linux"
         owner.write_text(json.dumps(there | {"space": where, "pid": 2**22 + 1}))  # a pid that is free here
         with pytest.raises(FolderInUseError, match="is writing it"), locked(tmp_path / "run"):
             pass
-    finally:
-        end(process)
 
 
 def test_an_owner_that_is_no_process_is_not_known_to_be_dead(tmp_path: Path):
-    process = holder(tmp_path / "run")
-    try:
+    with held(tmp_path / "run"):
         owner = tmp_path / ".run.owner"
         owner.write_text(json.dumps(json.loads(owner.read_text()) | {"pid": -1}))
         with pytest.raises(FolderInUseError, match="is writing it"), locked(tmp_path / "run"):
             pass
-    finally:
-        end(process)
 
 
 def test_a_pid_that_is_somebody_else_s_by_now_holds_nothing(tmp_path: Path):
@@ -224,14 +224,11 @@ def test_a_pid_that_is_somebody_else_s_by_now_holds_nothing(tmp_path: Path):
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the beginning of a process is told by the clock")
 def test_setting_the_clock_kills_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """psutil tells when a process began as the clock says now that the machine did."""
-    process = holder(tmp_path / "run")
     create_time = psutil.Process.create_time
-    monkeypatch.setattr(psutil.Process, "create_time", lambda self: create_time(self) + 3600)
-    try:
+    with held(tmp_path / "run"):
+        monkeypatch.setattr(psutil.Process, "create_time", lambda self: create_time(self) + 3600)
         with pytest.raises(FolderInUseError, match="is writing it"), locked(tmp_path / "run"):
             pass
-    finally:
-        end(process)
 
 
 @pytest.mark.parametrize("how", ["a thread", "the same thread"])

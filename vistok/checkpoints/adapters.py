@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vistok.checkpoints.weights import CheckpointError, read_weights
-from vistok.utils.files import read_json, utf8_path, write_json
+from vistok.utils.files import read_json, write_json
+from vistok.utils.tensors import save_file
 
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ORIGINAL = ".parametrizations.weight.original"
@@ -62,8 +62,7 @@ def save_adapter(folder: Path, state: Mapping[str, Tensor], base: str) -> None:
         tensors[f"{_PEFT}{module}.lora_B.weight"] = part["up"].detach().cpu().contiguous()
         scales[module] = float(part["scale"])
     rank = len(next(iter(found.values()))["down"])
-    with utf8_path(folder / ADAPTER) as name:
-        save_file(tensors, name, metadata={"format": "pt"})
+    save_file(tensors, folder / ADAPTER, metadata={"format": "pt"})
     config = {"peft_type": "LORA", "base_model_name_or_path": base, "r": rank, "target_modules": sorted(found)}
     config |= {"lora_alpha": rank * next(iter(scales.values())), "bias": "none", "inference_mode": True}
     write_json(folder / ADAPTER_CONFIG, config)

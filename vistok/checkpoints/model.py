@@ -18,7 +18,6 @@ from typing import Any, ClassVar, Self
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vistok._version import __version__
@@ -37,9 +36,10 @@ from vistok.checkpoints.weights import (
 )
 from vistok.config import check, with_todays_names
 from vistok.types import to_json
-from vistok.utils.files import atomic_folder, missing_folder, read_json, restore, utf8_path, write_json
+from vistok.utils.files import atomic_folder, missing_folder, read_json, restore, write_json
 from vistok.utils.paths import local
 from vistok.utils.spelling import did_you_mean
+from vistok.utils.tensors import save_file
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MODEL_FILES = (CONFIG, WEIGHTS, ADAPTER, ADAPTER_CONFIG)
@@ -145,8 +145,7 @@ class Model(
         state = without_adapters(trained) if self.adapter_apart else merged(trained)
         state = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
         try:
-            with utf8_path(save_directory / WEIGHTS) as name:
-                save_file(state, name, metadata={"format": "pt"})
+            save_file(state, save_directory / WEIGHTS, metadata={"format": "pt"})
             if self.adapter_apart:
                 save_adapter(save_directory, trained, base=self.registry_name)
         except SafetensorError as error:  # its word for a failed write, which is nearly always a full disk

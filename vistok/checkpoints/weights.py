@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vistok.utils.files import utf8_path
+from vistok.utils.tensors import load_file
 
 STATE = "state.pt"
 """What a checkpoint of training keeps everything in."""
@@ -65,8 +64,7 @@ def read_weights(path: str | Path, *, stand_ins: Sequence[tuple[type, str]] = ()
         return _read_shards(path)
     if path.suffix == ".safetensors":
         try:
-            with utf8_path(path) as name:
-                return load_file(name)
+            return load_file(path)
         except (SafetensorError, OSError, ValueError, TypeError, LookupError, RuntimeError, MemoryError) as error:
             raise CheckpointError(
                 f"{path} is damaged or incomplete ({path.stat().st_size:,} bytes): {error}; fetch or save it again"

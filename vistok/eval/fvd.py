@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from vistok.eval.metrics import Moments, check_symmetric, frechet_distance, is_positive
 from vistok.eval.video_protocols import VideoProtocol, video_protocol
-from vistok.utils.files import atomic_file, utf8_path
+from vistok.utils.files import atomic_file
+from vistok.utils.tensors import opened, save_file
 
 
 class ClipNetwork(Protocol):
@@ -102,8 +102,8 @@ class ClipStatistics:
         told = {"protocol": self.protocol, "network": self.network, "source": self.source, "count": self.count}
         told["weights_sha256"] = self.weights_sha256
         tensors = {"sum": self.moments.sum.cpu(), "outer": self.moments.outer.cpu()}
-        with atomic_file(Path(path)) as temporary, utf8_path(temporary) as name:
-            save_file(tensors, name, metadata={"clip_statistics": json.dumps(told)})
+        with atomic_file(Path(path)) as temporary:
+            save_file(tensors, temporary, metadata={"clip_statistics": json.dumps(told)})
 
     @classmethod
     def load(cls, path: str | Path) -> ClipStatistics:
@@ -113,7 +113,7 @@ class ClipStatistics:
             StatisticsError: an absent, damaged or foreign file.
         """
         try:
-            with utf8_path(path) as name, safe_open(name, "pt") as file:
+            with opened(path) as file:
                 told = json.loads((file.metadata() or {})["clip_statistics"])
                 moments = _checked(told["count"], file.get_tensor("sum"), file.get_tensor("outer"))
             facts = [told[name] for name in ("protocol", "network", "weights_sha256", "source")]

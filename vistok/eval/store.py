@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vistok.data.pictures import npz_writer
 from vistok.eval.features import Extraction
 from vistok.eval.metrics import Moments
 from vistok.eval.plan import BenchmarkError
-from vistok.utils.files import atomic_file, utf8_path
+from vistok.utils.files import atomic_file
+from vistok.utils.tensors import load_file, save_file
 
 PREVIEWS = 64  # images kept for the report's grid
 SAMPLES = "samples.npz"
@@ -58,8 +58,8 @@ class FeatureStore:
         if self.keep_images:
             with atomic_file(self._pixels(shard)) as temporary, open(temporary, "wb") as file:
                 np.save(file, images.permute(0, 2, 3, 1).contiguous().numpy())
-        with atomic_file(self._features(shard)) as temporary, utf8_path(temporary) as name:
-            save_file(tensors, name)  # last: it says that the range is complete
+        with atomic_file(self._features(shard)) as temporary:
+            save_file(tensors, temporary)  # last: it says that the range is complete
 
     def read(self, *, keep: Sequence[str], moments: Sequence[str]) -> Extraction:
         """What one feature pass over all images would leave; see ``FeaturePass``."""
@@ -100,8 +100,7 @@ class FeatureStore:
     def _load(self, shard: tuple[int, int]) -> dict[str, Tensor]:
         path = self._features(shard)
         try:
-            with utf8_path(path) as name:
-                return load_file(name)
+            return load_file(path)
         except (SafetensorError, OSError) as error:
             raise BenchmarkError(f"{path} is damaged ({error}); remove it and run the benchmark again") from error
 

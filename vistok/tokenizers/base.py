@@ -206,17 +206,23 @@ class Tokenizer(Model):
         Raises:
             ValueError: ids out of range, or another number of them.
         """
-        check_tensor(tokens, "token ids")
-        if self.spec.scales and tokens.is_floating_point():
-            if tokens.ndim != 3 or tokens.shape[2] != self.spec.dim:
-                raise ValueError(f"code vectors must be (B, n, {self.spec.dim}), got {tuple(tokens.shape)}")
+        if self.spec.scales:
+            self.check_scaled(tokens)
         else:
             self.spec.check_ids(tokens)
             length = self.spec.length if length is None else length
-            if tokens.shape[1] != length and not self.spec.scales:
+            if tokens.shape[1] != length:
                 raise ValueError(f"this tokenizer decodes {length} tokens at once, got {tokens.shape[1]}")
         latents: Tensor = self.quantizer.ids_to_latents(tokens)
         return latents.to(self.dtype)  # quantizers that compute in float32 give it
+
+    def check_scaled(self, tokens: Tensor) -> None:
+        """Raise ValueError unless tokens of scales are ids (B, n) or code vectors (B, n, D)."""
+        check_tensor(tokens, "token ids")
+        if not tokens.is_floating_point():
+            self.spec.check_ids(tokens)
+        elif tokens.ndim != 3 or tokens.shape[2] != self.spec.dim:
+            raise ValueError(f"code vectors must be (B, n, {self.spec.dim}), got {tuple(tokens.shape)}")
 
     def expander(self) -> Expander:
         """What turns tokens into the inputs of a generator that has this tokenizer in its loop: of a quantizer with

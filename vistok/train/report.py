@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import safe_open
 from torch import Tensor
 
 from vistok.checkpoints import WEIGHTS
@@ -24,7 +23,7 @@ from vistok.train.atlas import codebook_atlas
 from vistok.train.curves import reference_curve
 from vistok.train.monitor import METRICS_FILE, read_metrics
 from vistok.train.tasks.images import example_batch
-from vistok.utils.files import missing_folder, read_object, utf8_path
+from vistok.utils.files import missing_folder, read_object
 from vistok.utils.report import (
     REPORT_FILE,
     Block,
@@ -41,6 +40,7 @@ from vistok.utils.report import (
     Table,
     write_report,
 )
+from vistok.utils.tensors import opened
 
 PICTURES = 24
 """Most pictures in the slider; of more, evenly spread ones."""
@@ -119,7 +119,7 @@ def _lead(
 
 def _weights(folder: Path) -> int:
     """How many numbers a saved model has."""
-    with utf8_path(folder / WEIGHTS) as name, safe_open(name, "pt") as file:
+    with opened(folder / WEIGHTS) as file:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118 (no mapping)
 
 

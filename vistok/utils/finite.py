@@ -19,24 +19,6 @@ def explain(what: str, dtype: torch.dtype) -> str:
     return f"{what} are not finite in {name}: {remedy}"
 
 
-def check_finite(values: Tensor, what: str, dtype: torch.dtype, positions: Tensor | None = None) -> Tensor:
-    """The values (B, n, ...) as they are; the host waits for the device.
-
-    Args:
-        what: their name, such as "latents".
-        dtype: of the weights that made them.
-        positions: (B, n), of which tokens they are; None counts them from 0.
-
-    Raises:
-        ValueError: some are NaN or infinite; the message names the first token.
-    """
-    wrong = ~values.isfinite().flatten(2).all(-1)  # (B, n)
-    if bool(wrong.any()):
-        places = torch.arange(wrong.shape[1], device=wrong.device).expand_as(wrong) if positions is None else positions
-        raise ValueError(explain(f"the {what} of token {int(places[wrong].min())}", dtype))
-    return values
-
-
 class FirstFailure:
     """Which token of a batch was the first whose values are not finite, noted on the device while a loop runs.
 
@@ -60,6 +42,19 @@ class FirstFailure:
         """Raise ValueError, naming the token, if there was one: the one time that the host waits for the device."""
         if self._first is not None and int(self._first) < NONE:
             raise ValueError(explain(f"the {self._what} of token {int(self._first)}", self._dtype))
+
+
+def check_finite(values: Tensor, what: str, dtype: torch.dtype) -> Tensor:
+    """The values (B, n, ...) of the first n tokens as they are, with ``FirstFailure`` asked at once; the host waits for
+    the device.
+
+    Raises:
+        ValueError: some are NaN or infinite; the message names the first token.
+    """
+    failure = FirstFailure(what, dtype)
+    failure.note(values)
+    failure.check()
+    return values
 
 
 def finite_latents(latents: Tensor) -> Tensor:

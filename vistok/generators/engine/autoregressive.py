@@ -13,14 +13,14 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from vistok.draws import Draws, Keys, inverse_cdf
+from vistok.draws import Draws, Keys
 from vistok.generators.base import Generator, check_draws, token_loss
 from vistok.generators.engine.cache import CachedLayers, KVCache
 from vistok.generators.engine.compiled import CompiledStep
 from vistok.generators.engine.decodings import DECODINGS
 from vistok.generators.engine.packed import DecodingCopies
 from vistok.generators.engine.plan import Plan
-from vistok.generators.engine.sampling import DecodingOptions, part_draws
+from vistok.generators.engine.sampling import DecodingOptions, drawn_ids, part_draws
 from vistok.generators.engine.session import AutoregressiveSession
 from vistok.nn.attention import Mask
 from vistok.nn.containers import ModuleList
@@ -44,12 +44,6 @@ class OrderedEntries(NamedTuple):
     order: Tensor
     tokens: slice
     states: slice
-
-
-def drawn_ids(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Ids (B, n) of the probabilities that logits (B, n, V) give, by uniform numbers (B, n)."""
-    ids = inverse_cdf(logits.softmax(-1).flatten(0, 1), uniforms.flatten())
-    return ids.clamp_max(logits.shape[-1] - 1).view_as(uniforms)
 
 
 class AutoregressiveGenerator(Generator):

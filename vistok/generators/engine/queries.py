@@ -34,7 +34,7 @@ def cosine_groups(num_steps: int, length: int) -> tuple[int, ...]:
     Raises:
         ValueError: fewer than one step, or more steps than tokens.
     """
-    if check_steps(num_steps, length) == length:
+    if steps_of(num_steps, length) == length:
         return (1,) * length
     sizes, done = [1], 1
     while done < length:
@@ -45,7 +45,7 @@ def cosine_groups(num_steps: int, length: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def check_steps(num_steps: int, length: int) -> int:
+def steps_of(num_steps: int, length: int) -> int:
     """Return ``num_steps`` if so many steps can generate ``length`` tokens; else raise ValueError."""
     if not 1 <= num_steps <= length:
         raise ValueError(f"num_steps must lie in 1..{length}, one for each token at most; got {num_steps}")
@@ -183,7 +183,7 @@ class QueryGenerator(AutoregressiveGenerator):
     def _num_steps(self, options: QueryOptions) -> int:
         """Steps of a whole image."""
         num_steps = self.default_steps if options.num_steps is None else options.num_steps
-        return check_steps(num_steps, self.spec.length)
+        return steps_of(num_steps, self.spec.length)
 
     def scheduled_groups(self, num_steps: int) -> tuple[int, ...]:
         """The group sizes of so many steps: ``cosine_groups``, unless the model says otherwise."""

@@ -144,5 +144,9 @@ def draw_ids(logits: Tensor, uniforms: Tensor | None, options: DecodingOptions) 
     if uniforms is None:
         raise ValueError(f"drawing at temperature {options.temperature} needs uniforms")
     logits = filter_logits(logits, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
-    ids = inverse_cdf(logits.softmax(-1).flatten(0, -2), uniforms.flatten())
-    return ids.clamp_max(logits.shape[-1] - 1).view(logits.shape[:-1])
+    return drawn_ids(logits, uniforms)
+
+
+def drawn_ids(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Ids (...) of the probabilities that logits (..., V) give, by uniform numbers (...)."""
+    return inverse_cdf(logits.softmax(-1).flatten(0, -2), uniforms.flatten()).view(logits.shape[:-1])

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from vistok.checkpoints import OfficialCheckpoint
 from vistok.draws import Draws, Keys
 from vistok.generators.base import Generator, check_draws, weighted_mean
-from vistok.generators.engine.autoregressive import AutoregressiveGenerator, drawn_ids
+from vistok.generators.engine.autoregressive import AutoregressiveGenerator
+from vistok.generators.engine.sampling import drawn_ids
 from vistok.generators.maskgit import official
 from vistok.generators.maskgit.networks import NETWORKS
 from vistok.generators.maskgit.sampling import MaskGITOptions, MaskGITSession

@@ -10,7 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from vistok.draws import Draws, inverse_cdf
+from vistok.draws import Draws
+from vistok.generators.engine.sampling import drawn_ids
 from vistok.guidance import GuidanceOptions, ScheduleName
 from vistok.types import Condition, TokenChunk, TokenSpec
 from vistok.utils.finite import FirstFailure
@@ -148,12 +149,7 @@ class MaskGITSession:
         """Draw all masked tokens and settle the most confident ones, so that ``left`` (B,) remain."""
         masked, temperature = self._masked, self.options.temperature_at(step)
         logits = self._logits(step)
-        if temperature:
-            uniforms = self._draws["ids"][:, step].flatten()
-            ids = inverse_cdf((logits / temperature).softmax(-1).flatten(0, 1), uniforms).view(masked.shape)
-            ids = ids.clamp_max(logits.shape[-1] - 1)  # of NaN it is beyond the last
-        else:
-            ids = logits.argmax(-1)
+        ids = drawn_ids(logits / temperature, self._draws["ids"][:, step]) if temperature else logits.argmax(-1)
         confidence = logits.gather(-1, ids[..., None]).squeeze(-1)
         if temperature:
             tiny = torch.finfo(torch.float32).tiny

@@ -17,7 +17,7 @@ from vistok.checkpoints import OfficialCheckpoint, rename
 from vistok.checkpoints.weights import second_stage
 from vistok.draws import Draws
 from vistok.generators.base import weighted_mean
-from vistok.generators.engine.autoregressive import drawn_ids
+from vistok.generators.engine.sampling import drawn_ids
 from vistok.generators.llama import Llama
 from vistok.generators.open_magvit2_gpt import official
 from vistok.generators.open_magvit2_gpt.sampling import SubTokenOptions

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
 from vistok.checkpoints import CheckpointError, fuse, rename
 from vistok.tokenizers.flextok.official_keys import check_keys
 from vistok.tokenizers.kl_vae import OLD_DIFFUSERS_NAMES
+from vistok.utils.tensors import opened
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +33,8 @@ def embedded_config(file: Path, content: Mapping[str, Any]) -> dict[str, Any] | 
     """
     if file.suffix != ".safetensors":
         return None
-    with safe_open(file, "pt") as opened:
-        header = opened.metadata() or {}
+    with opened(file) as weights:
+        header = weights.metadata() or {}
     texts = {name: header[name] for name in SECTIONS if name in header}
     if not {"encoder", "decoder"} <= texts.keys():
         return None

@@ -20,7 +20,7 @@ from vistok.nn.conv import ConvDecoder, ConvEncoder
 from vistok.quantizers.multiscale import MultiScaleQuantizer, ScaleExpander
 from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.var_vq import official
-from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec, check_tensor
+from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec
 from vistok.utils.finite import finite_latents
 from vistok.utils.sides import image_sides
 
@@ -147,24 +147,17 @@ class VARVQ(Tokenizer):
             ValueError: ids out of range, or tokens that end within a scale.
         """
         self.check_condition(condition)
-        self._check_tokens(tokens)
+        self.check_scaled(tokens)
         return self.decode_map(self.quantizer.decode(tokens))
 
     def decode_scales(self, tokens: Tensor) -> Tensor:
         """The images (S, B, C, H, W) of the first scale, of the first two, and so on, of tokens as in ``decode``."""
-        self._check_tokens(tokens)
+        self.check_scaled(tokens)
         return torch.stack([self.decode_map(so_far) for so_far in self.quantizer.maps(tokens)])
 
     def decode_map(self, quantized: Tensor) -> Tensor:
         """A quantized map (B, D, h, w) to pixels."""
         return self.decoder(self.post_quant(quantized))
-
-    def _check_tokens(self, tokens: Tensor) -> None:
-        check_tensor(tokens, "token ids")
-        if not tokens.is_floating_point():
-            self.spec.check_ids(tokens)
-        elif tokens.ndim != 3 or tokens.shape[2] != self.quantizer.dim:
-            raise ValueError(f"code vectors must be (B, n, {self.quantizer.dim}), got {tuple(tokens.shape)}")
 
     def expander(self) -> ScaleExpander:
         return ScaleExpander(self.quantizer)

@@ -175,7 +175,7 @@ class _Windows:
         numbers = self._numbers("ids", places)
         if options.criterion == "speculative":
             numbers = (numbers + passes * TURN) % 1
-        ids = inverse_cdf(probs.flatten(0, 1), numbers.flatten()).clamp_max(logits.shape[-1] - 1)
+        ids = inverse_cdf(probs.flatten(0, 1), numbers.flatten())
         return probs, ids.view(places.shape)
 
     def _test(self, drafts: Tensor, probs: Tensor, target: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,7 +187,6 @@ class _Windows:
         verdict = verify(drafts, probs, target, numbers)
         here = verdict.matched[:, None] - 1
         again = inverse_cdf(verdict.residual, self._numbers("redraw", self._places().gather(1, here)).squeeze(1))
-        again = again.clamp_max(target.shape[2] - 1)
         return verdict.matched, torch.where(verdict.rejected, again, drawn.gather(1, here).squeeze(1))
 
     def _first_drafts(self) -> tuple[Tensor, Tensor]:
