@@ -163,7 +163,7 @@ def _curves(rows: Sequence[Mapping[str, Any]], curve: str | None) -> Iterator[Bl
     yield Charts(shown, "From metrics.jsonl. TensorBoard shows more: tensorboard --logdir with the run folder.", legend)
     others = [chart for name in own if name not in first and (chart := _chart(name, rows, reference)) is not None]
     if others:
-        yield Folded(f"{len(others)} more curves", Charts(others, "", legend))
+        yield Folded(f"{len(others)} more curve{'s' * (len(others) > 1)}", Charts(others, "", legend))
 
 
 def _chart(name: str, rows: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]]) -> Chart | None:
