@@ -26,7 +26,7 @@ class DiffusionState(NamedTuple):
 
 
 class GaussianDiffusion:
-    """The tables of a diffusion process and what is computed with them; tables are float64, results as the data.
+    """The tables of a diffusion process, its loss and its sampler. Tables are float64; results have the data's dtype.
 
     Args:
         betas: variances of the forward steps, (T,).
@@ -41,7 +41,7 @@ class GaussianDiffusion:
         self.betas, self.alphas_cumprod = betas, (1 - betas).cumprod(0)
         previous = torch.cat([betas.new_ones(1), self.alphas_cumprod[:-1]])
         self.posterior_variance = betas * (1 - previous) / (1 - self.alphas_cumprod)
-        # It is 0 at the first timestep, whose logarithm takes its neighbour's place.
+        # The variance is 0 at the first timestep, whose logarithm is replaced by that of the second.
         self.posterior_log_variance_clipped = self.posterior_variance[[1, *range(1, len(betas))]].log()
         self.posterior_mean_coef1 = betas * previous.sqrt() / (1 - self.alphas_cumprod)
         self.posterior_mean_coef2 = (1 - previous) * (1 - betas).sqrt() / (1 - self.alphas_cumprod)
@@ -87,9 +87,9 @@ class GaussianDiffusion:
         return self._at("posterior_mean_coef1", t, x) * data + self._at("posterior_mean_coef2", t, x) * x
 
     def _at(self, table: str, t: Tensor, like: Tensor) -> Tensor:
-        """Entries t (M,) of a table as a column (M, 1), where ``like`` is and of its type."""
+        """Entries t (M,) of a table as a column (M, 1), on the device and in the dtype of ``like``."""
         key = (table, like.device, like.dtype)
-        if key not in self._copies:  # kept, because a copy to a device waits for what it is computing
+        if key not in self._copies:  # kept, because a copy to a device synchronises with it
             self._copies[key] = getattr(self, table).to(like.device, like.dtype)
         return self._copies[key][t].unsqueeze(-1)
 
@@ -102,8 +102,8 @@ class GaussianDiffusion:
             t: (M,) indices.
 
         Returns:
-            the mean squared error of the noise; and the variational bound in bits per channel, through which only the
-            variance learns: KL of the reverse step, or the likelihood of 8-bit data in [-1, 1] at t = 0.
+            the mean squared error of the noise; and the variational bound in bits per channel, whose gradient reaches
+            only the variance: KL of the reverse step, or at t = 0 the negative log-likelihood of 8-bit data in [-1, 1].
         """
         eps, v = output.chunk(2, -1)
         x = self.add_noise(data, noise, t)
@@ -142,7 +142,7 @@ def even_timesteps(total: int, count: int) -> list[int]:
     stride, position, timesteps = (total - 1) / (count - 1), 0.0, []
     for _ in range(count):
         timesteps.append(round(position))
-        position += stride  # summed up, as in the reference: a product may round to another integer
+        position += stride  # accumulated, as in the reference: a product may round to another integer
     return timesteps
 
 

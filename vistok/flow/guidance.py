@@ -9,8 +9,7 @@ from vistok.guidance import Guidance
 
 
 def guided(velocity: VelocityField, guidance: Guidance) -> VelocityField:
-    """The guided velocity field of one trajectory; make a new one for every trajectory, as combinations may have a
-    memory.
+    """The guided velocity field of one trajectory. Make a new one for every trajectory: combinations may keep state.
 
     Args:
         velocity: maps x (R * B, ...) to velocities (R * B, ...), row by row of the guidance, in one forward pass.

@@ -11,8 +11,8 @@ from vistok.utils.steps import check_steps
 
 
 class Velocity(NamedTuple):
-    """What a network predicts of noisy pixels or latents: a velocity (B, C, H, W), and features of patches (B, P, D) by
-    which its layers are aligned with a teacher's, or None."""
+    """The prediction of a network for noisy pixels or latents: a velocity (B, C, H, W), and patch features (B, P, D)
+    for the alignment with a teacher, or None."""
 
     velocity: Tensor
     features: Tensor | None

@@ -24,9 +24,9 @@ class FlowState(NamedTuple):
     Attributes:
         t: the time reached.
         x: the samples there, (B, ...).
-        velocity: the direction of the step that led there; a multistep method's own combination. As a step is
-            straight, ``path.data_estimate(x, velocity, t)`` is what that step would have given had it gone all the way
-            to the data: a preview without another network call.
+        velocity: the direction of the step that led there; for a multistep method, its combination of velocities.
+            ``path.data_estimate(x, velocity, t)`` extends that straight step to the data: a preview without another
+            network call.
     """
 
     t: float
@@ -45,7 +45,8 @@ def euler(velocity: VelocityField, x: Tensor, times: Sequence[float]) -> Iterato
 def adams_bashforth2(velocity: VelocityField, x: Tensor, times: Sequence[float]) -> Iterator[FlowState]:
     """Two-step Adams-Bashforth: x_{i+1} = x_i + (t_{i+1} - t_i) (3/2 v_i - 1/2 v_{i-1}), the first step Euler's.
 
-    The coefficients are those of even steps, also where the times are uneven: D-AR (arXiv 2505.23660) is evaluated so.
+    The coefficients are those of even steps even if the times are uneven, as in the evaluation of D-AR
+    (arXiv 2505.23660).
     """
     previous = None
     for t, t_next in pairwise(times):
@@ -57,7 +58,7 @@ def adams_bashforth2(velocity: VelocityField, x: Tensor, times: Sequence[float])
 
 
 def last(trajectory: Iterator[State]) -> State:
-    """Run a trajectory to its end."""
+    """Run a trajectory to its end and return its last state."""
     (state,) = deque(trajectory, maxlen=1)
     return state
 

@@ -17,14 +17,14 @@ from vistok.flow.solvers import FlowState, VelocityField
 from vistok.utils.steps import check_steps
 
 LAST_TIME = 0.04
-"""Where the last step begins, which goes to t = 0 without noise: the score is stiff there."""
+"""The time at which the last step begins; it goes to t = 0 without noise, because the score is stiff there."""
 
 
 def stochastic_times(num_steps: int) -> list[float]:
     """The num_steps + 1 times that ``euler_maruyama`` visits: evenly from 1 to 0.04, then 0.
 
     Raises:
-        ValueError: fewer than the two steps that it takes to add noise and to remove it, or more than ``MOST_STEPS``.
+        ValueError: fewer than two steps (the last adds no noise), or more than ``MOST_STEPS``.
     """
     check_steps("num_steps", num_steps)
     if num_steps < 2:

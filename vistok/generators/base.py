@@ -27,39 +27,39 @@ class Session(Protocol):
         """The tokens so far."""
 
     def append(self, tokens: Tensor) -> None:
-        """Put given tokens (B, n[, D]) at the next positions, instead of generating them."""
+        """Set the next positions to given tokens (B, n[, D]) instead of generating them."""
 
     def generate(self, num_tokens: int | None = None) -> Iterator[TokenChunk]:
         """Generate the next ``num_tokens`` tokens (all that are left if None), chunk by chunk."""
 
 
 class Conversation(Session, Protocol):
-    """A session of a model that reads and writes texts and images in one context: turns of a human, and replies."""
+    """A session of a model that reads and writes texts and images in one context: user turns and replies."""
 
     def ask(self, condition: Condition) -> None:
-        """Read another turn of the human, after the replies so far."""
+        """Read another user turn, after the replies so far."""
 
     def wants_image(self) -> Tensor:
-        """(B,) bool, True where the model would begin an image now, and not write."""
+        """(B,) bool, True where the model would begin an image next, not a text."""
 
     def draw(self, options: Any, draws: Draws) -> Tensor:
-        """Reply with an image: its tokens, drawn with ``options`` and ``sampling_draws``."""
+        """Reply with an image: its tokens, sampled with ``options`` and the draws of ``sampling_draws``."""
 
     def write(self, max_tokens: int) -> Tensor:
-        """Reply with a text: ids (B, n), filled up with the generator's ``end``."""
+        """Reply with a text: ids (B, n), padded with the generator's ``end``; n is at most ``max_tokens``."""
 
     def show(self, tokens: Tensor) -> None:
-        """Take given tokens of an image for the model's reply."""
+        """Append given image tokens as the model's reply."""
 
     def tell(self, ids: Tensor) -> Tensor:
-        """Take given ids (B, n) for the model's reply; logits (B, V) of the word that follows them."""
+        """Append given ids (B, n) as the model's reply; return the logits (B, V) of the next id."""
 
 
 class Generator(Model):
     """Models the tokens of a tokenizer, given a condition.
 
-    The first constructor argument of every generator is ``spec``, the TokenSpec it models; a generator refuses, with a
-    ValueError, one that it cannot.
+    The first constructor argument of every generator is ``spec``, the TokenSpec to model. A generator raises ValueError
+    for a spec that it cannot model.
     """
 
     options_type: ClassVar[type]
@@ -68,33 +68,34 @@ class Generator(Model):
     spec: TokenSpec
 
     condition_dropout: float
-    """The share of training samples whose condition is dropped, by the uniform numbers "drop" of the draws."""
+    """The share of training samples whose condition is dropped: those whose uniform number "drop" is below it."""
 
     only_next: ClassVar[str] = "it has a loss of its own"
-    """Why its training cannot mix other predictions with its own, see ``ordered_entries``; empty where it can."""
+    """Why the model cannot learn the objectives "next_all" and "random" (``vistok.train.tasks.prediction``); empty if
+    it can."""
 
     plain_sequence: ClassVar[Mapping[str, Any]] = {}
-    """Arguments with which it takes tokens that lie on no (h, w) raster, where it needs others than its defaults."""
+    """Constructor arguments, other than the defaults, that tokens without an (h, w) raster need."""
 
     needs_tokenizer: ClassVar[bool] = False
     """Whether ``forward`` and ``start`` need the tokenizer, whose ``expander`` makes the inputs of the transformer."""
 
     reads_latents: bool = False
-    """Whether it trains on the latents that its ids are made of, for bitwise self-correction."""
+    """Whether it trains on the latents from which the ids are quantised, for bitwise self-correction."""
 
     takes_streams: bool = False
-    """Whether ``forward`` takes streams of texts and images (``Streams``) in place of tokens, too; of a class, whether
-    some of its models do."""
+    """Whether ``forward`` also takes streams of texts and images (``Streams``) in place of tokens. On a class: whether
+    some configurations do."""
 
     class_rows_from: int = 0
-    """The row at which the classes begin in tables that hold them, among others or alone."""
+    """The row of the first class in the embedding table that holds the classes."""
 
     has_null: bool = True
-    """Whether rows without a condition can be generated, and so guidance be used."""
+    """Whether the model has a null condition, which unconditional generation and guidance need."""
 
     @property
     def condition_spec(self) -> ConditionSpec:
-        """What it can be conditioned on: class labels, unless the generator says otherwise."""
+        """What the model can be conditioned on: class labels by default."""
         return ConditionSpec(num_classes=self.num_classes or 0)
 
     @abstractmethod
@@ -114,13 +115,13 @@ class Generator(Model):
         Args:
             draws: from ``training_draws``; without "drop" among them, or None, no condition is dropped.
             weights: (B,) weight of each sample in the loss, for example 0 for samples without a caption.
-            clock: where training stands, for parts with a schedule.
-            tokenizer: the tokenizer of the tokens, where the model ``needs_tokenizer``.
-            context: what is fed in place of the tokens, which stay what is predicted; of the form of ``context_of``.
+            clock: the training progress, for parts with a schedule.
+            tokenizer: the tokenizer of the tokens, if the model ``needs_tokenizer``.
+            context: (B, *context_shape), fed in place of the tokens; the tokens stay the targets.
         """
 
     def drop_condition(self, condition: Condition, draws: Draws | None) -> Condition:
-        """The condition, dropped in the rows that the draws name."""
+        """The condition, dropped in the rows whose "drop" is below ``condition_dropout``."""
         return condition.drop(draws["drop"] < self.condition_dropout) if draws and "drop" in draws else condition
 
     # The context: what training feeds in place of the tokens, with some replaced (``vistok.train.tasks.prediction``).
@@ -136,20 +137,20 @@ class Generator(Model):
         return (self.spec.length,) if self.spec.discrete else (self.spec.length, self.spec.dim)
 
     def context_of(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, L[, D]) as the transformer is fed them, (B, *context_shape)."""
+        """The context (B, *context_shape) of tokens (B, L[, D]), in the form in which the transformer is fed them."""
         return tokens
 
     def replaced(self, uniforms: Tensor, share: float, draws: Draws) -> Tensor:
         """Which tokens of the context are replaced, about ``share`` of them: (B, N) bool.
 
         Args:
-            uniforms: (B, N), a number for each place.
+            uniforms: (B, N) in [0, 1), one per position of the context.
             draws: of ``training_draws``.
         """
         return uniforms < share
 
     def own_draws(self, keys: Keys) -> Draws:
-        """What ``own_tokens`` draws from, for the batch of ``keys``; all names begin with "own"."""
+        """The random tensors that ``own_tokens`` consumes, for the batch of ``keys``; all names begin with "own"."""
         return {}
 
     def own_tokens(
@@ -160,11 +161,11 @@ class Generator(Model):
         draws: Draws,
         tokenizer: Expands | None = None,
     ) -> Tensor:
-        """The model's own tokens in place of given ones: a context (B, *context_shape), drawn in one training pass.
+        """Draw a context (B, *context_shape) of the model's own predictions in one training pass.
 
         Args:
             tokens: (B, L[, D]), which the model sees as in training.
-            replaced: (B, N) bool; of the context only these are used.
+            replaced: (B, N) bool, the positions of the context that the caller uses.
             draws: of ``training_draws`` and ``own_draws``.
 
         Raises:
@@ -240,10 +241,10 @@ class Generator(Model):
         draws: Draws | None = None,
         tokenizer: Expands | None = None,
     ) -> Tensor:
-        """Generate some positions of tokens (B, L[, D]) anew, those where ``regenerate``, (L,) or (B, L), is True.
+        """Regenerate the positions of tokens (B, L[, D]) where ``regenerate``, (L,) or (B, L) bool, is True.
 
         Raises:
-            ValueError: this generator cannot, because it takes no tokens of which some come later.
+            ValueError: this generator does not support editing.
         """
         self.check_edits()
         raise NotImplementedError
@@ -275,7 +276,7 @@ class Generator(Model):
         return regenerate.expand(rows, -1)
 
     end: int | None = None
-    """The id that ends a text, of a model that writes texts."""
+    """The id that ends a text; None if the model writes no texts."""
 
     def check_writes(self) -> None:
         """Raise ValueError if this generator writes no texts."""
@@ -295,7 +296,7 @@ class Generator(Model):
         raise NotImplementedError
 
     def describe(self, condition: Condition, max_tokens: int, *, tokenizer: Expands | None) -> Tensor:
-        """Answer in text: ids (B, n), n <= max_tokens, filled up with ``end``.
+        """Answer in text: ids (B, n), n <= max_tokens, padded with ``end``.
 
         Args:
             condition: an image (``given``), a question (``ids``), or both.
@@ -316,20 +317,20 @@ class Generator(Model):
         draws: Draws | None = None,
         tokenizer: Expands | None = None,
     ) -> Tensor:
-        """Sample, but take the tokens (B, L[, D]) where ``forced`` (B, L) is True: partly teacher-forced generation, as
-        the post-training of tokenizers wants it (RobusTok, arXiv 2509.12474).
+        """Sample, but take the tokens (B, L[, D]) where ``forced`` (B, L) is True: partly teacher-forced generation,
+        used by the post-training of tokenizers (RobusTok, arXiv 2509.12474).
 
-        A generator of one step after another meets a forced token when its turn comes; others see them from the
+        A next-token generator sees a forced token only in the steps after it. Others see all forced tokens from the
         beginning, as in ``edit``.
 
         Raises:
-            ValueError: this generator can take no tokens of which some come later.
+            ValueError: this generator does not support forced tokens.
         """
         self.check_edits()
         return self.edit(tokens, ~forced, condition, options, draws=draws, tokenizer=tokenizer)
 
     def compile_decoding(self, backend: str = "inductor") -> None:
-        """From now on sample with compiled steps.
+        """Sample with compiled steps from now on.
 
         Raises:
             ValueError: this generator has none.
@@ -337,14 +338,14 @@ class Generator(Model):
         raise ValueError(f"{type(self).__name__} has no compiled decoding; generators of one token after another have")
 
     def needed_tokenizer(self, tokenizer: Expands | None) -> Expands:
-        """The tokenizer, of a model that needs it. Raises ValueError if it is absent, or the model needs none."""
+        """Return the tokenizer of a model that needs it. Raises ValueError if it is absent or the model needs none."""
         self.check_tokenizer(tokenizer)
         if tokenizer is None:
             raise ValueError(f"{type(self).__name__} reads tokens as they are")
         return tokenizer
 
     def check_tokenizer(self, tokenizer: Expands | None) -> None:
-        """Raise ValueError if a tokenizer is absent although the model needs it, or given although it does not."""
+        """Raise ValueError if the model needs a tokenizer and has none, or has one that it does not need."""
         if self.needs_tokenizer and tokenizer is None:
             raise ValueError(f"{type(self).__name__} reads what its tokenizer makes of the tokens: pass tokenizer=…")
         if tokenizer is not None and not self.needs_tokenizer:
@@ -352,17 +353,17 @@ class Generator(Model):
 
     @classmethod
     def condition_arguments(cls, spec: ConditionSpec) -> dict[str, Any]:
-        """The constructor's arguments that follow from what the data are conditioned on.
+        """The constructor's arguments that follow from the conditions of the data.
 
         Raises:
-            ValueError: this generator cannot be conditioned on that; the message says why.
+            ValueError: this generator cannot be conditioned on them; the message says why.
         """
         cls.refuse_parts(spec, "labels")
         return {"num_classes": spec.num_classes}
 
     @classmethod
     def tokenizer_arguments(cls, tokenizer: Expands) -> dict[str, Any]:
-        """The constructor's arguments that follow from the tokenizer, of generators that have it in their loop."""
+        """The constructor's arguments that follow from the tokenizer, for generators with the tokenizer in the loop."""
         return {}
 
     @classmethod
@@ -377,14 +378,14 @@ class Generator(Model):
             )
 
     def class_rows(self, condition: Condition) -> Tensor:
-        """(R,) int64: the row of each sample's class in the table that holds them, the null class behind the last one
-        where it is dropped."""
+        """(R,) int64: the row of each sample's class in the embedding table. Dropped samples get the null class, whose
+        row follows the last class."""
         null = torch.full_like(condition.dropped, self.class_rows_from + (self.num_classes or 0), dtype=torch.int64)
         labels = condition.labels
         return null if labels is None else torch.where(condition.dropped, null, self.class_rows_from + labels)
 
     def check_condition(self, condition: Condition) -> None:
-        """Raise ValueError for a condition that is not of the spec, or for unconditional rows without a null class."""
+        """Raise ValueError if the condition does not match the spec, or has dropped rows without a null condition."""
         self.condition_spec.check(condition)
         if not self.has_null and bool(condition.dropped.any()):
             raise ValueError(
@@ -393,8 +394,8 @@ class Generator(Model):
             )
 
     def check_start(self, condition: Condition, guidance: Guidance, tokenizer: Expands | None) -> None:
-        """Raise ValueError unless sampling can start: a tokenizer only where one is needed, and conditions that fit in
-        all rows of ``guidance``."""
+        """Raise ValueError unless sampling can start: the tokenizer and the conditions of all rows of ``guidance`` must
+        fit the model."""
         self.check_tokenizer(tokenizer)
         self.check_condition(condition)
         if guidance.is_on:
@@ -402,7 +403,7 @@ class Generator(Model):
 
 
 def check_draws(draws: Draws | None, *temperatures: float) -> None:
-    """Raise ValueError if one of the temperatures is above 0, so that sampling is random, and there are no draws."""
+    """Raise ValueError if there are no draws although a temperature is above 0, so that sampling is random."""
     if draws is None and any(temperature > 0 for temperature in temperatures):
         raise ValueError(
             "sampling with a temperature above 0 needs draws: pass sampling_draws(Keys.range(seed, B), options)"
@@ -410,8 +411,8 @@ def check_draws(draws: Draws | None, *temperatures: float) -> None:
 
 
 def weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
-    """Mean of values (B,) with weights (B,), 0 where all weights are 0: a batch may hold no usable sample. In training
-    on several processes it is this one's part of the mean over all; see ``share_of_group``."""
+    """Mean of values (B,) with weights (B,); 0 if all weights are 0, since a batch may hold no usable sample. In
+    distributed training, this process's part of the mean over all processes; see ``share_of_group``."""
     if weights is None:
         return values.mean()
     total = share_of_group(weights.sum())
@@ -420,7 +421,7 @@ def weighted_mean(values: Tensor, weights: Tensor | None) -> Tensor:
 
 def token_loss(logits: Tensor, ids: Tensor, weights: Tensor | None) -> GeneratorOutput:
     """Cross entropy of logits (B, L, V) to ids (B, L) in nats per token, (weighted) mean over samples; metric
-    "accuracy", the share of ids right."""
+    "accuracy", the share of correct ids."""
     per_sample = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none").mean(1)
     accuracy = (logits.detach().argmax(-1) == ids).float().mean()
     return GeneratorOutput(weighted_mean(per_sample, weights), logits, {"accuracy": accuracy})

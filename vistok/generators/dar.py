@@ -1,4 +1,4 @@
-"""D-AR's generators: LlamaGen's transformer with positions in one dimension, the class being at position 0.
+"""The official generators of D-AR: LlamaGen's transformer with one-dimensional positions; the class is at position 0.
 
 D-AR (arXiv 2505.23660), github.com/showlab/D-AR.
 """
@@ -22,7 +22,7 @@ def _released(dim: int, num_layers: int, num_heads: int) -> dict[str, Any]:
 
 
 def build(model_class: type[Model], config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Model:
-    """The generator that the reference's arguments describe, which are LlamaGen's, with its weights.
+    """The generator that the reference's arguments (those of LlamaGen) describe, with its weights.
 
     Raises:
         CheckpointError: arguments that are unknown or not supported, or weights that do not fit.

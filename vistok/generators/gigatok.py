@@ -1,4 +1,4 @@
-"""GigaTok's generators: ``Llama`` with learned positions, or with LlamaGen's for a raster of tokens.
+"""The official generators of GigaTok: ``Llama`` with learned positions, or with LlamaGen's 2D RoPE.
 
 GigaTok (arXiv 2504.08736), github.com/SilentView/GigaTok (MIT).
 """
@@ -26,7 +26,7 @@ WITHOUT_EFFECT = {
     "args.no_adaLN_before": "where adaptive norms begin, which are not supported",
     "args.caption_dim": "of models with captions, which are not supported",
 }
-"""Arguments of the reference that change nothing of what the model computes, each with the reason."""
+"""Arguments of the reference that do not change what the model computes, each with the reason."""
 
 POSITIONS = {"gpt_1d": "learned", "gpt_2d": "rope2d"}
 
@@ -113,7 +113,7 @@ TOKENIZERS = {
     "BL_dino_disc": "VQ_BL256_dino_disc",
     "XLXXL": "VQ_XLXXL256_e300",
 }
-"""The tokenizer of each released generator, by what follows _VQ_ in the generator's name."""
+"""The tokenizer of each released generator, by the part of the generator's name after _VQ_."""
 CHECKPOINTS = tuple(
     # On Google Drive, linked from the repository's README.
     OfficialCheckpoint("", f"{name}.pt", config, tokenizer=f"{TOKENIZERS[name.partition('_VQ_')[2]]}.pt")

@@ -1,4 +1,4 @@
-"""LARP's generators: ``Llama`` with absolute positions, conditioned on a class or on the tokens of given frames.
+"""The official generators of LARP: ``Llama`` with absolute positions, conditioned on a class or on given frames.
 
 LARP (arXiv 2410.21264), github.com/hywang66/LARP (MIT).
 """
@@ -16,7 +16,7 @@ from vistok.checkpoints.official_config import OfficialConfig
 from vistok.checkpoints.registry import Licence
 from vistok.types import TokenSpec
 
-# Keys of the reference's config that change nothing of what the model computes.
+# Keys of the reference's config that do not change what the model computes.
 WITHOUT_EFFECT = {
     "rope_base": "the reference rotates nothing",
     "max_batch_size": "the reference never reads it",
@@ -31,7 +31,7 @@ def build(model_class: type[Any], config: Mapping[str, Any], state_dict: Mapping
     """
     arguments = _arguments(config)
     model = model_class(**arguments)
-    # The cache appears in files that were saved while sampling.
+    # Files that were saved after sampling hold the sampling cache.
     state = {key: tensor for key, tensor in state_dict.items() if not re.search(r"\.attention\.kv_cache\.", key)}
     state = rename(state, OFFICIAL_NAMES)
     if "positions" in state:

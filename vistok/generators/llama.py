@@ -89,12 +89,12 @@ C2I_TOKENIZER, T2I_TOKENIZER = "FoundationVision/LlamaGen/vq_ds16_c2i.pt", "peiz
 
 
 class Llama(AutoregressiveGenerator):
-    """A causal transformer over [condition, image tokens], the condition being one class token or a caption.
+    """A causal transformer over [condition, image tokens]; the condition is a class token, a caption or given tokens.
 
     Args:
         spec: the tokens to model (one id per position).
         num_classes: number of classes; 0 for unconditional generation. Not used with captions.
-        dim, num_layers, num_heads: width, blocks, heads; heads divide dim.
+        dim, num_layers, num_heads: width, blocks, heads; num_heads divides dim.
         multiple_of: the feed-forward width, 8/3 of dim, is rounded up to a multiple of this.
         caption_dim: channels of caption features (T5), or None for the class-conditional model.
         caption_length: positions of a caption. Features are padded on the left, with a mask.
@@ -108,16 +108,16 @@ class Llama(AutoregressiveGenerator):
             one.
         rope_base: base of the rotary frequencies.
         norm_eps: eps of the RMS norms.
-        condition_tokens: number of tokens of the same tokenizer that are given before (frame prediction); a learned
-            separator follows them. 0 for a model of classes or captions.
-        num_positions: rows of the table of "learned" or "sincos"; None is one for each position of the sequence. The
-            last token's is never fed, so that one less suffices (LARP).
+        condition_tokens: number of conditioning tokens of the same tokenizer (frame prediction), which a learned
+            separator follows. 0 for a model of classes or captions.
+        num_positions: rows of the "learned" or "sincos" table; None is one per position of the sequence. The last token
+            is never fed, so one row fewer suffices (LARP).
         drop_before_positions: whether token dropout comes before these positions are added (LARP), or after.
-        ffn_dim_multiplier: of 8/3 of dim, before that is rounded up.
-        init_std: deviation of the initial weights.
-        num_kv_heads: heads of keys and values, which divides num_heads; None for as many.
-        qk_norm: layer norms of queries and of keys, over the channels of each head, before they are rotated.
-        position_std: deviation of "learned" positions at first; None for init_std.
+        ffn_dim_multiplier: factor on 8/3 of dim, before it is rounded up.
+        init_std: standard deviation of the initial weights.
+        num_kv_heads: number of key and value heads, a divisor of num_heads; None is num_heads.
+        qk_norm: layer norm of queries and keys over the channels of each head, before the rotation.
+        position_std: initial standard deviation of "learned" positions; None is init_std.
 
     Raises:
         ValueError: a spec without ids, with several ids per position, or, with "rope2d", without a raster; captions and
@@ -207,7 +207,7 @@ class Llama(AutoregressiveGenerator):
             self.caption_projection = nn.Sequential(
                 nn.Linear(caption_dim, dim, bias=False), nn.GELU("tanh"), nn.Linear(dim, dim, bias=False)
             )
-            # Drawn once and never trained, as in the reference; saved, because its values matter from then on.
+            # Drawn once and never trained, as in the reference; saved, because the model trains with these values.
             self.register_buffer("null_caption", torch.randn(caption_length, caption_dim) / math.sqrt(caption_dim))
         elif not condition_tokens:
             self.class_embedding = nn.Embedding(num_classes + self.has_null, dim)
@@ -248,16 +248,16 @@ class Llama(AutoregressiveGenerator):
             nn.init.zeros_(parameter)
 
     def build_embedding(self, dim: int) -> nn.Module:
-        """The embedding of ids; the separator is the last row, where there is one."""
+        """The embedding of ids; a model with condition tokens has the separator as last row."""
         return nn.Embedding(self.spec.num_ids + (self.condition_tokens > 0), dim)
 
     def build_output(self, dim: int) -> nn.Module:
-        """The layer of the logits."""
+        """The output head, (..., D) -> (..., V)."""
         return nn.Linear(dim, self.spec.num_ids, bias=False)
 
     @property
     def condition_spec(self) -> ConditionSpec:
-        """Class labels, caption features, or tokens that are given before."""
+        """Class labels, caption features, or given tokens."""
         if self.condition_tokens:
             return ConditionSpec(given=IdSpec(self.spec.num_ids, self.condition_tokens))
         if self.takes_captions:
@@ -267,7 +267,7 @@ class Llama(AutoregressiveGenerator):
 
     @classmethod
     def condition_arguments(cls, spec: ConditionSpec) -> dict[str, Any]:
-        """Class labels, text features or given tokens, one of them: the sequence begins with it."""
+        """Arguments for exactly one of class labels, text features and given tokens: the sequence begins with it."""
         part = next((name for name in ("given", "features") if name in spec.parts), "labels")
         cls.refuse_parts(spec, part)
         if part == "given":
@@ -288,13 +288,13 @@ class Llama(AutoregressiveGenerator):
         return self.class_embedding(self.class_rows(condition))[:, None]
 
     def _embed_given(self, condition: Condition) -> Tensor:
-        """(R, T + 1, D) from given ids (R, T), the separator behind them."""
+        """(R, T + 1, D) from given ids (R, T), followed by the separator."""
         given = condition.parts["given"].values
         separator = torch.full_like(given[:, :1], self.spec.num_ids)
         return self.token_embedding(torch.cat([given, separator], 1))
 
     def _embed_caption(self, condition: Condition) -> Tensor:
-        """(R, T, D) from features whose padding is set to zero; null captions are whole."""
+        """(R, T, D) from features whose padding is set to zero; null captions have no padding."""
         null = self.null_caption.expand(len(condition), -1, -1)
         if condition.features is None:
             return self.caption_projection(null)
@@ -307,7 +307,7 @@ class Llama(AutoregressiveGenerator):
         return self.token_embedding(ids)
 
     def attention_mask(self, condition: Condition, start: int, stop: int) -> Tensor | None:
-        """Causal, without the caption's padding; each position sees itself, so that no row is empty."""
+        """Causal mask without the caption's padding; each position sees itself, so that no row is empty."""
         if condition.mask is None:
             return None
         visible = nn.functional.pad(condition.mask, (0, max(stop - self.condition_length, 0)), value=True)[:, :stop]
@@ -341,13 +341,13 @@ class Llama(AutoregressiveGenerator):
         return x
 
     def hidden_states(self, ids: Tensor, condition: Condition, layer: int) -> Tensor:
-        """What block number ``layer``, counted from 1, gives under teacher forcing: features of an image to probe.
+        """Teacher-forced outputs of block number ``layer``, counted from 1: image features for probing.
 
         Args:
             ids: (B, L) tokens, of which the last is not fed.
 
         Returns:
-            (B, T + L - 1, dim), of the T condition tokens and of L - 1 image tokens.
+            (B, T + L - 1, dim), of the T condition tokens and the first L - 1 image tokens.
 
         Raises:
             ValueError: there is no such block.
@@ -410,7 +410,7 @@ WITHOUT_EFFECT = {
     "caption_dim": "of models with captions, and this one has classes",
     "num_classes": "of models with classes, and this one has captions",
 }
-"""Arguments of the reference that change nothing of what the model computes, each with the reason."""
+"""Arguments of the reference that do not change what the model computes, each with the reason."""
 
 OFFICIAL_NAMES = [
     (r"cls_embedding\.embedding_table\.weight", r"class_embedding.weight"),
@@ -433,8 +433,8 @@ def position_table(
 ) -> Rotation:
     """The rotation of every sequence position, (condition_length + length, head_dim / 2).
 
-    With "rope2d" the condition's rows are zero, cosines too: its queries and keys vanish, so every image token gives
-    all condition tokens the logit 0. That is how the released models were trained.
+    With "rope2d" the condition's rows are zero, cosines too. This makes its queries and keys zero, so every image token
+    gives all condition tokens the attention logit 0. The released models were trained so.
 
     Raises:
         ValueError: "rope2d" without a (h, w) grid or a square number of tokens, or an unknown name.
@@ -455,10 +455,10 @@ def position_table(
 
 
 def absolute_rows(num_positions: int | None, length: int) -> int:
-    """Rows of a table of absolute positions, for sequences of ``length``, of which the last is never fed.
+    """Rows of a table of absolute positions for sequences of ``length``, whose last position is never fed.
 
     Raises:
-        ValueError: too few of them.
+        ValueError: num_positions is below length - 1.
     """
     if num_positions is not None and num_positions < length - 1:
         raise ValueError(f"num_positions is {num_positions}, but the sequence has {length - 1} positions that are fed")

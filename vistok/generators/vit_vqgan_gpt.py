@@ -53,13 +53,13 @@ class GPTBlock(nn.Module):
 
 
 class ViTVQGANGPT(AutoregressiveGenerator):
-    """GPT over image tokens after ``condition_length`` condition tokens, which see each other in both directions.
+    """GPT over image tokens after ``condition_length`` condition tokens, which attend to each other bidirectionally.
 
     Args:
         spec: the tokens to model (one id per position).
         num_classes: vocabulary of the condition; 0 for unconditional generation.
         dim, num_layers, num_heads: width, blocks, heads; heads divide dim.
-        dropout: on attention, its output and the feed-forward, in training (paper: 0.1).
+        dropout: of the attention weights, the attention output and the feed-forward, in training (paper: 0.1).
         condition_dropout: share of training samples whose class is replaced by a null class, for guidance. The paper
             and the reference have none: with 0 there is no null class, and guidance is refused.
         condition_length: number of condition tokens; labels give one.
@@ -111,7 +111,7 @@ class ViTVQGANGPT(AutoregressiveGenerator):
 
     @classmethod
     def condition_arguments(cls, spec: ConditionSpec) -> dict[str, Any]:
-        """Class labels, or condition ids, whose vocabulary takes the place of the classes."""
+        """Arguments for class labels, or for condition ids, whose vocabulary is passed as ``num_classes``."""
         cls.refuse_parts(spec, "ids" if spec.ids else "labels")
         if spec.ids is None:
             return super().condition_arguments(spec)
@@ -132,7 +132,7 @@ class ViTVQGANGPT(AutoregressiveGenerator):
 
     @property
     def condition_spec(self) -> ConditionSpec:
-        """A class label, or condition ids; a label is one token and does not stand for several."""
+        """A class label or condition ids. A label is one token, so only a model of one condition token takes labels."""
         if self.num_classes is None:
             return ConditionSpec()
         labels = self.num_classes if self.condition_length == 1 else 0
@@ -142,7 +142,7 @@ class ViTVQGANGPT(AutoregressiveGenerator):
         return self.token_embedding(ids) + self.token_positions[0, places]
 
     def attention_mask(self, condition: Condition, start: int, stop: int) -> Tensor | None:
-        """Causal, but condition tokens see each other, without padding; None where that makes no difference."""
+        """Causal, except that condition tokens all see each other; padding is hidden. None if plain causal."""
         ids = condition.part("ids")
         padding = None if ids is None else ids.mask
         if padding is None and (self.condition_length == 1 or start >= self.condition_length):
@@ -152,7 +152,7 @@ class ViTVQGANGPT(AutoregressiveGenerator):
         if padding is None:
             return seen
         visible = F.pad(padding, (0, max(stop - self.condition_length, 0)), value=True)[:, :stop]
-        return seen & visible[:, None, None] | (keys == queries[:, None])  # each sees itself: no row is empty
+        return seen & visible[:, None, None] | (keys == queries[:, None])  # each entry sees itself: no row is empty
 
     def transform(
         self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: CachedLayers | None, *state: Tensor

@@ -11,24 +11,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Weights = Sequence[float] | Tensor
-"""One weight per row, their sum 1; in a tensor (R, ...), which fits the rows, the host does not read them."""
+"""One weight per row, with sum 1. A tensor (R, ...) must broadcast with the rows; the host does not read it."""
 
 Combine = Callable[[Sequence[Tensor], Weights], Tensor]
-"""Outputs (B, ...) of each row and their weights to the combined output (B, ...)."""
+"""(outputs (B, ...) of each row, weights) -> combined output (B, ...)."""
 
 
 class Combination(Protocol):
     """A way of combining rows."""
 
     def start(self) -> Combine:
-        """The combination for the steps of one trajectory, of which it may keep a memory."""
+        """The combining function for one trajectory; it may keep state between steps."""
 
 
 def weighted_sum(rows: Sequence[Tensor], weights: Weights) -> Tensor:
     """last + sum of weight * (row - last).
 
-    A row of weight 0 is left out, so that its infinities do no harm. A row of weight 1 beside such rows comes back bit
-    for bit.
+    A row of weight 0 is left out, so its infinities do no harm. If all other rows have weight 0, a row of weight 1 is
+    returned bit for bit.
     """
     if isinstance(weights, Tensor):
         return _weighted_sum_on_device(rows, weights)
@@ -64,7 +64,7 @@ PLAIN = WeightedSum()
 
 @dataclass(frozen=True)
 class APG:
-    """Adaptive projected guidance (Sadat et al., arXiv 2410.02416): high scales without oversaturation; of two rows.
+    """Adaptive projected guidance (Sadat et al., arXiv 2410.02416) of two rows: high scales without oversaturation.
 
     From the difference d = conditional - null of every step:
 
@@ -99,7 +99,7 @@ class APG:
         flat = m.flatten(1)
         if self.norm_threshold > 0:
             flat = flat * (self.norm_threshold / flat.norm(dim=1, keepdim=True)).clamp_max(1)
-        # Two nearly parallel vectors cancel here, which float32 does not survive.
+        # In float64: subtracting nearly parallel vectors loses too much precision in float32.
         wide, unit = flat.double(), F.normalize(conditional.flatten(1).double(), dim=1)
         parallel = (wide * unit).sum(1, keepdim=True) * unit
         return (wide - (1 - self.eta) * parallel).type_as(m).view_as(m)
@@ -107,8 +107,8 @@ class APG:
 
 @dataclass(frozen=True)
 class ChannelNorm:
-    """The weighted sum, scaled down where its channels are longer than the conditional row's (Ming-UniVision,
-    arXiv 2510.06590): times min(1, |conditional| / |sum| + eps).
+    """The weighted sum, scaled down where its norm over channels exceeds the conditional row's: times
+    min(1, |conditional| / |sum| + eps) (Ming-UniVision, arXiv 2510.06590).
 
     Attributes:
         dim: the axis of channels.

@@ -1,4 +1,4 @@
-"""The words by which users ask for guidance."""
+"""The guidance options of users."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from vistok.guidance.schedules import ScheduleName
 
 @dataclass(frozen=True)
 class GuidanceOptions:
-    """Classifier-free guidance of a generator; a step is a token, an entity or an iteration, as the generator says.
+    """Classifier-free guidance of a generator. A step is a token, an entity or an iteration of that generator.
 
     Attributes:
         guidance_scale: s in ``null + s * (conditional - null)``; 1 is off. A pair (first, last) rises linearly over the
             steps.
         guidance_schedule: how the scale changes over the steps, see ``vistok.guidance.schedules``.
-        guidance_interval: (start, stop), the steps that are guided, or None for all; others are conditional.
+        guidance_interval: (start, stop), the steps that are guided; the others are conditional. None guides all.
         guidance_power: of the schedule "power-cosine"; None is 1.
         guidance_window: (start, stop) in [0, 1] of the schedules "step" and "rectangular"; None is the published one.
 
     Raises:
-        ValueError: a value out of its range, not finite, or that the schedule does not take.
+        ValueError: a value that is out of its range, not finite, or not taken by the schedule.
     """
 
     guidance_scale: float | tuple[float, float] = 1.0
@@ -35,7 +35,7 @@ class GuidanceOptions:
 
     @property
     def guidance(self) -> Guidance:
-        """What these words mean."""
+        """The ``Guidance`` of these options."""
         return classifier_free(
             self.guidance_scale,
             self.guidance_schedule,

@@ -1,4 +1,4 @@
-"""Which conditions ride in the batch of a guided model, and how much each of them counts."""
+"""The rows of conditions in the batch of a guided model, and their weights."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class Guidance:
     Attributes:
         rows: for each row the parts of the condition that it drops; the first drops none.
         scales: one schedule fewer than rows.
-        combination: what makes one output of the rows'.
+        combination: how the outputs of the rows are combined.
 
     Raises:
-        ValueError: another number of scales than fits the rows.
+        ValueError: the number of scales is not the number of rows minus 1.
     """
 
     rows: tuple[Parts, ...] = ((),)
@@ -55,22 +55,22 @@ class Guidance:
         return len(self.rows) > 1
 
     def weights(self, step: float, steps: float) -> tuple[float, ...]:
-        """How much each row counts at a step; the sum is 1."""
+        """The weight of each row at a step; the sum is 1."""
         scales = [schedule(step, steps) for schedule in self.scales]
         return tuple(after - before for before, after in zip([0.0, *scales], [*scales, 1.0]))
 
     def at(self, step: float, steps: float) -> Guidance:
-        """The same with the scales of one step throughout: for a flow that draws the tokens of that step."""
+        """This guidance with its scales fixed at those of one step, for the flow that draws the tokens of that step."""
         return replace(self, scales=tuple(constant(schedule(step, steps)) for schedule in self.scales))
 
     def conditions(self, condition: Condition) -> Condition:
-        """The conditions (R * B) of all rows, row by row, of one (B)."""
+        """The conditions (R * B) of all rows, row by row, from one condition (B)."""
         if not self.is_on:
             return condition
         return Condition.cat([condition.without(parts) for parts in self.rows])
 
     def repeat(self, values: Tensor) -> Tensor:
-        """Values (B, ...), which all rows share, for each of them: (R * B, ...)."""
+        """Values (B, ...) repeated for each row: (R * B, ...)."""
         return torch.cat([values] * len(self.rows)) if self.is_on else values
 
     def conditional(self, outputs: Tensor) -> Tensor:
@@ -78,12 +78,12 @@ class Guidance:
         return outputs.chunk(len(self.rows))[0]
 
     def start(self) -> Callable[[Tensor, Weights], Tensor]:
-        """What combines outputs (R * B, ...), with weights, to (B, ...) in all steps of one trajectory."""
+        """The function (outputs (R * B, ...), weights) -> (B, ...) for all steps of one trajectory."""
         combine = self.combination.start()
         return lambda outputs, weights: combine(outputs.chunk(len(self.rows)), weights) if self.is_on else outputs
 
     def combine(self, outputs: Tensor, weights: Weights) -> Tensor:
-        """Outputs (R * B, ...) to (B, ...), by a combination that needs no memory of other steps."""
+        """Outputs (R * B, ...) to (B, ...), for combinations that keep no state between steps."""
         return self.start()(outputs, weights)
 
 
@@ -100,16 +100,16 @@ def classifier_free(
     window: tuple[float, float] | None = None,
     combination: Combination = PLAIN,
 ) -> Guidance:
-    """Guidance by rows with the whole condition and with none of it.
+    """Classifier-free guidance: a row with the whole condition and a row without it.
 
     Args:
         scale: s in ``null + s (conditional - null)``; 1 is off. A pair (first, last) rises linearly, as "linear"
-            or "linear-done" does. Or a schedule.
+            or "linear-done" does. Or a schedule, which is taken as it is.
         schedule, power, window: see ``named``.
         interval: (start, stop), the steps that are guided; None is all.
 
     Raises:
-        ValueError: a scale that is negative or not finite, a pair with a schedule of its own, or as ``named``.
+        ValueError: a scale that is negative or not finite, a pair with a schedule that is not linear, or as ``named``.
     """
     if callable(scale):
         chosen = scale

@@ -29,7 +29,7 @@ def linear(scale: float, first: float = 1.0) -> Schedule:
 
 
 def linear_done(scale: float, first: float = 1.0) -> Schedule:
-    """first + (s - first) i / n: the share that is done before the step. MaskGIT as TiTok has it (arXiv 2406.07550)."""
+    """first + (s - first) i / n, where i / n is the share of finished steps. TiTok's MaskGIT (arXiv 2406.07550)."""
     return lambda step, steps: first + (scale - first) * (step / steps)
 
 
@@ -49,8 +49,8 @@ def half_linear(scale: float) -> Schedule:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# GigaTok (arXiv 2504.08736): the first token has the whole scale; what follows depends on the ratio r = i / (n - 1).
-# Where guidance is off the scale stays a hair above 1, at which the null rows still count.
+# GigaTok (arXiv 2504.08736): the first token has the whole scale; the others depend on the ratio r = i / (n - 1).
+# Where guidance is off, the scale is 1 + HAIR, so the null rows still count.
 
 HAIR = 1e-4
 
@@ -61,12 +61,12 @@ def after_first(scale: float, rest: Callable[[float], float]) -> Schedule:
 
 
 def inside(scale: float, window: tuple[float, float]) -> Schedule:
-    """s where window[0] <= r <= window[1], and off elsewhere ("step", "rectangular")."""
+    """s where window[0] <= r <= window[1], and 1 + HAIR elsewhere ("step", "rectangular")."""
     return after_first(scale, lambda r: scale if window[0] <= r <= window[1] else 1 + HAIR)
 
 
 def rising(scale: float, share: Callable[[float], float]) -> Schedule:
-    """1 + (s - 1) share(r), a hair more ("linear_ratio", "linear_re", "triangular")."""
+    """1 + HAIR + (s - 1) share(r) ("linear_ratio", "linear_re", "triangular")."""
     return after_first(scale, lambda r: 1 + HAIR + (scale - 1) * share(r))
 
 
@@ -112,7 +112,7 @@ def named(
         window: (start, stop), ratios in [0, 1] of "step" and "rectangular"; None is (0.18, 1) and (0.05, 1).
 
     Raises:
-        ValueError: an unknown name, or an invalid power or window, or that the schedule does not take.
+        ValueError: an unknown name, or a power or window that is invalid or not taken by the schedule.
     """
     if name not in NAMES:
         raise ValueError(f"guidance_schedule must be one of {', '.join(map(repr, NAMES))}, got {name!r}")
@@ -129,7 +129,7 @@ def named(
 
 
 def within(schedule: Schedule, start: float, stop: float) -> Schedule:
-    """``schedule`` where start <= i < stop, and 1, which is conditional, elsewhere."""
+    """``schedule`` where start <= i < stop; elsewhere 1, the conditional row alone."""
     return lambda step, steps: schedule(step, steps) if start <= step < stop else 1.0
 
 

@@ -1,7 +1,7 @@
-"""The decoding engine of discrete generators that predict one token after another with a transformer.
+"""The decoding engine of discrete autoregressive transformers.
 
-A model says how conditions and ids are embedded and how positions are transformed; teacher forcing, the training loss
-and cached sampling follow from that, here and once.
+A model defines how conditions and ids are embedded and how entries are transformed. Teacher forcing, the training loss
+and cached sampling are implemented here for all of them.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from vistok.types import Clock, Condition, Expands, GeneratorOutput, TokenSpec
 
 
 class OrderedEntries(NamedTuple):
-    """The entries of a training pass, condition and tokens, of which every token has a state that predicts it.
+    """The entries of a training pass, condition and tokens, and which of them predict the tokens.
 
     Attributes:
-        x: (B, e, D).
+        x: (B, e, D), the embedded entries.
         positions: of the entries, for ``transform``.
         order: (1 or B, L), the places of the tokens in the order in which they are predicted.
-        tokens: which entries are the tokens, all but the last, in order.
-        states: which entries' hidden states predict the tokens, in order.
+        tokens: the slice of the entries that are tokens: all tokens but the last, in order.
+        states: the slice of the entries whose hidden states predict the tokens, in order.
     """
 
     x: Tensor
@@ -76,7 +76,7 @@ class AutoregressiveGenerator(Generator):
 
     @abstractmethod
     def embed_condition(self, condition: Condition, upcoming: Tensor) -> Tensor:
-        """(R, T, D) embeddings of the condition, null embeddings in its dropped rows.
+        """(R, T, D) embeddings of the condition; dropped rows get the null embedding.
 
         Args:
             upcoming: (1 or R, n) int64, the places of the tokens that are predicted first.
@@ -84,27 +84,27 @@ class AutoregressiveGenerator(Generator):
 
     @abstractmethod
     def embed_tokens(self, ids: Tensor, places: Tensor, upcoming: Tensor) -> Tensor:
-        """The entries (R, e, D) that the transformer is fed of tokens, one for each unless the model says otherwise.
+        """The entries (R, e, D) of tokens, one per token by default.
 
         Args:
-            ids: (R, n), of one step, or of several steps of one token each; where the model ``needs_tokenizer``, what
-                its expander makes of them.
-            places: (1 or R, n) int64, where in the image they lie.
-            upcoming: the places that are predicted from them: (1 or R, n), of one after each, where steps have one
-                token; else (1 or R, m), of all tokens of the next step.
+            ids: (R, n), of one step or of several one-token steps. A model that ``needs_tokenizer`` gets the outputs of
+                the tokenizer's expander instead.
+            places: (1 or R, n) int64, the places of the tokens in the image.
+            upcoming: the places that are predicted next: (1 or R, n), one after each token, in one-token steps; else
+                (1 or R, m), all places of the next step.
         """
 
     @abstractmethod
     def transform(
         self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: CachedLayers | None, *state: Tensor
     ) -> Tensor:
-        """Logits' inputs: hidden states (R, e, D) of entries (R, e, D).
+        """Hidden states (R, e, D) of entries x (R, e, D), the inputs of ``head``.
 
         Args:
             positions: of the entries in the sequence, which begins with the condition.
-            mask: bool, broadcastable to (R, H, e, keys); replaces plain causal attention where it is given.
-            kv_cache: of each layer.
-            *state: what ``condition_state`` gave.
+            mask: bool, broadcastable to (R, H, e, keys); None is plain causal attention.
+            kv_cache: the cache of each layer; None without a cache.
+            *state: the output of ``condition_state``.
         """
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -117,17 +117,17 @@ class AutoregressiveGenerator(Generator):
         return self.entry_logits(hidden[:, -count:])
 
     def entry_logits(self, hidden: Tensor) -> Tensor:
-        """Float32 logits (R, e, V) of the token after each of the entries, from their hidden states (R, e, D), where
+        """Float32 logits (R, e, V) of the token after each entry, from the hidden states (R, e, D), for models whose
         steps have one token."""
         return self.head(hidden)
 
     def part_logits(self, hidden: Tensor, count: int, parts: Sequence[Tensor]) -> Tensor:
-        """Float32 logits (R, count, V_p) of one part of the ids of the next step. For models that draw an id in several
-        parts; ``step_logits`` gives the first.
+        """Float32 logits (R, count, V_p) of one part of the ids of the next step, for models that draw an id in several
+        parts. ``step_logits`` gives the logits of the first part.
 
         Args:
             hidden: as in ``step_logits``.
-            parts: (R, count) each, the parts that come before it.
+            parts: (R, count) each, the preceding parts of the ids.
         """
         raise ValueError(f"{type(self).__name__} draws whole ids, which have no parts")
 
@@ -136,33 +136,33 @@ class AutoregressiveGenerator(Generator):
         return (ids,)
 
     def join_ids(self, parts: Sequence[Tensor]) -> Tensor:
-        """The ids (...) of all their parts (...)."""
+        """The ids (...) from all their parts (...); the inverse of ``split_ids``."""
         (ids,) = parts
         return ids
 
     def plan(self, draws: Draws) -> Plan:
-        """The steps of a sample: one token after another in raster order, unless the model says otherwise.
+        """The steps of a sample: by default one token after another in raster order.
 
         Args:
-            draws: of ``sampling_draws``; empty where sampling is deterministic.
+            draws: of ``sampling_draws``; empty if sampling is deterministic.
         """
         return Plan.raster(self.spec.length)
 
     def condition_state(self, condition: Condition) -> tuple[Tensor, ...]:
-        """Tensors (R, ...) that are computed from the condition once and handed to every ``transform``, such as the
+        """Tensors (R, ...) that are computed once from the condition and passed to every ``transform``, such as the
         class vector of adaptive norms."""
         return ()
 
     @property
     def num_entries(self) -> int:
-        """How many entries a whole sequence has, condition and tokens."""
+        """The number of entries of a whole sequence, condition and tokens."""
         return self.condition_length + self.spec.length
 
     def new_cache(self, rows: int, length: int, device: torch.device | str | None = None) -> KVCache:
-        """An empty cache of ``length`` entries, where the weights are if no device is named.
+        """An empty cache of ``length`` entries, by default on the device of the weights.
 
-        It has the type of the weights, but float32 on a CPU: a single query attends there in half the time that it
-        takes over keys in half precision.
+        It has the dtype of the weights, except that half precision becomes float32 on a CPU, where a single query
+        attends to float32 keys in half the time.
         """
         attention = self.blocks[0].attn
         weight = attention.qkv.weight
@@ -179,24 +179,24 @@ class AutoregressiveGenerator(Generator):
         )
 
     def compile_decoding(self, backend: str = "inductor") -> None:
-        """From now on sample with compiled steps of fixed shapes, on a CUDA device as one graph launch per token.
+        """Sample with compiled steps of fixed shapes from now on; on a CUDA device, a token is one graph launch.
 
-        The first images take longer, once for each batch size and each set of options. ``backend`` is torch.compile's.
+        Each new batch size and set of options is compiled at its first use. ``backend`` is torch.compile's.
         """
         self.compiled_step = CompiledStep(type(self.blocks[0]), backend)
 
     def cache_bytes(self, batch: int, *, guided: bool) -> int:
-        """Bytes of cache that sampling ``batch`` images will take; a null row doubles them."""
+        """Bytes of the cache for sampling ``batch`` images; guidance with a null row doubles them."""
         return self.new_cache(batch * (1 + guided), self.num_entries, "meta").nbytes
 
     def attention_mask(self, condition: Condition, start: int, stop: int) -> Tensor | None:
-        """What the entries [start, stop) see of the first ``stop``: bool (R or 1, 1, stop - start, stop), or
-        None where plain causal attention is meant."""
+        """The attention mask of the entries [start, stop) over the first ``stop`` entries: bool
+        (R or 1, 1, stop - start, stop); None is plain causal attention."""
         return None
 
     @staticmethod
     def check_spec(spec: TokenSpec, model: str) -> TokenSpec:
-        """Return a spec that a plain next-token model can handle; ValueError otherwise."""
+        """Return the spec if a plain next-token model can handle it; else raise ValueError."""
         if not spec.discrete:
             raise ValueError(
                 f"{model} predicts discrete ids; this tokenizer has continuous latents of {spec.dim} channels"
@@ -230,7 +230,7 @@ class AutoregressiveGenerator(Generator):
         tokenizer: Expands | None = None,
         context: Tensor | None = None,
     ) -> GeneratorOutput:
-        """Cross entropy in nats per token, (weighted) mean over samples; metric: "accuracy", share of ids right."""
+        """Cross entropy in nats per token, (weighted) mean over samples; metric "accuracy": share of correct ids."""
         self.check_tokenizer(tokenizer)
         condition = self.drop_condition(condition, draws)
         logits = self.logits(tokens if context is None else context, condition)
@@ -244,7 +244,7 @@ class AutoregressiveGenerator(Generator):
         return self.logits(tokens, condition)
 
     def own_draws(self, keys: Keys) -> Draws:
-        """ "own" (B, L, P) uniform, for each part of an id."""
+        """ "own" (B, L, P) uniform, one number for each of the P parts of an id."""
         return {"own": keys.uniform("objective own", self.spec.length, self.num_parts)}
 
     def own_tokens(
@@ -265,8 +265,7 @@ class AutoregressiveGenerator(Generator):
         return OrderedEntries(x, slice(0, x.shape[1]), order, slice(first, None), slice(first - 1, None))
 
     def target_logits(self, hidden: Tensor, ids: Tensor) -> list[Tensor]:
-        """Logits (B, n, V_p) of each part of ids (B, n), from the hidden states (B, n, D) that they are predicted
-        from."""
+        """Logits (B, n, V_p) of each part of ids (B, n), from the hidden states (B, n, D) that predict the ids."""
         return [self.head(hidden)]
 
     def sampling_draws(self, keys: Keys, options: DecodingOptions | None = None) -> Draws:
@@ -317,24 +316,24 @@ class AutoregressiveGenerator(Generator):
         draws: Draws | None = None,
         tokenizer: Expands | None = None,
     ) -> Tensor:
-        """Generate some positions anew and keep the others: inpainting, where tokens have a place.
+        """Regenerate some positions and keep the others: inpainting, if tokens have a place in the image.
 
-        Tokens are still generated one step after another. A known token is forced when its turn comes, so what is drawn
-        sees the known tokens of earlier steps alone: in a raster those above and to the left. **Tokens to the right and
-        below are not looked at**, and what is drawn need not meet them well; generators that fill in any positions
-        (MaskGIT, RandAR, LPD, MAR) see all that is kept. Tokens of one step are independent of each other: in a window
-        or a scale that is partly known, the rest is drawn without a look at what is known of it.
+        Tokens are still generated step by step. A known token is forced at its own step, so a generated token sees only
+        the known tokens of earlier steps: in raster order, those above and to the left. **Tokens to the right and below
+        are ignored**, and generated tokens may not fit them. Generators that fill in any positions (MaskGIT, RandAR,
+        LPD, MAR) see all kept tokens. Tokens of one step are independent of each other: in a partly known window or
+        scale, the rest is generated without seeing its known tokens.
 
         Args:
             tokens: (B, L) ids of the images.
             regenerate: (L,) or (B, L) bool, True where tokens are generated.
-            condition: of what is generated.
+            condition: of the edited images.
             options: any decoding; ``jacobi`` and ``cautious`` keep known tokens, too.
             draws: of ``sampling_draws``.
             tokenizer: as in ``forward``.
 
         Returns:
-            (B, L) ids, where ``tokens`` are.
+            (B, L) ids, on the device of ``tokens``.
 
         Raises:
             ValueError: ids of another tokenizer, another shape of ``regenerate``, or as ``start``.
@@ -344,5 +343,5 @@ class AutoregressiveGenerator(Generator):
         return made.to(tokens.device)
 
     def session_type(self, options: DecodingOptions) -> type[AutoregressiveSession]:
-        """The sessions that sample with these options."""
+        """The class of the sessions for these options."""
         return AutoregressiveSession

@@ -1,6 +1,6 @@
-"""The static cache of an autoregressive transformer.
+"""The static KV cache of an autoregressive transformer.
 
-It counts entries, which are what the transformer was fed: one for a token, or one for a window of tokens.
+It counts entries, the positions that the transformer was fed: one per token, or one per window of tokens.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class LayerBuffer:
         return self._key.narrow(2, 0, self.length), self._value.narrow(2, 0, self.length)
 
     def shift(self, x: Tensor) -> Tensor:
-        """x (R, n, D) delayed by one position: row i becomes x[i - 1], row 0 the last x of the previous call."""
+        """x (R, n, D) delayed by one position: x[:, i] becomes x[:, i - 1], x[:, 0] the last one of the call before."""
         memory = self.shift_memory
         shifted = torch.cat([memory.to(x.dtype), x[:, :-1]], 1)
         memory.copy_(x[:, -1:])
@@ -43,13 +43,13 @@ class LayerBuffer:
 
     @property
     def shift_memory(self) -> Tensor:
-        """(R, 1, D), the last entry that ``shift`` was given. Raises ValueError for a cache without a token shift."""
+        """(R, 1, D), the last entry passed to ``shift``. Raises ValueError for a cache without a token shift."""
         if self._shift is None:
             raise ValueError("this cache has no memory of a token shift; it was made with shift_dim 0")
         return self._shift
 
     def at(self, slots: Tensor) -> IndexedBuffer:
-        """The same memory for entries whose slots are in a tensor."""
+        """This layer's cache, written at the slots that a tensor holds."""
         return IndexedBuffer(self, slots)
 
     def reserve(self, length: int) -> None:
@@ -69,10 +69,11 @@ class IndexedBuffer:
     """A layer's cache that is written at given slots: for compiled graphs, whose shapes must not change, and for rows
     of different lengths.
 
-    Attention reads the whole buffer: a mask must hide what is not there.
+    Attention reads the whole buffer: a mask must hide the unwritten slots.
 
     Args:
-        slots: (n,) where the entries of all rows are written, or (R, n); read anew in each call.
+        slots: (n,) for all rows, or (R, n), the slots of new entries. Read in each call, so they may be changed in
+            place.
     """
 
     def __init__(self, layer: LayerBuffer, slots: Tensor):
@@ -92,14 +93,14 @@ class IndexedBuffer:
         return buffers
 
     def shift(self, x: Tensor) -> Tensor:
-        """See ``LayerBuffer.shift``; ``cut`` can take back a part of x."""
+        """See ``LayerBuffer.shift``. With slots per row, ``cut`` must follow: it sets the memory."""
         if self._slots.ndim == 1:
             return self._layer.shift(x)
         self._recent = torch.cat([self._layer.shift_memory.to(x), x], 1)
         return self._recent[:, :-1]
 
     def cut(self, kept: Tensor) -> None:
-        """Remember only the first ``kept`` (R,) of the entries of the last call, of each row."""
+        """Set the memory of ``shift`` as if its last call had only the first ``kept`` (R,) entries of each row."""
         if self._recent is not None:
             index = kept[:, None, None].expand(-1, 1, self._recent.shape[2])
             self._layer.shift_memory.copy_(self._recent.gather(1, index))
@@ -110,22 +111,22 @@ CachedLayers = Sequence[CachedLayer]
 
 
 def of_layers(kv_cache: CachedLayers | None, count: int) -> Sequence[CachedLayer | None]:
-    """The cache of each of ``count`` layers, None for each without a cache."""
+    """The cache of each of ``count`` layers; None for each layer if there is no cache."""
     return kv_cache or [None] * count
 
 
 class KVCache:
     """Keys and values of all layers, allocated once per sampling session.
 
-    Rows have one length, or, between ``at`` and ``settle``, each its own.
+    All rows have the same length, except between ``at`` and ``settle``.
 
     Args:
         num_layers, rows, num_heads, length, head_dim: the sizes; ``rows`` counts guidance rows too.
         shift_dim: width of the token shift's memory, 0 for models without one.
 
     Attributes:
-        visible: bool (R or 1, 1, 1, capacity), which entries later ones may see at all; None is every one.
-        offsets: (R, 1) int64, by how much the position id of an entry is less than its slot, per row; None is not.
+        visible: bool (R or 1, 1, 1, capacity), the entries that later ones may see; None is all.
+        offsets: (R, 1) int64, slot minus position id of a row's entries; None is 0.
     """
 
     def __init__(
@@ -142,7 +143,7 @@ class KVCache:
     ):
         like: dict[str, Any] = {"dtype": dtype, "device": device}
         kept = (rows, num_heads, length, head_dim)
-        # Each a tensor of its own: compilers copy the whole of a tensor of which a part is written.
+        # Each buffer is a tensor of its own: compilers copy a whole tensor if a part of it is written.
         self.layers = [
             LayerBuffer(
                 torch.empty(kept, **like),
@@ -162,27 +163,27 @@ class KVCache:
         return self.layers[0].length
 
     def advance(self, count: int) -> None:
-        """Say that ``count`` entries of every row were written through ``at``."""
+        """Record that ``count`` entries of every row were written through ``at``."""
         for layer in self.layers:
             layer.length += count
 
     def truncate(self, length: int) -> None:
-        """Forget the entries from ``length`` on: those that are still being made."""
+        """Drop the entries from ``length`` on."""
         for layer in self.layers:
             layer.length = min(layer.length, length)
 
     def at(self, slots: Tensor) -> list[IndexedBuffer]:
-        """The layers, writing to ``slots``, (n,) or (R, n). Writing replaces what lies in a slot, so a row is cut back
-        by writing over its last entries."""
+        """The layers, written at ``slots``, (n,) or (R, n). A write replaces the entry in its slot, so a row is
+        shortened by overwriting its last entries."""
         return [layer.at(slots) for layer in self.layers]
 
     def settle(self, length: int) -> None:
-        """Say that all rows have ``length`` entries, after each was written at its own slots."""
+        """Record that all rows have ``length`` entries, after each was written at its own slots."""
         for layer in self.layers:
             layer.length = length
 
     def reserve(self, length: int) -> None:
-        """Make room for ``length`` entries in all, where a sequence turns out longer than was known."""
+        """Grow the cache to ``length`` entries, for sequences whose length is not known at first."""
         for layer in self.layers:
             layer.reserve(length)
         self.capacity = max(self.capacity, length)
@@ -201,6 +202,6 @@ class KVCache:
         return slots if self.offsets is None else slots - self.offsets
 
     def seen_from(self, slots: Tensor) -> Tensor:
-        """What entries at slots (R, n) see: those before and themselves, bool (R, 1, n, capacity)."""
+        """The mask of entries at slots (R, n), bool (R, 1, n, capacity): the visible ones up to and with themselves."""
         seen = torch.arange(self.capacity, device=slots.device) <= slots[:, None, :, None]
         return seen if self.visible is None else seen & self.visible

@@ -2,8 +2,9 @@
 
 An eager step of a large transformer is several hundred small kernels, and on a GPU the host cannot launch them as fast
 as they run. Compiled blocks are fewer kernels; captured in a CUDA graph, the whole step costs one launch per token.
-Attention skips what is not live of the cache there, and products of a few rows are spread over the whole GPU. On a CPU
-there is nothing to gain: eager steps attend to the live part only, and multiply by packed weights (``engine.packed``).
+On a GPU, attention skips the unused part of the cache, and products of a few rows are spread over all multiprocessors.
+On a CPU there is nothing to gain: eager steps attend to the used part only, and multiply by packed weights
+(``engine.packed``).
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from vistok.nn.flex import FEWEST_CHANNELS, LiveKeys
 
 
 class CompiledStep:
-    """One sampling step of a model, in three parts compiled for its sizes: what comes before the blocks, one block, and
-    the logits. All blocks share the second, so compilation takes as long for a deep model as for a shallow one. Ids are
-    drawn uncompiled, since some versions of inductor fail on running sums over large codebooks.
+    """One sampling step of a model in three compiled parts: the embedding, one block, and the logits.
+
+    All blocks share one compiled block, so a deep model compiles as fast as a shallow one. Ids are drawn uncompiled,
+    since some versions of inductor fail on cumulative sums over large codebooks.
 
     Args:
         block_type: class of the model's blocks.
@@ -57,19 +59,19 @@ class CompiledStep:
         state: tuple[Tensor, ...],
         computing: NextTokenModel,
     ) -> None:
-        """Feed the token before ``position`` and write the one there into ``tokens``.
+        """Feed the token before ``position`` and write the token drawn at ``position`` into ``tokens``.
 
         Args:
             position: (1,) int64 image position, at least 1.
             fed: (1,) int64, the sequence position of the token before.
-            tokens: (B, L) ids.
+            tokens: (B, L) ids; written.
             uniforms: (B, L), or None for greedy decoding.
-            weights: (L, rows of guidance), how much each counts at every position.
+            weights: (L, rows), the weight of each guidance row at each position.
             failed: (1,), the first position whose logits were not finite; written.
-            visible: bool (R or 1, 1, 1, T + L), what the last position of all sees; None is everything.
+            visible: bool (R or 1, 1, 1, T + L), the entries that the last position sees; None is all.
             layers: caches that write at ``fed``.
-            state: what follows from the condition once.
-            computing: the model ``with_blocks`` that are compiled.
+            state: the output of the model's ``condition_state``.
+            computing: the result of ``with_blocks``, which runs the compiled blocks.
         """
         keys = seen_keys_for(tokens.device, model.blocks[0].attn.head_dim)
         x, mask = self._before(model, position, fed, tokens, visible, keys, rows=weights.shape[1])
@@ -80,8 +82,8 @@ class CompiledStep:
         tokens[:, position] = drawn[:, None]
 
     def with_blocks(self, model: NextTokenModel, blocks: Sequence[nn.Module]) -> NextTokenModel:
-        """The model, but with these blocks, compiled. All else is shared; the model itself stays as it is, since other
-        threads may sample from it."""
+        """A shallow copy of the model with these blocks, compiled. The model itself is not changed, since other threads
+        may sample from it."""
         compiled = [copy.copy(block) for block in blocks]
         for shell, block in zip(compiled, blocks, strict=True):
             shell.forward = partial(self._block, block)
@@ -91,22 +93,22 @@ class CompiledStep:
 
 
 SeenKeys = Callable[[Tensor, int, Tensor | None], Mask]
-"""What a query at position (1,) sees of a cache of some length, of which bool (R or 1, 1, 1, length) is visible."""
+"""Makes the attention mask of a query: (position (1,), cache length, visible bool (R or 1, 1, 1, length)) -> mask."""
 
 
 def seen_keys_for(device: torch.device, head_dim: int) -> SeenKeys:
-    """The form of mask that suits the device."""
+    """The mask function for the device: FlexAttention's on CUDA if heads are wide enough, else dense."""
     return LiveKeys.up_to if device.type == "cuda" and head_dim >= FEWEST_CHANNELS else dense_mask
 
 
 def dense_mask(last: Tensor, length: int, visible: Tensor | None) -> Tensor:
-    """Bool (R or 1, 1, 1, length), True for what is visible up to ``last``."""
+    """Bool (R or 1, 1, 1, length), True for visible entries up to ``last``."""
     mask = torch.arange(length, device=last.device)[None, None, None] <= last
     return mask if visible is None else mask & visible
 
 
 def blocks_for(model: NextTokenModel, rows: int, device: torch.device) -> list[nn.Module]:
-    """The blocks in the form that is fastest on the device."""
+    """The blocks, on a CUDA device with the layers of ``split_layers``."""
     if device.type != "cuda":
         return list(model.blocks)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -122,7 +124,7 @@ def embed_last(
     keys: SeenKeys,
     rows: int,
 ) -> tuple[Tensor, Mask]:
-    """The embedded token before ``position``, (R, 1, D), and what it sees of the whole cache."""
+    """The embedded token before ``position``, (R, 1, D), and its attention mask over the whole cache."""
     ids = torch.cat([tokens[:, position - 1]] * rows)
     mask = keys(fed, model.condition_length + tokens.shape[1], visible)
     return model.embed_tokens(ids, (position - 1)[None], position[None]), mask
@@ -134,13 +136,14 @@ def next_logits(model: NextTokenModel, hidden: Tensor, position: Tensor, weights
 
 
 class SessionSteps:
-    """The steps of one sampling session, on a CUDA device captured in a graph at the second of them.
+    """The steps of one sampling session. On a CUDA device, the second step captures the graph that it and all later
+    steps replay.
 
     Args:
-        step: of the model's class and sizes.
+        step: the compiled step.
         cache: of the session, after its condition was fed.
 
-    The others are those of ``CompiledStep``.
+    The other arguments are those of ``CompiledStep``.
     """
 
     def __init__(
@@ -167,15 +170,15 @@ class SessionSteps:
         self._run = partial(step, model, options, *inputs)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warm = False
-        self._next: int | None = None  # the position that the graph will do if nobody says otherwise
+        self._next: int | None = None  # the position that the graph's own counter is at
 
     def __call__(self, position: int) -> None:
-        """Feed the token before ``position``, the only one that the cache lacks, and draw the one there."""
+        """Feed the token before ``position``, the only one that the cache lacks, and draw the token at ``position``."""
         if position != self._next:
             self._position.fill_(position)
             self._fed.fill_(position + self._offset)
         if not (self._warm and self._position.is_cuda):
-            self._run()  # what happens once, compilation for one, cannot be captured
+            self._run()  # one-time work, such as compilation, cannot be captured
             self._warm = True
             return
         if self._graph is None:
@@ -184,7 +187,7 @@ class SessionSteps:
         self._next = position + 1
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        """The step as a graph that moves on by one position."""
+        """The step as a graph that then advances the position by one."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._run()

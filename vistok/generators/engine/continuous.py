@@ -1,4 +1,4 @@
-"""What generators of continuous latents share: the tokens they take, their classes, and how sampling begins."""
+"""The base of generators of continuous latents: the check of the token spec, and the start of sampling."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class ContinuousGenerator(Generator):
 
     num_classes: int | None
     session_type: ClassVar[type]
-    """What samples: made of the model, the condition, the options and the draws."""
+    """The class of sampling sessions; its arguments are the model, the condition, the options and the draws."""
 
     @staticmethod
     def check_spec(spec: TokenSpec, model: str) -> TokenSpec:
-        """Return the spec of continuous tokens; ValueError for others."""
+        """Return the spec if its tokens are continuous; else raise ValueError."""
         if spec.discrete:
             raise ValueError(
                 f"{model} generates continuous latents; this tokenizer has {spec.codebook_size} discrete codes"

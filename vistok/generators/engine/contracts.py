@@ -1,4 +1,4 @@
-"""What the parts of the engine know of each other: models, sessions, decodings."""
+"""The protocols between the parts of the engine: models, sessions, decodings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vistok.types import Condition, TokenChunk, TokenSpec
 
 
 class NextTokenModel(Protocol):
-    """What sampling needs of a model; ``AutoregressiveGenerator`` describes it. Its blocks are of one class."""
+    """What sampling needs of a model; ``AutoregressiveGenerator`` documents it. All blocks have one class."""
 
     spec: TokenSpec
     condition_length: int
@@ -63,7 +63,7 @@ class NextTokenModel(Protocol):
 
 
 class SamplingSession(Protocol):
-    """What a decoding needs of a session; ``AutoregressiveSession`` describes it."""
+    """What a decoding needs of a session; ``AutoregressiveSession`` documents it."""
 
     plan: Plan
     options: DecodingOptions
@@ -93,7 +93,7 @@ class SamplingSession(Protocol):
 
 
 class WindowPasses(Protocol):
-    """Passes over guessed tokens; ``Windows`` describes them."""
+    """Passes over guessed tokens; ``Windows`` documents them."""
 
     def logits(self, ids: Tensor, counts: Tensor) -> Tensor: ...
 
@@ -109,7 +109,7 @@ class Decoding(Protocol):
         """The random tensors that the loop consumes for ``length`` tokens."""
 
     def check(self, plan: Plan, options: DecodingOptions, num_parts: int) -> None:
-        """Raise ValueError if it cannot generate the steps of ``plan``, or ids that are drawn in so many parts."""
+        """Raise ValueError if it cannot generate the steps of ``plan``, or ids of ``num_parts`` parts."""
 
     def run(self, session: SamplingSession, stop: int) -> Iterator[TokenChunk]:
-        """Generate the tokens of all steps from the session's up to ``stop``."""
+        """Generate the tokens of the steps from the session's current one up to, not including, ``stop``."""

@@ -1,4 +1,4 @@
-"""Copies of a module that compute the same by other layers, and share all else."""
+"""Copies of a module with some layers replaced by equivalent ones; everything else is shared."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ def with_layers(module: nn.Module, other: Callable[[nn.Module], nn.Module | None
     """A copy of ``module`` with other layers inside; parameters, buffers and hooks are shared.
 
     Args:
-        other: what takes the place of a module: a layer, the module itself to leave all of it as it is, or None to look
-            at its children.
+        other: maps a module to its replacement, to itself to keep it unchanged, or to None to visit its children.
 
     Returns:
-        ``module`` itself, if nothing in it is replaced.
+        the copy, or ``module`` itself if nothing in it is replaced.
     """
     layer = other(module)
     if layer is not None:
@@ -31,11 +30,11 @@ def with_layers(module: nn.Module, other: Callable[[nn.Module], nn.Module | None
 
 
 def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether this is a linear layer as PyTorch has it, which does no more in a call than multiply."""
+    """Whether the module is an unmodified ``nn.Linear``: no subclass, no hooks, no quantised or sharded weight."""
     # A subclass of Parameter is quantised, or sharded over processes.
     return type(module) is nn.Linear and type(module.weight) is nn.Parameter and not is_altered(module)
 
 
 def is_altered(module: nn.Module) -> bool:
-    """Whether a call does other than the class's ``forward``: the module has hooks, or a ``forward`` of its own."""
+    """Whether a call does more than the class's ``forward``: the module has hooks, or a ``forward`` of its own."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))

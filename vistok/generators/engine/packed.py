@@ -1,9 +1,9 @@
 """Linear layers for the few rows of a decoding step on a CPU, with weights packed by oneDNN.
 
-A product of a few rows takes as long as reading the weight does. PyTorch's own takes longer: it rearranges the weight
-in every call. oneDNN does that once and keeps a packed copy. The operators are PyTorch's own but not public; what is
-public (``torch.utils.mkldnn.to_mkldnn``) keeps PyTorch's layout, and took 3 times as long in float32 and 8 times in
-bfloat16 (8 rows, weights of (2304, 768), two cores).
+A product of a few rows should take as long as reading the weight. PyTorch's takes longer, because it rearranges the
+weight in every call; oneDNN does that once and keeps a packed copy. The operators used here are part of PyTorch but not
+public. The public way (``torch.utils.mkldnn.to_mkldnn``) keeps PyTorch's layout, and took 3 times as long in float32
+and 8 times in bfloat16 (8 rows, weights of (2304, 768), two cores).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class DecodingCopy:
     """A copy of a model whose linear layers have packed weights.
 
     Attributes:
-        model: the copy; the model itself where nothing is packed.
-        rows: how many rows a step has.
+        model: the copy; the model itself if nothing is packed.
+        rows: number of rows of a step.
     """
 
     model: Any  # a module, with all that the original has
@@ -45,7 +45,7 @@ class DecodingCopy:
         return cls(pack(model, rows), rows, _state(model), weights, versions)
 
     def is_copy_of(self, model: nn.Module) -> bool:
-        """Whether it computes what ``model`` does as it is now: with these weights, modules and hooks."""
+        """Whether the copy still matches ``model``: the same weights, modules and hooks."""
         return self._seen == _state(model) and self.has_todays_weights()
 
     def has_todays_weights(self) -> bool:
@@ -55,23 +55,23 @@ class DecodingCopy:
 
 
 class DecodingCopies:
-    """What a generator keeps of its decoding copy: sampling, streams and previews share the last one.
+    """Holds a generator's last decoding copy, which sampling, streams and previews share.
 
-    It is no part of the model's state: copies and pickles of the model begin with none.
+    It is not part of the model's state: copies and pickles of the model start without one.
     """
 
     def __init__(self) -> None:
         self._last: DecodingCopy | None = None
 
     def of(self, model: nn.Module, rows: int) -> DecodingCopy:
-        """The copy for steps of ``rows`` rows, made anew if the model has changed."""
+        """The copy for steps of ``rows`` rows, packed again if the model has changed."""
         last = self._last
         if last is None or last.rows != rows or not last.is_copy_of(model):
             self._last = last = DecodingCopy.of(model, rows)
         return last
 
     def clear(self) -> None:
-        """Free its memory, as much as the weights take."""
+        """Free the copy's memory, which is as large as the weights."""
         self._last = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -82,14 +82,14 @@ class DecodingCopies:
 
 
 def _state(model: nn.Module) -> list[tuple[Any, ...]]:
-    """What the copy depends on beside the values of weights: modules and tensors by identity, modes, hooks."""
+    """What the copy depends on besides the values of weights: modules and tensors by identity, modes, hooks."""
     modules = [(_Same(m), m.training, is_altered(m), m._compiled_call_impl is not None) for m in model.modules()]
     weights = [(_Same(p), p.data_ptr(), object() if p.is_inference() else None) for p in model.parameters()]
     return [*modules, *weights, (torch.is_autocast_enabled("cpu"),)]
 
 
 class _Same:
-    """Equal if it is the same object, which stays alive meanwhile."""
+    """Compares an object by identity, and keeps it alive."""
 
     def __init__(self, value: object):
         self.value = value
@@ -97,14 +97,14 @@ class _Same:
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Same) and self.value is other.value
 
-    __hash__ = None  # type: ignore[assignment]  # this is how Python has it
+    __hash__ = None  # type: ignore[assignment]  # Python's own way to make a class unhashable
 
 
 def pack(model: nn.Module, rows: int) -> nn.Module:
-    """A copy of ``model`` for steps of ``rows`` rows without gradients, or the model itself where nothing is packed.
+    """A copy of ``model`` for steps of ``rows`` rows without gradients, or the model itself if nothing is packed.
 
-    Layers are left as they are on other devices, if they are quantised or have hooks, and inside modules that the
-    caller compiled. Under autocast all are left, because autocast chooses their types.
+    A layer is not packed if it is on another device, is quantised, has hooks, or is inside a module that the caller
+    compiled. Under autocast no layer is packed, because autocast chooses the dtypes.
     """
     if rows < FEWEST_ROWS or torch.is_autocast_enabled("cpu"):
         return model
@@ -115,7 +115,7 @@ def pack(model: nn.Module, rows: int) -> nn.Module:
 
     def packed(module: nn.Module) -> nn.Module | None:
         if module is not model and (module._compiled_call_impl or "_orig_mod" in module._modules):
-            return module  # graphs choose their own products, and cannot take ours
+            return module  # compiled graphs choose their own kernels, and cannot use these
         if is_packable(module):
             return PackedLinear([module], rows)
         if isinstance(module, GatedMLP) and not is_altered(module):
@@ -128,7 +128,7 @@ def pack(model: nn.Module, rows: int) -> nn.Module:
 
 
 class PackedLinear(nn.Module):
-    """Linear layers of one input as one product, their outputs side by side: (..., D) -> (..., O)."""
+    """Linear layers of the same input as one product, outputs concatenated: (..., D) -> (..., O)."""
 
     def __init__(self, linears: Sequence[nn.Linear], rows: int):
         super().__init__()
@@ -145,9 +145,9 @@ class PackedGatedMLP(nn.Module):
     """A gated feed-forward (..., D) -> (..., D) that multiplies once for gate and up.
 
     Args:
-        mlp: whose activation and dropout are shared.
-        gate_up: the product of both.
-        down: the layer after them.
+        mlp: the module whose activation and dropout are used.
+        gate_up: the joined gate and up projections.
+        down: the output projection.
     """
 
     def __init__(self, mlp: GatedMLP, gate_up: PackedLinear, down: nn.Module):
@@ -161,7 +161,7 @@ class PackedGatedMLP(nn.Module):
 
 
 def _packable_dtypes() -> tuple[torch.dtype, ...]:
-    """The dtypes that this build of PyTorch packs on this processor. The operators are private, and may be gone."""
+    """The dtypes that this build of PyTorch packs on this processor. The operators are private, and may be absent."""
     operators = torch.ops.mkldnn
     if not torch.backends.mkldnn.is_available() or not hasattr(operators, "_reorder_linear_weight"):
         return ()

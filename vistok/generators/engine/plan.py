@@ -1,4 +1,4 @@
-"""In which steps, and in which order, the tokens of an image are generated."""
+"""The steps and the order in which the tokens of an image are generated."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 def check_orders(orders: Tensor, length: int, rows: int | None = None) -> Tensor:
-    """Return ``orders`` (1 or B, L) if each names the places 0 .. length - 1 once.
+    """Return ``orders`` (B, L) if each is a permutation of the places 0 .. length - 1.
 
     Args:
-        rows: how many there must be; None allows any number.
+        rows: the required number of orders; None allows any number.
 
     Raises:
-        ValueError: another type or shape, or no permutations. On an accelerator, where looking would wait for it, these
-            stop its work with an error of its own.
+        ValueError: another dtype or shape, or no permutations. On an accelerator the values are checked by an
+            asynchronous assertion on the device, because reading them would synchronise.
     """
     wanted = f"({'B' if rows is None else rows}, {length})"
     if orders.is_floating_point() or orders.dtype == torch.bool:
@@ -38,16 +38,16 @@ def check_orders(orders: Tensor, length: int, rows: int | None = None) -> Tensor
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of a sample: each is a set of places, one or several.
+    """The steps of a sample: each generates the tokens of one or several places.
 
     Attributes:
-        order: (1 or B, L) int64, the places of all tokens in the order of generation, the same in all rows or not.
-        sizes: how many tokens each step generates.
+        order: (1 or B, L) int64, the places of all tokens in the order of generation, for all rows or for each.
+        sizes: the number of tokens of each step.
         is_raster: whether tokens are generated in the order of their places.
-        bounds: step i generates the tokens bounds[i] to bounds[i + 1] of the order.
+        bounds: step i generates the tokens [bounds[i], bounds[i + 1]) of the order.
 
     Raises:
-        ValueError: steps that have other than all tokens.
+        ValueError: step sizes below 1, or that do not sum to L.
     """
 
     order: Tensor
@@ -77,19 +77,19 @@ class Plan:
         return len(self.sizes)
 
     def places(self, step: int) -> Tensor:
-        """(1 or B, n), where the tokens of a step lie."""
+        """(1 or B, n) int64, the places of the tokens of a step."""
         return self.order[:, self.bounds[step] : self.bounds[step + 1]]
 
     def step_at(self, count: int) -> int | None:
-        """The step that begins after ``count`` tokens; None in the middle of one."""
+        """The step that begins after ``count`` tokens; None if they end within a step."""
         return self.bounds.index(count) if count in self.bounds else None
 
 
 def in_order(values: Tensor, orders: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Values (B, L) by place in an order (B, L), and that order; None is raster order.
+    """Raster values (B, L) rearranged into ``orders`` (B, L), and these orders; None is raster order.
 
     Raises:
-        ValueError: orders that are no permutations, one for each row.
+        ValueError: orders that are not one permutation for each row.
     """
     if orders is None:
         return values, torch.arange(values.shape[1], device=values.device).expand(values.shape)
@@ -97,6 +97,6 @@ def in_order(values: Tensor, orders: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def in_places(values: Tensor, order: Tensor) -> Tensor:
-    """Values (B, L, ...) of tokens in order (1 or B, L) at the places of these tokens."""
+    """Values (B, L, ...) in the order of generation (1 or B, L), rearranged into raster order."""
     back = order.argsort(1).expand(len(values), -1)
     return values.take_along_dim(back.view(*back.shape, *[1] * (values.ndim - 2)), 1)

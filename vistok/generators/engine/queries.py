@@ -1,7 +1,7 @@
-"""Generators that ask for places: a query per token says where it lies, which allows any order and many at once.
+"""Generators that predict each token from a position query, in any order and several at once.
 
-A step feeds the tokens of the step before and the queries of its own. Queries are there for their answers; once the
-tokens are known these take their slots in the cache.
+A step feeds the tokens of the step before and its own queries. Once the tokens of a step are known, they replace its
+queries in the cache.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from vistok.types import Clock, Condition, Expands, GeneratorOutput
 
 
 def cosine_groups(num_steps: int, length: int) -> tuple[int, ...]:
-    """How many of ``length`` tokens each step generates: one at first, and then more and more (arXiv 2412.01827).
+    """How many of ``length`` tokens each step generates: one at first, then ever more (arXiv 2412.01827).
 
-    After step s = 1, 2, ... there are min(int((1 - cos(pi/2 (s + 1) / num_steps)) length + 1), length) tokens, at least
-    one more than before. The last step that is asked for completes them; 1 takes two, because the first has one token.
+    The first step generates one token. After step s = 1, 2, ... (from 0) there are
+    min(int((1 - cos(pi/2 (s + 1) / num_steps)) length + 1), length) tokens, at least one more than before. With
+    num_steps 1 there are two steps, because the first has one token.
 
     Raises:
         ValueError: fewer than one step, or more steps than tokens.
@@ -46,7 +47,7 @@ def cosine_groups(num_steps: int, length: int) -> tuple[int, ...]:
 
 
 def steps_of(num_steps: int, length: int) -> int:
-    """Return ``num_steps`` if so many steps can generate ``length`` tokens; else raise ValueError."""
+    """Return ``num_steps`` if it lies in 1 .. length; else raise ValueError."""
     if not 1 <= num_steps <= length:
         raise ValueError(f"num_steps must lie in 1..{length}, one for each token at most; got {num_steps}")
     return num_steps
@@ -57,13 +58,13 @@ class QueryOptions(DecodingOptions):
     """How ids are drawn, and how many in each step.
 
     Attributes:
-        num_steps: passes through the model; None is the model's own number, as many as there are tokens is one by one.
-        group_sizes: how many tokens each step generates, instead of ``num_steps``; their sum is the number of tokens.
+        num_steps: forward passes; None is the model's default. As many as there are tokens generates one per step.
+        group_sizes: the number of tokens of each step, instead of ``num_steps``; their sum is the number of tokens.
 
-    The others are those of ``DecodingOptions``. Schedules of guidance count tokens: step i of n is token i of n.
+    The others are those of ``DecodingOptions``. Guidance schedules count tokens: step i of n is token i of n.
 
     Raises:
-        ValueError: both, or sizes below 1.
+        ValueError: num_steps and group_sizes together, num_steps that is no integer, or sizes below 1.
     """
 
     num_steps: int | None = None
@@ -83,7 +84,7 @@ class QueryOptions(DecodingOptions):
 
 
 class QuerySession(AutoregressiveSession):
-    """Cached sampling in groups: the cache keeps the known tokens, and ``kept_queries`` queries of each step."""
+    """Cached sampling in groups: the cache keeps the known tokens and ``kept_queries`` queries of each step."""
 
     model: QueryGenerator
     options: QueryOptions
@@ -111,7 +112,7 @@ class QuerySession(AutoregressiveSession):
 
     @torch.inference_mode()
     def _run(self, x: Tensor, known: Tensor | None, upcoming: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states (R, e, D), and logits (R, n, V) of the places ``upcoming``, whose queries are last in x."""
+        """Hidden states (R, e, D), and logits (R, n, V) of the places ``upcoming``, whose queries come last in x."""
         model, cache, count = self.network(), self.kv_cache, upcoming.shape[1]
         mask = self.model.step_mask(x.shape[1] - count, count, cache.length, x.device)
         hidden = model.transform(x, self.model.entry_positions(known, upcoming), mask, cache.layers, *self.state)
@@ -122,7 +123,7 @@ class QueryGenerator(AutoregressiveGenerator):
     """A transformer over [condition, tokens, queries].
 
     ``embed_condition`` gives the condition's entries and the queries of the first step, ``embed_tokens`` the entries of
-    one step's tokens and the queries of the next. A subclass further defines what is abstract here.
+    one step's tokens and the queries of the next. A subclass also defines the abstract methods below.
     """
 
     only_next = "it predicts a group of tokens at once, each from a query of its own"
@@ -134,7 +135,7 @@ class QueryGenerator(AutoregressiveGenerator):
     @property
     @abstractmethod
     def default_steps(self) -> int:
-        """Steps of a sample where the options name none."""
+        """The number of steps of a sample if the options name none."""
 
     @abstractmethod
     def entry_positions(self, known: Tensor | None, upcoming: Tensor) -> Tensor | slice:
@@ -148,10 +149,10 @@ class QueryGenerator(AutoregressiveGenerator):
     @abstractmethod
     def step_mask(self, known: int, queries: int, start: int, device: torch.device) -> Tensor | None:
         """The attention mask of a step, bool (known + queries, start + known + queries), True where attention is
-        allowed. None is plain causal attention, where nothing is cached yet.
+        allowed; None is plain causal attention, for a step with an empty cache.
 
         Args:
-            known, queries: how many entries are tokens, and how many are queries, which come last.
+            known, queries: the numbers of tokens and of queries; queries come last.
             start: entries that the cache holds already.
         """
 
@@ -169,7 +170,7 @@ class QueryGenerator(AutoregressiveGenerator):
         """How many tokens each step generates.
 
         Raises:
-            ValueError: group sizes that are not all tokens, or more steps than tokens.
+            ValueError: group sizes that do not sum to the number of tokens, or more steps than tokens.
         """
         length = self.spec.length
         if options.group_sizes is None:
@@ -181,31 +182,31 @@ class QueryGenerator(AutoregressiveGenerator):
         return options.group_sizes
 
     def _num_steps(self, options: QueryOptions) -> int:
-        """Steps of a whole image."""
+        """The number of steps of a whole image."""
         num_steps = self.default_steps if options.num_steps is None else options.num_steps
         return steps_of(num_steps, self.spec.length)
 
     def scheduled_groups(self, num_steps: int) -> tuple[int, ...]:
-        """The group sizes of so many steps: ``cosine_groups``, unless the model says otherwise."""
+        """The group sizes for ``num_steps`` steps, by default those of ``cosine_groups``."""
         return cosine_groups(num_steps, self.spec.length)
 
     def steps(self, draws: Draws, options: QueryOptions) -> Plan:
-        """Groups of the order that was drawn, of raster order without one.
+        """The plan of a sample: groups of the drawn order, or of raster order if none was drawn.
 
         Raises:
-            ValueError: an order that is no permutation of the places, or group sizes that are not all tokens.
+            ValueError: an order that is no permutation of the places, or group sizes that do not fit.
         """
         length = self.spec.length
         order = check_orders(draws["order"], length) if "order" in draws else torch.arange(length)[None]
         return Plan(order, self.group_sizes(options))
 
     def guidance_weights(self, guidance: Guidance, plan: Plan) -> list[Weights]:
-        """How much each row counts in each step: a schedule's step is the first token of the group."""
+        """The weights of the guidance rows in each step; the schedule is evaluated at the first token of the group."""
         length = self.spec.length
         return [guidance.weights(plan.bounds[step], length) for step in range(len(plan))]
 
     def session_type(self, options: DecodingOptions) -> type[QuerySession]:
-        """Sessions whose cache keeps known tokens and few queries."""
+        """Always ``QuerySession``."""
         return QuerySession
 
     def compile_decoding(self, backend: str = "inductor") -> None:
@@ -222,15 +223,15 @@ class QueryGenerator(AutoregressiveGenerator):
         draws: Draws | None = None,
         tokenizer: Expands | None = None,
     ) -> Tensor:
-        """Generate some positions anew and keep the others: inpainting, where tokens have a place.
+        """Regenerate some positions and keep the others: inpainting, if tokens have a place in the image.
 
-        What is kept comes first in the order, so that all that is generated sees it.
+        Kept tokens come first in the order, so every generated token sees all of them.
 
         Args:
             tokens: (B, L) ids of the images.
             regenerate: (L,) or (B, L) bool, True where tokens are generated.
-            condition: the class of what is generated.
-            options: ``num_steps`` is for whole images; parts take their share of it.
+            condition: the class of the edited images.
+            options: ``num_steps`` is for whole images; an edit takes its share of it, rounded up.
             draws: of ``sampling_draws``.
 
         Returns:
@@ -246,7 +247,7 @@ class QueryGenerator(AutoregressiveGenerator):
             raise ValueError("an edit generates as many tokens as it is asked for; give num_steps, not group_sizes")
         check_draws(draws, options.temperature)
         edited = tokens.clone()
-        for count in kept.sum(1).unique().tolist():  # images with as many kept tokens have the same steps
+        for count in kept.sum(1).unique().tolist():  # images with equally many kept tokens have the same steps
             rows = (kept.sum(1) == count).nonzero()[:, 0]
             part = {name: value[rows.to(value.device)] for name, value in (draws or {}).items()}
             if count < length:
@@ -256,7 +257,7 @@ class QueryGenerator(AutoregressiveGenerator):
     def _edit(
         self, ids: Tensor, kept: Tensor, count: int, condition: Condition, options: QueryOptions, draws: Draws
     ) -> Tensor:
-        """Ids (B, L), of which ``count`` in each row are kept, those where ``kept`` is True."""
+        """``edit`` for rows that all keep ``count`` tokens: ids (B, L)."""
         length = self.spec.length
         order = draws.get("order", torch.arange(length).expand(ids.shape)).to(ids.device)
         order = order.gather(1, kept.gather(1, order).long().argsort(dim=1, descending=True, stable=True))
@@ -275,10 +276,10 @@ class QueryGenerator(AutoregressiveGenerator):
         Args:
             ids: (B, L) in raster order.
             orders: (B, L), the places of the tokens in order; None is raster order.
-            **draws: others of ``training_draws``.
+            **draws: the other draws of ``training_draws``.
 
         Raises:
-            ValueError: orders that are no permutations, one for each row.
+            ValueError: orders that are not one permutation for each row.
         """
         return self.predict(*in_order(ids, orders), condition, draws)
 
@@ -296,7 +297,7 @@ class QueryGenerator(AutoregressiveGenerator):
         """Cross entropy in nats per token; metric "accuracy". Predictions (B, L, V) are in the order of ``draws``.
 
         Raises:
-            ValueError: orders that are no permutations, one for each row.
+            ValueError: orders that are not one permutation for each row.
         """
         self.check_tokenizer(tokenizer)
         draws = draws or {}

@@ -23,7 +23,7 @@ OPTIONS_OF: Mapping[str, tuple[str, ...]] = {
     "jacobi": ("window", "draft", "criterion", "coupled"),
     "cautious": ("entropy_threshold", "trials", "trial_length"),
 }
-"""By decoding, the options that no other decoding looks at."""
+"""By decoding, the options that only this decoding reads."""
 
 
 @dataclass(frozen=True)
@@ -31,25 +31,25 @@ class DecodingOptions(GuidanceOptions):
     """How ids are drawn from a discrete autoregressive model.
 
     Attributes:
-        temperature: logits are divided by it; 0 takes the most likely id.
+        temperature: divisor of the logits; 0 takes the most likely id.
         top_k: only the k most likely ids (and ties with the k-th) can be drawn; 0 is off.
         top_p: only the smallest set of likeliest ids whose probability reaches top_p can be drawn; 1 is off.
         decoding: ``plain`` draws one token after another, ``jacobi`` several in a pass, from the same distribution,
             ``cautious`` keeps the likeliest of several draws where the model is unsure (see
             ``vistok.generators.engine.decodings``).
-        window: of ``jacobi``: positions that a pass is fed.
-        draft: of ``jacobi``: the first guess of a token: any id, or the token to the left or above.
-        criterion: of ``jacobi``: ``speculative`` accepts a draft by the ratio of its probabilities, ``exact`` if it is
-            what would be drawn now, which gives the ids of ``plain``.
-        coupled: of ``jacobi``: drafts of a position are drawn with the same Gumbel noise in all passes, so that they
+        window: (``jacobi``) positions fed per pass.
+        draft: (``jacobi``) the first guess of a token: a random id, or the token to the left or above.
+        criterion: (``jacobi``) ``speculative`` accepts a draft by the ratio of its probabilities; ``exact`` accepts a
+            draft that equals the id drawn now, which reproduces the ids of ``plain``.
+        coupled: (``jacobi``) draw the drafts of a position with the same Gumbel noise in all passes, so that they
             change less, and more are accepted.
-        entropy_threshold: of ``cautious``: several continuations are drawn where the next token's entropy, in nats and
-            before temperature and truncation, is above it.
-        trials: of ``cautious``: how many.
-        trial_length: of ``cautious``: tokens of a continuation, which ends at a multiple of it; 0 is a row of the
+        entropy_threshold: (``cautious``) draw several continuations where the next token's entropy, in nats and before
+            temperature and truncation, exceeds this.
+        trials: (``cautious``) the number of continuations.
+        trial_length: (``cautious``) a continuation ends at the next multiple of this many tokens; 0 is a row of the
             raster.
 
-    The others are those of ``GuidanceOptions``; of the logits. A step is a token.
+    The others are those of ``GuidanceOptions``: guidance combines logits, and its step is a token.
 
     Raises:
         ValueError: a value out of its range or not finite.
@@ -89,8 +89,8 @@ class DecodingOptions(GuidanceOptions):
             raise ValueError(f"top_p must lie in (0, 1], 1 is off; got {self.top_p}")
 
     def of_part(self, part: int) -> DecodingOptions:
-        """How the part number ``part`` of an id is drawn, where a model draws ids in parts: all alike, unless
-        the options say otherwise."""
+        """The options for part number ``part`` of an id, for models that draw ids in parts; by default the same for
+        all parts."""
         return self
 
 
@@ -98,7 +98,7 @@ DEFAULTS = {field.name: field.default for field in fields(DecodingOptions)}
 
 
 def refuse_without_effect(options: DecodingOptions, given: Collection[str]) -> None:
-    """Raise ValueError if an option that a call gives, and changes, belongs to another decoding than the chosen one."""
+    """Raise ValueError if an option in ``given`` that is not at its default belongs to another decoding."""
     for decoding, names in OPTIONS_OF.items():
         idle = [name for name in given if name in names and getattr(options, name) != DEFAULTS[name]]
         if idle and options.decoding != decoding:
@@ -109,14 +109,14 @@ def refuse_without_effect(options: DecodingOptions, given: Collection[str]) -> N
 
 
 def part_draws(num_parts: int) -> tuple[str, ...]:
-    """The names of the uniform numbers that each part of an id is drawn with."""
+    """The names of the uniform numbers for drawing each part of an id."""
     return ("ids", *(f"ids_{part}" for part in range(1, num_parts)))
 
 
 def filter_logits(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Divide by the temperature, then set what top-k and then top-p exclude to -inf; (..., V) -> (..., V).
+    """Divide by the temperature, then set the logits that top-k and then top-p exclude to -inf; (..., V) -> (..., V).
 
-    The likeliest id always stays. Ids equal to the k-th largest logit stay.
+    The likeliest id always stays. Ids whose logit equals the k-th largest stay.
     """
     logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
@@ -125,7 +125,7 @@ def filter_logits(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, t
     if top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
         probabilities = ordered.softmax(-1)
-        # An id goes if the ids before it already reach top_p.
+        # An id is excluded if the more likely ids already reach top_p.
         excluded = probabilities.cumsum(-1) - probabilities >= top_p
         excluded[..., 0] = False
         logits = logits.masked_fill(excluded.scatter(-1, order, excluded), -torch.inf)
@@ -135,9 +135,10 @@ def filter_logits(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, t
 def draw_ids(logits: Tensor, uniforms: Tensor | None, options: DecodingOptions) -> Tensor:
     """Draw ids (...) int64 from guided logits (..., V).
 
+    Logits that are not finite give an arbitrary id below V; the caller must check them.
+
     Args:
-        uniforms: (...) in [0, 1); None at temperature 0, which takes the likeliest id. Logits that are not finite give
-            an arbitrary id below V: whoever calls checks them.
+        uniforms: (...) in [0, 1); may be None at temperature 0, which takes the likeliest id.
     """
     if options.temperature == 0:
         return logits.argmax(-1)
@@ -148,5 +149,5 @@ def draw_ids(logits: Tensor, uniforms: Tensor | None, options: DecodingOptions) 
 
 
 def drawn_ids(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Ids (...) of the probabilities that logits (..., V) give, by uniform numbers (...)."""
+    """Ids (...) drawn from the softmax of logits (..., V) by inverse CDF, with uniforms (...) in [0, 1)."""
     return inverse_cdf(logits.softmax(-1).flatten(0, -2), uniforms.flatten()).view(logits.shape[:-1])

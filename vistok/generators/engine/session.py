@@ -1,4 +1,4 @@
-"""One sampling run of a discrete autoregressive model: what is known, what the cache has seen, what comes next."""
+"""One sampling run of a discrete autoregressive model: its tokens, its KV cache, and its next logits."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from vistok.utils.finite import explain
 
 
 class AutoregressiveSession:
-    """Cached sampling for one batch of conditions; all rows of guidance ride in the same batch of the model.
+    """Cached sampling for one batch of conditions; the model's batch holds all rows of guidance.
 
     Attributes:
         plan: the steps.
-        step: how many of them are done.
-        rows: the conditions of all rows.
-        kv_cache: what the transformer was fed: the condition, and the tokens of all steps but the last ones.
-        draws: random tensors of the decoding, on the device; empty where sampling is deterministic.
-        sequence: (B, L) ids in the order of generation, 0 where there are none yet.
+        step: the number of finished steps.
+        rows: the conditions of all rows of guidance.
+        kv_cache: the condition, and the tokens of the first ``seen`` steps.
+        draws: random tensors of the decoding, on the device; empty if sampling is deterministic.
+        sequence: (B, L) ids in the order of generation, 0 where none is set yet.
         weights: of the rows of guidance at each step, for the first part of an id.
-        forced: ids (B, L) in the order of generation, and a mask (B, L) of those that are taken; None is none.
-        seen: steps whose tokens the cache has seen.
-        failed: (1,), the first token whose logits were not finite; L if all were.
-        expander: what makes the model's inputs of tokens, where it has its tokenizer in the loop.
+        forced: ids (B, L) in the order of generation, and a bool mask (B, L) of the forced ones; None if none is.
+        seen: the number of steps whose tokens were fed.
+        failed: (1,), the first token whose logits were not finite; L if all were finite.
+        expander: makes the model's inputs from tokens, for models with the tokenizer in the loop; else None.
     """
 
     # Tensors that outlive a step are made here, outside of inference mode, so that callers may train on the tokens.
@@ -78,9 +78,9 @@ class AutoregressiveSession:
         self._order = self.plan.order.expand(len(condition), length)
         self._valid = torch.ones(len(condition), length, dtype=torch.bool, device=device)
         self.forced: tuple[Tensor, Tensor] | None = None
-        self.failed = torch.full((1,), length, device=device)  # the first token whose logits were not finite
+        self.failed = torch.full((1,), length, device=device)
         self._copy = self._decoding_copy()
-        self.seen = 0  # steps whose tokens are in the cache
+        self.seen = 0
         self._hidden, self._logits = self._begin()
         self._compiled = self._compiled_steps()
 
@@ -94,12 +94,12 @@ class AutoregressiveSession:
 
     @property
     def count(self) -> int:
-        """Tokens that are set."""
+        """The number of tokens that are set."""
         return self.plan.bounds[self.step]
 
     @property
     def tokens(self) -> Tensor:
-        """The ids so far: (B, count), or, where the order is not that of the raster, (B, L), 0 where there is none."""
+        """The ids so far: (B, count) in raster order; for other orders (B, L) by place, 0 where none is set yet."""
         if self.plan.is_raster:
             return self.sequence[:, : self.count]
         here = slice(0, self.count)
@@ -125,7 +125,7 @@ class AutoregressiveSession:
 
     def force(self, ids: Tensor, where: Tensor) -> None:
         """Take the given ids (B, L) where ``where`` (B, L) is True, and draw the others; both are in raster order.
-        Tokens that come before a given one in the order of generation do not see it.
+        Tokens that are generated before a given one do not see it.
 
         Raises:
             ValueError: ids out of range, or other shapes.
@@ -162,8 +162,8 @@ class AutoregressiveSession:
     # What decodings use
 
     def next_logits(self, parts: Sequence[Tensor] = ()) -> Tensor:
-        """Guided logits (B, n, V) of the tokens of the next step, or of the part of them that follows the given ones
-        (B, n)."""
+        """Guided logits (B, n, V) of the tokens of the next step. With the first ``parts`` (B, n) of their ids, the
+        logits of the part that follows these."""
         while self.seen < self.step:
             self._hidden, self._logits = self._catch_up()
         if not parts:
@@ -183,7 +183,7 @@ class AutoregressiveSession:
         return TokenChunk(self._order[:, here], self.sequence[:, here], self._valid[:, here])
 
     def run_compiled(self) -> TokenChunk | None:
-        """Do the next step by the compiled graph, where there is one for it."""
+        """Run the next step compiled; None if there is no compiled step for it."""
         if self._compiled is None or self.forced is not None or self.step - self.seen != 1:
             return None
         self._compiled(self.step)
@@ -193,21 +193,21 @@ class AutoregressiveSession:
 
     @property
     def vocabulary_size(self) -> int:
-        """How many ids there are."""
+        """The number of ids."""
         return self.model.spec.num_ids
 
     @property
     def grid_width(self) -> int | None:
-        """Tokens in a row of the image; None if they have no raster."""
+        """The number of tokens in a row of the image; None if they have no raster."""
         grid = self.model.spec.grid
         return None if grid is None else grid[-1]
 
     def open_window(self, size: int) -> Windows:
-        """Passes of ``size`` entries per row, each row at a place of its own. One token has not been fed yet."""
+        """Passes of ``size`` entries per row, each row at a place of its own. Exactly one token must be unfed."""
         return Windows(self, size)
 
     def choose(self, rows: Tensor) -> None:
-        """Go on with these samples (n,), in this order; one may be listed more than once (branches, trials).
+        """Keep these samples (n,), in this order; one may be listed more than once (branches, trials).
 
         Raises:
             ValueError: guidance that remembers earlier steps of each sample.
@@ -236,11 +236,11 @@ class AutoregressiveSession:
         return self._advance(self.model.embed_condition(self.rows, self._for_rows(self.plan.places(0))))
 
     def _catch_up(self) -> tuple[Tensor, Tensor]:
-        """Feed the cache what it lacks, or a part of it; its hidden states, and logits of the step after that."""
+        """Feed tokens that the cache lacks; return their hidden states and the logits of the step after them."""
         return self._advance(self._embed_unseen())
 
     def _embed_unseen(self) -> Tensor:
-        """Embeddings of what the cache lacks: of all tokens in steps of one, else of the next step."""
+        """Embeddings of tokens that the cache lacks: all of them if steps have one token, else those of one step."""
         first, bounds = self.seen, self.plan.bounds
         last = self.step if self.plan.is_single else first + 1
         here = slice(bounds[first], bounds[last])
@@ -254,7 +254,7 @@ class AutoregressiveSession:
         return self._expanded(self.sequence[:, here])
 
     def _expanded(self, tokens: Tensor) -> Tensor:
-        """Inputs (B, m, E) that follow the next tokens, as the model computes; the tokens without an expander."""
+        """The expander's inputs (B, m, E) for the next tokens, in the model's dtype; the tokens if there is none."""
         if self.expander is None:
             return tokens
         return self.expander.step(tokens).to(self.sequence.device).to(self.kv_cache.dtype)
@@ -265,22 +265,22 @@ class AutoregressiveSession:
 
     @torch.inference_mode()
     def _advance(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Hidden states (R, e, D) of the embeddings x (R, e, D), and logits (R, n, V) of the n tokens of the next step,
-        that follow them."""
+        """Hidden states (R, e, D) of the embeddings x (R, e, D), and logits (R, n, V) of the n tokens of the step that
+        follows them."""
         model, cache = self.network(), self.kv_cache
         start, stop = cache.length, cache.length + x.shape[1]
         hidden = model.transform(x, slice(start, stop), self._mask(start, stop), cache.layers, *self.state)
         return hidden, model.step_logits(hidden, self.plan.sizes[self.seen])
 
     def _mask(self, start: int, stop: int) -> Tensor | None:
-        """What the entries [start, stop) see of the first ``stop``; None where it is all, or plainly causal."""
+        """The attention mask of the entries [start, stop) over the first ``stop``; None if full or plain causal."""
         mask = self.model.attention_mask(self.rows, start, stop)
         if mask is not None or start == 0 or stop - start == 1:
             return mask
         return torch.ones(stop - start, stop, dtype=torch.bool, device=self.sequence.device).tril(start)
 
     def _guided(self, logits: Tensor, weights: Weights, first: int, part: int = 0) -> Tensor:
-        """Logits (B, n, V) of a part of the tokens from the one numbered ``first`` on, of those (R, n, V) of all
+        """Guided logits (B, n, V) of one part of the tokens from number ``first`` on, from the logits (R, n, V) of all
         rows."""
         logits = self._combines[part](logits, weights)
         self.failed.copy_(torch.where(logits.sum().isfinite(), self.failed, self.failed.clamp_max(first)))
@@ -290,23 +290,24 @@ class AutoregressiveSession:
         return only_forced(logits, self.model.split_ids(ids)[part], where)
 
     def _check_finite(self) -> None:
-        """Raise ValueError if logits were not finite: the one time that the host waits for the device."""
+        """Raise ValueError if logits were not finite. Reads ``failed``, the only synchronisation with the device."""
         failed = int(self.failed)
         if failed < self.sequence.shape[1]:
             raise ValueError(explain(f"the logits of token {failed}", self.model.dtype))
 
     def network(self) -> NextTokenModel:
-        """The model, or the copy of it that decoding steps compute with."""
-        if not self._copy.has_todays_weights():  # between two chunks of a stream its caller may train the model
+        """The model, or the packed copy of it for decoding steps."""
+        if not self._copy.has_todays_weights():  # the caller may train the model between two chunks of a stream
             self._copy = self._decoding_copy()
         return self._copy.model
 
     def _decoding_copy(self) -> DecodingCopy:
-        rows = 1 if self._compiled_step else len(self.rows)  # compilers choose products themselves
+        rows = 1 if self._compiled_step else len(self.rows)  # nothing is packed for 1: compilers choose the kernels
         return self._copies.of(cast(nn.Module, self.model), rows)
 
     def _compiled_steps(self) -> SessionSteps | None:
-        """Steps of one token, where the model was told to compile them and rows are combined without a memory."""
+        """The compiled steps if the model compiles its decoding, steps have one token in raster order, and guidance is
+        plain; else None."""
         simple = self.plan.is_raster and self.plan.is_single and self.guidance.combination == PLAIN
         if self._compiled_step is None or not simple:
             return None

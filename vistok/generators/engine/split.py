@@ -1,8 +1,8 @@
 """Linear layers for a few rows at a time on a GPU, as in the compiled steps of cached sampling.
 
-Such a product takes as long as reading the weight does, if all of the GPU reads. Libraries' kernels take 64 outputs of
-a layer per multiprocessor, and most layers have too few for all of them. So the inputs are split into parts, whose
-products are added up, and the two layers of a gated feed-forward that take the same input become one.
+Such a product takes as long as reading the weight, if all multiprocessors read. The kernels of libraries compute 64
+outputs per multiprocessor, and most layers have too few outputs to occupy all of them. So the inputs are split into
+parts whose products are summed, and the two layers of a gated feed-forward that take the same input become one.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from vistok.generators.engine.copies import is_altered, is_plain_linear, with_la
 from vistok.nn.mlp import GatedMLP
 
 MOST_ROWS = 32
-"""The most rows for which a product takes as long as reading the weight does."""
+"""The most rows for which a product takes only as long as reading the weight."""
 
 OUTPUTS_AT_A_TIME, FEWEST_INPUTS, MOST_PARTS = 64, 64, 8
-"""Compilers add up 8 parts within what comes next, but no more."""
+"""Outputs per multiprocessor, fewest inputs per part, most parts: compilers fuse sums of up to 8 parts into the next
+operation."""
 
 
 def split_layers(module: nn.Module, rows: int, processors: int) -> nn.Module:
-    """A module that computes what this one does in eval mode, by other products where those are faster.
+    """A copy of the module for eval mode, with linear layers replaced if that is faster; the module itself if not.
 
-    Parameters are shared, but for the two weights of a gated feed-forward, of which it has a joined copy. How many rows
-    and parts pay was tried on an H200.
+    Parameters are shared, except that a gated feed-forward gets a joined copy of its gate and up weights. The limits on
+    rows and parts were measured on an H200.
 
     Args:
-        rows: how many rows a layer is given in all.
+        rows: the number of rows of a layer's input.
         processors: multiprocessors of the GPU.
     """
     if rows > MOST_ROWS:
@@ -39,7 +40,7 @@ def split_layers(module: nn.Module, rows: int, processors: int) -> nn.Module:
     def split(layer: nn.Module) -> nn.Module | None:
         if _is_joinable(layer):
             return JoinedMLP(layer, with_layers(layer.down, split))
-        # A single row would be copied for batched products, which takes as long as they save.
+        # Batched products copy a single row, which takes as long as they save.
         if rows == 1 or not is_plain_linear(layer):
             return None
         parts = number_of_parts(layer.in_features, layer.out_features, processors)
@@ -49,14 +50,14 @@ def split_layers(module: nn.Module, rows: int, processors: int) -> nn.Module:
 
 
 def number_of_parts(in_features: int, out_features: int, processors: int) -> int:
-    """The fewest parts of equal size with which most of a GPU's multiprocessors have something to do."""
+    """The fewest parts of equal size that occupy 80 % of a GPU's multiprocessors, or the most parts possible."""
     tiles = -(-out_features // OUTPUTS_AT_A_TIME)
     possible = [n for n in range(1, MOST_PARTS + 1) if in_features % (n * FEWEST_INPUTS) == 0]
     return next((n for n in possible if n * tiles >= 0.8 * processors), max(possible, default=1))
 
 
 class SplitLinear(nn.Module):
-    """A linear layer (..., D) -> (..., O) whose inputs are multiplied in ``parts`` parts, and the products added up."""
+    """A linear layer (..., D) -> (..., O) that splits its inputs into ``parts`` parts and sums their products."""
 
     def __init__(self, linear: nn.Linear, parts: int):
         super().__init__()

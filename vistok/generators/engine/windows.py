@@ -1,4 +1,4 @@
-"""Passes over several guessed tokens at once, each row of the batch at a place of its own."""
+"""Passes over several guessed tokens at once; each row of the batch is at a place of its own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vistok.types import Condition, TokenChunk
 
 
 class WindowedSession(Protocol):
-    """What windows need of ``AutoregressiveSession``; see there."""
+    """What ``Windows`` needs of ``AutoregressiveSession``; see there."""
 
     kv_cache: KVCache
     guidance: Guidance
@@ -34,7 +34,7 @@ class WindowedSession(Protocol):
 
 
 class Windows:
-    """Passes of ``size`` entries per row, of which each row keeps a first part."""
+    """Passes of ``size`` entries per row; each row keeps the first of them, as many as were accepted."""
 
     def __init__(self, session: WindowedSession, size: int):
         self._session, self._offset = session, session.network().condition_length
@@ -46,12 +46,12 @@ class Windows:
         self._kept: Tensor | None = None  # entries that each row keeps of the pass before
 
     def logits(self, ids: Tensor, counts: Tensor) -> Tensor:
-        """Guided logits (B, n, V) of the places from ``counts`` (B,) on; ids (B, n) are fed, from the place before."""
+        """Guided logits (B, n, V) of the places from ``counts`` (B,) on; ids (B, n) are fed one place before each."""
         session, model, cache = self._session, self._session.network(), self._session.kv_cache
         self._cut()
         places = counts[:, None] - 1 + self._index
         repeat = session.guidance.repeat
-        # Places behind the end are of no use. The last token is never fed, and tables may lack its row.
+        # Places beyond the end are clamped, and never used. The last token is never fed, so tables may lack its row.
         self._slots.copy_(repeat(places + self._offset).clamp_max(cache.capacity - 1))
         fed = repeat(places.clamp_max(max(self._length - 2, 0)))
         x = model.embed_tokens(repeat(ids), fed, fed + 1)
@@ -77,7 +77,7 @@ class Windows:
         return TokenChunk(places.clamp_max(self._length - 1), ids, valid)
 
     def close(self, step: int) -> None:
-        """End the passes: all rows have the tokens of all steps before ``step``, of which the last has not been fed."""
+        """End the passes: all rows have the tokens of the steps before ``step``, and only the last was not fed yet."""
         self._cut()
         self._session.step, self._session.seen = step, step - 1
         self._session.kv_cache.settle(self._offset + step - 1)
@@ -90,6 +90,6 @@ class Windows:
 
 
 def only_forced(logits: Tensor, ids: Tensor, where: Tensor) -> Tensor:
-    """Logits (B, n, V) that leave nothing but ids (B, n) where ``where`` (B, n) is True."""
+    """Logits (B, n, V), masked so that only ids (B, n) can be drawn where ``where`` (B, n) is True."""
     others = torch.arange(logits.shape[2], device=ids.device) != ids[..., None]
     return logits.masked_fill(where[..., None] & others, -torch.inf)

@@ -1,4 +1,4 @@
-"""LPD: locality-aware parallel decoding by queries that see one another."""
+"""LPD: locality-aware parallel decoding from position queries."""
 
 from vistok.generators.lpd.model import LPD
 from vistok.generators.lpd.sampling import LPDOptions

@@ -1,4 +1,7 @@
-"""The order of locality-aware parallel decoding (arXiv 2507.01957): near what is known, far from one another."""
+"""The order of locality-aware parallel decoding (arXiv 2507.01957).
+
+The places of a group are near known places and far from one another.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 NEIGHBOURS = 1
-"""A known place counts for places at most so many rows and columns away."""
+"""A known place adds to the scores of places at most this many rows and columns away."""
 
 
 def locality_order(
@@ -21,19 +24,22 @@ def locality_order(
 ) -> np.ndarray:
     """The places (N,) int64 of an image in the order of generation.
 
-    The score of a free place is the sum of 1 / distance over known places around it. A group takes, by falling score,
-    the places with at least ``proximity_threshold`` that are further than ``repulsion_threshold`` (rows or columns,
-    the larger) from those it has taken. If it is not full, it takes the place that is furthest from all that it has
-    taken, again and again; or all, where no more are left than it needs: those with lower scores, then the others.
+    The score of a free place is the sum of 1 / distance over the known places around it. A group is filled in two
+    passes. The first goes through the places of score ``proximity_threshold`` or more, by falling score, and takes each
+    one that is further than ``repulsion_threshold`` (in rows or columns, the larger) from all places of the group. If
+    the group is not full, the second repeatedly takes the remaining place that is furthest from the group. If no more
+    places remain than the group needs, it takes them all: those of lower scores first, then those the first pass
+    rejected.
 
     Args:
         grid: (h, w), with h w = N.
-        sizes: places of each group; the first group has one.
+        sizes: number of places of each group; the first group has one.
         first: the first place.
-        ties: (groups, N) numbers; among equals the place with the smaller number in the group's row comes first.
+        ties: (groups, N) random numbers; among equal scores, the place with the smaller number in the group's row comes
+            first.
 
     Raises:
-        ValueError: sizes that do not begin with 1 or do not sum to N, ties of another shape, or no such first place.
+        ValueError: sizes that do not begin with 1 or do not sum to N, ties of another shape, or first outside the grid.
     """
     height, width = grid
     count = height * width
@@ -52,7 +58,7 @@ def locality_order(
         for place in newly:
             offset = np.abs(places - places[place])
             around = (offset.max(1) <= NEIGHBOURS) & (offset.max(1) > 0)
-            scores[around] += 1 / np.sqrt((offset[around] ** 2).sum(1))  # sums are in the order of generation
+            scores[around] += 1 / np.sqrt((offset[around] ** 2).sum(1))  # summed in the order of generation
             free[place] = False
         order += newly
     return np.array(order)
@@ -86,11 +92,11 @@ def _group(
     if not taken:
         taken.append(int(shuffled[0]))
         others = others[others != taken[0]]
-    if len(taken) + len(others) == size:  # nothing is left to choose: they stay in the order of their list
+    if len(taken) + len(others) == size:  # no choice is left: they keep the order of the list
         return taken + others.tolist()
     distances = np.stack([_distance(places[others], places[other]) for other in taken]).min(0)  # (n,)
     while len(taken) < size:
-        furthest = int(distances.argmax())  # the first of equals
+        furthest = int(distances.argmax())  # the first of equally far places
         taken.append(int(others[furthest]))
         distances = np.minimum(distances, _distance(places[others], places[taken[-1]]))
         distances[furthest] = -1
@@ -98,5 +104,5 @@ def _group(
 
 
 def _distance(places: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Euclidean distances (n,) of places (n, 2) from another."""
+    """Euclidean distances (n,) of places (n, 2) from one place (2,)."""
     return np.sqrt(((places - other) ** 2).sum(1))

@@ -1,4 +1,4 @@
-"""LPD: groups of tokens at once, from position queries that see one another and all groups before.
+"""LPD: groups of tokens predicted at once, from position queries that see one another and all earlier groups.
 
 Paper: Locality-aware Parallel Decoding for Efficient Autoregressive Image Generation (arXiv 2507.01957). Official
 weights and conventions: github.com/mit-han-lab/lpd.
@@ -36,15 +36,14 @@ SIZES = {
 RELEASED = (("L", 256), ("XL", 256), ("XXL", 256), ("L", 512), ("XL", 512))
 NORM_EPS = 1e-6
 STEP_SHARES = (1 / 32, 3 / 64, 1 / 16, 5 / 64, 3 / 32, 1 / 8, 1 / 4, 1 / 2, 1)
-"""Steps of training, as shares of the number of tokens: 8, 12, 16, 20, 24, 32, 64, 128, 256 of 256."""
+"""Numbers of steps in training, as shares of the number of tokens: 8, 12, 16, 20, 24, 32, 64, 128, 256 of 256."""
 
 
 class LPD(QueryGenerator):
-    """A transformer over [class, known tokens, queries], of which each asks for the token at its place.
+    """A transformer over [class, known tokens, queries]; each query predicts the token at its place.
 
-    Tokens of a group see each other and all groups before, the class being the first; queries see the groups before
-    their own and the queries of their own. In training each sample has a random order, and groups of a random number of
-    steps.
+    Tokens see the class, the earlier groups and their own group. Queries see the class, the tokens of earlier groups
+    and the queries of their own group. In training each sample has a random order and a random number of steps.
 
     Args:
         spec: the tokens to model (one id per position).
@@ -53,7 +52,7 @@ class LPD(QueryGenerator):
         mlp_ratio: hidden width of the feed-forward, in units of dim.
         condition_dropout: share of training samples whose class is dropped, for guidance; with 0 guidance is refused.
         attn_drop: dropout of the attention weights, in training.
-        proj_drop: dropout of the outputs of attention and feed-forward, and of the latter's hidden layer.
+        proj_drop: dropout of the outputs of attention and feed-forward, and of the feed-forward's hidden layer.
 
     Raises:
         ValueError: a spec without ids, or with several per position.
@@ -89,13 +88,13 @@ class LPD(QueryGenerator):
         super().__init__()
         self.spec = self.check_spec(as_dataclass(TokenSpec, spec), type(self).__name__)
         self.num_classes, self.condition_dropout = num_classes or None, condition_dropout
-        self.has_null = condition_dropout > 0 or not num_classes  # its vector is there, but untrained otherwise
+        self.has_null = condition_dropout > 0 or not num_classes  # otherwise the null class exists but is untrained
         if num_classes:
             self.class_embedding = nn.Embedding(num_classes, dim)
         self.null_class = nn.Parameter(torch.zeros(1, dim))
         self.token_embedding = nn.Embedding(self.spec.num_ids, dim)
         self.query = nn.Parameter(torch.zeros(1, 1, dim))
-        self.positions = nn.Parameter(torch.zeros(1, self.spec.length + 1, dim))  # the first is the class's
+        self.positions = nn.Parameter(torch.zeros(1, self.spec.length + 1, dim))  # the first is that of the class
         self.input_norm = nn.LayerNorm(dim, NORM_EPS)
         self.blocks = ModuleList(
             ViTBlock(dim, num_heads, mlp_ratio=mlp_ratio, eps=NORM_EPS, attn_drop=attn_drop, proj_drop=proj_drop)
@@ -118,11 +117,11 @@ class LPD(QueryGenerator):
 
     @property
     def default_steps(self) -> int:
-        """20 for 256 tokens, as published, and as many times the side for others."""
+        """20 for 256 tokens, as published; in general 1.25 sqrt(L)."""
         return max(1, int(1.25 * self.spec.length**0.5))
 
     def scheduled_groups(self, num_steps: int) -> tuple[int, ...]:
-        """The published group sizes where there are any, else those of a cosine."""
+        """The published group sizes if there are any, else those of ``cosine_groups``."""
         return PUBLISHED.get((self.spec.length, num_steps)) or super().scheduled_groups(num_steps)
 
     def _embed_class(self, condition: Condition) -> Tensor:
@@ -156,7 +155,7 @@ class LPD(QueryGenerator):
         return slice(0)
 
     def step_mask(self, known: int, queries: int, start: int, device: torch.device) -> Tensor:
-        """Tokens see all but queries; queries see everything."""
+        """Tokens see everything except the queries; queries see everything."""
         mask = torch.ones(known + queries, start + known + queries, dtype=torch.bool, device=device)
         mask[:known, start + known :] = False
         return mask
@@ -170,16 +169,16 @@ class LPD(QueryGenerator):
 
     def predict(self, ids: Tensor, orders: Tensor, condition: Condition, draws: Draws) -> Tensor:
         groups = draws.get("groups")
-        if groups is None:  # one by one
+        if groups is None:  # one token per group
             groups = torch.arange(ids.shape[1], device=ids.device)[None]
-        # The last token is in the last group, which no query sees.
+        # The last token is left out: it is in the last group, which no query sees.
         context = [self._embed_class(condition), self._embed_known(ids[:, :-1], orders[:, :-1])]
         x = torch.cat([*context, self._embed_queries(orders)], 1)  # (B, 2 L, D)
         return self.head(self.transform(x, slice(0), training_mask(groups), None)[:, ids.shape[1] :])
 
     def training_draws(self, keys: Keys) -> Draws:
-        """ "drop" (B,) uniform; "order" (B, L), a random order of each sample; "groups" (B, L), the number of the group
-        of each token in that order."""
+        """ "drop" (B,) uniform; "order" (B, L), a random order of each sample; "groups" (B, L), the group number of each
+        token in that order."""
         length = self.spec.length
         choices = sorted({max(1, round(share * length)) for share in STEP_SHARES})
         numbers = torch.stack([group_numbers(self.scheduled_groups(steps)) for steps in choices])
@@ -190,7 +189,7 @@ class LPD(QueryGenerator):
         """ "ids" (B, L), a uniform number for each token; "order" (B, L), the order that the options name.
 
         Raises:
-            ValueError: the order "locality" for tokens on no raster, or for group sizes that do not begin with 1.
+            ValueError: the order "locality" for tokens without a raster, or for group sizes that do not begin with 1.
         """
         options = options or LPDOptions()
         if not isinstance(options, LPDOptions):
@@ -223,7 +222,7 @@ class LPD(QueryGenerator):
         return draws | {"order": torch.stack([torch.from_numpy(order) for order in orders])}
 
     def guidance_weights(self, guidance: Guidance, plan: Plan) -> list[Weights]:
-        """(rows, 1, n, 1) for the n tokens of each step: a schedule's step is a token, within groups too."""
+        """(rows, 1, n, 1) for the n tokens of each step; the schedule is evaluated at every token."""
         length = self.spec.length
         weights = torch.tensor([guidance.weights(token, length) for token in range(length)], device=plan.order.device)
         return list(weights.T[:, None, :, None].split(plan.sizes, 2))
@@ -234,15 +233,15 @@ class LPD(QueryGenerator):
 
 
 def group_numbers(sizes: tuple[int, ...]) -> Tensor:
-    """(L,) int64: the number of the group of each token."""
+    """(L,) int64: the group number of each token."""
     return torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
 
 
 def training_mask(groups: Tensor) -> Tensor:
-    """What the entries [class, tokens but the last, queries] see of each other, bool (B or 1, 1, 2 L, 2 L).
+    """The attention mask of the entries [class, tokens but the last, queries], bool (B or 1, 1, 2 L, 2 L).
 
     Args:
-        groups: (B or 1, L), the number of the group of each token, rising.
+        groups: (B or 1, L), the group number of each token, rising.
     """
     context = torch.cat([torch.full_like(groups[:, :1], -1), groups[:, :-1]], 1)  # the class comes before all groups
     context_sees = torch.cat(

@@ -1,4 +1,4 @@
-"""What the reference of LPD calls things: its config and its state dict."""
+"""The reference's config and state-dict names of LPD."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vistok.checkpoints.official_config import OfficialConfig
 from vistok.types import TokenSpec
 
 WITHOUT_EFFECT = {"grad_checkpointing": "saves memory in training"}
-"""Keys of the reference's config that change nothing of what the model computes, each with the reason."""
+"""Keys of the reference's config that do not change what the model computes, each with the reason."""
 
 
 def config(size: Mapping[str, int], image_size: int) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def config(size: Mapping[str, int], image_size: int) -> dict[str, Any]:
 
 
 def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Our constructor's arguments. Dropout is off where the config does not name it.
+    """Our constructor's arguments. Dropout is 0 if the config does not name it.
 
     Raises:
         CheckpointError: a key that is missing, unknown, or of a value that is not supported.

@@ -1,4 +1,4 @@
-"""Options of LPD's sampling, and the published numbers of tokens in each step."""
+"""Options of LPD's sampling, and the published group sizes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PUBLISHED = {
     (256, 20): (1, 2, 4, 5, 7, 8, 10, 11, 12, 14, 15, 16, 17, 18, 18, 19, 19, 20, 20, 20),
     (256, 32): (1, 1, 2, 2, 3, 3, 4, 5, 5, 6, 6, 7, 7, 8, 8, 9, 9, 10, 10, 10, 11, 11, 11, 11, *(12,) * 8),
 }
-"""Group sizes by the numbers of tokens and of steps."""
+"""Group sizes by (number of tokens, number of steps)."""
 
 OrderName = Literal["locality", "random"]
 
@@ -22,8 +22,8 @@ class LPDOptions(QueryOptions):
     """``QueryOptions`` with an order of the places.
 
     Attributes:
-        order: "locality" places the tokens of a group near known ones and far from one another, "random" anywhere;
-            None is "locality" for tokens on a raster.
+        order: "locality" chooses the places of a group near known tokens and far from one another; "random" chooses any.
+            None is "locality" for tokens on a raster, else "random".
         proximity_threshold, repulsion_threshold: of "locality", see ``locality_order``.
 
     Raises:

@@ -1,10 +1,9 @@
-"""RAR: a plain next-token transformer, trained on orders that are random at first and raster at last.
+"""RAR: a plain next-token transformer whose training orders change from random to raster.
 
 Paper: Randomized Autoregressive Visual Generation (arXiv 2411.00776). Official weights and conventions:
 github.com/bytedance/1d-tokenizer (Apache-2.0). RobusTok (arXiv 2509.12474) generates with the same model.
 
-A token is told its own place and, by a second table, the place of the token to be predicted from it: that makes any
-order a valid one.
+Each token has two position embeddings: of its own place, and of the place to be predicted next. This allows any order.
 """
 
 from __future__ import annotations
@@ -37,15 +36,15 @@ SIZES = {
     "XXL": {"dim": 1408, "num_layers": 40, "num_heads": 16, "mlp_dim": 6144},
 }
 SPARE_PLACES, SPARE_SLOTS = 1024, 100
-"""Rows of the released tables beyond those of the tokens; two of the former belong to the condition, the others are
-unused."""
+"""Rows of the released tables beyond those of the tokens. Two rows of the place tables belong to the condition; the
+others are unused."""
 
 
 class RAR(AutoregressiveGenerator):
     """A causal transformer over [start token, class, image tokens], modulated by the class.
 
-    Training sequences come in an order of their own each, which ``training_draws`` chooses: a random permutation with a
-    probability that is 1 until ``random_until``, falls evenly, and is 0 from ``raster_from`` on. Sampling goes in
+    ``training_draws`` chooses an order for each training sequence: a random permutation with a probability that is 1
+    until step ``random_until``, falls linearly, and is 0 from step ``raster_from`` on; else raster order. Sampling uses
     raster order.
 
     Args:
@@ -57,10 +56,10 @@ class RAR(AutoregressiveGenerator):
         condition_dropout: share of training samples whose class is dropped, for guidance; with 0 there is no null
             class, and guidance is refused.
         attn_drop: dropout of the attention weights, in training.
-        proj_drop: dropout of the outputs of attention and feed-forward, and of the latter's hidden layer.
+        proj_drop: dropout of the outputs of attention and feed-forward, and of the feed-forward's hidden layer.
 
     Raises:
-        ValueError: a spec without ids, or with several per position; or steps that do not rise.
+        ValueError: a spec without ids, or with several per position; or random_until above raster_from.
     """
 
     registry_name = "rar"
@@ -112,9 +111,9 @@ class RAR(AutoregressiveGenerator):
             )
         self.random_until, self.raster_from = random_until, raster_from
         self.num_classes, self.condition_dropout = num_classes or None, condition_dropout
-        self.has_null = condition_dropout > 0 or not num_classes  # its row is there, but untrained otherwise
+        self.has_null = condition_dropout > 0 or not num_classes  # otherwise the null row exists but is untrained
         length = self.spec.length
-        # Rows: the codes, a mask that nothing uses, the classes, the null class.
+        # Rows: the codes, an unused mask, the classes, the null class.
         self.class_rows_from = self.spec.num_ids + 1
         self.token_embedding = nn.Embedding(self.spec.num_ids + 1 + num_classes + 1, dim)
         self.start_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -148,16 +147,16 @@ class RAR(AutoregressiveGenerator):
         return (self.class_vector(condition),)
 
     def embed_condition(self, condition: Condition, upcoming: Tensor) -> Tensor:
-        """(R, 2, D): the start token, and the class, which is told the place of the first token."""
+        """(R, 2, D): the start token, and the class with the target position of the first token."""
         start = (self.start_token + self.positions[:, :1]).expand(len(condition), -1, -1)
         target = self.target_positions[0, 2 + upcoming]  # (1 or R, 1, D)
         return torch.cat([start, self.class_vector(condition)[:, None] + self.positions[0, 1] + target], 1)
 
     def embed_tokens(self, ids: Tensor, places: Tensor, upcoming: Tensor) -> Tensor:
-        """(R, n, D) of ids (R, n), each told the place that is predicted from it; L behind the last token."""
+        """(R, n, D) of ids (R, n), with the target positions ``upcoming``; L stands for none, after the last token."""
         last = self.spec.length
         target = self.target_positions[0, (2 + upcoming).clamp_max(1 + last)]
-        target = target * (upcoming < last)[..., None]  # from the last token nothing is predicted
+        target = target * (upcoming < last)[..., None]  # the last token predicts nothing
         return self.token_embedding(ids) + self.positions[0, 2 + places] + target
 
     def transform(
@@ -182,7 +181,7 @@ class RAR(AutoregressiveGenerator):
         return self.logits_in_order(*in_order(ids, orders), condition)[:, :-1]
 
     def logits_in_order(self, ids: Tensor, orders: Tensor, condition: Condition) -> Tensor:
-        """Logits (B, L + 1, V) of ids (B, L) that are in order already; the last one predicts nothing."""
+        """Logits (B, L + 1, V) of ids (B, L) that are already in order; the last position predicts nothing."""
         upcoming = F.pad(orders[:, 1:], (0, 1), value=self.spec.length)
         x = torch.cat([self.embed_condition(condition, orders[:, :1]), self.embed_tokens(ids, orders, upcoming)], 1)
         hidden = self.transform(x, slice(0, x.shape[1]), None, None, self.class_vector(condition))
@@ -224,7 +223,7 @@ class RAR(AutoregressiveGenerator):
         return OrderedEntries(x, slice(0, x.shape[1]), orders, slice(2, None), slice(1, None))
 
     def random_share(self, step: int) -> float:
-        """The share of the samples of optimisation step ``step`` whose order is random."""
+        """The probability of a random order at optimisation step ``step``."""
         if step >= self.raster_from:
             return 0.0
         return min(1.0, 1 - (step - self.random_until) / (self.raster_from - self.random_until))

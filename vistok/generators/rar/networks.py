@@ -1,4 +1,4 @@
-"""The blocks of RAR (arXiv 2411.00776): attention and feed-forward, modulated at every position by its condition."""
+"""The blocks of RAR (arXiv 2411.00776): attention and feed-forward, modulated by a condition per position."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the reference of RAR calls things: its config and its state dict."""
+"""The reference's config and state-dict names of RAR."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from vistok.checkpoints.official_config import OfficialConfig
 from vistok.types import TokenSpec
 
 CODE_DIMS = {1024: 256, 4096: 64}
-"""Channels of a code of the released tokenizers, by the size of their codebook; the transformer does not depend on
-them."""
+"""Code channels of the released tokenizers, by codebook size; the transformer does not depend on them."""
 
 _SAMPLING = "a setting of sampling"
 WITHOUT_EFFECT = {
@@ -33,7 +32,7 @@ WITHOUT_EFFECT = {
     "dataset.*": "where the reference finds its data",
     "model.vq_model.pretrained_tokenizer_weight": "of the tokenizer",
 }
-"""Keys of the reference's config that change nothing of what the model computes, each with the reason."""
+"""Keys of the reference's config that do not change what the model computes, each with the reason."""
 
 
 def config(size: Mapping[str, int], codebook_size: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""VAR: a transformer that predicts all tokens of a scale at once, from the map of the smaller scales.
+"""VAR: a transformer that predicts all tokens of a scale at once, from the feature map of the smaller scales.
 
 Paper: Visual Autoregressive Modeling: Scalable Image Generation via Next-Scale Prediction (arXiv 2404.02905), section
 3. Official weights and conventions: github.com/FoundationVision/VAR (MIT).
@@ -42,11 +42,11 @@ GATE_INITS = {16: 1e-3, 20: 1e-3, 24: 1e-4, 30: 1e-5, 36: 5e-6}
 class VAROptions(DecodingOptions):
     """How scales are drawn; a step of guidance is a scale.
 
-    The paper's guidance t of its ramp is ``guidance_scale`` 1 + t with ``guidance_schedule`` "linear".
+    The paper's guidance ramp with factor t is ``guidance_scale`` 1 + t with ``guidance_schedule`` "linear".
 
     Attributes:
-        more_smooth: mix the codes of each place by their probabilities, with noise that falls from scale to scale,
-            instead of drawing one: smoother pictures, whose tokens are code vectors (B, L, D).
+        more_smooth: instead of drawing a code for each place, mix all codes by their probabilities, with noise whose
+            share falls from scale to scale. Images get smoother, and the tokens are code vectors (B, L, D).
 
     The others are those of ``DecodingOptions``.
     """
@@ -57,7 +57,7 @@ class VAROptions(DecodingOptions):
 class VAR(AutoregressiveGenerator):
     """A transformer over the tokens of growing grids, modulated by the class; a scale sees the smaller ones and itself.
 
-    The tokens of a scale are read from the map that its tokenizer makes of the smaller ones, so training and sampling
+    The input of a scale is the feature map that the tokenizer decodes from the smaller scales, so training and sampling
     need the tokenizer.
 
     Args:
@@ -65,26 +65,29 @@ class VAR(AutoregressiveGenerator):
         num_classes: number of classes; 0 for unconditional generation.
         dim, num_layers, num_heads: width, blocks, heads; heads divide dim.
         mlp_ratio: hidden width of the feed-forward, in units of dim.
-        shared_modulation: one layer reads the class for all blocks, each of which adds offsets.
-        l2_norm: compare queries and keys by their angle.
-        condition_dropout: share of training samples whose class is dropped, for guidance; 0 is no null class.
+        shared_modulation: one modulation layer for all blocks; each block adds learned offsets.
+        l2_norm: L2-normalise queries and keys (cosine attention).
+        condition_dropout: share of training samples whose class is dropped, for guidance; with 0 there is no null
+            class.
         attn_drop: dropout of the attention weights, in training.
-        proj_drop: dropout of the outputs of attention and feed-forward, and of the latter's hidden layer.
-        drop_path: share of samples that leave out the last block in training; earlier blocks less, the first none.
+        proj_drop: dropout of the outputs of attention and feed-forward, and of the feed-forward's hidden layer.
+        drop_path: rate of stochastic depth of the last block; it rises linearly from 0 at the first.
         norm_eps: of all norms.
-        gate_init: factor on the initial weights of the branches' gates (the paper's alng); small for deep models.
+        gate_init: factor on the initial weights of the residual gates (alng of the official code); small for deep
+            models.
         label_smoothing: of the cross entropy.
         progressive_share: share of the run in which scales join one after another; 0 trains all from the beginning.
-        progressive_from: the last scale, counted from 0, in use at first.
+        progressive_from: the last scale, counted from 0, in use at the beginning.
         progressive_after: steps before others join: those of the learning rate's warm-up.
-        stage_warmup: steps in which the weight of a scale that joined rises.
-        self_correction: bits of what is fed are turned with a probability that is drawn for each batch and scale, in
-            hundredths from 0 to this, and later scales learn to repair it (Infinity, arXiv 2412.04431, section 3.3; 0.3
-            there). It needs a tokenizer with the quantizer multi_scale_bsq, and a cache of its latents.
+        stage_warmup: steps in which the loss weight of a newly joined scale rises.
+        self_correction: maximal probability of flipping input bits, so that later scales learn to correct errors
+            (Infinity, arXiv 2412.04431, section 3.3; 0.3 there). The probability is drawn for each sample and scale, in
+            hundredths from 0 to this. It needs a tokenizer with the quantizer multi_scale_bsq, and a cache of its
+            latents.
 
     Raises:
-        ValueError: a spec without ids or scales, a first scale that it does not have, negative steps, or a share
-            outside [0, 1].
+        ValueError: a spec without ids or scales, progressive_from that is no scale, negative steps, or a share outside
+            [0, 1].
     """
 
     norm: FinalModulation
@@ -112,7 +115,7 @@ class VAR(AutoregressiveGenerator):
             "FoundationVision/var",
             f"var_d{depth}.pth",
             official.config(depth),
-            # That of 512 px is the same file, whose arguments have to say the size.
+            # The 512 px model uses the same tokenizer file, but the tokenizer's arguments must state that size.
             tokenizer="FoundationVision/var/vae_ch160v4096z32.pth" if depth < 36 else None,
         )
         for depth in DEPTHS
@@ -162,7 +165,7 @@ class VAR(AutoregressiveGenerator):
             raise ValueError(f"self_correction is a probability in [0, 1], got {self_correction}")
         self.self_correction, self.reads_latents = self_correction, self_correction > 0
         self.num_classes, self.condition_dropout = num_classes or None, condition_dropout
-        self.has_null = condition_dropout > 0 or not num_classes  # its row is there, but untrained otherwise
+        self.has_null = condition_dropout > 0 or not num_classes  # otherwise the null row exists but is untrained
         self.label_smoothing = label_smoothing
         self.progressive_share, self.progressive_from = progressive_share, progressive_from
         self.progressive_after, self.stage_warmup = progressive_after, stage_warmup
@@ -221,7 +224,7 @@ class VAR(AutoregressiveGenerator):
                 weight[2 * dim :].mul_(0.5)
 
     def check_tokenizer(self, tokenizer: Expands | None) -> None:
-        """Raise ValueError as every generator does, and for a tokenizer that makes other tokens than those modelled."""
+        """As for every generator; also raises ValueError if the tokenizer's spec is not the model's."""
         super().check_tokenizer(tokenizer)
         spec = getattr(tokenizer, "spec", self.spec)
         if spec != self.spec:
@@ -232,7 +235,7 @@ class VAR(AutoregressiveGenerator):
 
     @property
     def num_entries(self) -> int:
-        """One for each token: the class at the places of the first scale, then the map so far on each next grid."""
+        """One per token: the class at the places of the first scale, then the feature map so far on each next grid."""
         return self.spec.length
 
     def plan(self, draws: Draws) -> Plan:
@@ -250,7 +253,7 @@ class VAR(AutoregressiveGenerator):
         return self.class_vector(condition)[:, None] + self.start_positions + self._places(upcoming)
 
     def embed_tokens(self, ids: Tensor, places: Tensor, upcoming: Tensor) -> Tensor:
-        """(R, m, D) of the map so far on the next grid, ``ids`` (R, m, E); each told its scale and its place."""
+        """(R, m, D) of the feature map so far on the next grid, ``ids`` (R, m, E), with scale and position embeddings."""
         return self.input(ids.to(self.input.weight.dtype)) + self._places(upcoming)
 
     def _places(self, places: Tensor) -> Tensor:
@@ -265,7 +268,7 @@ class VAR(AutoregressiveGenerator):
     ) -> Tensor:
         (class_vector,), shared = state, self.shared_modulation
         condition = class_vector if shared is None else shared(class_vector)
-        if kv_cache is not None:  # a step is a scale: it sees all that is there
+        if kv_cache is not None:  # a step is a scale: it sees all that is cached
             mask = None
         for block, memory in zip(self.blocks, of_layers(kv_cache, len(self.blocks))):
             x = block(x, condition, mask, memory)
@@ -281,7 +284,7 @@ class VAR(AutoregressiveGenerator):
     # Training
 
     def training_draws(self, keys: Keys) -> Draws:
-        """ "drop" (B,) uniform; of self-correction "flips" (B, L, D) and "strengths" (B, S), too."""
+        """ "drop" (B,) uniform; with self-correction also "flips" (B, L, D) and "strengths" (B, S) uniform."""
         draws = super().training_draws(keys)
         if self.self_correction:
             draws["flips"] = keys.uniform("flips", self.spec.length, self.spec.dim)
@@ -289,7 +292,7 @@ class VAR(AutoregressiveGenerator):
         return draws
 
     def logits(self, ids: Tensor, condition: Condition, tokenizer: Expands | None = None) -> Tensor:
-        """Teacher-forced logits (B, L, V) of ids (B, L), each from all smaller scales; needs the tokenizer."""
+        """Teacher-forced logits (B, L, V) of ids (B, L), each scale from all smaller ones; needs the tokenizer."""
         return self.logits_of(self._inputs(ids, tokenizer), condition)
 
     def _inputs(self, ids: Tensor, tokenizer: Expands | None) -> Tensor:
@@ -301,8 +304,8 @@ class VAR(AutoregressiveGenerator):
             return expander.expand(ids).to(ids.device)
 
     def _corrected(self, latents: Tensor, draws: Draws | None, tokenizer: Expands | None) -> tuple[Tensor, Tensor]:
-        """The inputs of ``logits_of`` for latents (B, h * w, D) some of whose bits are turned, and the ids (B, L) to
-        predict."""
+        """The inputs of ``logits_of`` for latents (B, h * w, D), with some bits flipped in training, and the ids (B, L)
+        to predict."""
         turned = draws if self.training and self.self_correction else None
         expander = self.needed_tokenizer(tokenizer).expander()
         with without_autocast(latents.device):
@@ -313,7 +316,7 @@ class VAR(AutoregressiveGenerator):
 
     def logits_of(self, inputs: Tensor, condition: Condition, num_scales: int | None = None) -> Tensor:
         """Logits (B, l, V) of the first ``num_scales`` scales (None: of all), from the inputs (B, L - n, E) of all
-        scales but the first, of n tokens."""
+        scales but the first, which has n tokens."""
         length = sum(self.scale_sizes[:num_scales])
         first, places = self.condition_length, torch.arange(length, device=inputs.device)[None]
         inputs = inputs[:, : length - first].to(self.input.weight.dtype)
@@ -333,11 +336,10 @@ class VAR(AutoregressiveGenerator):
         tokenizer: Expands | None = None,
         context: Tensor | None = None,
     ) -> GeneratorOutput:
-        """Cross entropy in nats per token of ids (B, L), or of those of latents (B, h * w, D), some of whose bits are
-        turned in training. Metrics: "accuracy", and "last_loss" and "last_accuracy" of the largest scale in use.
+        """Cross entropy in nats per token of ids (B, L), or of the ids of latents (B, h * w, D), some of whose bits are
+        flipped in training. Metrics: "accuracy", and "last_loss" and "last_accuracy" of the largest scale in use.
 
-        In progressive training scales beyond the stage are left out, and the others weigh as little as they do among
-        all.
+        In progressive training, scales beyond the current stage are left out; the weights of the others do not grow.
         """
         condition = self.drop_condition(condition, draws)
         if tokens.is_floating_point():
@@ -359,13 +361,12 @@ class VAR(AutoregressiveGenerator):
         return GeneratorOutput(loss, logits, metrics)
 
     def cross_entropy(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        """(B, l) of logits (B, l, V)."""
+        """Cross entropy (B, l) in nats of logits (B, l, V)."""
         smoothing = self.label_smoothing if self.training else 0.0
         return F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none", label_smoothing=smoothing)
 
     def token_weights(self, stage: int, warmth: float = 1.0) -> Tensor:
-        """(l,) weights in the loss of the tokens up to scale ``stage``: one over the number of all, times ``warmth``
-        for those of that scale."""
+        """(l,) loss weights of the tokens up to scale ``stage``: 1 / L, times ``warmth`` for those of that scale."""
         scales = self.scales[: sum(self.scale_sizes[: stage + 1])]
         return torch.where(scales == stage, warmth, 1.0) / self.spec.length
 
@@ -373,14 +374,14 @@ class VAR(AutoregressiveGenerator):
         """The last scale in use at an optimisation step."""
         last, first = len(self.scale_sizes) - 1, self.progressive_from
         end = self.progressive_share * max_steps
-        if self.progressive_share and step <= self.progressive_after:  # however short the share of the run is
+        if self.progressive_share and step <= self.progressive_after:  # even if the progressive share is shorter
             return first
         if step >= end:
             return last
         return first + round((step - self.progressive_after) / (end - self.progressive_after) * (last - first))
 
     def _stage(self, clock: Clock | None) -> tuple[int, float]:
-        """The last scale in use, and how much its tokens count beside the others."""
+        """The last scale in use, and the relative loss weight of its tokens."""
         if clock is None or not self.training or not self.progressive_share:
             return len(self.scale_sizes) - 1, 1.0
         stage = self.stage_at(clock.step, clock.max_steps)
@@ -393,7 +394,7 @@ class VAR(AutoregressiveGenerator):
     # Sampling
 
     def sampling_draws(self, keys: Keys, options: DecodingOptions | None = None) -> Draws:
-        """ "ids" (B, L) uniform, in order; for smooth sampling also "gumbel" (B, L, V) of Gumbel's distribution."""
+        """ "ids" (B, L) uniform, in order; for smooth sampling also "gumbel" (B, L, V), Gumbel noise."""
         options = options or VAROptions()
         draws = super().sampling_draws(keys, options)
         if isinstance(options, VAROptions) and options.more_smooth:
@@ -411,5 +412,5 @@ class VAR(AutoregressiveGenerator):
 
 
 def stage_warmth(steps: int, warmup: int) -> float:
-    """How much the tokens of a scale count ``steps`` after it joined."""
+    """The relative loss weight of a scale's tokens ``steps`` steps after it joined."""
     return min(max(steps / warmup, 0.01), 1.0)

@@ -1,4 +1,4 @@
-"""The blocks of VAR (arXiv 2404.02905, section 3.3): adaptive norms, and attention of vectors of length one."""
+"""The blocks of VAR (arXiv 2404.02905, section 3.3): adaptive norms, and attention of L2-normalised vectors."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ MAX_LOG_SCALE = math.log(100)
 
 
 class UnitNorm(nn.Module):
-    """Vectors (..., h) to length one."""
+    """Vectors (..., h), L2-normalised."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.normalize(x, dim=-1)
 
 
 class ScaledUnitNorm(nn.Module):
-    """Vectors (B, H, N, h) to a learned length for each head, of at most 100."""
+    """Vectors (B, H, N, h), scaled to a learned length per head, at most 100."""
 
     def __init__(self, num_heads: int):
         super().__init__()
@@ -38,12 +38,12 @@ class ScaledUnitNorm(nn.Module):
 
 
 class QVBiasAttention(Attention):
-    """Attention whose queries and values have biases, and its keys none.
+    """Attention with biases of queries and values, but not of keys.
 
     Args:
         dim, num_heads, attn_drop, proj_drop: as in ``Attention``.
-        l2_norm: compare queries and keys by their angle, times a learned scale for each head. Otherwise logits are
-            0.25 / sqrt(head dim) times the products.
+        l2_norm: logits are the cosines of queries and keys, times a learned scale per head. Otherwise they are the
+            products times 0.25 / sqrt(head dim).
     """
 
     def __init__(self, dim: int, num_heads: int, *, l2_norm: bool, attn_drop: float, proj_drop: float):
@@ -60,7 +60,7 @@ class QVBiasAttention(Attention):
 
 
 class OwnModulation(nn.Module):
-    """Six vectors (R, 1, 6, D) that a block makes of the class (R, D) itself."""
+    """Six modulation vectors (R, 1, 6, D) that a block's own layer makes from the class (R, D)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -71,7 +71,7 @@ class OwnModulation(nn.Module):
 
 
 class SharedModulation(nn.Module):
-    """Six vectors (R, 1, 6, D): those that all blocks share (R, 6 D), and an offset of this block."""
+    """Six modulation vectors (R, 1, 6, D): those that all blocks share (R, 6 D), plus offsets of this block."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -87,9 +87,9 @@ class VARBlock(nn.Module):
     Args:
         dim, num_heads: width and heads.
         mlp_ratio: hidden width of the feed-forward, in units of dim.
-        shared_modulation: all blocks have one layer that reads the class, and offsets of their own.
+        shared_modulation: ``SharedModulation`` in place of ``OwnModulation``.
         l2_norm, attn_drop: see ``QVBiasAttention``.
-        proj_drop: of the outputs of attention and feed-forward, and of the latter's hidden layer.
+        proj_drop: dropout of the outputs of attention and feed-forward, and of the feed-forward's hidden layer.
         drop_path: share of samples whose branches are left out in training.
         eps: of the norms.
     """
@@ -116,7 +116,7 @@ class VARBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, condition: Tensor, mask: Tensor | None, cache: CachedLayer | None) -> Tensor:
-        """Attend where ``mask`` allows it; None is to everything, also in the cache."""
+        """``mask`` is that of ``Attention``; with None, all entries and the whole cache are attended to."""
         gate1, gate2, scale1, scale2, shift1, shift2 = self.modulation(condition).unbind(2)  # (R, 1, D) each
         attended = self.attn(modulate(self.norm1(x), shift1, scale1), mask=mask, cache=cache)
         x = x + self.drop_path(gate1 * attended)

@@ -1,4 +1,4 @@
-"""What the reference of VAR's transformer calls things: its config and its state dict."""
+"""The reference's config and state-dict names of VAR's transformer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vistok.types import TokenSpec
 SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 WITHOUT_EFFECT: Mapping[str, str] = {}
-"""Arguments of the reference that change nothing of what the model computes, each with the reason."""
+"""Arguments of the reference that do not change what the model computes, each with the reason."""
 
 REBUILT = r"lvl_1L|attn_bias_for_masking|blocks\.\d+\.attn\.zero_k_bias"
 """Buffers that follow from the sizes: the scale of each token, the mask, and the bias that keys do not have."""
@@ -28,7 +28,7 @@ def spec_of(scales: tuple[int, ...], codebook_size: int = 4096, dim: int = 32) -
 
 
 def size(depth: int) -> dict[str, Any]:
-    """Our arguments of a published depth; only the deepest is for 512 px, and shares its modulation."""
+    """Our arguments of a published depth. Only the deepest model is for 512 px and has a shared modulation."""
     deep = depth == 36
     return {
         "spec": spec_of(SCALES_512 if deep else SCALES_256),
@@ -60,7 +60,7 @@ def config(depth: int) -> dict[str, Any]:
 
 
 def arguments(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Our constructor's arguments. The sizes of the codebook are those of the weights.
+    """Our constructor's arguments. The size and dimension of the codebook come from the weights.
 
     Raises:
         CheckpointError: a key that is missing, unknown, or of a value that is not supported.
@@ -109,7 +109,7 @@ OFFICIAL_NAMES = [
 
 
 def our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The reference's state dict under our names, without what follows from the sizes.
+    """The reference's state dict under our names, without the buffers that follow from the sizes.
 
     Raises:
         CheckpointError: keys that have a bias, which the released models do not.

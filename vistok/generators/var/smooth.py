@@ -1,4 +1,4 @@
-"""VAR's smooth sampling: mixtures of codes in place of drawn ones."""
+"""VAR's smooth sampling: mixtures of codes instead of drawn codes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vistok.generators.engine.session import AutoregressiveSession
 from vistok.types import TokenChunk
 
 GUMBEL = "gumbel"
-"""The draws' name of the noise."""
+"""The name of the noise in the draws."""
 
 
 class SmoothSession(AutoregressiveSession):
@@ -21,7 +21,7 @@ class SmoothSession(AutoregressiveSession):
 
         softmax((filtered logits (1 + r) + noise) / max(0.27 (1 - 0.95 r), 0.005)) @ codes
 
-    Ids are drawn, too, but nothing follows from them. Without a temperature there is no noise.
+    Ids are drawn too, but not used. At temperature 0 there is no noise.
     """
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""How ids are chosen: each decoding has draws and a loop of its own over the same sessions and models."""
+"""Decodings: ways of choosing ids. Each has its own draws and loop, over the same sessions and models."""
 
 from vistok.generators.engine.contracts import Decoding
 from vistok.generators.engine.decodings.cautious import Cautious

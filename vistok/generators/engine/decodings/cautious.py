@@ -1,8 +1,8 @@
 """Cautious sampling: where the model is unsure, several continuations are drawn, and the likeliest is kept.
 
-TokenUnify (arXiv 2405.16847) names errors that add up as the weakness of next-token prediction; here a row of the
-raster is drawn several times, if the entropy of its first token exceeds a threshold. What comes out is no sample of the
-model's distribution, but leans to its likely images. All continuations ride in the batch of the model.
+TokenUnify (arXiv 2405.16847) names accumulated errors as the weakness of next-token prediction. Here a row of the
+raster is drawn several times if the entropy of its first token exceeds a threshold. The result is not a sample of the
+model's distribution: it is biased to likely images. All continuations are one batch of the model.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class Cautious:
                 yield from Plain().run(session, end)
 
     def _best(self, session: SamplingSession, unsure: list[bool], end: int) -> TokenChunk:
-        """Draw the tokens of the steps before ``end`` several times in the rows that are unsure, and keep the likeliest
-        ones."""
+        """Draw the tokens of the steps up to ``end`` several times in the rows that are unsure, and keep the likeliest
+        continuation of each."""
         start, device = session.step, session.sequence.device
         copies = [session.options.trials if row else 1 for row in unsure]
         owners = torch.repeat_interleave(torch.arange(len(copies)), torch.tensor(copies)).to(device)

@@ -1,13 +1,13 @@
 """Speculative Jacobi decoding (SJD, arXiv 2410.01699): several tokens per pass, from the model's own distribution.
 
 A pass feeds the last token and drafts of the next ones. Drafts are accepted from left to right by the test of
-speculative sampling, against the distributions that they were drawn from in the pass before; the first rejected one is
-drawn anew, and those behind it are drafts of the next pass. Training-free, and each token follows the distribution of
-plain sampling. Every row commits on its own: as many as its own drafts allow, whatever the other rows do.
+speculative sampling, against the distributions that they were drawn from in the pass before. The first rejected draft
+is redrawn; the positions after it get new drafts for the next pass. Decoding needs no training, and each token follows
+the distribution of plain sampling. Every row commits as many tokens as its own drafts allow.
 
-Random numbers belong to positions. A position is tested, and drawn anew, once, so that each number is used once; the
-number that drafts of a position are drawn with serves all passes. That keeps the distribution: what a draft's number
-decides is never seen by the positions before it, on which its test depends.
+Random numbers are keyed by position. A position is committed once, so the numbers that test and redraw it count once;
+the number that its drafts are drawn with serves all passes. This keeps the distribution: the test of a draft depends on
+the positions before it, and these never see what the draft's number decides.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vistok.generators.engine.plan import Plan
 from vistok.generators.engine.sampling import DecodingOptions, filter_logits
 from vistok.types import TokenChunk
 
-TURN = 0.6180339887  # of a number from one pass to the next, where drafts are not coupled: it stays uniform
+TURN = 0.6180339887  # added to a position's number in each pass (modulo 1, so it stays uniform) unless coupled
 
 
 class Verdict(NamedTuple):
@@ -35,8 +35,8 @@ class Verdict(NamedTuple):
 
     Attributes:
         matched: (B,) how many tokens are committed: the accepted drafts and one more.
-        rejected: (B,) bool, whether the last of them is one for a rejected draft.
-        residual: (B, V), the distribution that it is drawn from; zeros where no draft was rejected.
+        rejected: (B,) bool, whether the last of them replaces a rejected draft.
+        residual: (B, V), the distribution of that replacement; zeros if no draft was rejected.
     """
 
     matched: Tensor
@@ -61,16 +61,17 @@ def verify(drafts: Tensor, draft_probs: Tensor, target_probs: Tensor, uniforms: 
     target = _at(target_probs, matched - 1)
     excess = (target - _at(draft_probs, matched.clamp_max(drafts.shape[1] - 1))).clamp_min(0)
     total = excess.sum(-1, keepdim=True)
-    # A rejected draft leaves something in exact arithmetic; rounding may leave nothing.
+    # In exact arithmetic the excess of a rejected draft is positive; rounding may make it zero.
     residual = torch.where(total > 0, excess / total, target)
     return Verdict(matched, rejected, residual * rejected[:, None])
 
 
 def agree(drafts: Tensor, next_tokens: Tensor) -> Tensor:
-    """(B,) how many tokens are committed: the drafts (B, n) up to the first that is not drawn again, and one more.
+    """(B,) how many tokens are committed: the drafts (B, n) before the first that differs from the id drawn now, and
+    one more.
 
     Args:
-        next_tokens: (B, n), the token that is now drawn behind each draft.
+        next_tokens: (B, n), the id drawn now for the position after each draft.
     """
     return 1 + (drafts[:, 1:] == next_tokens[:, :-1]).int().cumprod(1).sum(1)
 
@@ -113,7 +114,7 @@ class Jacobi:
 
     def run(self, session: SamplingSession, stop: int) -> Iterator[TokenChunk]:
         if session.step < stop:
-            yield from Plain().run(session, session.step + 1)  # of what the session has not seen, one token is left
+            yield from Plain().run(session, session.step + 1)  # leaves exactly one token to feed, as windows need
         if session.step < stop:
             yield from _Windows(session, stop).run()
 
@@ -145,14 +146,14 @@ class _Windows:
             kept = torch.minimum(matched, self.stop - self.count)
             yield window.commit(tokens, self.count, kept)
             self.count = self.count + kept
-            if bool((self.count == self.stop).all()):  # the one time in a pass that the host waits
+            if bool((self.count == self.stop).all()):  # the only synchronisation of a pass
                 break
             drafts, probs = self._next_drafts(drafts, tokens, target, kept)
             passes += 1
         window.close(self.stop)
 
     def _numbers(self, name: str, places: Tensor) -> Tensor:
-        """The numbers of positions (B, n); any will do where nothing is random."""
+        """The random numbers of positions (B, n); constant if sampling is deterministic."""
         if name not in self.session.draws:
             return torch.full(places.shape, 0.5, device=places.device)
         return self.session.draws[name].gather(1, places.clamp(0, self.length - 1))
@@ -198,7 +199,7 @@ class _Windows:
 
     def _next_drafts(self, drafts: Tensor, tokens: Tensor, target: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         """The window moved on by ``kept`` (B,) positions; it begins with the last committed token."""
-        both = torch.cat([drafts[:, :1], tokens], 1)  # a row that is finished keeps its last token
+        both = torch.cat([drafts[:, :1], tokens], 1)  # a finished row keeps its last token
         index = kept[:, None] + self.index  # (B, n)
         window = both.gather(1, index.clamp_max(self.size))
         source = (index - 1).clamp(0, self.size - 1)[..., None].expand_as(target)
@@ -228,8 +229,8 @@ class _Windows:
 
 
 def gumbel(numbers: Tensor, vocabulary_size: int) -> Tensor:
-    """Gumbel noise (B, n, V) that is a function of numbers (B, n) in [0, 1): the same in every pass, and too much to
-    keep. A number and an id are mixed as in MurmurHash3."""
+    """Gumbel noise (B, n, V) as a function of numbers (B, n) in [0, 1). It is recomputed in each pass, because it is
+    too large to keep. A number and an id are mixed as in MurmurHash3."""
     keys = (numbers.double() * (1 << 53)).long()[..., None]
     # The first factor is 2^64 over the golden ratio; all are unsigned numbers written as signed ones.
     mixed = keys + torch.arange(1, vocabulary_size + 1, device=keys.device) * -0x61C8864680B583EB

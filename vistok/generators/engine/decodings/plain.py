@@ -1,4 +1,4 @@
-"""One step after another, each drawn from the model's distribution."""
+"""Plain sampling: one step after another, each drawn from the model's distribution."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Plain:
         return {"ids": keys.uniform("ids", length)}
 
     def check(self, plan: Plan, options: DecodingOptions, num_parts: int) -> None:
-        """It generates any steps, of ids in any parts."""
+        """Any plan and any number of parts is allowed."""
 
     def run(self, session: SamplingSession, stop: int) -> Iterator[TokenChunk]:
         bounds = session.plan.bounds
