@@ -1,4 +1,4 @@
-"""IBQ's generator: Llama whose norms are modulated by the class.
+"""IBQ's generator: Llama with adaptive norms, modulated by the class.
 
 Paper: Scalable Image Tokenization with Index Backpropagation Quantization (arXiv 2412.02692). Official weights and
 conventions: github.com/TencentARC/SEED-Voken (Apache-2.0).
@@ -52,7 +52,7 @@ class ModulatedLlamaBlock(LlamaBlock):
     def forward(
         self, x: Tensor, rotation: Rotation | None, mask: Tensor | None, cache: CachedLayer | None, *state: Tensor
     ) -> Tensor:
-        """The state is the class vector (B, 1, D), behind its activation."""
+        """``state`` is the class vector (B, 1, D), after its activation."""
         (class_vector,) = state
         gate1, gate2, scale1, scale2, shift1, shift2 = self.modulation(class_vector).chunk(6, -1)
         y = modulate(self.norm1(x), shift1, scale1)
@@ -61,7 +61,7 @@ class ModulatedLlamaBlock(LlamaBlock):
 
 
 class ModulatedNorm(RMSNorm):
-    """The norm before the logits."""
+    """The RMS norm before the output head, modulated by the class vector (B, 1, D): (B, N, D) -> (B, N, D)."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__(dim, eps)
@@ -74,14 +74,15 @@ class ModulatedNorm(RMSNorm):
 
 
 class IBQGPT(Llama):
-    """A causal transformer over [class, image tokens], every norm of which the class modulates, too.
+    """A causal transformer over [class, image tokens]; the class also modulates every norm.
 
     Args:
         spec: the tokens to model: one id per position.
         num_classes: number of classes; 0 for unconditional generation.
         dim, num_layers, num_heads: width, blocks, heads; heads divide dim.
         multiple_of: the feed-forward width, 8/3 of dim, is rounded up to a multiple of this.
-        gate_init: scale of the initial weights of the residual branches' gates: larger models take a smaller one.
+        gate_init: factor on the initial weights of the residual gates (alng of the official code); smaller for larger
+            models.
         condition_dropout: share of training samples whose class is dropped, for guidance; with 0 there is no null
             class, and guidance is refused.
         token_drop, attn_drop, proj_drop, ffn_drop: as in ``Llama``.
@@ -183,7 +184,7 @@ class IBQGPT(Llama):
 
 
 WITHOUT_EFFECT: dict[str, str] = {}
-"""Arguments of the reference that change nothing of what the model computes, each with the reason."""
+"""Arguments of the reference that do not change what the model computes, each with the reason."""
 
 
 def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -177,8 +177,8 @@ class LPD(QueryGenerator):
         return self.head(self.transform(x, slice(0), training_mask(groups), None)[:, ids.shape[1] :])
 
     def training_draws(self, keys: Keys) -> Draws:
-        """ "drop" (B,) uniform; "order" (B, L), a random order of each sample; "groups" (B, L), the group number of each
-        token in that order."""
+        """ "drop" (B,) uniform; "order" (B, L), a random order of each sample; "groups" (B, L), the group number of
+        each token in that order."""
         length = self.spec.length
         choices = sorted({max(1, round(share * length)) for share in STEP_SHARES})
         numbers = torch.stack([group_numbers(self.scheduled_groups(steps)) for steps in choices])

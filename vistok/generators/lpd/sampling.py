@@ -22,7 +22,7 @@ class LPDOptions(QueryOptions):
     """``QueryOptions`` with an order of the places.
 
     Attributes:
-        order: "locality" chooses the places of a group near known tokens and far from one another; "random" chooses any.
+        order: "locality" chooses places of a group near known tokens and far from one another, "random" any places.
             None is "locality" for tokens on a raster, else "random".
         proximity_threshold, repulsion_threshold: of "locality", see ``locality_order``.
 

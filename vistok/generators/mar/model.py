@@ -3,8 +3,8 @@
 Paper: Autoregressive Image Generation without Vector Quantization (arXiv 2406.11838). Official weights and conventions:
 github.com/LTH14/mar (MIT).
 
-An encoder sees the tokens there are, a decoder fills in the places of the others, and each of its outputs conditions a
-head that denoises one continuous token.
+An encoder sees the known tokens, a decoder fills in the places of the others, and each output of the decoder conditions
+a diffusion head that denoises one continuous token.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from vistok.types import Clock, Condition, Expands, GeneratorOutput, TokenSpec, 
 
 NUM_TIMESTEPS = 1000
 OWN_STEPS = 10
-"""Denoising steps of the head for tokens that the model draws itself in training: many fewer than in sampling."""
+"""Denoising steps of the head for tokens that the model draws itself in training: far fewer than in sampling."""
 
 
 class MARBlock(nn.Module):
@@ -64,8 +64,8 @@ class MAR(ContinuousGenerator):
         num_head_layers, head_dim: residual blocks and width of the diffusion head.
         patch_size: patch_size x patch_size latents are one token of the model.
         mlp_ratio: hidden width of the feed-forward, in units of dim.
-        buffer_size: how many copies of the class embedding stand before the tokens.
-        mask_rate_min: least share of the tokens that is masked in training; the most likely share is all.
+        buffer_size: number of copies of the class embedding before the tokens.
+        mask_rate_min: least share of tokens that is masked in training; the most likely share is 1.
         diffusion_batch_mul: noise levels per token and training step.
         condition_dropout: share of training samples whose class is dropped, for guidance.
         attn_drop, proj_drop: of the attention weights, and of the outputs of attention and feed-forward.
@@ -92,7 +92,7 @@ class MAR(ContinuousGenerator):
     }
     options_type = MAROptions
     session_type = MARSession
-    """Its ``append`` also takes known tokens at any positions, for inpainting and editing."""
+    """``MARSession.append`` also takes known tokens at any positions, for inpainting and editing."""
     sizes = official.SIZES
     checkpoints = tuple(
         OfficialCheckpoint(f"mar_{size}", "checkpoint-last.pth", official.config(size), tokenizer="kl16.ckpt")
@@ -164,15 +164,15 @@ class MAR(ContinuousGenerator):
         self.head.initialise()
 
     def group(self, tokens: Tensor) -> Tensor:
-        """Latents (B, L, D) to the model's tokens (B, L / p^2, D p^2), channels outermost."""
+        """Latents (B, L, D) to the model's tokens (B, L / p^2, D p^2), channel-major."""
         return tokens[:, self.members].transpose(2, 3).flatten(2)
 
     def ungroup(self, tokens: Tensor) -> Tensor:
-        """The model's tokens (B, n, D p^2) to the latents (B, n p^2, D) that they consist of, in turn."""
+        """The model's tokens (B, n, D p^2) to the latents (B, n p^2, D) that they consist of, token by token."""
         return rearrange(tokens, "b n (d k) -> b (n k) d", d=self.spec.dim)
 
     def embed_classes(self, condition: Condition) -> Tensor:
-        """(R, D) class embeddings, the null embedding in dropped rows."""
+        """(R, D) class embeddings; dropped rows get the null embedding."""
         null = self.null_class.expand(len(condition), -1)
         if self.class_embedding is None or condition.labels is None:
             return null
@@ -180,7 +180,7 @@ class MAR(ContinuousGenerator):
         return torch.where(condition.dropped[:, None], null, known)
 
     def encode(self, tokens: Tensor, visible: Tensor, classes: Tensor) -> Tensor:
-        """Encode what is known.
+        """Encode the known tokens.
 
         Args:
             tokens: (R, L, d), grouped.
@@ -195,7 +195,7 @@ class MAR(ContinuousGenerator):
         return self.encoder_norm(self.encoder_blocks(self.input_norm(x + positions)))
 
     def decode(self, encoded: Tensor, visible: Tensor) -> Tensor:
-        """What conditions the head at every position, (R, L, D'), from the encoder's output."""
+        """The head's conditions at all positions, (R, L, D'), from the encoder's output."""
         x = self.bridge(encoded)
         slots = self._slots(visible)[..., None].expand_as(x)
         filled = self.mask_token.to(x).expand(len(x), self.buffer_size + self.length, -1)
@@ -203,7 +203,7 @@ class MAR(ContinuousGenerator):
         return self.decoder_norm(x)[:, self.buffer_size :] + self.head_positions
 
     def _slots(self, visible: Tensor) -> Tensor:
-        """(R, buffer_size + V): where class tokens and known tokens stand in the whole sequence."""
+        """(R, buffer_size + V): the positions of class tokens and known tokens in the whole sequence."""
         buffer = torch.arange(self.buffer_size, device=visible.device).expand(len(visible), -1)
         return torch.cat([buffer, visible + self.buffer_size], 1)
 
@@ -220,7 +220,7 @@ class MAR(ContinuousGenerator):
     ) -> GeneratorOutput:
         """Diffusion loss over masked tokens; metrics "mse" of the noise and "vb", the variational bound in bits.
 
-        The prediction is the head's output (B, m, n, 2d), of the m noise levels of the n masked tokens.
+        The prediction is the head's output (B, m, n, 2d) for m noise levels of each of the n masked tokens.
 
         Raises:
             ValueError: no draws, or latents of another tokenizer.
@@ -255,7 +255,7 @@ class MAR(ContinuousGenerator):
         return self.group(tokens)
 
     def replaced(self, uniforms: Tensor, share: float, draws: Draws) -> Tensor:
-        """``share`` of the visible tokens, rounded up: as many in every row, since the encoder reads rows of one
+        """``share`` of the visible tokens, rounded up: equally many in every row, since the encoder's rows have one
         length."""
         visible = draws["visible"]
         count = math.ceil(share * visible.shape[1])
@@ -263,7 +263,7 @@ class MAR(ContinuousGenerator):
         return torch.zeros_like(uniforms, dtype=torch.bool).scatter(1, chosen, True)
 
     def own_draws(self, keys: Keys) -> Draws:
-        """ "own" (B, 1 + m, L, d) normal: where tokens start, and what the m steps of denoising add."""
+        """ "own" (B, 1 + m, L, d) normal: the initial noise of tokens, and that of the m denoising steps."""
         return {"own": keys.normal("objective own", 1 + OWN_STEPS, *self.context_shape)}
 
     def own_tokens(
@@ -274,8 +274,8 @@ class MAR(ContinuousGenerator):
         draws: Draws,
         tokenizer: Expands | None = None,
     ) -> Tensor:
-        """Replaced tokens are masked like the others and drawn from what is left, as in sampling, in a few steps of the
-        head."""
+        """The replaced tokens are masked like the others and drawn from the remaining ones, as in sampling, in a few
+        steps of the head."""
         visible, tokens = draws["visible"], self.group(tokens)
         kept = visible[~replaced.gather(1, visible)].view(len(visible), -1)
         chosen = visible[replaced.gather(1, visible)].view(len(visible), -1)
@@ -291,13 +291,13 @@ class MAR(ContinuousGenerator):
         return tokens.scatter(1, chosen[..., None].expand_as(drawn), drawn.to(tokens))
 
     def num_masked(self, mask_rate: float) -> int:
-        """How many of the tokens a mask rate hides."""
+        """The number of tokens that a mask rate hides, rounded up."""
         return math.ceil(self.length * mask_rate)
 
     def training_draws(self, keys: Keys) -> Draws:
         """ "drop" (B,) uniform; "masked" (B, n) and "visible" (B, L - n), the positions that are predicted and seen;
-        "time" (B, m, L), "noise" (B, m, L, d)."""
-        # One rate per batch, so that all rows show the encoder as many tokens: keyed by the step alone.
+        "time" (B, m, L) timesteps; "noise" (B, m, L, d) normal."""
+        # One rate per batch, keyed by the step alone, so that all rows have equally many visible tokens.
         uniform = Keys(keys.seed, (0,), keys.step).uniform("mask_rate")
         count = self.num_masked(float(truncated_normal(uniform.double(), self.mask_rate_min)))
         order = keys.permutation("order", self.length)
@@ -311,7 +311,8 @@ class MAR(ContinuousGenerator):
         }
 
     def sampling_draws(self, keys: Keys, options: MAROptions | None = None) -> Draws:
-        """ "order" (B, L); "noise" (B, 1 + num_steps, L, d): where tokens start, and what the steps add."""
+        """ "order" (B, L), a permutation; "noise" (B, 1 + num_steps, L, d) normal: the initial noise of tokens, and that
+        of the denoising steps."""
         options = options or MAROptions()
         noise = keys.normal("noise", 1 + options.num_steps, self.length, self.token_dim)
         return {"order": keys.permutation("order", self.length), "noise": noise}
@@ -326,12 +327,12 @@ class MAR(ContinuousGenerator):
         draws: Draws | None = None,
         tokenizer: Expands | None = None,
     ) -> Tensor:
-        """Generate some positions anew and keep the others: inpainting, or editing if the class is another one.
+        """Regenerate some positions and keep the others: inpainting, or editing with another class.
 
         Args:
             tokens: (B, L, D) latents of the images.
             regenerate: (L,) or (B, L) bool, True where tokens are generated; a patch of the model is generated whole.
-            condition: the class of what is generated.
+            condition: the class of the edited images.
 
         Returns:
             (B, L, D) latents.
@@ -344,7 +345,7 @@ class MAR(ContinuousGenerator):
         tokens, regenerate, condition = tokens.to(device), regenerate.to(device), condition.to(device)
         regenerate = regenerate[:, self.members].any(-1)  # (B, n), of the model's tokens
         counts, edited = regenerate.sum(1), torch.empty_like(tokens)
-        for count in counts.unique():  # all rows of a session draw as many tokens
+        for count in counts.unique():  # all rows of a session draw equally many tokens
             rows = (counts == count).nonzero()[:, 0]
             kept = (~regenerate[rows]).nonzero()[:, 1].view(len(rows), -1)
             positions = self.members[kept].flatten(1)
@@ -370,12 +371,12 @@ def patch_members(spec: TokenSpec, patch_size: int) -> Tensor:
     """The raster indices (L / p^2, p^2) of the latents of every patch, patches and latents in raster order.
 
     Raises:
-        ValueError: the patch does not divide the grid, or the tokens lie on none.
+        ValueError: the patch does not divide the grid, or there is no grid.
     """
     return window_members(spec.length, spec.grid, patch_size, "patch_size")
 
 
 def truncated_normal(uniforms: Tensor, low: float) -> Tensor:
-    """Mask rates of uniform numbers: normal around 1 with deviation 0.25, between ``low`` and 1."""
+    """Mask rates from uniforms: normal with mean 1 and standard deviation 0.25, truncated to [low, 1]."""
     below = torch.special.ndtr(torch.tensor((low - 1) / 0.25, dtype=torch.float64))
     return (1 + 0.25 * torch.special.ndtri(below + uniforms * (0.5 - below))).clamp(low, 1)

@@ -1,4 +1,4 @@
-"""The moments that MAR's caching script writes (github.com/LTH14/mar)."""
+"""Reads the moments that MAR's caching script writes (github.com/LTH14/mar)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vistok.data.peers import PeerCache, PeerCacheError, PeerSample, load_array
 
 
 class MarMoments(PeerCache):
-    """MAR's cached moments: ``CLASS/NAME.npz`` with "moments" and "moments_flip" of (2D, h, w): two views."""
+    """MAR's cached moments: ``CLASS/NAME.npz`` with the two views "moments" and "moments_flip", (2D, h, w) each."""
 
     def __init__(self, root: Path) -> None:
         self._files = sorted(root.glob("*/*.npz"))

@@ -1,4 +1,4 @@
-"""What the reference of MAR calls things: its arguments and its state dict."""
+"""The reference's arguments and state-dict names of MAR."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ WITHOUT_EFFECT = {
     "num_sampling_steps": "an option of sampling",
     "grad_checkpointing": "saves memory in training",
 }
-"""Arguments of the reference that change nothing of what the model computes, each with the reason."""
+"""Arguments of the reference that do not change what the model computes, each with the reason."""
 
 
 def config(size: str) -> dict[str, Any]:

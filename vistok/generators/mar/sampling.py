@@ -1,4 +1,4 @@
-"""Sampling of MAR: which tokens are drawn in which iteration, and how."""
+"""Sampling of MAR: the tokens of each iteration, and how they are drawn."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ class MAROptions(GuidanceOptions):
     """How images are sampled.
 
     Attributes:
-        num_iter: iterations in which the tokens of an image are drawn, a few in the first and ever more (MaskGIT's
-            cosine schedule, arXiv 2202.04200).
+        num_iter: iterations in which the tokens of an image are drawn, few at first and ever more (MaskGIT's cosine
+            schedule, arXiv 2202.04200).
         num_steps: denoising steps of a token.
         step_spacing: ``even`` spreads the steps over all timesteps, both ends included, as the released models are
-            sampled; ``stride`` takes every k-th, from the first on. At the very last timestep next to nothing is left
-            of the data: an error of the predicted noise leaves a first step from there about 32,000 / num_steps times
-            as large (1,300 times with 25 steps), and nothing is clipped. Only long training makes it that small;
-            before, only ``stride`` gives images, whose first step magnifies an error 1.5 times.
+            sampled; ``stride`` takes every k-th, from the first on. At the last timestep almost nothing is left of the
+            data, so with ``even`` the first step magnifies an error of the predicted noise about 32,000 / num_steps
+            times (1,300 times with 25 steps), and nothing is clipped. Only long training makes the error small enough.
+            Before that, only ``stride`` gives images: its first step magnifies an error 1.5 times.
         temperature: factor of the noise that denoising steps add.
         guidance_schedule: ``linear`` rises with the share of the image that is known.
 
-    The others are those of ``GuidanceOptions``; of the predicted noise. A step is a token; those of one iteration share
-    the scale of the last of them.
+    The others are those of ``GuidanceOptions``: guidance combines the predicted noise, and its step is a token. The
+    tokens of one iteration share the scale of its last token.
 
     Raises:
         ValueError: a value out of its range, or fewer steps than denoising needs.
@@ -86,9 +86,9 @@ class MAROptions(GuidanceOptions):
 
 
 def masks_left(count: int, num_iter: int) -> list[int]:
-    """How many of ``count`` tokens are still to be drawn after each iteration.
+    """How many of ``count`` tokens are left to be drawn after each iteration.
 
-    An iteration draws at least one token as long as that leaves one for the last; then it draws none.
+    An iteration draws at least one token, but none if only one is left for the last iteration.
     """
     left, remaining = [], count
     for iteration in range(1, num_iter):
@@ -99,9 +99,9 @@ def masks_left(count: int, num_iter: int) -> list[int]:
 
 
 class MARSession:
-    """One sampling run. All rows of guidance ride in the same batch.
+    """One sampling run. The model's batch holds all rows of guidance.
 
-    Tokens are drawn in a random order of each sample. ``append`` may put known ones anywhere; what is drawn then fits
+    Each sample is drawn in its own random order. ``append`` may set known tokens anywhere; the drawn tokens see all of
     them.
     """
 
@@ -113,14 +113,14 @@ class MARSession:
         self._diffusion = model.diffusion.respaced(options.respace(len(model.diffusion)))
         self._classes = model.embed_classes(rows.to(weight.device))
         self._noise = draws["noise"].to(weight)
-        # The positions in the order in which they are drawn, from the end; those from `_left` on are known.
+        # The positions, drawn from the end of this order to its start; those from `_left` on are known.
         self._order = draws["order"].to(weight.device)
         self._left = model.length
         self._grouped = weight.new_zeros(len(condition), model.length, model.token_dim)
 
     @property
     def tokens(self) -> Tensor:
-        """(B, L, D) latents in raster order, zero where there are none yet."""
+        """(B, L, D) latents in raster order, zero where none is set yet."""
         latents = self.model.ungroup(self._grouped)
         return latents[:, self.model.members.flatten().argsort()]
 
@@ -129,8 +129,8 @@ class MARSession:
 
         Args:
             tokens: (B, n, D) latents.
-            positions: (n,) or (B, n), their raster positions; None puts them at the first unknown ones, all rows
-                having the same.
+            positions: (n,) or (B, n), their raster positions; None puts them at the first unknown ones, which must be
+                the same in all rows.
 
         Raises:
             ValueError: latents of another tokenizer, positions that are out of range, known, or listed twice, or that
@@ -147,7 +147,7 @@ class MARSession:
         given = self._patches_at(positions)
         latents = self.tokens.scatter(1, positions[..., None].expand_as(tokens), tokens.to(self._grouped))
         self._grouped = model.group(latents)
-        # A stable sort keeps the random order among the unknown ones, and puts the known ones last.
+        # A stable sort moves the known tokens to the end and keeps the random order of the unknown ones.
         settled = (given | self._known()).gather(1, self._order)
         self._order = self._order.gather(1, settled.int().sort(dim=1, stable=True).indices)
         self._left -= int(given[0].sum())
@@ -202,8 +202,8 @@ class MARSession:
             chosen = self._order[:, end + left : self._left]
             if not chosen.shape[1]:
                 continue
-            # The last iteration is guided as if one token were left, as in the reference.
-            # From 0 to all of them may be known, which makes one number more than there are tokens.
+            # The last iteration is guided as if one token were left, as in the reference. The number of known tokens
+            # takes count + 1 values.
             drawn = self._draw(chosen, self._guidance.weights(count - max(left, 1), count + 1))
             self._grouped = self._grouped.scatter(1, chosen[..., None].expand_as(drawn), drawn)
             self._left = end + left

@@ -1,4 +1,4 @@
-"""A masked generator: tokens are filled in at all places at once, in a few steps."""
+"""MaskGIT: masked generation in a few parallel steps."""
 
 from vistok.generators.maskgit.model import MaskGIT
 

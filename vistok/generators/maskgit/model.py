@@ -1,7 +1,7 @@
 """MaskGIT: a bidirectional transformer that fills in masked tokens, most confident ones first.
 
-Paper: MaskGIT: Masked Generative Image Transformer (arXiv 2202.04200). TiTok (arXiv 2406.07550) generates its tokens
-so; its official weights and conventions: github.com/bytedance/1d-tokenizer (Apache-2.0).
+Paper: MaskGIT: Masked Generative Image Transformer (arXiv 2202.04200). The official weights and conventions are those
+of TiTok's generators (arXiv 2406.07550): github.com/bytedance/1d-tokenizer (Apache-2.0).
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ UVIT = {"network": "uvit", "dim": 1024, "num_layers": 20, "num_heads": 16, "mlp_
 
 
 class MaskGIT(Generator):
-    """A transformer over [class, tokens], in which a mask stands for every unknown token.
+    """A bidirectional transformer over [class, tokens]; unknown tokens are masked.
 
     Args:
         spec: the tokens to model (one id per position).
         num_classes: number of classes; 0 for unconditional generation.
-        network: "bert" has norms after its blocks' residuals; "uvit" before, and skips between its halves.
-        dim, num_layers, num_heads: width, blocks, heads; heads divide dim. "uvit" has one block more, in the middle.
+        network: "bert" has post-norm blocks; "uvit" pre-norm blocks with skip connections between its halves.
+        dim, num_layers, num_heads: width, blocks, heads; heads divide dim. "uvit" has one more block in the middle.
         mlp_dim: hidden width of the feed-forward; None is 4 dim.
         label_smoothing: of the cross entropy (MaskGIT: 0.1).
         condition_dropout: share of training samples whose class is dropped, for guidance; with 0 there is no null
@@ -109,8 +109,7 @@ class MaskGIT(Generator):
         self.apply(_initialise)
 
     def predict(self, ids: Tensor, classes: Tensor) -> Tensor:
-        """Float32 logits (R, L, V) of ids (R, L), of which some are ``mask_id``, for classes (R,) of
-        ``class_rows``."""
+        """Float32 logits (R, L, V) of ids (R, L), some of them ``mask_id``, for classes (R,) of ``class_rows``."""
         hidden = self.network(torch.cat([classes[:, None], ids], 1))
         return self.output(hidden[:, 1:]).float()
 
@@ -125,10 +124,10 @@ class MaskGIT(Generator):
         tokenizer: Expands | None = None,
         context: Tensor | None = None,
     ) -> GeneratorOutput:
-        """Cross entropy in nats per masked token; metric "accuracy" of those. Predictions are logits (B, L, V).
+        """Cross entropy in nats per masked token; metric "accuracy" of masked tokens. Predictions are logits (B, L, V).
 
         Raises:
-            ValueError: no draws: which tokens are masked is random.
+            ValueError: no draws, which choose the masked tokens.
         """
         self.check_tokenizer(tokenizer)
         if draws is None:
@@ -147,7 +146,7 @@ class MaskGIT(Generator):
         return GeneratorOutput(loss, logits, {"accuracy": right})
 
     def replaced(self, uniforms: Tensor, share: float, draws: Draws) -> Tensor:
-        """Which of the tokens that are not masked are replaced: (B, L) bool."""
+        """(B, L) bool: the unmasked tokens that are replaced."""
         return (uniforms < share) & ~draws["masked"]
 
     def own_draws(self, keys: Keys) -> Draws:
@@ -162,14 +161,14 @@ class MaskGIT(Generator):
         draws: Draws,
         tokenizer: Expands | None = None,
     ) -> Tensor:
-        """Replaced tokens are masked like the others and drawn from what is left, as in sampling."""
+        """The replaced tokens are masked like the others and drawn from the remaining ones, as in sampling."""
         rows = self.class_rows(self.drop_condition(condition, draws))
         logits = self.predict(tokens.masked_fill(draws["masked"] | replaced, self.mask_id), rows)
         return drawn_ids(logits, draws["own"])
 
     def training_draws(self, keys: Keys) -> Draws:
-        """ "drop" (B,) uniform; "masked" (B, L) bool: as many as the arccos schedule masks at an even time, at least
-        one."""
+        """ "drop" (B,) uniform; "masked" (B, L) bool: the share of the arccos schedule at a uniform time, at least one
+        token."""
         length = self.spec.length
         share = torch.acos(keys.uniform("mask_rate")) / (math.pi / 2)
         count = (share * length).ceil().long().clamp(1, length)
@@ -177,7 +176,7 @@ class MaskGIT(Generator):
         return {"drop": keys.uniform("drop"), "masked": rank < count[:, None]}
 
     def sampling_draws(self, keys: Keys, options: MaskGITOptions | None = None) -> Draws:
-        """ "ids" and "confidence" (B, S, L), uniform numbers of every step."""
+        """ "ids" and "confidence" (B, S, L) uniform, for each of the S steps."""
         steps = (options or MaskGITOptions()).num_steps
         return {name: keys.uniform(name, steps, self.spec.length) for name in ("ids", "confidence")}
 
@@ -204,12 +203,12 @@ class MaskGIT(Generator):
         draws: Draws | None = None,
         tokenizer: Expands | None = None,
     ) -> Tensor:
-        """Generate some positions anew and keep the others: inpainting, where tokens have a place.
+        """Regenerate some positions and keep the others: inpainting, if tokens have a place in the image.
 
         Args:
             tokens: (B, L) ids of the images.
             regenerate: (L,) or (B, L) bool, True where tokens are generated.
-            condition: the class of what is generated.
+            condition: the class of the edited images.
 
         Returns:
             (B, L) ids.

@@ -1,4 +1,4 @@
-"""Bidirectional transformers over [class, tokens]: BERT's (arXiv 1810.04805) and U-ViT's (arXiv 2209.12152)."""
+"""Bidirectional transformers over [class, tokens]: BERT (arXiv 1810.04805) and U-ViT (arXiv 2209.12152)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class PostNormBlock(nn.Module):
         self.norm1 = nn.LayerNorm(dim, BERT_EPS)
         self.mlp = MLP(dim, mlp_dim, F.gelu)
         self.norm2 = nn.LayerNorm(dim, BERT_EPS)
-        self.dropout = nn.Dropout(proj_drop)  # of the output alone, as in BERT
+        self.dropout = nn.Dropout(proj_drop)  # of the feed-forward's output alone, as in BERT
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm1(x + self.attn(x))
@@ -31,7 +31,7 @@ class PostNormBlock(nn.Module):
 
 
 class Bert(nn.Module):
-    """Embeddings of tokens, places and one kind, normed; post-norm blocks: ids (B, N) -> (B, N, D)."""
+    """BERT: normed embeddings of tokens, positions and token type, then post-norm blocks: ids (B, N) -> (B, N, D)."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Bert(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, dim)
         self.positions = nn.Embedding(length, dim)
-        self.kinds = nn.Embedding(2, dim)  # of BERT's two sentences; all tokens are of the first
+        self.kinds = nn.Embedding(2, dim)  # BERT's token types; all tokens have the first
         self.norm = nn.LayerNorm(dim, BERT_EPS)
         self.dropout = nn.Dropout(proj_drop)
         self.blocks = nn.Sequential(
@@ -60,10 +60,10 @@ class Bert(nn.Module):
 
 
 class UViT(nn.Module):
-    """Pre-norm blocks of which the later half read what the earlier half gave: ids (B, N) -> (B, N, D).
+    """U-ViT: pre-norm blocks with skip connections from the first half to the second: ids (B, N) -> (B, N, D).
 
     Raises:
-        ValueError: an odd number of layers: a middle block stands between two halves of as many.
+        ValueError: an odd number of layers; the middle block, which is not counted, stands between two equal halves.
     """
 
     def __init__(

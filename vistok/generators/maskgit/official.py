@@ -1,4 +1,4 @@
-"""What the reference of TiTok's generators calls things: its config and its state dict."""
+"""The reference's config and state-dict names of TiTok's generators."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ WITHOUT_EFFECT = {
     "optimizer.*": _RUN,
     "lr_scheduler.*": _RUN,
 }
-"""Keys of the reference's config that change nothing of what the model computes, each with the reason."""
+"""Keys of the reference's config that do not change what the model computes, each with the reason."""
 
 
 def config(size: Mapping[str, Any], length: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Sampling of masked generators: draw all tokens, keep the most confident, and again."""
+"""Sampling of masked generators: draw all masked tokens, keep the most confident ones, and repeat."""
 
 from __future__ import annotations
 
@@ -36,10 +36,11 @@ class MaskGITOptions(GuidanceOptions):
 
     Attributes:
         num_steps: forward passes of an image.
-        temperature: T of ids and of their confidence. Step k of S (from 0) draws an id from softmax(logits / t) and
-            adds t times Gumbel noise to its logit, with t = T (1 - (k + 1) / S): the last step takes the likeliest ids.
+        temperature: T of ids and of their confidence. Step k of S (from 0) draws an id from softmax(logits / t); the
+            confidence is its logit plus t times Gumbel noise. t = T (1 - (k + 1) / S), so the last step takes the
+            likeliest ids.
 
-    The others are those of ``GuidanceOptions``; of the logits. A step is a forward pass.
+    The others are those of ``GuidanceOptions``: guidance combines logits, and its step is a forward pass.
 
     Raises:
         ValueError: a value out of its range or not finite.
@@ -66,9 +67,9 @@ def masked_share(progress: float) -> float:
 
 
 class MaskGITSession:
-    """One sampling run. All rows of guidance ride in the same batch.
+    """One sampling run. The model's batch holds all rows of guidance.
 
-    ``append`` may put known tokens anywhere; what is drawn then fits them.
+    ``append`` may set known tokens anywhere; the drawn tokens see all of them.
     """
 
     @torch.no_grad()
@@ -90,7 +91,7 @@ class MaskGITSession:
 
     @property
     def tokens(self) -> Tensor:
-        """(B, L) ids, 0 where there are none yet."""
+        """(B, L) ids, 0 where none is set yet."""
         return self._ids.masked_fill(self._masked, 0)
 
     def append(self, tokens: Tensor, positions: Tensor | None = None) -> None:
@@ -121,7 +122,7 @@ class MaskGITSession:
         self._ids = self._ids.scatter(1, positions, ids)
 
     def keep(self, tokens: Tensor, where: Tensor) -> None:
-        """Set the tokens (B, L) as known at the places where ``where`` (B, L) is True; rows may have other ones."""
+        """Set the tokens (B, L) as known where ``where`` (B, L) is True; rows may differ."""
         tokens, where = tokens.to(self._ids.device), where.to(self._ids.device)
         self._ids = torch.where(where, tokens, self._ids)
 
@@ -139,7 +140,7 @@ class MaskGITSession:
         end, steps = left - count, self.options.num_steps
         for step in range(steps):
             planned = (count * masked_share((step + 1) / steps)).floor().long()
-            # As in MaskGIT, every step settles a token, as long as one is left for the last.
+            # As in MaskGIT, every step settles at least one token, unless only one is left for the last step.
             remaining = torch.minimum(left - 1 - end, planned).clamp_min(1) if step < steps - 1 else left * 0
             left = end + remaining
             yield self._step(step, left)

@@ -1,4 +1,4 @@
-"""Open-MAGVIT2's generator: Llama over codes of many bits, each predicted in two parts of fewer.
+"""Open-MAGVIT2's generator: Llama over large codebooks, whose ids are predicted in sub-tokens of fewer bits.
 
 Paper: Open-MAGVIT2: An Open-Source Project Toward Democratizing Auto-regressive Visual Generation (arXiv 2409.04410),
 section 3.2. Official weights and conventions: github.com/TencentARC/SEED-Voken (Apache-2.0).
@@ -34,17 +34,17 @@ SIZES = {
 
 
 class OpenMAGVIT2GPT(Llama):
-    """A causal transformer over [class, image tokens], and a small one over the sub-tokens of each.
+    """A causal transformer over [class, image tokens], and a small one over the sub-tokens of each image token.
 
-    The large one reads the sum of a token's sub-token embeddings. What it gives for a position, followed by the
-    embeddings of the sub-tokens drawn so far, is what the small one reads; it has a head for each sub-token.
+    The large one reads the sum of a token's sub-token embeddings. The small one reads the large one's hidden state of a
+    position, followed by the embeddings of the sub-tokens drawn so far. It has a head for each sub-token.
 
     Args:
         spec: the tokens to model: one id per position.
         num_classes: number of classes; 0 for unconditional generation.
         dim, num_heads: width and heads of both transformers; heads divide dim.
         num_layers, num_intra_layers: blocks of the large and of the small one.
-        factorized_bits: bits of the sub-tokens, the lowest first; together they are those of an id.
+        factorized_bits: bits of each sub-token, the lowest first; their sum is the number of bits of an id.
         multiple_of: the feed-forward width, 8/3 of dim, is rounded up to a multiple of this.
         condition_dropout: share of training samples whose class is dropped, for guidance; with 0 there is no null
             class, and guidance is refused.
@@ -53,9 +53,8 @@ class OpenMAGVIT2GPT(Llama):
         positions: "rope2d" for tokens on a raster, as released; "rope1d" for others.
 
     Raises:
-        ValueError: a spec without ids, with several ids per position, or, with
-            "rope2d", without a raster; or sub-tokens that have not
-            as many bits as the ids.
+        ValueError: a spec without ids, with several ids per position, or, with "rope2d", without a raster; or
+            factorized_bits that do not sum to the bits of an id.
     """
 
     registry_name = "open_magvit2_gpt"
@@ -103,7 +102,7 @@ class OpenMAGVIT2GPT(Llama):
         norm_eps: float = 1e-5,
         positions: Literal["rope2d", "rope1d"] = "rope2d",
     ):
-        self.sub_tokens = SubTokens(factorized_bits)  # which the embeddings that the base builds depend on
+        self.sub_tokens = SubTokens(factorized_bits)  # before the base's constructor, which calls build_embedding
         self.num_parts = len(self.sub_tokens.bits)
         spec = as_dataclass(TokenSpec, spec)
         codes = 2 ** sum(self.sub_tokens.bits)
@@ -166,12 +165,12 @@ class OpenMAGVIT2GPT(Llama):
         return self._intra_logits(hidden[:, -count:], parts, first=len(parts))[0]
 
     def part_predictions(self, ids: Tensor, condition: Condition, context: Tensor | None = None) -> list[Tensor]:
-        """Teacher-forced logits (B, L, V_p) of each sub-token of ids (B, L): position i sees the condition, ids[:, :i],
-        or in their place context[:, :i], and the sub-tokens of ids[:, i] before its own."""
+        """Teacher-forced logits (B, L, V_p) of each sub-token of ids (B, L). Position i sees the condition, ids[:, :i]
+        (or context[:, :i], if given), and the earlier sub-tokens of ids[:, i]."""
         return self.target_logits(self._hidden(ids if context is None else context, condition), ids)
 
     def _hidden(self, ids: Tensor, condition: Condition) -> Tensor:
-        """What the large transformer gives for each of ids (B, L), of those before it: (B, L, D)."""
+        """The large transformer's hidden states (B, L, D) that predict ids (B, L), each from the ids before it."""
         x = self.embed_sequence(ids[:, :-1], condition)
         return self.transform(x, slice(0, x.shape[1]), None, None)
 
@@ -187,22 +186,22 @@ class OpenMAGVIT2GPT(Llama):
         tokenizer: Expands | None = None,
     ) -> Tensor:
         hidden, parts = self._hidden(tokens, self.drop_condition(condition, draws)), list[Tensor]()
-        for uniforms in draws["own"].unbind(-1):  # each sub-token given the model's own before it
+        for uniforms in draws["own"].unbind(-1):  # each sub-token is drawn given the model's own earlier ones
             (logits,) = self._intra_logits(hidden, parts, first=len(parts))
             parts.append(drawn_ids(logits, uniforms))
         return self.join_ids(parts)
 
     def logits(self, ids: Tensor, condition: Condition) -> Tensor:
-        """``part_predictions`` side by side, (B, L, sum of all V_p)."""
+        """The concatenated ``part_predictions``, (B, L, sum of all V_p)."""
         return torch.cat(self.part_predictions(ids, condition), -1)
 
     def _intra_logits(self, hidden: Tensor, parts: Sequence[Tensor], first: int) -> list[Tensor]:
-        """Logits (R, n, V_p) of the sub-tokens from number ``first`` to that behind ``parts``, of positions whose
-        hidden states are (R, n, D), and their first sub-tokens (R, n) ``parts``."""
+        """Logits (R, n, V_p) of the sub-tokens from number ``first`` to number len(parts), for positions with hidden
+        states (R, n, D) and first sub-tokens ``parts`` (R, n)."""
         rows = [hidden, *(table(part) for table, part in zip(self.token_embedding, parts))]
         x = torch.stack(rows, 2).flatten(0, 1)  # (R * n, p + 1, D): each position is a sequence of its own
-        # Sub-tokens take the places of the class and of the first image tokens in the table of rotations: the hidden
-        # state's query and key vanish, as the class's do.
+        # As in the released models, the hidden state and the sub-tokens are rotated like the class and the first image
+        # tokens. With "rope2d" the hidden state's query and key are therefore zero, like those of the class.
         rotation = None if self.rotation is None else self.rotation(slice(0, len(rows)))
         for block in self.intra_blocks:
             x = block(x, rotation, None, None)
@@ -222,7 +221,7 @@ class OpenMAGVIT2GPT(Llama):
     ) -> GeneratorOutput:
         """The sum of the sub-tokens' cross entropies in nats per token, (weighted) mean over samples.
 
-        Metrics: "accuracy", share of ids right; "loss_i" and "accuracy_i" of each sub-token.
+        Metrics: "accuracy", the share of correct ids; "loss_i" and "accuracy_i" of each sub-token.
         """
         self.check_tokenizer(tokenizer)
         condition = self.drop_condition(condition, draws)
@@ -243,5 +242,5 @@ class OpenMAGVIT2GPT(Llama):
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Drop the tokenizer that lies in released files too, and sampling caches."""
+        """Drop the tokenizer, which released files also hold, and sampling caches."""
         return second_stage(state)

@@ -1,4 +1,4 @@
-"""The reference's arguments and names (github.com/TencentARC/SEED-Voken)."""
+"""The reference's arguments and state-dict names (github.com/TencentARC/SEED-Voken)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vistok.types import TokenSpec
 WITHOUT_EFFECT = {
     "vocab_size": "the heads have the sizes of factorized_bits",
 }
-"""Arguments of the reference that change nothing of what the model computes, each with the reason."""
+"""Arguments of the reference that do not change what the model computes, each with the reason."""
 
 
 def config(size: Mapping[str, int]) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def config(size: Mapping[str, int]) -> dict[str, Any]:
 
 
 def arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Constructor arguments of the reference's.
+    """Our constructor's arguments.
 
     Raises:
         CheckpointError: keys that are unknown or not supported.

@@ -1,4 +1,4 @@
-"""How ids are drawn in parts."""
+"""Sampling options for ids that are drawn in sub-tokens."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from vistok.guidance import Guidance, classifier_free, constant
 
 @dataclass(frozen=True)
 class SubTokenOptions(DecodingOptions):
-    """The options of the first sub-token of an id; those after it take the same, but for what is given for them.
+    """Options for the first sub-token of an id, with overrides for the later ones.
 
     Attributes:
-        later_temperature, later_top_k, later_top_p, later_guidance_scale: of the sub-tokens after the first; None is as
-            of the first.
+        later_temperature, later_top_k, later_top_p, later_guidance_scale: of the sub-tokens after the first; None takes
+            the first one's.
 
     Raises:
         ValueError: a value out of its range or not finite.
@@ -44,7 +44,7 @@ class SubTokenOptions(DecodingOptions):
 
     @property
     def guidance(self) -> Guidance:
-        """The guidance of the first sub-token. Where later ones alone are guided, it has a null row of weight 0."""
+        """The guidance of the first sub-token. If only later ones are guided, it has a null row of weight 0."""
         own, later = super().guidance, self.later_guidance_scale
         if own.is_on or later is None or not classifier_free(later).is_on:
             return own

@@ -1,4 +1,4 @@
-"""Ids in parts: an id of many bits as a tuple of ids of fewer, which small heads can predict."""
+"""Sub-tokens: an id of many bits as several ids of fewer bits, which small heads can predict."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 MOST_BITS = 62
-"""Of an id, as of ``LFQ``."""
+"""The most bits of an id, as in ``LFQ``."""
 
 
 @dataclass(frozen=True)
 class SubTokens:
-    """An id of sum(bits) bits in parts of ``bits`` bits each, the lowest first (arXiv 2409.04410, section 3.2).
+    """Splits ids of sum(bits) bits into parts of bits[0], bits[1], ... bits, the lowest first (arXiv 2409.04410,
+    section 3.2).
 
     Raises:
         ValueError: fewer than two parts, a part without bits, or more bits than an id can hold.
@@ -34,7 +35,7 @@ class SubTokens:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The alphabet of each part."""
+        """The vocabulary size of each part."""
         return tuple(2**count for count in self.bits)
 
     def split(self, ids: Tensor) -> list[Tensor]:
@@ -46,7 +47,7 @@ class SubTokens:
         return parts
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """Ids (...) of their parts (...)."""
+        """The ids (...) from their parts (...)."""
         ids, shift = torch.zeros_like(parts[0]), 0
         for part, count in zip(parts, self.bits, strict=True):
             ids, shift = ids | (part << shift), shift + count

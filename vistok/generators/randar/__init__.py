@@ -1,4 +1,4 @@
-"""RandAR: a causal transformer over tokens in any order, each announced by a position instruction token."""
+"""RandAR: a causal transformer over tokens in any order, each after a position instruction token."""
 
 from vistok.generators.randar.larger import sample_larger
 from vistok.generators.randar.model import RandAR

@@ -1,8 +1,9 @@
-"""Grids twice as high and wide as those that a RandAR was trained on, without training (arXiv 2412.01827).
+"""Sampling grids twice as high and wide as those that a RandAR was trained on, without training (arXiv 2412.01827).
 
-A sample of the trained size lies on the even rows and columns of the larger grid; the tokens between are then generated
-in a random order, all seeing it. Rotations of the larger grid mix two ways: the fastest frequencies of each axis turn
-on at their pace, which keeps neighbours apart, and the others are slowed down to the range that training had.
+A sample of the trained size is placed on the even rows and columns of the larger grid; the tokens between are then
+generated in a random order, and all see this sample. The RoPE of the larger grid mixes two ways: the fastest
+frequencies of each axis are extrapolated, which keeps neighbours apart, and the others are interpolated to the range of
+angles in training.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from vistok.nn.rotary import FixedRotation, Rotation, grid_positions
 from vistok.types import Condition, TokenSpec
 
 EXTRAPOLATED = 2
-"""Frequencies of each axis that turn on at their pace, in the released code."""
+"""The number of extrapolated frequencies of each axis, as in the released code."""
 
 
 def enlarged(model: RandAR, extrapolated: int = EXTRAPOLATED) -> RandAR:
-    """A view of ``model`` for grids of twice the sides; it has the same weights, and is for sampling.
+    """A view of ``model`` for sampling grids of twice the sides; it shares the weights.
 
     Args:
-        extrapolated: how many frequencies of each axis turn on at their pace, from 0 to all.
+        extrapolated: how many of the fastest frequencies of each axis keep their speed, from 0 to all.
 
     Raises:
-        ValueError: tokens on no raster, or more frequencies than there are.
+        ValueError: tokens without a raster, or more frequencies than there are.
     """
     grid = model.spec.grid
     if model.position_kind != "rope2d" or grid is None or len(grid) != 2:
@@ -45,14 +46,14 @@ def enlarged(model: RandAR, extrapolated: int = EXTRAPOLATED) -> RandAR:
     sides = (2 * grid[0], 2 * grid[1])
     view = copy.copy(model)
     view.spec = TokenSpec(4 * model.spec.length, model.spec.codebook_size, model.spec.dim, grid=sides)
-    view.decoding_copies = DecodingCopies()  # others would turn as the small grid does
+    view.decoding_copies = DecodingCopies()  # the model's own copies have the rotations of the small grid
     rotation = FixedRotation(_rotation(grid, pairs, model.rope_base, extrapolated))
     view._modules = dict(model._modules) | {"rotation": rotation.to(model.rotation.cos.device)}
     return view
 
 
 def _rotation(grid: tuple[int, int], pairs: int, base: float, extrapolated: int) -> Rotation:
-    """The rotations of the class, which are zero, and of all places of the larger grid, (1 + 4 L, head_dim / 2)."""
+    """The rotations of the class (zero) and of all places of the larger grid, (1 + 4 L, head_dim / 2)."""
     frequencies = base ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
     slower = [torch.where(torch.arange(pairs) < extrapolated, 1.0, (side - 1) / (2 * side - 1)) for side in grid]
     places = grid_positions((2 * grid[0], 2 * grid[1])).double()  # (4 L, 2)
@@ -62,7 +63,7 @@ def _rotation(grid: tuple[int, int], pairs: int, base: float, extrapolated: int)
 
 
 def even_places(grid: tuple[int, ...]) -> Tensor:
-    """(4 L,) bool, the places of a grid of twice the sides that lie in even rows and columns."""
+    """(4 L,) bool, True at the places in even rows and columns of the grid of twice the sides."""
     rows, columns = grid_positions((2 * grid[0], 2 * grid[1])).unbind(1)
     return (rows % 2 == 0) & (columns % 2 == 0)
 
@@ -71,17 +72,17 @@ def even_places(grid: tuple[int, ...]) -> Tensor:
 def sample_larger(
     model: RandAR, condition: Condition, options: Any = None, *, keys: Keys, extrapolated: int = EXTRAPOLATED
 ) -> Tensor:
-    """Ids (B, 4 L) of a grid of twice the sides: a sample of the trained size, and then all between.
+    """Ids (B, 4 L) of a grid of twice the sides: first a sample of the trained size, then all tokens between.
 
-    A tokenizer that decodes other sizes shows them: ``tokenizer.decode(ids, grid=(2 * h, 2 * w))``.
+    A tokenizer that decodes other sizes renders them: ``tokenizer.decode(ids, grid=(2 * h, 2 * w))``.
 
     Args:
-        options: of both; ``num_steps`` are those of the first sample, and the rest, three times as many tokens, has
-            three times as many.
+        options: of both parts. ``num_steps`` is that of the first part; the second has three times as many tokens and
+            steps.
         keys: of the samples.
 
     Raises:
-        ValueError: as in ``enlarged``, and group sizes, which are of one size alone.
+        ValueError: as in ``enlarged``, or ``group_sizes``, which fit one grid only.
     """
     options = options or model.options_type()
     if options.group_sizes is not None:

@@ -1,4 +1,4 @@
-"""RandAR: next-token prediction in random orders, where an instruction token says which place comes next.
+"""RandAR: next-token prediction in random orders; an instruction token names the place of each next token.
 
 Paper: RandAR: Decoder-only Autoregressive Visual Generation in Random Orders (arXiv 2412.01827). Official weights and
 conventions: github.com/ziqipang/RandAR (MIT).
@@ -44,19 +44,19 @@ PlaceKind = Literal["rope2d", "rope1d"]
 class RandAR(QueryGenerator):
     """A causal transformer over [class, P, x, P, x, ...]: before each token x the instruction P for its place.
 
-    An instruction is one learned vector, rotated in every head by the angles of the place. Tokens and instructions are
-    rotated once more in attention, both by the token's place; the class is not seen by its position (see
-    ``position_table`` of Llama). Parallel decoding appends the instructions of several tokens; when these are known,
-    the cache is brought into the order of training.
+    An instruction is one learned vector, rotated in every head by the angles of the place. In attention, tokens and
+    instructions are rotated again, both by the token's place; queries and keys of the class are zero (see
+    ``llama.position_table``). Parallel decoding appends the instructions of several tokens; once the tokens are known,
+    the cache is rewritten in the order of training.
 
     Args:
         spec: the tokens to model (one id per position).
         num_classes: number of classes; 0 for unconditional generation.
         dim, num_layers, num_heads: width, blocks, heads; heads divide dim.
-        num_kv_heads: heads of keys and values, which divides num_heads; None for as many.
+        num_kv_heads: number of key and value heads, a divisor of num_heads; None is num_heads.
         multiple_of: the feed-forward width, 8/3 of dim, is rounded up to a multiple of this.
         position_order: training orders, "random" or "raster".
-        positions: "rope2d" rotates by row and column, "rope1d", for tokens on no raster, by their number.
+        positions: "rope2d" rotates by row and column; "rope1d" by the number of the token, for tokens without a raster.
         condition_dropout: share of training samples whose class is dropped, for guidance; with 0 there is no null
             class, and guidance is refused.
         token_drop, attn_drop, proj_drop, ffn_drop: dropout of the embedded image tokens, the attention weights, the
@@ -148,7 +148,7 @@ class RandAR(QueryGenerator):
 
     @property
     def num_entries(self) -> int:
-        """The class, and an instruction with each token."""
+        """The class, and an instruction and a token per place."""
         return 1 + 2 * self.spec.length
 
     @property
@@ -171,7 +171,8 @@ class RandAR(QueryGenerator):
         return torch.cat([self._embed_class(condition), queries], 1)
 
     def embed_tokens(self, ids: Tensor, places: Tensor, upcoming: Tensor) -> Tensor:
-        """(R, 2 m - 1 + n, D): x, P, x, ..., P, x of one step, without its first P, and instructions of the next."""
+        """(R, 2 m - 1 + n, D): x, P, x, ..., P, x of one step, whose first P is cached, and the instructions of the
+        next."""
         queries = self.instructions(upcoming).expand(len(ids), -1, -1)
         return torch.cat([self._embed_pairs(ids, places)[:, 1:], queries], 1)
 
@@ -181,12 +182,12 @@ class RandAR(QueryGenerator):
         return torch.stack([self.instructions(places).expand_as(tokens), tokens], 2).flatten(1, 2)
 
     def entry_positions(self, known: Tensor | None, upcoming: Tensor) -> Tensor:
-        """Rows of the table of rotations: 0 of the class, 1 + place of all others."""
+        """Rows of the rotation table: 0 for the class, 1 + place for all others."""
         before = upcoming.new_full((len(upcoming), 1), -1) if known is None else known.repeat_interleave(2, 1)[:, 1:]
         return 1 + torch.cat([before, upcoming], 1)
 
     def step_mask(self, known: int, queries: int, start: int, device: torch.device) -> Tensor | None:
-        """Causal, among the queries too."""
+        """Causal, also among the queries."""
         stop = known + queries
         return None if start == 0 else torch.ones(stop, start + stop, dtype=torch.bool, device=device).tril(start)
 
@@ -203,7 +204,7 @@ class RandAR(QueryGenerator):
         return self.head(self.transform(entries.x, entries.positions, None, None)[:, entries.states])
 
     def _entries(self, ids: Tensor, orders: Tensor, condition: Condition) -> OrderedEntries:
-        # Nothing is predicted from the last token.
+        # The last token is left out: it predicts nothing.
         x = torch.cat([self._embed_class(condition), self._embed_pairs(ids, orders)[:, :-1]], 1)  # (B, 2 L, D)
         positions = torch.cat([torch.zeros_like(orders[:, :1]), 1 + orders.repeat_interleave(2, 1)[:, :-1]], 1)
         return OrderedEntries(x, positions, orders, slice(2, None, 2), slice(1, None, 2))
@@ -212,7 +213,7 @@ class RandAR(QueryGenerator):
         return self._entries(*in_order(ids, draws.get("order")), condition)
 
     def training_draws(self, keys: Keys) -> Draws:
-        """ "drop" (B,) uniform; "order" (B, L), the places of the tokens in the order of each sample."""
+        """ "drop" (B,) uniform; "order" (B, L), the places of the tokens in each sample's order."""
         draws = super().training_draws(keys)
         if self.position_order == "raster":
             draws["order"] = torch.arange(self.spec.length).expand(len(keys), -1)

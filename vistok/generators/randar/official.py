@@ -1,4 +1,4 @@
-"""What the reference of RandAR calls things: its config and its state dict."""
+"""The reference's config and state-dict names of RandAR."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from vistok.generators.llama import OFFICIAL_NAMES as LLAMA_NAMES
 from vistok.types import TokenSpec
 
 CODE_DIMS = {1024: 256, 16384: 8}
-"""Channels of a code of the released tokenizers, by the size of their codebook; the transformer does not depend on
-them."""
+"""Code channels of the released tokenizers, by codebook size; the transformer does not depend on them."""
 
 WITHOUT_EFFECT = {
     "grad_checkpointing": "saves memory in training",
@@ -23,7 +22,7 @@ WITHOUT_EFFECT = {
     "max_seq_len": "the size of a cache, which is made to measure",
     "caption_dim": "of models with captions, and this one has classes",
 }
-"""Keys of the reference's config that change nothing of what the model computes, each with the reason."""
+"""Keys of the reference's config that do not change what the model computes, each with the reason."""
 
 
 def config(size: Mapping[str, int], codebook_size: int) -> dict[str, Any]:

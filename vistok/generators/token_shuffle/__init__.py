@@ -1,4 +1,4 @@
-"""Token-Shuffle: windows of image tokens as one position of a transformer, after a text."""
+"""Token-Shuffle: a transformer over a text and windows of image tokens, one position per window."""
 
 from vistok.generators.token_shuffle.model import SIZES, TokenShuffle, TokenShuffleOptions
 

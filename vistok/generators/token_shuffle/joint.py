@@ -1,6 +1,7 @@
-"""Token-Shuffle with windows of one token as a joint model: it learns streams, and writes texts as well as images.
+"""Token-Shuffle with windows of one token as a joint model: it trains on streams, and writes texts and images.
 
-Text, image ids and marks share one alphabet already; what is added are the marks of streams, and reading in turns.
+Text ids, image ids and special tokens share one vocabulary already. This module adds the special tokens of streams, the
+loss of streams, and text generation.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from vistok.utils.finite import check_finite
 
 
 class TokenShuffleLike(Protocol):
-    """What is asked of the model; see there."""
+    """What this module needs of ``TokenShuffle``; see there."""
 
     spec: TokenSpec
     vocabulary: JointVocabulary
@@ -44,11 +45,12 @@ class TokenShuffleLike(Protocol):
 def stream_losses(
     model: TokenShuffleLike, streams: Streams, drop: Tensor | None, weights: Tensor | None
 ) -> GeneratorOutput:
-    """Cross entropy in nats of what is in the loss of streams: the mean over image ids, plus ``text_weight`` times the
-    mean over words and marks. Metrics "image_loss", "text_loss" and "accuracy", the share of image ids right.
+    """Cross entropy in nats of the entries of streams that are in the loss: the mean over image ids, plus
+    ``text_weight`` times the mean over text ids and special tokens. Metrics "image_loss", "text_loss" and "accuracy",
+    the share of correct image ids.
 
     Args:
-        drop: (B,) uniform numbers that say which rows draw their image without the text before it.
+        drop: (B,) uniform; rows below ``condition_dropout`` generate their image without the text before it.
 
     Raises:
         ValueError: latents, streams of another vocabulary, or longer ones than the model has positions for.
@@ -57,7 +59,7 @@ def stream_losses(
     valid = streams.mask & ~left_out(streams, drop, model.condition_dropout)
     hidden = model.transform(model.embed_joint(streams.ids), positions_of(valid), causal(valid), None)
     places = torch.arange(valid.shape[1], device=valid.device)
-    before = torch.where(valid, places, 0).cummax(1).values  # the last entry that is there
+    before = torch.where(valid, places, 0).cummax(1).values  # the last valid entry up to each
     learned = streams.in_loss & valid & (places > 0)
     rows, found = learned.nonzero(as_tuple=True)
     logits, ids = model.head(hidden[rows, before[rows, found - 1]]), streams.ids[rows, found]
@@ -74,7 +76,7 @@ def stream_losses(
 
 
 def check(model: TokenShuffleLike, streams: Streams) -> None:
-    """Raise ValueError for streams that the model does not read."""
+    """Raise ValueError for streams that the model cannot read."""
     if streams.latents is not None:
         raise ValueError("these streams have images as latents; this model reads ids")
     vocabulary, ids = model.vocabulary, streams.ids
@@ -93,7 +95,7 @@ def check(model: TokenShuffleLike, streams: Streams) -> None:
 
 
 def left_out(streams: Streams, drop: Tensor | None, share: float) -> Tensor:
-    """(B, N) bool: the texts that rows, where ``drop`` (B,) says so, draw their image without."""
+    """(B, N) bool: the texts that are hidden in rows with ``drop`` (B,) below ``share`` and an image in the loss."""
     text, drawn = (streams.kinds == TEXT_KIND) & ~streams.in_loss, (streams.kinds == IMAGE_KIND) & streams.in_loss
     if drop is None:
         return torch.zeros_like(text)
@@ -101,12 +103,13 @@ def left_out(streams: Streams, drop: Tensor | None, share: float) -> Tensor:
 
 
 def positions_of(valid: Tensor) -> Tensor:
-    """(B, N) int64: entries that are not there take no position."""
+    """Position ids (B, N) int64; invalid entries take no position."""
     return (valid.cumsum(1) - 1).clamp_min(0)
 
 
 def causal(valid: Tensor, new: int | None = None) -> Tensor:
-    """What the last ``new`` (None: all) of entries valid (B, N) see: (B, 1, new, N); each sees itself."""
+    """The causal mask (B, 1, new, N) of the last ``new`` entries (None: all), hiding entries that are not ``valid``
+    (B, N); each entry sees itself."""
     places = torch.arange(valid.shape[1], device=valid.device)
     offset = (places[:, None] - places)[-new if new else 0 :]
     return (offset > 0) & valid[:, None, None] | (offset == 0)
@@ -114,8 +117,8 @@ def causal(valid: Tensor, new: int | None = None) -> Tensor:
 
 @torch.no_grad()
 def write(model: TokenShuffleLike, condition: Condition, max_tokens: int) -> Tensor:
-    """What the model says of given images, asked a text or nothing: greedy text ids (B, n), filled up with its end;
-    n is at most ``max_tokens``, and the longest text that the model learns, with its end."""
+    """Describe given images, optionally as the answer to a text: greedy text ids (B, n), padded with the end token.
+    n is at most ``max_tokens``, and at most the length of the longest training text plus its end token."""
     vocabulary, given, asked = model.vocabulary, condition.part("given"), condition.part("ids")
     if given is None or bool(given.dropped.any()):
         raise ValueError("there is nothing to describe: every row of the condition needs the ids of an image (given)")

@@ -1,10 +1,11 @@
 """Token-Shuffle: a Llama that reads and writes a window of s x s image tokens at every position, after a text.
 
 Paper: Token-Shuffle: Towards High-Resolution Image Generation with Autoregressive Models (arXiv 2504.17789). There is
-no released code; where the paper is silent the choices are those of :class:`TokenShuffle`'s arguments.
+no released code; choices that the paper leaves open are arguments of :class:`TokenShuffle`.
 
-Nothing is shuffled in order: the tokens of a window are compressed one by one and concatenated along the channels. The
-sequence is [begin, text, begin of image, windows]; a window's ids are predicted together, independently of each other.
+The order of tokens is not shuffled: the tokens of a window are compressed one by one and concatenated along the
+channels. The sequence is [begin, text, begin of image, windows]; the ids of a window are predicted together,
+independently of each other.
 """
 
 from __future__ import annotations
@@ -51,13 +52,13 @@ MARKS = ("begin", "begin_image", "end_image")
 
 @dataclass(frozen=True)
 class TokenShuffleOptions(DecodingOptions):
-    """How ids are drawn; guidance rises over the first half of the windows unless told otherwise."""
+    """How ids are drawn; by default the guidance scale rises over the first half of the windows."""
 
     guidance_schedule: ScheduleName = "half-linear"
 
 
 class ResidualMLP(nn.Module):
-    """x + W2 gelu(W1 norm(x)), without biases: (..., D) -> (..., D). W2 starts at zero: the layer passes x on."""
+    """x + W2 gelu(W1 norm(x)), without biases: (..., D) -> (..., D). W2 starts at zero, the layer as the identity."""
 
     def __init__(self, dim: int, ratio: float, eps: float):
         super().__init__()
@@ -69,12 +70,14 @@ class ResidualMLP(nn.Module):
 
 
 class Fold(nn.Module):
-    """The tokens of a window to one: each is compressed, all are concatenated, and residual layers mix them.
+    """Folds the tokens of a window into one: compresses each, concatenates all, and mixes them by residual layers.
 
     Args:
         dim: width D, a multiple of size^2.
         size: s, the side of a window.
-        num_blocks, ratio: of the residual layers, and of their hidden width.
+        num_blocks: number of residual layers.
+        ratio: hidden width of the residual layers, in units of dim.
+        eps: of the RMS norms.
     """
 
     def __init__(self, dim: int, size: int, num_blocks: int, ratio: float, eps: float):
@@ -87,7 +90,7 @@ class Fold(nn.Module):
 
 
 class Unfold(nn.Module):
-    """One to the tokens of its window, the mirror image of :class:`Fold`: (B, M, D) -> (B, M, s^2, D)."""
+    """Unfolds a window into its tokens, the mirror image of :class:`Fold`: (B, M, D) -> (B, M, s^2, D)."""
 
     def __init__(self, dim: int, size: int, num_blocks: int, ratio: float, eps: float):
         super().__init__()
@@ -102,25 +105,26 @@ class Unfold(nn.Module):
 class TokenShuffle(AutoregressiveGenerator):
     """A causal transformer over [begin, text, begin of image, windows of image tokens, end of image].
 
-    The text is a class, text ids, or both; text, image ids and marks share one alphabet, one embedding and one head.
-    A shorter text begins later, so that the image always begins at the same position; without a text the sequence is
-    [begin, begin of image, windows ...], which is the other row of guidance.
+    The text is a class, text ids, or both. Text ids, image ids and special tokens share one vocabulary, one embedding
+    and one head. Text is padded on the left, so the image always begins at the same position. Without a text the
+    sequence is [begin, begin of image, windows ...], which is the null row of guidance.
 
     Args:
         spec: the tokens to model, one id per position; windows larger than 1 need a (h, w) grid.
         num_classes: number of classes, each a token of the text; 0 for none.
-        text_vocabulary, text_length: of text ids, and the most of them; 0 for none.
+        text_vocabulary: vocabulary size of text ids; 0 for none.
+        text_length: the most text ids of a text; 0 for none.
         window: s: every position of the transformer holds s x s tokens; 1 is a plain next-token model.
         dim, num_layers, num_heads: width, blocks, heads; s^2 divides dim.
         multiple_of: the feed-forward width, 8/3 of dim, is rounded up to a multiple of this.
         num_fusion_blocks, fusion_ratio: residual layers at either end, and their hidden width in units of dim.
         condition_dropout: share of training samples whose text is dropped, for guidance.
-        text_weight: weight of the text's (and the marks') cross entropy; 0 trains on images alone.
-        writes: whether it learns from streams of texts and images, and writes texts, too: a joint model, whose alphabet
-            has the marks of streams. Its windows hold one token, and its texts are ids.
-        z_loss: weight of the mean of squared log-partition functions, which keeps logits small.
+        text_weight: weight of the cross entropy of text and special tokens; 0 trains on images alone.
+        writes: a joint model that trains on streams of texts and images, and also writes texts. Its vocabulary has the
+            special tokens of streams, its windows hold one token, and its texts are ids.
+        z_loss: weight of the mean squared log-partition function, which keeps logits small.
         token_drop, attn_drop, proj_drop, ffn_drop: as in ``Llama``.
-        rope_base: base of the rotary frequencies, over positions of the transformer.
+        rope_base: base of the rotary frequencies, over the positions of the transformer.
         norm_eps: eps of the RMS norms.
 
     Raises:
@@ -130,7 +134,7 @@ class TokenShuffle(AutoregressiveGenerator):
 
     members: Tensor
 
-    takes_streams = True  # if it writes
+    takes_streams = True  # of instances: only if writes
     only_next = "each of its positions predicts a window of tokens at once"
     registry_name = "token_shuffle"
     options_type = TokenShuffleOptions
@@ -189,7 +193,7 @@ class TokenShuffle(AutoregressiveGenerator):
         self.takes_streams, self.end = writes, self.vocabulary.special("end") if writes else None
         self.register_buffer("members", members, persistent=False)
         self.num_windows = len(self.members)
-        self.condition_length = 2 + writes + (num_classes > 0) + text_length  # with the marks
+        self.condition_length = 2 + writes + (num_classes > 0) + text_length  # with the special tokens
         # A stream may have an image, a question and a reply.
         self.max_entries = self.condition_length + self.num_windows + writes * (text_length + len(MARKS))
         self.embedding = nn.Embedding(self.vocabulary.size, dim)
@@ -230,7 +234,7 @@ class TokenShuffle(AutoregressiveGenerator):
 
     @property
     def condition_spec(self) -> ConditionSpec:
-        """A class label, text ids, or both; of a joint model text ids, and for captions the ids of an image."""
+        """A class label, text ids, or both; for a joint model text ids and, for captions, the ids of an image."""
         given = IdSpec(self.spec.num_ids, self.spec.length) if self.takes_streams else None
         return ConditionSpec(num_classes=self.num_classes or 0, ids=self.text, given=given)
 
@@ -243,13 +247,14 @@ class TokenShuffle(AutoregressiveGenerator):
 
     @classmethod
     def condition_arguments(cls, spec: ConditionSpec) -> dict[str, Any]:
-        """Class labels and text ids; features of a text encoder do not fit into its one alphabet."""
+        """Arguments for class labels and text ids; features of a text encoder do not fit into the vocabulary."""
         cls.refuse_parts(spec, "labels", "ids")
         vocabulary, length = (spec.ids.vocabulary_size, spec.ids.length) if spec.ids else (0, 0)
         return {"num_classes": spec.num_classes, "text_vocabulary": vocabulary, "text_length": length}
 
     def prefix(self, condition: Condition) -> tuple[Tensor, Tensor]:
-        """Joint ids (R, T) of what stands before the windows, padded on the left, and what of it is valid (R, T)."""
+        """Joint ids (R, T) of the entries before the windows, padded on the left, and their mask (R, T), False in
+        padding."""
         rows, device = len(condition), self.members.device
         there = torch.ones(rows, 1, dtype=torch.bool, device=device)
         names = ("begin", *(("answer",) if self.takes_streams else ()), "begin_image")
@@ -264,18 +269,18 @@ class TokenShuffle(AutoregressiveGenerator):
             ids.append(values.clamp_min(0) + first)
             valid.append(mask & ~part.dropped[:, None])
         whole, mask = torch.cat(ids, 1), torch.cat(valid, 1)
-        order = mask.int().sort(dim=1, stable=True).indices  # what is there goes to the right, in its order
+        order = mask.int().sort(dim=1, stable=True).indices  # valid entries move to the right and keep their order
         masks = [mask.gather(1, order), *[there] * len(after)]
         return torch.cat([whole.gather(1, order), *after], 1), torch.cat(masks, 1)
 
     @property
     def _text_parts(self) -> list[tuple[str, int, int]]:
-        """The parts of the text: name, tokens, and the joint id of the first."""
+        """The parts of the text: name, number of tokens, and first joint id of each."""
         parts = [("labels", 1, 0)] if self.num_classes else []
         return parts + ([("ids", self.text.length, self.num_classes or 0)] if self.text else [])
 
     def attention_mask(self, condition: Condition, start: int, stop: int) -> Tensor:
-        """Causal, without the text's padding; each position sees itself, so that no row is empty."""
+        """Causal mask without the text's padding; each position sees itself, so that no row is empty."""
         _, valid = self.prefix(condition)
         visible = F.pad(valid, (0, max(stop - self.condition_length, 0)), value=True)[:, :stop]
         queries, keys = (torch.arange(first, stop, device=visible.device) for first in (start, 0))
@@ -286,7 +291,7 @@ class TokenShuffle(AutoregressiveGenerator):
     # Windows
 
     def embed_joint(self, ids: Tensor) -> Tensor:
-        """Ids of the joint alphabet (R, n) to (R, n, D)."""
+        """Ids of the joint vocabulary (R, n) to (R, n, D)."""
         return self.embedding(ids)
 
     def embed_windows(self, ids: Tensor) -> Tensor:
@@ -295,7 +300,7 @@ class TokenShuffle(AutoregressiveGenerator):
         return x.squeeze(2) if self.fold is None else self.fold(x)
 
     def window_logits(self, hidden: Tensor) -> Tensor:
-        """Float32 logits (R, m, s^2, V) of the windows that follow hidden states (R, m, D), over the whole alphabet."""
+        """Float32 logits (R, m, s^2, V), over the joint vocabulary, of the windows that follow states (R, m, D)."""
         return self.head(hidden[:, :, None] if self.unfold is None else self.unfold(hidden))
 
     def _states(self, windows: Tensor, condition: Condition) -> tuple[Tensor, Tensor, Tensor]:
@@ -306,7 +311,7 @@ class TokenShuffle(AutoregressiveGenerator):
         return self.transform(x, slice(0, length), self.attention_mask(condition, 0, length), None), ids, valid
 
     def logits(self, ids: Tensor, condition: Condition) -> Tensor:
-        """Teacher-forced logits (B, L, V) over the whole alphabet: those of a window see the text and the windows
+        """Teacher-forced logits (B, L, V) over the joint vocabulary: those of a window see the text and the windows
         before it."""
         hidden, _, _ = self._states(ids[:, self.members[:-1]], condition)
         return self._to_raster(self.window_logits(hidden[:, self.condition_length - 1 :]))
@@ -326,16 +331,16 @@ class TokenShuffle(AutoregressiveGenerator):
         clock: Clock | None = None,
         context: Tensor | None = None,
     ) -> GeneratorOutput:
-        """Cross entropy in nats, mean over the ids of an image, plus ``text_weight`` times that of text and marks and
-        ``z_loss`` times the mean square of the log-partition function. Metrics: "image_loss", "text_loss", "z_loss"
-        (unweighted) and "accuracy", the share of image ids right. Of streams: as ``stream_losses`` says."""
+        """Cross entropy in nats, mean over the ids of an image, plus ``text_weight`` times that of text and special
+        tokens, plus ``z_loss`` times the mean square of the log-partition function. Metrics: "image_loss", "text_loss",
+        "z_loss" (unweighted) and "accuracy", the share of correct image ids. For streams see ``stream_losses``."""
         self.check_tokenizer(tokenizer)
         if isinstance(tokens, Streams):
             self.check_writes()
             return stream_losses(self, tokens, (draws or {}).get("drop"), weights)
         condition = self.drop_condition(condition, draws)
         hidden, prefix, valid = self._states((tokens if context is None else context)[:, self.members], condition)
-        begin = self.condition_length - 1  # of the image
+        begin = self.condition_length - 1  # the begin-of-image token
         logits = self._to_raster(self.window_logits(hidden[:, begin:-1]))  # (B, L, V)
         targets = self.vocabulary.joint(tokens, "image")
         image = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").mean(1)
@@ -359,15 +364,15 @@ class TokenShuffle(AutoregressiveGenerator):
         return write(self, self.condition_spec.check(condition).to(self.members.device), max_tokens)
 
     def converse(self, rows: int = 1, options: Any = None, *, tokenizer: Expands | None = None) -> Conversation:
-        """Raises ValueError: it replies once."""
+        """Raises ValueError: the model answers single requests only."""
         raise ValueError(f"{type(self).__name__} draws an image of a text or describes one; it holds no conversations")
 
     def _text_loss(self, hidden: Tensor, prefix: Tensor, valid: Tensor) -> Tensor:
-        """(B,) mean over the text after its begin, and over both marks of the image; neither is folded."""
+        """(B,) mean cross entropy over the text and both special tokens of the image."""
         end = prefix.new_full((len(prefix), 1), self.vocabulary.special("end_image"))
         targets = torch.cat([prefix[:, 1:], end], 1)
         states = torch.cat([hidden[:, : self.condition_length - 1], hidden[:, -1:]], 1)
-        kept = torch.cat([valid[:, :-1], torch.ones_like(end, dtype=torch.bool)], 1)  # what a valid position predicts
+        kept = torch.cat([valid[:, :-1], torch.ones_like(end, dtype=torch.bool)], 1)  # targets of valid positions
         losses = F.cross_entropy(self.head(states).transpose(1, 2), targets, reduction="none")
         return (losses * kept).sum(1) / kept.sum(1)
 
@@ -384,11 +389,11 @@ class TokenShuffle(AutoregressiveGenerator):
 
     @property
     def num_entries(self) -> int:
-        """What the transformer is fed: text, marks and windows."""
+        """The text, special tokens and windows."""
         return self.condition_length + self.num_windows
 
     def plan(self, draws: Draws) -> Plan:
-        """A window at a time."""
+        """One window per step."""
         return Plan(self.members.flatten()[None], (self.window**2,) * self.num_windows, is_raster=self.window == 1)
 
     def embed_condition(self, condition: Condition, upcoming: Tensor) -> Tensor:
@@ -403,7 +408,7 @@ class TokenShuffle(AutoregressiveGenerator):
         return self._image_part(self.window_logits(hidden[:, -1:]))[:, 0]
 
     def entry_logits(self, hidden: Tensor) -> Tensor:
-        """Logits (R, n, K) of the id after each entry, where windows have one."""
+        """Logits (R, n, K) of the id after each entry, for windows of one token."""
         return self._image_part(self.window_logits(hidden))[:, :, 0]
 
     def transform(

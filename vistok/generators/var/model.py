@@ -81,7 +81,7 @@ class VAR(AutoregressiveGenerator):
         progressive_after: steps before others join: those of the learning rate's warm-up.
         stage_warmup: steps in which the loss weight of a newly joined scale rises.
         self_correction: maximal probability of flipping input bits, so that later scales learn to correct errors
-            (Infinity, arXiv 2412.04431, section 3.3; 0.3 there). The probability is drawn for each sample and scale, in
+            (Infinity, arXiv 2412.04431, section 3.3; 0.3 there). The probability is drawn for each batch and scale, in
             hundredths from 0 to this. It needs a tokenizer with the quantizer multi_scale_bsq, and a cache of its
             latents.
 
@@ -253,7 +253,7 @@ class VAR(AutoregressiveGenerator):
         return self.class_vector(condition)[:, None] + self.start_positions + self._places(upcoming)
 
     def embed_tokens(self, ids: Tensor, places: Tensor, upcoming: Tensor) -> Tensor:
-        """(R, m, D) of the feature map so far on the next grid, ``ids`` (R, m, E), with scale and position embeddings."""
+        """(R, m, D) of the feature map so far on the next grid, ``ids`` (R, m, E), with scale and place embeddings."""
         return self.input(ids.to(self.input.weight.dtype)) + self._places(upcoming)
 
     def _places(self, places: Tensor) -> Tensor:

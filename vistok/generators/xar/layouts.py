@@ -1,8 +1,8 @@
-"""Entity layouts: in which units, and in which order, a generator predicts the tokens of an image.
+"""Entity layouts: the units and the order in which a generator predicts the tokens of an image.
 
 xAR (arXiv 2502.20388) calls the unit X: a patch token, a cell of k x k tokens, a subsample of tokens that lie k apart,
-a scale of an image pyramid, or the whole image. A layout is an ordered partition of the token grid (of the pyramid, for
-scales); permutation, block-causal mask, positions and rotary coordinates all follow from it.
+a scale of an image pyramid, or the whole image. A layout is an ordered partition of the token grid (for scales, of the
+pyramid). It determines the permutation, the block-causal mask, the positions and the rotary coordinates.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class LayoutConfig:
         entity: ``token``: one token after another, in raster order. ``cell``: rectangles of tokens, in raster order.
             ``subsample``: all tokens whose rows and columns are equal modulo ``size``, so that every entity spans the
             image. ``scale``: ever finer versions of the whole token grid. ``image``: everything at once.
-        size: side of a cell, or the distance between the tokens of a subsample; (rows, columns) where they differ.
-        scales: sides of the versions, coarse to fine, the last being the token grid; for example [1, 2, 4, 8, 16].
+        size: side of a cell, or the distance between the tokens of a subsample; (rows, columns) if they differ.
+        scales: sides of the versions, coarse to fine; the last is the token grid. For example [1, 2, 4, 8, 16].
 
     Raises:
         ValueError: a side below 1, or scales for another entity.
@@ -79,7 +79,7 @@ class EntityLayout:
         grid: (h, w) of the tokens.
         sizes: positions of each entity, in order; N together.
         coordinates: (N, 2) float64, row and column of every position on the token grid.
-        permutation: (N,) int64, the raster index of every position; None for a pyramid, whose sequence is its own.
+        permutation: (N,) int64, the raster index of every position; None for a pyramid, which is no permutation.
         scales: the grid of each entity of a pyramid.
     """
 
@@ -100,7 +100,7 @@ class EntityLayout:
 
     @cached_property
     def bounds(self) -> tuple[int, ...]:
-        """Entity e holds positions bounds[e], ..., bounds[e + 1] - 1; E + 1 numbers."""
+        """E + 1 numbers: entity e holds the positions bounds[e], ..., bounds[e + 1] - 1."""
         return tuple(accumulate(self.sizes, initial=0))
 
     @cached_property
@@ -131,7 +131,7 @@ class EntityLayout:
         return sequence[:, self.permutation.argsort().to(sequence.device)]
 
     def raster_positions(self, entity: int) -> Tensor:
-        """(n,) raster indices of an entity's tokens; none for the coarse versions of a pyramid, which are no tokens."""
+        """(n,) raster indices of an entity's tokens; empty for coarse versions of a pyramid, which are no tokens."""
         if self.permutation is not None:
             return self.permutation[self.bounds[entity] : self.bounds[entity + 1]]
         final = entity == self.num_entities - 1
@@ -139,7 +139,7 @@ class EntityLayout:
 
 
 def cells(grid: Grid, size: Grid) -> EntityLayout:
-    """Rectangles of ``size`` (rows, columns) tokens in raster order, raster order inside.
+    """Rectangles of ``size`` (rows, columns) tokens; cells, and the tokens of a cell, are in raster order.
 
     Raises:
         ValueError: the cell does not divide the grid.

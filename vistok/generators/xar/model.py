@@ -1,10 +1,10 @@
 """xAR: next-X prediction. One transformer generates an image entity by entity, each by flow matching.
 
 Paper: Beyond Next-Token: Next-X Prediction for Autoregressive Visual Generation (arXiv 2502.20388). The released
-weights (github.com/OliverRensu/xAR) predict cells of 8x8 tokens; here any ``LayoutConfig`` goes.
+weights (github.com/OliverRensu/xAR) predict cells of 8x8 tokens; this implementation takes any ``LayoutConfig``.
 
-Time runs from data at 0 to noise at 1. Every entity of a training sequence carries noise at a level of its own, and
-sees the noisy entities before it (noisy context learning): the context of training is as imperfect as that of sampling.
+Time runs from data at 0 to noise at 1. Every entity of a training sequence has its own noise level, and sees the noisy
+entities before it (noisy context learning). So the context is imperfect in training, as it is in sampling.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ class XARBlock(nn.Module):
         mask: Tensor | FlexMask | None,
         cache: LayerCache | None,
     ) -> Tensor:
-        """``condition`` is (B, e, D); ``spread`` (n,) says whose each position is, None where all share evenly."""
+        """``condition`` is (B, e, D), one per entity; ``spread`` (n,) is the entity of each position, None if all
+        entities have the same size."""
         parts = self.modulation(condition)  # (B, e, 6 D)
         parts = parts if spread is None else parts[:, spread]
         gate1, gate2, scale1, scale2, shift1, shift2 = parts.unsqueeze(2).chunk(6, -1)
@@ -102,7 +103,7 @@ class XAR(ContinuousGenerator):
         spec: the tokens to model: continuous latents.
         num_classes: number of classes; 0 for unconditional generation.
         dim, num_heads: width and heads; the width of a head must be divisible by 4.
-        num_encoder_layers, num_decoder_layers: blocks before and after the second table of positions.
+        num_encoder_layers, num_decoder_layers: blocks before and after the second position embedding.
         mlp_ratio: hidden width of the feed-forward, in units of two thirds of dim.
         layout: the entity that is predicted next, and its size.
         condition_dropout: share of training samples whose class is dropped, for guidance.
@@ -178,7 +179,7 @@ class XAR(ContinuousGenerator):
 
         Args:
             noisy: (R, n, D), the first entities of the sequence, in the layout's order.
-            times: (R, e) in [0, 1], the noise level of each of them.
+            times: (R, e) in [0, 1], the noise level of each entity.
         """
         entities = range(times.shape[1])
         if noisy.shape[1] != self.layout.bounds[len(entities)]:
@@ -193,9 +194,10 @@ class XAR(ContinuousGenerator):
 
         Args:
             noisy: (R, n, D) latents, in the layout's order.
-            times: (R, e), of each of the entities.
+            times: (R, e) in [0, 1], the noise level of each entity.
             classes: (R, D') class embeddings.
-            cache: keys and values of all entities before; those of ``noisy`` are appended.
+            entities: the entities of ``noisy``.
+            cache: keys and values of all earlier entities; those of ``noisy`` are appended.
         """
         bounds = self.layout.bounds
         start, stop = bounds[entities.start], bounds[entities.stop]
@@ -215,13 +217,13 @@ class XAR(ContinuousGenerator):
         return self.output(self.decoder_norm(x))
 
     def embed_times(self, times: Tensor) -> Tensor:
-        """Times (R, e) in [0, 1] to (R, e, D); a thousand of them can be told apart."""
-        # Truncated in float32, as the released models were trained.
+        """Times (R, e) in [0, 1] to (R, e, D), in steps of 1 / 1000."""
+        # Truncated in float32, as in the training of the released models.
         index = (times.float() * 1000).long()
         return self.time_embedding(index.flatten()).unflatten(0, times.shape)
 
     def _mask(self, entities: range, device: torch.device) -> Tensor | FlexMask | None:
-        """The block-causal mask of these entities over all up to them; one entity alone sees everything there is."""
+        """The block-causal mask of these entities over all entities up to them; None for one entity, which sees all."""
         if len(entities) == 1:
             return None
         dropout = self.training and self.attn_drop
@@ -242,9 +244,9 @@ class XAR(ContinuousGenerator):
         tokenizer: Expands | None = None,
         context: Tensor | None = None,
     ) -> GeneratorOutput:
-        """Mean squared error of the velocities noise - data, the entities noisy each at its own level.
+        """Mean squared error of the velocities noise - data, with each entity at its own noise level.
 
-        Entities that a context replaces are context alone: what leads from them to the data is no velocity of the flow.
+        Entities that a context replaces are left out of the loss: they are no data, so their velocities are undefined.
 
         Raises:
             ValueError: no draws, or latents of another tokenizer.
@@ -267,7 +269,7 @@ class XAR(ContinuousGenerator):
         return GeneratorOutput(loss, prediction)
 
     def _all_of_entity(self, values: Tensor) -> Tensor:
-        """(B, N) bool, True at all positions of an entity where values (B, N) are True at all of them."""
+        """(B, N) bool, True at the positions of entities whose values (B, N) are all True."""
         entity = _entity_of(self.layout, 0, self.layout.length, values.device)
         wrong = torch.zeros(len(values), self.layout.num_entities, device=values.device)
         return wrong.index_add(1, entity, (~values).float())[:, entity] == 0
@@ -281,7 +283,7 @@ class XAR(ContinuousGenerator):
         return self.layout.to_sequence(tokens)
 
     def replaced(self, uniforms: Tensor, share: float, draws: Draws) -> Tensor:
-        """Whole entities are replaced; never the last, which is the context of none."""
+        """Whole entities are replaced, but never the last, which is no entity's context."""
         entity = _entity_of(self.layout, 0, self.layout.length, uniforms.device)
         return (uniforms[:, entity] < share) & (entity < self.layout.num_entities - 1)
 
@@ -293,7 +295,7 @@ class XAR(ContinuousGenerator):
         draws: Draws,
         tokenizer: Expands | None = None,
     ) -> Tensor:
-        """The data that the velocities of training point at, each entity's from its own noise level."""
+        """The data estimates of the training pass, each entity from its own noise level."""
         noise, times = draws["noise"], draws["time"]
         noisy = self.noisy(self.context_of(tokens), noise, times)
         velocity = self.velocity(noisy, times, self.drop_condition(condition, draws))
@@ -314,7 +316,7 @@ class XAR(ContinuousGenerator):
         }
 
     def sampling_draws(self, keys: Keys, options: XAROptions | None = None) -> Draws:
-        """ "noise" (B, N, D), where entities start; "steps" (B, num_steps - 1, N, D) for the stochastic solver;
+        """Normal: "noise" (B, N, D), the start of entities; "steps" (B, num_steps - 1, N, D) for the stochastic solver;
         "context" (B, N, D) for noisy contexts."""
         options = options or XAROptions()
         shape = (self.layout.length, self.spec.dim)
@@ -355,7 +357,7 @@ class XAR(ContinuousGenerator):
             proj_drop=given.take("proj_dropout", 0.1),
         )
         given.finish()
-        # Mask and rotary tables are stored, but follow from the layout.
+        # The released files hold the mask and rotary tables, which follow from the layout.
         state = {key: t for key, t in state_dict.items() if key != "mask" and ".attn.rope.freqs" not in key}
         return model.with_official_weights(rename(state, OFFICIAL_NAMES))
 
@@ -367,7 +369,7 @@ WITHOUT_EFFECT = {
     "init_values": "the reference scales no layer",
     "grad_checkpointing": "saves memory in training",
 }
-"""Arguments of the reference that change nothing of what the model computes, each with the reason."""
+"""Arguments of the reference that do not change what the model computes, each with the reason."""
 
 OFFICIAL_NAMES = [
     (r"class_emb\.weight", r"class_embedding.weight"),
@@ -406,7 +408,7 @@ def _flex_mask(layout: EntityLayout, entities: int, device: torch.device) -> Fle
     return block_causal(layout.entity_of[: layout.bounds[entities]].to(device))
 
 
-# Kept, because a copy to the device waits for what it is computing.
+# Cached, because a copy to the device synchronises with it.
 @lru_cache(maxsize=32)
 def _entity_of(layout: EntityLayout, start: int, stop: int, device: torch.device) -> Tensor:
     return layout.entity_of[start:stop].to(device)

@@ -1,4 +1,4 @@
-"""Sampling of xAR: solvers over one entity after another, with a cache of the finished ones."""
+"""Sampling of xAR: a solver for one entity after another, with a cache of the finished ones."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ class XAROptions(GuidanceOptions):
         solver: ``euler_maruyama`` solves the reverse SDE and ends without noise; ``euler`` the ODE.
         guidance_schedule: ``linear`` leaves the first entity unguided and gives the last one the whole scale. An image
             that is one entity has the whole scale.
-        context_noise: the noise level, in [0, 1), at which finished entities are shown to later ones.
+        context_noise: the noise level, in [0, 1), of finished entities as the context of later ones.
 
-    The others are those of ``GuidanceOptions``; of the velocity. A step is an entity.
+    The others are those of ``GuidanceOptions``: guidance combines velocities, and its step is an entity.
 
     Raises:
         ValueError: a value out of its range, or fewer steps than the solver needs.
@@ -73,7 +73,7 @@ class XAROptions(GuidanceOptions):
         return stochastic_times(self.num_steps) if self.solver == "euler_maruyama" else PATH.times(self.num_steps)
 
     def solve(self, velocity: VelocityField, x: Tensor, noise: Tensor | None) -> Iterator[FlowState]:
-        """From noise x (B, n, D) to data; ``noise`` (B, num_steps - 1, n, D) feeds the stochastic solver."""
+        """Solve from noise x (B, n, D) to data; ``noise`` (B, num_steps - 1, n, D) is for the stochastic solver."""
         if self.solver == "euler":
             return euler(velocity, x, self.times())
         if noise is None:
@@ -84,10 +84,10 @@ class XAROptions(GuidanceOptions):
 class XARSession:
     """Cached sampling: finished entities are computed once, and only the noisy one at every step.
 
-    All rows of guidance ride in the same batch, except in a first entity that is not guided.
+    The model's batch holds all rows of guidance, except for a first entity that is not guided.
 
     Attributes:
-        entity: how many entities are finished.
+        entity: the number of finished entities.
     """
 
     @torch.no_grad()
@@ -132,7 +132,7 @@ class XARSession:
             ValueError: num_tokens does not end with an entity; latents that are not finite.
         """
         entities = range(self.entity, self._stop(num_tokens))
-        # All before the first step: a copy to a device waits for what it is computing.
+        # All copied before the first step: a copy to a device synchronises with it.
         raster = [self.layout.raster_positions(entity).to(self._sequence.device) for entity in entities]
         failure = FirstFailure("latents", self._sequence.dtype)
         for entity, positions in zip(entities, raster):
@@ -161,9 +161,10 @@ class XARSession:
         """The entity's latents (B, n, D) in the solver's precision."""
         guidance = self._guidance.at(entity, self.layout.num_entities)
         field = self._velocity_field(entity)
-        if entity or any(guidance.weights(0, 1)[1:]):  # else nothing remembers the other rows, nor counts them
+        # An unguided first entity skips the other rows: their weight is 0, and nothing of them is cached.
+        if entity or any(guidance.weights(0, 1)[1:]):
             field = guided(field, guidance)
-        # The state is float64: many small steps are added up.
+        # The state is float64, because it is the sum of many small steps.
         precise = torch.float32 if self._sequence.device.type == "mps" else torch.float64
         noise = self.draws["noise"][:, here].to(precise)
         steps = self.draws["steps"][:, :, here].to(precise) if self.options.solver == "euler_maruyama" else None
@@ -179,7 +180,7 @@ class XARSession:
 
         def velocity(x: Tensor, t: float) -> Tensor:
             noisy = x.to(self._sequence)
-            if entity == 0:  # nothing to remember; and unguided, it has fewer rows than the cache
+            if entity == 0:  # no cache: there is no context yet, and an unguided entity has fewer rows than the cache
                 return self._transform(noisy, t, range(1), None).to(x)
             if self._cached < entity:
                 context = self._context(range(self._cached, entity))
@@ -192,13 +193,13 @@ class XARSession:
         return velocity
 
     def _transform(self, noisy: Tensor, t: float, entities: range, cache: KVCache | None) -> Tensor:
-        """The velocities of consecutive entities, the last of which is at time t and the others are finished."""
+        """The velocities of consecutive entities: the last at time t, the finished others at ``context_noise``."""
         levels = torch.full((len(noisy), len(entities)), self.options.context_noise, device=noisy.device)
         levels[:, -1].fill_(t)
         return self.model.transform(noisy, levels, self._classes[: len(noisy)], entities, cache)
 
     def _context(self, entities: range) -> Tensor:
-        """Finished entities (B, n, D), as later ones see them."""
+        """Finished entities (B, n, D) at the noise level ``context_noise``."""
         here = slice(self.layout.bounds[entities.start], self.layout.bounds[entities.stop])
         level, finished = self.options.context_noise, self._sequence[:, here]
         return PATH.interpolate(finished, self.draws["context"][:, here].to(finished), level) if level else finished
