@@ -311,8 +311,8 @@ class MAR(ContinuousGenerator):
         }
 
     def sampling_draws(self, keys: Keys, options: MAROptions | None = None) -> Draws:
-        """ "order" (B, L), a permutation; "noise" (B, 1 + num_steps, L, d) normal: the initial noise of tokens, and that
-        of the denoising steps."""
+        """ "order" (B, L), a permutation; "noise" (B, 1 + num_steps, L, d) normal: the initial noise of tokens, and
+        that of the denoising steps."""
         options = options or MAROptions()
         noise = keys.normal("noise", 1 + options.num_steps, self.length, self.token_dim)
         return {"order": keys.permutation("order", self.length), "noise": noise}

@@ -1,4 +1,4 @@
-"""What Ming-UniVision reads, and what it has read: prompts, and growing sequences with their cache."""
+"""The inputs of Ming-UniVision: prompts, and growing sequences with their KV cache."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from vistok.generators.ming_univision.networks import Backbone, FlowHead
 from vistok.types import Condition, Expands, TokenSpec
 
 ALWAYS, TEXT, IMAGE = 0, 1, 2
-"""Kinds of entries: those that every row of guidance sees, the user's text, and images that came before."""
+"""Kinds of entries: those that every row of guidance sees, the user's text, and earlier images."""
 KINDS = {"labels": TEXT, "ids": TEXT, "given": IMAGE}
-"""Which entries a row does without that drops a part of the condition."""
+"""The kind of entries that are hidden from a row that drops a part of the condition."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is read before an image is written.
+    """The entries before a generated image or text.
 
     Attributes:
         embeddings: (B, n, D).
         valid: (B, n) bool, False in padding.
         kinds: (B, n) int64, see ``ALWAYS``.
-        images: (B, n) bool, True where the features of an image are read.
+        images: (B, n) bool, True at the features of an image.
     """
 
     embeddings: Tensor
@@ -37,7 +37,7 @@ class Prompt:
 
     @classmethod
     def cat(cls, parts: list[Prompt]) -> Prompt:
-        """Several prompts as one, one after another."""
+        """Concatenate several prompts."""
         names = ("embeddings", "valid", "kinds", "images")
         return cls(*(torch.cat([getattr(part, name) for part in parts], 1) for name in names))
 
@@ -69,11 +69,11 @@ class MingLike(Protocol):
 
 
 class Context:
-    """A batch of growing sequences with their cache. Later entries see those before, unless a row does without.
+    """A batch of growing sequences with their cache. An entry sees the earlier ones that its row does not hide.
 
     Attributes:
-        rows: the number of sequences.
-        visible: (rows, length) bool, which entries later ones see.
+        rows: the number of sequences, without the branches of guidance.
+        visible: (rows, length) bool, the entries that later ones see.
         kinds: (rows, length) int64, see ``ALWAYS``.
     """
 
@@ -86,7 +86,7 @@ class Context:
         self.kinds = torch.zeros(rows, 0, dtype=torch.int64, device=weight.device)
 
     def __len__(self) -> int:
-        """Entries of each sequence."""
+        """The number of entries of each sequence."""
         return self.visible.shape[1]
 
     def check_room(self, count: int, what: str = "entries") -> None:
@@ -101,10 +101,10 @@ class Context:
     def read(
         self, x: Tensor, valid: Tensor | None = None, kinds: Tensor | None = None, images: Tensor | None = None
     ) -> Tensor:
-        """Append entries (R, n, D); their normed hidden states (R, n, D).
+        """Append entries (R, n, D); return their normed hidden states (R, n, D).
 
         Raises:
-            ValueError: the context would be longer than the model's.
+            ValueError: the context would be longer than the model's ``max_length``.
         """
         rows, count = x.shape[:2]
         start = len(self)
@@ -119,14 +119,14 @@ class Context:
         return self.model.backbone(x, positions, attention_mask(self.visible, start), self.cache.layers, images)
 
     def branch(self, hidden: list[Tensor]) -> None:
-        """Repeat all sequences, once for each of ``hidden`` (rows, length) bool: what that branch no longer sees."""
+        """Repeat all sequences, one branch for each of ``hidden`` (rows, length) bool, the entries that it hides."""
         chosen = torch.arange(self.rows, device=self.visible.device).repeat(len(hidden))
         self.cache.choose(chosen)
         self.visible = self.visible[chosen] & ~torch.cat(hidden)
         self.kinds = self.kinds[chosen]
 
     def join(self, visible: Tensor) -> None:
-        """Keep the first branch alone, which sees again what is ``visible`` (rows, n) of its first n entries."""
+        """Keep only the first branch, and reset the visibility of its first n entries to ``visible`` (rows, n)."""
         first = torch.arange(self.rows, device=self.visible.device)
         self.cache.choose(first)
         self.visible = torch.cat([visible, self.visible[: self.rows, visible.shape[1] :]], 1)
@@ -134,9 +134,9 @@ class Context:
 
 
 def attention_mask(visible: Tensor, start: int) -> Tensor:
-    """What entries from ``start`` on see of all: bool (R, 1, n, keys), for (R, keys) that are visible at all.
+    """The causal mask (R, 1, n, keys) bool of the entries from ``start`` on, over the ``visible`` (R, keys) ones.
 
-    Every entry sees itself, so that padding has something to attend to.
+    Every entry sees itself, so that no row of the mask is empty.
     """
     keys = visible.shape[1]
     causal = torch.ones(keys - start, keys, dtype=torch.bool, device=visible.device).tril(start)

@@ -1,4 +1,4 @@
-"""A causal language model of Hugging Face's ``transformers`` in the place of Ming-UniVision's own."""
+"""A causal language model of Hugging Face's ``transformers`` in place of Ming-UniVision's own backbone."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from vistok.generators.engine.cache import KVCache
 from vistok.nn.attention import LayerCache
 
 DEFAULT_LENGTH = 2048
-"""Positions of a context where a model's config names no limit."""
+"""Positions of a context if the model's config names no limit."""
 REACHES = ("max_position_embeddings", "sliding_window", "attention_chunk_size")
-"""Limits of a config: positions there are, and entries that attention sees, where all are to see all."""
+"""Fields of a config that limit the context, whose entries must all see each other: positions, and attention spans."""
 PROBED, HIDDEN = 10, 2
-"""Ids that a model is tried with, and how many of them it is not to see."""
+"""The number of ids that a model is tested with, and how many of them are hidden from it."""
 NO_BACKBONE = (
     "cannot carry texts and images: it does not compute an embedding, attention over the entries that a mask leaves at "
     "positions that it is told, and an output layer; take another model, such as Qwen or Mistral"
@@ -27,22 +27,22 @@ NO_BACKBONE = (
 class LanguageModel(nn.Module):
     """The layers of a causal language model: embeddings (R, n, D) to normed hidden states (R, n, D).
 
-    Its embedding and its output layer are taken out of it (``release``), each with weights of its own, and with room
-    for marks that the model did not know. What is left is compared with the whole model on a few ids.
+    Its embedding and its output layer are separated (``release``), untied, and enlarged for new special ids. The
+    separated parts are compared with the whole model on a few ids.
 
     Args:
-        source: a folder or a name on the hub, whose weights it starts from; or a config as JSON values, for a model of
-            which the weights come later.
-        vocabulary_size: ids that there must be at least.
+        source: a folder or a name on the hub, whose weights it starts from; or a config as JSON values, for a model
+            whose weights are loaded later.
+        vocabulary_size: the least number of ids.
 
     Attributes:
         sizes: the config.
         dim: D.
-        max_length: the most positions of a context, no more than its attention reaches back.
-        cache_sizes: layers, heads of keys and values, and channels of a head.
+        max_length: the most positions of a context, limited by positions and attention spans of the model.
+        cache_sizes: layers, key and value heads, and channels of a head.
 
     Raises:
-        ValueError: ``transformers`` is not installed, the source is no causal language model, or one that is more than
+        ValueError: ``transformers`` is not installed, the source is no causal language model, or the model is more than
             an embedding, layers and an output layer.
     """
 
@@ -85,7 +85,7 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def _cache_sizes(self, num_layers: int, x: Tensor) -> tuple[int, int, int]:
-        """What its layers remember of entries (1, n, D)."""
+        """``cache_sizes``, found by feeding entries (1, n, D)."""
         caches = [_Sizes() for _ in range(num_layers)]
         self(x, *_all_visible(x), caches)
         found = set().union(*(cache.found for cache in caches))
@@ -95,7 +95,7 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def _in_steps(self, x: Tensor, output: nn.Linear) -> Tensor:
-        """Logits of all but the first entries (1, n, D), which are hidden, in steps over a cache."""
+        """Logits of all but the first entries (1, n, D), which are hidden, computed in steps with a cache."""
         count = x.shape[1]
         num_layers, heads, dim = self.cache_sizes
         cache = KVCache(num_layers, 1, heads, count, dim, dtype=x.dtype, device=x.device)
@@ -108,7 +108,7 @@ class LanguageModel(nn.Module):
         return output(torch.cat(parts, 1)[:, HIDDEN:])
 
     def release(self) -> tuple[nn.Embedding, nn.Linear]:
-        """The embedding and the output layer, which belong to the caller from now on."""
+        """Hand the embedding and the output layer over to the caller; to be called once."""
         ends = self._ends
         del self._ends
         return ends
@@ -121,7 +121,7 @@ class LanguageModel(nn.Module):
         caches: Sequence[LayerCache] | None = None,
         images: Tensor | None = None,
     ) -> Tensor:
-        """See ``Backbone.forward``. ``images`` are not looked at: texts and images share all routers."""
+        """See ``Backbone.forward``. ``images`` is ignored: texts and images share all routers."""
         lowest = torch.finfo(x.dtype).min
         answer = self.layers(
             inputs_embeds=x,
@@ -155,7 +155,7 @@ def _name(source: str | Mapping[str, Any]) -> str:
 
 
 class _Sizes:
-    """In the place of a layer's cache: takes down heads and channels, and remembers nothing."""
+    """A stand-in for a layer's cache that stores nothing and records the numbers of heads and channels."""
 
     length = 0
 
@@ -175,7 +175,7 @@ def _all_visible(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cache(caches: Sequence[LayerCache]) -> Any:
-    """Our caches as ``transformers`` wants them."""
+    """Our caches as a ``Cache`` of ``transformers``."""
     from transformers import Cache
 
     class Caches(Cache):

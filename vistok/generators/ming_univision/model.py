@@ -3,8 +3,9 @@
 Paper: Ming-UniVision: Joint Image Understanding and Generation with a Unified Continuous Tokenizer (arXiv 2510.06590,
 section 3). Official weights and conventions: github.com/inclusionAI/Ming-UniVision (MIT).
 
-The model reads what its tokenizer makes of latents (semantic features) and writes latents, by a flow head for each
-token. A latent that it has written is expanded and read at once, so drawing and reading share one input space.
+The model reads the semantic features that its tokenizer makes from latents, and generates latents with a flow head, one
+per token. A generated latent is expanded to features and read at once, so generation and understanding share one input
+space.
 """
 
 from __future__ import annotations
@@ -55,33 +56,35 @@ OWN_STEPS = 8
 
 
 class MingUniVision(Understanding):
-    """Text to image, image and text to image, image to text.
+    """Generates images from text, or from an image and text, and text from images.
 
-    A context is: the human's role, an image that came before, the human's text, the model's role, and the image that
-    is written. Guidance and training do without the text, or without text and image; roles and marks always stay.
+    A context is: the user role, a given image, the user's text, the assistant role, and the generated image. Guidance
+    and condition dropout hide the text, or text and image; roles and special tokens are always visible.
 
     Args:
-        spec: of the tokens.
-        feature_dim: channels of what the tokenizer makes of a token.
-        num_classes: number of classes; a class is one entry that stands for a text. 0 takes none.
-        text_vocabulary_size, text_length: texts are at most so many ids below that.
-        given_length: the most latents of an image that comes before; 0 takes none.
-        vocabulary_size: ids of the language model; None adds four marks to those of texts.
-        image_start, image_patch, image_end, end: ids of the marks; None takes the four behind those of texts.
-        human, assistant: ids of the roles, before and behind what the human says.
+        spec: the tokens to model: continuous latents.
+        feature_dim: channels of the feature that the tokenizer makes from a token.
+        num_classes: number of classes; a class is one entry in place of a text. 0 for none.
+        text_vocabulary_size: ids of texts are below this.
+        text_length: the most ids of a text.
+        given_length: the most latents of a given image; 0 for none.
+        vocabulary_size: ids of the language model; None is those of texts and four special ids.
+        image_start, image_patch, image_end, end: special ids; None takes the four after the ids of texts.
+        human, assistant: ids of the roles, before and after the user's turn.
         backbone: the language model.
-        language_model: in its place a causal language model of Hugging Face, by a folder or a name on the hub, whose
-            weights it starts from; a saved model has its config here.
-        head: the network that draws latents.
+        language_model: instead of ``backbone``, a causal language model of Hugging Face: a folder or a name on the hub,
+            whose weights it starts from. In a saved model, its config.
+        head: the network that generates latents.
         num_projection_layers: linear layers between features and the language model.
         condition_dropout: share of the samples that are trained without their text, half of them without an image too.
-        end_weight: weight of the loss of the mark behind an image.
-        text_weight: weight of the loss of words and marks, where it learns from streams.
-        latent_mean, latent_scale: what its tokenizer standardises latents with; another tokenizer's are refused. None
-            is not known.
+        end_weight: weight of the loss of the special id after an image.
+        text_weight: weight of the loss of text and special ids, for training on streams.
+        latent_mean, latent_scale: the statistics with which its tokenizer standardises latents; a tokenizer with others
+            is refused. None if they are not known.
 
     Raises:
-        ValueError: discrete tokens, a mark or a role that is no id, marks with the same one, or a value out of range.
+        ValueError: discrete tokens, a special or role id outside the vocabulary, two special ids that are equal, or a
+            value out of range.
     """
 
     to_condition: nn.Module
@@ -156,7 +159,7 @@ class MingUniVision(Understanding):
         size = text_vocabulary_size + 4 if vocabulary_size is None else vocabulary_size
         model = None if language_model is None else LanguageModel(language_model, size)
         if model is not None:
-            self._arguments["language_model"] = model.sizes  # its weights are ours from now on
+            self._arguments["language_model"] = model.sizes  # its weights belong to this model from now on
         marks = {"image_start": image_start, "image_patch": image_patch, "image_end": image_end, "end": end}
         ids = [text_vocabulary_size + number if mark is None else mark for number, mark in enumerate(marks.values())]
         for name, mark in [*zip(marks, ids), *(("human", i) for i in human), *(("assistant", i) for i in assistant)]:
@@ -235,12 +238,13 @@ class MingUniVision(Understanding):
         tokenizer: Expands | None = None,
         context: Tensor | None = None,
     ) -> GeneratorOutput:
-        """All places in one pass; the tokenizer is not trained. Draws without "drop" leave nothing out.
+        """The training pass over all places at once; the tokenizer is not trained. Without "drop" among the draws, no
+        condition is hidden.
 
-        Of latents: mean squared error of the velocity, and ``end_weight`` times the cross entropy of the mark behind
-        the image; metrics "flow" and "image_end". Of streams, which have what they are conditioned on in themselves:
-        the same error, and ``text_weight`` times the mean cross entropy of the words and marks in the loss; metrics
-        "flow" and "text".
+        For latents: mean squared error of the velocity, plus ``end_weight`` times the cross entropy of the special id
+        after the image; metrics "flow" and "image_end". For streams, which contain their conditions: the same error,
+        plus ``text_weight`` times the mean cross entropy of the text and special ids in the loss; metrics "flow" and
+        "text".
 
         Raises:
             ValueError: latents of another tokenizer, a missing tokenizer, missing draws, or streams that this model
@@ -275,7 +279,7 @@ class MingUniVision(Understanding):
         draws: Draws,
         tokenizer: Expands | None = None,
     ) -> Tensor:
-        """The model's own latents, drawn in a few steps of the head."""
+        """The model's own latents, sampled with few steps of the head."""
         hidden = self._hidden(tokens, condition, draws, self.needed_tokenizer(tokenizer))
         z, noise = self.to_condition(hidden[:, :-1]).flatten(0, 1), draws["own"].flatten(0, 1)
         return self.flow_head.sample(z, noise, OFF, num_steps=OWN_STEPS).view_as(tokens)
@@ -338,7 +342,7 @@ class MingUniVision(Understanding):
 
     @torch.no_grad()
     def describe(self, condition: Condition, max_tokens: int, *, tokenizer: Expands | None) -> Tensor:
-        """Answer in text: ids (B, n), n <= max_tokens, the likeliest each time, filled up with the end mark.
+        """Answer in text by greedy decoding: ids (B, n), n <= max_tokens, padded with ``end``.
 
         Args:
             condition: an image (``given``), a question (``ids``), or both.
@@ -365,5 +369,5 @@ class MingUniVision(Understanding):
 
 
 def _mean_of(losses: Tensor, rows: Tensor, weights: Tensor | None) -> Tensor:
-    """The mean of losses (M,) of entries in ``rows`` (M,), 0 of none, each with the weight of its sample."""
+    """The mean of losses (M,) of entries in ``rows`` (M,), weighted by their samples; 0 if there are none."""
     return weighted_mean(losses, torch.ones_like(losses) if weights is None else weights[rows])

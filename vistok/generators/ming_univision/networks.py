@@ -1,4 +1,4 @@
-"""The language model of Ming-UniVision, and the head that writes latents."""
+"""The language model of Ming-UniVision, and the flow head that generates latents."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from vistok.nn.rotary import FixedRotation, Rotation, rotation_table
 EPS = 1e-6
 TIME_SCALE = 1000.0
 PATH = LinearPath(noise_at=0)
-"""In u = 1 - t, where t is the time that the network is told: the head's velocity points from noise to data."""
+"""The path in u = 1 - t, where t is the network's time: the head's velocity points from noise to data."""
 
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """A causal language model: pre-norm blocks with rotary positions and grouped heads, experts or plain layers.
+    """A causal language model: pre-norm blocks with RoPE, grouped-query attention, and dense or expert feed-forwards.
 
     Attributes:
-        dim, num_layers, num_heads: the usual sizes.
-        num_kv_heads: heads of keys and values; None is ``num_heads``.
-        head_dim: None is ``dim // num_heads``.
-        mlp_dim: hidden width of a plain feed-forward.
-        num_experts: 0 has plain feed-forwards in all blocks.
+        dim, num_layers, num_heads: width, blocks, heads.
+        num_kv_heads: number of key and value heads; None is ``num_heads``.
+        head_dim: channels of a head; None is ``dim // num_heads``.
+        mlp_dim: hidden width of a dense feed-forward.
+        num_experts: experts of a block; with 0 all blocks have dense feed-forwards.
         experts_per_token, expert_dim, num_shared_experts, renormalise_experts: see ``MixtureOfExperts``.
-        has_image_router: whether the positions of images that are read have a router of their own.
-        num_dense_layers: the first blocks that have plain feed-forwards beside later experts.
+        has_image_router: whether image inputs have a router of their own.
+        num_dense_layers: number of first blocks with dense feed-forwards; the others have experts.
         qkv_bias, out_bias: whether the projections of attention have biases.
         norm_eps: of the RMS norms.
         rope_base: of the rotary frequencies.
@@ -130,12 +130,13 @@ class Backbone(nn.Module):
         caches: Sequence[LayerCache] | None = None,
         images: Tensor | None = None,
     ) -> Tensor:
-        """
+        """Hidden states (R, n, D) of embeddings x (R, n, D).
+
         Args:
             positions: (R, n) int64.
             mask: bool (R, 1, n, keys), True where attention is allowed.
-            caches: of each block.
-            images: (R, n) bool, True at positions of images that are read; None for none.
+            caches: one per block; None without caches.
+            images: (R, n) bool, True at image inputs; None for none.
         """
         rotation = self.rotation(positions)
         each: Sequence[LayerCache | None] = caches or [None] * len(self.blocks)
@@ -146,11 +147,11 @@ class Backbone(nn.Module):
 
 @dataclass(frozen=True)
 class FlowHeadConfig:
-    """The head that draws a latent.
+    """The flow head that generates a latent.
 
     Attributes:
         dim, num_layers: width and residual blocks.
-        mlp_ratio: of its gated feed-forwards: as many weights as plain ones of so many times the width.
+        mlp_ratio: hidden width, in units of dim, of a plain feed-forward with as many weights as the gated one has.
     """
 
     dim: int = 3072
@@ -186,7 +187,7 @@ class FlowHead(nn.Module):
         self.network.initialise()
 
     def velocity(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """The velocity (M, C) of x (M, C) at times t (M,) or (1,) in [0, 1], 1 being noise, under (M, Z)."""
+        """The velocity (M, C) of x (M, C) at times t (M,) or (1,) in [0, 1], 1 is noise, given conditions (M, Z)."""
         return self.network(x, TIME_SCALE * t, self.network.condition(condition))
 
     def losses(self, latents: Tensor, condition: Tensor, t: Tensor, noise: Tensor) -> Tensor:
@@ -203,13 +204,13 @@ class FlowHead(nn.Module):
         num_steps: int,
         time_shift: float = 1.0,
     ) -> Tensor:
-        """Latents (B, C), by Euler's method.
+        """Sample latents (B, C) by Euler's method.
 
         Args:
             condition: (R * B, Z), row by row of the guidance.
-            noise: (B, C), times the temperature.
+            noise: (B, C), already multiplied by the temperature.
             num_steps: network calls.
-            time_shift: more than 1 spends more of the steps near the noise.
+            time_shift: values above 1 spend more of the steps near the noise.
         """
         projected = self.network.condition(condition)
 

@@ -1,6 +1,6 @@
-"""What the reference of Ming-UniVision calls things: its config and its state dict.
+"""The reference's config and state-dict names of Ming-UniVision.
 
-Released files hold the tokenizer too, a further trained one, behind the prefix "vision."; it is read as a tokenizer.
+Released files also hold a further trained tokenizer, with the prefix "vision."; it is loaded as a tokenizer.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ WITHOUT_EFFECT = {
     "llm_config.transformers_version": "of the reference's libraries",
     "vishead_diffloss_config.num_sampling_steps": "a sampling option",
 }
-"""Keys of the reference's config that change nothing of what the model computes, each with the reason."""
+"""Keys of the reference's config that do not change what the model computes, each with the reason."""
 
 GEN_METHOD = re.compile(r"flow_matching_swiglu-(\d+(?:\.\d+)?)")
 
@@ -101,7 +101,7 @@ def arguments(given: OfficialConfig) -> dict[str, Any]:
 def _spec(given: OfficialConfig) -> TokenSpec:
     encoder = "mingtok.low_level_encoder"
     count = given.take("llm_config.num_image_tokens_for_gen", None)
-    if count is None:  # else it is what counts
+    if count is None:  # if given, it overrides the size of the encoder
         count = (given.take(f"{encoder}.img_size") // given.take(f"{encoder}.patch_size")) ** 2
     if math.isqrt(count) ** 2 != count:
         raise CheckpointError(f"llm_config.num_image_tokens_for_gen is {count}; the images that are drawn are square")
@@ -179,7 +179,7 @@ OFFICIAL_NAMES = [
 ]
 EXPERT = re.compile(_LAYER + r"mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
 SURPLUS = re.compile(r"vision\..+|.+\.rotary_emb\.inv_freq|.+\.mlp\.audio_gate\.weight")
-"""Keys of the tokenizer, of rotary tables, which are made anew, and of the router of sounds, which are not read."""
+"""Keys that are not loaded: the tokenizer, the rotary tables, which are recomputed, and the audio router."""
 
 
 def own_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -188,7 +188,7 @@ def own_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def our_flow_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a flow head under our names; both halves of its gated layers apart."""
+    """The state dict of a flow head under our names, with the two halves of its gated layers separated."""
     renamed = {}
     for key, tensor in rename(state, FLOW_NAMES).items():
         stem, found, kind = key.partition(".mlp.w12.")
@@ -200,7 +200,7 @@ def our_flow_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def our_names(state: Mapping[str, Tensor], config: BackboneConfig) -> dict[str, Tensor]:
-    """The reference's state dict under our names: experts side by side, and rotated channels as adjacent pairs."""
+    """The reference's state dict under our names, with stacked experts, and rotated channels as adjacent pairs."""
     prefix = "model.diffloss."
     flow = {key.removeprefix(prefix): state[key] for key in state if key.startswith(prefix)}
     rest = {key: tensor for key, tensor in state.items() if not key.startswith(prefix)}
@@ -212,7 +212,7 @@ def our_names(state: Mapping[str, Tensor], config: BackboneConfig) -> dict[str, 
 
 
 def _with_stacked_experts(state: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-    """Experts of a layer as one tensor each; where some are absent or differ, all stay as they are, to be named."""
+    """The experts of each layer stacked. If some are missing or differ in shape, they stay, and loading names them."""
     found: dict[tuple[str, str], dict[int, str]] = {}
     for key in state:
         if match := EXPERT.fullmatch(key):
@@ -228,11 +228,11 @@ def _with_stacked_experts(state: Mapping[str, Tensor], count: int) -> dict[str, 
 
 
 def _in_pairs(qkv: Tensor, config: BackboneConfig) -> Tensor:
-    """Rows of queries and keys, of which the reference rotates channel i with i + h / 2, as pairs (2i, 2i + 1)."""
+    """Reorder the query and key rows: the reference rotates channels (i, i + h / 2), ours (2i, 2i + 1)."""
     head_dim = config.head_dim or config.dim // config.num_heads
     rotated = (config.num_heads + (config.num_kv_heads or config.num_heads)) * head_dim
     if len(qkv) < rotated or head_dim % 2:
-        return qkv  # of another shape, which loading will name
+        return qkv  # an unexpected shape: loading names it
     order = torch.arange(head_dim).view(2, -1).T.flatten()
     pairs = qkv[:rotated].unflatten(0, (-1, head_dim))[:, order.to(qkv.device)].flatten(0, 1)
     return torch.cat([pairs, qkv[rotated:]])

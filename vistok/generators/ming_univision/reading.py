@@ -1,8 +1,8 @@
-"""How Ming-UniVision reads training streams: which entries, what of them rows of guidance do without, what is learned.
+"""Training streams as entries of Ming-UniVision's language model: ids, loss mask, and what condition dropout hides.
 
-A stream is turns: each begins with the human's role, and the model's role stands before the reply. The last image of a
-stream that is in the loss, with its start mark, is what guidance would draw: there, and there alone, the text or the
-text and the images before it are left out of some samples.
+A stream consists of turns: each begins with the user role, and the assistant role stands before the reply. Condition
+dropout concerns only the last image of a stream, if it is in the loss, with its start mark: in some samples the text,
+or the text and the images before it, are hidden from it.
 """
 
 from __future__ import annotations
@@ -19,31 +19,32 @@ from vistok.types import Expander, JointVocabulary
 
 
 def expanded(expander: Expander, latents: Tensor, valid: Tensor | None) -> Tensor:
-    """Features (B, N, E) of latents (B, N, C) of which some, (B, N) bool, are padding on any side; None for no padding.
+    """Features (B, N, E) of latents (B, N, C); ``valid`` (B, N) bool is False in padding, which may lie anywhere. None
+    is no padding.
 
-    A feature depends on all latents before it, so padding must not lie there.
+    A feature depends on all latents before it, so padding is moved behind the valid latents.
     """
     if valid is None:
         return expander.expand(latents)
-    first = (~valid).int().sort(dim=1, stable=True).indices  # the valid ones, in their order
+    first = (~valid).int().sort(dim=1, stable=True).indices  # the valid ones first, in their order
     count = max(1, int(valid.sum(1).max()))
     features = expander.expand(latents.gather(1, first[:, :count, None].expand(-1, -1, latents.shape[2])))
-    places = first.argsort(1).clamp_max(count - 1)  # padding has any
+    places = first.argsort(1).clamp_max(count - 1)  # padding gets any feature
     return features.gather(1, places[..., None].expand(-1, -1, features.shape[2]))
 
 
 @dataclass(frozen=True)
 class Reading:
-    """The entries that the language model is fed for streams, (B, N) each.
+    """The entries of streams for the language model, (B, N) each.
 
     Attributes:
-        ids: int64, of the language model; at images their patch mark.
+        ids: int64, of the language model; the patch mark at latents of images.
         valid: bool, False in padding.
-        images: bool, where latents are.
-        learned: bool, what is in the loss; an entry is predicted from the one before it.
-        kinds: int64, what rows of guidance do without: ``ALWAYS`` nothing, ``TEXT`` or ``IMAGE``.
-        response: bool, the image that guidance would draw, from its start mark on, and what follows.
-        inputs: bool, images that the human shows, which routers of their own may take.
+        images: bool, True at latents of images.
+        learned: bool, True in the loss; an entry is predicted from the one before it.
+        kinds: int64, which condition dropout hides an entry: none (``ALWAYS``), ``TEXT`` or ``IMAGE``.
+        response: bool, the image that condition dropout concerns, from its start mark on, and all that follows.
+        inputs: bool, images in user turns, which may have a router of their own.
     """
 
     ids: Tensor
@@ -59,9 +60,9 @@ class StreamReader(nn.Module):
     """Streams in their joint vocabulary as entries of the language model.
 
     Args:
-        text_size: ids of texts.
-        patch: the mark at images.
-        marks: by the stream's names, the ids that stand for a mark: none, one, or several.
+        text_size: number of text ids.
+        patch: the id at latents of images.
+        marks: by the names of the streams' special marks, the ids of the language model for each: none, one or several.
     """
 
     _own: Tensor
@@ -77,7 +78,8 @@ class StreamReader(nn.Module):
         self._is_plain = all(len(row) == 1 for row in own)
 
     def forward(self, streams: Streams) -> Reading:
-        """
+        """The entries of streams.
+
         Raises:
             ValueError: streams of another vocabulary, or of image ids.
         """
@@ -110,13 +112,12 @@ class StreamReader(nn.Module):
 
 
 def _spread(reading: Reading, there: Tensor) -> list[Tensor]:
-    """The other fields of a reading, repeated for each id that an entry may have: (B, N, R) each."""
+    """All fields of a reading but the ids, repeated for each of the R ids that an entry may have: (B, N, R) each."""
     return [getattr(reading, field.name)[..., None].expand_as(there) for field in fields(reading)[1:]]
 
 
 def _packed(reading: Reading, there: Tensor) -> Reading:
-    """The entries (B, N, R) that are ``there``, moved together in each row, (B, M); what is left at the end is
-    padding."""
+    """The entries (B, N, R) where ``there`` is True, moved to the front of each row, (B, M); the rest is padding."""
     flat = there.flatten(1)
     order = (~flat).int().sort(dim=1, stable=True).indices[:, : int(flat.sum(1).max())]
     columns = {f.name: getattr(reading, f.name).flatten(1).gather(1, order) for f in fields(reading)}

@@ -1,4 +1,4 @@
-"""How Ming-UniVision goes on from what it has read: the next latent, or the next word; a session of both."""
+"""Sampling of Ming-UniVision: a session that generates latents and texts in one context."""
 
 from __future__ import annotations
 
@@ -22,19 +22,21 @@ from vistok.utils.steps import check_steps
 class MingOptions:
     """How images are sampled.
 
-    With the velocities v of the whole condition, of the image without the text, and of neither, a step goes along
+    With the velocities v_all of the whole condition, v_image of the image without the text, and v_none of neither, the
+    guided velocity is
 
         v_none + image_guidance_scale (v_image - v_none) + guidance_scale (v_all - v_image)
 
-    Where no image came before, the first scale does not count. The released code always uses 3 and 1.1.
+    Without an earlier image, it is v_none + guidance_scale (v_all - v_none). The released code always uses the scales
+    3 and 1.1.
 
     Attributes:
-        guidance_scale: of the text; 1 is off, if that of the image is 1 too.
-        image_guidance_scale: of an image that came before.
-        combination: "channel_norm" scales a velocity down that is longer than v_all (``ChannelNorm``).
+        guidance_scale: of the text. Guidance is off if it is 1 and, with an earlier image, image_guidance_scale is 1.
+        image_guidance_scale: of an earlier image.
+        combination: "sum", or "channel_norm", which scales a velocity down that is longer than v_all (``ChannelNorm``).
         num_steps: network calls of the head per token.
         temperature: factor of the noise that a token starts from.
-        time_shift: more than 1 spends more of the steps near the noise.
+        time_shift: values above 1 spend more of the steps near the noise.
 
     Raises:
         ValueError: a value out of its range.
@@ -58,7 +60,7 @@ class MingOptions:
         check_steps("num_steps", self.num_steps)
 
     def guidance(self, *, has_image: bool) -> Guidance:
-        """The rows and their scales, with or without an image that came before."""
+        """The rows and their scales, with or without an earlier image."""
         combination = PLAIN if self.combination == "sum" else ChannelNorm()
         text, image = constant(self.guidance_scale), constant(self.image_guidance_scale)
         wish = ("labels", "ids")
@@ -69,17 +71,16 @@ class MingOptions:
 
 
 class MingSession:
-    """One context for a batch: what a human asks, what the model replies, an image or a text, and so on. Nothing is
-    read twice.
+    """One cached context for a batch of conversations: user turns and replies, which are images or texts.
 
     Args:
         rows: sequences of the batch.
-        options: how images are drawn, until ``draw`` is given others.
-        length: entries that are expected, to begin with.
+        options: of images, until ``draw`` gets others.
+        length: the initial capacity of the cache in entries.
 
     Attributes:
-        context: what was read and written.
-        hidden: (R * B, D), the state that the next latent, or the next word, is drawn from.
+        context: all entries so far.
+        hidden: (R * B, D), the hidden state that predicts the next latent or id.
         tokens: (B, n, C), latents of the last image so far.
     """
 
@@ -88,23 +89,24 @@ class MingSession:
         self.model, self.options, self._tokenizer = model, options, tokenizer
         self.context, self.guidance = Context(model, rows, length), OFF
         self.tokens = model.output.weight.new_zeros(rows, 0, model.spec.dim)
-        self._length = 0  # latents of the image that is drawn, or was drawn last
-        self._read = 0  # latents that the context has read
-        self._image_stop = -1  # entries of the context at the end of its last image
-        self._reply = -1  # entries of the context where the model's last reply begins
+        self._length = 0  # latents of the current or last image
+        self._read = 0  # its latents that were fed
+        self._image_stop = -1  # entries of the context up to the end of its last image
+        self._reply = -1  # entries of the context before the model's last reply
 
     # -----------------------------------------------------------------------------------------------------------------
     # Turns
 
     @torch.no_grad()
     def ask(self, condition: Condition) -> None:
-        """Read another turn of the human.
+        """Read another user turn.
 
-        The image before it is closed by its end mark, unless text was told or written behind it. Text of earlier turns
-        stays in all rows of guidance; images of earlier turns are what ``image_guidance_scale`` is of.
+        If the last entry is an image, its end mark is added first. Text of earlier turns is visible in all rows of
+        guidance; ``image_guidance_scale`` applies to the replies of earlier turns, with their images.
 
         Raises:
-            ValueError: a condition that the model does not take, of other rows, an image that is not whole, or no room.
+            ValueError: a condition that the model does not take, another number of rows, an unfinished image, or no
+                room.
         """
         self.model.check_condition(condition)
         self._check_rows(len(condition), "condition")
@@ -112,9 +114,9 @@ class MingSession:
 
     @torch.no_grad()
     def read(self, prompt: Prompt) -> None:
-        """``ask`` with a prompt that is embedded."""
+        """``ask`` with an embedded prompt."""
         context, model = self.context, self.model
-        is_open = len(context) == self._image_stop  # nothing was told or written since
+        is_open = len(context) == self._image_stop  # the last entry is an image without its end mark
         context.check_room(prompt.embeddings.shape[1] + is_open)
         self.leave_image()
         if self._reply >= 0:
@@ -128,7 +130,7 @@ class MingSession:
 
     @torch.no_grad()
     def wants_image(self) -> Tensor:
-        """(B,) bool, True where the model would begin an image now, and not write.
+        """(B,) bool, True where the model would begin an image next, not a text.
 
         Raises:
             ValueError: nothing was asked.
@@ -146,12 +148,13 @@ class MingSession:
 
     @torch.no_grad()
     def begin_image(self, guidance: Guidance, noise: Tensor, hidden: list[Tensor] | None = None) -> None:
-        """Read the mark that an image starts.
+        """Branch the context for guidance and feed the mark that starts an image.
 
         Args:
-            guidance: which rows there are.
-            noise: (B, L, C) normal numbers, one for each latent.
-            hidden: of each row of guidance what it does without, (B, n) bool of the context; None goes by the kinds.
+            guidance: the rows.
+            noise: (B, L, C) normal, the initial noise of each latent.
+            hidden: for each row of guidance, the entries of the context that it hides, (B, n) bool; None derives them
+                from their kinds.
 
         Raises:
             ValueError: no room for the image, or noise of another shape.
@@ -176,7 +179,7 @@ class MingSession:
 
     @torch.no_grad()
     def turn(self, condition: Condition, noise: Tensor) -> None:
-        """Read another turn of the human, and begin another image.
+        """Read another user turn and begin another image.
 
         Args:
             noise: as in ``begin_image``.
@@ -186,12 +189,12 @@ class MingSession:
 
     @property
     def has_image(self) -> bool:
-        """Whether the context has an image that rows of guidance can do without."""
+        """Whether the context has an image that rows of guidance can hide."""
         return bool((self.context.kinds == IMAGE).any())
 
     @torch.no_grad()
     def draw(self, options: MingOptions, draws: Draws) -> Tensor:
-        """Reply with an image: its latents (B, L, C), with the model's ``sampling_draws``.
+        """Reply with an image: its latents (B, L, C), from the draws of the model's ``sampling_draws``.
 
         Raises:
             ValueError: nothing was asked, or no room for the image.
@@ -207,10 +210,10 @@ class MingSession:
 
     @torch.no_grad()
     def show(self, tokens: Tensor) -> None:
-        """Take given latents (B, L, C) for the model's reply.
+        """Append given latents (B, L, C) as the model's reply.
 
         Raises:
-            ValueError: nothing was asked, latents of another tokenizer or of another count, or no room.
+            ValueError: nothing was asked, latents of another tokenizer or another number of them, or no room.
         """
         self._check_asked()
         spec = self.model.spec
@@ -233,7 +236,7 @@ class MingSession:
 
     @torch.no_grad()
     def append(self, tokens: Tensor) -> None:
-        """Set given latents (B, n, C) at the next places, instead of drawing them.
+        """Set the next places to given latents (B, n, C) instead of drawing them.
 
         Raises:
             ValueError: latents of another tokenizer, another batch size, or more than places left.
@@ -246,7 +249,7 @@ class MingSession:
 
     @property
     def left(self) -> int:
-        """Latents that are still to be drawn."""
+        """The number of latents that are still to be drawn."""
         return self._length - self.tokens.shape[1]
 
     @torch.no_grad()
@@ -278,7 +281,7 @@ class MingSession:
 
     @torch.no_grad()
     def advance(self) -> None:
-        """Read the latents that the context has not read yet."""
+        """Feed the latents that were not fed yet."""
         new = self.tokens[:, self._read :]
         if new.shape[1]:
             features = self.model.projection(self._expander.step(new))
@@ -292,10 +295,10 @@ class MingSession:
 
     @torch.no_grad()
     def leave_image(self) -> None:
-        """Leave guidance behind once the image, if there is one, is whole.
+        """End guidance after an image: only the conditional row is kept. Does nothing if no image is begun.
 
         Raises:
-            ValueError: the image is not whole.
+            ValueError: the image is not finished.
         """
         if self.left:
             raise ValueError(f"the image lacks {self.left} of its {self._length} latents; generate them")
@@ -307,17 +310,17 @@ class MingSession:
 
     @torch.no_grad()
     def finish(self) -> Tensor:
-        """Leave guidance behind once the image is whole; logits (B, V) of the word that follows it.
+        """``leave_image``, and the logits (B, V) of the id after the image.
 
         Raises:
-            ValueError: the image is not whole.
+            ValueError: the image is not finished.
         """
         self.leave_image()
         return self.model.output(self.hidden).float()
 
     @torch.no_grad()
     def tell(self, ids: Tensor) -> Tensor:
-        """Read given ids (B, n) as the model's; logits (B, V) of the word that follows them.
+        """Append given ids (B, n) as the model's reply; return the logits (B, V) of the next id.
 
         Raises:
             ValueError: nothing was asked, ids that the model does not have, or no room.
@@ -331,11 +334,10 @@ class MingSession:
 
     @torch.no_grad()
     def write(self, max_tokens: int) -> Tensor:
-        """Write text, the likeliest word each time: ids (B, n), n <= max_tokens, filled up with the end mark where a
-        row ended before the others.
+        """Reply with a text by greedy decoding: ids (B, n), n <= max_tokens, padded with ``end``.
 
         Raises:
-            ValueError: nothing was asked, an image that is not whole, or no room.
+            ValueError: nothing was asked, an unfinished image, or no room.
         """
         self._check_asked()
         self.leave_image()
@@ -344,7 +346,7 @@ class MingSession:
 
 
 def noise_of(draws: Draws | None) -> Tensor:
-    """The noise that an image is drawn from; ValueError if there is none."""
+    """The initial noise of an image, from its draws; ValueError if there is none."""
     if not draws or "noise" not in draws:
         raise ValueError("latents are drawn from noise: pass draws=sampling_draws(Keys.range(seed, B))")
     return draws["noise"]
@@ -352,11 +354,11 @@ def noise_of(draws: Draws | None) -> Tensor:
 
 @torch.no_grad()
 def write_text(model: MingLike, context: Context, hidden: Tensor, max_tokens: int) -> tuple[Tensor, Tensor]:
-    """Greedy ids (B, n) from the state (B, D) that the first is drawn from, and the state behind the last; what rows
-    that have ended are filled up with is hidden from them.
+    """Greedy ids (B, n) from the hidden state (B, D) that predicts the first, and the state after the last. Rows that
+    have ended are padded with ``end``, which is hidden from later entries.
 
     Raises:
-        ValueError: a model without a mark that ends a text, or logits that are not finite.
+        ValueError: a model without an id that ends a text, or logits that are not finite.
     """
     if model.end is None:
         raise ValueError("this model has no mark that ends a text")

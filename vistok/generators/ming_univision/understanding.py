@@ -1,4 +1,4 @@
-"""What Ming-UniVision understands: features, ids, conditions and streams, up to hidden states of its language model."""
+"""The understanding half of Ming-UniVision: from features, ids, conditions and streams to hidden states."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from vistok.types import Condition, Expands
 
 
 class Understanding(ContinuousGenerator):
-    """The half of ``MingUniVision`` that reads; its constructor is there.
+    """The base of ``MingUniVision`` that embeds and reads inputs; ``MingUniVision`` has the constructor.
 
     Attributes:
-        feature_dim: channels E of what the tokenizer makes of a token.
-        latent_statistics: what the latents that it learned are standardised with; None is not known.
-        image_start, image_patch, image_end: ids of the marks.
+        feature_dim: channels E of the feature that the tokenizer makes from a token.
+        latent_statistics: mean and scale with which the latents of training were standardised; None if not known.
+        image_start, image_patch, image_end: special ids.
         human, assistant: ids of the roles.
-        reader: of streams.
+        reader: turns streams into entries.
         embedding, backbone, output: the language model of dim D.
-        classes: embeddings of classes, where it takes them.
+        classes: class embeddings; None without classes.
         projection: from features to the language model.
     """
 
@@ -57,7 +57,7 @@ class Understanding(ContinuousGenerator):
                 )
 
     def needed_tokenizer(self, tokenizer: Expands | None) -> Expands:
-        # In training it is called for every batch, and reading statistics waits for the device.
+        # Called for every batch in training, so without the check of statistics, which synchronises with the device.
         super().check_tokenizer(tokenizer)
         return cast(Expands, tokenizer)
 
@@ -65,7 +65,7 @@ class Understanding(ContinuousGenerator):
     # Embeddings
 
     def embed_features(self, features: Tensor) -> Tensor:
-        """Semantic features (B, N, E) as the language model reads them, (B, N, D).
+        """Semantic features (B, N, E) projected to the language model's inputs (B, N, D).
 
         Raises:
             ValueError: features of another width.
@@ -78,13 +78,13 @@ class Understanding(ContinuousGenerator):
         return self.projection(features)
 
     def embed_ids(self, ids: Tensor, features: Tensor | None = None) -> Prompt:
-        """Ids (B, n) of the language model as a prompt in which nothing is hidden from any row.
+        """Ids (B, n) of the language model as a prompt that is visible to all rows.
 
         Args:
-            features: (B, N, E) or None; they take the places of the patch marks, in their order.
+            features: (B, N, E) or None; they replace the patch marks, in order.
 
         Raises:
-            ValueError: ids that the model does not have, or another number of marks than features.
+            ValueError: ids that the model does not have, or other numbers of patch marks and features.
         """
         self.check_ids(ids)
         embeddings, images = self.embedding(ids), ids == self.image_patch
@@ -107,7 +107,7 @@ class Understanding(ContinuousGenerator):
             raise ValueError(f"id {int(wrong)} is not in the vocabulary of {size} of this model")
 
     def prompt(self, condition: Condition, tokenizer: Expands | None) -> Prompt:
-        """The prompt of a condition, padding inside it hidden."""
+        """The prompt of a condition; padding and dropped parts are not ``valid``."""
         rows, device = len(condition), self.output.weight.device
         parts = [self._fixed(self.human, rows, device)]
         if (given := condition.part("given")) is not None:
@@ -140,14 +140,14 @@ class Understanding(ContinuousGenerator):
         return self.embedding.weight[mark].expand(rows, 1, -1)
 
     def _fixed(self, ids: Tensor, rows: int, device: torch.device) -> Prompt:
-        """Ids (n,) that all rows have, and always see."""
+        """The prompt of ids (n,) that all rows have and always see."""
         embeddings = self.embedding(ids).expand(rows, -1, -1)
         shape = (rows, len(ids))
         valid = torch.ones(shape, dtype=torch.bool, device=device)
         return Prompt(embeddings, valid, torch.full(shape, ALWAYS, device=device), torch.zeros_like(valid))
 
     def logits(self, prompt: Prompt) -> Tensor:
-        """Logits (B, n, V) of the word behind each entry of a prompt, all in one pass."""
+        """Logits (B, n, V) of the id after each entry of a prompt, in one pass."""
         positions = (prompt.valid.cumsum(1) - 1).clamp_min(0)
         hidden = self.backbone(prompt.embeddings, positions, attention_mask(prompt.valid, 0), images=prompt.images)
         return self.output(hidden).float()
@@ -156,17 +156,17 @@ class Understanding(ContinuousGenerator):
     # Hidden states
 
     def _hidden(self, tokens: Tensor, condition: Condition, draws: Draws, tokenizer: Expands) -> Tensor:
-        """``_image_states`` of latents (B, N, C) that are read."""
+        """``_image_states`` of latents (B, N, C)."""
         with torch.no_grad():
             features = tokenizer.expander().expand(tokens)
         prompt = self.prompt(condition, tokenizer)
         return self._image_states(prompt, self.embed_features(features), draws.get("drop"))
 
     def _image_states(self, prompt: Prompt, image: Tensor, drop: Tensor | None) -> Tensor:
-        """Hidden states (B, N + 1, D) of the start mark and of the image (B, N, D) behind a prompt.
+        """Hidden states (B, N + 1, D) of the start mark and of the embedded image (B, N, D) after a prompt.
 
         Args:
-            drop: (B,) uniform numbers that say which rows do without their text, or without text and image.
+            drop: (B,) uniform; rows below ``condition_dropout`` hide their text, those below half of it also the image.
         """
         rows, start = prompt.valid.shape
         own = torch.cat([self._mark(self.image_start, rows), image], 1)
@@ -180,13 +180,14 @@ class Understanding(ContinuousGenerator):
     def _states(
         self, x: Tensor, valid: Tensor, kinds: Tensor, response: Tensor, images: Tensor, drop: Tensor | None
     ) -> Tensor:
-        """Hidden states (B, n, D) of entries, of which a response does without what ``drop`` leaves out."""
+        """Hidden states (B, n, D) of entries; what ``drop`` hides is hidden from the ``response`` only."""
         left = valid
         if drop is not None:
             for kind, share in ((TEXT, 1.0), (IMAGE, 0.5)):
                 dropped = (drop < share * self.condition_dropout)[:, None]
                 left = left & ~(dropped & (kinds == kind))
-        # What comes before is read as a whole, as in sampling; the response does without, and closes the gap.
+        # As in sampling, entries before the response see everything. The response does not see the hidden entries, and
+        # its positions continue as if they were absent.
         mask = attention_mask(valid, 0).where(~response[:, None, :, None], attention_mask(left, 0))
         positions = torch.where(response, left.cumsum(1), valid.cumsum(1)) - 1
         return self.backbone(x, positions.clamp_min(0), mask, images=images)
@@ -198,7 +199,7 @@ class Understanding(ContinuousGenerator):
             drop: as in ``_image_states``.
 
         Raises:
-            ValueError: images of another number of latents, or of other ones.
+            ValueError: images with another number of latents, or latents of another tokenizer.
         """
         reading, length = self.reader(streams), self.spec.length
         if streams.latents is None:

@@ -45,9 +45,9 @@ class RandAR(QueryGenerator):
     """A causal transformer over [class, P, x, P, x, ...]: before each token x the instruction P for its place.
 
     An instruction is one learned vector, rotated in every head by the angles of the place. In attention, tokens and
-    instructions are rotated again, both by the token's place; queries and keys of the class are zero (see
-    ``llama.position_table``). Parallel decoding appends the instructions of several tokens; once the tokens are known,
-    the cache is rewritten in the order of training.
+    instructions are rotated again, both by the token's place; with "rope2d", queries and keys of the class are zero
+    (see ``llama.position_table``). Parallel decoding appends the instructions of several tokens; once the tokens are
+    known, the cache is rewritten in the order of training.
 
     Args:
         spec: the tokens to model (one id per position).
