@@ -135,7 +135,7 @@ def even_timesteps(total: int, count: int) -> list[int]:
     """``count`` timesteps spread from 0 to total - 1, ends included, rounded to integers.
 
     Raises:
-        ValueError: fewer than 2, or more than there are.
+        ValueError: count is below 2 or above ``total``.
     """
     if not 2 <= count <= total:
         raise ValueError(f"num_steps must lie between 2 and the {total} timesteps of training, got {count}")
@@ -150,7 +150,7 @@ def strided_timesteps(total: int, count: int) -> list[int]:
     """Every k-th timestep from 0 on, with the k that gives ``count`` of them.
 
     Raises:
-        ValueError: no k does, or fewer than 2.
+        ValueError: no k gives ``count`` timesteps, or count is below 2.
     """
     for stride in range(1, total):
         if count > 1 and len(range(0, total, stride)) == count:

@@ -223,7 +223,7 @@ class Generator(Model):
         """Generate whole sequences: tokens (B, L[, D]).
 
         Args:
-            on_step: is given the tokens of each step.
+            on_step: called with the tokens of each step.
         """
         session = self.start(condition, options, draws=draws, tokenizer=tokenizer)
         for chunk in session.generate():

@@ -181,7 +181,7 @@ class ViTVQGANGPT(AutoregressiveGenerator):
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Take the transformer out of a stage-2 training checkpoint, which holds the tokenizer beside it."""
+        """Take the transformer out of a stage-2 training checkpoint, which also holds the tokenizer."""
         own = {key: value for key, value in state.items() if not key.startswith("stage1_model.")}
         return {key.removeprefix("transformer."): value for key, value in own.items()}
 

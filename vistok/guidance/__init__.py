@@ -1,6 +1,6 @@
 """Guidance: the outputs of one model under several conditions, combined into one.
 
-Classifier-free guidance (Ho & Salimans, arXiv 2207.12598) and its kin, once for generators and flow decoders.
+Classifier-free guidance (Ho & Salimans, arXiv 2207.12598) and related methods, for generators and flow decoders.
 """
 
 from vistok.guidance.combinations import APG, PLAIN, ChannelNorm, Combination, Weights, weighted_sum

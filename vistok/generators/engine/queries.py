@@ -58,7 +58,7 @@ class QueryOptions(DecodingOptions):
     """How ids are drawn, and how many in each step.
 
     Attributes:
-        num_steps: forward passes; None is the model's default. As many as there are tokens generates one per step.
+        num_steps: number of forward passes; None is the model's default. With L steps, each generates one token.
         group_sizes: the number of tokens of each step, instead of ``num_steps``; their sum is the number of tokens.
 
     The others are those of ``DecodingOptions``. Guidance schedules count tokens: step i of n is token i of n.

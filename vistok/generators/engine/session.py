@@ -250,7 +250,7 @@ class AutoregressiveSession:
         return self.model.embed_tokens(self.guidance.repeat(self._inputs(here)), *places)
 
     def _inputs(self, here: slice) -> Tensor:
-        """What the model reads of tokens that are set: the ids (B, n), or what the expander makes of them."""
+        """The model's inputs for tokens that are set: their ids (B, n), or the expander's outputs."""
         return self._expanded(self.sequence[:, here])
 
     def _expanded(self, tokens: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class Windows:
         self._kept: Tensor | None = None  # entries that each row keeps of the pass before
 
     def logits(self, ids: Tensor, counts: Tensor) -> Tensor:
-        """Guided logits (B, n, V) of the places from ``counts`` (B,) on; ids (B, n) are fed one place before each."""
+        """Guided logits (B, n, V) of the places from ``counts`` (B,) on; ids (B, n) are those of the places before."""
         session, model, cache = self._session, self._session.network(), self._session.kv_cache
         self._cut()
         places = counts[:, None] - 1 + self._index

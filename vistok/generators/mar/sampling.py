@@ -158,7 +158,7 @@ class MARSession:
         return known.scatter(1, self._order[:, self._left :], True)
 
     def _patches_at(self, positions: Tensor) -> Tensor:
-        """The model's tokens (B, L) bool that lie at raster positions (B, n); ValueError if they cannot be given."""
+        """(B, L) bool, the model's tokens at raster positions (B, n); ValueError if these cannot be set."""
         members, length = self.model.members, self.model.spec.length
         if positions.numel() and not 0 <= int(positions.min()) <= int(positions.max()) < length:
             low, high = int(positions.min()), int(positions.max())

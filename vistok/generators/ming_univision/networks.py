@@ -65,7 +65,7 @@ class BackboneConfig:
 
 
 class BackboneBlock(nn.Module):
-    """Attention and feed-forward, each behind an RMS norm and with a residual."""
+    """Pre-norm block of attention and a dense or expert feed-forward: (R, n, D) -> (R, n, D)."""
 
     def __init__(self, config: BackboneConfig, *, dense: bool):
         super().__init__()

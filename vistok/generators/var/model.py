@@ -231,7 +231,7 @@ class VAR(AutoregressiveGenerator):
             raise ValueError(f"this model is of other tokens than its tokenizer's: {self.spec}, not {spec}")
 
     # -----------------------------------------------------------------------------------------------------------------
-    # What the engine asks for
+    # The interface of the engine
 
     @property
     def num_entries(self) -> int:

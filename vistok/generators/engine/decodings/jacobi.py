@@ -31,7 +31,7 @@ TURN = 0.6180339887  # added to a position's number in each pass (modulo 1, so i
 
 
 class Verdict(NamedTuple):
-    """What the test of a window's drafts says.
+    """The result of testing a window's drafts.
 
     Attributes:
         matched: (B,) how many tokens are committed: the accepted drafts and one more.
@@ -191,7 +191,7 @@ class _Windows:
         return verdict.matched, torch.where(verdict.rejected, again, drawn.gather(1, here).squeeze(1))
 
     def _first_drafts(self) -> tuple[Tensor, Tensor]:
-        """The last token and fresh drafts, (B, n), and what they were drawn from, (B, n, V)."""
+        """The last token and new drafts, (B, n), and the distributions (B, n, V) that they were drawn from."""
         last = self.session.tokens[:, -1:]
         window = F.pad(last, (0, self.size - 1))
         probs = torch.zeros(*window.shape, self.session.vocabulary_size, device=window.device)
