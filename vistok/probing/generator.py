@@ -72,7 +72,7 @@ def probe_generator(train_tokens: Path, test_tokens: Path, out: Path, settings: 
 def _middle(model: Any, cache: TokenCache) -> Tensor:
     """Features (N, D) for the linear probe: the output of block n // 2 of n, averaged over positions.
 
-    The condition is the null class, so that the features cannot contain the label.
+    The condition is the null class, so that the features cannot contain the label; the last token is not fed.
     """
     layer, parts = max(len(model.blocks) // 2, 1), []
     starts = range(0, len(cache), BATCH)

@@ -149,7 +149,7 @@ class PromptEncoder:
         return sequences
 
     def condition(self, texts: Sequence[str | None]) -> Condition:
-        """The condition of prompts, one per row; None is unconditional. Prompts that are too long are cut and logged."""
+        """The condition of prompts, one per row; None is unconditional. Too long prompts are cut, with a warning."""
         given = [text for text in texts if text is not None]
         conditions = []
         for part, pieces in self.encode(given).items():
