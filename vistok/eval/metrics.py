@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Blocks of this many rows bound the memory of pairwise distances (400 MB in float32). It is also the block of the
-# ADM suite, whose float16 rule decides per block, and of torch-fidelity, so that ties fall as they do there.
+# Pairwise distances are computed in blocks of this many rows and columns, 100 MB each in float32. The ADM suite's
+# blocks have 10,000. That matters only if a float16 distance overflows: its whole block is then computed in float32.
 BLOCK = 5_000
-ROWS_AT_A_TIME = 1000  # of a block, where all at once would need more memory than the block itself
+ROWS_AT_A_TIME = 1000  # parts of a block, for steps whose temporaries would exceed the block itself
 
 
 class Gaussian(NamedTuple):
@@ -353,7 +353,7 @@ def pairwise_distance(a: Tensor, b: Tensor, distance: Distance) -> Tensor:
 
 
 def _squared_euclidean(a: Tensor, b: Tensor) -> Tensor:
-    # In place: a block is 400 MB.
+    # In place: a block is 100 MB.
     return (a @ b.T).mul_(-2).add_(a.square().sum(1, keepdim=True)).add_(b.square().sum(1)).clamp_min_(0)
 
 

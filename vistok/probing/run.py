@@ -100,7 +100,8 @@ def compare(
     Args:
         runs: each as ``run`` of ``probe``. The data are those of the first run, changed by ``overrides``.
         settings: as in ``probe``; by default no small generator is trained.
-        out, overrides, command, allowed: as in ``probe``; each tokenizer has its own folder below ``out``.
+        overrides: ``data.key=value`` texts, as in ``probe``. Texts are read as each run did.
+        out, command, allowed: as in ``probe``; each tokenizer has its own folder below ``out``.
 
     Returns:
         The contents of ``result.json``: ``tokenizers`` (a result of ``probe`` for each), ``settings``, ``data``,

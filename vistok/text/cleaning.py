@@ -1,4 +1,4 @@
-"""The cleaning of captions before LlamaGen's text encoder, which is that of prompts in DeepFloyd IF."""
+"""Cleaning of captions for LlamaGen's text encoder, by DeepFloyd IF's rules for prompts."""
 
 from __future__ import annotations
 
