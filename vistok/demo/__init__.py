@@ -1,4 +1,4 @@
-"""``vistok demo``: runs in a browser, to generate, to reconstruct, and to look at tokens."""
+"""``vistok demo``: generate, reconstruct and inspect tokens with trained runs, in a browser."""
 
 from vistok.demo.app import DemoError, launch, launched
 

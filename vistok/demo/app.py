@@ -36,7 +36,7 @@ TITLE = "vistok demo"
 LOOPBACK = "127.0.0.1"
 KNOB_NAMES = {"guidance_scale": "guidance", "temperature": "temperature", "top_p": "top-p"}
 FORGOTTEN_AFTER = 60
-"""Seconds after which Gradio removes what an interrupted upload left."""
+"""Seconds after which Gradio removes the files of an interrupted upload."""
 MOST_CLIPS = 4
 
 
@@ -48,7 +48,7 @@ def build(runs: Sequence[Run], uploads: str | Path) -> gradio.Blocks:
     """The demo's app, with a tab for each run.
 
     Args:
-        uploads: the folder that what visitors upload passes through.
+        uploads: the folder in which Gradio keeps visitors' uploads until they are read.
 
     Raises:
         DemoError: Gradio is not installed, or there are no runs.
@@ -72,25 +72,26 @@ def launched(
     max_upload_mb: float = 10,
     device: str | None = None,
 ) -> Iterator[gradio.Blocks]:
-    """Yield the demo while it serves: ``local_url`` is its address.
+    """Serve the demo within the block, and yield its app; ``local_url`` is the address.
 
-    What visitors upload lies in a private folder until it is read, at once; what is made for them is never written.
+    A visitor's upload lies in a private folder and is removed as soon as it is read. Results are never written to disk.
 
     Args:
         paths: runs, saved tokenizers or pipelines, or hub ids.
-        host: the address to listen on; other machines reach the demo only if it is not that of the loopback device.
-        port: None takes a free one from 7860 on.
+        host: the address to listen on; other machines can reach the demo unless it is a loopback address.
+        port: None takes a free port from 7860 on.
         max_upload_mb: larger uploads are refused.
+        device: where the models run; None chooses.
 
     Raises:
-        DemoError: Gradio is not installed, no runs, or no such port.
-        ValueError: an upload limit that is not above 0.
+        DemoError: Gradio is not installed, there are no runs, or the port cannot be used.
+        ValueError: the upload limit is not above 0.
         CheckpointError: as ``Run``.
     """
     if not max_upload_mb > 0:
         raise ValueError(f"the upload limit must be above 0 MB, got {max_upload_mb}")
     gr = _gradio()
-    # Nothing is asked of a network: the fonts are the reader's own, and analytics are off.
+    # No requests to the internet: fonts are those of the visitor's system, and analytics are off.
     theme = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     with TemporaryDirectory(prefix="vistok-demo-") as uploads, _environment(GRADIO_TEMP_DIR=uploads):
         app = build([Run(path, device) for path in paths], uploads)
@@ -116,7 +117,7 @@ def launched(
 
 
 def launch(paths: Sequence[str], **options: Any) -> None:
-    """Show runs in a browser until Ctrl-C; arguments as in :func:`launched`."""
+    """Serve the demo until Ctrl-C; arguments as in :func:`launched`."""
     with launched(paths, **options) as app:
         print(f"{TITLE}: {app.local_url} (Ctrl-C ends it)", flush=True)
         app.block_thread()
@@ -124,7 +125,7 @@ def launch(paths: Sequence[str], **options: Any) -> None:
 
 @contextmanager
 def _environment(**values: str) -> Iterator[None]:
-    """Variables of this process for a while: Gradio reads its folder of uploads from there."""
+    """Set environment variables within the block: Gradio reads its upload folder from one."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -147,7 +148,7 @@ def _gradio() -> Any:
 
 
 def _run_page(gr: Any, run: Run, uploads: Path, suffix: str) -> None:
-    """What one run can do. ``suffix`` ends the names of its endpoints."""
+    """Add the page of one run. ``suffix`` is appended to the names of its API endpoints."""
     gr.HTML(note(describe_tokens(run.spec).capitalize() + "."))
     if run.pipe is not None:
         with gr.Tab("Generate"):
@@ -285,7 +286,7 @@ def _tokens(gr: Any, run: Run, looked: Any, suffix: str) -> None:
 
 @contextmanager
 def _told(gr: Any) -> Iterator[None]:
-    """What a user can act upon becomes a message of the page."""
+    """Show errors that a user can act upon as messages on the page."""
     try:
         yield
     except (ValueError, OSError) as error:

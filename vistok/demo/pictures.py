@@ -1,4 +1,4 @@
-"""What the demo shows, as HTML with the pictures inside: nothing of a visitor is written to a file."""
+"""The demo's pictures, as HTML with embedded images, so that no visitor's data are written to a file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from vistok.utils.report.blocks import data_uri
 
 SHOWN = 384
-"""CSS pixels that a picture is wide, where there is room."""
+"""Width of a picture in CSS pixels, if there is room."""
 NOWHERE = Markup('<p class="vt-note">{}</p>')
 
 
@@ -24,7 +24,7 @@ def note(text: str) -> str:
 
 
 def picture(image: Image.Image, description: str, width: int = SHOWN) -> str:
-    """One picture, with sharp-edged pixels where it is small."""
+    """One picture; it is enlarged with sharp pixel edges if it is small."""
     sharp = "pixelated" if image.width < width else "auto"
     return str(
         Markup('<img class="vt-picture" style="width: {}px; image-rendering: {}" src="{}" alt="{}">').format(
@@ -34,7 +34,7 @@ def picture(image: Image.Image, description: str, width: int = SHOWN) -> str:
 
 
 def pictures(shown: Sequence[tuple[Image.Image, str]], width: int = SHOWN) -> str:
-    """Pictures side by side where there is room, each with its caption."""
+    """Pictures with captions, side by side if there is room."""
     figure = Markup("<figure>{}<figcaption>{}</figcaption></figure>")
     inner = Markup("").join(figure.format(Markup(picture(image, text, width)), text) for image, text in shown)
     return str(Markup('<div class="vt-row">{}</div>').format(inner))
@@ -64,9 +64,9 @@ def heat(values: Tensor, *, top: float | None = None) -> Image.Image:
 
 
 def token_map(ids: Tensor, image: Image.Image, opacity: float = 0.55) -> Image.Image:
-    """An image with the colours of the ids (h, w) of its tokens laid over it.
+    """An image overlaid with the colours of its tokens' ids (h, w).
 
-    Equal ids have equal colours; different ones mostly differ.
+    Equal ids have equal colours; different ids mostly have different ones.
     """
     size = enlarged_size(image)
     colours = np.array([[colour(int(index)) for index in row] for row in ids], dtype=np.uint8)
@@ -85,7 +85,7 @@ def token_strip(ids: Tensor, columns: int = 32) -> Image.Image:
 
 
 def heat_over(values: Tensor, image: Image.Image) -> Image.Image:
-    """Values (h, w) as heat beside nothing else, as large as the image is shown."""
+    """Values (h, w) as a heat map, at the size at which ``image`` is shown."""
     return heat(values).resize(enlarged_size(image), Image.Resampling.NEAREST)
 
 
@@ -95,18 +95,18 @@ def enlarged_size(image: Image.Image) -> tuple[int, int]:
 
 
 def colour(index: int) -> tuple[int, int, int]:
-    """A colour for an id: hues by the golden ratio, so that neighbours differ."""
+    """The RGB colour of an id. Hues are multiples of the golden ratio, so that consecutive ids differ."""
     hue = index * 0.618033988749895 % 1
     red, green, blue = colorsys.hsv_to_rgb(hue, 0.55 + 0.4 * (index * 7 % 10) / 10, 0.65 + 0.35 * (index * 3 % 7) / 7)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def on_grid(values: Tensor, grid: Sequence[int] | None) -> Tensor:
-    """Values (L,) on their places (h, w); in one row without places."""
+    """Reshape values (L,) to their grid (h, w), or to one row (1, L) without a grid of two axes."""
     return values.reshape(tuple(grid)) if grid is not None and len(grid) == 2 else values[None]
 
 
 def entropy_of(logits: Tensor) -> Tensor:
-    """Bits of the distribution of logits (…, V)."""
+    """Entropy (…) in bits of the distributions of logits (…, V)."""
     log = torch.log_softmax(logits.double(), -1)
     return -(log.exp() * log.clamp_min(-1e9)).sum(-1) / np.log(2)

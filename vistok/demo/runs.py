@@ -1,4 +1,4 @@
-"""A run as the demo uses it: what it can do, and doing it."""
+"""A run as the demo uses it: what it can do, and the work itself."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from vistok.utils.devices import choose_device
 
 MOST_IMAGES = 16
 ENLARGED = 160
-"""Pixels of a generated image, at least."""
+"""Generated images are enlarged to at least this many pixels."""
 KNOBS = {"guidance_scale": (1.0, 10.0, 0.1), "temperature": (0.0, 2.0, 0.05), "top_p": (0.0, 1.0, 0.01)}
-"""Sampling options that the demo offers where a generator has them: lowest, highest, step."""
+"""Sampling options that the demo offers if a generator has them: lowest, highest, step."""
 
 
 @dataclass(frozen=True)
 class Looked:
-    """An image that a tokenizer has encoded.
+    """An image with its tokens and its reconstruction.
 
     Attributes:
-        pixels: (1, C, H, W) in [-1, 1], as the tokenizer reads them.
+        pixels: (1, C, H, W) in [-1, 1], the tokenizer's input.
         tokens: (1, L[, depth]) ids or (1, L, D) latents.
-        decoded: (1, C, H, W) in [-1, 1].
-        psnr: in dB.
+        decoded: (1, C, H, W) in [-1, 1], the reconstruction.
+        psnr: of the reconstruction, in dB.
     """
 
     pixels: Tensor
@@ -57,13 +57,14 @@ class Looked:
 
 
 class Run:
-    """A tokenizer, or a pipeline, with a name.
+    """A tokenizer or a pipeline, with a name.
 
     Args:
         path: a run folder, a saved tokenizer or pipeline, or a hub id.
+        device: where it runs; None chooses.
 
     Raises:
-        CheckpointError: nothing there, or damaged weights.
+        CheckpointError: there is nothing at ``path``, or the weights are damaged.
     """
 
     def __init__(self, path: str, device: str | None = None):
@@ -88,7 +89,7 @@ class Run:
 
     @property
     def reads_pictures(self) -> bool:
-        """Whether a visitor's picture can be reconstructed."""
+        """Whether the tokenizer can reconstruct a visitor's picture."""
         shape = self.tokenizer.input_shape
         return not self.is_video and shape[1] == shape[2] and self.tokenizer.renders
 
@@ -106,7 +107,7 @@ class Run:
 
     @property
     def knobs(self) -> dict[str, tuple[float, float, float, float]]:
-        """Sampling options on offer: lowest, highest, step, and the default."""
+        """The sampling options that the demo offers: lowest, highest, step, and the default."""
         if self.pipe is None:
             return {}
         options = self.pipe.options()
@@ -121,18 +122,22 @@ class Run:
     def generate(
         self, what: str | int | None, prompt: str, count: int, seed: int, **sampling: Any
     ) -> Iterator[tuple[Image.Image | None, str, PipelineOutput | None]]:
-        """Generate ``count`` images step by step: previews of them in a grid, what to say, and at last the output.
+        """Generate ``count`` images or clips, and yield the progress.
 
         Args:
             what: the name or the id of a class.
-            prompt: a text, for a generator that takes some.
+            prompt: a text, for a generator that takes prompts.
+
+        Yields:
+            (preview, text, output): for images a grid, the progress and None after each step; for clips None, an empty
+            text and the output, once.
 
         Raises:
-            ValueError: as the pipeline.
+            ValueError: the run has no generator; or as the pipeline.
         """
         pipe = self._pipeline()
         request = self._request(pipe, what, prompt, count)
-        if self.is_video:  # whose previews would be frames in a row
+        if self.is_video:  # previews would show frames in a row
             yield None, "", pipe(**request, seed=seed, **sampling)
             return
         for shown in pipe.stream(**request, seed=seed, **sampling):
@@ -147,7 +152,7 @@ class Run:
         return {"num_images": count}
 
     def _pipeline(self) -> Pipeline:
-        """The run's; ValueError if it has none."""
+        """The run's pipeline; ValueError if it has none."""
         if self.pipe is None:
             raise ValueError(f"{self.name} is a tokenizer: it generates nothing")
         return self.pipe
@@ -163,8 +168,7 @@ class Run:
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
-        """Tokens (1, k[, …]) to pixels (1, C, H, W) in [-1, 1], always with the same noise where a decoder draws
-        some."""
+        """Decode tokens (1, k[, …]) to pixels (1, C, H, W) in [-1, 1], always with the same noise."""
         tokenizer = self.tokenizer
         draws = draws_on(tokenizer.decoding_draws(Keys.range(0, len(tokens))), tokenizer.device)
         tokens = tokens.to(tokenizer.device, tokenizer.dtype if tokens.is_floating_point() else tokens.dtype)
@@ -172,16 +176,16 @@ class Run:
         return tokenizer.decode(tokens, **options).float().clamp(-1, 1).cpu()
 
     def prefixes(self) -> list[int]:
-        """How many of the first tokens decode, in order; empty where all are needed."""
+        """The numbers of first tokens that can be decoded, ascending; empty if decoding needs all tokens."""
         if not self.spec.prefixes_decode:
             return []
         return sorted({self.spec.decodable(count) for count in range(1, self.spec.length + 1)} - {0})
 
     def swapped(self, tokens: Tensor, position: int, index: int) -> Tensor:
-        """Tokens with another id at one place.
+        """Tokens with another id at one position.
 
         Raises:
-            ValueError: a position or an id that there is not.
+            ValueError: the position or the id is out of range.
         """
         if not 0 <= position < tokens.shape[1]:
             raise ValueError(f"position {position} is none of 0..{tokens.shape[1] - 1}")
@@ -193,11 +197,13 @@ class Run:
 
     @torch.no_grad()
     def entropy(self, tokens: Tensor, what: str | int | None) -> Tensor | None:
-        """How unsure the generator is of each token (1, L) given those before it and a class: (L,) bits; None where it
-        does not generate one token after another.
+        """The entropy (L,), in bits, of the generator's prediction of each token, given the tokens before it.
+
+        None without a generator that predicts single ids autoregressively, or if it takes prompts.
 
         Args:
-            what: the name or the id of a class.
+            tokens: (1, L) ids.
+            what: the name or the id of a class, the condition; ignored without classes.
         """
         if self.pipe is None or not self.spec.discrete or self.spec.depth != 1 or self.takes_prompts:
             return None

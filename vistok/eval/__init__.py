@@ -1,4 +1,4 @@
-"""Evaluation: scores of generated images and of reconstructions, with everything recorded that a score depends on."""
+"""Evaluation: scores of generated images and of reconstructions, recorded with everything that they depend on."""
 
 from vistok.eval.comparison import evaluate
 from vistok.eval.pairs import evaluate_reconstruction

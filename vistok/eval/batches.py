@@ -1,8 +1,8 @@
-"""Batches of one shape for every network, so that no score depends on how the images were batched.
+"""Batches of one fixed shape for every network, so that no score depends on how the images were batched.
 
-Libraries choose a kernel by the shape of its input, and kernels round differently: float32 features of 7 images at a
-time differ in the last digits from those of 50. Scores that are small differences of large sums, such as the kernel
-distance, show it. In batches of one shape the features of an image depend on that image alone.
+Libraries choose a kernel by the shape of its input, and kernels round differently: float32 features from a batch of 7
+images differ in the last digits from those of a batch of 50. This changes scores that are small differences of large
+sums, such as the kernel distance. With a fixed batch shape, the features of an image depend on that image alone.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ NETWORK_BATCH = 16
 
 
 def filled(rows: Tensor) -> Tensor:
-    """Rows (n, ...), n <= NETWORK_BATCH, filled up with copies of the last one: (NETWORK_BATCH, ...)."""
+    """Pad rows (n, ...), n <= NETWORK_BATCH, to (NETWORK_BATCH, ...) with copies of the last row."""
     missing = NETWORK_BATCH - len(rows)
     return torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]) if missing else rows
 
 
 def filled_condition(condition: Condition) -> Condition:
-    """The condition of ``filled`` rows."""
+    """Pad a condition of n rows to NETWORK_BATCH rows, as ``filled`` pads the rows."""
     return condition[torch.arange(NETWORK_BATCH).clamp_max(len(condition) - 1)]
 
 
 class Regrouper:
-    """Takes rows as they come and gives them back, in their order, ``size`` at a time.
+    """Regroups rows from batches of any size into batches of ``size``, in the same order.
 
     Attributes:
-        rest: the rows (n, ...) that do not make a whole batch yet; None before the first.
+        rest: the rows (n, ...) that do not fill a batch yet; None before the first rows.
     """
 
     def __init__(self, size: int) -> None:
@@ -40,7 +40,7 @@ class Regrouper:
         self.rest: Tensor | None = None
 
     def add(self, rows: Tensor) -> Iterator[Tensor]:
-        """The batches that ``rows`` complete."""
+        """Add rows (n, ...); returns the batches that they complete."""
         rows = rows if self.rest is None else torch.cat([self.rest, rows])
         whole = len(rows) // self._size * self._size
         self.rest = rows[whole:]
@@ -48,7 +48,7 @@ class Regrouper:
 
 
 def regrouped(batches: Iterable[Tensor], size: int) -> Iterator[Tensor]:
-    """The same rows in the same order, ``size`` at a time; the last batch may be smaller."""
+    """Yield the same rows in the same order, ``size`` at a time; the last batch may be smaller."""
     groups = Regrouper(size)
     for batch in batches:
         yield from groups.add(batch)

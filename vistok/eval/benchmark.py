@@ -1,4 +1,7 @@
-"""``benchmark``: generate, extract features, score; interruptible, shared by processes, the same numbers every time."""
+"""``benchmark``: generate images, extract their features, and score them.
+
+It can be interrupted and resumed, and several processes can share it; the scores are the same every time.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ NO_REFERENCE = Reference("no reference")
 
 
 class ImagePipeline(Protocol):
-    """What is benchmarked; ``vistok.pipeline(path)`` is one."""
+    """The pipeline of images that is benchmarked; ``vistok.pipeline(path)`` returns one."""
 
     tokenizer: Tokenizer
     generator: Generator
@@ -52,11 +55,11 @@ class ImagePipeline(Protocol):
     def class_names(self) -> tuple[str, ...]: ...
 
     def options(self, **sampling: Any) -> Any:
-        """The dataclass of sampling options that a call with these would use."""
+        """The dataclass of sampling options of a call with these keyword arguments."""
         ...
 
     def __call__(self, *, class_labels: Any = None, num_images: int | None = None, **sampling: Any) -> Any:
-        """Generate; the result has ``pixels`` (B, C, H, W) in [-1, 1]."""
+        """Generate images; the result has ``pixels`` (B, C, H, W) in [-1, 1]."""
         ...
 
 
@@ -85,36 +88,38 @@ def benchmark(
 ) -> dict[str, Any]:
     """Generate ``num_images`` images, keep their features, and score them.
 
-    Image i depends on the seed and on i alone. Features are written range by range. Called again with the same
-    arguments (batch size, processes, reference, and protocol of the same network may differ), the benchmark goes on
-    where it stopped, and further settings reuse what is there.
+    Image i depends on the seed and on i alone. Features are written shard by shard. If called again with the same
+    arguments, the benchmark resumes where it stopped. Batch size, processes, reference, settings, and a protocol with
+    the same network may differ between calls; features that exist are reused.
 
     Args:
-        out: folder for features, ``result.json`` and ``report.html``; new, or that of the same benchmark.
+        out: folder for features, ``result.json`` and ``report.html``; a new folder, or that of the same benchmark.
+        num_images: images per setting, at least 2.
         labels: "balanced" (class i modulo the number of classes: 50 each of 50,000 ImageNet images), "random"
             (uniform), or "none"; by default balanced if the generator has classes.
-        guidance_scales, temperatures: one benchmark for each pair of them; by default the pipeline's own.
-        search_from: a scale from which to search the lowest Frechet distance, in steps of 0.25 to a scale
-            whose neighbours are both worse (but not below 1, which is no guidance); all that were tried are in
-            ``runs``, and ``found`` is that scale. In place of ``guidance_scales`` and ``temperatures``.
-        sampling: options that differ from the pipeline's.
+        guidance_scales, temperatures: every pair of them is one setting; by default the pipeline's own.
+        search_from: guidance scale from which to search for the lowest Frechet distance, in steps of 0.25, until
+            neither neighbour is better. Scales below 1, which is no guidance, are not tried. ``runs`` holds all
+            scales that were tried, and ``found`` the best. Excludes ``guidance_scales`` and ``temperatures``.
+        sampling: sampling options that differ from the pipeline's.
         reference, protocol, weights, features, network, device, processes: as for ``evaluate``. Without a reference
             only the Inception Score can be computed.
         eval_size: side to which images are resized before they become 8 bit: bicubic without antialias, as LlamaGen
-            brings its 384 px images to 256. By default they are scored at their own size.
-        save_npz: also write each scale's images as ``samples.npz``, which ADM's own evaluator reads.
+            resizes its 384 px images to 256. By default images are scored at their own size.
+        save_npz: also write the images of each setting as ``samples.npz``, which ADM's own evaluator reads.
         batch_size: images generated at a time.
-        command: the command line that this call stands for, for the report.
+        command: the equivalent command line, for the report.
 
     Returns:
-        what ``result.json`` holds: ``benchmark`` (the plan), ``protocol``, ``runs`` (one per setting: ``scores``,
-        ``warnings``, ``classes``, … as ``evaluate`` returns them), ``generated``, ``seconds``, ``command``.
+        The contents of ``result.json``: ``benchmark`` (the plan), ``protocol``, ``runs`` (one per setting: ``scores``,
+        ``warnings``, ``classes``, … as ``evaluate`` returns them), ``generated`` (images of this call), ``seconds``,
+        ``processes``, ``command``.
 
     Raises:
         ResumeError: ``out`` belongs to another benchmark.
-        BenchmarkError: it is damaged.
+        BenchmarkError: ``out`` is damaged.
         FolderInUseError: another process writes ``out``.
-        ValueError: a search with scales, without a reference to measure distances from, or from below 1.
+        ValueError: a search is given scales or temperatures, has no reference, or starts below 1.
         ValueError, ConfigError, CheckpointError, ImageError, InvalidReferenceError: as the pipeline and ``evaluate``.
     """
     if search_from is not None:
@@ -184,12 +189,12 @@ def _check_search(
 
 @dataclass(frozen=True)
 class _Run:
-    """One setting: what was generated, and how it scored.
+    """The generated images of one setting, and their scores.
 
     Attributes:
-        generated: number of images that this process made now.
-        distance: the Frechet distance, on all processes; None without a reference.
-        result: of ``evaluate``, on the first process.
+        generated: number of images that this process generated in this call.
+        distance: the Frechet distance, known to all processes; None without a reference.
+        result: as ``evaluate`` returns it, on the first process; empty on the others.
     """
 
     setting: Setting
@@ -201,7 +206,7 @@ class _Run:
 
 @dataclass
 class _Scoring:
-    """Generates what a setting lacks, on all processes, and scores it on the first."""
+    """Generates the missing images of a setting on all processes, and scores the setting on the first process."""
 
     rules: Rules
     network: FeatureNetwork
@@ -229,7 +234,7 @@ class _Scoring:
 
 
 def _search(start: float, runs: list[_Run], try_setting: Callable[[Setting], _Run]) -> float:
-    """The scale that a search finds; the runs of scales that it tried are added to ``runs``."""
+    """The guidance scale with the lowest distance; the run of every scale that was tried is added to ``runs``."""
 
     def distance(scale: float) -> float:
         setting = Setting(scale)
@@ -249,10 +254,10 @@ def _store(out: Path, setting: Setting, plan: BenchmarkPlan, *, keep_images: boo
 def _earlier(
     out: Path, plan: BenchmarkPlan, stores: list[tuple[Setting, FeatureStore]]
 ) -> list[tuple[Setting, FeatureStore]]:
-    """What earlier sweeps into the same folder have finished, and this one does not name: it is scored again with it.
+    """The settings that earlier calls finished in this folder and that are not among ``stores``. They are scored again.
 
     Raises:
-        BenchmarkError: the result of the earlier one is damaged.
+        BenchmarkError: the earlier ``result.json`` is damaged.
     """
     path = out / RESULT_FILE
     if not path.exists():
@@ -273,15 +278,15 @@ def _earlier(
 
 @dataclass(frozen=True)
 class _Sampler:
-    """Makes the images of a plan by their numbers."""
+    """Generates images of a plan by their index."""
 
     pipe: ImagePipeline
     plan: BenchmarkPlan
     sampling: dict[str, Any]
 
     def images(self, start: int, stop: int, setting: Setting, bar: Bar, done: int) -> Tensor:
-        """Images ``start`` to ``stop`` with one setting, uint8 (B, 3, H, W), while ``bar``, of which so many are
-        ``done``, shows the steps."""
+        """Images ``start`` to ``stop`` of one setting, uint8 (B, 3, H, W). ``bar`` shows the sampling steps, after the
+        ``done`` images before."""
         labels = self.plan.labels_of(start, stop)
         what = {"num_images": stop - start} if labels is None else {"class_labels": labels}
         options = setting.options(self.sampling) | bar.of_batch(done, stop - start, self.pipe.generator.spec.length)
@@ -327,7 +332,7 @@ def _plan(
 
 
 def _choose_metrics(rules: Rules, plan: BenchmarkPlan, real: Reference) -> tuple[list[str], list[str]]:
-    # The samples' side allows everything that so many images allow: all features of the network are kept.
+    # All features of the samples are kept, so that only the number of images can rule a metric out.
     planned: Any = _PlannedImages(plan.num_images, plan.scored_size)
     samples = Reference("the benchmark", planned)
     return choose_metrics(None, rules, samples, real)
@@ -335,7 +340,7 @@ def _choose_metrics(rules: Rules, plan: BenchmarkPlan, real: Reference) -> tuple
 
 @dataclass(frozen=True)
 class _PlannedImages:
-    """What is known of generated images before they are there; an ``ImageSet`` without images."""
+    """Count and size of images that are not generated yet: an ``ImageSet`` without images."""
 
     count: int
     size: tuple[int, int]
@@ -354,7 +359,7 @@ def _generate(
     batch_size: int,
     processes: Processes,
 ) -> int:
-    """Make this process's share of the missing ranges; returns the number of images."""
+    """Generate this process's share of the missing shards; returns the number of images."""
     mine = set(store.shards[processes.index :: processes.count])
     todo = [shard for shard in store.missing() if shard in mine]
     count, done = sum(stop - start for start, stop in todo), 0
@@ -386,7 +391,7 @@ def _score(
     real: Side,
     device: torch.device,
 ) -> dict[str, Any]:
-    """What ``evaluate`` would return for the images of one setting, and a table of classes."""
+    """The result of ``evaluate`` for the images of one setting, with a table of classes."""
     samples = store.read(keep=_kept(metrics), moments=_summed(metrics))
     side = Side(Reference(f"generated images ({store.folder.name})"), samples)
     result, scores = score_sides(rules, network, metrics, side, real, device=device)
@@ -399,7 +404,7 @@ def _score(
 
 
 def _kept(metrics: Sequence[str]) -> list[str]:
-    """The class table needs the pooled features, the Inception Score the logits."""
+    """The features to keep: the class table needs the pooled features, the Inception Score the logits."""
     return ["pool", *(["logits"] if "is" in metrics else [])]
 
 

@@ -17,15 +17,16 @@ def class_table(
     """One row per class that occurs.
 
     Args:
-        samples: with the pooled features of every image.
-        labels: (N,) classes.
-        inside: (N,) bool, which images lie in the manifold of the real ones, if known.
+        samples: the features of all images, with "pool" among them.
+        labels: N classes, one per image.
+        inside: (N,) bool, which images lie in the manifold of the real ones; None if unknown.
         names: of the classes; may be empty.
 
     Returns:
-        ``class``, ``name``, ``images``, ``distinct``; ``diversity``, the mean squared distance of features from their
-        class's mean, as a share of that of all images (near 0: the class repeats one image; near 1: it is as varied as
-        the whole set); ``precision``, the share of its images in the real manifold (None if unknown).
+        Rows with ``class``, ``name``, ``images`` (their number), ``distinct`` (number of different images),
+        ``diversity`` and ``precision``. Diversity is the mean squared distance of the class's features from their
+        mean, divided by the same of all images: near 0 the class repeats one image, near 1 it is as varied as the whole
+        set. Precision is the share of the class's images in the real manifold; None if unknown.
     """
     features, classes = samples.features["pool"].double(), torch.tensor(labels)
     total = (features - features.mean(0)).square().sum(1).mean()

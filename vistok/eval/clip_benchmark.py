@@ -1,4 +1,4 @@
-"""``vistok benchmark`` for clips: generate, extract features, and take the Frechet video distance."""
+"""``vistok benchmark`` for clips: generate clips, extract their features, and compute the Frechet video distance."""
 
 from __future__ import annotations
 
@@ -34,38 +34,38 @@ from vistok.utils.processes import ALONE, Processes
 from vistok.utils.progress import track
 
 GROUP = 4
-"""Clips that the feature network gets at a time."""
+"""Batch size of the feature network."""
 Given = Literal["classes of the real clips", "balanced classes", "first frames of the real clips", "nothing"]
-"""What a clip is generated from: clip i from the class, or the first frames, of real clip i."""
+"""What clips are generated from. Clip i takes the class, or the first frames, of real clip i."""
 
 
 class ClipPipeline(Protocol):
-    """What is benchmarked; ``vistok.pipeline(path)`` is one."""
+    """The pipeline of clips that is benchmarked; ``vistok.pipeline(path)`` returns one."""
 
     tokenizer: Tokenizer
     generator: Generator
 
     def options(self, **sampling: Any) -> Any:
-        """The dataclass of sampling options that a call with these would use."""
+        """The dataclass of sampling options of a call with these keyword arguments."""
         ...
 
     def __call__(self, class_labels: Any = None, **options: Any) -> Any:
-        """Generate; the result has ``pixels`` (B, C, T, H, W) in [-1, 1]."""
+        """Generate clips; the result has ``pixels`` (B, C, T, H, W) in [-1, 1]."""
         ...
 
 
 @dataclass(frozen=True)
 class ClipPlan:
-    """All that determines the clips and their features, except the guidance scale; ``BenchmarkPlan`` of clips.
+    """The ``BenchmarkPlan`` of clips: everything that determines them and their features, except the ``Setting``.
 
     Attributes:
-        num_images: how many clips.
-        labels: what they are generated from.
-        real: the real clips that they are generated from, by a hash; None where they are not.
-        seed: clip i of a seed is always the same.
-        sampling: the other options of the generator.
+        num_images: number of clips per setting.
+        labels: what the clips are generated from.
+        real: hash of the real clips whose classes or frames are taken; None if none are.
+        seed: with the same seed, clip i is always the same.
+        sampling: the generator's sampling options, without the guidance scale.
         tokenizer, generator: fingerprints of both models.
-        protocol: of the distance.
+        protocol: the description of the protocol.
         network: name and weights of the feature network.
         dtype: of the generator's weights.
     """
@@ -101,30 +101,30 @@ def benchmark_clips(
     processes: Processes = ALONE,
     command: str | None = None,
 ) -> dict[str, Any]:
-    """Generate clips, keep their features, and score them against real ones as a protocol says.
+    """Generate clips, keep their features, and score them against real clips by a protocol.
 
-    Clip i depends on the seed and on i, and where the protocol says so on the class or the first frames of real clip i.
-    Features are written range by range: called again with the same arguments (batch size, processes and settings
-    may differ), the benchmark goes on where it stopped.
+    Clip i depends on the seed and on i, and possibly on the class or the first frames of real clip i. Features are
+    written shard by shard. If called again with the same arguments, the benchmark resumes where it stopped. Batch size,
+    processes and settings may differ between calls.
 
     Args:
-        out: folder for features, ``result.json`` and ``report.html``; new, or that of the same benchmark.
+        out: folder for features, ``result.json`` and ``report.html``; a new folder, or that of the same benchmark.
         reference: the real side: a folder of videos, list files, or a file of statistics.
-        protocol: one of ``VIDEO_PROTOCOLS``.
+        protocol: a name that ``video_protocol`` knows.
         network: from ``load_clip_network``.
-        num_clips: None takes the protocol's count, or as many as there are real clips.
-        guidance_scales, temperatures: one benchmark for each pair; by default the pipeline's own.
-        sampling: options that differ from the pipeline's.
+        num_clips: clips per setting; None takes the protocol's count, or the number of real clips.
+        guidance_scales, temperatures: every pair of them is one setting; by default the pipeline's own.
+        sampling: sampling options that differ from the pipeline's.
 
     Returns:
-        what ``result.json`` holds; as for images, see ``vistok.eval.benchmark.benchmark``.
+        The contents of ``result.json``; as for images, see ``vistok.eval.benchmark.benchmark``.
 
     Raises:
         ResumeError: ``out`` belongs to another benchmark.
-        BenchmarkError: it is damaged.
+        BenchmarkError: ``out`` is damaged.
         FolderInUseError: another process writes ``out``.
-        ValueError, ConfigError: clips of another shape than the protocol's, a generator that takes something else, and
-            as the pipeline and ``choose_clips``.
+        ValueError, ConfigError: the clips' shape is not the protocol's, the generator needs a condition that the
+            protocol does not give, or as the pipeline and ``choose_clips``.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -183,10 +183,10 @@ class _Requests:
     """What each clip is generated from.
 
     Attributes:
-        given: in words, for the plan.
-        real: the real clips that they follow; None where they do not.
-        given_frames: first frames of the real clips that are given.
-        num_classes: of the generator, where classes are balanced.
+        given: the same in words, for the plan.
+        real: the real clips whose classes or first frames are taken; None if none are.
+        given_frames: number of first frames that are taken from a real clip.
+        num_classes: of the generator, if classes are balanced.
     """
 
     given: Given
@@ -222,7 +222,7 @@ class _Requests:
         return cls("balanced classes", num_classes=spec.num_classes)
 
     def of_range(self, start: int, stop: int) -> dict[str, Any]:
-        """Arguments of the pipeline for clips ``start`` to ``stop``."""
+        """The pipeline's arguments for clips ``start`` to ``stop``."""
         if self.given_frames and self.real is not None:
             clips = torch.cat(list(self.real.batches(stop - start, start, stop)))
             return {"frames": clips[:, :, : self.given_frames]}
@@ -269,7 +269,7 @@ def _generate(
     batch_size: int,
     processes: Processes,
 ) -> int:
-    """Make this process's share of the missing ranges; returns the number of clips."""
+    """Generate this process's share of the missing shards; returns the number of clips."""
     mine = set(store.shards[processes.index :: processes.count])
     todo = [shard for shard in store.missing() if shard in mine]
     options = setting.options(plan.sampling)
@@ -282,7 +282,7 @@ def _generate(
             pixels = pipe(**what, seed=plan.seed, index_start=start, batch_size=stop - start, **options).pixels
             features += [_features(network, rules, group) for group in groups.add(pixels)]
             frames = to_uint8(pixels).expand(-1, 3, -1, -1, -1)
-            columns.append(frames.flatten(2, 3))  # (B, 3, T * H, W): the frames of a clip below each other
+            columns.append(frames.flatten(2, 3))  # (B, 3, T * H, W): the frames of a clip below one another
             hashes.append(digests_of(columns[-1]))
         if groups.rest is not None and len(groups.rest):
             features.append(_features(network, rules, groups.rest))
@@ -292,10 +292,10 @@ def _generate(
 
 
 def _features(network: ClipNetwork, rules: VideoProtocol, clips: Tensor) -> Tensor:
-    """Features of at most ``GROUP`` clips, in a batch of ``GROUP``: no clip's depend on how many came with it.
+    """Features of at most ``GROUP`` clips, padded to ``GROUP`` so that no feature depends on the number of clips.
 
     Raises:
-        ValueError: features that are not finite.
+        ValueError: the features are not finite.
     """
     missing = clips[-1:].expand(GROUP - len(clips), *clips.shape[1:])
     features = network(rules.prepare(torch.cat([clips, missing])))["pool"][: len(clips)].float().cpu()
@@ -311,7 +311,7 @@ def _score(
     theirs: ClipStatistics,
     real: ClipSet | None,
 ) -> dict[str, Any]:
-    """What ``evaluate_clips`` would return for the clips of one guidance scale."""
+    """The result of ``evaluate_clips`` for the clips of one setting."""
     samples = store.read(keep=[], moments=["pool"])
     name = f"generated clips ({store.folder.name})"
     ours = ClipStatistics(samples.moments["pool"], rules.name, network.name, network.weights_sha256, name)

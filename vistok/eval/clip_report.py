@@ -1,4 +1,4 @@
-"""The page of a benchmark of clips: scores, clips that play, their frames, and how to repeat it."""
+"""The report page of a benchmark of clips: scores, animations, frames, and how to repeat it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def write_clip_report(
     """Write ``report.html`` for the ``result`` of a benchmark of clips.
 
     Args:
-        previews: of every run some clips, each a picture with all frames below each other.
-        num_frames: of a clip.
+        previews: for every run some clips, each as a picture with all frames below one another.
+        num_frames: frames of a clip.
     """
     runs, plan = result["runs"], result["benchmark"]
     notes = list(dict.fromkeys(note for run in runs for note in run["warnings"]))

@@ -1,4 +1,4 @@
-"""``vistok eval`` for clips: two sets of videos, or statistics of them, and their Frechet video distance."""
+"""``vistok eval`` for clips: the Frechet video distance of two sets of videos, or of statistics of them."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ from vistok.utils.processes import ALONE, Processes
 from vistok.utils.progress import track
 
 STATISTICS = ".safetensors"
-MOST_DECIBELS = 100.0  # what an equal clip counts in a mean
+MOST_DECIBELS = 100.0  # identical clips, whose PSNR is infinite, enter a mean with this value
 
 
 @dataclass(frozen=True)
 class ClipSet:
-    """Clips of some videos: which video, and where in it each begins.
+    """Clips cut from videos.
 
     Attributes:
         source: the videos.
         starts: (video, first frame) of each clip.
-        transform: what is done to their frames.
+        transform: the length, stride, crop and resize of the clips.
         name: where they came from, for reports.
         left_out: videos that could not be read or are too short, with the reason.
     """
@@ -57,11 +57,11 @@ class ClipSet:
         return len(self.starts)
 
     def label(self, index: int) -> int:
-        """The class of the video that a clip is of; -1 without classes."""
+        """The class of the video that clip ``index`` is cut from; -1 without classes."""
         return self.source.label(self.starts[index][0])
 
     def fingerprint(self) -> str:
-        """A hash of the videos (names and sizes) and of what is taken of them."""
+        """A hash of the videos (names and sizes), the clips' starts and their transform."""
         return hash_lines([self.source.fingerprint(), *map(str, self.starts), str(self.transform)])
 
     def batches(self, batch_size: int, start: int, stop: int) -> Iterator[Tensor]:
@@ -77,9 +77,11 @@ class ClipSet:
 
 
 def choose_clips(source: ClipSource, protocol: VideoProtocol, *, real: bool, name: str, seed: int = 0) -> ClipSet:
-    """The clips of one side, as the protocol says. Generated videos are taken from their first frame on.
+    """The clips of one side by a protocol. Of each generated video it is the one that begins at the first frame.
 
     Args:
+        real: whether this is the real side.
+        name: where the videos came from, for reports.
         seed: of random starts.
 
     Raises:
@@ -93,7 +95,7 @@ def choose_clips(source: ClipSource, protocol: VideoProtocol, *, real: bool, nam
         except UnreadableClipError as error:
             lengths.append(0)
             left_out[source.name(index)] = error.args[-1]
-    repeats = protocol.choice == "random_start" and real  # short videos end in copies of their last frame
+    repeats = protocol.choice == "random_start" and real  # short videos are extended by copies of their last frame
     usable, needed = [], 1 if repeats else transform.span
     for index, length in enumerate(lengths):
         if length >= needed:
@@ -115,19 +117,22 @@ def choose_clips(source: ClipSource, protocol: VideoProtocol, *, real: bool, nam
 
 
 def open_videos(what: str | Path) -> ClipSource:
-    """A folder of videos, or list files joined by "+".
+    """Open a folder of videos, or list files joined by "+".
 
     Raises:
-        FileNotFoundError, ValueError: as the sources do.
+        FileNotFoundError, ValueError: as ``folder_videos`` and ``listed_videos``.
     """
     return folder_videos(what) if Path(what).is_dir() else listed_videos(what)
 
 
 def load_clip_network(weights: str | Path | None, *, device: torch.device | str = "cpu") -> ClipNetwork:
-    """I3D: the port's weights by path or download, or the TorchScript file if its name says so.
+    """Load I3D: the PyTorch port, or StyleGAN-V's TorchScript file if the file's name contains "torchscript".
+
+    Args:
+        weights: file with the weights; None downloads those of the port once.
 
     Raises:
-        CheckpointError: weights that are absent, damaged, of another network, or out of reach.
+        CheckpointError: the weights are absent, damaged or of another network, or cannot be downloaded.
     """
     if weights is not None and "torchscript" in Path(weights).name:
         return TorchScriptI3D(weights, device=device)
@@ -143,9 +148,17 @@ def clip_statistics(
     batch_size: int = 8,
     processes: Processes = ALONE,
 ) -> tuple[ClipStatistics, dict[str, str]]:
-    """The statistics of one side, and which videos were left out: read, where ``what`` is a file of them.
+    """The statistics of one side, and the videos that were left out, with reasons.
 
-    Several processes take a part each, and all of them return the whole.
+    Several processes share the clips, and all of them return the whole.
+
+    Args:
+        what: a folder of videos, list files, or a file of statistics, which is only read.
+        network: None if ``what`` is a file of statistics.
+
+    Raises:
+        ValueError: ``what`` holds videos and ``network`` is None; or as ``choose_clips``.
+        StatisticsError: as ``ClipStatistics``.
     """
     if Path(what).suffix == STATISTICS:
         return ClipStatistics.load(what), {}
@@ -163,7 +176,7 @@ def statistics_of(
     batch_size: int = 8,
     processes: Processes = ALONE,
 ) -> ClipStatistics:
-    """The statistics of some clips, of which each process takes a part; all of them return the whole."""
+    """The statistics of ``clips``. Several processes share the clips, and all of them return the whole."""
     what = clips.name
     start, stop = processes.part(len(clips))
     batches = track(clips.batches(batch_size, start, stop), f"features of {what}", -(-(stop - start) // batch_size))
@@ -184,15 +197,15 @@ def evaluate_clips(
     batch_size: int = 8,
     processes: Processes = ALONE,
 ) -> dict[str, Any]:
-    """The Frechet video distance of two sets of videos, and all that it depends on, JSON-ready.
+    """The Frechet video distance of two sets of videos, and everything that it depends on, JSON-ready.
 
     Args:
         generated, reference: folders of videos, list files, or files of statistics.
-        protocol: one of ``VIDEO_PROTOCOLS``.
+        protocol: a name that ``video_protocol`` knows.
         network: from ``load_clip_network``; None if both sides are statistics.
 
     Raises:
-        ValueError: an unknown protocol, no usable videos, or sides that do not belong together.
+        ValueError: the protocol is unknown, a side has no usable videos, or the sides were made by other means.
     """
     rules = video_protocol(protocol)
     ours, left_out = clip_statistics(generated, rules, network, real=False, batch_size=batch_size, processes=processes)
@@ -215,7 +228,7 @@ def evaluate_clips(
 
 
 def distance_notes(rules: VideoProtocol, generated: int, real: int, left_out: dict[str, str]) -> list[str]:
-    """What a reader of the distance has to know: other counts than the protocol's, and videos that are missing."""
+    """Warnings about a distance: counts that differ from the protocol's or are too small, and videos left out."""
     notes = []
     for count, expected, side in ((generated, rules.count, "generated"), (real, rules.real_count, "real")):
         if expected is not None and count != expected:
@@ -234,10 +247,10 @@ PAIR_SCORES = ("psnr", "psnr_frames", "ssim_frames", "lpips_frames")
 def pair_scores(
     originals: Tensor, reconstructions: Tensor, lpips: Callable[[Tensor, Tensor], Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Scores (B,) of reconstructed clips (B, C, T, H, W) in [-1, 1], clamped.
+    """Scores (B,) of reconstructed clips (B, C, T, H, W), which are clamped to [-1, 1].
 
-    ``psnr`` is LARP's, of each clip; ``psnr_frames``, ``ssim_frames`` and, with ``lpips``, ``lpips_frames`` are means
-    over frames. Frames that are smaller than SSIM's window have none.
+    ``psnr`` is LARP's, from one error per clip. ``psnr_frames``, ``ssim_frames`` and, with ``lpips``, ``lpips_frames``
+    are means over frames. There is no ``ssim_frames`` if frames are smaller than SSIM's window.
     """
     pair = [clips.float().clamp(-1, 1) for clips in (originals, reconstructions)]
     a, b = ((clips + 1) / 2 for clips in pair)
@@ -260,14 +273,19 @@ def evaluate_clip_tokenizer(
     lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
     processes: Processes = ALONE,
 ) -> dict[str, Any]:
-    """Score the reconstructions of all clips of ``data``: PSNR, SSIM and LPIPS, and with a network the Frechet video
-    distance, all that they depend on beside them.
+    """Score the reconstructions of all clips of ``data``: PSNR, SSIM and LPIPS, and the Frechet video distance.
 
     Args:
         protocol: of the distance.
+        network: from ``load_clip_network``; without it there is no distance.
+        lpips: a distance (N,) of two batches of frames (N, 3, H, W) in [-1, 1]; without it there is no LPIPS.
+        processes: the processes that share the clips; all of them return the result.
+
+    Returns:
+        The scores, and everything that they depend on, JSON-ready.
 
     Raises:
-        ValueError: clips of another shape than the tokenizer's, none that can be read, or not those of the protocol.
+        ValueError: the clips' shape is not the tokenizer's, or not the protocol's, or no clip can be read.
     """
     tokenizer.spec_for(data.input_shape)
     source, rules = open_source(data), video_protocol(protocol)

@@ -1,4 +1,4 @@
-"""``evaluate``: two sets of images, or what was stored of them, by a protocol."""
+"""``evaluate``: compare two sets of images, or stored statistics of them, by a protocol."""
 
 from __future__ import annotations
 
@@ -44,30 +44,31 @@ def evaluate(
     Args:
         images: a folder, an ADM-style .npz, webdataset shards, a run folder, a tensor (see
             ``vistok.eval.images.open_images``), or an .npz with moments (``mu``, ``sigma``; for sFID ``mu_s``,
-            ``sigma_s``). As in the ADM suite, stored moments serve the Frechet distances, images the other scores.
-        reference: the same.
+            ``sigma_s``). As in the ADM suite, Frechet distances use stored moments if there are any, and the other
+            scores use the images.
+        reference: the real images, in the same forms.
         protocol: "adm" (FID, sFID, Inception Score in file order, precision, recall), "torch-fidelity" (FID, shuffled
             Inception Score, KID, precision, recall), "clean-fid" (FID, KID), "dinov2" (FD-DINOv2, precision, recall) or
             "reconstruction" (rFID, PSNR, SSIM, LPIPS; ``images`` are reconstructions of ``reference``, in its order).
-        metrics: some of "fid", "sfid", "is", "kid", "prc"; by default all that protocol and sides allow.
+        metrics: some of "fid", "sfid", "is", "kid", "prc"; by default all that the protocol and both sides allow.
         weights: file with the network's weights; downloaded once if None.
-        features: another network in place of Inception: uint8 (B, 3, H, W) -> (B, D). Its scores are called
+        features: another network in place of the protocol's: uint8 (B, 3, H, W) -> (B, D). Its scores are called
             ``frechet_distance`` and ``kernel_distance``, never FID or KID.
         network: the name of that other network, required with ``features``.
         lpips: for "reconstruction", see ``evaluate_reconstruction``.
-        crop: side to which ADM's centre crop brings the files of the reference.
+        crop: side in pixels; the reference's files are resized and cropped to it by ADM's centre crop.
         batch_size: images read at a time; no score depends on it (see ``vistok.eval.batches``).
-        device: where to compute; a GPU if there is one by default.
-        processes: those that share the work; all of them return the result, the first one writes it.
+        device: where to compute; by default a GPU if there is one.
+        processes: the processes that share the work; all of them return the result, the first one writes it.
         out: folder in which ``result.json`` is written.
 
     Returns:
         ``protocol``, ``scores``, ``images``, ``reference``, ``network``, ``settings``, ``versions``, ``warnings``.
 
     Raises:
-        ImageError, InvalidReferenceError: a side that cannot be read, or a reference that does not fit.
-        CheckpointError: weights that are absent, damaged or out of reach.
-        ValueError: an unknown protocol or metric, a metric that a side does not allow, or too few images.
+        ImageError, InvalidReferenceError: a side cannot be read, or the reference does not fit.
+        CheckpointError: the weights are absent or damaged, or cannot be downloaded.
+        ValueError: the protocol or a metric is unknown, a side does not allow a metric, or there are too few images.
     """
     rules = choose_protocol(protocol, features, network)
     if batch_size < 1:
@@ -120,7 +121,7 @@ def score_sides(
     *,
     device: torch.device,
 ) -> tuple[dict[str, Any], Scores]:
-    """The result of ``evaluate`` from sides whose features are there, and the scores that are in it."""
+    """The result of ``evaluate`` for two sides whose features were extracted, and the plain scores in it."""
     scores = compute_scores(protocol, metrics, sample, real, device)
     settings = describe_metrics(protocol, metrics, sample, real)
     result = {
@@ -138,7 +139,7 @@ def score_sides(
 
 @dataclass(frozen=True)
 class StoredFeatures:
-    """Stands for the network where both sides are stored and none has to run."""
+    """Name, resize rule and weights of the network, when both sides hold stored moments and no network has to run."""
 
     name: str
     resize: str
@@ -146,7 +147,7 @@ class StoredFeatures:
 
     @classmethod
     def of(cls, protocol: Protocol, reference: Reference) -> StoredFeatures:
-        """What the reference file tells of its network; else what the protocol says it must be."""
+        """The network that the reference file records; where it records nothing, the protocol's."""
         told = reference.provenance
         return cls(
             told.network or protocol.network or "unknown",

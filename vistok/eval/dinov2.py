@@ -1,7 +1,8 @@
 """DINOv2 as a feature network: the Frechet distance FD-DINOv2 of Stein et al. (arXiv 2306.04675).
 
-The class token after the final norm, of images brought to 224x224. Between the hub's model and timm's only the resize
-of the position table differs, and it moves the features; here it is the hub's, which the paper's code runs.
+The features are the class token after the final norm, of images resized to 224x224. The model of torch.hub and timm's
+differ only in the resize of the position table, which changes the features. This module follows torch.hub, which the
+paper's code uses.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ class DINOv2:
     """A DINOv2 vision transformer without registers; one call gives ``pool`` (B, D), the class token's features.
 
     Args:
-        state_dict: as Meta releases it (``dinov2_vitl14_pretrain.pth``) or as timm does; the sizes are read from it.
-        weights_sha256: of the file that it came from.
+        state_dict: in Meta's format (``dinov2_vitl14_pretrain.pth``) or timm's; the sizes are read from it.
+        weights_sha256: of the file that the weights came from.
         device: where to compute.
 
     Raises:
-        CheckpointError: weights of something else.
+        CheckpointError: the weights are not those of a DINOv2 without registers.
     """
 
     resize: Rule = "pil-bicubic-8bit"
@@ -67,10 +68,10 @@ class DINOv2:
 
     @classmethod
     def load(cls, weights: str | Path | None = None, *, device: torch.device | str = "cpu") -> DINOv2:
-        """Read the weights from the file ``weights`` (torch or safetensors), or those of ViT-L/14 from the hub.
+        """Read the weights from the file ``weights`` (torch or safetensors), or download those of ViT-L/14.
 
         Raises:
-            CheckpointError: an absent, damaged or unfitting file, or a hub out of reach.
+            CheckpointError: the file is absent, damaged or does not fit, or the download fails.
         """
         path = Path(weights) if weights is not None else _download()
         return cls(read_weights(path), weights_sha256=sha256(path), device=device)
@@ -85,7 +86,7 @@ class DINOv2:
 
 
 def resize_positions(positions: Tensor, side: int) -> Tensor:
-    """The position table (1, 1 + n * n, D) for a grid of ``side``, resized as torch.hub's model does it.
+    """Resize a position table (1, 1 + n * n, D) to a grid of ``side`` x ``side``, as the model of torch.hub does.
 
     Bicubic without antialias, by the scale (side + 0.1) / n. timm antialiases, which gives other features.
     """
@@ -118,7 +119,7 @@ def _download() -> Path:
 
     try:
         return Path(hf_hub_download(HUB_ID, "model.safetensors"))
-    except Exception as error:  # the client's errors have no common base, and all mean the same here
+    except Exception as error:  # the client's errors have no common base class
         raise CheckpointError(
             f"the DINOv2 weights could not be fetched from the hub ({HUB_ID}): {error}. Fetch that file, or Meta's "
             "dinov2_vitl14_pretrain.pth, elsewhere and name it with weights=PATH (command line: --weights PATH)"

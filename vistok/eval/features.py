@@ -1,4 +1,4 @@
-"""One pass of a feature network over a set of images, which serves every score that is made of those features."""
+"""One pass of a feature network over a set of images, for all scores that use its features."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from vistok.utils.progress import track
 
 @dataclass
 class Extraction:
-    """What a pass over a set of images leaves.
+    """The result of a feature pass over a set of images.
 
     Attributes:
         size: (H, W) of the images.
         digests: (N, 32) uint8, the SHA-256 of every image's pixels.
-        features: the kept features, float32 (N, D), on the CPU.
-        moments: running moments of the others asked for.
+        features: kept features by name, float32 (N, D), on the CPU.
+        moments: moments of features by name, on the CPU.
     """
 
     size: tuple[int, int]
@@ -45,12 +45,12 @@ class Extraction:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over all pixels, in order: equal for the same images in a folder, an .npz, shards or a tensor."""
+        """SHA-256 over all pixels, in order; the same images have the same one in a folder, .npz, shards or tensor."""
         return hashlib.sha256(repr(tuple(self.size)).encode() + self.digests.numpy().tobytes()).hexdigest()
 
     @classmethod
     def concatenate(cls, parts: Sequence[Extraction]) -> Extraction:
-        """One pass of several over consecutive parts of a set; empty parts may be left out."""
+        """Join the passes over consecutive parts of a set; empty parts may be left out."""
         first, *others = parts
         if not others:
             return first
@@ -66,15 +66,15 @@ class Extraction:
 
 
 class FeaturePass:
-    """Takes batches of images one after another and keeps what scores need of them.
+    """Runs a feature network over batches of images and keeps the features or moments that scores need.
 
-    The network always gets ``NETWORK_BATCH`` images, in their order, however many came at a time.
+    The network always gets ``NETWORK_BATCH`` images at a time, whatever the size of the batches.
 
     Args:
-        network: makes the features.
+        network: computes the features.
         source: what the images are called in messages.
-        keep: features of which every row is kept (precision and recall, kernel distance, Inception Score).
-        moments: features of which only the moments are kept (Frechet distances).
+        keep: features of which every row is kept (for precision and recall, kernel distance, Inception Score).
+        moments: features of which only the moments are kept (for Frechet distances).
     """
 
     def __init__(
@@ -87,10 +87,10 @@ class FeaturePass:
         self._groups = Regrouper(NETWORK_BATCH)
 
     def add(self, images: Tensor) -> None:
-        """Take uint8 images (B, 3, H, W).
+        """Add uint8 images (B, 3, H, W).
 
         Raises:
-            ValueError: features that are not finite.
+            ValueError: features are not finite.
         """
         self._digests.append(digests_of(images))
         for group in self._groups.add(images):
@@ -116,7 +116,11 @@ class FeaturePass:
         return not self._digests
 
     def result(self) -> Extraction:
-        """What was gathered, once all images are there."""
+        """The extraction, after the last image was added.
+
+        Raises:
+            ValueError: there are no images.
+        """
         rest = self._groups.rest
         if rest is None:
             raise ValueError(f"there is no image of {self._source} to score")
@@ -142,7 +146,7 @@ def extract_features(
 ) -> Extraction:
     """Run ``network`` once over ``images``, with a progress bar on a terminal; see ``FeaturePass``.
 
-    Several processes take a consecutive part each, and all of them return the whole.
+    Each process takes a consecutive part of the images, and all of them return the whole.
     """
     start, stop = processes.part(images.count)
     features = FeaturePass(network, images.source, keep=keep, moments=moments)
@@ -153,15 +157,15 @@ def extract_features(
 
 
 def gathered(part: FeaturePass, processes: Processes) -> Extraction:
-    """The pass over a whole set of which every process made a consecutive part (or none), in all of them."""
+    """Join the consecutive parts (possibly empty) of all processes; every process gets the whole."""
     parts = processes.gather(None if part.is_empty else part.result())
     return Extraction.concatenate([extraction for extraction in parts if extraction is not None])
 
 
 class RowStore:
-    """Rows (n, ...) that come a few at a time, joined at the end without a second copy: 50,000 features are 400 MB.
+    """Collects rows (n, ...) and joins them without holding a second copy: 50,000 features are 400 MB.
 
-    They are kept in blocks so large that the allocator returns each as soon as it is let go.
+    The blocks are so large that the allocator returns the memory of each as soon as it is freed.
     """
 
     BLOCK = 4096
@@ -195,7 +199,11 @@ class RowStore:
 
 
 def digests_of(images: Tensor) -> Tensor:
-    """SHA-256 of the pixels of every image, (B, 32) uint8; of (H, W, C) order, as image files and .npz hold them."""
+    """SHA-256 of every image's pixels, (B, 32) uint8, in the order (H, W, C) of image files and .npz.
+
+    Args:
+        images: uint8 (B, C, H, W).
+    """
     rows = images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
     digests = b"".join(hashlib.sha256(row.data).digest() for row in rows)
     return torch.from_numpy(np.frombuffer(digests, np.uint8).reshape(-1, 32).copy())

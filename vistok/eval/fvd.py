@@ -1,4 +1,4 @@
-"""The Frechet video distance: statistics that can be streamed, saved and added up, and their distance.
+"""The Frechet video distance, and the statistics that it compares; these can be streamed, saved and added up.
 
 Unterthiner et al., arXiv 1812.01717. Features are I3D's 400 logits, which are float32; statistics are float64.
 """
@@ -22,10 +22,10 @@ from vistok.utils.tensors import opened, save_file
 
 
 class ClipNetwork(Protocol):
-    """What turns clips into features; ``I3DNetwork`` is one.
+    """A feature network of clips, such as ``I3DNetwork``.
 
     Attributes:
-        name, resize: go into every score's record.
+        name, resize: name and resize rule, which every score records.
         weights_sha256: of the weights file, or None.
     """
 
@@ -34,24 +34,24 @@ class ClipNetwork(Protocol):
     weights_sha256: str | None
 
     def __call__(self, clips: Tensor) -> dict[str, Tensor]:
-        """Clips (B, C, T, H, W) in 0..255 to {"pool": (B, D)}."""
+        """Features {"pool": (B, D)} of clips (B, C, T, H, W) in 0..255."""
         ...
 
 
 class StatisticsError(ValueError):
-    """Statistics of clips that are damaged, or that do not belong together."""
+    """Statistics of clips are damaged, or two statistics were made by different means."""
 
 
 @dataclass
 class ClipStatistics:
-    """Raw sums of one side's features, with all that made them.
+    """Raw sums of one side's features, and how they were made.
 
-    Those of parts add up exactly, so that several processes, or runs that were interrupted, give what one would.
+    The sums of parts add up, so several processes or interrupted runs give the same statistics as one run.
 
     Attributes:
         moments: of the features.
         protocol: name of the protocol.
-        network, weights_sha256: what made the features.
+        network, weights_sha256: name and weights of the feature network.
         source: where the clips came from.
     """
 
@@ -68,8 +68,8 @@ class ClipStatistics:
         """The statistics of batches of clips (B, C, T, H, W) in [-1, 1].
 
         Raises:
-            StatisticsError: no clips.
-            ValueError: clips that the protocol does not score, or features that are not finite.
+            StatisticsError: there are no clips.
+            ValueError: the clips' shape is not the protocol's, or features are not finite.
         """
         moments: Moments | None = None
         for batch in clips:
@@ -90,7 +90,7 @@ class ClipStatistics:
         """The statistics of both parts together.
 
         Raises:
-            StatisticsError: parts that were made by other means.
+            StatisticsError: protocol, network or weights differ.
         """
         self._require_alike(other)
         return ClipStatistics(
@@ -98,7 +98,7 @@ class ClipStatistics:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write them to a safetensors file, whole or not at all."""
+        """Write the statistics to a safetensors file, atomically."""
         told = {"protocol": self.protocol, "network": self.network, "source": self.source, "count": self.count}
         told["weights_sha256"] = self.weights_sha256
         tensors = {"sum": self.moments.sum.cpu(), "outer": self.moments.outer.cpu()}
@@ -110,7 +110,7 @@ class ClipStatistics:
         """Read what ``save`` wrote.
 
         Raises:
-            StatisticsError: an absent, damaged or foreign file.
+            StatisticsError: the file is absent or damaged, or ``save`` did not write it.
         """
         try:
             with opened(path) as file:
@@ -134,7 +134,7 @@ class ClipStatistics:
 
 
 def _checked(count: Any, total: Tensor, outer: Tensor) -> Moments:
-    """Moments as a file gives them; ValueError unless some clips can have had them."""
+    """Moments read from a file; ValueError if no set of clips can have them."""
     if type(count) is not int or count < 1:
         raise ValueError(f"a number of clips is expected, got {count!r}")
     if total.ndim != 1 or outer.shape != (len(total), len(total)):
@@ -151,10 +151,14 @@ def _checked(count: Any, total: Tensor, outer: Tensor) -> Moments:
 
 
 def frechet_video_distance(generated: ClipStatistics, real: ClipStatistics) -> dict[str, Any]:
-    """The distance, with all that is needed to compare it; "fvd" only where the detector is I3D with trained weights.
+    """The Frechet video distance, and everything that is needed to compare it.
+
+    Returns:
+        The distance as ``fvd`` if the network is I3D with trained weights, else as ``frechet_distance``; ``protocol``,
+        ``network``, and source and count of the sides ``generated`` and ``real``.
 
     Raises:
-        StatisticsError: sides that were made by other means.
+        StatisticsError: protocol, network or weights of the sides differ.
     """
     generated._require_alike(real)
     protocol = video_protocol(generated.protocol)

@@ -1,4 +1,4 @@
-"""Warnings beside a score: what makes it incomparable with published ones, and by how much where that is known."""
+"""Warnings beside a score: what makes it incomparable with published scores, and by how much if that is known."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def comparability_warnings(
     scores: dict[str, float],
     settings: dict[str, Any],
 ) -> list[str]:
-    """All that can be told from both sides.
+    """All warnings about the scores of ``sample`` against ``real``.
 
     Args:
         scores: by their plain names ("fid", "is").
@@ -63,7 +63,7 @@ def lossy_warnings(name: str, lossy: int) -> Iterator[str]:
 
 
 def file_warnings(name: str, read: FilesRead) -> Iterator[str]:
-    """Warnings of files that were left out, of splits that were read together, and of what a protocol ignores."""
+    """Warnings about files that were left out, splits that were read together, and file properties that are ignored."""
     if read.left_out.count:
         yield f"{name}: {read.left_out}"
     if read.splits is not None:
@@ -77,7 +77,7 @@ def file_warnings(name: str, read: FilesRead) -> Iterator[str]:
 
 
 def _widths(side: Side) -> dict[str, int]:
-    """Features behind the Frechet distances of a side, by name."""
+    """The widths D of the features behind the Frechet distances of a side, by name."""
     widths = {feature: len(gaussian.mean) for feature, gaussian in side.reference.gaussians.items()}
     if not widths and side.extraction is not None:
         widths = {feature: len(moments.sum) for feature, moments in side.extraction.moments.items()}
@@ -85,7 +85,12 @@ def _widths(side: Side) -> dict[str, int]:
 
 
 def count_warnings(name: str, count: int | None, widths: Mapping[str, int]) -> Iterator[str]:
-    """The warning that there are too few images for Frechet distances of so many features."""
+    """Warnings that there are too few images for Frechet distances.
+
+    Args:
+        name: what the side is called in the warning.
+        widths: widths D of the features by name.
+    """
     if count is None:
         return
     if count < FEW_SAMPLES:

@@ -2,7 +2,7 @@
 
 I3D: Carreira & Zisserman, arXiv 1705.07750, trained on Kinetics-400. FVD: Unterthiner et al., arXiv 1812.01717. The
 PyTorch port here is the one that VideoGPT, TATS and cd-fvd use (``i3d_pretrained_400.pt``, github.com/songweige/TATS).
-The TorchScript file of StyleGAN-V, which LARP uses, runs through ``TorchScriptI3D``.
+``TorchScriptI3D`` runs the TorchScript file of StyleGAN-V, which LARP uses.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vistok.utils.files import sha256
 I3D = "i3d-kinetics400"
 I3D_RANDOM = "i3d-random-weights"
 WEIGHTS_URL = "https://github.com/songweige/TATS/raw/main/tats/fvd/i3d_pretrained_400.pt"
-MIN_FRAMES = 9  # what the last average pool needs
+MIN_FRAMES = 9  # fewer leave too little for the last average pool
 
 # Widths of the branches [b0, b1a, b1b, b2a, b2b, b3b] of the mixed blocks.
 MIXED = {
@@ -40,7 +40,7 @@ MIXED = {
 
 
 def same_padding(x: Tensor, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> Tensor:
-    """Pad (B, C, T, H, W) with zeros as TensorFlow's "SAME" does: by the input's size, the odd one behind."""
+    """Pad (B, C, T, H, W) with zeros like TensorFlow's "SAME": it depends on the input's size; an odd one goes last."""
     amounts: list[int] = []
     for size, k, s in reversed(list(zip(x.shape[2:], kernel, stride))):
         total = max(k - (size % s or s), 0)
@@ -62,7 +62,7 @@ class Unit3D(nn.Module):
 
 
 class MaxPool3D(nn.Module):
-    """Max pooling with zeros around the input, as TensorFlow's "SAME" pads."""
+    """Max pooling with "SAME" padding by zeros."""
 
     def __init__(self, kernel: tuple[int, int, int], stride: tuple[int, int, int]):
         super().__init__()
@@ -73,7 +73,7 @@ class MaxPool3D(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Four branches side by side: 1x1x1; 1x1x1 and 3x3x3, twice; pooling and 1x1x1."""
+    """Four parallel branches: 1x1x1; twice 1x1x1 then 3x3x3; max pooling then 1x1x1."""
 
     def __init__(self, in_channels: int, widths: tuple[int, ...]):
         super().__init__()
@@ -90,7 +90,7 @@ class Mixed(nn.Module):
 
 
 class InceptionI3D(nn.Module):
-    """The network. Layers and weights are named as in the port.
+    """I3D. Layers and weights are named as in the port.
 
     Args:
         num_classes: width of the logits.
@@ -135,7 +135,7 @@ class InceptionI3D(nn.Module):
         self.logits = nn.ModuleDict({"conv3d": nn.Conv3d(channels, num_classes, 1)})
 
     def end_points(self, clips: Tensor) -> dict[str, Tensor]:
-        """The output of every layer by name, (B, C', t, h, w) each, for clips (B, 3, T, H, W) in [-1, 1]."""
+        """The output (B, C', t, h, w) of every layer, by name, for clips (B, 3, T, H, W) in [-1, 1]."""
         outputs, x = {}, clips
         for name in self.END_POINTS:
             x = outputs[name] = self.get_submodule(name)(x)
@@ -145,7 +145,7 @@ class InceptionI3D(nn.Module):
         """Logits (B, num_classes) of clips (B, 3, T, 224, 224) in [-1, 1], averaged over time.
 
         Raises:
-            ValueError: fewer than 9 frames.
+            ValueError: the clips have fewer than 9 frames.
         """
         if clips.shape[2] < MIN_FRAMES:
             raise ValueError(f"I3D needs clips of at least {MIN_FRAMES} frames, got {clips.shape[2]}")
@@ -157,12 +157,12 @@ class InceptionI3D(nn.Module):
 
 
 def preprocess(clips: Tensor, size: int = 224) -> Tensor:
-    """Clips (B, C, T, H, W), in 0..255 on any scale of values, to (B, 3, T, size, size) in [-1, 1].
+    """Resize clips (B, C, T, H, W), uint8 or float in 0..255, to (B, 3, T, size, size) in [-1, 1].
 
     Each frame is resized bilinearly, without antialiasing, and its aspect ratio is not kept. Grey becomes RGB.
 
     Raises:
-        ValueError: another rank, or neither 1 nor 3 channels.
+        ValueError: the clips have another rank, or neither 1 nor 3 channels.
     """
     if clips.ndim != 5 or clips.shape[1] not in (1, 3):
         raise ValueError(f"clips must be (B, 1 or 3, T, H, W), got {tuple(clips.shape)}; are C and T swapped?")
@@ -178,13 +178,13 @@ class I3DNetwork:
     """I3D as a feature network of clips: one call gives ``pool``, its 400 logits.
 
     Args:
-        state_dict: the weights; None draws them at random, for tests: its name says so.
+        state_dict: the weights; None draws random ones for tests, and ``name`` says so.
         weights_sha256: of the file that the weights came from.
         device: where to compute.
         seed: of random weights.
 
     Raises:
-        CheckpointError: weights that do not fit.
+        CheckpointError: the weights do not fit.
     """
 
     resize = "bilinear 224x224 per frame, no antialias"
@@ -215,7 +215,7 @@ class I3DNetwork:
         """Read the weights from the file ``weights`` (torch or safetensors), or download them once if it is None.
 
         Raises:
-            CheckpointError: an absent, damaged or unfitting file, or a failed download.
+            CheckpointError: the file is absent, damaged or does not fit, or the download fails.
         """
         path = Path(weights) if weights is not None else _download()
         return cls(read_weights(path), weights_sha256=sha256(path), device=device)
@@ -231,6 +231,9 @@ class TorchScriptI3D:
     """StyleGAN-V's TorchScript port (``i3d_torchscript.pt``), the detector of LARP and of cd-fvd's StyleGAN-V mode.
 
     TorchScript runs the code in the file: load only files that you trust.
+
+    Raises:
+        CheckpointError: there is no such file, or it is not TorchScript.
     """
 
     name = "i3d-torchscript"

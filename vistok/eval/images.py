@@ -1,8 +1,8 @@
-"""Sets of images to be scored: folders, archives, .npz batches, tar shards, run folders and tensors, as streams of
-8-bit RGB. Files are found and decoded by the stack that training reads with (:mod:`vistok.data.imagefiles`).
+"""Sets of images to be scored, as streams of 8-bit RGB: folders, archives, .npz files, tar shards, runs, tensors.
 
-``open_images`` checks a set when it is opened (headers only), so that an evaluation of hours does not stop at its last
-image; pixels are decoded batch by batch and never kept.
+Files are found and decoded by the same code as in training (:mod:`vistok.data.imagefiles`). ``open_images`` checks all
+headers when it opens a set, so that an evaluation of hours does not fail at its last image. Pixels are decoded batch by
+batch and never kept.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from vistok.data.transforms import center_crop_adm
 from vistok.utils.files import cache_folder
 
 RUN_MARKERS = (("metrics.jsonl",), ("config.yaml", "environment.json"))
-"""A run folder has all files of one of these sets. A config.yaml alone is none: people keep one beside photos, too."""
+"""A run folder has all files of one of these sets. A config.yaml alone is not enough: it can lie beside photos."""
 THREADS = 4  # decoding releases the interpreter lock
 
 
 class ImageError(ValueError):
-    """A set of images that cannot be scored: empty, unreadable, of mixed sizes, or of another format."""
+    """A set of images cannot be scored: it is empty, unreadable, of mixed sizes, or of another format."""
 
 
 @dataclass(frozen=True)
 class FilesRead:
-    """What was read, and what was not, of a folder, an archive or shards.
+    """The files that were read from a folder, an archive or shards, and those that were not.
 
     Attributes:
-        reading: how: "photo" or "raw", see ``vistok.data.decoding.Reading``.
-        formats: files by extension.
-        turned, transparent, deep: files whose EXIF data turn them, that have an alpha channel, or that have more than
-            8 bits per channel.
-        left_out: what lies beside them.
-        splits: the folder whose folders are splits, all of which were read; None if there are none.
+        reading: how they were read: "photo" or "raw", see ``vistok.data.decoding.Reading``.
+        formats: number of files by extension.
+        turned, transparent, deep: number of files that have an EXIF rotation, an alpha channel, or more than 8 bits per
+            channel.
+        left_out: files that were not read.
+        splits: the folder whose sub-folders are splits, all of which were read; None if there are no splits.
     """
 
     reading: Reading
@@ -70,7 +70,7 @@ class ImageSet(Protocol):
         size: (H, W).
         names: one per image (file names without extension), or None where images have none.
         lossy: number of images from lossily compressed files.
-        files_read: what was read of files, or None where the images are none.
+        files_read: the files that were read, or None if the images did not come from files.
     """
 
     @property
@@ -108,13 +108,13 @@ def open_images(
         source: a folder or .zip of image files (sub-folders included, sorted by path), or a folder of webdataset
             shards; one such ``.tar``, a pattern of them (``shards/{00..09}.tar``), or a list; an ADM-style ``.npz``
             with ``arr_0``, uint8 (N, H, W, 3); a vistok run folder, whose ``samples`` are taken; a tensor (N, 1 or 3,
-            H, W), uint8 or float in [-1, 1]; or a set that is open already.
-        crop: side to which ADM's centre crop brings every image file, whatever its size.
+            H, W), uint8 or float in [-1, 1]; or an open ``ImageSet``.
+        crop: side in pixels; every image file is resized and cropped to it by ADM's centre crop.
         reading: how image files are read.
 
     Raises:
-        ImageError: nothing there, no images, mixed sizes without ``crop``, unreadable files, an ``.npz`` without
-            ``arr_0``, NaN, or a crop of images that are pixels already.
+        ImageError: there is nothing or no image at ``source``, sizes differ without ``crop``, a file is unreadable, an
+            ``.npz`` has no ``arr_0``, values are NaN, or ``crop`` is given for pixels of another size.
     """
     if crop is not None and crop < 1:
         raise ImageError(f"crop must be at least 1 pixel, got {crop}")
@@ -143,7 +143,7 @@ def open_images(
 
 
 def _shards_of(pattern: Path) -> list[Path]:
-    """The shards that a path which does not exist stands for, if it is a pattern of some."""
+    """The shards that match a pattern. Raises ImageError if the path is no pattern, or nothing matches."""
     if pattern.suffix == ".tar" and any(sign in str(pattern) for sign in "{*?["):
         try:
             return [Path(str(path)) for path in shard_paths(str(pattern))]
@@ -153,7 +153,7 @@ def _shards_of(pattern: Path) -> list[Path]:
 
 
 def shards_in(folder: Path) -> list[Path]:
-    """The .tar files of a folder that holds them and no images beside them; empty if it is no such folder."""
+    """The .tar files of a folder; empty if there are image files beside them."""
     files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     if any(is_image(path.name) for path in files):
         return []
@@ -170,7 +170,7 @@ def _no_crop(images: ImageSet, crop: int | None) -> ImageSet:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether ``folder`` is a vistok run, whose own pictures (previews) are not what is to be scored."""
+    """Whether ``folder`` is a vistok run. Its own pictures are previews, not the samples to be scored."""
     return any(all((folder / name).is_file() for name in names) for names in RUN_MARKERS)
 
 
@@ -187,12 +187,12 @@ class FileImages:
     """Image files as a set, in the order of their paths.
 
     Args:
-        files: which.
-        crop: side to which ADM's centre crop brings every image; None takes images of one size as they are.
+        files: the image files.
+        crop: side in pixels of ADM's centre crop; None takes images of one size as they are.
         reading: how they are read.
 
     Raises:
-        ImageError: no images, one that cannot be read, or mixed sizes.
+        ImageError: there are no images, one cannot be read, or sizes differ.
     """
 
     def __init__(self, files: ImageFiles, *, crop: int | None, reading: Reading) -> None:
@@ -259,13 +259,13 @@ class FolderImages(FileImages):
 
 
 class TarImages(FileImages):
-    """The images of webdataset shards in the order of their names, whatever the order in the shards.
+    """The images of webdataset shards in the order of their names, whatever their order in the shards.
 
-    So shards written by several processes give the order of the folder that they were made of. What is a sample's key
-    and image: see :mod:`vistok.data.tar`; other members of a sample (labels, captions) are passed over.
+    So shards that several processes wrote give the same order as the folder that they were made from. See
+    :mod:`vistok.data.tar` for the key and the image of a sample; labels and captions are not read.
 
     Raises:
-        ImageError: also for a shard that cannot be read, and for one that is given twice.
+        ImageError: as ``FileImages``; or a shard cannot be read, or is given twice.
     """
 
     def __init__(self, shards: Sequence[Path], *, crop: int | None = None, reading: Reading = "photo"):
@@ -283,15 +283,15 @@ class TarImages(FileImages):
 def _index_cache() -> Path | None:
     try:
         return cache_folder("shards")
-    except RuntimeError:  # there is no home
+    except RuntimeError:  # no home directory
         return None
 
 
 def common_size(sizes: Iterable[tuple[str, tuple[int, int]]]) -> tuple[int, int]:
-    """The one (H, W) of named images.
+    """The common (H, W) of named images.
 
     Raises:
-        ImageError: they have more than one.
+        ImageError: sizes differ, or there are no images.
     """
     first: tuple[str, tuple[int, int]] | None = None
     for name, size in sizes:
@@ -359,12 +359,12 @@ class NpzImages:
                 if len(data) < rows * bytes_per_image:
                     raise ImageError(f"{self.source} ends within image {first + len(data) // bytes_per_image}")
                 pixels = np.frombuffer(bytearray(data), np.uint8).reshape(rows, height, width, 3)
-                # Contiguous, so that the same images give the same features to the last bit wherever they come from.
+                # Contiguous, so that the same images give the same features to the last bit from any kind of source.
                 yield torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()  # (B, 3, H, W)
 
 
 def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], str, np.dtype]:
-    """Shape, memory order ("C" or "F") and dtype of the .npy stream, which is left at its first value."""
+    """Shape, memory order ("C" or "F") and dtype of a .npy stream; the stream is left at the first value."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(file)
@@ -372,7 +372,7 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], str, np.dtype]:
 
 
 class TensorImages:
-    """Images in memory, grey or RGB: uint8, or float in [-1, 1] that becomes 8-bit by 127.5 x + 128, truncated."""
+    """Images in memory, grey or RGB: uint8, or float in [-1, 1], which becomes 8 bit by 127.5 x + 128, truncated."""
 
     source: ClassVar[str] = "tensor"
     files_read: ClassVar[None] = None

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Blocks of this many rows bound the memory of pairwise distances (400 MB in float32). It is also the block of the
-# ADM suite, whose float16 rule decides per block, and of torch-fidelity, so that ties fall as they do there.
+# Pairwise distances are computed in blocks of this many rows and columns, 100 MB each in float32. The ADM suite's
+# blocks have 10,000. That matters only if a float16 distance overflows: its whole block is then computed in float32.
 BLOCK = 5_000
-ROWS_AT_A_TIME = 1000  # of a block, where all at once would need more memory than the block itself
+ROWS_AT_A_TIME = 1000  # parts of a block, for steps whose temporaries would exceed the block itself
 
 
 class Gaussian(NamedTuple):
-    """Mean (D,) and covariance (D, D) in float64, all that the Frechet distance knows of a feature set."""
+    """Mean (D,) and covariance (D, D) in float64, all that the Frechet distance needs of a feature set."""
 
     mean: Tensor
     covariance: Tensor
@@ -44,10 +44,10 @@ class PrecisionRecall(NamedTuple):
 
 
 class Moments:
-    """Running first and second moments of features in float64, to be added up over batches and processes.
+    """Running first and second moments of features in float64, which add up over batches and processes.
 
-    Holds count, sum (D,) and outer = sum of x x^T (D, D): enough for mean and covariance, and small (34 MB at
-    D = 2048), so that no feature need be kept.
+    Holds count, sum (D,) and outer = sum of x x^T (D, D). They give mean and covariance in little memory (34 MB at
+    D = 2048), so the features themselves need not be kept.
     """
 
     def __init__(self, dim: int, device: torch.device | str = "cpu"):
@@ -66,7 +66,7 @@ class Moments:
         """Add a batch of features (B, D).
 
         Raises:
-            ValueError: another feature width.
+            ValueError: the features have another width.
         """
         if features.ndim != 2 or features.shape[1] != len(self.sum):
             raise ValueError(f"expected features of shape (B, {len(self.sum)}), got {tuple(features.shape)}")
@@ -79,7 +79,7 @@ class Moments:
         """The moments of both sets together; neither is changed.
 
         Raises:
-            ValueError: another feature width.
+            ValueError: the other moments are of another feature width.
         """
         if len(other.sum) != len(self.sum):
             raise ValueError(f"cannot merge moments of {len(self.sum)} and of {len(other.sum)} features")
@@ -109,14 +109,17 @@ class Moments:
 
     @property
     def gaussian(self) -> Gaussian:
-        """Both together, as ``frechet_distance`` takes them."""
+        """Mean and covariance together, as ``frechet_distance`` takes them."""
         return Gaussian(self.mean, self.covariance)
 
     def fit(self, ddof: int) -> Gaussian:
-        """Mean and covariance normalised by N - ``ddof``: 1 as for images, 0 as StyleGAN-V and LARP have it for clips.
+        """Mean, and covariance normalised by N - ``ddof``.
+
+        Args:
+            ddof: 1 is usual for images; StyleGAN-V and LARP take 0 for clips.
 
         Raises:
-            ValueError: another ``ddof`` than 0 or 1, or too few samples.
+            ValueError: ``ddof`` is neither 0 nor 1, or there are too few samples.
         """
         if ddof not in (0, 1):
             raise ValueError(f"ddof must be 0 (covariance over N) or 1 (over N - 1), got {ddof}")
@@ -133,12 +136,12 @@ class Moments:
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Squared Frechet (2-Wasserstein) distance of two Gaussians: |m_a - m_b|^2 + tr(A + B - 2 (A B)^(1/2)).
 
-    The trace of the root is taken as sum sqrt(eig(R^T B R)) with A = R R^T, two symmetric eigen-decompositions:
-    about six times as fast as scipy's sqrtm of the product and never complex. Directions without variance
-    (N < D) are left out, where only rounding errors would enter. (Heusel et al. 2017, eq. 6.)
+    The trace of the root is computed as sum sqrt(eig(R^T B R)) with A = R R^T. These two symmetric
+    eigen-decompositions are about six times as fast as scipy's sqrtm of the product, and never complex. Directions
+    without variance (N < D) are left out, because they would only add rounding errors. (Heusel et al. 2017, eq. 6.)
 
     Raises:
-        ValueError: widths that differ, moments that are not finite or not real, or a matrix that is no covariance.
+        ValueError: the widths differ, moments are not finite or not real, or a matrix is no covariance.
     """
     if a.mean.shape != b.mean.shape or a.covariance.shape != b.covariance.shape:
         raise ValueError(
@@ -152,7 +155,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     check_symmetric(covariance_a)
     check_symmetric(covariance_b)
     if torch.equal(mean_a, mean_b) and torch.equal(covariance_a, covariance_b):
-        return 0.0  # where the arithmetic below leaves rounding errors
+        return 0.0  # the arithmetic below would leave rounding errors
     values, vectors = torch.linalg.eigh(covariance_a)
     _check_not_negative(values)
     kept = _is_no_rounding_error(values)
@@ -168,7 +171,8 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 NEGLIGIBLE = 1e-4
-"""What float32 files and rounding do to a covariance of thousands of features, as a share of its largest value."""
+"""Largest error that float32 files and rounding cause in a covariance of thousands of features, as a share of its
+largest value."""
 
 
 def check_symmetric(covariance: Tensor) -> None:
@@ -194,22 +198,26 @@ def _check_not_negative(eigenvalues: Tensor) -> None:
 
 
 def _is_no_rounding_error(eigenvalues: Tensor) -> Tensor:
-    """Which of ascending eigenvalues (D,) of a positive semi-definite matrix exceed its rounding errors, (D,) bool."""
+    """Which eigenvalues of a positive semi-definite matrix exceed its rounding errors: (D,) bool.
+
+    Args:
+        eigenvalues: (D,), ascending.
+    """
     if not len(eigenvalues):
         return eigenvalues > 0
     return eigenvalues > eigenvalues[-1].clamp_min(0) * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps
 
 
 def split_into_chunks(count: int, split_size: int) -> list[slice]:
-    """Consecutive chunks of ``split_size``, the last one shorter: the splits of the ADM suite."""
+    """The splits of the ADM suite: consecutive chunks of ``split_size``, of which the last one may be shorter."""
     return [slice(start, min(start + split_size, count)) for start in range(0, count, split_size)]
 
 
 def split_evenly(count: int, splits: int) -> list[slice]:
-    """``splits`` consecutive parts, part i from i * count // splits: the splits of torch-fidelity.
+    """The splits of torch-fidelity: ``splits`` consecutive parts, where part i begins at i * count // splits.
 
     Raises:
-        ValueError: fewer samples than splits.
+        ValueError: there are fewer samples than splits.
     """
     if count < splits:
         raise ValueError(f"{splits} splits need at least {splits} samples, got {count}")
@@ -223,20 +231,24 @@ def shuffled(features: Tensor, seed: int = 2020) -> Tensor:
 
 
 def inception_score(logits: Tensor, splits: list[slice]) -> Spread:
-    """exp of the mean KL divergence of class probabilities from their mean, over ``splits`` (Salimans et al. 2016).
+    """Inception Score: exp of the mean KL divergence of class probabilities from their mean (Salimans et al. 2016).
 
     The order of the rows decides which samples share a split: a set sorted by class scores far lower than a shuffled
-    one. The ADM suite scores ``split_into_chunks(N, 5000)`` in file order; torch-fidelity ``split_evenly(N, 10)``
-    of ``shuffled`` rows.
+    one. The ADM suite scores ``split_into_chunks(N, 5000)`` in file order; torch-fidelity scores
+    ``split_evenly(N, 10)`` of ``shuffled`` rows.
 
     Args:
-        logits: (N, C); both suites use the bias-free ones.
+        logits: (N, C); both suites compute them without the bias.
+        splits: which rows are scored together.
+
+    Returns:
+        Mean and standard deviation over the splits.
     """
     log_p = logits.double().log_softmax(1)
     scores = []
     for rows in splits:
         part = log_p[rows]
-        # Taken from logarithms, so that a probability that underflows costs nothing instead of giving NaN.
+        # In logarithms, so that a probability that underflows contributes 0 and not NaN.
         log_mean = part.logsumexp(0, keepdim=True) - np.log(len(part))
         scores.append(float((part.exp() * (part - log_mean)).sum(1).mean().exp()))
     return Spread(float(np.mean(scores)), float(np.std(scores)))
@@ -250,7 +262,7 @@ class PolynomialKernel(NamedTuple):
     coef0: float = 1.0
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """(N_x, N_y) of the rows of ``x`` and ``y``."""
+        """Kernel values (N_x, N_y) of the rows of ``x`` and ``y``."""
         gamma = 1 / x.shape[1] if self.gamma is None else self.gamma
         return (gamma * x @ y.T + self.coef0) ** self.degree
 
@@ -261,7 +273,7 @@ class GaussianKernel(NamedTuple):
     sigma: float = 10.0
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """(N_x, N_y) of the rows of ``x`` and ``y``."""
+        """Kernel values (N_x, N_y) of the rows of ``x`` and ``y``."""
         return torch.exp(-_squared_euclidean(x, y) / (2 * self.sigma**2))
 
 
@@ -276,15 +288,20 @@ def kernel_distance(
 ) -> Spread:
     """Kernel (Inception) distance: unbiased squared MMD over random subsets (Binkowski et al. 2018).
 
-    Torch-fidelity's subsets and formula, but in float64: the distance is a small difference of large means, of which
-    its float32 keeps four or five digits, and other ones for every change in the last digit of a feature.
+    Subsets and formula are torch-fidelity's, but computed in float64. The distance is a small difference of large
+    means: torch-fidelity's float32 keeps only four or five digits of it, and these change with the last digit of any
+    feature.
 
     Args:
         generated, real: (N, D) features.
-        subset_size: at least 2.
+        subset_size: samples per subset, at least 2.
+        seed: of the random subsets.
+
+    Returns:
+        Mean and standard deviation over the subsets.
 
     Raises:
-        ValueError: a set smaller than ``subset_size``, or subsets of one.
+        ValueError: a set is smaller than ``subset_size``, or ``subset_size`` is below 2.
     """
     if subset_size < 2:
         raise ValueError(f"subsets need at least 2 samples, got {subset_size}")
@@ -312,7 +329,7 @@ def _squared_mmd(x: Tensor, y: Tensor, kernel: PolynomialKernel | GaussianKernel
 
 Distance = Literal["euclidean", "squared_euclidean", "squared_euclidean_float16"]
 Boundary = Literal["included", "excluded"]
-"""Whether a point at exactly a ball's radius is inside: ADM and torch-fidelity say yes, dgm-eval says no."""
+"""Whether a point at exactly a ball's radius counts as inside: in ADM and torch-fidelity it does, in dgm-eval not."""
 
 
 def pairwise_distance(a: Tensor, b: Tensor, distance: Distance) -> Tensor:
@@ -320,9 +337,9 @@ def pairwise_distance(a: Tensor, b: Tensor, distance: Distance) -> Tensor:
 
     - ``euclidean``: torch-fidelity's, torch.cdist in float32.
     - ``squared_euclidean``: |a|^2 - 2 a.b + |b|^2 in float32, clamped at 0.
-    - ``squared_euclidean_float16``: the ADM suite's, behind every published number: the same with features and every
-      intermediate result rounded to float16, unless a value overflows, then in float32 for this whole block.
-      Its coarse grid makes ties, which count as hits.
+    - ``squared_euclidean_float16``: the ADM suite's, behind every published number. The same formula, with features
+      and every intermediate result rounded to float16. If a value overflows, the whole block is computed in float32.
+      The coarse grid of float16 makes ties, which count as hits.
     """
     a, b = a.float(), b.float()
     if distance == "euclidean":
@@ -336,12 +353,12 @@ def pairwise_distance(a: Tensor, b: Tensor, distance: Distance) -> Tensor:
 
 
 def _squared_euclidean(a: Tensor, b: Tensor) -> Tensor:
-    # In place: a block is 400 MB.
+    # In place: a block is 100 MB.
     return (a @ b.T).mul_(-2).add_(a.square().sum(1, keepdim=True)).add_(b.square().sum(1)).clamp_min_(0)
 
 
 def _squared_euclidean_float16(a: Tensor, b: Tensor) -> Tensor:
-    """Sums and products accumulate in float32 and are rounded once, as half-precision kernels do; on CPU this is
+    """Sums and products accumulate in float32 and are rounded once, as in half-precision kernels. On a CPU this is
     also much faster than half tensors."""
     a, b = a.half(), b.half()
     norm_a = a.square().float().sum(1, keepdim=True).half()  # (N_a, 1)
@@ -358,8 +375,13 @@ def manifold_radii(
 ) -> Tensor:
     """Distance (N,) of every feature to its k-th nearest neighbour in its own set, itself not counted.
 
+    Args:
+        features: (N, D).
+        neighbours: k.
+        block: rows and columns whose distances are computed at a time.
+
     Raises:
-        ValueError: fewer than k + 1 features.
+        ValueError: there are fewer than k + 1 features.
     """
     if len(features) <= neighbours:
         raise ValueError(f"{neighbours} nearest neighbours need at least {neighbours + 1} samples, got {len(features)}")
@@ -388,13 +410,17 @@ def inside_manifold(
     boundary: Boundary = "included",
     block: int = BLOCK,
 ) -> tuple[Tensor, Tensor]:
-    """Which generated features lie in the manifold of the real ones, (N_g,) bool, and which real ones in that of the
-    generated, (N_r,) bool: inside the ball of any feature there, which reaches to its k-th neighbour in its own set.
+    """Which features of each set lie in the manifold of the other set.
 
-    Only one block of distances exists at a time.
+    The manifold of a set is the union of a ball around each of its features. The ball's radius is the distance to the
+    k-th nearest neighbour in the same set (``manifold_radii``). Only one block of distances exists at a time.
+
+    Returns:
+        Whether each generated feature lies in the manifold of the real ones, (N_g,) bool, and whether each real feature
+        lies in the manifold of the generated ones, (N_r,) bool.
 
     Raises:
-        ValueError: fewer than k + 1 features on a side, or an unknown boundary.
+        ValueError: a side has fewer than k + 1 features, or the boundary is unknown.
     """
     if boundary not in get_args(Boundary):
         raise ValueError(f"unknown boundary {boundary!r}; known: {', '.join(get_args(Boundary))}")
@@ -426,15 +452,16 @@ def precision_recall(
 ) -> PrecisionRecall:
     """Improved precision and recall (Kynkaanniemi et al. 2019).
 
-    Precision is the share of generated features in the manifold of the real ones, recall the same with both sets
-    exchanged; see ``inside_manifold``. The distance is the protocol's: ``squared_euclidean_float16`` for the ADM suite,
-    ``euclidean`` for torch-fidelity.
+    Precision is the share of generated features in the manifold of the real ones; recall is the share of real features
+    in the manifold of the generated ones. See ``inside_manifold``.
 
     Args:
         generated, real: (N, D) features of one network.
+        neighbours: k of the manifolds' radii.
+        distance: ``squared_euclidean_float16`` is the ADM suite's, ``euclidean`` is torch-fidelity's.
 
     Raises:
-        ValueError: fewer than k + 1 features on a side.
+        ValueError: a side has fewer than k + 1 features.
     """
     inside = inside_manifold(generated, real, neighbours=neighbours, distance=distance, boundary=boundary, block=block)
     return PrecisionRecall(*(float(members.double().mean()) for members in inside))

@@ -1,7 +1,7 @@
 """Feature networks: the 2015 Inception of all published FIDs, and any callable.
 
-torch-fidelity's ``inception-v3-compat`` is that Inception in PyTorch; here it also gives the spatial features that sFID
-needs, with a faster form of the same resize. DINOv2 has its own module.
+torch-fidelity's ``inception-v3-compat`` is that Inception in PyTorch. This module adds the spatial features that sFID
+needs, and a faster implementation of the same resize. DINOv2 is in ``vistok.eval.dinov2``.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ PUBLISHED_HASH = "6726825d"
 
 
 class FeatureNetwork(Protocol):
-    """What turns images into features.
+    """A feature network of images.
 
     Attributes:
-        name: goes into every score's record.
-        resize: the rule that brings images to its input size; also part of the record.
-        weights_sha256: of the weights file, or None where the network did not come from a file.
+        name: its name, which every score records.
+        resize: the rule by which images are resized to its input; also recorded.
+        weights_sha256: of the weights file, or None if the weights did not come from a file.
     """
 
     @property
@@ -44,7 +44,7 @@ class FeatureNetwork(Protocol):
     def weights_sha256(self) -> str | None: ...
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """uint8 (B, 3, H, W) -> float32 features: ``pool`` (B, D), and if it has them ``spatial`` (B, D') and
+        """uint8 (B, 3, H, W) -> float32 features: ``pool`` (B, D), and of some networks ``spatial`` (B, D') and
         ``logits`` (B, C)."""
         ...
 
@@ -52,18 +52,18 @@ class FeatureNetwork(Protocol):
 class InceptionV3Compat:
     """torch-fidelity's conversion of the 2015-12-05 Inception graph, in float32.
 
-    One call gives ``pool`` (B, 2048); ``logits`` (B, 1008) without bias; and ``spatial`` (B, 2023), the first 7
-    channels of the 17x17 map ``mixed_6/conv`` flattened as (row, column, channel), the order of ADM's statistics.
+    One call gives ``pool`` (B, 2048), ``logits`` (B, 1008) without bias, and ``spatial`` (B, 2023). The latter is the
+    first 7 channels of the 17x17 map ``mixed_6/conv``, flattened as (row, column, channel) as in ADM's statistics.
 
     Args:
         state_dict: the network's weights.
-        resize: how images of any size come to 299x299: "tf1-bilinear", the graph's own rule, or clean-fid's
+        resize: how images of any size are resized to 299x299: "tf1-bilinear", the graph's own rule, or clean-fid's
             "pil-bicubic-float".
         weights_sha256: of the file that the weights came from.
         device: where to compute.
 
     Raises:
-        CheckpointError: weights that do not fit.
+        CheckpointError: the weights do not fit.
     """
 
     name = INCEPTION
@@ -78,13 +78,13 @@ class InceptionV3Compat:
         weights_sha256: str | None = None,
         device: torch.device | str = "cpu",
     ):
-        self.network: Any = _build_inception(state_dict)  # of a library that does not declare its layers
+        self.network: Any = _build_inception(state_dict)  # Any: the library does not declare its layers
         self.network.to(device, memory_format=torch.channels_last)
         self.resize = resize
         self.weights_sha256 = weights_sha256
         self.device = torch.device(device)
-        # The extractor's stages follow one another; what it would do before them, the resize, is done here. With
-        # channels last, CPUs and GPUs run the convolutions markedly faster, to the same float32 results.
+        # The extractor's stages run in sequence; its resize is left out, because ``__call__`` resizes. CPUs and GPUs
+        # run the convolutions markedly faster in channels_last, with the same float32 results.
         stages = list(self.network.children())
         self._head: Any = stages.pop()
         self._stages = nn.Sequential(*stages)
@@ -98,7 +98,7 @@ class InceptionV3Compat:
         """Read the weights from the file ``weights`` (torch or safetensors), or download them once if it is None.
 
         Raises:
-            CheckpointError: an absent, damaged or unfitting file, or a failed download.
+            CheckpointError: the file is absent, damaged or does not fit, or the download fails.
         """
         path = Path(weights) if weights is not None else _download_inception()
         return cls(read_weights(path), resize=resize, weights_sha256=sha256(path), device=device)
@@ -115,9 +115,9 @@ class InceptionV3Compat:
         return {"pool": pool, "spatial": spatial, "logits": logits}
 
     def _logits(self, pool: Tensor) -> Tensor:
-        """(B, 1008), without the bias, which the suites' class probabilities leave out.
+        """Logits (B, 1008) without the bias, as both suites compute them.
 
-        In float64 where there is one: the float32 product depends on the number of threads.
+        In float64 on CPU and CUDA, because the float32 product depends on the number of threads.
         """
         weight = self._head.weight
         if pool.device.type in ("cpu", "cuda"):
@@ -131,7 +131,7 @@ class InceptionV3Compat:
 def _build_inception(state_dict: Mapping[str, Tensor]) -> Any:
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    # The extractor unpickles whatever path it is given. It gets tensors only, from memory.
+    # The extractor unpickles the file that it is given, so it gets a buffer that holds tensors only.
     buffer = io.BytesIO()
     torch.save(dict(state_dict), buffer)
     buffer.seek(0)
@@ -142,12 +142,15 @@ def _build_inception(state_dict: Mapping[str, Tensor]) -> Any:
 
 
 class CallableNetwork:
-    """Any callable as a feature network; scores made with it carry its name and are never called FID.
+    """Any callable as a feature network; its scores record its name and are never called FID.
 
     Args:
-        function: uint8 (B, 3, H, W) -> features (B, D), on whatever device it likes.
-        name: what the scores' record calls it.
-        weights_sha256: identifies its weights, where there are any.
+        function: uint8 (B, 3, H, W) -> features (B, D), on any device.
+        name: the name that scores record.
+        weights_sha256: hash of its weights, if it has any.
+
+    Raises:
+        ValueError: the name is Inception's.
     """
 
     resize = "as the function does"
@@ -172,7 +175,7 @@ class CallableNetwork:
 def _download_inception() -> Path:
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
-    # torch-fidelity looks in the same place, so that one download serves both.
+    # torch-fidelity looks in the same place, so one download is enough for both.
     path = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -188,7 +191,7 @@ def _download_inception() -> Path:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Switch TF32 off within the block: convolutions use it by default on recent GPUs, and it moves features."""
+    """Switch TF32 off within the block: convolutions use it by default on recent GPUs, and it changes features."""
     cudnn, matmul = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     try:

@@ -1,4 +1,4 @@
-"""``evaluate_reconstruction``: images and what a tokenizer made of them, pair by pair and as two sets."""
+"""``evaluate_reconstruction``: compare images with their reconstructions, pair by pair and as two sets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from vistok.eval.scoring import Side, compute_scores
 from vistok.utils.processes import ALONE, Processes
 
 FEWEST_OTHERS, DOUBTFUL = 3, 0.5
-"""Files are doubted from so many pairs on, if their error is at least this share of that against another's original."""
+"""Reconstructions are doubted if their mean error is at least ``DOUBTFUL`` times the error against other originals,
+measured on at least ``FEWEST_OTHERS`` pairs."""
 
 Source = str | Path | Sequence[str | Path] | Tensor | ImageSet
 
@@ -42,24 +43,27 @@ def evaluate_reconstruction(
     """Score reconstructions against their originals on 8-bit images, as papers do; the images are read once.
 
     Args:
-        originals, reconstructions: see ``vistok.eval.images.open_images``; equally many of one size, in the same order.
-        network: for rFID, the Frechet distance of the two sets; without, there is none.
+        originals, reconstructions: see ``vistok.eval.images.open_images``; of equal number and size, in the same order.
+        network: for rFID, the Frechet distance of the two sets; None computes no rFID.
         lpips: a distance (B,) of two batches in [-1, 1], such as ``vistok.losses.LPIPS.from_pretrained()``, on
-            ``device``. Distances of other networks than VGG16 are not comparable.
-        crop: side to which ADM's centre crop brings the files of the originals.
+            ``device``. Distances of networks other than VGG16 are not comparable with published ones.
+        crop: side in pixels; the originals' files are resized and cropped to it by ADM's centre crop.
         batch_size: pairs read at a time; no score depends on it.
         device: where to compute.
-        processes: those that share the work; all of them return the result, the first one writes it.
+        processes: the processes that share the work; all of them return the result, the first one writes it.
         out: folder in which ``result.json`` is written.
 
     Returns:
-        As ``evaluate``. ``rfid`` (``frechet_distance`` of a network of the user's own); ``psnr``, the mean over images
-        of their decibels, and ``psnr_of_mean_mse``, the decibels of the mean error (never higher); each SSIM carries
-        its variant's name (``SSIM_VARIANTS``; those whose window fits into the images); ``lpips``, the mean over
-        images. A PSNR that is infinite, because images are equal, is None.
+        As ``evaluate``, with these scores:
+
+        - ``rfid``, or ``frechet_distance`` with a network of the user's own;
+        - ``psnr``, the mean of the images' PSNRs, and ``psnr_of_mean_mse``, the PSNR of the mean error (never higher);
+          None if it is infinite, because images are equal;
+        - every variant of ``SSIM_VARIANTS`` whose window fits into the images, by its name;
+        - ``lpips``, the mean over images.
 
     Raises:
-        ImageError: sets that cannot be read, or that do not pair up.
+        ImageError: the sets cannot be read, or do not pair up.
     """
     originals, reconstructions = open_images(originals, crop=crop), open_images(reconstructions)
     _check_pairs(originals, reconstructions)
@@ -147,7 +151,14 @@ def _pass_over_pairs(
 
 
 def _errors_of_others(original: Tensor, reconstruction: Tensor, before: Tensor | None) -> Tensor:
-    """Squared errors (B,), or (B - 1,) at the beginning, of each reconstruction against the original after its own."""
+    """Mean squared error of each reconstruction against the original that follows its own.
+
+    Args:
+        before: the last reconstruction (1, C, H, W) of the previous batch; None in the first batch.
+
+    Returns:
+        (B,), or (B - 1,) in the first batch.
+    """
     shifted = reconstruction[:-1] if before is None else torch.cat([before, reconstruction[:-1]])
     x, y = original[len(original) - len(shifted) :].double() / 255, shifted.double() / 255
     return mean_squared_error(x, y)
@@ -155,7 +166,7 @@ def _errors_of_others(original: Tensor, reconstruction: Tensor, before: Tensor |
 
 @torch.no_grad()
 def _score_pairs(original: Tensor, reconstruction: Tensor, lpips: Callable | None) -> dict[str, Tensor]:
-    """Squared error, SSIM variants and LPIPS of uint8 pairs (B, 3, H, W), (B,) each."""
+    """Mean squared error, SSIM variants and LPIPS, (B,) each, of uint8 pairs (B, 3, H, W)."""
     x, y = original.double() / 255, reconstruction.double() / 255
     scores = {"mse": mean_squared_error(x, y)}
     for name, variant in SSIM_VARIANTS.items():
@@ -196,7 +207,7 @@ def _pair_warnings(originals: ImageSet, reconstructions: ImageSet, *, equal: int
 
 
 def _doubts(reconstructions: ImageSet, mse: Tensor, others: Tensor) -> list[str]:
-    """Whether files are what they are said to be: reconstructions are nearer to their own originals than to others'."""
+    """A warning if reconstructions are hardly nearer to their own originals than to others: they may be mispaired."""
     if reconstructions.files_read is None or len(others) < FEWEST_OTHERS or mse.mean() < DOUBTFUL * others.mean():
         return []
     return [

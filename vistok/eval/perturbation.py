@@ -1,8 +1,8 @@
-"""pFID: how much reconstructions suffer when tokens are exchanged for near ones, as a generator's errors do.
+"""pFID: the Frechet distance of reconstructions from perturbed tokens, which imitate the errors of a generator.
 
 Qiu et al., "Robust Latent Matters" (arXiv 2503.08354) and "Image Tokenizer Needs Post-Training" (arXiv 2509.12474).
-Their code for it was never released, and the published grid of rates and strengths could not be confirmed: the grid
-here is a setting, is written beside every number, and no equality with published pFIDs is claimed.
+Their code for pFID was never released, and the published grid of rates and strengths is unconfirmed. So the grid is a
+setting here and recorded with every number, and no number is claimed to equal a published pFID.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class Grid:
     """The perturbations whose Frechet distances are averaged.
 
     Attributes:
-        rates: alpha, the probability with which a token is exchanged.
-        strengths: delta, the number of nearest codes among which the new one is drawn; clipped to the codebook. The
-            nearest code itself is one of them, so the share of changed tokens is alpha (1 - 1 / delta).
+        rates: alpha, the probability that a token is redrawn.
+        strengths: delta, the number of nearest codes from which the new token is drawn; at most the codebook's size.
+            The nearest code itself is one of them, so the share of changed tokens is alpha (1 - 1 / delta).
 
     Raises:
-        ValueError: a rate outside (0, 1], a strength below 1, or an empty grid.
+        ValueError: a rate is outside (0, 1], a strength is below 1, or the grid is empty.
     """
 
     rates: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -64,7 +64,7 @@ class Grid:
                 raise ValueError(f"a perturbation strength must be at least 1 code, got {strength}")
 
     def cells(self, codebook_size: int) -> list[tuple[float, int]]:
-        """All (rate, strength) pairs; strengths that the codebook clips to one value count once."""
+        """All (rate, strength) pairs; strengths that are clipped to the same codebook size count once."""
         strengths = dict.fromkeys(min(strength, codebook_size) for strength in self.strengths)
         return [(rate, strength) for rate in self.rates for strength in strengths]
 
@@ -82,21 +82,22 @@ def evaluate_perturbation(
 ) -> dict[str, Any]:
     """Frechet distances between images and their reconstructions from perturbed tokens, and their mean, pFID.
 
-    All images are perturbed, each token by itself; image i draws the same numbers in every cell of the grid.
+    All images are perturbed, each token independently; image i uses the same random numbers in every cell of the grid.
 
     Args:
-        tokenizer: with ``latents(pixels)`` and a ``quantizer`` that has ``neighbours``, one id per position.
+        tokenizer: has ``latents(pixels)``, a ``quantizer`` with ``neighbours``, and one id per position.
         data: the images; papers take ImageNet's validation set.
-        network: of the features. With a network of the user's own the scores are called ``frechet_distance``.
-        conditions: what a tokenizer that decodes with texts is told of the images of a batch; None tells it nothing.
-        processes: those that share the images; all of them return the result, the first one writes it.
+        network: the feature network. With a network of the user's own the scores are called
+            ``perturbed_frechet_distance`` and ``frechet_distance``.
+        conditions: conditions for a tokenizer that decodes with texts; None decodes without.
+        processes: the processes that share the images; all of them return the result, the first one writes it.
         out: folder in which ``result.json`` is written.
 
     Returns:
-        As ``evaluate``: ``scores`` holds ``pfid`` and ``rfid`` (no perturbation); ``cells`` every cell of the grid.
+        As ``evaluate``: ``scores`` holds ``pfid`` and ``rfid`` (no perturbation), ``cells`` every cell of the grid.
 
     Raises:
-        ValueError: a tokenizer without single neighbouring codes.
+        ValueError: the tokenizer has continuous latents or residual codes, or no neighbours of codes.
     """
     _check(tokenizer)
     tokenizer.check_renders("pFID")
@@ -152,11 +153,11 @@ def _passes(
     conditions: BatchConditions | None,
     processes: Processes,
 ) -> list[FeaturePass]:
-    """The feature passes over this process's part of the originals, of the plain and of the perturbed reconstructions.
+    """Feature passes over this process's part of the images: originals, plain reconstructions, one per perturbation.
 
-    Images are encoded once, and always ``NETWORK_BATCH`` at a time, so that no number of processes changes a pixel.
+    Images are encoded once, always ``NETWORK_BATCH`` at a time, so that no pixel depends on the number of processes.
     """
-    encode: Any = tokenizer.eval()  # with ``latents``, as ``_check`` has seen
+    encode: Any = tokenizer.eval()  # Any: ``_check`` has ensured that it has ``latents``
     real, plain, *perturbed = (FeaturePass(network, originals.source, moments=["pool"]) for _ in range(len(cells) + 2))
     most = max(strength for _, strength in cells)
     first, stop = processes.part(originals.count)

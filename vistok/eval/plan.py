@@ -1,4 +1,4 @@
-"""What a generation benchmark generates: which image has which label, and how the work is cut."""
+"""The plan of a generation benchmark: the label of each image, and the shards that the images are split into."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from vistok.eval.batches import NETWORK_BATCH
 
 Labels = Literal["balanced", "random", "none"]
 FORMAT = "vistok-benchmark-1"
-SHARD_SIZE = 512  # images whose features make one file: what an interruption can cost at most
-FEWEST_SHARDS = 16  # if there are enough images, so that several processes share small benchmarks as well
+SHARD_SIZE = 512  # most images per file of features; an interruption loses at most one file
+FEWEST_SHARDS = 16  # given enough images, so that several processes can share a small benchmark
 
 
 class BenchmarkError(ValueError):
@@ -21,21 +21,21 @@ class BenchmarkError(ValueError):
 
 @dataclass(frozen=True)
 class BenchmarkPlan:
-    """All that determines the samples and their features, except the guidance scale.
+    """Everything that determines the samples and their features, except the ``Setting`` of a sweep.
 
-    Two runs with one plan give the same features, whatever their batch size and number of processes.
+    Two runs with the same plan and setting give the same features, whatever their batch size and number of processes.
 
     Attributes:
-        num_images: how many.
+        num_images: number of images per setting.
         labels: "balanced": image i has class i modulo the number of classes; "random": uniform, drawn for each image
             from the seed; "none": unconditional.
-        num_classes: 0 if the generator has none.
-        seed: image i of a seed is always the same.
-        sampling: the other options of the generator.
+        num_classes: 0 if the generator has no classes.
+        seed: with the same seed, image i is always the same.
+        sampling: the generator's sampling options, without the guidance scale.
         tokenizer, generator: fingerprints of both models.
-        network: of the features, see ``Protocol.describe``.
-        dtype: of the generator's weights; 16-bit ones sample other images than 32-bit ones.
-        image_size: (H, W) that the tokenizer decodes to.
+        network: the feature network, see ``Protocol.describe``.
+        dtype: of the generator's weights; 16-bit weights sample other images than 32-bit ones.
+        image_size: (H, W) of the images that the tokenizer decodes.
         eval_size: side to which images are resized before they become 8 bit, or None.
     """
 
@@ -68,11 +68,11 @@ class BenchmarkPlan:
 
     @property
     def shards(self) -> list[tuple[int, int]]:
-        """First and last + 1 image of every file of features."""
+        """The range [start, stop) of images in each file of features."""
         return shards_of(self.num_images)
 
     def labels_of(self, start: int, stop: int) -> list[int] | None:
-        """The classes of images ``start`` to ``stop``, or None if there are none."""
+        """The classes of images ``start`` to ``stop``; None for unconditional images."""
         if self.labels == "none":
             return None
         if self.labels == "balanced":
@@ -91,7 +91,7 @@ class BenchmarkPlan:
 
 
 def shards_of(count: int) -> list[tuple[int, int]]:
-    """First and last + 1 sample of every file of features."""
+    """The range [start, stop) of samples in each file of features, for ``count`` samples."""
     batches = -(-count // (FEWEST_SHARDS * NETWORK_BATCH))
     size = min(SHARD_SIZE, batches * NETWORK_BATCH)
     return [(start, min(start + size, count)) for start in range(0, count, size)]

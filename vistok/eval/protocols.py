@@ -1,8 +1,8 @@
 """Protocols: everything that has to be equal for two scores to be comparable, under one name.
 
-A protocol fixes the feature network, how images come to its input size, the splits of the Inception Score, and the
-distances of precision and recall. All networks run in float32 without TF32; images are 8 bit. ``Protocol.describe``
-writes it beside every score.
+A protocol fixes the feature network, how images are resized to its input, the splits of the Inception Score, and the
+distances of precision and recall. All networks run in float32 without TF32; images are 8 bit. Every score is recorded
+with ``Protocol.describe``.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class Protocol:
     """What one protocol fixes.
 
     Attributes:
-        metrics: those it defines, of ``METRICS``.
-        network: name of the feature network; None for one that the user brings.
-        resize: how images come to the network's input size; None: the network does it.
-        splits: of the Inception Score: "chunks" of 5,000 in file order, or "even": 10 of the shuffled rows.
-        distance, neighbours, boundary: of precision and recall, which use the protocol's network too.
-        reading: how image files are read: "photo", or "raw" as the suite does that the protocol follows.
+        metrics: the metrics of ``METRICS`` that it defines.
+        network: name of the feature network; None for a network of the user's own.
+        resize: the rule by which images are resized to the network's input; None if the network resizes them.
+        splits: of the Inception Score: "chunks" of 5,000 in file order, or "even", 10 parts of the shuffled rows.
+        distance, neighbours, boundary: of precision and recall, which use the same network.
+        reading: how image files are read; "raw" if the suite that the protocol follows reads them so.
         prc_samples: images per side for precision and recall (a fixed random choice); None takes all.
-        score_names: other names for scores that must not be taken for those of another protocol.
+        score_names: names in place of the plain ones, for scores that must not be confused with another protocol's.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Protocol:
     score_names: Mapping[str, str] = field(default_factory=dict)
 
     def describe(self, network: FeatureNetwork) -> dict[str, Any]:
-        """The network and what is done to images on the way to it, JSON-ready."""
+        """The network and the preprocessing of its images, JSON-ready."""
         return {
             "name": network.name,
             "weights_sha256": network.weights_sha256,
@@ -71,7 +71,7 @@ class Protocol:
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
-        # The TensorFlow suite of guided-diffusion (ADM), whose numbers nearly every paper reports.
+        # The TensorFlow suite of guided-diffusion (ADM), with which nearly every paper computes its numbers.
         Protocol(
             "adm", ("fid", "sfid", "is", "prc"), splits="chunks", distance="squared_euclidean_float16", reading="raw"
         ),
@@ -97,11 +97,11 @@ PROTOCOLS = {
             prc_samples=10_000,
             score_names={"fid": "fd_dinov2"},
         ),
-        # rFID and scores of pairs, see vistok.eval.pairs.
+        # rFID; vistok.eval.pairs adds the scores of pairs.
         Protocol("reconstruction", ("fid",), score_names={"fid": "rfid"}),
     )
 }
-# Another network than these: the same arithmetic on its features, under names that cannot be mistaken for FID.
+# For a network of the user's own: the same arithmetic on its features, under names that cannot be mistaken for FID.
 CUSTOM = Protocol(
     "custom-network",
     ("fid", "kid", "prc"),
@@ -112,10 +112,13 @@ CUSTOM = Protocol(
 
 
 def choose_protocol(name: str, features: Callable | None, network: str | None) -> Protocol:
-    """The protocol of this name, or ``CUSTOM`` where the user brings a feature function (with its name).
+    """The protocol of this name, or ``CUSTOM`` if the user gives a feature function.
+
+    Args:
+        features, network: the feature function and its name, both or neither.
 
     Raises:
-        ValueError: an unknown protocol, a function without a name, or a protocol that fixes another network.
+        ValueError: the protocol is unknown or fixes its own network, or a function comes without a name.
     """
     if name not in PROTOCOLS:
         from vistok.eval.video_protocols import VIDEO_PROTOCOLS
@@ -146,12 +149,12 @@ def load_network(
     """The feature network of a protocol.
 
     Args:
-        weights: file with its weights; downloaded once if None.
+        weights: file with the network's weights; downloaded once if None.
         features, network: the user's own function and its name, for ``CUSTOM``.
 
     Raises:
-        CheckpointError: weights that are absent, damaged, of another network, or out of reach.
-        ValueError: weights together with a function.
+        CheckpointError: the weights are absent, damaged or of another network, or cannot be downloaded.
+        ValueError: weights were given together with a function.
     """
     if features is not None:
         if weights is not None:

@@ -1,6 +1,6 @@
 """Scores of reconstructions against their originals: PSNR and the SSIM variants that papers report.
 
-Images are float (B, C, H, W), originals and reconstructions alike in [0, data_range]; scores are float64 (B,).
+Originals and reconstructions are float (B, C, H, W) in [0, data_range]; scores are float64 (B,).
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from torch.nn import functional as F
 
 
 def mean_squared_error(original: Tensor, reconstruction: Tensor) -> Tensor:
-    """Per image over all pixels and channels: (B,) in float64."""
+    """Mean squared error of each image over all pixels and channels: (B,) in float64."""
     _check_pair(original, reconstruction)
     return (original.double() - reconstruction.double()).square().mean(dim=(1, 2, 3))
 
 
 def decibels(mse: Tensor, data_range: float = 1.0) -> Tensor:
-    """Peak signal-to-noise ratio of a mean squared error; infinite where that is 0."""
+    """Peak signal-to-noise ratio in decibels of a mean squared error; infinite if the error is 0."""
     return 10 * torch.log10(data_range**2 / mse)
 
 
 def psnr(original: Tensor, reconstruction: Tensor, data_range: float = 1.0) -> Tensor:
     """Peak signal-to-noise ratio per image in decibels, (B,); infinite for equal images.
 
-    Papers average these decibels over images (scikit-image per image); ``decibels`` of the mean error over a set, which
-    torchmetrics reports for a batch, is never higher.
+    Papers report the mean of these decibels over images (scikit-image per image). torchmetrics reports the PSNR of a
+    batch's mean error, which is never higher.
     """
     return decibels(mean_squared_error(original, reconstruction), data_range)
 
@@ -39,11 +39,15 @@ class SSIM:
 
     Attributes:
         data_range: the distance between the smallest and the largest possible value.
-        window: how a neighbourhood is weighted.
-        window_size: its side, odd.
-        sigma: of the Gaussian window, in pixels.
+        window: how the pixels of a window are weighted.
+        window_size: side of the window in pixels, odd.
+        sigma: standard deviation of the Gaussian window in pixels.
         covariance: ``sample`` multiplies (co)variances by n / (n - 1), n = window_size^2.
-        border: ``crop`` scores only whole windows, ``reflect`` every pixel of the image padded by reflection.
+        border: ``crop`` scores only whole windows; ``reflect`` pads the image by reflection and scores every pixel.
+        k1, k2: the stabilising constants.
+
+    Raises:
+        ValueError: the window's side is not odd and positive, or an option is unknown.
     """
 
     data_range: float = 1.0
@@ -71,7 +75,7 @@ class SSIM:
         """Mean similarity per image, (B,).
 
         Raises:
-            ValueError: shapes that differ, or images smaller than the window.
+            ValueError: the shapes differ, or the images are smaller than the window.
         """
         _check_pair(original, reconstruction)
         if min(original.shape[-2:]) < self.window_size:
@@ -103,7 +107,7 @@ class SSIM:
         return F.conv2d(F.conv2d(x, rows, groups=channels), columns, groups=channels)
 
     def _kernel(self) -> Tensor:
-        """The window along one axis, (window_size,), summing to 1; both windows are separable."""
+        """The window's weights along one axis, (window_size,), which sum to 1; both kinds of window are separable."""
         if self.window == "uniform":
             return torch.full((self.window_size,), 1 / self.window_size, dtype=torch.float64)
         offsets = torch.arange(self.window_size, dtype=torch.float64) - self.window_size // 2
@@ -111,10 +115,10 @@ class SSIM:
         return weights / weights.sum()
 
 
-# All are of images in [0, 1]. Never compare one with another: on photographs they differ by up to 0.01.
+# For images in [0, 1]. Never compare one variant with another: on photographs they differ by up to 0.01.
 SSIM_VARIANTS: dict[str, SSIM] = {
     "ssim": SSIM(),  # scikit-image's default
-    # LlamaGen, GigaTok, D-AR: scikit-image told that the range is 2 although images lie in [0, 1]; inflated.
+    # LlamaGen, GigaTok, D-AR: scikit-image with data_range 2 although images lie in [0, 1], so it is inflated.
     "ssim_llamagen": SSIM(data_range=2.0),
     # scikit-image with gaussian_weights, the setting of the original paper.
     "ssim_gaussian": SSIM(window="gaussian", window_size=11, covariance="population"),
@@ -123,10 +127,13 @@ SSIM_VARIANTS: dict[str, SSIM] = {
 
 
 def ssim(original: Tensor, reconstruction: Tensor, variant: str = "ssim") -> Tensor:
-    """Structural similarity per image of images in [0, 1], (B,), by the variant's name.
+    """Structural similarity (B,) of images in [0, 1], one value per image.
+
+    Args:
+        variant: a name of ``SSIM_VARIANTS``.
 
     Raises:
-        ValueError: an unknown variant; see also ``SSIM``.
+        ValueError: the variant is unknown; or as ``SSIM``.
     """
     if variant not in SSIM_VARIANTS:
         raise ValueError(f"unknown SSIM variant {variant!r}; known: {', '.join(SSIM_VARIANTS)}")

@@ -1,4 +1,4 @@
-"""What is written beside a score, so that another person can tell whether it is comparable with theirs."""
+"""The record beside a score, from which a reader can tell whether it is comparable with another score."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def save_result(result: dict[str, Any], folder: str | Path) -> Path:
     """Write ``result.json`` into ``folder`` (made if needed), atomically, and return its path.
 
     Raises:
-        ValueError: a score that is not finite.
+        ValueError: a score is not finite.
     """
     path = Path(folder) / RESULT_FILE
     write_json(path, result)
@@ -29,7 +29,7 @@ def save_result(result: dict[str, Any], folder: str | Path) -> Path:
 
 
 def describe_images(images: ImageSet) -> dict[str, Any]:
-    """Source, count, size (H, W), number of lossily compressed files, and what was read of files."""
+    """Source, count, size (H, W), number of lossily compressed files, and the files that were read; JSON-ready."""
     described = {
         "source": images.source,
         "count": images.count,
@@ -43,7 +43,7 @@ def describe_images(images: ImageSet) -> dict[str, Any]:
 
 
 def describe_side(side: Side) -> dict[str, Any]:
-    """One side: what was looked at, with fingerprint and number of distinct images, and what was stored of it."""
+    """One side, JSON-ready: its images with fingerprint and number of distinct ones, and its stored moments."""
     reference, extraction = side.reference, side.extraction
     moments = "stored" if reference.gaussians else "computed"
     described: dict[str, Any] = {"source": reference.source, "count": side.count, "moments": moments}

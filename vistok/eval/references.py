@@ -1,8 +1,8 @@
-"""The two sides of an evaluation: a set of images, what was stored of the features of one, or both.
+"""The two sides of an evaluation. A side is a set of images, stored statistics of its features, or both.
 
 Stored moments are ``.npz`` files in ADM's layout: ``mu`` and ``sigma`` of the pooled features, ``mu_s`` and ``sigma_s``
-of the spatial ones, and often ``arr_0``, images for precision and recall. Files that ``make_reference`` makes also hold
-some pooled features in place of images, and name all that made them, so that a file that does not fit is refused.
+of the spatial ones, and often ``arr_0``, images for precision and recall. Files from ``make_reference`` hold some
+pooled features in place of images. They also record how they were made, so that a file that does not fit is refused.
 """
 
 from __future__ import annotations
@@ -40,27 +40,26 @@ WRONG_REFERENCE = (
 
 
 class InvalidReferenceError(ValueError):
-    """A reference that cannot serve: without the keys, damaged, or made otherwise than the images are scored."""
+    """A reference that cannot be used: keys are missing, it is damaged, or it was made by another network or resize."""
 
 
 NUMBERS = ("count", "crop")
-"""Which of the following are numbers; others are texts."""
+"""The fields of ``Provenance`` that are numbers; the others are texts."""
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a reference file tells of itself; None where it does not (foreign files tell nothing).
+    """What a reference file records about itself; None where it records nothing, as in files of other tools.
 
     Attributes:
         count: number of images behind the moments.
         network, weights_sha256, resize: what made the features.
         split: "train", "val" or "test".
-        crop: side of ADM's centre crop that the images went through, 0 if none.
-        reading: how their files were read.
-        image_size: side lengths (H, W) of the images, as text "HxW".
+        crop: side of ADM's centre crop of the images in pixels, 0 if none.
+        reading: how the image files were read, "photo" or "raw".
+        image_size: height and width of the images, as text "HxW".
         fingerprint: SHA-256 over the images' pixels.
-        moments_sha256, rows_sha256: of the moments and of the stored pooled features, as they were when the file was
-            made.
+        moments_sha256, rows_sha256: hashes of the moments and of the stored pooled features when the file was made.
     """
 
     count: int | None = None
@@ -78,14 +77,14 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Reference:
-    """One side of an evaluation; mostly the reference, but the images' side can be stored as well.
+    """One side of an evaluation: usually the reference, but the images that are scored can be stored as well.
 
     Attributes:
-        source: where it came from.
+        source: where it came from, for reports.
         images: its images, if it has any.
         gaussians: stored moments by feature name ("pool", "spatial"); empty if they are to be computed from images.
         rows: stored pooled features (n, D) of some of its images, or None.
-        provenance: what a file tells of itself.
+        provenance: what its file records about itself.
     """
 
     source: str
@@ -111,10 +110,13 @@ class Reference:
         return None if self.rows is None else hashlib.sha256(self.rows.contiguous().numpy().data).hexdigest()
 
     def check_network(self, network: FeatureNetwork, features: dict[str, Tensor]) -> None:
-        """Refuse what another network stored than ``network``, whose ``features`` of some images are given.
+        """Refuse stored features that were not made by ``network``.
+
+        Args:
+            features: what ``network`` gives for some images; their widths are compared.
 
         Raises:
-            InvalidReferenceError: another name, other weights, another resize, or another feature width.
+            InvalidReferenceError: the network's name, weights, resize rule or feature width differs.
         """
         told = self.provenance
         if told.network is not None and told.network != network.name:
@@ -142,10 +144,10 @@ class Reference:
                 )
 
     def check_held_out(self) -> None:
-        """Refuse statistics of training images, and stored ones of unknown origin, as the reference of an rFID.
+        """Refuse stored statistics of training images, or of images of unknown origin, as the reference of an rFID.
 
         Raises:
-            InvalidReferenceError: with the reason.
+            InvalidReferenceError: the statistics are not of a held-out split.
         """
         if not self.gaussians or self.provenance.split in HELD_OUT:
             return
@@ -166,7 +168,7 @@ def open_reference(
     """Open a side: anything that ``open_images`` takes, or an ``.npz`` with moments.
 
     Raises:
-        InvalidReferenceError: an ``.npz`` with neither images nor complete moments, or one that was changed.
+        InvalidReferenceError: an ``.npz`` has neither images nor complete moments, or was changed after it was made.
         ImageError: see ``open_images``.
     """
     if isinstance(source, Reference):
@@ -233,7 +235,7 @@ def _rows(path: Path, rows: np.ndarray, gaussians: dict[str, Gaussian]) -> Tenso
     if rows.dtype.kind not in "fiu" or rows.ndim != 2 or width not in (None, rows.shape[1]):
         expected = f"real numbers (n, {'D' if width is None else width})"
         raise InvalidReferenceError(f"{ROWS_KEY!r} of {path} must be {expected}, got {rows.dtype} {rows.shape}")
-    with np.errstate(over="ignore"):  # told below
+    with np.errstate(over="ignore"):  # reported below
         values = torch.from_numpy(rows.astype(np.float32))
     if not bool(values.isfinite().all()):
         raise InvalidReferenceError(f"{ROWS_KEY!r} of {path} holds values that are not finite; make it again")
@@ -276,19 +278,19 @@ def make_reference(
     batch_size: int = 64,
     processes: Processes = ALONE,
 ) -> Reference:
-    """Write what scores need of ``images`` to the ``.npz`` file ``path``, atomically: once, to be used and shipped.
+    """Write the statistics that scores need of ``images`` to the ``.npz`` file ``path``, atomically.
 
     The file has ADM's layout: moments of ``network``'s features. It also holds the pooled features of up to 10,000 of
-    the images, evenly spread, for precision, recall and KID; and network, weights, resize, count, split, crop and
-    fingerprints, so that ``evaluate`` refuses it where it does not fit.
+    the images, evenly spread, for precision, recall and KID. It records network, weights, resize, count, split, crop
+    and fingerprints, so that ``evaluate`` refuses it where it does not fit.
 
     Args:
-        split: which images these are: "train", "val" or "test"; a reference of an unnamed split cannot serve an rFID.
-        crop, reading: see ``open_images``; a protocol says how it reads.
+        split: which images these are: "train", "val" or "test". Without a split, the file cannot be used for rFID.
+        crop, reading: see ``open_images``; each protocol fixes ``reading``.
 
     Raises:
-        ValueError: an unknown split.
-        FileExistsError: there is something at ``path``.
+        ValueError: the split is unknown.
+        FileExistsError: ``path`` exists already.
         ImageError: as ``open_images``.
     """
     if split is not None and split not in SPLITS:

@@ -1,4 +1,4 @@
-"""The page of a benchmark: scores, what guidance and temperature do to them, samples, classes, how to repeat it."""
+"""The report page of a benchmark: scores over guidance and temperature, samples, classes, how to repeat it."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ LOWER_IS_BETTER = (
     "clean_kid",
 )
 COLUMNS = 16
-"""Classes that get a column each, at most."""
+"""Most classes that get a column each."""
 GRID_WIDTH = 690
-"""CSS pixels of a grid of samples, at most."""
+"""Largest width of a grid of samples, in CSS pixels."""
 STYLES: tuple[Style, ...] = ("own", "second", "reference")
 CLASS_COLUMNS = (
     "Diversity is the spread of a class's features as a share of that of all images: near 0, it repeats one image. "
@@ -53,7 +53,7 @@ def write_report(result: Mapping[str, Any], previews: Sequence[Sequence[Image.Im
     """Write ``report.html`` for the ``result`` of a benchmark.
 
     Args:
-        previews: some images of every run.
+        previews: some images for every run.
     """
     runs, plan = result["runs"], result["benchmark"]
     notes = list(dict.fromkeys(note for run in runs for note in run["warnings"]))
@@ -82,7 +82,7 @@ def write_report(result: Mapping[str, Any], previews: Sequence[Sequence[Image.Im
 
 
 def score_rows(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each setting: what it is, and its scores."""
+    """A row for each run: its setting and its scores."""
     swept = [name for name in ("guidance", "temperature") if name == "guidance" or _differ(runs, name)]
     rows = []
     for run in runs:
@@ -94,7 +94,10 @@ def score_rows(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def best_run(runs: Sequence[Mapping[str, Any]]) -> tuple[int, str] | None:
-    """Which of several runs has the lowest distance, and the name of that distance; None where none is measured."""
+    """The index of the run with the lowest distance, and the name of that distance.
+
+    None if there is only one run, or no distance.
+    """
     name = next((name for name in LOWER_IS_BETTER if name in runs[0]["scores"]), None)
     scored = [index for index, run in enumerate(runs) if name is not None and run["scores"].get(name) is not None]
     if len(runs) < 2 or name is None or not scored:
@@ -117,7 +120,7 @@ def _differ(runs: Sequence[Mapping[str, Any]], name: str) -> bool:
 
 
 def sweep_sections(runs: Sequence[Mapping[str, Any]]) -> Iterator[Section]:
-    """What guidance and temperature do to the scores."""
+    """Sections that show how the scores depend on guidance and temperature; none for fewer than two single scales."""
     runs = [run for run in runs if isinstance(run["guidance_scale"], int | float)]
     if len(runs) < 2:
         return
@@ -143,7 +146,7 @@ def sweep_sections(runs: Sequence[Mapping[str, Any]]) -> Iterator[Section]:
 
 
 def _matrix(runs: Sequence[Mapping[str, Any]]) -> Table:
-    """The lowest-is-best score of every guidance scale (rows) at every temperature (columns)."""
+    """The distance of every guidance scale (rows) at every temperature (columns); without one, the first score."""
     best = best_run(runs)
     name = best[1] if best is not None else next(iter(runs[0]["scores"]))
     scales = sorted({_scale(run) for run in runs})
@@ -186,7 +189,7 @@ def _scale_text(run: Mapping[str, Any]) -> str:
 
 
 def setting_text(run: Mapping[str, Any]) -> str:
-    """The setting of a run, for people."""
+    """The setting of a run as text for the report."""
     temperature = run.get("temperature")
     return f"guidance {_scale_text(run)}" + ("" if temperature is None else f", temperature {temperature:g}")
 
@@ -196,7 +199,7 @@ def _scale(run: Mapping[str, Any]) -> float:
 
 
 def _grid(run: Mapping[str, Any], images: Sequence[Image.Image], labels: str) -> Picture:
-    """A grid of samples; few classes in turn get a column each, with its name."""
+    """A grid of samples. If there are few balanced classes, each gets a column under its name."""
     names = [row["name"] or str(row["class"]) for row in run.get("classes", ())]
     in_columns = labels == "balanced" and 1 < len(names) <= min(COLUMNS, len(images))
     if in_columns:
@@ -207,7 +210,7 @@ def _grid(run: Mapping[str, Any], images: Sequence[Image.Image], labels: str) ->
 
 
 def _classes(run: Mapping[str, Any]) -> Folded:
-    """The table of classes, those that miss the real images first."""
+    """The table of classes, sorted by precision: those farthest from the real images come first."""
     rows = sorted(run["classes"], key=lambda row: (row["precision"] is None, row["precision"], row["class"]))
     counts = [row["images"] for row in rows]
     each = f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
@@ -222,7 +225,12 @@ def _repeat(result: Mapping[str, Any]) -> Iterator[Block]:
 
 
 def repeat_blocks(result: Mapping[str, Any], recorded: Mapping[str, Any], what: str) -> Iterator[Block]:
-    """The command, what it did, and all that the scores of ``what`` depend on."""
+    """The command, what it did, and everything that the scores depend on.
+
+    Args:
+        recorded: what the scores depend on.
+        what: "images" or "clips".
+    """
     if result["command"]:
         yield Commands([result["command"]])
     yield Paragraph(
@@ -241,7 +249,7 @@ def _work(result: Mapping[str, Any], what: str) -> str:
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested values under dotted names."""
+    """Yield nested values under dotted names."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from _flatten(value, f"{prefix}{name}.")

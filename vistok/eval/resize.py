@@ -1,8 +1,8 @@
-"""The resizes that feature networks are defined with, each as two products with interpolation matrices.
+"""The resize rules that feature networks are defined with, as products with interpolation matrices.
 
-A separable resize is linear in the pixels, so one matrix for the rows and one for the columns hold the whole rule. That
-is several times as fast as gathering neighbours, and any two rules differ by their matrices only. Which rule it is
-matters: antialiasing or a shift by half a pixel moves FID by more than papers differ.
+A separable resize is linear in the pixels, so one matrix for the rows and one for the columns define the whole rule.
+Two matrix products are several times as fast as gathering neighbours, and rules differ in their matrices only. The
+choice of the rule matters: antialiasing or a shift by half a pixel changes FID by more than papers differ.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Rule = Literal["tf1-bilinear", "pil-bicubic-float", "pil-bicubic-8bit"]
 def tf1_bilinear_matrix(source: int, target: int) -> np.ndarray:
     """(target, source) float32: TensorFlow 1's ResizeBilinear, the rule inside the 2015 Inception graph.
 
-    No antialias, no half-pixel shift: output i lies at i * source / target, computed in float32 as there.
+    No antialias, no half-pixel shift: output i lies at i * source / target, computed in float32 as in TensorFlow.
     """
     positions = np.arange(target, dtype=np.float32) * np.float32(source / target)
     lower = np.floor(positions).astype(np.int64)
@@ -34,7 +34,7 @@ def tf1_bilinear_matrix(source: int, target: int) -> np.ndarray:
 
 
 def pil_bicubic_matrix(source: int, target: int) -> np.ndarray:
-    """(target, source) float32: Pillow's BICUBIC (a = -0.5), which widens with the scale when it shrinks (antialias).
+    """(target, source) float32: Pillow's BICUBIC (a = -0.5), whose kernel widens when it shrinks images (antialias).
 
     This is the rule of clean-fid (Parmar et al., arXiv 2104.11222).
     """
@@ -64,14 +64,14 @@ _MATRICES: dict[str, Callable[[int, int], np.ndarray]] = {
 
 
 def resize(images: Tensor, size: int, rule: Rule) -> Tensor:
-    """8-bit images (B, C, H, W) to float32 (B, C, size, size), values 0..255, on the images' device.
+    """Resize 8-bit images (B, C, H, W) to float32 (B, C, size, size) in 0..255, on the images' device.
 
-    - ``tf1-bilinear``: what the Inception graph does, in ADM's suite and in torch-fidelity.
-    - ``pil-bicubic-float``: clean-fid's: bicubic with antialias in float, clipped, not rounded.
-    - ``pil-bicubic-8bit``: dgm-eval's: Pillow's BICUBIC on 8-bit images, whose values stay whole.
+    - ``tf1-bilinear``: the rule of the Inception graph, in ADM's suite and in torch-fidelity.
+    - ``pil-bicubic-float``: clean-fid's rule: bicubic with antialias in float, clipped, not rounded.
+    - ``pil-bicubic-8bit``: dgm-eval's rule: Pillow's BICUBIC on 8-bit images, with rounded values.
 
     Raises:
-        ValueError: an unknown rule.
+        ValueError: the rule is unknown.
     """
     if rule == "pil-bicubic-8bit":
         return _resize_with_pillow(images, size)

@@ -1,7 +1,7 @@
-"""Scores of tokenizers that decode to image embeddings: how near these come, and what they find.
+"""Scores of tokenizers that decode to image embeddings: similarity to the images' embeddings, and retrieval.
 
-SEED (arXiv 2307.08041) judges its tokens by retrieval; an embedding can be shown as the nearest image of a gallery,
-which is no rendering of it.
+SEED (arXiv 2307.08041) evaluates its tokens by retrieval. ``Gallery`` shows an embedding as the nearest image of a data
+set, which is not a rendering of it.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Embeddings:
     """The embeddings of all images of a data set, in order.
 
     Attributes:
-        decoded: (N, E), what the ids of each image are decoded to.
-        targets: (N, E), the embedding of each image.
-        labels: (N,) classes, -1 where there is none.
+        decoded: (N, E), the embeddings that the images' ids are decoded to.
+        targets: (N, E), the images' own embeddings.
+        labels: (N,) classes, -1 for images without one.
         ids: (N, L).
     """
 
@@ -45,7 +45,7 @@ def embeddings(tokenizer: Tokenizer, data: DataConfig) -> Embeddings:
     """Encode and decode all images of ``data``.
 
     Raises:
-        ValueError: a tokenizer that makes no embeddings, or has no network for their targets.
+        ValueError: the tokenizer decodes to no embeddings, or has no network for their targets.
     """
     tokenizer.eval()
     parts: list[tuple[Tensor, ...]] = []
@@ -59,11 +59,11 @@ def embeddings(tokenizer: Tokenizer, data: DataConfig) -> Embeddings:
 
 
 def retrieval_scores(found: Embeddings) -> dict[str, float]:
-    """Scores by cosine.
+    """Scores by the cosine between decoded embeddings and targets; means over images.
 
-    ``cosine`` to the own target; ``recall_at_1`` and ``recall_at_5``, how often the own target is among the nearest of
-    all; with classes ``class_recall``, how often the nearest target of another image is of the same class,
-    ``class_recall_of_targets``, the same of the targets themselves, and ``class_recall_by_chance``.
+    Returns:
+        ``cosine`` between each decoded embedding and its own target; ``recall_at_1`` and ``recall_at_5``, the share of
+        images whose own target is among the 1 or 5 nearest of all targets; and the ``class_scores``.
     """
     decoded, targets = F.normalize(found.decoded, dim=-1), F.normalize(found.targets, dim=-1)
     similar = decoded @ targets.T  # (N, N)
@@ -75,10 +75,15 @@ def retrieval_scores(found: Embeddings) -> dict[str, float]:
 
 
 def class_scores(found: Embeddings, *, without_own: bool = True) -> dict[str, float]:
-    """``class_recall`` and its kin, of ``retrieval_scores``; nothing of images without classes.
+    """Recall of classes by the nearest target.
 
     Args:
-        without_own: whether the own target of each does not count among the nearest.
+        without_own: whether to exclude each image's own target.
+
+    Returns:
+        ``class_recall``, the share of decoded embeddings whose nearest target is of the same class;
+        ``class_recall_of_targets``, the same for the targets themselves, without their own; and
+        ``class_recall_by_chance``. Empty without at least two classes.
     """
     labels, classes = found.labels, found.labels.unique()
     if len(classes) < 2 or classes[0] < 0:
@@ -98,7 +103,7 @@ def _class_recall(similar: Tensor, labels: Tensor, without_own: bool) -> float:
 
 
 def evaluate_embeddings(tokenizer: Tokenizer, data: DataConfig) -> dict[str, Any]:
-    """The ``retrieval_scores`` of all images of ``data``, with the use of codes, and what they depend on."""
+    """The ``retrieval_scores`` of all images of ``data``, the share of codes used, and what the scores depend on."""
     found = embeddings(tokenizer, data)
     used = torch.bincount(found.ids.flatten(), minlength=tokenizer.spec.num_ids)
     name = f"{data.name or data.root or data.source} ({data.split or 'all images'})"
@@ -119,11 +124,11 @@ def evaluate_embeddings(tokenizer: Tokenizer, data: DataConfig) -> dict[str, Any
 
 
 class Gallery:
-    """Images that stand for embeddings: the nearest one of a data set.
+    """Shows embeddings as the nearest images of a data set.
 
     Args:
-        tokenizer: makes the embeddings of the gallery's images.
-        data: its images.
+        tokenizer: computes the embeddings of the data set's images.
+        data: the data set.
     """
 
     def __init__(self, tokenizer: Tokenizer, data: DataConfig):
@@ -131,10 +136,10 @@ class Gallery:
         self._targets = F.normalize(embeddings(tokenizer, data).targets, dim=-1)
 
     def nearest(self, decoded: Tensor) -> Tensor:
-        """The positions (B,) in the gallery of the images nearest to embeddings (B, E), by cosine."""
+        """The indices (B,) of the gallery's images that are nearest to embeddings (B, E), by cosine."""
         return (F.normalize(decoded.float().cpu(), dim=-1) @ self._targets.T).argmax(1)
 
     def __call__(self, decoded: Tensor) -> Tensor:
-        """Those images, (B, C, H, W) in [-1, 1]. They are no renderings of the embeddings."""
+        """The images (B, C, H, W) in [-1, 1] nearest to embeddings (B, E). They are not renderings of these."""
         positions = self.nearest(decoded).tolist()
         return torch.cat([self._reader.load(np.array([position]), 0)[0].pixels for position in positions])

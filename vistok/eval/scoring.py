@@ -27,10 +27,11 @@ _MOMENTS_OF = {"fid": "pool", "sfid": "spatial"}
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a comparison: what was stored of it, and what the feature pass over its images left.
+    """One side of a comparison.
 
     Attributes:
-        extraction: None if what is stored suffices.
+        reference: its images, and what was stored of their features.
+        extraction: the result of the feature pass over its images; None if the stored features suffice.
     """
 
     reference: Reference
@@ -38,13 +39,13 @@ class Side:
 
     @property
     def count(self) -> int | None:
-        """Number of images behind the Frechet distance, as far as it is known."""
+        """Number of images behind the Frechet distance; None if it is unknown."""
         if self.reference.gaussians:
             return self.reference.provenance.count
         return self.extraction.count if self.extraction is not None else None
 
     def gaussian(self, feature: str, device: torch.device) -> m.Gaussian:
-        """The stored moments of a feature where there are some, as in the ADM suite; else those of the images."""
+        """The stored moments of a feature if there are any, as in the ADM suite; else the moments of the images."""
         gaussian = self.reference.gaussians.get(feature)
         if gaussian is None:
             gaussian = self.extracted.moments[feature].to(device).gaussian
@@ -52,7 +53,7 @@ class Side:
 
     @property
     def rows(self) -> Tensor:
-        """Pooled features (N, D): those of the images, else the stored ones."""
+        """Pooled features (N, D): those of the images if they were extracted, else the stored ones."""
         if self.extraction is not None and "pool" in self.extraction.features:
             return self.extraction.features["pool"]
         if self.reference.rows is None:
@@ -61,7 +62,7 @@ class Side:
 
     @property
     def extracted(self) -> Extraction:
-        """What the pass left. Raises ValueError if there was none."""
+        """The result of the feature pass. Raises ValueError if there was none."""
         if self.extraction is None:
             raise ValueError(f"the images of {self.reference.source} were not read")
         return self.extraction
@@ -69,7 +70,12 @@ class Side:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores by their plain names, and which samples lie in the manifold of the real ones, (N,) bool, if known."""
+    """Scores by their plain names, before ``Protocol.rename``.
+
+    Attributes:
+        values: scores by name.
+        inside: (N,) bool, which samples lie in the manifold of the real ones; None if unknown.
+    """
 
     values: dict[str, float]
     inside: Tensor | None = None
@@ -78,10 +84,14 @@ class Scores:
 def choose_metrics(
     metrics: Sequence[str] | None, protocol: Protocol, sample: Reference, real: Reference
 ) -> tuple[list[str], list[str]]:
-    """The metrics to compute, in canonical order, and a warning for each that a side rules out.
+    """The metrics to compute, in the order of ``METRICS``, and a warning for each that cannot be computed.
+
+    Args:
+        metrics: those asked for; None asks for all that the protocol defines and both sides allow.
 
     Raises:
-        ValueError: an unknown metric, one that the protocol lacks, or one that was asked for and is ruled out.
+        ValueError: a metric is unknown, or not defined by the protocol; one that was asked for cannot be computed; or
+            none can.
     """
     for metric in metrics or ():
         if metric not in METRICS:
@@ -92,7 +102,7 @@ def choose_metrics(
     wanted, skipped = [], []
     for metric in protocol.metrics if metrics is None else [name for name in METRICS if name in metrics]:
         obstacle = _obstacle(metric, "images", sample) or _shortage(metric, protocol, sample)
-        if obstacle is None and metric != "is":  # which looks at the samples only
+        if obstacle is None and metric != "is":  # the Inception Score needs no reference
             obstacle = _obstacle(metric, "reference", real) or _shortage(metric, protocol, real)
         if obstacle is None:
             wanted.append(metric)
@@ -120,7 +130,7 @@ def _obstacle(metric: str, name: str, side: Reference) -> str | None:
 
 
 def _shortage(metric: str, protocol: Protocol, side: Reference) -> str | None:
-    """Too few images for a metric, seen before any work."""
+    """Why a side has too few images for a metric, or None; checked before any features are computed."""
     if metric in _MOMENTS_OF and side.gaussians:
         return None
     stored = side.rows if metric in ("kid", "prc") else None
@@ -140,7 +150,7 @@ def extract_side(
     batch_size: int,
     processes: Processes,
 ) -> Side:
-    """One pass of the network over a side, for all ``metrics``; none where what is stored suffices."""
+    """Run the network once over a side, for all ``metrics``; not at all if what is stored suffices."""
     moments = [_MOMENTS_OF[metric] for metric in metrics if metric in _MOMENTS_OF and not side.gaussians]
     keep = []
     if {"kid", "prc"} & set(metrics) and side.rows is None:
@@ -161,11 +171,11 @@ def compute_scores(
     """All ``metrics`` of ``sample`` against ``real``, computed on ``device``.
 
     Raises:
-        ValueError: too few images for a metric.
+        ValueError: there are too few images for a metric.
     """
     values: dict[str, float] = {}
     inside = None
-    # Moments are float64, which not every accelerator has.
+    # Moments are float64, which not every accelerator supports.
     float64_device = device if device.type == "cuda" else torch.device("cpu")
     with full_precision():
         for metric in metrics:

@@ -1,4 +1,4 @@
-"""The search of a guidance scale: a walk to a local minimum, as papers find the scale that they report."""
+"""Search for the best guidance scale: steps to a local minimum of the score."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ LOWEST_SCALE = 1.0
 
 
 def local_minimum(score: Callable[[float], float], start: float, step: float = SEARCH_STEP) -> float:
-    """The scale that a walk from ``start`` ends at. It goes up in steps while the score falls, or else down.
+    """A scale whose score is a local minimum.
 
-    Neither neighbour of the result is better; scales below ``LOWEST_SCALE`` are not tried.
+    The search goes up from ``start`` while the score falls. If the first step up does not help, it goes down. Neither
+    neighbour of the result is better; scales below ``LOWEST_SCALE`` are not tried.
 
     Args:
-        score: of a scale; asked once for each.
+        score: the score of a scale; lower is better.
     """
     place, lowest = 0, score(start)
     for direction in (1, -1):

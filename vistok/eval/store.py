@@ -1,4 +1,4 @@
-"""The files of a benchmark: features by ranges of image numbers, so that work can stop anywhere and go on."""
+"""The feature files of a benchmark, one per range of images, so that an interrupted benchmark can resume."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ SAMPLES = "samples.npz"
 
 
 class FeatureStore:
-    """Features of generated images, one safetensors file per range; each appears whole or not at all.
+    """Features of generated images, one safetensors file per range, each written atomically.
 
     A file holds ``digests`` (n, 32) of the pixels, ``feature.NAME`` (n, D) float32, and ``preview``, the images that
-    the report shows. With ``keep_images`` all pixels lie beside them until ``write_npz`` has joined them.
+    the report shows. With ``keep_images`` all pixels are stored too, in files that ``write_npz`` joins and removes.
 
     Args:
-        folder: of one guidance scale.
-        shards: all ranges, in order.
+        folder: the folder of one ``Setting``.
+        shards: all ranges [start, stop) of images, in order.
         size: (H, W) of the images.
-        keep_images: whether pixels are wanted as well.
+        keep_images: whether to store the pixels as well.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class FeatureStore:
         self.folder, self.shards, self.size, self.keep_images = folder, shards, size, keep_images
 
     def missing(self) -> list[tuple[int, int]]:
-        """Ranges that are still to be made."""
+        """The ranges that are not stored yet."""
         return [shard for shard in self.shards if not self._is_there(shard)]
 
     def _is_there(self, shard: tuple[int, int]) -> bool:
@@ -51,7 +51,7 @@ class FeatureStore:
         return not self.keep_images or (self.folder / SAMPLES).exists() or self._pixels(shard).exists()
 
     def write(self, shard: tuple[int, int], images: Tensor, extraction: Extraction) -> None:
-        """Store the images uint8 (n, 3, H, W) of a range and what the feature pass over them left."""
+        """Store a range: its images, uint8 (n, 3, H, W), and the result of the feature pass over them."""
         tensors = {f"feature.{name}": rows.contiguous() for name, rows in extraction.features.items()}
         tensors["digests"] = extraction.digests
         tensors["preview"] = images[: max(0, PREVIEWS - shard[0])].contiguous()
@@ -59,10 +59,14 @@ class FeatureStore:
             with atomic_file(self._pixels(shard)) as temporary, open(temporary, "wb") as file:
                 np.save(file, images.permute(0, 2, 3, 1).contiguous().numpy())
         with atomic_file(self._features(shard)) as temporary:
-            save_file(tensors, temporary)  # last: it says that the range is complete
+            save_file(tensors, temporary)  # last: its existence marks the range as complete
 
     def read(self, *, keep: Sequence[str], moments: Sequence[str]) -> Extraction:
-        """What one feature pass over all images would leave; see ``FeaturePass``."""
+        """The result of one feature pass over all images; see ``FeaturePass``.
+
+        Raises:
+            BenchmarkError: a file is damaged.
+        """
         running: dict[str, Moments] = {}
         kept: dict[str, list[Tensor]] = {name: [] for name in keep}
         digests = []
@@ -78,7 +82,7 @@ class FeatureStore:
         return Extraction(self.size, torch.cat(digests), features, running)
 
     def previews(self) -> list[Image.Image]:
-        """The first images, for a grid."""
+        """The first images, at most ``PREVIEWS``, for the report."""
         found: list[Image.Image] = []
         for shard in self.shards:
             if shard[0] >= PREVIEWS:
@@ -88,7 +92,7 @@ class FeatureStore:
         return found
 
     def write_npz(self) -> Path:
-        """Join the pixels to an ADM-style .npz, in order, and drop the parts; returns its path."""
+        """Join the pixels of all ranges into one ADM-style .npz and remove their files; returns its path."""
         path = self.folder / SAMPLES
         if not path.exists():
             with npz_writer(path, self.shards[-1][1]) as writer:

@@ -1,4 +1,4 @@
-"""The settings that a benchmark compares: guidance scales and temperatures, each with a folder of its own."""
+"""The settings that a benchmark compares: pairs of guidance scale and temperature, each with its own folder."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Setting:
     """One point of a sweep.
 
     Attributes:
-        guidance_scale: None where the generator knows no guidance; a pair of scales as a tuple.
-        temperature: None takes that of the plan.
+        guidance_scale: None if the generator has no guidance; a tuple for a pair of scales.
+        temperature: None takes the plan's.
     """
 
     guidance_scale: Any = None
@@ -22,7 +22,7 @@ class Setting:
 
     @property
     def folder(self) -> str:
-        """The name of its folder."""
+        """The name of the setting's folder."""
         scale = self.guidance_scale
         parts = scale if isinstance(scale, tuple) else (scale,)
         names = [] if scale is None else ["guidance-" + "-to-".join(f"{part:g}" for part in parts)]
@@ -30,18 +30,18 @@ class Setting:
         return "-".join(names) or "samples"
 
     def options(self, sampling: Mapping[str, Any]) -> dict[str, Any]:
-        """Sampling options with those of this setting."""
+        """``sampling`` with this setting's options in place of its own."""
         own = {"guidance_scale": self.guidance_scale, "temperature": self.temperature}
         return {**sampling, **{name: value for name, value in own.items() if value is not None}}
 
     def describe(self, plan: Mapping[str, Any]) -> dict[str, Any]:
-        """What a result says of it, with the ``plan``'s own sampling options."""
+        """The setting as a result records it; ``plan`` is the plan's sampling options."""
         temperature = plan.get("temperature") if self.temperature is None else self.temperature
         return {"guidance_scale": self.guidance_scale, "temperature": temperature}
 
     @classmethod
     def read(cls, run: Mapping[str, Any], plan: Mapping[str, Any]) -> Setting:
-        """The setting of a ``run`` that ``describe`` wrote into."""
+        """The setting that ``describe`` recorded in a ``run``."""
         scale, temperature = run["guidance_scale"], run.get("temperature")
         return cls.over([scale], [temperature], plan)[0]
 
@@ -49,7 +49,7 @@ class Setting:
     def over(
         cls, scales: Sequence[Any], temperatures: Sequence[float | None], plan: Mapping[str, Any]
     ) -> list[Setting]:
-        """Every scale with every temperature, without repeats."""
+        """Every scale with every temperature, without duplicates."""
         scales = [tuple(scale) if isinstance(scale, list) else scale for scale in scales]
         own = plan.get("temperature")
         temperatures = [None if temperature == own else temperature for temperature in temperatures]
@@ -63,15 +63,15 @@ def choose_settings(
     sampling: Mapping[str, Any],
     plan: Mapping[str, Any],
 ) -> list[Setting]:
-    """Every guidance scale with every temperature; those of the pipeline where no others are named.
+    """Every guidance scale with every temperature.
 
     Args:
-        pipe: a pipeline.
-        sampling: options that differ from its own.
+        scales, temperatures: the values to compare; None takes the pipeline's own.
+        sampling: options that differ from the pipeline's own.
         plan: the sampling options of the benchmark's plan.
 
     Raises:
-        ValueError: a sweep of what the generator does not know, or a value that it refuses.
+        ValueError: the generator does not have the option that is swept, or refuses a value, or there are no values.
     """
     options, swept = pipe.options(**sampling), list[Sequence[Any]]()
     for name, values in (("guidance_scale", scales), ("temperature", temperatures)):

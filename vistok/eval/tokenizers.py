@@ -1,4 +1,4 @@
-"""Scores of a tokenizer: a data set against its reconstructions, both read as streams."""
+"""Scores of a tokenizer: a data set against its reconstructions, both streamed."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from vistok.utils.processes import ALONE, Processes
 from vistok.utils.progress import track
 
 BatchConditions = Callable[[ImageBatch], Condition]
-"""What a tokenizer is told of the images of a batch."""
+"""Gives the conditions of a batch's images, for tokenizers that decode with texts."""
 
 
 class DataImages:
-    """The images of a data config as evaluation sees them, as an ``ImageSet``; grey ones are repeated to RGB.
+    """The images of a data config, without augmentation, as an ``ImageSet``; grey ones are repeated to RGB.
 
     Raises:
-        ImageError: while reading, at the first image that cannot be read: a score over the others would be another one.
+        ImageError: while reading, if an image cannot be read; without it the score would be another one.
     """
 
     names: ClassVar[None] = None
-    lossy: ClassVar[int] = 0  # originals are what they are
+    lossy: ClassVar[int] = 0  # no warning: the tokenizer reads the same lossy originals
     files_read: ClassVar[None] = None
 
     def __init__(self, data: DataConfig):
@@ -62,7 +62,7 @@ class DataImages:
             yield batch
 
     def pixels(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
-        """Yield float (B, C, H, W) in [-1, 1] of images ``start`` to ``stop``, in order."""
+        """Yield images ``start`` to ``stop``, in order, as float (B, C, H, W) in [-1, 1]."""
         return (batch.pixels for batch in self.loaded(batch_size, start, stop))
 
     def batches(self, batch_size: int, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
@@ -71,12 +71,12 @@ class DataImages:
 
 
 class Reconstructions:
-    """What a tokenizer makes of ``originals``, as an ``ImageSet``; computed on its device, with a progress bar.
+    """A tokenizer's reconstructions of ``originals`` as an ``ImageSet``, computed on its device with a progress bar.
 
     The tokenizer always gets ``NETWORK_BATCH`` images, so that no pixel depends on the size of the batches read.
 
     Args:
-        conditions: what the tokenizer is told of the images of a batch; None tells it nothing.
+        conditions: conditions for a tokenizer that decodes with texts; None decodes without.
     """
 
     names: ClassVar[None] = None
@@ -102,7 +102,7 @@ class Reconstructions:
 
 
 def told(conditions: BatchConditions | None, batch: ImageBatch, device: torch.device) -> Condition | None:
-    """The condition of the ``filled`` pixels of a batch."""
+    """The condition of a batch, padded to NETWORK_BATCH rows as ``filled`` pads the pixels; None without conditions."""
     return None if conditions is None else filled_condition(conditions(batch)).to(device)
 
 
@@ -116,15 +116,18 @@ def evaluate_tokenizer(
     processes: Processes = ALONE,
     out: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Score the reconstructions of all images of ``data``; see ``evaluate_reconstruction`` for the scores. A tokenizer
-    that decodes to image embeddings is scored by them, see ``retrieval_scores``.
+    """Score the reconstructions of all images of ``data``.
+
+    See ``evaluate_reconstruction`` for the scores. A tokenizer that decodes to image embeddings gets the
+    ``retrieval_scores`` instead.
 
     Args:
-        conditions: what a tokenizer that decodes with texts is told of the images of a batch; None tells it nothing.
+        network, lpips, processes, out: see ``evaluate_reconstruction``.
+        conditions: conditions for a tokenizer that decodes with texts; None decodes without.
 
     Raises:
-        ImageError: an image that cannot be read.
-        ValueError: images of another size or other channels than the tokenizer's.
+        ImageError: an image cannot be read.
+        ValueError: the images' size or channels are not the tokenizer's.
     """
     if tokenizer.embeds:
         result = evaluate_embeddings(tokenizer, data)

@@ -1,6 +1,6 @@
-"""Scores of clips against their originals, and the protocols of the Frechet video distance.
+"""Scores of reconstructed clips against their originals: PSNR and SSIM.
 
-Clips are float (B, C, T, H, W), originals and reconstructions alike in [0, data_range]; scores are float64.
+Originals and reconstructions are float (B, C, T, H, W) in [0, data_range]; scores are float64.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from vistok.eval.reconstruction import SSIM, decibels
 
 Per = Literal["video", "frame"]
 
-# pytorch-msssim's setting over channels and frames, as LARP logs it; skimage and torchmetrics treat borders otherwise.
+# pytorch-msssim's setting, which LARP logs; scikit-image and torchmetrics treat borders differently.
 VIDEO_SSIM = SSIM(window="gaussian", window_size=11, covariance="population")
 
 
 def mean_squared_error(original: Tensor, reconstruction: Tensor, per: Per = "video") -> Tensor:
-    """Over all pixels and channels of each clip, (B,), or of each frame, (B, T); float64.
+    """Mean squared error of each clip, (B,), or of each frame, (B, T), in float64.
 
     Raises:
-        ValueError: shapes that differ or are not (B, C, T, H, W), or another ``per``.
+        ValueError: the shapes differ or are not (B, C, T, H, W), or ``per`` is unknown.
     """
     _check_pair(original, reconstruction)
     if per not in ("video", "frame"):
@@ -33,17 +33,17 @@ def mean_squared_error(original: Tensor, reconstruction: Tensor, per: Per = "vid
 def psnr(original: Tensor, reconstruction: Tensor, per: Per = "video", data_range: float = 1.0) -> Tensor:
     """Peak signal-to-noise ratio in decibels of each clip, (B,), or of each frame, (B, T); infinite for equal ones.
 
-    LARP reports the mean over clips. The mean over frames is never lower: where errors differ between the frames of a
-    clip, the logarithm of their mean is above the mean of their logarithms.
+    LARP reports the mean over clips. The mean over frames is never lower: if the errors of a clip's frames differ, the
+    logarithm of their mean exceeds the mean of their logarithms.
     """
     return decibels(mean_squared_error(original, reconstruction, per), data_range)
 
 
 def ssim(original: Tensor, reconstruction: Tensor, variant: SSIM = VIDEO_SSIM) -> Tensor:
-    """Structural similarity of each frame, (B, T); the mean over frames is that of a clip.
+    """Structural similarity of each frame, (B, T); the similarity of a clip is the mean over its frames.
 
     Raises:
-        ValueError: shapes that differ, or frames smaller than the window.
+        ValueError: the shapes differ, or the frames are smaller than the window.
     """
     _check_pair(original, reconstruction)
     frames = [clips.transpose(1, 2).flatten(0, 1) for clips in (original, reconstruction)]  # (B * T, C, H, W)

@@ -1,7 +1,8 @@
 """Protocols of the Frechet video distance: everything that has to be equal for two numbers to be comparable, by name.
 
-A protocol fixes the detector, length, stride and size of the clips, which clips make up each side, whether pixels are
-rounded to 8 bit, and the normalisation of the covariance. ``VideoProtocol.describe`` writes it beside every score.
+A protocol fixes the feature network, length, stride and size of the clips, which clips make up each side, whether
+pixels are rounded to 8 bit, and the normalisation of the covariance. Every score is recorded with
+``VideoProtocol.describe``.
 """
 
 from __future__ import annotations
@@ -24,23 +25,23 @@ class VideoProtocol:
     """What one protocol fixes.
 
     Attributes:
-        name: what it is called.
+        name: the protocol's name.
         real: which clips are the real side, in words.
-        fake: which clips are the other side, in words.
-        detector: name of the feature network; "i3d" allows the port and the TorchScript file, which agree to 3e-4.
-        choice: how real clips are taken from videos: all non-overlapping "chunks" (tails dropped) of which ``count``
-            are drawn; one clip from a "random_start" per video; "every_clip"; or the list that is "given".
-        num_frames, frame_stride: length of a clip, and how far apart its frames are in the video.
-        image_size: side of the frames that are made or cropped to.
+        fake: which clips are the generated side, in words.
+        detector: the feature network; "i3d" is the port or the TorchScript file, which agree to 3e-4.
+        choice: how real clips are taken from videos: "chunks" and "every_clip" take all non-overlapping clips (tails
+            are dropped), "random_start" one clip per video at a random start, "given" the first clip of each video.
+        num_frames, frame_stride: number of frames of a clip, and their distance in the video.
+        image_size: side of the frames in pixels.
         score_size: side to which frames are resized (antialiased bilinear) before the detector's own resize, or None.
-        count: clips on the generated side, None for as many as there are real ones.
-        real_count: clips on the real side, None for all.
-        seed: of the drawn clips, by Python's ``random.Random(seed).sample``; None where the draw is not fixed.
+        count: number of generated clips; None for as many as there are real ones.
+        real_count: number of real clips, which ``seed`` draws; None for all.
+        seed: of Python's ``random.Random(seed).sample``, which draws the real clips; None draws none and takes all.
         pixels: "float" scores clamped floats; "uint8_truncated" rounds (x + 1) / 2 * 255 down, which leaves half of the
             pixels a level too dark; "uint8" rounds to the nearest.
         ddof: the covariance is normalised by N - ddof.
-        given_frames: frames that a prediction is given; all decoded frames are scored.
-        guidance_scale: what the published numbers were sampled with, or None.
+        given_frames: number of first frames that a prediction is given; all decoded frames are scored.
+        guidance_scale: the scale of the published numbers, or None.
     """
 
     name: str
@@ -61,7 +62,7 @@ class VideoProtocol:
     guidance_scale: float | None = None
 
     def describe(self) -> dict[str, Any]:
-        """All of it, JSON-ready."""
+        """All attributes, JSON-ready."""
         return asdict(self)
 
     def check_shape(self, shape: Sequence[int]) -> None:
@@ -73,10 +74,10 @@ class VideoProtocol:
             )
 
     def prepare(self, clips: Tensor) -> Tensor:
-        """Float clips (B, C, T, H, W) in [-1, 1] to what the detector reads, in 0..255.
+        """Convert float clips (B, C, T, H, W) in [-1, 1] to the detector's input in 0..255.
 
         Raises:
-            ValueError: clips of another length or size than the protocol's.
+            ValueError: the clips' length or size is not the protocol's.
         """
         self.check_shape(clips.shape)
         values = (clips.float().clamp(-1, 1) + 1) * 127.5
@@ -91,12 +92,12 @@ class VideoProtocol:
 
 
 RECONSTRUCTION = "larp-ucf-rec"
-"""The usual protocol of reconstructions."""
+"""The default protocol of reconstructions."""
 
 VIDEO_PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
-        # LARP (arXiv 2410.21264). The real side is of the training list; -val is its counterpart without leakage.
+        # LARP (arXiv 2410.21264). The real side is the training list; "-val" is the counterpart with held-out clips.
         VideoProtocol(
             "larp-ucf-gen",
             real="10,000 of all 16-frame chunks of UCF-101 train (split 1)",
@@ -169,11 +170,13 @@ OWN = re.compile(r"own-(\d+)x(\d+)(?:-given(\d+))?")
 
 
 def video_protocol(name: str) -> VideoProtocol:
-    """The protocol of this name. ``own-16x32`` scores all 16-frame chunks at 32 px: for models of other sizes than the
-    papers', whose distances compare among themselves only; ``own-16x32-given5`` is of predictions from 5 frames.
+    """The protocol of this name.
+
+    Names such as ``own-16x32`` are for models of other sizes than the papers': all 16-frame chunks at 32 px. Their
+    distances compare only with others of the same name. ``own-16x32-given5`` scores predictions from 5 frames.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such protocol.
     """
     if name in VIDEO_PROTOCOLS:
         return VIDEO_PROTOCOLS[name]
@@ -198,19 +201,22 @@ def video_protocol(name: str) -> VideoProtocol:
 
 
 def is_video_protocol(name: str | None) -> bool:
-    """Whether this names a protocol of clips, not of images."""
+    """Whether ``name`` is a protocol of clips, not of images."""
     return name is not None and (name in VIDEO_PROTOCOLS or OWN.fullmatch(name) is not None)
 
 
 def chunks_of(lengths: list[int], num_frames: int, frame_stride: int = 1) -> list[tuple[int, int]]:
-    """All non-overlapping clips of videos of ``lengths`` frames: (video, first frame) each; tails are dropped."""
+    """All non-overlapping clips of videos of ``lengths`` frames, as (video, first frame); tails are dropped."""
     span = num_frames * frame_stride
     return [(video, start) for video, length in enumerate(lengths) for start in range(0, length - span + 1, span)]
 
 
 def drawn(total: int, count: int | None, seed: int | None) -> list[int]:
-    """Which of ``total`` clips a protocol takes, in the order of Python's ``random.Random(seed).sample``; all of them,
-    in order, without a seed or with fewer than ``count``."""
+    """The indices of the clips that a protocol takes out of ``total``.
+
+    They are drawn by Python's ``random.Random(seed).sample``. Without a seed or a count, or if there are at most
+    ``count`` clips, all are taken in order.
+    """
     if count is None or seed is None or count >= total:
         return list(range(total))
     return random.Random(seed).sample(range(total), count)

@@ -1,7 +1,6 @@
-"""The small generator that a tokenizer is probed with: how well its tokens can be predicted, and what predicting them
-teaches about classes.
+"""Probe a tokenizer with a small generator: how well it predicts the tokens, and what its features tell about classes.
 
-GigaTok (arXiv 2504.08736, section 3.1) judges tokenizers so, before a large generator is trained.
+GigaTok (arXiv 2504.08736, section 3.1) evaluates tokenizers in this way, before it trains a large generator.
 """
 
 from __future__ import annotations
@@ -30,12 +29,13 @@ BATCH = 64
 
 
 def probe_generator(train_tokens: Path, test_tokens: Path, out: Path, settings: ProbeSettings) -> dict[str, Any]:
-    """Train the small generator in the folder ``out``, or go on there, and say how it did on the held-out tokens.
+    """Train the small generator in the folder ``out``, or resume there, and score it on held-out tokens.
 
     Returns:
-        ``parameters``; ``loss`` (what it is), ``loss_per_token`` and ``loss_per_image`` of the last step on held-out
-        tokens, ``accuracy`` of the next id where there are ids; ``uniform_loss``, what knowing nothing costs per token;
-        and "probe", the linear probe of its middle block (ids alone: the null class is fed), if there are classes.
+        ``parameters``, ``steps``, ``loss`` (which loss it is), and its value on held-out tokens after the last step as
+        ``loss_per_token`` and ``loss_per_image``. For discrete tokens also ``accuracy`` of the next id,
+        ``uniform_loss``, the loss per token of a uniform prediction, and, if there are classes, ``probe``, the linear
+        probe of the middle block. Only ``refused``, with the reason, if tokens have several ids.
     """
     cache, held_out = TokenCache(train_tokens), TokenCache(test_tokens)
     spec = TokenSpec(**cache.spec)
@@ -70,8 +70,10 @@ def probe_generator(train_tokens: Path, test_tokens: Path, out: Path, settings: 
 
 @torch.no_grad()
 def _middle(model: Any, cache: TokenCache) -> Tensor:
-    """The output of block n // 2 of n, averaged over positions, (N, D); the null class is fed, and all but the last
-    token."""
+    """Features (N, D) for the linear probe: the output of block n // 2 of n, averaged over positions.
+
+    The condition is the null class, so that the features cannot contain the label; the last token is not fed.
+    """
     layer, parts = max(len(model.blocks) // 2, 1), []
     starts = range(0, len(cache), BATCH)
     for start in track(starts, "features of the generator", len(starts)):

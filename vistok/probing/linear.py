@@ -1,9 +1,9 @@
-"""A linear probe: how well a linear classifier tells classes by fixed features.
+"""A linear probe: the accuracy of a linear classifier on fixed features.
 
-Features are normalised by the mean and the deviation of those that it is fitted to, as a batch norm without parameters
-does in MAE's protocol (arXiv 2111.06377, appendix A.1), which GigaTok takes over. The classifier is multinomial
-logistic regression by L-BFGS: the problem is convex, so that no schedule decides the score. Of ``STRENGTHS`` the one is
-taken by which every fifth of the fitted samples is likeliest, given the others.
+Features are normalised by mean and standard deviation of the training features. This is what a batch norm without
+parameters does in MAE's protocol (arXiv 2111.06377, appendix A.1), which GigaTok follows. The classifier is multinomial
+logistic regression by L-BFGS: the problem is convex, so the score depends on no schedule. Every fifth training sample
+is held out to choose among ``STRENGTHS``, by the likelihood of its label; then all training samples are fitted.
 """
 
 from __future__ import annotations
@@ -18,20 +18,24 @@ if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
 
 STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0)
-"""Inverse penalties of scikit-learn's objective."""
+"""Candidates for scikit-learn's C, the inverse of the penalty's weight."""
 EPS = 1e-6
 MOST_ITERATIONS = 200
 
 
 def linear_probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> dict[str, Any]:
-    """Fit to features (N, D) with labels (N,) and score on others.
+    """Fit a linear classifier to the training features and score it on the test features.
+
+    Args:
+        train, test: features (N, D) and (M, D).
+        train_labels, test_labels: classes (N,) and (M,).
 
     Returns:
-        ``accuracy`` on the test features, in [0, 1], ``channels`` D, ``penalty`` (the chosen of ``STRENGTHS``), and
-        ``fitted`` and ``scored``, the numbers of samples.
+        ``accuracy`` on the test features, in [0, 1], ``channels`` D, ``penalty`` (the chosen C of ``STRENGTHS``), and
+        the numbers of samples ``fitted`` N and ``scored`` M.
 
     Raises:
-        ValueError: fewer than two classes, fewer than ten samples, or features that are not finite.
+        ValueError: there are fewer than two classes or ten samples, or features are not finite.
     """
     if len(train) < 10 or len(train_labels.unique()) < 2:
         raise ValueError(
@@ -55,12 +59,12 @@ def _fit(x: Tensor, labels: Tensor, strength: float) -> LogisticRegression:
 
     model = LogisticRegression(C=strength, max_iter=MOST_ITERATIONS, tol=1e-3)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # accuracies no longer move then
+        warnings.simplefilter("ignore", ConvergenceWarning)  # by the last iteration, accuracies no longer change
         return model.fit(x.numpy(), labels.numpy())
 
 
 def _likelihood(model: LogisticRegression, x: Tensor, labels: Tensor) -> float:
-    """The mean log-probability of the labels, over those of classes that the model was fitted to."""
+    """The mean log-probability of the labels; samples of classes that the model was not fitted to are left out."""
     known = torch.isin(labels, torch.from_numpy(model.classes_))
     columns = torch.searchsorted(torch.from_numpy(model.classes_), labels[known])
     logs = torch.from_numpy(model.predict_log_proba(x[known].numpy()))

@@ -1,4 +1,4 @@
-"""The networks by whose features reconstructions are compared with originals."""
+"""The feature networks for the distance between reconstructions and originals."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIDE = 224
 
 
 class EfficientNetPool:
-    """uint8 images (B, 3, H, W) to EfficientNet-Lite0's features of stride 32, averaged over places: (B, 320).
+    """uint8 images (B, 3, H, W) -> EfficientNet-Lite0's features of stride 32, averaged over positions: (B, 320).
 
     Images are resized to ``side`` px, bicubic with antialiasing.
     """
@@ -46,8 +46,8 @@ def image_network(name: str, weights: str | None, device: torch.device) -> Featu
     """The network of this name, or None for "none".
 
     Raises:
-        ValueError: an unknown name.
-        CheckpointError: its weights cannot be had; the message says how to get them.
+        ValueError: the name is unknown.
+        CheckpointError: its weights cannot be loaded; the message says how to get them.
     """
     if name == "none":
         return None
@@ -60,7 +60,7 @@ def image_network(name: str, weights: str | None, device: torch.device) -> Featu
 
 
 def clip_network(name: str, weights: str | None, device: torch.device) -> Any:
-    """The network of clips by its name; see ``image_network``. The default name for images means none."""
+    """The network of clips by its name; see ``image_network``. The default network of images stands for "none"."""
     if name in ("none", IMAGE_NETWORKS[0]):
         return None
     if name == "i3d":

@@ -1,4 +1,4 @@
-"""The pages of a probe and of a comparison, and the rows that both and the command line show."""
+"""The report pages of a probe and of a comparison, and their table rows, which the command line also prints."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WHAT = (
 
 
 def row(result: Mapping[str, Any]) -> dict[str, Any]:
-    """One line of a table of tokenizers: what is not measured is None."""
+    """The table row of one tokenizer; what was not measured is None."""
     tokenizer, spec = result["tokenizer"], result["tokenizer"]["spec"]
     scored = result["reconstruction"] or {"scores": {}}
     usage, speed = result["code_usage"] or {}, result["speed"]
@@ -63,7 +63,7 @@ def row(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of several tokenizers with the same columns: all that is measured of any of them."""
+    """Rows of several tokenizers, with a column for everything that was measured of at least one of them."""
     rows = [row(result) for result in results]
     names = list(dict.fromkeys(name for one in rows for name in one))
     kept = [name for name in names if any(one.get(name) is not None for one in rows)]
@@ -71,7 +71,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def warnings_of(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the reader has to know before comparing."""
+    """Warnings that a reader needs before comparing the tokenizers."""
     found = []
     for result in results:
         found += (result["reconstruction"] or {}).get("warnings", [])
@@ -85,13 +85,13 @@ def warnings_of(results: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def write_probe(result: Mapping[str, Any], picture: Image.Image, folder: Path) -> Path:
-    """Write the page of one tokenizer."""
+    """Write the report page of one tokenizer."""
     values = [{"measure": name, "value": value} for name, value in row(result).items() if value is not None]
     return _write(folder, [result], [picture], Table(values), f"Probe of {result['name']}", result)
 
 
 def write_comparison(result: Mapping[str, Any], pictures: Sequence[Image.Image], folder: Path) -> Path:
-    """Write the page of several tokenizers."""
+    """Write the report page that compares several tokenizers."""
     results = result["tokenizers"]
     return _write(folder, results, pictures, Table(table(results)), "Tokenizers side by side", result)
 

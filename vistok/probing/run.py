@@ -1,4 +1,4 @@
-"""``vistok probe`` and ``vistok compare``: tokenizers judged before any large generator is trained on them."""
+"""``vistok probe`` and ``vistok compare``: evaluate tokenizers before a large generator is trained on them."""
 
 from __future__ import annotations
 
@@ -49,23 +49,23 @@ def probe(
     command: str | None = None,
     allowed: Allowed = NOTHING,
 ) -> dict[str, Any]:
-    """Judge a tokenizer by itself and by a small generator on its tokens; called again, it goes on where it stopped.
+    """Evaluate a tokenizer by itself and by a small generator on its tokens. A repeated call resumes.
 
     Args:
         run: a run, saved tokenizer, or hub id.
         out: folder for tokens, the generator's run, ``result.json``, ``report.html`` and a picture.
-        overrides: ``data.key=value`` texts: other images than the run's. With ``data.num_frames`` a tokenizer of images
-            is judged on clips, frame by frame. A tokenizer that decodes with texts reads those of the images, as its
-            run did, or as ``text.key=value`` texts change that.
-        command: the command line that this call stands for, for the report.
+        overrides: ``data.key=value`` texts choose other images than the run's. With ``data.num_frames``, a tokenizer of
+            images is evaluated on clips, frame by frame. ``text.key=value`` texts change the run's text settings, for a
+            tokenizer that decodes with the images' texts.
+        command: the equivalent command line, for the report.
         allowed: what the overrides may do.
 
     Returns:
-        what ``result.json`` holds: ``tokenizer``, ``data``, ``reconstruction`` (scores, network, warnings),
+        The contents of ``result.json``: ``tokenizer``, ``data``, ``reconstruction`` (scores, network, warnings),
         ``code_usage``, ``speed``, ``generator``, ``feature_probes``, ``seconds``, ``settings``, ``versions``.
 
     Raises:
-        ResumeError: ``out`` holds something else.
+        ResumeError: ``out`` belongs to other settings or another tokenizer.
         FolderInUseError: another process writes ``out``.
         ValueError, ConfigError, CheckpointError, ImageError: as data, tokenizers and networks.
     """
@@ -95,18 +95,20 @@ def compare(
     command: str | None = None,
     allowed: Allowed = NOTHING,
 ) -> dict[str, Any]:
-    """Judge several tokenizers, of any families, on the same images, and set them side by side.
+    """Evaluate several tokenizers, of any kind, on the same images, and compare them.
 
     Args:
-        runs: as ``run`` of ``probe``. The first one's data are taken, as overrides change them.
-        settings: with steps, every tokenizer is probed with a small generator, too.
-        out, overrides, command, allowed: as in ``probe``; a folder below ``out`` for each tokenizer.
+        runs: each as ``run`` of ``probe``. The data are those of the first run, changed by ``overrides``.
+        settings: as in ``probe``; by default no small generator is trained.
+        overrides: ``data.key=value`` texts, as in ``probe``. Texts are read as each run did.
+        out, command, allowed: as in ``probe``; each tokenizer has its own folder below ``out``.
 
     Returns:
-        what ``result.json`` holds: ``tokenizers``, a result of ``probe`` each; ``settings``, ``data``, ``versions``.
+        The contents of ``result.json``: ``tokenizers`` (a result of ``probe`` for each), ``settings``, ``data``,
+        ``versions``.
 
     Raises:
-        ValueError: fewer than two tokenizers, one twice, or one that reads images of another size.
+        ValueError: there are fewer than two tokenizers, one is given twice, or one reads images of another size.
     """
     out = Path(out)
     if len(runs) < 2 or len(set(runs)) < len(runs):
@@ -142,7 +144,7 @@ def compare(
 def _open(
     run: str, overrides: Sequence[str], settings: ProbeSettings, device: str | None, allowed: Allowed
 ) -> tuple[Tokenizer, DataConfig, DataConfig]:
-    """The tokenizer, the data that are fitted to, and those that are scored on."""
+    """The tokenizer, the training data of the probes, and the held-out data."""
     tokenizer = load_tokenizer(run).to(choose_device(device)).eval()
     parts = [
         replace(
@@ -165,7 +167,7 @@ def _open(
 
 
 def _fitted(tokenizer: Tokenizer, data: DataConfig) -> Tokenizer:
-    """A tokenizer of images, for clips: each frame by itself."""
+    """The tokenizer; if it is one of images and the data are clips, wrapped to encode each frame by itself."""
     if data.num_frames is not None and len(tokenizer.input_shape) == 3:
         return Framewise.of(tokenizer, data.num_frames)
     return tokenizer
@@ -186,7 +188,7 @@ def _judge(
     settings: ProbeSettings,
     conditions: BatchConditions | None,
 ) -> dict[str, Any]:
-    """All that is measured of one tokenizer; tokens and the generator's run stay in ``out``, and are gone on from."""
+    """All measurements of one tokenizer; finished ones, tokens and the generator's run in ``out`` are reused."""
     finished = out / "measured.json"
     if finished.exists():
         return read_json(finished)
@@ -225,8 +227,11 @@ def _cache(tokenizer: Tokenizer, data: DataConfig, folder: Path) -> TokenCache:
 def _draw(
     tokenizer: Tokenizer, gallery: DataConfig, data: DataConfig, conditions: BatchConditions | None
 ) -> Image.Image:
-    """Held-out originals over reconstructions. What is no image is shown as the nearest one of the gallery's, or, where
-    there are no embeddings either, not at all."""
+    """A picture of held-out originals over their reconstructions.
+
+    For a tokenizer that decodes to embeddings, the nearest images of ``gallery`` replace the reconstructions. If it
+    decodes to neither pixels nor embeddings, only the originals are shown.
+    """
     batch = example_batch(open_source(data), data, SHOWN)
     examples = batch.pixels
     pixels = examples.to(tokenizer.device, tokenizer.dtype)
@@ -243,5 +248,5 @@ def _picture(folder: Path) -> Image.Image:
 
 
 def _folders(runs: Sequence[str]) -> list[str]:
-    """A folder name for each, which begins with its number, so that it is its own."""
+    """A folder name for each run; it begins with the run's number, so that names are unique."""
     return [f"{number}-{Path(run).name or 'tokenizer'}" for number, run in enumerate(runs, 1)]

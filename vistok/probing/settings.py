@@ -1,4 +1,4 @@
-"""What a probe does, and what its folder remembers of that."""
+"""The settings of a probe."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ PLAN = "plan.json"
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """How a tokenizer is judged.
+    """How a tokenizer is evaluated.
 
     Attributes:
-        steps: of training the small generator; 0 trains none.
-        train_images: images that the generator and the linear probes are fitted to, evenly spread; None takes all.
-        test_images: images that everything is scored on; None takes all.
-        train_split, test_split: of the data.
-        batch_size: of the generator.
-        generator: ``key=value`` changes to its config, discrete.yaml or continuous.yaml of this folder.
-        network: of the distance of reconstructions: "efficientnet_lite0", whose weights come with the extra
-            ``teachers``; "inception", the network of all published FIDs; or "none". Clips have "i3d" in its place.
-        weights: local file of that network's weights.
-        lpips_weights: local file with all LPIPS weights; no LPIPS without.
-        seed: of the generator.
+        steps: training steps of the small generator; 0 trains none.
+        train_images: number of images, evenly spread, on which generator and linear probes are trained; None takes all.
+        test_images: number of images for all scores; None takes all.
+        train_split, test_split: the splits of the data.
+        batch_size: of the generator's training.
+        generator: ``key=value`` changes to the generator's config, discrete.yaml or continuous.yaml of this folder.
+        network: feature network for the distance of reconstructions: "efficientnet_lite0", whose weights come with the
+            extra ``teachers``; "inception", the network of all published FIDs; or "none". For clips "i3d" or "none".
+        weights: local file with the weights of ``network``.
+        lpips_weights: local file with all LPIPS weights; None computes no LPIPS.
+        seed: of the generator's training.
+
+    Raises:
+        ValueError: a number is too small, both splits are the same, or there are weights without a network.
     """
 
     steps: int = 1000
@@ -56,5 +59,5 @@ class ProbeSettings:
             raise ValueError("weights are those of a network, and there is none; name it, or leave weights out")
 
     def plan(self, what: Mapping[str, Any]) -> dict[str, Any]:
-        """The record of a folder of results: the settings, and ``what`` is judged by them."""
+        """The record of a results folder: these settings, and ``what`` is evaluated."""
         return to_json(asdict(self) | dict(what))

@@ -1,4 +1,4 @@
-"""What is measured of a tokenizer by itself: reconstructions, rate, use of codes, speed, what its features tell."""
+"""Measurements of a tokenizer by itself: reconstructions, bits, use of codes, speed, linear probes of its features."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from vistok.types import TokenSpec
 from vistok.utils.progress import track
 
 MOST_CHANNELS = 8192
-"""The longest token sequence that a linear probe reads place by place; longer ones are averaged over places."""
+"""Most channels (positions times width) of a linear probe of tokens; above it, tokens are averaged over positions."""
 TIMED_SECONDS = 1.0
 TIMED_BATCH = 16
 
 
 def describe(tokenizer: Tokenizer, data: DataConfig) -> dict[str, Any]:
-    """Name, fingerprint, parameters, tokens, and bits of an image's ids (None of latents, which have no alphabet)."""
+    """Model name, fingerprint, number of parameters, token spec, and bits of an image's ids (None for latents)."""
     spec = tokenizer.spec_for(data.input_shape)
     return {
         "model": tokenizer.registry_name,
@@ -51,8 +51,13 @@ def bits(spec: TokenSpec) -> float | None:
 def reconstruction(
     tokenizer: Tokenizer, data: DataConfig, settings: ProbeSettings, conditions: BatchConditions | None = None
 ) -> dict[str, Any] | None:
-    """What ``evaluate_tokenizer`` says of the held-out images or clips; None of a tokenizer that makes neither pixels
-    nor embeddings. ``conditions`` are those of images."""
+    """The result of ``evaluate_tokenizer`` or ``evaluate_clip_tokenizer`` on the held-out data.
+
+    None for a tokenizer that decodes to neither pixels nor embeddings.
+
+    Args:
+        conditions: of images, for a tokenizer that decodes with texts.
+    """
     if not (tokenizer.renders or tokenizer.embeds):
         return None
     device, distance = tokenizer.device, lpips(settings.lpips_weights, tokenizer.device)
@@ -66,8 +71,12 @@ def reconstruction(
 
 
 def code_usage(cache: TokenCache) -> dict[str, float] | None:
-    """The share of codes in use among the tokens of all images, their perplexity, and the entropy of a token in bits,
-    as if tokens were independent. None of latents."""
+    """The use of codes over the tokens of all images; None for latents.
+
+    Returns:
+        ``used``, the share of codes that occur; ``bits_per_token``, the entropy of the codes' frequencies in bits; and
+        ``perplexity``, 2 to the power of the entropy.
+    """
     spec = TokenSpec(**cache.spec)
     if not spec.discrete:
         return None
@@ -85,7 +94,7 @@ def code_usage(cache: TokenCache) -> dict[str, float] | None:
 
 @torch.no_grad()
 def speed(tokenizer: Tokenizer, data: DataConfig) -> dict[str, float]:
-    """Images (or clips) per second that are encoded and decoded, in batches of ``TIMED_BATCH``."""
+    """Images or clips per second in batches of ``TIMED_BATCH``: ``encode``, and ``decode`` if it decodes to pixels."""
     tokenizer.eval()
     examples = example_batch(open_source(data), data, TIMED_BATCH).pixels.to(tokenizer.device, tokenizer.dtype)
     tokens = tokenizer.encode(examples)
@@ -109,8 +118,11 @@ def _rate(work: Callable[[], Tensor], examples: Tensor) -> float:
 def feature_probes(
     tokenizer: Tokenizer, train: TokenCache, test: TokenCache, data: DataConfig, held_out: DataConfig
 ) -> dict[str, Any]:
-    """Linear probes, by name: "tokens", the code vectors or latents of all places side by side, and every feature of a
-    raster that the tokenizer names, averaged over places. Empty without two classes."""
+    """The results of linear probes by name; empty without at least two classes.
+
+    "tokens" is the concatenation of the code vectors or latents of all positions. The others are the tokenizer's
+    ``raster_features``, averaged over positions.
+    """
     if min(len(labels.unique()) for labels in (train.labels, test.labels)) < 2:
         return {}
     features: dict[str, tuple[Any, Any]] = {"tokens": (_vectors(tokenizer, train), _vectors(tokenizer, test))}
@@ -120,21 +132,21 @@ def feature_probes(
 
 
 def probe(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> dict[str, Any]:
-    """A linear probe of the samples that have a class."""
+    """A linear probe on the samples that have a class."""
     own, other = train_labels >= 0, test_labels >= 0
     return linear_probe(train[own], train_labels[own], test[other], test_labels[other])
 
 
 @torch.no_grad()
 def _vectors(tokenizer: Tokenizer, cache: TokenCache) -> Tensor | None:
-    """(N, C); None where several ids stand for a place, which have no single vector."""
+    """The vectors of all tokens as features (N, C); None if a position has several ids, which have no single vector."""
     spec = TokenSpec(**cache.spec)
     if spec.depth > 1:
         return None
     codes = tokenizer.codes().cpu().float() if spec.discrete else None
     parts = []
     for tokens in _tokens(cache):
-        vectors = tokens[..., : spec.dim] if codes is None else codes[tokens]  # of moments, the means
+        vectors = tokens[..., : spec.dim] if codes is None else codes[tokens]  # the slice takes the means of moments
         flat = vectors.flatten(1)
         parts.append(flat if flat.shape[1] <= MOST_CHANNELS else vectors.mean(1))
     return torch.cat(parts)
@@ -156,7 +168,7 @@ def _rasters(tokenizer: Tokenizer, data: DataConfig) -> dict[str, Tensor]:
 
 
 def _tokens(cache: TokenCache, batch_size: int = 1024):
-    """The first view of all images, in order: (B, L[, depth]) ids, or latents or moments."""
+    """Yield the first view of all images, in order: ids (B, L[, depth]), latents (B, L, D) or moments (B, L, 2 D)."""
     for start in range(0, len(cache), batch_size):
         indices = np.arange(start, min(start + batch_size, len(cache)))
         yield cache.batch(indices, np.zeros_like(indices))[0]

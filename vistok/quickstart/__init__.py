@@ -1,7 +1,7 @@
 """The whole chain on data that needs no download: digits -> tokenizer -> tokens -> generator -> samples -> scores.
 
-The digits are images, or clips in which they move. Everything goes through the parts that users have: the configs of a
-system (``systems/``), :func:`vistok.train.train`, :func:`vistok.train.tokenize.tokenize` and a
+The digits are images, or clips in which they move. The chain uses the public interface: the configs of a system
+(``systems/``), :func:`vistok.train.train`, :func:`vistok.train.tokenize.tokenize` and a
 :class:`vistok.pipelines.Pipeline`.
 """
 
@@ -35,19 +35,19 @@ def quickstart(
     out: str | Path,
     recipe: Recipe = Recipe(),  # noqa: B008 (immutable)
 ) -> dict[str, Any]:
-    """Train, sample, score, and report in the folder ``out``, and say so on standard output.
+    """Train, sample, score, and write a report in the folder ``out``; print progress and scores.
 
-    ``out`` gets the runs ``tokenizer/`` and ``generator/`` (which is a pipeline), of clips also ``predictor/``, the
-    token cache ``tokens/``, pictures, report.html, and at last result.json.
+    ``out`` gets the runs ``tokenizer/`` and ``generator/`` (which is a pipeline), for clips also ``predictor/``, the
+    token cache ``tokens/``, pictures, report.html, and finally result.json.
 
     Returns:
-        what result.json holds: the fields of ``DigitScores``, ``ClipScores`` or ``TalkScores``, "seconds", and how they
-        came about under "protocol".
+        The contents of result.json: the fields of ``DigitScores``, ``ClipScores`` or ``TalkScores``, "seconds", and
+        under "protocol" everything that the scores depend on.
 
     Raises:
         FileExistsError: ``out`` exists and is not an empty folder.
-        ValueError: an unknown system.
-        ConfigError: a change in ``recipe`` that does not fit the configs.
+        ValueError: the system is unknown.
+        ConfigError: a change in ``recipe`` does not fit the configs.
     """
     begin = time.monotonic()
     name = recipe.system or next(iter(systems()))
@@ -69,7 +69,7 @@ def quickstart(
 
 
 def _train(out: Path, recipe: Recipe, system: System, stages: Stages, begin: float) -> Chain:
-    """All trainings, and the token cache between them."""
+    """Train the models of the chain, and write the token cache between them."""
     views = system.views if recipe.views is None else recipe.views
     tokenizer_config = _config("tokenizer", out, recipe, recipe.tokenizer)
     generator_config = _config("generator", out, recipe, recipe.generator)
@@ -100,7 +100,7 @@ def _train(out: Path, recipe: Recipe, system: System, stages: Stages, begin: flo
 
 
 def _config(stage: Stage, out: Path, recipe: Recipe, overrides: Sequence[str]) -> dict[str, Any]:
-    """The config of a stage, with everything it reads and writes inside ``out``."""
+    """The config of a stage; everything that the stage reads and writes is inside ``out``."""
     config = load_config(config_file(str(recipe.system), stage), overrides)
     config |= {"output_dir": str(out / stage), "seed": recipe.seed}
     if stage == "tokenizer":

@@ -1,4 +1,4 @@
-"""What the stages of the quickstart hand on."""
+"""The data that the stages of the quickstart pass on."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from vistok.utils.report import Score
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is trained, and how much of everything.
+    """What is trained, and for how long.
 
     Attributes:
-        system: a name of ``systems()``; None is the first.
-        seed: of everything.
+        system: a name of ``systems()``; None takes the first.
+        seed: of data, trainings and samples.
         tokenizer, generator, predictor: ``key=value`` changes to the configs.
-        views: augmented versions of each training digit in the token cache; None takes what the system says.
-        classifier_steps: of fitting the classifier that judges the samples.
-        samples_per_class: generated digits of each class; of clips a fifth as many.
+        views: augmented versions of each training digit in the token cache; None takes the system's.
+        classifier_steps: training steps of the classifier that scores the samples.
+        samples_per_class: generated digits of each class; a fifth as many clips.
     """
 
     system: str | None = None
@@ -40,16 +40,16 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Chain:
-    """What was trained.
+    """The trained models and the data they were trained on.
 
     Attributes:
-        out: the folder of everything.
-        data: what the tokenizer was trained on.
+        out: the folder of all results.
+        data: the tokenizer's training data.
         pipe: the tokenizer with the generator.
-        predictor: of clips, the tokenizer with a generator that goes on from given frames.
-        cache: what the generators were trained on.
+        predictor: for clips, the tokenizer with a generator that continues given frames; else None.
+        cache: the generators' training tokens.
         facts: what the scores depend on: "sampling", "recipe" and "environment".
-        begin: ``time.monotonic()`` of the beginning.
+        begin: ``time.monotonic()`` at the start.
     """
 
     out: Path
@@ -68,24 +68,24 @@ class Chain:
 
     @property
     def seconds(self) -> float:
-        """Seconds since the beginning."""
+        """Seconds since the start."""
         return time.monotonic() - self.begin
 
     @property
     def report(self) -> Path:
-        """The page that says what came out."""
+        """Path of the report page."""
         return self.out / "report.html"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came out.
+    """The results of a quickstart.
 
     Attributes:
         scores: a dataclass of numbers.
-        seconds: since the beginning, when the scores were there.
-        protocol: what the scores depend on.
-        lines: the scores as they are told.
+        seconds: from the start until the pictures were drawn.
+        protocol: everything that the scores depend on.
+        lines: the scores as they are printed, with targets.
     """
 
     scores: Any

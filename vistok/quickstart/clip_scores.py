@@ -1,4 +1,4 @@
-"""How good generated clips of moving digits are: what they show, how they move, and what is predicted of them."""
+"""Scores of generated clips of moving digits: the digit they show, how it moves, and how well frames are predicted."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from vistok.quickstart.scores import CLASSES, cached_tokens, encode, reconstruct
 from vistok.tokenizers.base import Tokenizer
 
 COPIES = "equal to the tokens of a training clip as it is, or of any view that the generator trained on"
-FLOOR = 0.25  # brightness in [0, 1] from which on a pixel belongs to the digit
+FLOOR = 0.25  # brightness in [0, 1] above which a pixel belongs to the digit
 
 
 @dataclass(frozen=True)
 class Clips:
-    """Clips with the class that each shows, or was asked to show.
+    """Clips, each with the class that it shows, or that was asked for.
 
     Attributes:
         pixels: (N, 1, T, H, W) in [-1, 1].
@@ -48,16 +48,16 @@ class ClipScores:
     """The quickstart's scores of clips; shares are in [0, 1].
 
     Attributes:
-        recognised: share of generated frames that the classifier takes for the class asked for.
-        recognised_real: share of frames of held-out clips that it recognises.
-        displacement: pixels by which the centre of mass of generated clips moves from frame to frame, mean.
-        displacement_real: the same of held-out clips.
-        distinct: share of different token sequences among the generated.
-        copies: share of generated token sequences that some training clip has, as it is or in a view trained on.
+        recognised: share of generated frames that the classifier assigns to the class asked for.
+        recognised_real: share of frames of held-out clips that it classifies correctly.
+        displacement: mean pixels by which the centre of mass moves from frame to frame in generated clips.
+        displacement_real: the same for held-out clips.
+        distinct: share of different token sequences among the generated ones.
+        copies: share of generated token sequences that equal those of a training clip, as it is or in a training view.
         psnr: of the tokenizer on held-out clips in dB, mean over clips.
-        prediction: PSNR in dB of the frames that are predicted of held-out clips, mean over clips.
-        prediction_repeat: the same where the last given frame is repeated instead.
-        prediction_black: the same of black frames, which most of a frame is.
+        prediction: PSNR in dB of the predicted frames of held-out clips, mean over clips.
+        prediction_repeat: the same if the last given frame is repeated instead.
+        prediction_black: the same for black frames; most of each real frame is black.
     """
 
     recognised: float
@@ -73,7 +73,7 @@ class ClipScores:
 
 
 def load_clips(data: DataConfig) -> Clips:
-    """All clips of a data section, as evaluation sees them."""
+    """All clips of ``data``, without augmentation."""
     batches = list(evaluation_loader(open_source(data), data))
     return Clips(torch.cat([batch.pixels for batch in batches]), torch.cat([batch.labels for batch in batches]))
 
@@ -84,7 +84,7 @@ class FrameClassifier(nn.Module):
     def __init__(self, width: int = 24):
         super().__init__()
         self.features = nn.Sequential(
-            nn.AdaptiveAvgPool2d(16),  # the originals are 8x8 and take half of the side: nothing is lost
+            nn.AdaptiveAvgPool2d(16),  # the original digits are 8x8 and span half of a frame's side: nothing is lost
             nn.Conv2d(1, width, 3, padding=1),
             nn.ReLU(),
             nn.Conv2d(width, 2 * width, 3, padding=1),
@@ -104,7 +104,7 @@ class FrameClassifier(nn.Module):
 
     @torch.no_grad()
     def accuracy(self, clips: Clips) -> float:
-        """The share of frames that are taken for the class of their clip."""
+        """The share of frames that are assigned to the class of their clip."""
         frames, labels = clips.frames
         guesses = torch.cat([self(part).argmax(1) for part in frames.split(1024)])
         return float((guesses == labels).float().mean())
@@ -113,7 +113,7 @@ class FrameClassifier(nn.Module):
 def fit_frame_classifier(
     clips: Clips, *, steps: int, seed: int = 0, batch_size: int = 64, lr: float = 3e-3
 ) -> FrameClassifier:
-    """Train on frames of real ``clips``; the classifier comes back in evaluation mode."""
+    """Train a classifier on the frames of real ``clips``, and return it in evaluation mode."""
     frames, labels = clips.frames
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -130,9 +130,9 @@ def fit_frame_classifier(
 
 
 def centres(clips: Tensor) -> Tensor:
-    """Where the digit is: the centre of mass (N, T, 2) in pixels, down and to the right, of clips (N, 1, T, H, W).
+    """The digit's centre of mass (N, T, 2), as (row, column) in pixels, in clips (N, 1, T, H, W) in [-1, 1].
 
-    What is darker than ``FLOOR`` does not count, so that a grey haze does not draw centres to the middle.
+    Pixels darker than ``FLOOR`` have no mass; else a grey haze would pull the centre to the middle of the frame.
     """
     mass = ((clips[:, 0] + 1) / 2 - FLOOR).clamp_min(0)  # (N, T, H, W)
     total = mass.sum((2, 3)).clamp_min(1e-6)
@@ -141,7 +141,7 @@ def centres(clips: Tensor) -> Tensor:
 
 
 def mean_displacement(clips: Tensor) -> float:
-    """Pixels by which the centre of mass moves from one frame to the next, mean over frames and clips."""
+    """Mean pixels by which the centre of mass moves from one frame to the next, over frames and clips."""
     return float(centres(clips).diff(dim=1).norm(dim=-1).mean())
 
 
@@ -151,7 +151,7 @@ def prediction_psnr(real: Tensor, predicted: Tensor, given: int) -> float:
 
 
 def repeat_given(real: Tensor, given: int) -> Tensor:
-    """Clips whose first ``given`` frames are real and are followed by copies of the last of them."""
+    """Clips of the first ``given`` real frames, followed by copies of the last of these."""
     chosen = np.minimum(np.arange(real.shape[2]), given - 1)
     return real[:, :, chosen]
 
@@ -173,11 +173,11 @@ def score_clips(
     Args:
         generated: with the classes asked for.
         tokens: (N, L) ids of ``generated``.
-        prediction: held-out clips, and what was predicted of them from their first ``given`` frames.
-        classifier: fitted on ``train``.
+        prediction: held-out clips, and the predictions from their first ``given`` frames.
+        classifier: trained on ``train``.
         tokenizer: for the PSNR, and for the tokens of the training clips as they are.
-        cache: what the generators were trained on.
-        train, test: real clips, for fitting and held out.
+        cache: the generators' training tokens.
+        train, test: real training clips and held-out clips.
     """
     repeats = repeated_ids(tokens, torch.cat([encode(tokenizer, train.pixels), cached_tokens(cache)]))
     whole, decoded = (test.pixels + 1) / 2, (reconstruct(tokenizer, test.pixels) + 1) / 2

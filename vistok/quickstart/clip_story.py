@@ -1,4 +1,4 @@
-"""What the quickstart's report of clips shows and says."""
+"""The report of the quickstart of clips: its pictures and texts."""
 
 from __future__ import annotations
 
@@ -43,21 +43,20 @@ from vistok.utils.report import (
 )
 
 SHOWN = 5  # clips of each class
-PAIRS = 10  # held-out clips beside what became of them
+PAIRS = 10  # held-out clips shown with predictions and reconstructions
 
 
 @dataclass(frozen=True)
 class ClipPictures:
-    """Movies, frames (T, H, W, C) uint8, that show many clips at once, and pictures.
+    """Pictures, and movies (T, H, W, C) uint8 that show many clips at once.
 
     Attributes:
-        samples: a row for each class.
-        nearest: the first sample of each class over the training clip that is nearest to it.
-        predictions: held-out clips, below them what was predicted from their first frames, and below that the
-            repeated frame.
+        samples: generated clips, a row for each class.
+        nearest: the first sample of each class over the training clip nearest to it.
+        predictions: held-out clips, over predictions from their first frames, over repeated frames.
         reconstructions: held-out clips over their reconstructions.
-        frames: the first sample of each class, its frames in a row.
-        prediction_frames: of three held-out clips the frames, and below them those predicted.
+        frames: the first sample of each class, with its frames in a row.
+        prediction_frames: the frames of three held-out clips, each over the predicted frames.
     """
 
     samples: np.ndarray
@@ -89,7 +88,8 @@ def draw(
     """Draw everything. Nothing is picked: the first clips of each class, and evenly spread held-out clips.
 
     Args:
-        predicted: what became of the clips ``asked`` (N, 1, T, H, W) from their first ``given`` frames.
+        predicted: predictions (N, 1, T, H, W) from the first ``given`` frames of the clips ``asked``.
+        asked: held-out clips (N, 1, T, H, W).
     """
     firsts = torch.stack([generated.pixels[generated.labels == label][0] for label in range(CLASSES)])
     columns = torch.cat([generated.pixels[generated.labels == label][:SHOWN] for label in range(CLASSES)])
@@ -127,7 +127,7 @@ def curves(runs: Sequence[Path]) -> Charts:
 
 
 def score_lines(scores: ClipScores, seconds: float, system: System, *, spec: TokenSpec, num_frames: int) -> list[Score]:
-    """The scores as people read them, with targets."""
+    """The scores as the report shows them, with targets."""
     predicted = f"{system.given_frames + 1} to {num_frames}"
     return [
         recognised_score(

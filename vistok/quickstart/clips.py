@@ -20,7 +20,7 @@ from vistok.quickstart.console import Stages
 from vistok.quickstart.scores import CLASSES
 
 PREDICTED = 100
-"""Held-out clips whose frames are predicted."""
+"""Most held-out clips whose frames are predicted."""
 
 
 def present(chain: Chain, stages: Stages) -> Outcome:
@@ -83,6 +83,6 @@ def present(chain: Chain, stages: Stages) -> Outcome:
 
 
 def spread(clips: Clips, count: int) -> Clips:
-    """At most ``count`` clips, evenly spread: they lie sorted by class."""
+    """At most ``count`` clips, evenly spread, because the clips are sorted by class."""
     chosen = torch.arange(min(count, len(clips))) * len(clips) // min(count, len(clips))
     return Clips(clips.pixels[chosen], clips.labels[chosen])

@@ -1,4 +1,4 @@
-"""What the quickstart says on the terminal."""
+"""The quickstart's output on the terminal."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from vistok.utils.report import Score
 
 
 class Stages:
-    """Headlines of the parts of a long job, numbered."""
+    """Numbered headlines for the stages of a long job."""
 
     def __init__(self, names: Sequence[str]):
         self._names = list(names)
         self._console = Console(highlight=False, soft_wrap=True)
 
     def begin(self, name: str, what: str) -> None:
-        """Announce the stage ``name``, one of those given."""
+        """Print the headline of the stage ``name``, with ``what`` it does."""
         number = self._names.index(name) + 1
         self._console.print(f"[bold]{number}/{len(self._names)} {escape(name)}[/]  [dim]{escape(what)}[/]")
 
 
 def print_summary(lines: Sequence[Score], report: str) -> None:
-    """The score table and where the report is."""
+    """Print the table of scores and the report's path."""
     table = Table("score", box=SIMPLE)
     table.add_column("value", justify="right")
     table.add_column("target")

@@ -1,4 +1,4 @@
-"""What the reports of all quickstarts share."""
+"""Common parts of the quickstarts' reports."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ NOTE = (
 
 
 def charts_of(named: Iterable[tuple[str, Sequence[Mapping[str, Any]], str]], caption: str) -> Charts:
-    """Curves of what was measured: each a title, the rows of a metrics.jsonl, and the name of the metric."""
+    """Charts of metrics, without those that were not measured.
+
+    Args:
+        named: title, rows of a metrics.jsonl, and name of the metric, for each chart.
+    """
     charts = [Chart(title, [Line.of(rows, name)]) for title, rows, name in named if any(name in row for row in rows)]
     return Charts(charts, caption)
 
 
 def recognised_score(share: float, system: System, meaning: str) -> Score:
-    """How many are read as what was asked for, beside what the system promises."""
+    """The share that is recognised as what was asked for, with the system's target."""
     return Score(
         "recognised",
         f"{share:.1%}",
@@ -32,7 +36,7 @@ def recognised_score(share: float, system: System, meaning: str) -> Score:
 
 
 def distinct_score(share: float) -> Score:
-    """How many token sequences differ from all others."""
+    """The share of different token sequences, with its target."""
     return Score(
         "distinct",
         f"{share:.1%}",
@@ -43,7 +47,7 @@ def distinct_score(share: float) -> Score:
 
 
 def seconds_score(seconds: float, system: System) -> Score:
-    """How long everything took, beside what the system promises."""
+    """The duration of the whole quickstart, with the system's target."""
     return Score(
         "seconds",
         f"{seconds:.0f}",
@@ -54,7 +58,7 @@ def seconds_score(seconds: float, system: System) -> Score:
 
 
 def environment_facts(protocol: Mapping[str, Any]) -> dict[str, str]:
-    """How the samples were drawn, and where everything ran."""
+    """Sampling options, seed, versions, device and revision, for the report."""
     environment = protocol["environment"]
     return {
         "Sampling": ", ".join(f"{name} {value}" for name, value in protocol["sampling"].items()) or "defaults",

@@ -1,4 +1,4 @@
-"""How good generated digits are, judged by a small classifier that has seen real digits only."""
+"""Scores of generated digits, by a small classifier that was trained on real digits only."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vistok.tokenizers.base import Tokenizer
 
 CLASSES = 10
 AUGMENTATION = Affine(degrees=10, translate=0.06, scale=0.1)
-COPIES = {  # what counts as a copy, of discrete tokens or not
+COPIES = {  # the definition of a copy for discrete (True) and continuous tokens
     True: "equal to the tokens of a training digit as it is, or of any view that the generator trained on",
     False: "as close to the latents of a training digit, as it is or in a view that the generator trained on, as a "
     "held-out digit's latents are to those of its own reconstruction (median)",
@@ -29,7 +29,7 @@ COPIES = {  # what counts as a copy, of discrete tokens or not
 
 @dataclass(frozen=True)
 class Digits:
-    """Images with the class that each shows, or was asked to show.
+    """Images, each with the class that it shows, or that was asked for.
 
     Attributes:
         pixels: (N, 1, 32, 32) in [-1, 1].
@@ -53,14 +53,14 @@ class DigitScores:
     """The quickstart's scores; shares are in [0, 1].
 
     Attributes:
-        recognised: share of generated digits that the classifier takes for the class asked for.
-        recognised_real: share of held-out real digits that it recognises.
-        frechet: Frechet distance, on the classifier's features, of generated digits from the training digits.
-        frechet_real: the same of as many held-out digits, class by class.
-        distinct: share of different token sequences among the generated.
-        copies: share of generated token sequences that some training digit has, as it is or in a view trained on.
-            For both, sequences of continuous tokens are the same where they differ no more than an image's do from
-            those of its reconstruction.
+        recognised: share of generated digits that the classifier assigns to the class asked for.
+        recognised_real: share of held-out real digits that it classifies correctly.
+        frechet: Frechet distance, on the classifier's features, between generated and training digits.
+        frechet_real: the same for held-out digits, as many of each class.
+        distinct: share of different token sequences among the generated ones.
+        copies: share of generated token sequences that equal those of a training digit, as it is or in a training view.
+            For ``distinct`` and ``copies``, two sequences of continuous tokens are equal if they lie within
+            ``round_trip_error`` of each other.
         psnr: of the tokenizer on held-out digits in dB, mean over images.
     """
 
@@ -86,7 +86,7 @@ class DigitClassifier(nn.Module):
     def __init__(self, classes: int = CLASSES, width: int = 24, feature_dim: int = 64):
         super().__init__()
         self.features = nn.Sequential(
-            nn.AvgPool2d(2),  # the originals are 8x8: 16x16 loses nothing
+            nn.AvgPool2d(2),  # the original digits are 8x8: 16x16 loses nothing
             nn.Conv2d(1, width, 3, padding=1),
             nn.ReLU(),
             nn.MaxPool2d(2),
@@ -114,14 +114,14 @@ class DigitClassifier(nn.Module):
 
     @torch.no_grad()
     def moments(self, digits: Digits) -> Moments:
-        """Moments of the features that the last layer reads."""
+        """Moments of the features before the last layer."""
         return Moments.of(self.features(digits.pixels))
 
 
 def fit_classifier(
     digits: Digits, *, steps: int, seed: int = 0, batch_size: int = 64, lr: float = 2e-3, classes: int = CLASSES
 ) -> DigitClassifier:
-    """Train on slightly turned, shifted and scaled ``digits``; the classifier comes back in evaluation mode."""
+    """Train a classifier on slightly rotated, shifted and scaled ``digits``, and return it in evaluation mode."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         classifier = DigitClassifier(classes)
@@ -152,10 +152,10 @@ def score(
     Args:
         generated: with the classes asked for.
         tokens: (N, L) ids or (N, L, D) latents of ``generated``.
-        classifier: fitted on ``train``.
+        classifier: trained on ``train``.
         tokenizer: for the PSNR, and for the tokens of the training digits as they are.
-        cache: what the generator was trained on.
-        train, test: real digits, for fitting and held out.
+        cache: the generator's training tokens.
+        train, test: real training digits and held-out digits.
     """
     counts = equal_counts(generated, test)
     reference = classifier.moments(train).gaussian
@@ -180,27 +180,34 @@ def score(
 
 
 def equal_counts(a: Digits, b: Digits) -> Tensor:
-    """How many digits of each class both sets have: (10,)."""
+    """For each class, the smaller of the numbers of digits in both sets: (10,)."""
     return torch.minimum(*(torch.bincount(digits.labels, minlength=CLASSES) for digits in (a, b)))
 
 
 @dataclass(frozen=True)
 class Repeats:
-    """Attributes: ``distinct``, the share of sequences that no earlier one equals; ``copies``, of those that are
-    known."""
+    """Shares of token sequences, in [0, 1].
+
+    Attributes:
+        distinct: sequences that equal no earlier one.
+        copies: sequences that equal a known one.
+    """
 
     distinct: float
     copies: float
 
 
 def repeated_ids(ids: Tensor, known: Tensor) -> Repeats:
-    """Repeats among ids (N, L), known ids (M, L)."""
+    """Repeats among ids (N, L), given known ids (M, L)."""
     rows, old = list(map(tuple, ids.tolist())), set(map(tuple, known.tolist()))
     return Repeats(len(set(rows)) / len(rows), sum(row in old for row in rows) / len(rows))
 
 
 def repeated_latents(latents: Tensor, known: Tensor, *, tolerance: float) -> Repeats:
-    """Repeats among latents (N, L, D), known latents (M, L, D); at most ``tolerance`` apart is the same."""
+    """Repeats among latents (N, L, D), given known latents (M, L, D).
+
+    Two sequences count as equal if their Euclidean distance is at most ``tolerance``.
+    """
     flat, old = latents.float().flatten(1), known.float().flatten(1)
     close = torch.cdist(flat, flat) <= tolerance
     copied = torch.cat([(torch.cdist(part, old) <= tolerance).any(1) for part in flat.split(100)])
@@ -208,13 +215,13 @@ def repeated_latents(latents: Tensor, known: Tensor, *, tolerance: float) -> Rep
 
 
 def round_trip_error(tokenizer: Tokenizer, pixels: Tensor) -> float:
-    """Median distance of an image's latents to those of its reconstruction: closer ones are the same to a viewer."""
+    """Median distance between an image's latents and those of its reconstruction. Closer latents look the same."""
     latents, again = encode(tokenizer, pixels), encode(tokenizer, reconstruct(tokenizer, pixels))
     return float((latents - again).float().flatten(1).norm(dim=1).median())
 
 
 def cached_tokens(cache: TokenCache) -> Tensor:
-    """The tokens of all views in a cache, (views x N, L[, D]); of moments, the means."""
+    """The tokens of all views in a cache, (views x N, L[, D]); if it holds moments, their means."""
     rows = range(len(cache))
     views = [cache.batch(rows, [view] * len(cache))[0] for view in range(cache.views)]
     return torch.cat([tokens.chunk(2, -1)[0] if cache.content == "moments" else tokens for tokens in views])
@@ -234,7 +241,7 @@ def reconstruct(tokenizer: Tokenizer, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _in_parts(tokenizer: Tokenizer, work: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    """``work`` on some rows at a time, on the tokenizer's device."""
+    """The result of ``work``, computed on some rows at a time on the tokenizer's device."""
     device = tokenizer.device
     return torch.cat([work(part.to(device)).cpu() for part in rows.split(256)])
 
@@ -244,5 +251,5 @@ def reconstruction_psnr(tokenizer: Tokenizer, pixels: Tensor) -> float:
 
 
 def nearest(images: Tensor, among: Tensor) -> Tensor:
-    """Index (N,) of the image among (M, C, H, W) that lies nearest, in pixels, to each of ``images`` (N, C, H, W)."""
+    """For each of ``images`` (N, C, H, W), the index (N,) of the nearest image ``among`` (M, C, H, W), by pixels."""
     return torch.cdist(images.flatten(1), among.flatten(1)).argmin(1)

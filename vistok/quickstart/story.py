@@ -1,4 +1,4 @@
-"""What the quickstart's report shows and says."""
+"""The report of the quickstart of images: its pictures and texts."""
 
 from __future__ import annotations
 
@@ -43,8 +43,14 @@ ROWS = 10
 
 @dataclass(frozen=True)
 class Pictures:
-    """Attributes: samples, a column per class; samples over their nearest training digits; held-out digits over their
-    reconstructions; and of ordered tokens, held-out digits from ever more of them, else None."""
+    """The report's pictures.
+
+    Attributes:
+        samples: generated digits, a column per class.
+        nearest: generated digits over the training digits nearest to them.
+        reconstructions: held-out digits over their reconstructions.
+        prefixes: held-out digits decoded from more and more of their tokens; None if tokens are not ordered.
+    """
 
     samples: Image.Image
     nearest: Image.Image
@@ -52,7 +58,7 @@ class Pictures:
     prefixes: Image.Image | None
 
     def save(self, folder: Path) -> None:
-        """Write each that there is as a PNG file."""
+        """Write each picture as a PNG file."""
         for name, image in vars(self).items():
             if image is not None:
                 save_png(image, folder / f"{name}.png")
@@ -98,7 +104,7 @@ def curves(runs: tuple[Path, Path], spec: TokenSpec) -> Charts:
 
 
 def _prefixes(tokenizer: Tokenizer, digits: Digits, rows: int = 5) -> Image.Image:
-    """A row for each of some digits: itself, and what 1, 2, 4, … of its tokens decode to, with the same noise."""
+    """A row for each of some digits: the digit, and decodings of its first 1, 2, 4, … tokens with the same noise."""
     originals = digits.pixels[:: max(1, len(digits) // rows)][:rows]
     ids, ladder = encode(tokenizer, originals), prefix_ladder(tokenizer.spec)
     decoded = [decode(tokenizer, ids[:, :length]) for length in ladder]
@@ -108,7 +114,7 @@ def _prefixes(tokenizer: Tokenizer, digits: Digits, rows: int = 5) -> Image.Imag
 
 
 def prefix_ladder(spec: TokenSpec) -> list[int]:
-    """Numbers of tokens that decode, each twice the last, up to all of them; of scales, after each."""
+    """Numbers of first tokens to decode: doubled each time, up to all tokens; for scales, after each scale."""
     if spec.prefix_step is None:
         return sorted({spec.decodable(count) for count in range(1, spec.length + 1)})
     steps = [spec.prefix_step << power for power in range((spec.length // spec.prefix_step).bit_length())]
@@ -116,7 +122,7 @@ def prefix_ladder(spec: TokenSpec) -> list[int]:
 
 
 def score_lines(scores: DigitScores, seconds: float, system: System, *, spec: TokenSpec) -> list[Score]:
-    """The scores as people read them, with targets."""
+    """The scores as the report shows them, with targets."""
     return [
         recognised_score(
             scores.recognised,
@@ -183,7 +189,7 @@ def write_story(
 
 
 SCALE = 1.0
-"""CSS pixels per pixel of the pictures, in which small images are enlarged already."""
+"""CSS pixels per pixel of the pictures, which are already enlarged."""
 COPIES = (
     "There are so few training digits that a generator could learn them by heart. It trains on many slightly turned, "
     "shifted and scaled views of each. Equal tokens are counted above; near copies would show here."

@@ -1,4 +1,4 @@
-"""Digits in four hands, plain, slanted, thin and bold, and what is said about them: a token cache to learn it from."""
+"""Digits in four styles (plain, slanted, thin, bold) and conversations about them, as a token cache for training."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from vistok.tokenizers.base import Tokenizer
 from vistok.types import ConditionSpec, FeatureSpec
 
 BEFORE = 2
-"""Digits that come before another in a conversation."""
+"""Earlier digits in a conversation."""
 STYLE_NAMES = tuple(style.words or "plain" for style in STYLES)
 
 
 @dataclass(frozen=True)
 class StyledDigits(Digits):
-    """Digits with the hand in which each is drawn: ``styles`` (N,) int64, positions in ``STYLE_NAMES``."""
+    """Digits with their styles: ``styles`` (N,) int64, indices into ``STYLE_NAMES``."""
 
     styles: Tensor
 
     def by_style(self) -> Digits:
-        """The same images, labelled by their styles."""
+        """The same images, with their styles as labels."""
         return Digits(self.pixels, self.styles)
 
     def at(self, rows: Tensor) -> StyledDigits:
@@ -73,16 +73,19 @@ def word(digit: int) -> str:
 def write_conversations(
     tokenizer: Tokenizer, data: DataConfig, out: Path, *, views: int, text: PromptEncoder
 ) -> TokenCache:
-    """A token cache of the styled digits of ``data``, each with two others of its style before it (``given``): the one
-    that it is changed from, and behind it the one that this is changed from.
+    """Write a token cache of conversations in which a digit is drawn and changed twice, in one style.
 
-    The texts of a sample are, by number: 0 the request to draw it, 1 the request to change another digit into it, 2
-    what it is; 3 and 4 the requests to draw the digit before it and to change another one into that; 5 the request to
-    draw the first.
+    Each sample is the last digit of such a conversation. Its condition ``given`` holds the tokens of the two digits
+    before it, in the order second, first.
+
+    The texts of a sample are, by number: 0, 1 and 2 the requests to draw its digit and to change another digit into it,
+    and the digit's name; 3 and 4 the requests to draw the second digit and to change another digit into it; 5 the
+    request to draw the first digit.
 
     Args:
-        data: digits in all styles; their ``affine`` and ``seed`` are those of the views.
-        views: versions of each digit, turned, shifted and scaled; each has other given digits of the same classes.
+        data: digits in all styles; ``affine`` and ``seed`` are those of the views.
+        views: rotated, shifted and scaled versions of each digit. The digits before it have the same classes in every
+            view, but are different images.
     """
     digits = load_styled("train" if data.split is None else data.split)
     count, affine = len(digits), data.affine or Affine()
@@ -122,8 +125,12 @@ def _augmented(pixels: Tensor, affine: Affine, seed: int, view: int) -> Tensor:
 
 
 def _partners(digits: StyledDigits, views: int, seed: int) -> tuple[Tensor, Tensor]:
-    """(N, views, BEFORE) digits in the same style for each view, and (N, BEFORE) their classes, each another one than
-    that of the digit which it comes before."""
+    """The digits before each digit in its conversation, the directly preceding one first.
+
+    Returns:
+        Indices (N, views, BEFORE) of digits in the same style, and their classes (N, BEFORE). Consecutive digits differ
+        in class.
+    """
     uniforms = Keys.range(seed, len(digits)).uniform("partners", BEFORE, 1 + views).numpy()
     labels, styles = digits.labels.numpy(), digits.styles.numpy()
     partners = np.empty((len(digits), views, BEFORE), np.int64)

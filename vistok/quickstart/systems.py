@@ -1,4 +1,4 @@
-"""What the quickstart can show: systems whose room has a folder ``quickstart`` of configs and what they promise."""
+"""The systems of the quickstart: those whose package has a folder ``quickstart`` with configs and score targets."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ RECIPE, PROMISES = "quickstart", "system.yaml"
 
 @dataclass(frozen=True)
 class System:
-    """A tokenizer and a generator that go together: the contents of ``quickstart/system.yaml``.
+    """A tokenizer with its generator, and their targets: the contents of ``quickstart/system.yaml``.
 
     Attributes:
-        summary: one line for people.
-        recognised: share of generated digits that must be recognised, in [0, 1].
-        minutes: the whole chain may take, on two cores.
+        summary: one line of description.
+        recognised: least share of generated digits that are recognised, in [0, 1].
+        minutes: most minutes of the whole chain, on two cores.
         views: augmented versions of each training digit in the token cache.
-        text_length: bytes of the texts that digits are learned by ("a seven"); 0 is class labels.
-        captions, edits: of a system that is talked to: shares of held-out digits that must be named, and of edits that
-            must be recognised, and be in the hand of what they change; 0 is a system that draws alone.
-        given_frames: of clips, how many first frames a second generator goes on from; 0 trains none.
+        text_length: most bytes of the texts that condition the generator ("a seven"); 0 conditions on class labels.
+        captions, edits: targets of a conversational system: least share of held-out digits that are named right, and of
+            edits that are recognised, and that keep the style of the digit they change; 0 for other systems.
+        given_frames: of clips, the number of first frames that a second generator continues; 0 trains none.
     """
 
     summary: str
@@ -44,16 +44,16 @@ class System:
 
 @cache
 def systems() -> Mapping[str, System]:
-    """All systems that have a recipe, by their names, in the registry's order."""
+    """All systems that have a quickstart, by name, in the registry's order."""
     files = {name: _folder(name) / PROMISES for name in (item.name for item in registry.ENTRIES)}
     return {name: System(**check(System, load_config(file), "")) for name, file in files.items() if file.is_file()}
 
 
 def find_system(name: str) -> System:
-    """The system of that name.
+    """The system of this name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such system.
     """
     if name not in systems():
         raise ValueError(f"the quickstart has no system {name!r}; it has {', '.join(systems())}")
@@ -61,7 +61,7 @@ def find_system(name: str) -> System:
 
 
 def config_file(system: str, stage: Stage) -> Path:
-    """Where the config of a stage lies."""
+    """Path of a stage's config."""
     return _folder(system) / f"{stage}.yaml"
 
 

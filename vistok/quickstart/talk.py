@@ -1,4 +1,4 @@
-"""The last stages of the quickstart of a model that is talked to: conversations, scores, report."""
+"""The last stages of the quickstart of a conversational model: conversations, scores, report."""
 
 from __future__ import annotations
 
@@ -29,22 +29,24 @@ from vistok.quickstart.talk_story import curves, draw, score_lines, write_story
 from vistok.types import Condition
 
 TURNS = 3
-"""Images of a conversation that the report shows."""
+"""Images in each conversation of the report."""
 
 
 @dataclass(frozen=True)
 class TalkScores:
-    """Shares in [0, 1], as two small classifiers see them that are fitted to real digits only.
+    """Scores of a conversational model: shares in [0, 1], and ``psnr``.
+
+    Two small classifiers of class and style, trained on real digits only, judge the images.
 
     Attributes:
-        drawings: drawn digits ("draw a seven") that are recognised.
+        drawings: drawn digits ("draw a seven") that are recognised as the digit asked for.
         captions: held-out digits that are named right ("seven").
-        edits: held-out digits that are shown and changed ("now a three"), and recognised as what was asked for.
-        edits_kept: of the same digits, recognised or not, those that are still in the hand of the shown digit.
-        turns, turns_kept: the same of digits that the model drew itself, a turn before.
-        recognised_real, style_real: held-out digits whose class, and whose style, the classifiers tell.
-        copies: drawings and edits whose latents a training digit has too; see the protocol.
-        distinct: different drawings among all.
+        edits: edits of held-out digits ("now a three") that are recognised as the digit asked for.
+        edits_kept: the same edits, recognised or not, that keep the style of the held-out digit.
+        turns, turns_kept: the same for edits of digits that the model drew in the turn before.
+        recognised_real, style_real: held-out digits whose class and style are classified correctly.
+        copies: drawings and edits whose latents equal those of a training digit; see ``COPIES``.
+        distinct: drawings and edits whose latents equal no earlier ones.
         psnr: of the tokenizer on held-out digits in dB, mean over images.
     """
 
@@ -62,7 +64,7 @@ class TalkScores:
 
 
 def present(chain: Chain, stages: Stages) -> Outcome:
-    """Talk, score and write the report."""
+    """Generate drawings, captions and edits, score them, and write the report."""
     recipe, pipe = chain.recipe, chain.pipe
     stages.begin("samples", "drawings, captions and edits")
     real, held_out = load_styled("train"), load_styled("test")
@@ -101,13 +103,13 @@ def present(chain: Chain, stages: Stages) -> Outcome:
 
 @dataclass(frozen=True)
 class Judged:
-    """What a model drew and said.
+    """The outputs of a model that are scored.
 
     Attributes:
         drawn, wanted: pixels (N, 1, 32, 32) of drawings, and the digits asked for, (N,).
-        turned, wanted_next: what these became in the next turn, and the digits asked for.
-        shown: held-out digits; edited, wanted_edit: what these became, and the digits asked for.
-        said: of every held-out digit.
+        turned, wanted_next: edits of these drawings in the next turn, and the digits asked for.
+        shown, edited, wanted_edit: held-out digits, their edits, and the digits asked for.
+        said: the caption of every held-out digit.
         latents: (M, L, D), of all drawings and edits.
     """
 
@@ -124,7 +126,10 @@ class Judged:
     @classmethod
     @torch.no_grad()
     def of(cls, pipe: Pipeline, held_out: StyledDigits, *, count: int, seed: int) -> Judged:
-        """Drawings of all digits alike, each changed in a second turn; edits of held-out digits, spread evenly."""
+        """Generate ``count`` drawings, each edited in a second turn; ``count`` edits of held-out digits; all captions.
+
+        Drawings are spread evenly over the classes, and edits over the held-out digits.
+        """
         wanted = torch.arange(count) * CLASSES // count
         steps = 1 + torch.arange(count) % (CLASSES - 1)
         following = (wanted + steps) % CLASSES
@@ -142,7 +147,7 @@ class Judged:
 
 
 def _two_turns(pipe: Pipeline, wanted: Tensor, following: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """The latents of drawings, and of what they become when another digit is asked for."""
+    """The latents of drawings, and of their edits into another digit."""
     options, images = pipe.options(), []
     session = pipe.generator.converse(len(wanted), options, tokenizer=pipe.in_loop)
     for turn, (digits, request) in enumerate(((wanted, draw_request), (following, edit_request))):
@@ -153,7 +158,7 @@ def _two_turns(pipe: Pipeline, wanted: Tensor, following: Tensor, seed: int) -> 
 
 
 def talk(pipe: Pipeline, first: int, seed: int) -> list[Message]:
-    """A conversation: a digit is drawn and changed, twice, and the last image is shown and read."""
+    """A conversation: a digit is drawn and changed twice, and a new chat reads the last image."""
     chat = pipe.chat(seed=seed + first)
     chat(draw_request(first), reply="image")
     for step in range(1, TURNS):
@@ -173,11 +178,12 @@ def score(
     cache: TokenCache,
     held_out: StyledDigits,
 ) -> TalkScores:
-    """Score what a model drew and said.
+    """Score the outputs of a model.
 
     Args:
         digits, styles: classifiers of classes and of styles.
-        cache: what the generator was trained on.
+        cache: the generator's training tokens.
+        held_out: the digits that were captioned.
     """
 
     def recognised(pixels: Tensor, wanted: Tensor) -> float:

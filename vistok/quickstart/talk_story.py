@@ -1,4 +1,4 @@
-"""What the report of a model that is talked to shows and says."""
+"""The report of the quickstart of a conversational model: its pictures and texts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,13 @@ COLUMNS, ROWS = 12, 10
 
 @dataclass(frozen=True)
 class TalkPictures:
-    """Attributes: conversations, a column each; drawings, a column per class; held-out digits over what they became."""
+    """The report's pictures.
+
+    Attributes:
+        conversations: the images of conversations, a column for each.
+        drawings: drawn digits, a column per class.
+        edits: held-out digits over their edits.
+    """
 
     conversations: Image.Image
     drawings: Image.Image
@@ -76,7 +82,7 @@ def curves(runs: tuple[Path, Path]) -> Charts:
 
 
 def score_lines(scores: Mapping[str, float], seconds: float, system: System) -> list[Score]:
-    """The scores as people read them, with targets."""
+    """The scores as the report shows them, with targets."""
 
     def share(name: str, meaning: str, least: float | None = None) -> Score:
         value = scores[name]

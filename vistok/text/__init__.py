@@ -1,4 +1,4 @@
-"""Texts as conditions: ids of a text tokenizer, or features of a text encoder."""
+"""Texts as conditions: ids from a text tokenizer, or features from a text encoder."""
 
 from vistok.text.base import TextEncoder, TextError
 from vistok.text.prompts import TEXT, PromptEncoder, copy_encoders, open_text_encoder, open_text_tokenizer

@@ -1,4 +1,4 @@
-"""The contract of what turns texts into a part of a condition."""
+"""The contract of text encoders, which turn texts into a part of a condition."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from vistok.types import FeatureSpec, IdSpec
 
 
 class TextError(ValueError):
-    """A text encoder that is not there, is another one, or cannot be read."""
+    """A text encoder is missing, is not the expected one, or cannot be read; or it refuses a text."""
 
 
 class TextEncoder(ABC):
     """Turns texts into sequences of ids or of features.
 
     Attributes:
-        part: which part of a condition it makes.
-        spec: of the sequences; longer ones are cut to its length.
+        part: the part of a condition that it gives.
+        spec: of the sequences; longer texts are cut to ``spec.length``.
     """
 
     part: ClassVar[Literal["ids", "features"]]
@@ -30,30 +30,31 @@ class TextEncoder(ABC):
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> list[Piece]:
-        """The sequence of every text, at most ``spec.length`` long, with the length that it would have uncut."""
+        """The sequence of every text, cut to ``spec.length``, with its length before the cut."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids.
 
         Raises:
-            TextError: it makes features, of which there is no way back.
+            TextError: the encoder gives features, which cannot be turned back into text.
         """
         raise TextError(f"{type(self).__name__} makes features of texts; a text is written by a tokenizer of texts")
 
     @property
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What it is, as JSON values: "kind", "name", "length", and a "hash" of all that its answers depend on."""
+        """What identifies the encoder, as JSON values: "kind", "name", "length", and a "hash" of all that its sequences
+        depend on."""
 
     @property
     def network(self) -> nn.Module | None:
-        """What it computes with, if it is a network."""
+        """The encoder's network; None for a tokenizer."""
         return None
 
     def to(self, device: Any) -> TextEncoder:
-        """Move what it computes with; returns itself."""
+        """Move the network to a device; returns itself."""
         return self
 
     def save_files(self, folder: Path) -> bool:
-        """Write its files into ``folder``, if it has some to carry along; whether it did."""
+        """Write the encoder's files into ``folder``, if they are to be saved; returns whether they were."""
         return False

@@ -1,4 +1,4 @@
-"""The texts of images as what models read of them."""
+"""The captions of images, encoded for models."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from vistok.types import Condition
 
 @dataclass(frozen=True)
 class CaptionReader:
-    """The captions of a source as sequences for a cache.
+    """Encodes the captions of a source, as sequences for a token cache or as conditions.
 
     Attributes:
-        kind: ``own`` captions, or ``class_names``.
-        text: what turns them into sequences.
-        refuse_long: whether one that is too long is an error.
+        source: the images.
+        kind: the source's ``own`` captions, or its ``class_names``.
+        text: encodes the captions.
+        refuse_long: whether ``of`` raises an error for a caption that is too long.
     """
 
     source: Source
@@ -33,7 +34,7 @@ class CaptionReader:
     refuse_long: bool
 
     def of(self, batch: ImageBatch) -> dict[str, Sequence[Sequence[Piece]]]:
-        """The sequences of each image, by the part of the condition that they belong to."""
+        """The sequences of each image's captions, by the part of the condition that they belong to."""
         if not self.text.parts:
             return {}
         texts = [self.texts(index, label) for index, label in zip(batch.indices.tolist(), batch.labels.tolist())]
@@ -46,14 +47,14 @@ class CaptionReader:
         return sequences
 
     def texts(self, index: int, label: int) -> Sequence[str]:
-        """The captions of an image with a label."""
+        """The captions of the image with this index and label."""
         return captions_of(self.source, self.kind, index, label)
 
     def condition(self, batch: ImageBatch, choices: Tensor) -> Condition:
-        """The condition of one caption of each image, on the CPU; images without one are unconditional.
+        """The condition from one caption per image, on the CPU; images without captions are unconditional.
 
         Args:
-            choices: (B,) uniform numbers that say which of several.
+            choices: (B,) numbers, uniform in [0, 1), which choose among the captions of each image.
         """
         chosen: list[str | None] = []
         for index, label, choice in zip(batch.indices.tolist(), batch.labels.tolist(), choices.tolist(), strict=True):

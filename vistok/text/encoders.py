@@ -1,6 +1,6 @@
-"""Text encoders of Hugging Face: T5, CLIP's text tower, BERT and its kin.
+"""Text encoders of Hugging Face: T5, CLIP's text tower, BERT and similar models.
 
-LlamaGen (arXiv 2406.06525) conditions on the states of flan-t5-xl, at most 120 of them, padded on the left.
+LlamaGen (arXiv 2406.06525) conditions on at most 120 hidden states of flan-t5-xl, padded on the left.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from vistok.text.cleaning import clean_caption
 from vistok.types import FeatureSpec
 
 MOST_COPIED = 1 << 30
-"""Bytes of an encoder that is copied into the folders that need it; a larger one stays where it is."""
+"""Largest size in bytes of the weights that are copied into a pipeline or token cache; larger ones stay in place."""
 
 log = logging.getLogger(__name__)
 
 
 class HuggingFaceEncoder(TextEncoder):
-    """The last states of a text model of ``transformers``.
+    """The last hidden states of a text model of ``transformers``.
 
-    Of a model with an encoder and a decoder it is the encoder, of a model of texts and images the tower of texts.
+    It uses the encoder of an encoder-decoder model, and the text tower of a model of texts and images.
 
     Args:
         name: a local folder, or a name on the hub.
-        length: the most tokens of a text; its end mark stays when it is cut.
+        length: most tokens of a text; a longer one is cut, but keeps its end token.
 
     Raises:
         TextError: ``transformers`` is not installed, or there is no such model.
@@ -69,10 +69,10 @@ class HuggingFaceEncoder(TextEncoder):
         return [Piece(s.numpy(), full) for s, full in zip(states, uncut, strict=True)]
 
     def _states(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
-        """The states (n, D) of each text of n ids, float32 on the CPU."""
+        """The hidden states (n, D) of each text of n ids, float32 on the CPU."""
         device, longest = self._model.device, max(map(len, rows))
         ids, mask = torch.zeros(2, len(rows), longest, dtype=torch.int64).unbind(0)
-        for row, values in enumerate(rows):  # padded on the right, as encoders with absolute positions want it
+        for row, values in enumerate(rows):  # padded on the right, which encoders with absolute positions need
             ids[row, : len(values)] = torch.tensor(values, dtype=torch.int64)
             mask[row, : len(values)] = 1
         states = self._model(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state.float().cpu()
@@ -95,7 +95,7 @@ class HuggingFaceEncoder(TextEncoder):
     def save_files(self, folder: Path) -> bool:
         source = Path(self._name)
         if not source.is_dir():
-            return False  # the hub has it
+            return False  # it can be loaded from the hub again
         files = [file for file in source.iterdir() if file.is_file() and file.suffix in (".json", ".txt", ".model")]
         weights = sorted(source.glob("*.safetensors")) or sorted(source.glob("*.bin"))
         size = sum(file.stat().st_size for file in weights)
@@ -108,17 +108,17 @@ class HuggingFaceEncoder(TextEncoder):
 
 
 class CleaningEncoder(HuggingFaceEncoder):
-    """A text encoder that reads cleaned captions (``clean_caption``): LlamaGen's way with T5, in data and in prompts.
+    """A text encoder that first cleans texts by ``clean_caption``, as LlamaGen does with T5 for captions and prompts.
 
     Raises:
-        TextError: what cleans is not installed.
+        TextError: as ``HuggingFaceEncoder``; or the packages for cleaning are not installed.
     """
 
     kind = "cleaning"
 
     def __init__(self, name: str, length: int) -> None:
         super().__init__(name, length)
-        clean_caption("")  # not after hours of tokenizing
+        clean_caption("")  # a missing package raises here, not after hours of tokenizing
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> list[Piece]:
@@ -126,13 +126,13 @@ class CleaningEncoder(HuggingFaceEncoder):
 
 
 class CLIPTower(HuggingFaceEncoder):
-    """CLIP's tower of texts, read at all its ``length`` positions after its last norm, neither projected nor pooled.
+    """CLIP's text tower: the states of all ``length`` positions after the last norm, neither projected nor pooled.
 
-    A text is followed by ids 0, as OpenAI's and open_clip's tokenizers pad; the tower is causal, so the text itself
-    does not see them. TA-TiTok (arXiv 2501.07730) decodes with all 77 positions.
+    Texts are padded with id 0, as in OpenAI's and open_clip's tokenizers. The tower is causal, so the states of the
+    text do not depend on the padding. TA-TiTok (arXiv 2501.07730) decodes with all 77 positions.
 
     Raises:
-        TextError: another kind of model, or more positions than it has.
+        TextError: as ``HuggingFaceEncoder``; or the model is not CLIP's text tower, or has fewer positions.
     """
 
     kind = "clip"
@@ -154,10 +154,10 @@ class CLIPTower(HuggingFaceEncoder):
 
 
 def _load_model(name: str) -> nn.Module:
-    """The model of texts alone."""
+    """The text part of the model."""
     from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
     from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
 
     if type(AutoConfig.from_pretrained(name)) in MODEL_FOR_TEXT_ENCODING_MAPPING:
         return AutoModelForTextEncoding.from_pretrained(name)
-    return AutoModel.from_pretrained(name).text_model  # CLIP and its kin
+    return AutoModel.from_pretrained(name).text_model  # CLIP and similar models

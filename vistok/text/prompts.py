@@ -1,4 +1,4 @@
-"""The text encoders of a pipeline or of a token cache, in one folder; and texts to a condition."""
+"""The text encoders of a pipeline or of a token cache, and the conditions that they make of texts."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from vistok.types import Condition, ConditionSpec
 from vistok.utils.files import atomic_folder, read_object, write_json
 
 TEXT = "text_encoder"
-"""The folder's name inside of a token cache or a pipeline."""
+"""Name of the encoders' folder in a token cache or a pipeline."""
 RECORD = "text_encoder.json"
 LENGTH = 120
-"""The most tokens of a text, unless told otherwise (LlamaGen's)."""
+"""Default for the most tokens of a text (LlamaGen's)."""
 Positions = Literal["text", "all"]
 KINDS = {
     "bytes": lambda _, length: ByteTokenizer(length),
@@ -35,11 +35,17 @@ log = logging.getLogger(__name__)
 def open_text_encoder(
     name: str, length: int = LENGTH, positions: Positions = "text", *, clean: bool = False
 ) -> TextEncoder:
-    """The text encoder in a folder, or of a name on the hub; see :class:`HuggingFaceEncoder`.
+    """Open a text encoder by its folder or its name on the hub; see :class:`HuggingFaceEncoder`.
 
     Args:
-        positions: those of the text, or ``all`` that there are, of CLIP's towers alone (see :class:`CLIPTower`).
+        length: most tokens of a text.
+        positions: "text" gives the states of the text's tokens, "all" those of all positions, for CLIP's text tower
+            only (see :class:`CLIPTower`).
         clean: clean texts first, as LlamaGen does (see :class:`CleaningEncoder`).
+
+    Raises:
+        TextError: as the encoder.
+        ValueError: ``positions`` is unknown, ``length`` is below 1, or ``clean`` is combined with "all".
     """
     if positions not in get_args(Positions):
         raise ValueError(f"positions of a text encoder are 'text' or 'all', got {positions!r}")
@@ -50,7 +56,16 @@ def open_text_encoder(
 
 
 def open_text_tokenizer(name: str, length: int = LENGTH) -> TextEncoder:
-    """``bytes``, a file of the ``tokenizers`` library, or the tokenizer of a Hugging Face folder or name."""
+    """Open a text tokenizer.
+
+    Args:
+        name: "bytes", a file of the ``tokenizers`` library, or a Hugging Face folder or name.
+        length: most tokens of a text.
+
+    Raises:
+        TextError: there is no such tokenizer.
+        ValueError: ``length`` is below 1.
+    """
     return ByteTokenizer(_checked(length)) if name == "bytes" else FileTokenizer(name, _checked(length))
 
 
@@ -61,7 +76,7 @@ def _checked(length: int) -> int:
 
 
 def copy_encoders(source: Path, target: Path, parts: Sequence[str]) -> None:
-    """Copy the saved encoders of these parts, unopened; nothing if there are none."""
+    """Copy the saved encoders of these parts from one folder to another, without opening them."""
     present = [part for part in parts if (source / part).is_dir()]
     if present:
         with atomic_folder(target, replace=True) as partial:
@@ -70,10 +85,13 @@ def copy_encoders(source: Path, target: Path, parts: Sequence[str]) -> None:
 
 
 class PromptEncoder:
-    """Turns prompts into conditions, with one text encoder or several; a saved one is opened when it is needed.
+    """Turns prompts into conditions by one or several text encoders. A saved encoder is opened at its first use.
 
     Args:
-        encoders: each of another part.
+        encoders: at most one for each part of a condition.
+
+    Raises:
+        ValueError: two encoders give the same part.
     """
 
     def __init__(self, encoders: Sequence[TextEncoder] = ()) -> None:
@@ -86,27 +104,36 @@ class PromptEncoder:
 
     @classmethod
     def named(cls, kind: str, name: str, length: int) -> PromptEncoder:
-        """A text encoder by its kind, a key of ``KINDS``, and its name, which the first prompt opens."""
+        """A prompt encoder with one text encoder of features, which is opened at its first use.
+
+        Args:
+            kind: a key of ``KINDS``.
+            name: a local folder, or a name on the hub.
+            length: most tokens of a text.
+        """
         prompts = cls()
         prompts.identities["features"] = {"kind": kind, "name": name, "length": length, "hash": None}
         return prompts
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The parts of a condition that it makes; none without an encoder."""
+        """The parts of a condition that the encoders give; empty without an encoder."""
         return tuple(self.identities)
 
     @property
     def spec(self) -> ConditionSpec:
-        """What its conditions are made of; opens the encoders."""
+        """The spec of the conditions. Opens the encoders."""
         parts: dict[str, Any] = {part: self._encoder(part).spec for part in self.parts}
         return ConditionSpec(**parts)
 
     def encode(self, texts: Sequence[str], *, refuse_long: bool = False) -> dict[str, list[Piece]]:
-        """The sequence of every text, by the part of the condition.
+        """The sequences of all texts, by the part of the condition.
+
+        Args:
+            refuse_long: whether a text longer than the encoder's length is an error; else it is cut.
 
         Raises:
-            TextError: a text is longer than the encoder's length, and ``refuse_long``; or it is no Unicode text.
+            TextError: a text is too long, or is not valid Unicode.
         """
         for text in texts:
             try:
@@ -122,7 +149,7 @@ class PromptEncoder:
         return sequences
 
     def condition(self, texts: Sequence[str | None]) -> Condition:
-        """The condition of prompts, one a row; None is unconditional. One that is too long is cut, which is logged."""
+        """The condition of prompts, one per row; None is unconditional. Too long prompts are cut, with a warning."""
         given = [text for text in texts if text is not None]
         conditions = []
         for part, pieces in self.encode(given).items():
@@ -135,29 +162,29 @@ class PromptEncoder:
             values, mask = pad_left([None if text is None else next(rows) for text in texts], spec)
             make = Condition.from_ids if part == "ids" else Condition.from_features
             absent = ~mask.any(1)
-            mask[absent] = True  # a null text is whole
+            mask[absent] = True  # the null condition has its full length
             conditions.append(make(values, mask).drop(absent))
         return Condition.together(*conditions)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, such as a model writes.
+        """The text of ids, such as those that a model generates.
 
         Raises:
-            TextError: there is no tokenizer of texts.
+            TextError: there is no text tokenizer.
         """
         if "ids" not in self.parts:
             raise TextError("this pipeline has no text tokenizer, which would turn what the model writes into text")
         return self._encoder("ids").decode(ids)
 
     def to(self, device: Any) -> PromptEncoder:
-        """Encode on this device from now on; returns itself."""
+        """Move the encoders, and those that are opened later, to a device; returns itself."""
         self._device = device
         for encoder in self._encoders.values():
             encoder.to(device)
         return self
 
     def save(self, folder: Path) -> None:
-        """Write what ``load`` reads: names and hashes, and the files of local encoders."""
+        """Write the encoders' names and hashes, and the files of local encoders, for ``load``."""
         with atomic_folder(folder, replace=True) as partial:
             for part in self.parts:
                 inner, encoder = partial / part, self._encoder(part)
@@ -166,10 +193,10 @@ class PromptEncoder:
 
     @classmethod
     def load(cls, folder: Path) -> PromptEncoder:
-        """The encoders in a folder, unopened; none if there is no folder.
+        """The encoders that ``save`` wrote into a folder, not opened yet; none if there is no folder.
 
         Raises:
-            TextError: a record that is damaged.
+            TextError: a record is damaged.
         """
         saved = cls()
         saved._folder = folder
@@ -193,7 +220,7 @@ class PromptEncoder:
         carried = (inner / RECORD).is_file() and read_object(inner / RECORD).get("carried")
         name = str(inner) if carried else identity["name"]
         encoder = KINDS[identity["kind"]](name, identity["length"])
-        if identity["hash"] not in (None, encoder.identity["hash"]):  # of released weights there is none
+        if identity["hash"] not in (None, encoder.identity["hash"]):  # None: released weights record no hash
             raise TextError(
                 f"{name} is not the text encoder that the generator was trained with: its hash is "
                 f"{encoder.identity['hash']}, not {identity['hash']}"

@@ -18,14 +18,14 @@ TOKENIZER_FILE = "tokenizer.json"
 
 
 class IdEncoder(TextEncoder, ABC):
-    """Texts to ids."""
+    """A text encoder that gives ids."""
 
     part = "ids"
     spec: IdSpec
 
     @abstractmethod
     def ids(self, text: str) -> list[int]:
-        """All ids of a text."""
+        """All ids of a text, not cut."""
 
     def encode(self, texts: Sequence[str]) -> list[Piece]:
         ids = [np.asarray(self.ids(text), np.int64) for text in texts]
@@ -33,7 +33,7 @@ class IdEncoder(TextEncoder, ABC):
 
 
 class ByteTokenizer(IdEncoder):
-    """A text as its UTF-8 bytes: 256 ids, nothing to install or fetch."""
+    """A text as its UTF-8 bytes: 256 ids. It needs no package and no download."""
 
     kind = "bytes"
 
@@ -52,7 +52,7 @@ class ByteTokenizer(IdEncoder):
 
 
 class FileTokenizer(IdEncoder):
-    """A tokenizer of the ``tokenizers`` library, from its JSON file or from a Hugging Face folder or name.
+    """A tokenizer of the ``tokenizers`` library, from a JSON file or from a Hugging Face folder or name.
 
     Raises:
         TextError: the library is not installed, or the file cannot be read.
