@@ -1,4 +1,4 @@
-"""IBQ's image tokenizer: VQGAN's autoencoder with a codebook that gets gradients in every row.
+"""IBQ's image tokenizer: VQGAN's autoencoder with index backpropagation, which gives every code a gradient.
 
 Paper: Scalable Image Tokenization with Index Backpropagation Quantization (arXiv 2412.02692). Official weights and
 conventions: github.com/TencentARC/SEED-Voken (Apache-2.0).
@@ -39,8 +39,8 @@ class IBQ(ConvTokenizer):
         in_channels: 3, or 1 for grey images.
         channels: base width of encoder and decoder.
         channel_mult: width of each level, finest first, in units of ``channels``.
-        attention_levels: levels whose blocks are followed by attention, 0 the finest; None is the deepest alone. The
-            middle has attention anyway.
+        attention_levels: levels (0 is the finest) with attention after each residual block; None is the deepest only.
+            The middle always has attention.
         res_blocks: residual blocks per level of the encoder; the decoder has one more.
         z_channels: channels between the convolutional stacks and the code projections.
         codebook_size, codebook_embed_dim: number of codes, and their channels.
@@ -128,7 +128,7 @@ class IBQ(ConvTokenizer):
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The moving averages of a training file, which the published scores are of."""
+        """The moving averages of a training file, with which the published scores were measured."""
         return first_stage(state)
 
 

@@ -24,8 +24,8 @@ from vistok.types import TokenSpec
 class OpenMAGVIT2(ConvTokenizer):
     """A raster of 2 ** bits ids without a codebook; any image whose sides are multiples of the stride encodes.
 
-    The stride is 2 ** (levels - 1). There is no attention. Every level of the decoder begins with a norm whose scale
-    and shift are read from the code map.
+    The stride is 2 ** (levels - 1). There is no attention. Every level of the decoder begins with a group norm whose
+    scale and shift are computed from the code map.
 
     Args:
         image_size: side of the images that ``spec`` describes, or (height, width).
@@ -33,7 +33,7 @@ class OpenMAGVIT2(ConvTokenizer):
         channels: base width of encoder and decoder.
         channel_mult: width of each level, finest first, in units of ``channels``.
         res_blocks: residual blocks per level, and in the middle.
-        bits: channels of a code; an id has as many bits.
+        bits: channels of a code, and bits of an id.
         entropy_temperature: temperature of the "entropy" loss term; None leaves the term out.
         position_weight, usage_weight: of both entropies in that term, see ``EntropyLoss``.
         norm_groups: groups of all group norms (32 in every released model); they must divide every width.
@@ -122,5 +122,5 @@ class OpenMAGVIT2(ConvTokenizer):
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The moving averages where the file has them, as in the published scores; without the losses' networks."""
+        """The moving averages where the file has them, as in the published scores, without the networks of losses."""
         return first_stage(state)

@@ -35,7 +35,7 @@ _TEXT = re.compile(
     r"(Qformer|Reverse_Qformer)\.(cls\..*|bert\.embeddings\.(position_ids|(word|position|token_type)_embeddings\..*)"
     r"|bert\.encoder\.layer\.\d+\.(intermediate|output)\..*|bert\.pooler\..*)|(vision_proj|text_proj|itm_head)\..*|temp"
 )
-"""Keys of what reads text in the first stage of training, and of buffers."""
+"""Keys of layers that read text in the first stage of training, and of buffers."""
 
 _QFORMERS = {"Qformer": "qformer", "Reverse_Qformer": "reverse"}
 _NAMES = tuple(
@@ -80,7 +80,7 @@ OFFICIAL_NAMES = (
 
 
 def own_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict without what reads text, and without buffers."""
+    """The state dict without layers that read text, and without buffers."""
     return {key: tensor for key, tensor in state.items() if not _TEXT.fullmatch(key)}
 
 
@@ -143,7 +143,7 @@ def arguments(given: OfficialConfig, state: Mapping[str, Tensor]) -> dict[str, A
 
 
 def _cross_attention_every(state: Mapping[str, Tensor]) -> int:
-    """How many layers there are from one with cross-attention to the next; 2 where there is but one."""
+    """The distance between layers with cross-attention; 2 if there is only one such layer."""
     pattern = re.compile(r"Qformer\.bert\.encoder\.layer\.(\d+)\.crossattention\.self\.query\.weight")
     layers = sorted(int(match[1]) for key in state if (match := pattern.fullmatch(key)))
     return layers[1] - layers[0] if len(layers) > 1 else 2
