@@ -26,7 +26,7 @@ class IndexQuantizer(nn.Module):
         codebook_size: number of codes K.
         dim: channels D of a code.
         entropy_temperature: softmax temperature of the "entropy" term; None leaves the term out.
-        position_weight, usage_weight: of both entropies in it.
+        position_weight, usage_weight: weights of its two entropies, see ``EntropyLoss``.
 
     Raises:
         ValueError: sizes below 1.

@@ -22,7 +22,7 @@ class LFQ(nn.Module):
     Args:
         dim: channels D, the bits of an id.
         entropy_temperature: temperature of the "entropy" term (``BitEntropyLoss``); None leaves the term out.
-        position_weight, usage_weight: of both entropies in it.
+        position_weight, usage_weight: weights of its two entropies, see ``EntropyLoss``.
 
     Raises:
         ValueError: ``dim`` outside 1..62.

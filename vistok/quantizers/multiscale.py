@@ -76,7 +76,7 @@ class MultiScaleQuantizer(nn.Module):
         num_refiners: number of convolutions that the scales share (``refiner_of_scales``).
         refiner_share: weight of the convolution against the plain map, see ``Refiner``; 0 leaves all of them out.
         cosine: choose codes by cosine similarity. The codes that are returned and subtracted are not normalised.
-        restart_after: training steps after which an unused code is moved onto a residual; 0 is never.
+        restart_after: training steps after which an unused code is moved onto a residual; 0 turns this off.
 
     Raises:
         ValueError: invalid scales, ``num_refiners`` below 1, or a ``refiner_share`` outside [0, 1].

@@ -32,7 +32,7 @@ class PackedBSQ(nn.Module, DrawsInTraining):
         decay: as in ``MultiScaleBSQ``.
         entropy_temperature: temperature of the "entropy" term over the normalised residuals of all scales, as in
             ``BSQ``; None leaves the term out.
-        position_weight, usage_weight: of both entropies in it.
+        position_weight, usage_weight: weights of its two entropies, see ``EntropyLoss``.
         self_correction: largest flip probability of a bit. A probability is drawn for each batch and scale, in
             hundredths from 0 to this value (0.3 in the paper); 0 flips none.
         corrected_scales: number of scales with flips, from the smallest; None is all.

@@ -26,7 +26,7 @@ class BSQ(LFQ):
         dim: channels D, the bits of an id.
         entropy_temperature: temperature of the "entropy" term over the normalised latents and the codes; None leaves
             the term out.
-        position_weight, usage_weight: of both entropies in it.
+        position_weight, usage_weight: weights of its two entropies, see ``EntropyLoss``.
     """
 
     def ids_to_latents(self, ids: Tensor) -> Tensor:

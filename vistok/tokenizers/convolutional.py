@@ -74,7 +74,7 @@ class ConvTokenizer(Tokenizer):
     def decode(
         self, tokens: Tensor, *, condition: Condition | None = None, grid: tuple[int, ...] | None = None
     ) -> Tensor:
-        """Ids (B, h * w), or those of scales (see ``dequantize``), to pixels (B, C, h * stride, w * stride).
+        """Ids (B, h * w), or multi-scale ids (see ``dequantize``), to pixels (B, C, h * stride, w * stride).
 
         Args:
             grid: (h, w) of the ids; None for the grid of ``spec``.

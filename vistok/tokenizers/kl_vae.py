@@ -311,7 +311,7 @@ WITHOUT_EFFECT = {
     "lossconfig": "losses of the training, and its discriminator",
     "lossconfig.*": "losses of the training, and its discriminator",
 }
-"""Arguments of latent diffusion and MAR that change nothing of what the model computes, each with the reason."""
+"""Arguments of latent diffusion and MAR that do not change what the model computes, each with the reason."""
 
 DIFFUSERS_WITHOUT_EFFECT = {
     "_diffusers_version": "who wrote the file",
@@ -319,7 +319,7 @@ DIFFUSERS_WITHOUT_EFFECT = {
     "sample_size": "the side of the training images; any multiple of the stride encodes",
     "force_upcast": "the precision that diffusers' pipelines switch to; ours stays as it is loaded",
 }
-"""Keys of a diffusers config that change nothing of what the model computes, each with the reason."""
+"""Keys of a diffusers config that do not change what the model computes, each with the reason."""
 
 
 def latent_diffusion_names(levels: int) -> list[tuple[str, str]]:

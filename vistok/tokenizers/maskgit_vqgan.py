@@ -156,13 +156,13 @@ class MaskGITVQGAN(ConvTokenizer):
         res_blocks: residual blocks per level, and in the middle.
         codebook_size: number of codes.
         codebook_embed_dim: channels of a code, and of the maps between encoder and decoder.
-        codebook_restart_after: steps after which an unused code is moved onto a latent; 0 is never.
+        codebook_restart_after: training steps after which an unused code is moved onto a latent; 0 turns this off.
         norm_groups: groups of all group norms (32 in the released model); they must divide every width.
-        quantizer: a quantizer in place of the own one, {name, …its arguments} as ``build_quantizer`` takes it, for
-            codes of ``codebook_embed_dim`` channels. Other arguments of the codebook then have no effect.
+        quantizer: config of another quantizer, {name, …its arguments}, see ``build_quantizer``. Its codes have
+            ``codebook_embed_dim`` channels; other arguments of the codebook then have no effect.
 
     Raises:
-        ValueError: sides that are no multiple of the stride, or widths that norm_groups does not divide.
+        ValueError: sides that are not multiples of the stride, or widths that norm_groups does not divide.
     """
 
     registry_name = "maskgit_vqgan"

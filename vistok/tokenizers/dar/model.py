@@ -78,8 +78,8 @@ class DAR(Tokenizer):
         num_steps, solver: defaults of ``decode``.
         alignment: head for the "repa" loss, on the input of block ``layer`` (counted from 0) of the velocity network.
             Defaults: layer 8, 768 channels as in DINOv2-B, 2,048 hidden channels. None has no head.
-        quantizer: a quantizer in place of the own one, {name, …its arguments} as ``build_quantizer`` takes it, for
-            codes of ``codebook_embed_dim`` channels. Other arguments of the codebook then have no effect.
+        quantizer: config of another quantizer, {name, …its arguments}, see ``build_quantizer``. Its codes have
+            ``codebook_embed_dim`` channels; other arguments of the codebook then have no effect.
             Multi-scale quantizers are refused: their ids form no groups.
 
     Raises:

@@ -13,7 +13,7 @@ from vistok.checkpoints.official_config import OfficialConfig
 from vistok.tokenizers.dar.networks import ROPE_BASE
 
 WITHOUT_EFFECT: dict[str, str] = {}
-"""Arguments of the reference that change nothing of what the model computes, each with the reason."""
+"""Arguments of the reference that do not change what the model computes, each with the reason."""
 
 V1 = {
     "encoder_patch_size": 16,

@@ -45,14 +45,14 @@ class IBQ(ConvTokenizer):
         z_channels: channels between the convolutional stacks and the code projections.
         codebook_size, codebook_embed_dim: number of codes, and their channels.
         entropy_temperature: temperature of the "entropy" loss term; None leaves the term out.
-        position_weight, usage_weight: of both entropies in that term, see ``EntropyLoss``.
+        position_weight, usage_weight: weights of the two entropies in that term, see ``EntropyLoss``.
         dropout: inside the residual blocks, in training.
         norm_groups: groups of all group norms (32 in every released model); they must divide every width.
-        quantizer: a quantizer in place of the own one, {name, …its arguments} as ``build_quantizer`` takes it, for
-            codes of ``codebook_embed_dim`` channels. Other arguments of the codebook then have no effect.
+        quantizer: config of another quantizer, {name, …its arguments}, see ``build_quantizer``. Its codes have
+            ``codebook_embed_dim`` channels; other arguments of the codebook then have no effect.
 
     Raises:
-        ValueError: sides that are no multiple of the stride, attention in a level that does not exist, or widths that
+        ValueError: sides that are not multiples of the stride, attention in a level that does not exist, or widths that
             norm_groups does not divide.
     """
 
@@ -140,7 +140,7 @@ WITHOUT_EFFECT = {
     "sample_minimization_weight": "of the entropy loss, which is off",
     "batch_maximization_weight": "of the entropy loss, which is off",
 }
-"""Arguments of the reference that change nothing of what the model computes, each with the reason."""
+"""Arguments of the reference that do not change what the model computes, each with the reason."""
 
 
 def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:

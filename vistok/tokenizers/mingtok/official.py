@@ -1,4 +1,4 @@
-"""What the reference of MingTok calls things: its config and its state dict."""
+"""Translates config and state dict of the reference of MingTok into ours."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ WITHOUT_EFFECT = {
     "torch_dtype": "the type of numbers, which callers choose",
     "transformers_version": "of the reference's libraries",
 }
-"""Keys of the reference's config that change nothing of what the model computes, each with the reason."""
+"""Keys of the reference's config that do not change what the model computes, each with the reason."""
 
 FEED_FORWARDS: dict[str, FeedForward] = {"swiglu": "swiglu", "swiglufused": "swiglu", "mlp": "gelu"}
 
 
 def arguments(given: OfficialConfig) -> dict[str, Any]:
-    """Our constructor's arguments."""
+    """Our constructor arguments for the reference\'s config."""
     encoder = _stage(given, "low_level_encoder", "depth")
     semantic = _stage(given, "semantic_decoder", "decoder_depth")
     pixel = _stage(given, "pixel_decoder", "decoder_depth", has_choice=False)

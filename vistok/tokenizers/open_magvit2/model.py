@@ -35,14 +35,14 @@ class OpenMAGVIT2(ConvTokenizer):
         res_blocks: residual blocks per level, and in the middle.
         bits: channels of a code, and bits of an id.
         entropy_temperature: temperature of the "entropy" loss term; None leaves the term out.
-        position_weight, usage_weight: of both entropies in that term, see ``EntropyLoss``.
+        position_weight, usage_weight: weights of the two entropies in that term, see ``EntropyLoss``.
         norm_groups: groups of all group norms (32 in every released model); they must divide every width.
-        quantizer: a quantizer in place of the own one, {name, …its arguments} as ``build_quantizer`` takes it, for
-            codes of ``bits`` channels. Other arguments of the codebook then have no effect.
+        quantizer: config of another quantizer, {name, …its arguments}, see ``build_quantizer``. Its codes have
+            ``bits`` channels; other arguments of the codebook then have no effect.
 
     Raises:
-        ValueError: sides that are no multiple of the stride, images of a single token, or widths that norm_groups does
-            not divide.
+        ValueError: sides that are not multiples of the stride, images of a single token, or widths that norm_groups
+            does not divide.
     """
 
     registry_name = "open_magvit2"

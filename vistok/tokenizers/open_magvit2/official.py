@@ -20,7 +20,7 @@ WITHOUT_EFFECT = {
     "token_factorization": "how a generator splits the ids",
     "factorized_bits": "how a generator splits the ids",
 }
-"""Arguments of the reference that change nothing of what the model computes, each with the reason."""
+"""Arguments of the reference that do not change what the model computes, each with the reason."""
 
 
 def config(channel_mult: tuple[int, ...], bits: int) -> dict[str, Any]:

@@ -49,14 +49,14 @@ class SEED(Tokenizer):
         causal: whether a query attends only to itself and earlier ones.
         freeze_qformer: whether the Q-Former, and the norm before it, keep their weights.
         codebook_size, code_dim: number of codes, and channels of one.
-        codebook_restart_after: steps after which an unused code is moved onto a latent; 0 is never.
+        codebook_restart_after: training steps after which an unused code is moved onto a latent; 0 turns this off.
         num_blocks, block_heads: of the two stacks of transformer blocks after the codes.
         reverse_layers: layers of the reverse Q-Former, which computes the embedding with one query. None computes it
             from all tokens, narrowed by ``image_down``.
         image_down: widths of the linear layers that narrow each token if there is no reverse Q-Former.
         target_dim: channels E of the image embedding.
-        quantizer: a quantizer in place of the own one, {name, …its arguments} as ``build_quantizer`` takes it, for
-            codes of ``code_dim`` channels. Other arguments of the codebook then have no effect.
+        quantizer: config of another quantizer, {name, …its arguments}, see ``build_quantizer``. Its codes have
+            ``code_dim`` channels; other arguments of the codebook then have no effect.
 
     Raises:
         ValueError: another number of channels, a tower of another width than ``context_dim``, or a count below 1.
@@ -240,7 +240,7 @@ class SEED(Tokenizer):
         return super().decode(tokens)
 
     def decode_features(self, tokens: Tensor) -> Tensor:
-        """Ids (B, L), or those of scales (see ``dequantize``), to image embeddings (B, E), not normalised.
+        """Ids (B, L), or multi-scale ids (see ``dequantize``), to image embeddings (B, E), not normalised.
 
         Raises:
             ValueError: ids out of range, or another number of them.

@@ -105,12 +105,12 @@ def has_reverse(state: Mapping[str, Tensor]) -> bool:
 
 
 def without_effect(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Keys of the config that change nothing of what the model of this ``state`` computes, each with the reason."""
+    """Keys of the config that do not change what the model of this ``state`` computes, each with the reason."""
     return {} if has_reverse(state) else {"reverse_layers": "there is no reverse Q-Former"}
 
 
 def arguments(given: OfficialConfig, state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Our constructor's arguments.
+    """Our constructor arguments for the reference\'s config.
 
     Raises:
         CheckpointError: weights that are missing, or a config of another form of the decoder.

@@ -83,8 +83,8 @@ class TiTok(Tokenizer):
             Narrow transformers then pass on so little of an image that all images have the same tokens for hundreds of
             steps: take about dim ** -0.5.
         latent_mean, latent_scale: standardisation of the latents of "vae", see ``GaussianLatents``.
-        quantizer: a quantizer in place of the own one, {name, …its arguments} as ``build_quantizer`` takes it, for
-            codes of ``token_dim`` channels. Other arguments of the codebook then have no effect.
+        quantizer: config of another quantizer, {name, …its arguments}, see ``build_quantizer``. Its codes have
+            ``token_dim`` channels; other arguments of the codebook then have no effect.
 
     Raises:
         ValueError: a size that patches do not divide, a decoder patch that is not the codec's stride, an unknown

@@ -1,4 +1,4 @@
-"""What the reference of TiTok and TA-TiTok calls things: its config and its state dict."""
+"""Translates config and state dict of the reference of TiTok and TA-TiTok into ours."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ WITHOUT_EFFECT = {
     "dataset.preprocessing.random_crop": "of the data section",
     "dataset.preprocessing.random_flip": "of the data section",
 }
-"""Keys of the reference's config that change nothing of what the model computes, each with the reason."""
+"""Keys of the reference's config that do not change what the model computes, each with the reason."""
 
 
 def config(size: Mapping[str, Any]) -> dict[str, Any]:

@@ -107,10 +107,10 @@ class ViTVQGAN(Tokenizer):
         codebook_l2_norm: compare and decode l2-normalised codes.
         residual_depth: codes per token; more than 1 is the residual variant, with one shared codebook.
         entropy_temperature: softmax temperature of the "entropy" loss term; None leaves the term out.
-        codebook_restart_after: steps after which an unused code is moved onto a latent; 0 is never.
+        codebook_restart_after: training steps after which an unused code is moved onto a latent; 0 turns this off.
         quantizer_gradient: how the gradient passes the quantizer ("raw" in ViT-VQGAN); see ``VectorQuantizer``.
-        quantizer: a quantizer in place of the own one, {name, …its arguments} as ``build_quantizer`` takes it, for
-            codes of ``codebook_embed_dim`` channels. Other arguments of the codebook then have no effect.
+        quantizer: config of another quantizer, {name, …its arguments}, see ``build_quantizer``. Its codes have
+            ``codebook_embed_dim`` channels; other arguments of the codebook then have no effect.
         in_channels: 3, or 1 for grey images.
         pixel_distribution: "point" predicts pixels; "logit_laplace" predicts mean and scale of a Laplace distribution
             in logit space (the paper's loss, after DALL-E, arXiv 2102.12092, appendix A.3).
@@ -225,7 +225,7 @@ class ViTVQGAN(Tokenizer):
         return self.quantize(self.latents(pixels))
 
     def decode(self, tokens: Tensor, *, condition: Condition | None = None) -> Tensor:
-        """Ids (B, L[, depth]), or those of scales (see ``dequantize``), to pixels (B, C, H, W).
+        """Ids (B, L[, depth]), or multi-scale ids (see ``dequantize``), to pixels (B, C, H, W).
 
         Raises:
             ValueError: ids out of range, or not L of them.
@@ -306,7 +306,7 @@ WITHOUT_EFFECT = {
     "scheduler": "of the training",
     "scheduler.*": "of the training",
 }
-"""Arguments of the reference that change nothing of what the model computes, each with the reason."""
+"""Arguments of the reference that do not change what the model computes, each with the reason."""
 
 
 def _vit_config(given: OfficialConfig, part: str) -> ViTConfig:
