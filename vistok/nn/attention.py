@@ -143,7 +143,7 @@ class CrossAttention(nn.Module):
         self.q_norm, self.k_norm = (qk_norm(dim // num_heads) if qk_norm else nn.Identity() for _ in range(2))
 
     def forward(self, x: Tensor, context: Tensor, *, rotation: Rotation | None = None) -> Tensor:
-        """Attend from x to all of the context; ``rotation`` is applied to the queries alone."""
+        """Attend from x (B, N, D) to all of the context (B, M, D); ``rotation`` applies only to the queries."""
         q = self.q_norm(rearrange(self.q(x), "b n (h d) -> b h n d", h=self.num_heads))
         k, v = rearrange(self.kv(context), "b m (two h d) -> two b h m d", two=2, h=self.num_heads)
         if rotation is not None:

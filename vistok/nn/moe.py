@@ -13,7 +13,7 @@ from vistok.nn.mlp import SwiGLU
 
 
 class MixtureOfExperts(nn.Module):
-    """Gated feed-forwards (SiLU, no biases), of which a router chooses some for each token: (B, N, D) -> same.
+    """A router chooses some of the experts, gated feed-forwards (SiLU, no biases), for each token: (B, N, D) -> same.
 
     Args:
         dim: width D.
@@ -64,7 +64,7 @@ class MixtureOfExperts(nn.Module):
         return (weights / weights.sum(-1, keepdim=True) if self.renormalise else weights), chosen
 
     def forward(self, x: Tensor, second: Tensor | None = None) -> Tensor:
-        """``second`` is that of ``route``."""
+        """``second`` is as in ``route``."""
         tokens = x.flatten(0, -2)  # (M, D)
         weights, chosen = self.route(tokens, None if second is None else second.flatten())
         few = chosen.numel() <= 4 * len(self.gate)

@@ -238,7 +238,7 @@ def _averaged(x: Tensor, grid: Grid) -> Tensor:
 
 
 class QuantizesScales(Protocol):
-    """A quantizer of growing grids with one id per place, as a next-scale generator needs it."""
+    """A quantizer on growing grids with one id per position, as a next-scale generator needs it."""
 
     scales: tuple[Grid, ...]
 

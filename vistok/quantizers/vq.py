@@ -36,7 +36,7 @@ class VectorQuantizer(nn.Module, AfterBackward):
             "rotation" is the rotation trick (``rotate_to``); its output is the code up to rounding, in evaluation too.
         init: "normal" is N(0, 1); "uniform" is U(-1/K, 1/K), with rows l2-normalised if ``normalize``.
         entropy_temperature: softmax temperature of the "entropy" term; None leaves the term out.
-        restart_after: training steps after which an unused code is moved onto a latent (``CodeRestart``); 0 turns this off.
+        restart_after: training steps after which an unused code is moved onto a latent (``CodeRestart``); 0 is off.
             A training loop calls ``after_backward`` between the backward pass and the step of its optimizer.
         clustering: in training, move rarely chosen codes towards the latents nearest to them (``CodeClustering``).
             Needs the same call.

@@ -157,7 +157,7 @@ class Tokenizer(Model):
         """
         if not isinstance(getattr(self, "quantizer", None), ScaledQuantizer):
             raise ValueError(f"the quantizer of {type(self).__name__} has no scales; use encode")
-        latents: Any = self.latents  # defined by every tokenizer that takes quantizers by name
+        latents: Any = self.latents  # defined by tokenizers that take multi-scale quantizers
         return latents(pixels)
 
     def decode(self, tokens: Tensor, *, condition: Condition | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the reference of SEED calls things: its sizes and its state dict."""
+"""Translates sizes and state dict of the reference of SEED into ours."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RELEASED = {
 """The sizes of the second tokenizer, which the reference hard-codes."""
 
 CAUSAL_QUERIES = 32
-"""The reference masks self-attention for this number of queries alone."""
+"""The reference masks self-attention only for this number of queries."""
 
 TOWER, TOWER_HEADS = "eva_giant_patch14_224", 16
 
