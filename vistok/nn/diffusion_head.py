@@ -1,4 +1,4 @@
-"""The small network that denoises continuous tokens one by one (MAR, arXiv 2406.11838, section 3.3)."""
+"""The MLP that denoises single continuous tokens (MAR, arXiv 2406.11838, section 3.3)."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class DiffusionHead(nn.Module):
 
     Args:
         token_dim: channels d of a token.
-        condition_dim: channels of the vectors that it is conditioned on.
+        condition_dim: channels of the conditioning vectors.
         dim: width W.
         num_layers: residual blocks.
-        output_dim: what it predicts; None is 2d, noise, then variance values.
-        gated_dim: hidden width of gated feed-forwards in the blocks; None has plain ones of width W.
+        output_dim: channels of the prediction; None is 2d, noise and then variance values.
+        gated_dim: hidden width of gated feed-forwards in the blocks; None uses plain ones of hidden width W.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ class DiffusionHead(nn.Module):
 
         Args:
             x: (M, d) noisy tokens.
-            t: (M,) timesteps, or (1,) for one that all share.
-            condition: (M, W), what the layer ``condition`` makes of the conditioning vectors.
+            t: (M,) timesteps, or (1,) for all tokens.
+            condition: (M, W), the conditioning vectors after the layer ``condition``.
         """
         y = self.time_embedding(t) + condition
         x = self.input(x)
@@ -72,7 +72,8 @@ class DiffusionHead(nn.Module):
         return self.output(modulate(self.norm(x), shift, scale))
 
     def initialise(self) -> None:
-        """Blocks start as the identity, and the output at zero."""
+        """Normal weights in the time embedding, zero ones in modulations and output. If the caller has zeroed the
+        biases, blocks start as the identity, and the output at zero."""
         for layer in (self.time_embedding.mlp[0], self.time_embedding.mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
         for layer in (*(block.modulation[1] for block in self.blocks), self.modulation[1], self.output):

@@ -29,8 +29,8 @@ F16 = (1, 1, 2, 2, 4)
 class CodecResBlock(nn.Module):
     """Two normalised 3x3 convolutions without biases: (B, C_in, h, w) -> (B, C_out, h, w).
 
-    Where the channels change, what is added is a 1x1 convolution of the block's own output, and the input is dropped:
-    that is how the released weights were trained.
+    Where the channels change, the shortcut is a 1x1 convolution of the block's output, not of its input: the released
+    weights were trained like this.
     """
 
     def __init__(self, in_channels: int, out_channels: int, norm_groups: int):
@@ -65,10 +65,10 @@ class CodecEncoder(nn.Module):
     """Pixels (B, C, H, W) to a map (B, z_channels, H / s, W / s) with s = 2 ** (levels - 1).
 
     Args:
-        in_channels, z_channels: of the pixels and of the map.
+        in_channels, z_channels: channels of the pixels and of the map.
         channels: base width.
         channel_mult: the width of each level, finest first, in units of ``channels``.
-        res_blocks: residual blocks per level, and at the deepest once more.
+        res_blocks: residual blocks per level, and in the middle.
         norm_groups: groups of all group norms; must divide every width.
     """
 
@@ -156,13 +156,13 @@ class MaskGITVQGAN(ConvTokenizer):
         res_blocks: residual blocks per level, and in the middle.
         codebook_size: number of codes.
         codebook_embed_dim: channels of a code, and of the maps between encoder and decoder.
-        codebook_restart_after: steps after which an unused code is moved onto a latent; 0 is never.
+        codebook_restart_after: training steps after which an unused code is moved onto a latent; 0 turns this off.
         norm_groups: groups of all group norms (32 in the released model); they must divide every width.
-        quantizer: a quantizer in place of the own one, {name, …its arguments} as ``build_quantizer`` takes it, for
-            codes of ``codebook_embed_dim`` channels. Other arguments of the codebook then have no effect.
+        quantizer: config of another quantizer, {name, …its arguments}, see ``build_quantizer``. Its codes have
+            ``codebook_embed_dim`` channels; other arguments of the codebook then have no effect.
 
     Raises:
-        ValueError: sides that are no multiple of the stride, or widths that norm_groups does not divide.
+        ValueError: sides that are not multiples of the stride, or widths that norm_groups does not divide.
     """
 
     registry_name = "maskgit_vqgan"
@@ -263,7 +263,7 @@ WITHOUT_EFFECT = {"commitment_cost": "a weight of the loss, which the run's conf
 
 
 def official_names(state: Mapping[str, Tensor], levels: int, decoder: str = "decoder") -> dict[str, Tensor]:
-    """Our names of the codec's weights; ``decoder`` is the prefix that its decoder has in the file."""
+    """The codec's weights under our names; ``decoder`` is the prefix of its decoder in the file."""
     rules = [
         (r"encoder\.down\.(\d+)\.block\.(\d+)\.nin_shortcut\.(\w+)", r"encoder.levels.\1.blocks.\2.shortcut.\3"),
         (r"encoder\.down\.(\d+)\.block\.(\d+)\.(\w+\.\w+)", r"encoder.levels.\1.blocks.\2.\3"),

@@ -57,40 +57,39 @@ PLAIN_2D = {"layout": "2d", "layer_kind": "self_attention"}
 class GigaTok(Tokenizer):
     """Images to a sequence (layout "1d") or a raster (layout "2d") of ids.
 
-    Convolutions make a feature map of the image; a transformer makes tokens of the map. The decoder goes back the same
-    way, and its feature map is to be the encoder's: the loss term "feature" compares them.
+    Convolutions compute a feature map of the image, and a transformer computes tokens from the map. The decoder mirrors
+    both. The loss term "feature" compares its feature map with the encoder's.
 
     Args:
         image_size: side of the images, or (height, width), multiples of the stride 2 ** (levels - 1). Positions are
-            learned for this size alone.
+            learned for this size only.
         in_channels: 3, or 1 for grey images.
-        layout: "1d", tokens that queries read from the map and the map from them; "2d", a token per cell of the map.
-        num_tokens: tokens of layout "1d", a power of two where ``query_init`` is "pooled"; "2d" does not read it.
+        layout: "1d", a sequence of tokens, to and from the map by queries; "2d", a token per cell of the map.
+        num_tokens: tokens of layout "1d", a power of two if ``query_init`` is "pooled"; unused in layout "2d".
         encoder_size, decoder_size: the transformers.
         layer_kind: "cross_attention", which layout "1d" needs, or "self_attention".
-        query_init: what the encoder's queries start from in layout "1d": "pooled" blocks of the map, ever finer, or
-            its "mean".
+        query_init: initial values of the encoder's queries in layout "1d": "pooled", averages over ever finer blocks of
+            the map, or its "mean".
         channels: base width of the convolutional stacks.
         encoder_channel_mult, decoder_channel_mult: width of each level, finest first, in units of ``channels``.
         res_blocks: residual blocks per level of the convolutional encoder; the decoder has one more.
         z_channels: channels of the feature map and of tokens around the codes.
-        conv_attention: attention in the deepest convolutional level.
+        conv_attention: attention in the deepest convolutional level and in the middle.
         adaptive_norm: see ``ConvDecoder``.
         upsample: see ``ConvDecoder``.
         codebook_size, codebook_embed_dim: number and channels of the codes.
         codebook_l2_norm: compare and decode l2-normalised codes.
-        codebook_restart_after: steps after which an unused code is moved onto a latent; 0 is never.
+        codebook_restart_after: training steps after which an unused code is moved onto a latent; 0 turns this off.
         quantizer_gradient: see ``VectorQuantizer``.
         entropy_temperature: temperature of the "entropy" loss term (0.01 in the paper); None leaves the term out.
-        direct_until: in training steps before this one the convolutional decoder decodes the encoder's map, too; its
-            image is the reconstruction "direct", which pixel losses apply to as they do to the main one.
-        alignment: the head whose output the loss "repa" compares with a frozen encoder's, of the decoder's layer 3
-            (``layer``, counted from 1), for DINOv2-B, with four times the decoder's channels inside unless it says
-            otherwise; None has none.
+        direct_until: before this training step, the convolutional decoder also decodes the encoder's map. The result is
+            the reconstruction "direct", to which pixel losses apply as to the main one.
+        alignment: head for the "repa" loss, on layer ``layer`` (counted from 1) of the decoder's transformer. Defaults:
+            layer 3, 768 channels as in DINOv2-B, four times the decoder's width inside. None has no head.
         dropout: inside the residual blocks, in training.
         norm_groups: groups of all group norms; they must divide every width.
-        quantizer: a quantizer in place of the own one, {name, …its arguments} as ``build_quantizer`` takes it, for
-            codes of ``codebook_embed_dim`` channels. Other arguments of the codebook then have no effect.
+        quantizer: config of another quantizer, {name, …its arguments}, see ``build_quantizer``. Its codes have
+            ``codebook_embed_dim`` channels; other arguments of the codebook then have no effect.
 
     Raises:
         ValueError: sizes that do not divide, an unknown layout, or "1d" without cross-attention.
@@ -249,7 +248,7 @@ class GigaTok(Tokenizer):
         return self.quantize(self.latents(self.encode_map(pixels)))
 
     def decode(self, tokens: Tensor, *, condition: Condition | None = None) -> Tensor:
-        """Ids (B, L), or those of scales (see ``dequantize``), to pixels (B, C, H, W).
+        """Ids (B, L), or multi-scale ids (see ``dequantize``), to pixels (B, C, H, W).
 
         Raises:
             ValueError: ids out of range, or not L of them.
@@ -267,13 +266,13 @@ class GigaTok(Tokenizer):
         clock: Clock | None = None,
         draws: Draws | None = None,
     ) -> TokenizerOutput:
-        """The term "feature" is the mean squared error of the decoder's feature map; the encoder's counts as constant.
+        """The loss term "feature" is the mean squared error of the decoder's feature map to the detached encoder's.
 
-        Before step ``direct_until`` of training there is the reconstruction "direct" beside the main one.
+        Before step ``direct_until`` of training there is a reconstruction "direct" beside the main one.
 
-        Features: "latents", "quantized" (B, L, code dim); "spatial", "decoded_spatial" (B, z_channels, h, w), the
-        convolutional encoder's map and the one that the tokens gave, which is "decoded" row by row; "alignment"
-        (B, h * w, D) where there is a head.
+        Features: "latents", "quantized" (B, L, code dim); "spatial" and "decoded_spatial" (B, z_channels, h, w), the
+        feature maps of encoder and decoder; "decoded" (B, h * w, z_channels), the latter in raster order; "alignment"
+        (B, h * w, D) if there is a head.
         """
         self.check_condition(condition)
         spatial = self.encode_map(pixels)

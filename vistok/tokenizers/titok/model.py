@@ -1,10 +1,10 @@
-"""TiTok: an image is 32 to 256 tokens in a row, not a raster.
+"""TiTok: an image as a sequence of 32 to 256 tokens without a raster.
 
 Paper: An Image is Worth 32 Tokens for Reconstruction and Generation (arXiv 2406.07550). Official weights and
 conventions: github.com/bytedance/1d-tokenizer (Apache-2.0).
 
-The two-stage models predict the codes of a frozen MaskGIT-VQGAN in their first stage and learn pixels in the second,
-through a decoder of such codes of their own. The later single-stage ones (arXiv 2501.07730) predict pixels at once.
+Two-stage models predict the codes of a frozen MaskGIT-VQGAN in the first stage; the second stage trains a decoder from
+such codes to pixels. The later single-stage models (arXiv 2501.07730) predict pixels directly.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def _size(
 
 
 class TiTok(Tokenizer):
-    """Works in [0, 1] inside; public pixels are in [-1, 1].
+    """Images to a sequence of ids, or of continuous latents, without a raster.
+
+    The networks work on pixels in [0, 1]; public pixels are in [-1, 1].
 
     Args:
         image_size: side of the images, or (height, width).
@@ -73,20 +75,20 @@ class TiTok(Tokenizer):
         codebook_size: number of codes.
         codebook_l2_norm: compare and decode l2-normalised codes.
         codebook_clustering: in training, move rarely chosen codes to latents (arXiv 2307.15139).
-        output: "pixels" predicts pixels. "codes" is the first of two stages, which predicts codes of a codec (feature
+        output: "pixels" predicts pixels. "codes" is the first of two stages: it predicts codes of a codec (feature
             "code_logits") and renders no pixels. "codec" is the second: the expected codes are decoded by the codec's
-            decoder, which is a part of the model.
-        codec: that codec's codebook and decoder; used by "codes" and "codec".
-        init_std: of the weights at first; the reference's 0.02 suits its widths from 512 on. Narrow transformers pass
-            so little of an image on then that all images have the same tokens for hundreds of steps: take about
-            dim ** -0.5.
-        latent_mean, latent_scale: of the standardised latents of "vae", see ``GaussianLatents``.
-        quantizer: a quantizer in place of the own one, {name, …its arguments} as ``build_quantizer`` takes it, for
-            codes of ``token_dim`` channels. Other arguments of the codebook then have no effect.
+            decoder, which is part of the model.
+        codec: codebook and decoder of the codec; used by "codes" and "codec".
+        init_std: standard deviation of the initial weights. The reference's 0.02 suits its widths, which begin at 512.
+            Narrow transformers then pass on so little of an image that all images have the same tokens for hundreds of
+            steps: take about dim ** -0.5.
+        latent_mean, latent_scale: standardisation of the latents of "vae", see ``GaussianLatents``.
+        quantizer: config of another quantizer, {name, …its arguments}, see ``build_quantizer``. Its codes have
+            ``token_dim`` channels; other arguments of the codebook then have no effect.
 
     Raises:
-        ValueError: a size that patches do not divide, a decoder patch that is not the codec's stride, or an unknown
-            bottleneck or output.
+        ValueError: a size that patches do not divide, a decoder patch that is not the codec's stride, an unknown
+            bottleneck or output, an ``init_std`` that is not positive, or a ``quantizer`` for a "vae".
     """
 
     registry_name = "titok"
@@ -111,7 +113,7 @@ class TiTok(Tokenizer):
     }
     native_range = (0.0, 1.0)
     truncated_normal: ClassVar[tuple[str, ...]] = ("encoder", "decoder", "head")
-    """The parts whose weights start from a truncated normal distribution; the others start as torch has them."""
+    """The parts whose weights start from a truncated normal distribution; others keep torch's initialisation."""
     sizes = {
         "l32": _size(LARGE, LARGE, 32, TWO_STAGE),
         "b64": _size(BASE, BASE, 64, TWO_STAGE),
@@ -229,13 +231,14 @@ class TiTok(Tokenizer):
         return self.quantizer
 
     def latents(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, C, H, W) in [-1, 1] to what the encoder gives: (B, N, D), or (B, N, 2D) means and log-variances of
-        a "vae"."""
+        """Pixels (B, C, H, W) in [-1, 1] to the encoder's output: latents (B, N, D), or (B, N, 2D) means and
+        log-variances of a "vae"."""
         self.check_pixels(pixels)
         return self.encoder(self.to_native(pixels), self.latent_tokens)
 
     def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
-        """Pixels to ids (B, N); of a "vae" to standardised latents (B, N, D), the mode or, with ``draws``, a sample."""
+        """Pixels to ids (B, N), or to standardised latents (B, N, D) of a "vae": the mode or, with ``draws``, a
+        sample."""
         self.check_condition(condition)
         hidden = self.latents(pixels)
         if not self.has_posterior:
@@ -285,13 +288,14 @@ class TiTok(Tokenizer):
         clock: Clock | None = None,
         draws: Draws | None = None,
     ) -> TokenizerOutput:
-        """Terms "codebook", "commitment" (B, N), or "kl", nats per image (B,); features "latents", "quantized", and
-        "code_logits" (B, P, K) of "codes"."""
+        """Loss terms: those of the quantizer, by default "codebook" and "commitment" (B, N); of a "vae" "kl" (B,), in
+        nats per image. Features: "latents" and "quantized", both the decoder's input (B, N, D); unless the output is
+        "pixels", also "code_logits" (B, P, K)."""
         tokens, quantized, losses = self._bottleneck(self.latents(pixels), draws)
         return self._rendered(self.decode_latents(quantized, condition), tokens, quantized, losses)
 
     def _bottleneck(self, hidden: Tensor, draws: Draws | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Tokens, the decoder's input, and loss terms, of what the encoder gives."""
+        """Tokens, the decoder's input, and loss terms, from the encoder's output."""
         if self.has_posterior:
             mean, log_variance = self.quantizer.moments(hidden)
             latents = self.quantizer.choose(mean, log_variance, draws)
@@ -312,12 +316,12 @@ class TiTok(Tokenizer):
 
     @staticmethod
     def _in_full_precision(function, latents: Tensor):
-        """Codes are compared in float32, whatever the networks compute in."""
+        """Apply ``function`` in float32, even under autocast: codes are compared in it."""
         with without_autocast(latents.device):
             return function(latents.float())
 
     def training_draws(self, keys: Keys) -> Draws:
-        """ "posterior" (B, N, D) normal, of a "vae"."""
+        """ "posterior" (B, N, D) normal for a "vae"; else those of the quantizer."""
         if not self.has_posterior:
             return super().training_draws(keys)
         return {"posterior": keys.normal("posterior", self.spec.length, self.spec.dim)}
