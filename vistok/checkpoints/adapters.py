@@ -1,6 +1,6 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) on disk: merged into the weights, or apart in the format of PEFT.
 
-In training a weight W is parametrized by torch as ``W + scale * B A``, and a state dict holds W, A, B and the scale (see
+In training a weight W is parametrized as ``W + scale * B A``, and a state dict holds W, A, B and the scale (see
 ``parts_of``). An adapter that is kept apart lies beside the weights, with the file names and keys of PEFT, which can
 load it.
 """
