@@ -25,7 +25,7 @@ def find(path: str | None, fallback: str, option: str) -> Path:
 
 
 def load_instrument(path: Path):
-    """Import the module that scores 32 px samples by ``frechet_distance`` and the classifier that ``load()`` returns."""
+    """Import the module that scores 32 px samples: its ``load()`` returns a classifier with ``features``."""
     specification = importlib.util.spec_from_file_location("instrument", path)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
