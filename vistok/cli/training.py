@@ -60,7 +60,7 @@ def train(
 ) -> None:
     """Train a tokenizer on images, or a generator on the tokens of one.
 
-    The config says what is trained, on what, and in which folder (output_dir) the run goes.
+    The config names the model, the data, and the folder of the run (output_dir).
 
     On several GPUs: accelerate launch -m vistok train … (add --use_fsdp --fsdp_version 2 to shard the model), or
     torchrun -m vistok train …

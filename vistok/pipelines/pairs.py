@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 def partly_generated(
     pipe: Pipeline, pixels: Tensor, condition: Condition, sigma: float, keys: Keys, options: Any
 ) -> Tensor:
-    """Decode the tokens of ``pixels`` (B, C, H, W) after all but a share ``sigma`` of them are generated anew.
+    """Images of the tokens of ``pixels`` (B, C, H, W), each kept with probability ``sigma`` and otherwise generated.
 
     Args:
         condition: the generator's condition for the images.

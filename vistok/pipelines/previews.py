@@ -84,7 +84,7 @@ def _previews(pipe: Pipeline, job: Job, every: int) -> Iterator[Preview]:
 
 
 def preview_step(pipe: Pipeline) -> int:
-    """Positions between two previews: a row of the grid, or the ``prefix_step`` of ordered tokens."""
+    """Positions between two previews: ``prefix_step`` of ordered tokens, a row of a grid, else an eighth of all."""
     spec = pipe.tokenizer.spec
     if spec.scales:
         return 1  # every scale shows
