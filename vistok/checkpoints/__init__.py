@@ -1,4 +1,4 @@
-"""Models in files: the base class, saving and loading, official weights, and the table of all models."""
+"""Models on disk: the base class of models, saving and loading, official weights, and the registry of models."""
 
 from vistok.checkpoints.hub import snapshot
 from vistok.checkpoints.model import CONFIG, WEIGHTS, Model, load, read_config

@@ -1,4 +1,4 @@
-"""What all commands print with, and options that several of them have."""
+"""The consoles that all commands print with, and the options that several commands share."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, …; a
 
 
 def print_table(table: Table) -> None:
-    """Fit a table to the terminal; elsewhere it gets all the width it needs, so that names stay whole."""
+    """Print a table, fitted to a terminal; in files and pipes it is as wide as it needs, so that names stay whole."""
     for column in table.columns:
         column.overflow = "fold"
     console = output if output.is_terminal else Console(width=1000)

@@ -1,4 +1,4 @@
-"""``vistok probe`` and ``vistok compare``: tokenizers judged cheaply, one or several."""
+"""``vistok probe`` and ``vistok compare``: quick evaluations of one tokenizer or several."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def probe(
     allow_environment: Environment = False,
     device: Device = None,
 ) -> None:
-    """Judge a tokenizer cheaply: reconstructions, use of its codes, and a small generator on its tokens.
+    """Evaluate a tokenizer quickly: reconstructions, use of its codes, and a small generator on its tokens.
 
-    With data.num_frames a tokenizer of images is judged on clips, frame by frame.
+    With data.num_frames a tokenizer of images is evaluated on clips, frame by frame.
     """
     from vistok.probing import probe as judge
 
@@ -104,7 +104,7 @@ def compare(
     allow_environment: Environment = False,
     device: Device = None,
 ) -> None:
-    """Set several tokenizers side by side on one set of images: rate, distortion, distances, probes, speed.
+    """Compare several tokenizers on one set of images: rate, distortion, distances, probes, speed.
 
     The images are those of the first tokenizer's run, or those that --set names.
     """
@@ -157,7 +157,7 @@ def _allowed(commands: bool, environment: bool) -> Any:
 
 
 def _print(results: list[dict[str, Any]], out: Path) -> None:
-    """A row per measure and a column per tokenizer, which fits a terminal better than the other way round."""
+    """Print a row per measure and a column per tokenizer, which fits a terminal better than the transpose."""
     from vistok.probing.report import table, warnings_of
 
     rows = table(results)

@@ -1,4 +1,4 @@
-"""``vistok sample``, ``reconstruct`` and ``caption``: models at work."""
+"""``vistok sample``, ``pairs``, ``reconstruct``, ``demo`` and ``caption``: commands that run trained models."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def sample(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Generate images: a PNG each, an overview grid.png, and samples.json with what made them.
+    """Generate images: a PNG each, an overview grid.png, and samples.json with all settings.
 
     Sampling options that are not given are those saved with the pipeline.
 
@@ -107,9 +107,9 @@ def pairs(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Generate images of partly real tokens, beside the real ones: what a tokenizer is post-trained on.
+    """Generate images of partly real tokens, paired with the real images, for the post-training of a tokenizer.
 
-    A tokenizer learns from them with data.root=PAIRS/generated data.target_root=PAIRS/real; see
+    To train a tokenizer on the pairs: data.root=PAIRS/generated data.target_root=PAIRS/real; see
     `vistok configs cifar10/post_training`.
 
     On several GPUs, or in several processes: torchrun --nproc_per_node=8 -m vistok pairs …
@@ -186,9 +186,9 @@ def demo(
     max_upload: Annotated[float, typer.Option(metavar="MB", help="Larger uploads are refused.")] = 10,
     device: Device = None,
 ) -> None:
-    """Try runs in a browser: generate, reconstruct a picture, look at its tokens and swap them.
+    """Try runs in a browser: generate images, reconstruct an image, look at its tokens and swap them.
 
-    It listens on this machine alone unless --host says otherwise, and keeps no files of its visitors.
+    The demo listens on this machine only, unless --host says otherwise, and keeps no files of visitors.
     """
     from vistok.demo import launch
 
@@ -196,11 +196,11 @@ def demo(
 
 
 FROM_FOLDER = 16
-"""Images of a folder that are looked at."""
+"""The most images of a folder that are read."""
 
 
 def _image_files(path: Path) -> list[Path]:
-    """The image or video itself; of a folder its first files, wherever they lie in it."""
+    """A file itself; of a folder the first image files in it and in its subfolders."""
     from vistok.data.formats import is_image
 
     if not path.is_dir():
@@ -220,7 +220,7 @@ def caption(
     max_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 64,
     device: Device = None,
 ) -> None:
-    """Say in words what images show, a line for each."""
+    """Describe images in words, a line for each."""
     from vistok.data.decoding import Decoder
     from vistok.data.pictures import open_picture
     from vistok.pipelines import pipeline
@@ -236,7 +236,7 @@ def caption(
 
 
 def _prompts(given: list[str] | None, file: Path | None) -> list[str] | None:
-    """The prompts of the command line, and the lines of a file that are not empty."""
+    """The prompts of the command line, followed by the nonempty lines of ``file``."""
     if not given and file is None:
         return None
     lines = read_lines(file) if file is not None else []

@@ -1,4 +1,4 @@
-"""``vistok eval`` and ``benchmark``: scores, and what they depend on."""
+"""``vistok eval`` and ``benchmark``: scores, with everything that they depend on."""
 
 from __future__ import annotations
 
@@ -244,7 +244,7 @@ def benchmark(
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
-    """Generate many images or clips, keep their features, and score them; the same command continues it.
+    """Generate many images or clips, keep their features, and score them; repeat the command to continue a stopped one.
 
     Several processes share the work: torchrun --nproc-per-node 8 -m vistok benchmark … (with --num-images: torchrun
     takes --num for an option of its own).
@@ -292,7 +292,7 @@ def benchmark(
             pipe,
             out,
             num_images=50_000 if num is None else num,
-            labels=cast(Any, labels),  # which is checked there
+            labels=cast(Any, labels),  # measure checks it
             protocol=protocol or "adm",
             search_from=_search_start(pipe, sampling, guidance_start) if guidance_search else None,
             eval_size=eval_size,
@@ -316,7 +316,7 @@ def _clip_protocols(shape: tuple[int, ...]) -> str:
 
 
 def _search_start(pipe: Any, sampling: dict[str, Any], start: float | None) -> float:
-    """Where a search of the guidance scale begins."""
+    """The guidance scale at which a search begins."""
     own = getattr(pipe.options(**sampling), "guidance_scale", None)
     if own is None:
         raise ValueError(f"{type(pipe.generator).__name__} has no guidance scale to search")
@@ -344,7 +344,7 @@ def _print_scores(result: dict[str, Any]) -> None:
 
 
 def _print_sweep(result: dict[str, Any]) -> None:
-    """One table: a row for each setting, the best one marked."""
+    """Print a table with a row for each setting; the best one is marked."""
     from vistok.eval.report import best_run, score_rows
 
     runs = result["runs"]
@@ -367,7 +367,7 @@ def _print_sweep(result: dict[str, Any]) -> None:
 
 
 def _number(value: float | None, absent: str = "infinite") -> str:
-    """Four decimals, and more of what is small, such as kernel distances."""
+    """Format with four decimals, or four significant digits for small values such as kernel distances."""
     if value is None:
         return absent
     if isinstance(value, int):

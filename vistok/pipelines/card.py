@@ -38,12 +38,12 @@ def model_card(
 
     Args:
         licence: of the weights, by its short name on the hub, such as "apache-2.0".
-        scores: by name; or the folder of a benchmark, or a result.json, whose best setting counts.
-        run: the training run, whose config.yaml the card holds.
+        scores: values by name; or a benchmark's folder or result.json, of which the setting with the lowest FID counts.
+        run: the training run whose config.yaml the card quotes.
 
     Raises:
-        FileNotFoundError: ``run`` or ``scores`` names a folder without what is read there.
-        ValueError: a result.json without scores.
+        FileNotFoundError: the folder ``run`` has no config.yaml, or the folder ``scores`` no result.json.
+        ValueError: the result.json holds no scores.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -90,7 +90,7 @@ def push_to_hub(pipe: Pipeline, repo_id: str, card: ModelCard, *, private: bool,
 
 
 def _task(pipe: Pipeline) -> str:
-    """The hub's word for what it does."""
+    """The pipeline tag of the hub, such as "unconditional-image-generation"."""
     made = "video" if len(pipe.tokenizer.input_shape) == 4 else "image"
     return f"text-to-{made}" if pipe.text.parts else f"unconditional-{made}-generation"
 

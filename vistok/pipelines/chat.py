@@ -28,15 +28,16 @@ MAX_TOKENS = 64
 
 @dataclass(frozen=True)
 class Message:
-    """What was said in one turn.
+    """One turn of a conversation: a text, an image, or both.
 
     Attributes:
-        role: ``human`` or ``assistant``, who is the model.
+        role: ``human``, or ``assistant`` for the model.
         text: None for an image alone.
         image: None for a text alone.
 
     Raises:
-        ValueError: an unknown role, or neither a text nor an image.
+        ValueError: the role is unknown, a value has the wrong type, the message is empty, or a reply of the assistant
+            has both a text and an image.
     """
 
     role: Role
@@ -60,19 +61,19 @@ class Message:
 
 
 class Chat:
-    """A conversation with a model, which replies in text or with an image. Nothing is read twice.
+    """A conversation with a model that replies with a text or an image. The model reads each message once.
 
     Args:
-        pipe: of a generator that writes texts and images.
-        history: what was said before: messages, or mappings with their fields.
-        seed: of the images; the same conversation with the same seed gives the same ones.
+        pipe: a pipeline whose generator writes texts and images.
+        history: earlier messages, also as mappings with the fields of ``Message``.
+        seed: of the images; the same conversation with the same seed gives the same images.
 
     Attributes:
-        messages: what was said so far.
+        messages: all messages so far.
 
     Raises:
-        ValueError: a generator that writes no texts, an unknown role, messages of one role in a row, or a history that
-            does not fit the model.
+        ValueError: the generator writes no texts, a role is unknown, two messages in a row have the same role, or the
+            history does not fit the model.
     """
 
     def __init__(self, pipe: Pipeline, history: Iterable[Message | Mapping[str, Any]] = (), *, seed: int = 0):
@@ -92,18 +93,18 @@ class Chat:
         max_tokens: int = MAX_TOKENS,
         **sampling: Any,
     ) -> Message:
-        """Say something, and get the model's reply.
+        """Add a message of the human, and return the model's reply.
 
         Args:
-            text, image: what is said, or shown, or both.
-            reply: None lets the model choose.
-            max_tokens: of a text.
-            **sampling: options of ``generator.options_type`` for an image, in place of the pipeline's.
+            text, image: the content of the message, one or both.
+            reply: kind of the reply; None lets the model choose.
+            max_tokens: the most tokens of a text.
+            **sampling: options of ``generator.options_type`` for an image; they override the pipeline's.
 
         Raises:
-            ValueError: nothing said, an image to a model that reads none, a text without a text tokenizer, or no room
-                left in the context.
-            ConfigError: an unknown option.
+            ValueError: the message is empty, the model reads no images, the pipeline has no text tokenizer, or the
+                context is full.
+            ConfigError: an option is unknown.
         """
         if reply not in (None, "text", "image"):
             raise ValueError(f"a reply is 'text' or 'image', or None for what the model chooses; got {reply!r}")
@@ -157,7 +158,7 @@ def _message(values: Mapping[str, Any]) -> Message:
 def captions(
     pipe: Pipeline, images: Sequence[Image.Image] | Tensor, question: str | None, max_tokens: int, batch_size: int
 ) -> list[str]:
-    """What the model says of each image, asked a question or nothing."""
+    """Describe each image in words, or answer ``question`` about it."""
     check_whole("max_tokens", max_tokens, least=1)
     check_whole("batch_size", batch_size, least=1)
     pipe.generator.check_writes()
@@ -170,10 +171,10 @@ def captions(
 
 
 def asked(pipe: Pipeline, text: str | None, images: Sequence[Image.Image] | Tensor | None) -> Condition:
-    """The condition of a text, images, or both; the text is the same for all.
+    """The condition of a text, images, or both; the same text goes with every image.
 
     Raises:
-        ValueError: images to a model that reads none, or a text without a text tokenizer.
+        ValueError: the model reads no images, or the pipeline has no text tokenizer.
     """
     spec, parts, rows = pipe.generator.condition_spec, [], 1 if images is None else len(images)
     if images is not None:
@@ -191,7 +192,7 @@ def asked(pipe: Pipeline, text: str | None, images: Sequence[Image.Image] | Tens
 
 
 def _given(tokens: Tensor, length: int) -> Condition:
-    """The condition of images (B, N, ...), padded on the left to the most tokens that a model reads of one."""
+    """The condition of images' tokens (B, N, ...), padded on the left to ``length``, the most that the model reads."""
     missing = length - tokens.shape[1]
     if missing < 0:
         raise ValueError(
@@ -207,7 +208,7 @@ def _given(tokens: Tensor, length: int) -> Condition:
 
 
 def texts(pipe: Pipeline, ids: Tensor) -> list[str]:
-    """What was written (B, n), up to the end mark, without other marks."""
+    """The texts of written ids (B, n), each up to the end token and without special tokens."""
     spec, end, said = pipe.generator.condition_spec.ids, pipe.generator.end, list[str]()
     if spec is None:
         raise ValueError("this generator has no vocabulary of texts")

@@ -1,4 +1,4 @@
-"""What `vistok eval` does with a tokenizer's run, and with a data set that is to become a reference."""
+"""Scores of tokenizers, generated ids and clips, and reference files, for `vistok eval` and `vistok benchmark`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def score_tokenizer(
     processes: Processes,
     allowed: Allowed = NOTHING,
 ) -> dict[str, Any]:
-    """Score a tokenizer on the test split of its data, or on others.
+    """Score a tokenizer on the test split of its data, or on other images.
 
     Args:
         overrides: ``data.key=value`` texts; for a tokenizer that decodes with texts also ``text.key=value``.
@@ -51,7 +51,7 @@ def score_tokenizer(
             "perturbation" for pFID.
 
     Raises:
-        ValueError: another protocol, or statistics in place of images.
+        ValueError: the protocol is not one for this tokenizer, or ``reference`` holds statistics instead of images.
     """
     if protocol not in (None, PAIRS, PERTURBATION) and not is_video_protocol(protocol):
         raise ValueError(f"a tokenizer is scored by the protocol {PAIRS} or {PERTURBATION}, not by {protocol!r}")
@@ -102,7 +102,7 @@ def _score_clip_tokenizer(
     lpips_weights: Path | None,
     processes: Processes,
 ) -> dict[str, Any]:
-    """Reconstructions of clips: with a protocol of clips, or weights of I3D, also by their Frechet video distance."""
+    """Score reconstructions of clips; given a video protocol or I3D weights, also by their Frechet video distance."""
     from vistok.eval.clips import evaluate_clip_tokenizer, load_clip_network
 
     if protocol == PERTURBATION:
@@ -174,7 +174,7 @@ def make_reference_file(
     device: str | None,
     processes: Processes,
 ) -> Provenance:
-    """Make a reference for a protocol; returns what the file tells of itself."""
+    """Make a reference for a protocol; returns the file's provenance."""
     where = processes.device() if device is None else choose_device(device)
     rules = choose_protocol(protocol, None, None)
     network = load_network(rules, weights=weights, device=where)
@@ -188,7 +188,7 @@ def open_lpips(weights: Path | None) -> LPIPS | None:
 
 
 def _check_images(reference: str) -> str:
-    """Refuse statistics where images are needed: with the reason, where they are of training images."""
+    """Return ``reference`` unless it is a file of statistics; then raise ValueError, since images are needed."""
     if Path(reference).suffix != ".npz":
         return reference
     open_reference(reference).check_held_out()

@@ -1,4 +1,4 @@
-"""Keywords of a pipeline's calls: a wrong one is answered with what the call takes."""
+"""Checks of the keywords of a pipeline's calls; errors list what the call takes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SYNONYMS = {
     "num_inference_steps": "num_steps",
     "callback": "callback_on_step_end",
 }
-"""What other codebases call a keyword."""
+"""Keywords of other codebases, and ours."""
 
 
 def check_keywords(call: Callable[..., Any], options_type: type, given: Mapping[str, Any]) -> None:
@@ -34,7 +34,7 @@ def check_keywords(call: Callable[..., Any], options_type: type, given: Mapping[
 
     Args:
         call: a method of a pipeline that takes sampling options as ``**sampling``.
-        given: what came as ``**sampling``.
+        given: the keywords that arrived in ``**sampling``.
     """
     options = [field.name for field in fields(options_type)]
     wrong = [name for name in with_todays_names(options_type, given) if name not in options]
@@ -52,7 +52,7 @@ def check_keywords(call: Callable[..., Any], options_type: type, given: Mapping[
 
 
 def check_whole(name: str, value: Any, *, least: int | None = None) -> None:
-    """Raise ValueError unless the argument ``name`` is a whole number, of at least ``least``, or None."""
+    """Raise ValueError unless ``value``, of the argument ``name``, is None or an integer of at least ``least``."""
     try:
         number = None if value is None else operator.index(value)
     except TypeError:

@@ -12,15 +12,15 @@ from vistok.data.movies import Movie, to_frames
 from vistok.pipelines.display import MOVIES, Shown
 
 NAMED = 8
-"""Classes or prompts that the text of an output tells."""
+"""The most classes or prompts that ``repr`` lists."""
 
 
 @dataclass(frozen=True, repr=False)
 class PipelineOutput(Shown):
-    """What a pipeline generated; in a notebook it shows itself.
+    """What a pipeline generated; notebooks show its images.
 
     Attributes:
-        images: N images, mode RGB or L; of clips each shows its frames in a row.
+        images: N images, mode RGB or L; each clip is one image with its frames in a row.
         tokens: (N, L[, depth]) ids or (N, L, D) latents, on the CPU.
         pixels: (N, C, H, W), or (N, C, T, H, W) of clips, float32 in [-1, 1], on the CPU; ``images`` are these in 8
             bit.
@@ -37,7 +37,7 @@ class PipelineOutput(Shown):
     class_names: list[str] | None = None
 
     def __repr__(self) -> str:
-        """How many images of which size, and what they show: the numbers in them would fill the screen."""
+        """Number, size and names of the images; their tensors would fill the screen."""
         count, _, *frames, height, width = self.pixels.shape
         what = (
             f"{'clip' if frames else 'image'}{'' if count == 1 else 's'}{f' of {frames[0]} frames' if frames else ''}"
@@ -48,7 +48,7 @@ class PipelineOutput(Shown):
 
     @property
     def names(self) -> list[str] | None:
-        """What each image was asked to show, as a grid has it."""
+        """The prompt, class name or class id of each image, for the labels of a grid."""
         if self.prompts is not None:
             return [prompt or "" for prompt in self.prompts]
         return self.class_names or (None if self.labels is None else list(map(str, self.labels)))
@@ -70,5 +70,5 @@ class PipelineOutput(Shown):
         return [Movie(frames) for frames in self.videos]
 
     def _repr_html_(self) -> str | None:
-        """Clips play in a notebook; images have their own pictures."""
+        """Clips as players; None for images, which notebooks show by ``_repr_png_``."""
         return None if self.pixels.ndim != 5 else "\n".join(movie.html(128) for movie in self.movies[:MOVIES])
