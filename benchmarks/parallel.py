@@ -100,6 +100,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=75, help="core-seconds that each generator trains for")
     parser.add_argument("--tokenizer-seconds", type=float, default=120, help="of each tokenizer of CIFAR-10")
     parser.add_argument("--num", type=int, default=500, help="samples that are scored")
+    parser.add_argument("--batch-size", type=int, default=250, help="samples made at once; xAR needs most memory")
     parser.add_argument("--only", nargs="*", default=[row.config for row in ROWS.values()], help="configs")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--root", help="CIFAR-10 as a .zip or folder in ImageFolder layout")
@@ -233,7 +234,7 @@ def measure(
             pipe([label], **sampling)
             alone += time.perf_counter() - begin
     begin = time.perf_counter()
-    made = pipe(list(range(CLASSES)), arguments.num // CLASSES, batch_size=250, **sampling)
+    made = pipe(list(range(CLASSES)), arguments.num // CLASSES, batch_size=arguments.batch_size, **sampling)
     seconds = time.perf_counter() - begin
     figures = {"calls": calls.count / CLASSES, "s_alone": alone / CLASSES, "s_per_image": seconds / len(made.labels)}
     return figures | score(made)
