@@ -1,6 +1,6 @@
-"""Clips: which frames of a video are taken, what is done to them, and batches of them.
+"""Clips: the choice of frames from a video, their transforms, and batches of clips.
 
-A clip is ``num_frames`` frames that lie ``frame_stride`` apart. All its frames are resized, cropped and mirrored alike.
+A clip is ``num_frames`` frames that lie ``frame_stride`` apart. All its frames get the same resizing, crop and flip.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Start = Literal["random", "center", "first"]
 
 @dataclass(frozen=True)
 class ClipTransform:
-    """Which frames make a clip, and what is done to them.
+    """Chooses the frames of a clip, and turns them into pixels.
 
     Attributes:
         num_frames: frames of a clip.

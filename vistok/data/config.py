@@ -36,7 +36,7 @@ CLIP_SOURCES = ("videos", "video_list", "moving_digits")
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images, how they are prepared, and how they are batched.
+    """The source of images or clips, their preparation, and their batches.
 
     Attributes:
         image_size: side of the square images that come out, in pixels.

@@ -102,7 +102,7 @@ class Decoder:
         return _read(file, self.convert)
 
     def header(self, file: IO[bytes]) -> Header:
-        """Read what is known of a file without decoding more than needed; raises what ``read`` raises."""
+        """Read the header of a file without decoding more than needed; raises the errors of ``read``."""
         return _read(file, self._header)
 
     def convert(self, image: Image.Image) -> Image.Image:

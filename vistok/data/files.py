@@ -49,8 +49,8 @@ class FileTree(ABC):
     """The files below ``root``, without hidden files and those that `vistok sample` adds to samples.
 
     Attributes:
-        skipped: what is not read, with the reason: links that lead back or nowhere, special files (reading a pipe
-            would wait for a writer), and entries of an archive that a later entry of the same name replaces.
+        skipped: paths that are not read, with the reason: links that lead back or nowhere, special files (reading a
+            pipe would wait for a writer), and entries of an archive that a later entry of the same name replaces.
     """
 
     def __init__(self, root: Path) -> None:

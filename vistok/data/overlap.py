@@ -61,7 +61,7 @@ def shared_images(trained: Source, held_out: Source) -> Shared:
     """
     looked = _spread(len(held_out))
     if (files := _files(trained)) is not None and (others := _files(held_out)) is not None:
-        found = _same_bytes(files, others, looked)  # a fingerprint knows names and sizes, which other files may share
+        found = _same_bytes(files, others, looked)  # fingerprints have only names and sizes, which may be equal
     elif trained.fingerprint() == held_out.fingerprint():
         found = looked
     elif isinstance(_whole(trained), NAMED) and isinstance(_whole(held_out), NAMED):

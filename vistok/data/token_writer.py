@@ -43,7 +43,7 @@ class TokenShards:
             of several scales.
         classes: names in the order of the labels; empty if unconditional.
         source_fingerprint: of the images, see ``ImageSource.fingerprint``.
-        condition: its ``ids``, ``features`` and ``given`` are what the samples are conditioned on besides classes.
+        condition: the samples are conditioned on its ``ids``, ``features`` and ``given``, besides classes.
         text: by the name of the part, the encoder that made it from texts; see ``TextEncoder.identity``.
         feature_dtype: the dtype in which features are stored.
     """

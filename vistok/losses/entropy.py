@@ -28,8 +28,8 @@ class EntropyLoss(nn.Module):
     """The mean entropy of each position's code probabilities, minus the entropy of their mean over the batch.
 
     Probabilities are softmax(-distance / temperature). The loss is low if every position is confident of its code
-    and the batch uses all codes evenly (MaskGIT, Chang et al. 2022; LlamaGen's quantizer). In training, the mean
-    probabilities are those of all processes, so that the loss is that of one process with the whole batch.
+    and the batch uses all codes evenly (MaskGIT, Chang et al. 2022; LlamaGen's quantizer). In training, probabilities
+    are averaged over all processes, so that several processes minimise the same loss as one with the whole batch.
 
     Args:
         temperature: of the softmax, positive.

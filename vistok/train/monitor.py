@@ -82,7 +82,7 @@ class CodeUsage:
 
 
 class CodebookWatch:
-    """Notices a dying codebook: for ``PATIENCE`` steps, usage stays below ``SHARE`` of what is possible.
+    """Notices a dying codebook: usage stays below ``SHARE`` of the possible usage for ``PATIENCE`` steps.
 
     Args:
         possible: the share of the codebook, 0..1, that uniformly drawn tokens of one log window would use.

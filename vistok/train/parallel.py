@@ -81,8 +81,8 @@ def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
 def shard(model: nn.Module, device: torch.device, *, mixed_precision: str = "no") -> nn.Module:
     """Shard the parameters of a model over all processes (FSDP2), block by block.
 
-    With ``mixed_precision`` bf16, weights that autocast would cast anyway are gathered in bfloat16, at half the traffic,
-    in blocks whose other weights are all norms. All other weights, such as a codebook, are gathered as they are, and
+    With ``mixed_precision`` bf16, weights that autocast would cast anyway are gathered in bfloat16, at half the
+    traffic, in blocks whose other weights are all norms. All other weights, such as a codebook, keep their dtype, and
     gradients are reduced in float32. So the numbers are those of DDP.
     """
     from torch.distributed.device_mesh import init_device_mesh

@@ -1,5 +1,5 @@
-"""Terms of a tokenizer's objective: its own, those of pixels, and an autoregressive prior. Terms with frozen networks
-other than LPIPS are in ``teachers``."""
+"""Terms of a tokenizer's objective: its own terms, pixel and perceptual terms, and an autoregressive prior. Terms with
+other frozen networks are in ``teachers``."""
 
 from __future__ import annotations
 
