@@ -440,6 +440,47 @@ def test_texts_of_shards_begin_without_a_byte_order_mark(tmp_path: Path):
     assert open_source(DataConfig(8, source="webdataset", root=str(path))).captions(0) == ("a cat",)
 
 
+@pytest.mark.parametrize("archive", [False, True])
+def test_an_image_has_its_caption_beside_it(tmp_path: Path, archive: bool, caplog):
+    files = {
+        "cats/a.png": png(0),
+        "cats/a.txt": "a cat\r\n".encode("utf-8-sig"),
+        "cats/b.v2.PNG": png(1),
+        "cats/b.v2.TXT": "zwei Kätzchen".encode(),
+        "cats/c.png": png(2),
+        "cats/c.txt": b"listed elsewhere",
+        "cats/d.png": png(3),
+        "captions.jsonl": b'{"file_name": "cats/c.png", "text": ["one", "two"]}',
+    }
+    root = write_files(tmp_path, files, archive)
+    source = open_source(DataConfig(8, root=str(root)))
+    assert [source.captions(index) for index in range(4)] == [("a cat",), ("zwei Kätzchen",), ("one", "two"), ()]
+    assert "ignored" not in caplog.text
+    assert source.classes == ("cats",)
+    assert not open_images(root).files_read.left_out.count
+
+
+@pytest.mark.parametrize("archive", [False, True])
+def test_texts_beside_no_image_are_counted_and_damaged_ones_named(tmp_path: Path, archive: bool, caplog):
+    root = write_files(tmp_path, {"a.png": png(0), "a.txt": b"\xff\xfe", "notes.txt": b"mine"}, archive)
+    source = open_source(DataConfig(8, root=str(root)))
+    assert "1 file is not an image and is ignored: notes.txt" in caplog.text
+    with pytest.raises(CaptionError, match=r"/a\.txt holds no caption: .*utf-8"):
+        source.captions(0)
+
+
+def write_files(folder: Path, files: dict[str, bytes], archive: bool) -> Path:
+    if archive:
+        with zipfile.ZipFile(folder / "x.zip", "w") as file:
+            for name, content in files.items():
+                file.writestr(name, content)
+        return folder / "x.zip"
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
 def test_entries_of_one_name_are_counted(tmp_path: Path, caplog):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         for name in ("set/a.png", "set/b.png", "set/a.png", "set\\b.png"):

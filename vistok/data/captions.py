@@ -1,9 +1,9 @@
 """Texts that describe images: where each source keeps them, and how they are read.
 
 A folder or .zip has a ``captions.jsonl`` at its top or in a split. Each line is an object with ``file_name`` (relative
-to the folder of ``captions.jsonl``) and ``text`` (one text, or a list of several). Shards have a ``.txt`` file per
-sample, or "caption" or "text" in its ``.json`` file. Data sets of the hub have a column of texts. Digits are spelled
-out.
+to the folder of ``captions.jsonl``) and ``text`` (one text, or a list of several). An image that it does not name may
+have a ``.txt`` file of its name beside it. Shards have a ``.txt`` file per sample, or "caption" or "text" in its
+``.json`` file. Data sets of the hub have a column of texts. Digits are spelled out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from vistok.data.files import CAPTIONS, UNPACKING_ERRORS, FileTree, printable
-from vistok.data.formats import extension
+from vistok.data.formats import TEXT, extension, without_extension
 from vistok.data.tar import contents, open_member
 from vistok.utils.files import is_utf8
 
@@ -41,14 +41,42 @@ class CaptionError(ValueError):
     """A file of captions that cannot be read."""
 
 
-def folder_captions(tree: FileTree, prefix: str) -> dict[str, Captions]:
-    """The captions of a folder's images, by the path of the image.
+class FolderCaptions:
+    """The captions of a folder's images.
 
-    They are read from ``captions.jsonl`` at the top and from the one in ``prefix`` (the folder of a split).
+    A ``captions.jsonl`` at the top, and the one in ``prefix`` (the folder of a split), are read at once; ``.txt`` files
+    when they are asked for.
 
     Raises:
-        CaptionError: a line is no object with ``file_name`` and ``text``, or the file is damaged.
+        CaptionError: a line of ``captions.jsonl`` is no object with ``file_name`` and ``text``, or the file is damaged.
     """
+
+    def __init__(self, tree: FileTree, prefix: str) -> None:
+        self._tree = tree
+        self._listed = _listed_captions(tree, prefix)
+        self._texts = {without_extension(path): path for path in tree.others() if extension(path) == TEXT}
+
+    def of(self, image: str) -> Captions:
+        """The captions of the image with this path: those that are listed, else the text beside it.
+
+        Raises:
+            CaptionError: the .txt file cannot be read, or is not UTF-8.
+        """
+        if image in self._listed:
+            return self._listed[image]
+        path = self._texts.get(without_extension(image))
+        if path is None:
+            return ()
+        try:
+            with self._tree.open(path) as file:
+                return texts_of(file.read().decode("utf-8-sig"))
+        except (OSError, ValueError, *UNPACKING_ERRORS) as error:
+            where = printable(f"{self._tree.root}/{path}")
+            raise CaptionError(f"{where} holds no caption: {error}") from error
+
+
+def _listed_captions(tree: FileTree, prefix: str) -> dict[str, Captions]:
+    """The captions of ``captions.jsonl`` by the path of the image."""
     captions: dict[str, Captions] = {}
     for folder in dict.fromkeys(("", prefix)):
         if folder + CAPTIONS in tree.others():
@@ -114,15 +142,15 @@ class ShardCaptions:
         Raises:
             CaptionError: the .json file is damaged, or a text is not UTF-8.
         """
-        path, key = self._shards[shard], image[: -len(extension(image))]
-        for kind in (".txt", ".json"):
+        path, key = self._shards[shard], without_extension(image)
+        for kind in (TEXT, ".json"):
             place = self._index(shard).get(key + kind)
             if place is None:
                 continue
             with open_member(path, *place) as file:
                 content = file.read()
             try:
-                texts = texts_of(content.decode("utf-8-sig") if kind == ".txt" else _of_json(content))
+                texts = texts_of(content.decode("utf-8-sig") if kind == TEXT else _of_json(content))
             except (ValueError, TypeError, RecursionError) as error:
                 raise CaptionError(f"{path}:{printable(key)}{kind} holds no caption: {error}") from error
             if texts:
@@ -134,9 +162,9 @@ class ShardCaptions:
         if shard not in self._places:
             named = contents(self._shards[shard]).files.items()
             self._places[shard] = {
-                name[: -len(extension(name))] + extension(name): (member.offset_data, member.size)
+                without_extension(name) + extension(name): (member.offset_data, member.size)
                 for name, member in named
-                if extension(name) in (".txt", ".json")
+                if extension(name) in (TEXT, ".json")
             }
         return self._places[shard]
 

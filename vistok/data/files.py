@@ -50,7 +50,8 @@ class FileTree(ABC):
 
     Attributes:
         skipped: paths that are not read, with the reason: links that lead back or nowhere, special files (reading a
-            pipe would wait for a writer), and entries of an archive that a later entry of the same name replaces.
+            pipe would wait for a writer), entries of an archive that a later entry of the same name replaces, and
+            those beside the one folder of an archive that holds all images.
     """
 
     def __init__(self, root: Path) -> None:
@@ -139,7 +140,9 @@ class Archive(FileTree):
     def _list(self) -> Sequence[str]:
         paths = [path for path in self._members if not path.endswith("/")]
         self._wrapper = _wrapper([path for path in paths if not is_hidden(path)])
-        return [path.removeprefix(self._wrapper) for path in paths if path.startswith(self._wrapper)]
+        within = [path for path in paths if path.startswith(self._wrapper)]
+        self.skipped += sorted(path for path in set(paths) - set(within) if not is_hidden(path))
+        return [path.removeprefix(self._wrapper) for path in within]
 
     def open(self, path: str) -> IO[bytes]:
         info = self._members[self._wrapper + path]
@@ -206,7 +209,12 @@ def is_hidden(path: str) -> bool:
 
 
 def _wrapper(paths: Sequence[str]) -> str:
-    """The single top folder of all images, with its slash; "" if there are several, or if it is a split."""
+    """The single top folder of all images, with its slash.
+
+    "" if there are several, if it is a split, or if captions lie beside it, whose paths begin with its name.
+    """
+    if CAPTIONS in paths:
+        return ""
     tops = {path.partition("/")[0] for path in paths if is_image(path)}
     top = tops.pop() if len(tops) == 1 else ""
     return f"{top}/" if top and top not in SPLITS and not is_image(top) else ""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-from vistok.data.captions import folder_captions
+from vistok.data.captions import FolderCaptions
 from vistok.data.decoding import Decoder
 from vistok.data.files import SPLITS, FileTree, open_tree, printable
 from vistok.data.formats import image_extensions
@@ -65,11 +65,11 @@ class FolderSource(FileSource):
         )
 
     def captions(self, index: int) -> tuple[str, ...]:
-        return self._captions.get(self.files.path(index), ())
+        return self._captions.of(self.files.path(index))
 
     @cached_property
-    def _captions(self) -> dict[str, tuple[str, ...]]:
-        return folder_captions(self._tree, self.prefix)
+    def _captions(self) -> FolderCaptions:
+        return FolderCaptions(self._tree, self.prefix)
 
 
 def _split_prefix(images: Sequence[str], split: str, tree: FileTree) -> str:

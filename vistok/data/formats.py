@@ -21,6 +21,9 @@ PostScript to an external program."""
 LOSSY_IF_READABLE = {".avif": True, ".heic": True, ".heif": True}
 """Formats that only some builds of Pillow, or plug-ins that register themselves, can decode."""
 
+TEXT = ".txt"
+"""The extension of a file that holds the caption of the image of the same name."""
+
 
 @cache
 def image_extensions() -> tuple[str, ...]:
@@ -44,6 +47,11 @@ def extension(name: str) -> str:
     """What follows the last dot of a file's name, with the dot, in lower case; "" if there is none."""
     stem, dot, last = name.rpartition("/")[2].rpartition(".")
     return f".{last.lower()}" if dot and stem else ""
+
+
+def without_extension(name: str) -> str:
+    """A file's name up to its extension."""
+    return name[: len(name) - len(extension(name))]
 
 
 def is_image(name: str) -> bool:

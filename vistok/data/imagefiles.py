@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import IO, NamedTuple
 
 from vistok.data.files import CAPTIONS, FileTree, printable
+from vistok.data.formats import TEXT, extension, without_extension
 
 SHOWN = 5
 """How many names a message about several files gives."""
@@ -68,6 +69,11 @@ class ImageFiles(ABC):
         """The name of a file in messages."""
 
 
+def _is_caption(path: str, images: Set[str]) -> bool:
+    """Whether a file holds captions of ``images``, which are paths without their extensions."""
+    return path.rpartition("/")[2] == CAPTIONS or (extension(path) == TEXT and without_extension(path) in images)
+
+
 class TreeFiles(ImageFiles):
     """Images of a folder or zip archive.
 
@@ -81,7 +87,8 @@ class TreeFiles(ImageFiles):
         self.source = printable(str(tree.root))
         self.paths: Sequence[str] = [path for path in tree.images() if path.startswith(prefix)]
         others = [path for path in [*tree.others(), *tree.skipped] if path.startswith(prefix)]
-        self.left_out = LeftOut.of(path for path in others if path.rpartition("/")[2] != CAPTIONS)
+        images = set(map(without_extension, self.paths))
+        self.left_out = LeftOut.of(path for path in others if not _is_caption(path, images))
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -23,7 +23,7 @@ from torch import Tensor
 from vistok.data.decoding import DECODING_ERRORS, Decoder, Header, Reading
 from vistok.data.files import NPY_ERRORS, open_tree, printable
 from vistok.data.folders import divided_at
-from vistok.data.formats import extension, image_extensions, is_image, is_lossy
+from vistok.data.formats import extension, image_extensions, is_image, is_lossy, without_extension
 from vistok.data.imagefiles import ImageFiles, LeftOut, TreeFiles
 from vistok.data.pictures import to_uint8
 from vistok.data.shards import ShardFiles, shard_paths
@@ -203,7 +203,7 @@ class FileImages:
             raise ImageError(f"no images in {self.source}; expected {', '.join(image_extensions())} files{beside}")
         self._order = sorted(range(len(files)), key=files.path)
         paths = [files.path(index) for index in self._order]
-        self.names = [printable(path[: len(path) - len(extension(path))]) for path in paths]
+        self.names = [printable(without_extension(path)) for path in paths]
         self.count = len(paths)
         self.lossy = sum(map(is_lossy, paths))
         with ThreadPoolExecutor(THREADS) as pool:
