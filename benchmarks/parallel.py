@@ -43,7 +43,7 @@ class Row:
     """A line of the table.
 
     Attributes:
-        config: the generator's config in configs/cifar10.
+        config: the generator's config, cifar10/NAME.
         tokenizer: the tokenizer whose tokens the generator models.
         digits: overrides of the config for digits, which have 4x4 tokens.
         sampling: sampling options in addition to those of the config.

@@ -49,7 +49,7 @@ def prefix_lengths(spec: TokenSpec) -> list[int]:
 @torch.no_grad()
 def decode_prefixes(tokenizer: Tokenizer, pixels: Tensor, lengths: list[int], batch_size: int = 250) -> list[Tensor]:
     """Pixels (N, 3, 32, 32) decoded from the first k ids, for each k, all from the same noise, with the config's steps
-    and guidance (none in ``configs/cifar10``)."""
+    and guidance (none in the cifar10 configs)."""
     parts = []
     for start in range(0, len(pixels), batch_size):
         ids = tokenizer.encode(pixels[start : start + batch_size])

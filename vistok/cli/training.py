@@ -23,7 +23,7 @@ def quickstart(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of everything.")] = 0,
 ) -> None:
-    """Run the whole chain on embedded digits, in five to ten minutes on a CPU, offline.
+    """Run the whole chain on embedded digits, in three to seven minutes on two cores, offline.
 
     Trains a tokenizer and a generator, samples, scores the samples, and writes report.html.
     """
