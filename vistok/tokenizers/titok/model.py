@@ -289,30 +289,25 @@ class TiTok(Tokenizer):
         draws: Draws | None = None,
     ) -> TokenizerOutput:
         """Loss terms: those of the quantizer, by default "codebook" and "commitment" (B, N); of a "vae" "kl" (B,), in
-        nats per image. Features: "latents" and "quantized", both the decoder's input (B, N, D); unless the output is
-        "pixels", also "code_logits" (B, P, K)."""
-        tokens, quantized, losses = self._bottleneck(self.latents(pixels), draws)
-        return self._rendered(self.decode_latents(quantized, condition), tokens, quantized, losses)
+        nats per image. Features: "latents", before quantization, and "quantized", the decoder's input, (B, N, D) each,
+        which are the same of a "vae"; unless the output is "pixels", also "code_logits" (B, P, K)."""
+        tokens, latents, quantized, losses = self._bottleneck(self.latents(pixels), draws)
+        decoded, features = self.decode_latents(quantized, condition), {"latents": latents, "quantized": quantized}
+        if self.output == "pixels":
+            return TokenizerOutput(self.render(decoded), tokens, losses, features)
+        logits = self.head(decoded)
+        reconstruction = None if self.renderer is None else self.from_native(self.renderer(logits))
+        return TokenizerOutput(reconstruction, tokens, losses, features | {"code_logits": logits})
 
-    def _bottleneck(self, hidden: Tensor, draws: Draws | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Tokens, the decoder's input, and loss terms, from the encoder's output."""
+    def _bottleneck(self, hidden: Tensor, draws: Draws | None) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """Tokens, latents, the decoder's input, and loss terms, from the encoder's output."""
         if self.has_posterior:
             mean, log_variance = self.quantizer.moments(hidden)
             latents = self.quantizer.choose(mean, log_variance, draws)
             kl = gaussian_kl(mean, log_variance).flatten(1).sum(1)
-            return self.quantizer.standardise(latents), latents, {"kl": kl}
+            return self.quantizer.standardise(latents), latents, latents, {"kl": kl}
         output = self._in_full_precision(partial(self.quantizer, draws=draws), hidden)
-        return output.ids, output.quantized, output.losses
-
-    def _rendered(
-        self, features: Tensor, tokens: Tensor, quantized: Tensor, losses: dict[str, Tensor]
-    ) -> TokenizerOutput:
-        named = {"latents": quantized, "quantized": quantized}
-        if self.output == "pixels":
-            return TokenizerOutput(self.render(features), tokens, losses, named)
-        logits = self.head(features)
-        pixels = None if self.renderer is None else self.from_native(self.renderer(logits))
-        return TokenizerOutput(pixels, tokens, losses, named | {"code_logits": logits})
+        return output.ids, hidden, output.quantized, output.losses
 
     @staticmethod
     def _in_full_precision(function, latents: Tensor):
