@@ -218,7 +218,7 @@ class KLVAE(Tokenizer):
         mean, log_variance = (torch.cat(values) for values in zip(*parts))
         self.gaussian.fit(mean, log_variance)
         statistics = {"latent_mean": self.gaussian.mean, "latent_scale": self.gaussian.scale}
-        self._arguments |= {name: tuple(values.tolist()) for name, values in statistics.items()}
+        self.change_arguments(**{name: tuple(values.tolist()) for name, values in statistics.items()})
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:

@@ -328,7 +328,7 @@ class TiTok(Tokenizer):
         parts = [self.quantizer.moments(self.latents(part)) for part in pixels.split(8)]
         self.quantizer.fit(*(torch.cat(values) for values in zip(*parts)))
         statistics = {"latent_mean": self.quantizer.mean, "latent_scale": self.quantizer.scale}
-        self._arguments |= {name: tuple(values.tolist()) for name, values in statistics.items()}
+        self.change_arguments(**{name: tuple(values.tolist()) for name, values in statistics.items()})
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
