@@ -237,6 +237,8 @@ def test_the_feature_latents_is_what_tokens_are_made_of(name, arguments):
     assert not torch.allclose(latents, output.features["quantized"])
     if name == "var_vq":  # whose quantizer reads maps
         latents = rearrange(latents, "b (h w) d -> b d h w", h=model.spec.scales[-1][0])
+    if hasattr(model, "latents"):
+        assert torch.equal(model.latents(pixels(model)), latents)
     quantizer = getattr(model, "tokenizer", model).quantizer
     assert torch.equal(quantizer.encode(latents), model.encode(pixels(model)))
 

@@ -236,16 +236,17 @@ class GigaTok(Tokenizer):
         self.check_pixels(pixels)
         return self.encoder(pixels)
 
-    def latents(self, spatial: Tensor) -> Tensor:
+    def map_latents(self, spatial: Tensor) -> Tensor:
         """A feature map (B, z_channels, h, w) to latents (B, L, code dim), before quantization."""
         return self.pre_quant(self.token_encoder(spatial))
 
-    def encode_latents(self, pixels: Tensor) -> Tensor:
-        return self.latents(self.encode_map(pixels))
+    def latents(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, C, H, W) in [-1, 1] to latents (B, L, code dim), before quantization."""
+        return self.map_latents(self.encode_map(pixels))
 
     def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
         self.check_condition(condition)
-        return self.quantize(self.latents(self.encode_map(pixels)))
+        return self.quantize(self.latents(pixels))
 
     def decode(self, tokens: Tensor, *, condition: Condition | None = None) -> Tensor:
         """Ids (B, L), or multi-scale ids (see ``dequantize``), to pixels (B, C, H, W).
@@ -276,7 +277,7 @@ class GigaTok(Tokenizer):
         """
         self.check_condition(condition)
         spatial = self.encode_map(pixels)
-        latents = self.latents(spatial)
+        latents = self.map_latents(spatial)
         quantized = self.quantizer(latents, draws=draws)
         decoded = self.token_decoder(self.post_quant(quantized.quantized))
         features = {
