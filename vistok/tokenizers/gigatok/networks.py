@@ -46,7 +46,7 @@ class PositionedAttention(nn.Module):
             rearrange(project(x), "b n (h d) -> b h n d", h=self.num_heads)
             for project, x in ((self.q, query), (self.k, key), (self.v, value))
         )
-        return self.out(attend(q, k, v, None, False))
+        return self.out(attend(q, k, v))
 
 
 class SelfAttentionBlock(nn.Module):
