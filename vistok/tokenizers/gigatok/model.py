@@ -186,7 +186,8 @@ class GigaTok(Tokenizer):
             adaptive_norm=adaptive_norm,
             **options,
         )
-        self.encoder.apply(initialise), self.decoder.apply(initialise)
+        self.encoder.apply(initialise)
+        self.decoder.apply(initialise)
         around = (z_channels, self.map_grid)
         self.token_encoder: QueryEncoder | GridEncoder
         self.token_decoder: QueryDecoder | GridDecoder

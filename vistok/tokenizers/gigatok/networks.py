@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from vistok.nn.alignment import AlignmentConfig, AlignmentHead
 from vistok.nn.attention import attend
 from vistok.nn.containers import ModuleList
+from vistok.nn.initialisation import truncated_normal
 from vistok.nn.mlp import MLP
 from vistok.nn.vit import TransformerSize
 
@@ -330,13 +331,11 @@ def learned_positions(count: int, dim: int) -> nn.Parameter:
 
 
 def initialise(module: nn.Module) -> None:
-    """Truncated normal weights of standard deviation 0.02, zero biases; for ``nn.Module.apply``."""
+    """Truncated normal weights, zero biases; for ``nn.Module.apply``."""
     if isinstance(module, PositionedAttention):
         # Xavier-uniform for the three projections as one matrix (3 D, D).
         bound = math.sqrt(6 / (4 * module.q.in_features))
         for projection in (module.q, module.k, module.v):
             nn.init.uniform_(projection.weight, -bound, bound)
-    elif isinstance(module, nn.Linear | nn.Conv2d):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+    else:
+        truncated_normal(module)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from vistok.draws import Draws
-from vistok.losses.vit_discriminator import initialise
+from vistok.nn.initialisation import xavier_uniform
+from vistok.nn.vit import TransformerSize
 from vistok.quantizers import StochasticQuantizer, VectorQuantizer
 from vistok.quantizers.named import chosen_quantizer
 from vistok.quantizers.scaled import spec_of
@@ -176,7 +177,7 @@ class LARP(Tokenizer):
             typed=frozenset(types),
             norm_eps=norm_eps,
         )
-        self.apply(initialise)
+        self.apply(xavier_uniform)
         # The first reconstruction is black.
         nn.init.zeros_(self.decoder.to_pixels.weight)
 

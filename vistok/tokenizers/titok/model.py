@@ -19,7 +19,8 @@ from torch import Tensor
 
 from vistok.checkpoints import CheckpointError, OfficialCheckpoint
 from vistok.checkpoints.official_config import OfficialConfig
-from vistok.draws import Draws, Keys
+from vistok.draws import Draws
+from vistok.nn.initialisation import truncated_normal
 from vistok.quantizers import VectorQuantizer
 from vistok.quantizers.gaussian import GaussianLatents, gaussian_kl
 from vistok.quantizers.named import chosen_quantizer
@@ -37,7 +38,6 @@ from vistok.tokenizers.titok.networks import (
     Encoder,
     PixelHead,
     TransformerSize,
-    initialise,
     learned,
 )
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec, as_dataclass
@@ -188,7 +188,7 @@ class TiTok(Tokenizer):
             else CodeHead(decoder.dim, codec.codebook_size)
         )
         for name in self.truncated_normal:
-            getattr(self, name).apply(partial(initialise, std=init_std))
+            getattr(self, name).apply(partial(truncated_normal, std=init_std))
         self.renderer = CodecRenderer(codec, self.decoder_grid, in_channels) if output == "codec" else None
         if bottleneck == "vae":
             self.quantizer = GaussianLatents(token_dim, latent_mean, latent_scale)
