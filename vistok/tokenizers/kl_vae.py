@@ -20,7 +20,8 @@ from torch import Tensor
 from vistok.checkpoints import CheckpointError, OfficialCheckpoint, read_weights, rename, snapshot
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.checkpoints.weights import without_losses
-from vistok.draws import Draws, Keys
+from vistok.draws import Draws
+from vistok.nn.conv import check_groups
 from vistok.quantizers.gaussian import GaussianLatents, gaussian_kl
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec
@@ -162,10 +163,6 @@ class KLVAE(Tokenizer):
         self.check_condition(condition)
         return finite_latents(self.gaussian.standardise(self.gaussian.choose(*self.moments(pixels), draws)))
 
-    def encode_moments(self, pixels: Tensor) -> Tensor:
-        """The posterior of the standardised latents, (B, L, 2D): means, then log-variances."""
-        return self.gaussian.standardised_moments(*self.moments(pixels))
-
     def decode(
         self, tokens: Tensor, *, condition: Condition | None = None, grid: tuple[int, int] | None = None
     ) -> Tensor:
@@ -206,19 +203,6 @@ class KLVAE(Tokenizer):
         reconstruction = self.decode_latents(latents, self.spec_for(pixels.shape[1:]).raster)
         losses = {"kl": gaussian_kl(mean, log_variance).flatten(1).sum(1)}
         return TokenizerOutput(reconstruction, self.gaussian.standardise(latents), losses, {"latents": latents})
-
-    def training_draws(self, keys: Keys) -> Draws:
-        return {"posterior": keys.normal("posterior", self.spec.length, self.spec.dim)}
-
-    @torch.no_grad()
-    def standardise(self, pixels: Tensor) -> None:
-        """Set ``latent_mean`` and ``latent_scale`` so that posterior samples of these images have mean 0 and standard
-        deviation 1 in every channel."""
-        parts = [self.moments(part) for part in pixels.split(8)]
-        mean, log_variance = (torch.cat(values) for values in zip(*parts))
-        self.gaussian.fit(mean, log_variance)
-        statistics = {"latent_mean": self.gaussian.mean, "latent_scale": self.gaussian.scale}
-        self.change_arguments(**{name: tuple(values.tolist()) for name, values in statistics.items()})
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
