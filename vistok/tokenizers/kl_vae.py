@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -120,7 +119,8 @@ class KLVAE(Tokenizer):
         self._input_shape = (in_channels, height, width)
         self._latent_channels = latent_channels
         self._spec = self.spec_for(self._input_shape)
-        _check_widths(block_out_channels, norm_groups)
+        for width in block_out_channels:
+            check_groups(width, norm_groups)
         up_types = _block_types("UpDecoderBlock2D", "AttnUpDecoderBlock2D", decoder_attention, levels)
         self.vae: Any = AutoencoderKL(  # diffusers does not declare the types of its layers
             in_channels=in_channels,
@@ -151,7 +151,6 @@ class KLVAE(Tokenizer):
         return TokenSpec(grid[0] * grid[1], None, self._latent_channels, grid=grid)
 
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """The posterior of pixels (B, C, H, W) before standardisation: mean and log-variance, (B, L, D) each."""
         self.check_pixels(pixels)
         hidden = self.vae.encoder(pixels)
         if self.vae.quant_conv is not None:
@@ -370,15 +369,6 @@ def _block_types(plain: str, attending: str, attention: tuple[int, ...], levels:
     if any(not 0 <= level < levels for level in attention):
         raise ValueError(f"attention at levels {tuple(attention)}, but there are levels 0..{levels - 1} (0 is finest)")
     return tuple(attending if level in attention else plain for level in range(levels))
-
-
-def _check_widths(widths: tuple[int, ...], groups: int) -> None:
-    wrong = [width for width in widths if width % groups]
-    if wrong:
-        raise ValueError(
-            f"{wrong[0]} channels cannot be split into {groups} groups for group norm; take block_out_channels that "
-            "are multiples of norm_groups, or a smaller norm_groups"
-        )
 
 
 def _read_diffusers_config(folder: Path) -> dict[str, Any]:
