@@ -34,8 +34,8 @@ from vistok.tokenizers.gigatok.networks import (
     TransformerSize,
     initialise,
 )
-from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec, as_dataclass
-from vistok.utils.sides import image_sides
+from vistok.types import MAIN, Clock, Condition, TokenizerOutput, TokenSpec, as_dataclass
+from vistok.utils.sides import grid_of, image_sides
 
 CHANNEL_MULT = (1, 1, 2, 2, 4)
 ALIGNMENT = AlignmentConfig()
@@ -167,7 +167,7 @@ class GigaTok(Tokenizer):
             )
         height, width = image_sides(image_size)
         self._input_shape = (in_channels, height, width)
-        self.map_grid = _grid((height, width), 2 ** (len(encoder_channel_mult) - 1))
+        self.map_grid = grid_of((height, width), 2 ** (len(encoder_channel_mult) - 1))
         num_tokens = num_tokens if layout == "1d" else math.prod(self.map_grid)
         grid = None if layout == "1d" else self.map_grid
         encoder_size, decoder_size = (as_dataclass(TransformerSize, size) for size in (encoder_size, decoder_size))
@@ -291,7 +291,7 @@ class GigaTok(Tokenizer):
         if decoded.aligned is not None:
             features["alignment"] = decoded.aligned
         losses = quantized.losses | {"feature": F.mse_loss(decoded.spatial, spatial.detach())}
-        reconstructions = {"main": self.decoder(decoded.spatial)}
+        reconstructions = {MAIN: self.decoder(decoded.spatial)}
         if self.training and clock is not None and clock.step < self.direct_until:
             reconstructions["direct"] = self.decoder(spatial)
         return TokenizerOutput(reconstructions, quantized.ids, losses, features)
@@ -299,11 +299,3 @@ class GigaTok(Tokenizer):
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
         return cls(**official.model_arguments(config, state_dict)).with_official_weights(official.our_names(state_dict))
-
-
-def _grid(size: tuple[int, int], stride: int) -> tuple[int, int]:
-    if min(size) < 1 or size[0] % stride or size[1] % stride:
-        raise ValueError(
-            f"image sides must be multiples of {stride}, got {size[0]}x{size[1]}; choose another image_size"
-        )
-    return size[0] // stride, size[1] // stride
