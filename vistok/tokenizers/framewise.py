@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -159,7 +159,7 @@ class Framewise(Tokenizer):
         self.tokenizer.standardise(_frames(pixels))
         self.change_arguments(tokenizer=_section(self.tokenizer))
 
-    def _draws(self, make, keys: Keys) -> Draws:
+    def _draws(self, make: Callable[[Keys], Draws], keys: Keys) -> Draws:
         """Draws (B, T, …), with keys of its own for every frame."""
         indices = [index * self.num_frames + frame for index in keys.indices for frame in range(self.num_frames)]
         draws = make(keys.at(indices))
