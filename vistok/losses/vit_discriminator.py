@@ -1,4 +1,4 @@
-"""A vision transformer over the patches of a clip as discriminator: one logit per clip.
+"""A vision transformer over the patches of a clip as a discriminator, with one logit per clip.
 
 LARP (arXiv 2410.21264), github.com/hywang66/LARP (MIT).
 """
@@ -30,7 +30,7 @@ class ViTDiscriminator(Discriminator):
         norm_eps: eps of the blocks' LayerNorms.
 
     Raises:
-        ValueError: sizes that patches do not divide.
+        ValueError: the sizes are not multiples of the patches.
     """
 
     def __init__(
