@@ -67,7 +67,7 @@ def packed_velocity(decoder: FlowDecoder, noisy: Tensor, t: float, registers: Te
 
 def attention(block, x: Tensor, mask: Tensor) -> Tensor:
     q, k, v = block.attn.qkv(x).unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    return block.attn.out(attend(block.attn.q_norm(q), block.attn.k_norm(k), v, mask, False, scale=block.attn.scale))
+    return block.attn.out(attend(block.attn.q_norm(q), block.attn.k_norm(k), v, mask=mask, scale=block.attn.scale))
 
 
 def packed_decode(decoder: FlowDecoder, codes: Tensor, lengths: Tensor, noise: Tensor, num_steps: int) -> Tensor:

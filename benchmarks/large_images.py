@@ -19,7 +19,7 @@ import numpy as np
 from common import finish, say
 from PIL import Image
 
-from vistok.data.decoding import Decoder
+from vistok.data.decoding import ImageDecoder
 from vistok.data.transforms import center_crop_adm
 
 KINDS = {
@@ -52,7 +52,7 @@ def read(file: Path, size: int) -> tuple[float, float]:
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, begin = kibibytes("VmRSS"), time.process_time()
     with file.open("rb") as opened:
-        center_crop_adm(Decoder(side=size).read(opened), size)
+        center_crop_adm(ImageDecoder(side=size).read(opened), size)
     return (kibibytes("VmHWM") - before) / 1024, time.process_time() - begin
 
 

@@ -85,7 +85,8 @@ class TokenSpec:
             lengths: (B,) integers, the number of ids that each image is decoded from; None for all k.
 
         Raises:
-            ValueError: an id is out of range, or a length is 0, too long, or no multiple of ``prefix_step``.
+            ValueError: an id is out of range, there are more ids than an image has, or a length is 0, too long, or no
+                multiple of ``prefix_step``.
         """
         self.check_ids(tokens)
         given = tokens.shape[1]
@@ -97,13 +98,13 @@ class TokenSpec:
             )
         lengths = lengths.to(tokens.device, torch.int64)
         step = self.prefix_step or self.length
-        wrong = lengths[(lengths < 1) | (lengths > min(given, self.length)) | (lengths % step != 0)]
+        multiples = f"a multiple of {step} " if step > 1 else ""
+        allowed = f"a prefix has {multiples}from {step} to {self.length} tokens"
+        if given > self.length:
+            raise ValueError(f"cannot decode {given} tokens: {allowed}")
+        wrong = lengths[(lengths < 1) | (lengths > given) | (lengths % step != 0)]
         if len(wrong):
-            multiples = f"a multiple of {step} " if step > 1 else ""
-            raise ValueError(
-                f"cannot decode {int(wrong[0])} tokens of {given} given: a prefix has {multiples}from {step} to "
-                f"{self.length} tokens"
-            )
+            raise ValueError(f"cannot decode {int(wrong[0])} tokens of {given} given: {allowed}")
         return lengths
 
     def decodable(self, count: int) -> int:

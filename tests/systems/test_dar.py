@@ -127,6 +127,7 @@ def test_other_sizes_work_too(model):
         (lambda ids: ids[:, :0], {}, "cannot decode 0 tokens"),
         (lambda ids: ids[:, :3], {}, "cannot decode 3 tokens of 3 given: a prefix has a multiple of 2 from 2 to 8"),
         (lambda ids: torch.cat([ids, ids], 1), {}, "cannot decode 16 tokens"),
+        (lambda ids: torch.cat([ids, ids], 1), {"lengths": torch.tensor([2, 4, 8])}, "cannot decode 16 tokens: "),
         (lambda ids: ids, {"lengths": torch.tensor([2, 4, 5])}, "cannot decode 5 tokens"),
         (lambda ids: ids + 32, {}, r"out of range: this codebook has ids 0\.\.31"),
         (lambda ids: ids, {"num_steps": 0}, "num_steps must be an integer of at least 1, got 0"),

@@ -141,9 +141,11 @@ def test_stochastic_gradient_passes_through_the_normalised_latents(seed, tempera
     torch.testing.assert_close(output.quantized, quantizer.ids_to_latents(output.ids))
 
 
-def test_temperature_must_be_positive():
+def test_a_stochastic_quantizer_names_what_is_wrong():
     with pytest.raises(ValueError, match="temperature must be positive or 'learned', got -1"):
         StochasticQuantizer(8, 3, temperature=-1)
+    with pytest.raises(ValueError, match="codebook_size and dim must be at least 1, got 0 and 3"):
+        StochasticQuantizer(0, 3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

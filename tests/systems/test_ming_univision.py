@@ -341,6 +341,11 @@ def test_experts_of_few_and_of_many_tokens_are_the_same(renormalise):
     assert not torch.allclose(moe(x), many, atol=1e-3)
 
 
+def test_a_third_router_would_route_no_tokens():
+    with pytest.raises(ValueError, match="num_routers must be 1 or 2, got 3"):
+        MixtureOfExperts(8, 6, 4, 2, num_routers=3)
+
+
 def test_experts_learn():
     moe = randomise(MixtureOfExperts(8, 6, 4, 2, num_routers=2))
     x = Keys.range(0, 1).normal("x", 64, 8)

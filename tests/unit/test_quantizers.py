@@ -169,6 +169,28 @@ def test_dead_codes_move_onto_latents_once_gradients_are_there():
     assert torch.equal(quantizer.embedding.weight, after)
 
 
+def test_restart_of_a_residual_quantizer_counts_steps_and_the_codes_of_all_levels():
+    torch.manual_seed(0)
+    shared = VectorQuantizer(64, 4, restart_after=2)
+    residual, z = ResidualQuantizer(shared, 3).train(), latents(n=4)
+    before, idle = shared.embedding.weight.detach().clone(), shared.restart.idle.clone()
+    residual.encode(z)
+    assert torch.equal(shared.restart.idle, idle)  # only a training step counts
+    used = residual(z).ids.unique()
+    assert (shared.restart.idle[used] == 0).all()
+    assert shared.restart.idle.max() == 3
+    residuals = torch.stack([rest for rest, _ in residual._levels(z)], -2).flatten(0, -2)
+    shared.after_backward()
+    moved = (shared.embedding.weight != before).any(-1)
+    assert not moved[used].any()
+    assert moved.sum() == 64 - len(used)
+    chosen = (shared.embedding.weight[moved, None] == residuals).all(-1)
+    assert chosen.any(1).all()
+    assert len((chosen.int().argmax(1) % 3).unique()) == 3  # of all levels
+    with pytest.raises(ValueError, match="cannot cluster"):
+        ResidualQuantizer(VectorQuantizer(8, 4, clustering=True), 2)
+
+
 def test_no_restart_in_evaluation():
     torch.manual_seed(0)
     quantizer = VectorQuantizer(64, 4, restart_after=1).eval()

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 
 from vistok.data import DataConfig, decoding, files, open_source, training_loader
 from vistok.data.captions import CaptionError
-from vistok.data.decoding import Decoder
+from vistok.data.decoding import ImageDecoder
 from vistok.data.formats import image_extensions
 from vistok.data.loader import TooManyUnreadableError
 from vistok.data.masks import pixel_masks
@@ -127,7 +127,7 @@ def test_photos_are_upright(tmp_path: Path, orientation: int, extension: str):
     [seen] = training_images(tmp_path).values()
     assert np.array_equal(seen, upright)
     assert open_images(tmp_path).size == upright.shape[:2]
-    assert np.array_equal(np.asarray(open_picture(tmp_path / f"a.{extension}", Decoder())), upright)
+    assert np.array_equal(np.asarray(open_picture(tmp_path / f"a.{extension}", ImageDecoder())), upright)
     square = from_pil([Image.open(tmp_path / f"a.{extension}")], (10, 10), 3)
     assert torch.equal(square, from_pil([Image.fromarray(upright)], (10, 10), 3))
 
@@ -155,9 +155,9 @@ def test_transparent_parts_are_white(tmp_path: Path):
     [seen] = training_images(tmp_path).values()
     assert np.array_equal(seen[:, :3], colours[:, :3])
     assert (seen[:, 3:] == 255).all()
-    half = Decoder().convert(Image.new("RGBA", (1, 1), (55, 55, 55, 128)))
+    half = ImageDecoder().convert(Image.new("RGBA", (1, 1), (55, 55, 55, 128)))
     assert abs(half.getpixel((0, 0))[0] - 155) <= 1
-    assert Decoder(1).convert(Image.new("LA", (1, 1), (0, 0))).getpixel((0, 0)) == 255
+    assert ImageDecoder(1).convert(Image.new("LA", (1, 1), (0, 0))).getpixel((0, 0)) == 255
 
 
 def test_masks_mark_nothing_where_nothing_is():
@@ -214,7 +214,7 @@ def test_pixels_that_could_mean_anything_are_refused_by_name(tmp_path: Path, val
     with pytest.raises(ImageError, match=rf"a\.tif: its pixels are {message}"):
         list(open_images(tmp_path).batches(1))
     with pytest.raises(ValueError, match=message):
-        open_picture(tmp_path / "a.tif", Decoder())
+        open_picture(tmp_path / "a.tif", ImageDecoder())
 
 
 def test_what_is_not_read_is_counted_and_named_on_both_sides(tmp_path: Path, caplog):
@@ -811,11 +811,11 @@ def test_every_large_photo_becomes_small_at_once(tmp_path: Path, monkeypatch, ki
     last = kind.rpartition(" ")[2]
     image.save(tmp_path / f"a.{last}", **({"quality": 95} if last in ("jpg", "mpo", "webp") else {}))
     with (tmp_path / f"a.{last}").open("rb") as file:
-        whole = Decoder(side=64).read(file)
+        whole = ImageDecoder(side=64).read(file)
     monkeypatch.setattr(decoding, "LARGE", 1_000_000)
     monkeypatch.setattr(decoding, "STRIP", 100_000)
     with (tmp_path / f"a.{last}").open("rb") as file:
-        small = Decoder(side=64).read(file)
+        small = ImageDecoder(side=64).read(file)
     assert (whole.size, small.size) == ((1600, 1201), (200, 151))
     seen, exact = (np.asarray(center_crop_adm(one, 64), dtype=int) for one in (small, whole))
     assert np.abs(seen - exact).max() <= 2
@@ -831,7 +831,7 @@ def test_a_large_webp_is_decoded_once_to_what_pillow_makes_of_it(tmp_path: Path,
     for still in (decoding._still_webp, lambda image: None):
         monkeypatch.setattr(decoding, "_still_webp", still)
         with (tmp_path / "a.webp").open("rb") as file:
-            results.append(np.asarray(Decoder(side=20).read(file)))
+            results.append(np.asarray(ImageDecoder(side=20).read(file)))
     assert results[0].shape == (76, 100, 3)
     assert np.array_equal(*results)
 

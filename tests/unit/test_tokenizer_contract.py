@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from einops import rearrange
 from support.tiny_models import CAPTIONS, captions, labels, names, pixels, tiny
 from torch import Tensor, nn
 
@@ -216,6 +217,30 @@ def test_a_pipeline_without_pixels_says_so_before_it_samples():
         with pytest.raises(ValueError, match="Silent renders no pixels"):
             call()
     assert pipe.generator.sample(labels(0), GREEDY).shape == (1, 8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [*((name, {}) for name in names("tokenizer")), ("titok", {"bottleneck": "vae"}), ("titok", {"output": "pixels"})],
+)
+def test_the_feature_latents_is_what_tokens_are_made_of(name, arguments):
+    """Of ids what is quantized, and not the codes; of continuous tokens what is standardised."""
+    model = tiny(name, **arguments)
+    if not model.spec.discrete:
+        model = tiny(name, **arguments, latent_mean=2.0, latent_scale=3.0)
+    output = model(pixels(model), draws=model.training_draws(Keys.range(0, 3)))
+    latents = output.features["latents"]
+    if not model.spec.discrete:
+        torch.testing.assert_close((latents - 2) * 3, output.tokens)
+        return
+    assert not torch.allclose(latents, output.features["quantized"])
+    if name == "var_vq":  # whose quantizer reads maps
+        latents = rearrange(latents, "b (h w) d -> b d h w", h=model.spec.scales[-1][0])
+    if hasattr(model, "latents"):
+        assert torch.equal(model.latents(pixels(model)), latents)
+    quantizer = getattr(model, "tokenizer", model).quantizer
+    assert torch.equal(quantizer.encode(latents), model.encode(pixels(model)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from vistok.checkpoints.hub import snapshot
 from vistok.checkpoints.model import CONFIG, WEIGHTS, Model, load, read_config
 from vistok.checkpoints.official import (
     OfficialCheckpoint,
-    Reference,
+    OfficialReference,
     convert,
     from_official,
     known_config,
@@ -26,7 +26,7 @@ __all__ = [
     "CheckpointError",
     "Model",
     "OfficialCheckpoint",
-    "Reference",
+    "OfficialReference",
     "convert",
     "from_official",
     "fuse",

@@ -95,6 +95,11 @@ class Model(
         """The constructor's arguments with defaults, as JSON values."""
         return to_json(self._arguments)
 
+    def change_arguments(self, **changes: Any) -> None:
+        """Set constructor arguments to what they became after construction, for the config and the fingerprint."""
+        self._arguments |= changes
+        self._saved_arguments = None
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""

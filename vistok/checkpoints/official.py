@@ -50,7 +50,7 @@ class OfficialCheckpoint:
 
 
 @dataclass(frozen=True)
-class Reference:
+class OfficialReference:
     """A further reference implementation whose models a vistok class also covers.
 
     Attributes:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from vistok.utils.spelling import suggestion
 
 if TYPE_CHECKING:
-    from vistok.checkpoints.official import OfficialCheckpoint, Reference
+    from vistok.checkpoints.official import OfficialCheckpoint, OfficialReference
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Entry:
     target: str  # "module:Class"
     official: str  # "system/part", as from_official takes it
     paper: str  # its arXiv number
-    # Official names of the same model in other systems, each with its ``Reference`` as "module:NAME".
+    # Official names of the same model in other systems, each with its ``OfficialReference`` as "module:NAME".
     references: Mapping[str, str] = field(default_factory=dict)
     # Formats of token caches that the reference implementation writes, each with its reader as "module:Class".
     token_files: Mapping[str, str] = field(default_factory=dict)
@@ -63,8 +63,8 @@ class Entry:
     def load(self) -> type[Any]:
         return _load(self.target)
 
-    def reference(self, name: str) -> Reference | None:
-        """The ``Reference`` that converts official weights called ``name``; None if ``from_official`` converts them."""
+    def reference(self, name: str) -> OfficialReference | None:
+        """The ``OfficialReference`` of official weights called ``name``; None if ``from_official`` converts them."""
         return _load(self.references[name]) if name in self.references else None
 
     def licence_of(self, name: str) -> Licence:

@@ -221,13 +221,13 @@ def caption(
     device: Device = None,
 ) -> None:
     """Describe images in words, a line for each."""
-    from vistok.data.decoding import Decoder
+    from vistok.data.decoding import ImageDecoder
     from vistok.data.pictures import open_picture
     from vistok.pipelines import pipeline
 
     pipe = pipeline(run, device=device)
     channels, side, _ = pipe.tokenizer.image_shape("captioning files")
-    decoder = Decoder(channels, side=side)
+    decoder = ImageDecoder(channels, side=side)
     files = [file for path in images for file in _image_files(path)]
     pictures = [open_picture(file, decoder) for file in files]
     for image, text in zip(files, pipe.caption(pictures, question=question, max_tokens=max_tokens), strict=True):

@@ -74,7 +74,7 @@ class Levels(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Decoder:
+class ImageDecoder:
     """How image files become 8-bit images.
 
     Attributes:

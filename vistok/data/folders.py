@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from vistok.data.captions import FolderCaptions
-from vistok.data.decoding import Decoder
+from vistok.data.decoding import ImageDecoder
 from vistok.data.files import SPLITS, FileTree, open_tree, printable
 from vistok.data.formats import image_extensions
 from vistok.data.imagefiles import TreeFiles
@@ -44,7 +44,13 @@ class FolderSource(FileSource):
         ValueError: images both inside and beside class folders, or a damaged archive.
     """
 
-    def __init__(self, root: str | Path, *, split: str | None = "train", decoder: Decoder = Decoder()) -> None:  # noqa: B008
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        split: str | None = "train",
+        decoder: ImageDecoder = ImageDecoder(),  # noqa: B008 (immutable)
+    ) -> None:
         self._tree = tree = open_tree(root)
         images = tree.images()
         if not images:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from vistok.config import ConfigError
 from vistok.data.captions import CaptionError, texts_of
-from vistok.data.decoding import DECODING_ERRORS, Decoder
+from vistok.data.decoding import DECODING_ERRORS, ImageDecoder
 from vistok.data.sources import ImageSource, UnreadableImageError, hash_lines
 from vistok.data.tar import UNCONDITIONAL, check_class
 
@@ -44,7 +44,7 @@ class HuggingFaceSource(ImageSource):
         root: str | None,
         *,
         split: str | None = "train",
-        decoder: Decoder = Decoder(),  # noqa: B008 (immutable)
+        decoder: ImageDecoder = ImageDecoder(),  # noqa: B008 (immutable)
         image_column: str | None = None,
         label_column: str | None = None,
         caption_column: str | None = None,

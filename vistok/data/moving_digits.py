@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from vistok.data.clip_sources import ClipSource
-from vistok.data.decoding import Decoder
+from vistok.data.decoding import ImageDecoder
 from vistok.data.sources import DigitsSource, hash_lines
 from vistok.draws import Keys
 
@@ -50,7 +50,7 @@ class MovingDigitsSource(ClipSource):
             raise ValueError(f"speed must be two ascending shares in [0, 0.5), got {speed}")
         if motions < 1 or num_frames < 1:
             raise ValueError(f"motions and num_frames must be at least 1, got {motions} and {num_frames}")
-        self._digits = DigitsSource(split=split, decoder=Decoder(1))
+        self._digits = DigitsSource(split=split, decoder=ImageDecoder(1))
         self.image_size, self.num_frames, self.motions, self.speed, self.seed = (
             image_size,
             num_frames,

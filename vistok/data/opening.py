@@ -8,7 +8,7 @@ from vistok.checkpoints.bounds import OversizedError, check_bytes
 from vistok.data.clip_shards import ClipShardSource
 from vistok.data.clip_sources import ClipSource, SelectedClips
 from vistok.data.config import CLIP_SOURCES, DataConfig
-from vistok.data.decoding import Decoder
+from vistok.data.decoding import ImageDecoder
 from vistok.data.folders import FolderSource
 from vistok.data.huggingface import HuggingFaceSource
 from vistok.data.moving_digits import MovingDigitsSource
@@ -52,7 +52,7 @@ def _open(config: DataConfig) -> ImageSource | ClipSource:
             f"data.source={config.source} holds images; leave data.num_frames out, or take clips from "
             f"{', '.join(CLIP_SOURCES)}, or shards (webdataset)"
         )
-    decoder = Decoder(config.channels, config.reading, side=config.image_size)
+    decoder = ImageDecoder(config.channels, config.reading, side=config.image_size)
     if config.source == "digits":
         return DigitsSource(split=config.split, decoder=decoder, variants=config.name)
     if config.source == "moving_digits":
@@ -90,7 +90,7 @@ def _open(config: DataConfig) -> ImageSource | ClipSource:
     return TorchvisionSource(config.name, root, split=config.split, download=config.download, decoder=decoder)
 
 
-def _open_huggingface(config: DataConfig, decoder: Decoder) -> ImageSource:
+def _open_huggingface(config: DataConfig, decoder: ImageDecoder) -> ImageSource:
     if (config.name is None) == (config.root is None):
         raise ValueError("data.source=huggingface needs data.name=… (on the hub) or data.root=… (a saved folder)")
     return HuggingFaceSource(

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from vistok.data.decoding import DECODING_ERRORS, Decoder, open_image
+from vistok.data.decoding import DECODING_ERRORS, ImageDecoder, open_image
 from vistok.data.transforms import center_crop_adm, to_pixels
 from vistok.utils.files import atomic_file
 
@@ -72,7 +72,7 @@ def from_pil(images: Sequence[Image.Image], size: tuple[int, int], channels: int
 
     Raises:
         ValueError: no images, an item that is not a PIL image, a size that is not square, or pixels of which it is
-            unknown which value is white (see ``Decoder.convert``).
+            unknown which value is white (see ``ImageDecoder.convert``).
     """
     height, width = size
     if height != width:
@@ -82,14 +82,14 @@ def from_pil(images: Sequence[Image.Image], size: tuple[int, int], channels: int
     for image in images:
         if not isinstance(image, Image.Image):
             raise ValueError(f"images must be PIL images, got {type(image).__name__}; PIL.Image.open reads a file")
-    decoder = Decoder(channels, side=height, background=background)
+    decoder = ImageDecoder(channels, side=height, background=background)
     converted = [decoder.convert(image) for image in images]
     cropped = [image if image.size == (width, height) else center_crop_adm(image, height) for image in converted]
     arrays = np.stack([np.asarray(image).reshape(height, width, channels) for image in cropped])
     return to_pixels(arrays)
 
 
-def open_picture(path: str | Path, decoder: Decoder | None = None) -> Image.Image:
+def open_picture(path: str | Path, decoder: ImageDecoder | None = None) -> Image.Image:
     """Decode an image file, and convert it with ``decoder`` if there is one.
 
     Raises:

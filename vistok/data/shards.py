@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from vistok.config import ShellCommand
 from vistok.data.captions import ShardCaptions
-from vistok.data.decoding import Decoder
+from vistok.data.decoding import ImageDecoder
 from vistok.data.files import printable
 from vistok.data.imagefiles import ImageFiles, LeftOut
 from vistok.data.remote import Shard, check_address, fetch, is_remote
@@ -100,7 +100,7 @@ class ShardSource(FileSource):
         pattern: Shard,
         *,
         split: str | None = "train",
-        decoder: Decoder = Decoder(),  # noqa: B008 (immutable)
+        decoder: ImageDecoder = ImageDecoder(),  # noqa: B008 (immutable)
         cache: Path | None = None,
     ) -> None:
         cache = cache or cache_folder("shards")

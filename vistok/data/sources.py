@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from vistok.config import suggestion
 from vistok.data.captions import spell_digit
-from vistok.data.decoding import DECODING_ERRORS, Decoder
+from vistok.data.decoding import DECODING_ERRORS, ImageDecoder
 from vistok.data.digit_variants import PLAIN, VARIANTS
 from vistok.data.imagefiles import ImageFiles
 from vistok.draws import Keys
@@ -77,7 +77,7 @@ class FileSource(ImageSource):
         decoder: how files become images.
     """
 
-    def __init__(self, files: ImageFiles, labels: Sequence[int], decoder: Decoder) -> None:
+    def __init__(self, files: ImageFiles, labels: Sequence[int], decoder: ImageDecoder) -> None:
         self.files, self._labels, self._decoder = files, labels, decoder
 
     def __len__(self) -> int:
@@ -111,7 +111,7 @@ class TorchvisionSource(ImageSource):
         *,
         split: str | None = "train",
         download: bool = False,
-        decoder: Decoder = Decoder(),  # noqa: B008 (immutable)
+        decoder: ImageDecoder = ImageDecoder(),  # noqa: B008 (immutable)
     ) -> None:
         self._dataset = _open_torchvision(name, Path(root).expanduser(), split, download)
         self._label = f"{name}/{split}"
@@ -156,7 +156,7 @@ class DigitsSource(ImageSource):
         self,
         *,
         split: str | None = "train",
-        decoder: Decoder = Decoder(1),  # noqa: B008 (immutable)
+        decoder: ImageDecoder = ImageDecoder(1),  # noqa: B008 (immutable)
         variants: str | None = None,
     ) -> None:
         from sklearn.datasets import load_digits

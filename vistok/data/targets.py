@@ -9,7 +9,7 @@ import torch
 
 from vistok.data.batches import Failures, ImageBatch
 from vistok.data.config import DataConfig
-from vistok.data.decoding import Decoder
+from vistok.data.decoding import ImageDecoder
 from vistok.data.folders import FolderSource
 from vistok.data.image_batches import ImageBatches, as_array
 from vistok.data.sources import ImageSource, UnreadableImageError
@@ -80,12 +80,12 @@ class PairedBatches(ImageBatches):
 
 def paired(source: ImageSource, config: DataConfig, transform: ImageTransform) -> PairedBatches:
     """The batches of a config with a ``target_root``, which is read with the split of ``root``."""
-    decoder = Decoder(config.channels, config.reading, side=config.image_size)
+    decoder = ImageDecoder(config.channels, config.reading, side=config.image_size)
     root, targets = (_folder(str(path), config.split, decoder) for path in (config.root, config.target_root))
     return PairedBatches(source, root, targets, transform, seed=config.seed)
 
 
-def _folder(path: str, split: str | None, decoder: Decoder) -> FolderSource:
+def _folder(path: str, split: str | None, decoder: ImageDecoder) -> FolderSource:
     return FolderSource(path, split=split, decoder=decoder)
 
 

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from vistok.data.decoding import Decoder
+from vistok.data.decoding import ImageDecoder
 from vistok.data.videos import (
     DecoderMissingError,
     FrameFolder,
@@ -79,7 +79,7 @@ def video_file(path: str | Path, opens: Callable[[], BinaryIO] | None = None) ->
     return VideoFile(path, opens) if torchcodec() is None else TorchCodecFile(path, opens)
 
 
-def open_video(path: str | Path, decoder: Decoder = Decoder()) -> Video:  # noqa: B008 (immutable)
+def open_video(path: str | Path, decoder: ImageDecoder = ImageDecoder()) -> Video:  # noqa: B008 (immutable)
     """A video file, or a folder of frames; ``decoder`` reads the frames of a folder."""
     path = Path(path)
     return FrameFolder(path, decoder) if path.is_dir() else video_file(path)

@@ -12,7 +12,7 @@ import numpy as np
 
 from vistok.data.clip_sources import ClipSource
 from vistok.data.clips import ClipTransform
-from vistok.data.decoding import Decoder
+from vistok.data.decoding import ImageDecoder
 from vistok.data.files import SPLITS, printable
 from vistok.data.sources import hash_lines
 from vistok.data.tar import UNCONDITIONAL
@@ -38,7 +38,7 @@ class VideoSource(ClipSource):
         paths: Sequence[Path],
         labels: Sequence[int],
         classes: Sequence[str] = (),
-        decoder: Decoder = Decoder(),  # noqa: B008 (immutable)
+        decoder: ImageDecoder = ImageDecoder(),  # noqa: B008 (immutable)
     ):
         self.paths, self._labels, self.classes = list(paths), list(labels), tuple(classes)
         self._decoder = decoder
@@ -73,7 +73,7 @@ def folder_videos(
     root: str | Path,
     *,
     split: str | None = None,
-    decoder: Decoder = Decoder(),  # noqa: B008 (immutable)
+    decoder: ImageDecoder = ImageDecoder(),  # noqa: B008 (immutable)
 ) -> VideoSource:
     """All videos below a folder. The folders directly below it that contain videos are the classes.
 
@@ -140,7 +140,7 @@ def listed_videos(
     lists: str | Path,
     root: str | Path | None = None,
     *,
-    decoder: Decoder = Decoder(),  # noqa: B008 (immutable)
+    decoder: ImageDecoder = ImageDecoder(),  # noqa: B008 (immutable)
 ) -> VideoSource:
     """The videos in list files, in one of three formats:
 

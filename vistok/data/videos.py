@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import PIL
 
-from vistok.data.decoding import DECODING_ERRORS, Decoder
+from vistok.data.decoding import DECODING_ERRORS, ImageDecoder
 from vistok.data.formats import extension, is_image
 
 # The extension fixes the demuxer, so that no file can be opened as a playlist, which would open other files.
@@ -192,7 +192,7 @@ class _Opened:
 class FrameFolder(Video):
     """A folder with an image per frame, sorted by name; digits in names are compared as numbers."""
 
-    def __init__(self, path: str | Path, decoder: Decoder = Decoder()):  # noqa: B008 (immutable)
+    def __init__(self, path: str | Path, decoder: ImageDecoder = ImageDecoder()):  # noqa: B008 (immutable)
         self.path = Path(path)
         self.files = sorted(filter(is_frame, self.path.iterdir()), key=_natural)
         self.decoder, self._decoder = f"Pillow {PIL.__version__}", replace(decoder, channels=3)

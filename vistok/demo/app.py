@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from vistok.data.decoding import Decoder
+from vistok.data.decoding import ImageDecoder
 from vistok.data.pictures import open_picture, to_pil
 from vistok.demo.pictures import (
     compare,
@@ -211,7 +211,7 @@ def _reconstruction(gr: Any, run: Run, looked: Any, uploads: Path, suffix: str) 
             return None, "", ""
         with _told(gr):
             try:
-                image = open_picture(path, Decoder(3))
+                image = open_picture(path, ImageDecoder(3))
             finally:
                 forget(Path(path), uploads)
             found = run.look(image)

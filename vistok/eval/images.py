@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vistok.data.decoding import DECODING_ERRORS, Decoder, Header, Reading
+from vistok.data.decoding import DECODING_ERRORS, Header, ImageDecoder, Reading
 from vistok.data.files import NPY_ERRORS, open_tree, printable
 from vistok.data.folders import divided_at
 from vistok.data.formats import extension, image_extensions, is_image, is_lossy, without_extension
@@ -197,7 +197,7 @@ class FileImages:
 
     def __init__(self, files: ImageFiles, *, crop: int | None, reading: Reading) -> None:
         self.source, self._files, self._crop = files.source, files, crop
-        self._decoder = Decoder(3, reading, side=crop)
+        self._decoder = ImageDecoder(3, reading, side=crop)
         if not len(files):
             beside = f" ({files.left_out})" if files.left_out.count else ""
             raise ImageError(f"no images in {self.source}; expected {', '.join(image_extensions())} files{beside}")

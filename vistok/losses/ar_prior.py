@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from vistok.draws import Draws, Keys, inverse_cdf
 from vistok.nn.attention import Attention
+from vistok.nn.initialisation import xavier_uniform
 from vistok.nn.mlp import MLP
 
 
@@ -115,7 +116,7 @@ class ARPrior(nn.Module):
         self.blocks = nn.Sequential(*(_Block(dim, num_heads, drop) for _ in range(num_layers)))
         self.norm = nn.LayerNorm(dim)
         self.output = nn.Linear(dim, code_dim)
-        self.apply(_initialise)
+        self.apply(xavier_uniform)
 
     def replaced_share(self, progress: float) -> float:
         """The share of positions that are replaced in later rounds, at ``progress`` in [0, 1] of training."""
@@ -197,9 +198,3 @@ class ARPrior(nn.Module):
         hits = best == target[..., None]  # (B, n - 1, 5), likeliest first
         top1, top5 = (100 * hits[..., :k].any(-1).float().mean() for k in (1, 5))
         return PriorOutput(torch.stack(losses).mean(), top1, top5, rounds)
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from vistok.losses.discriminators import Discriminator
+from vistok.nn.initialisation import xavier_uniform
 from vistok.nn.positions import FixedClipPositions
 from vistok.nn.vit import ViTBlock
 from vistok.utils.sides import image_sides
@@ -60,7 +61,7 @@ class ViTDiscriminator(Discriminator):
         )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.output = nn.Linear(dim, 1)
-        self.apply(initialise)
+        self.apply(xavier_uniform)
         nn.init.xavier_uniform_(self.class_token)
         if spectral_norm:
             for module in list(self.modules()):
@@ -87,11 +88,3 @@ class ViTDiscriminator(Discriminator):
         patches = patches.flatten(2).transpose(1, 2) + self.positions(patches.shape[2])
         x = torch.cat([self.class_token.expand(len(clips), -1, -1), patches], 1)  # (B, 1 + t * h * w, D)
         return self.output(self.norm(self.blocks(x)[:, 0])).squeeze(1)
-
-
-def initialise(module: nn.Module) -> None:
-    """Xavier-uniform weights (with the patch convolution flattened to two dimensions) and zero biases, as in LARP."""
-    if isinstance(module, nn.Linear | nn.Conv3d):
-        nn.init.xavier_uniform_(module.weight.flatten(1))
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)

@@ -112,7 +112,7 @@ class Attention(nn.Module):
         if self.num_kv_heads != self.num_heads:
             k, v = (x.repeat_interleave(self.num_heads // self.num_kv_heads, 1) for x in (k, v))
         dropout = self.attn_drop if self.training else 0.0
-        return self.proj_drop(self.out(attend(q, k, v, mask, causal, dropout, self.scale)))
+        return self.proj_drop(self.out(attend(q, k, v, mask=mask, causal=causal, dropout=dropout, scale=self.scale)))
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, H, N, h), keys and values (B, num_kv_heads, N, h) of x (B, N, D)."""
@@ -148,15 +148,16 @@ class CrossAttention(nn.Module):
         k, v = rearrange(self.kv(context), "b m (two h d) -> two b h m d", two=2, h=self.num_heads)
         if rotation is not None:
             q = rotate(q, rotation)
-        return self.out(attend(q, self.k_norm(k), v, None, False))
+        return self.out(attend(q, self.k_norm(k), v))
 
 
 def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Mask | None,
-    causal: bool,
+    *,
+    mask: Mask | None = None,
+    causal: bool = False,
     dropout: float = 0.0,
     scale: float | None = None,
 ) -> Tensor:

@@ -27,17 +27,22 @@ Resample = Callable[[int, int], nn.Module]
 """Builds the module that ends a level, from the number of the level (0 is the finest) and its width."""
 
 
+def check_groups(channels: int, groups: int) -> None:
+    """Raise ValueError unless the groups of a group norm divide the channels."""
+    if channels % groups:
+        raise ValueError(
+            f"{channels} channels cannot be split into {groups} groups for group norm; take channels that are "
+            "multiples of norm_groups, or a smaller norm_groups"
+        )
+
+
 def group_norm(channels: int, groups: int) -> nn.GroupNorm:
     """Group norm with VQGAN's eps.
 
     Raises:
         ValueError: the groups do not divide the channels.
     """
-    if channels % groups:
-        raise ValueError(
-            f"{channels} channels cannot be split into {groups} groups for group norm; take channels that are "
-            "multiples of norm_groups, or a smaller norm_groups"
-        )
+    check_groups(channels, groups)
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.nn.containers import ModuleList, Sequential
+from vistok.nn.containers import ModuleList
 from vistok.nn.mlp import MLP, GatedMLP
-from vistok.nn.modulation import modulate
+from vistok.nn.modulation import modulate, modulation
 from vistok.nn.timesteps import TimestepEmbedding
 
 
@@ -18,7 +18,7 @@ class HeadBlock(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(dim, 1e-6)
         self.mlp = MLP(dim, dim, F.silu) if gated_dim is None else GatedMLP(dim, gated_dim, F.silu)
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 3 * dim))
+        self.modulation = modulation(dim, 3)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale, gate = self.modulation(condition).chunk(3, -1)
@@ -53,7 +53,7 @@ class DiffusionHead(nn.Module):
         self.input = nn.Linear(token_dim, dim)
         self.blocks = ModuleList(HeadBlock(dim, gated_dim) for _ in range(num_layers))
         self.norm = nn.LayerNorm(dim, 1e-6, elementwise_affine=False)
-        self.modulation = Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+        self.modulation = modulation(dim, 2)
         self.output = nn.Linear(dim, 2 * token_dim if output_dim is None else output_dim)
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ class MixtureOfExperts(nn.Module):
         num_routers: 1, or 2 routers over the same experts; ``forward`` is told which tokens the second one routes.
 
     Raises:
-        ValueError: more experts per token than there are.
+        ValueError: more experts per token than there are, or a number of routers other than 1 and 2.
     """
 
     def __init__(
@@ -42,6 +42,8 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         if not 1 <= experts_per_token <= num_experts:
             raise ValueError(f"experts_per_token must lie in 1..{num_experts}, got {experts_per_token}")
+        if num_routers not in (1, 2):
+            raise ValueError(f"num_routers must be 1 or 2, got {num_routers}")
         self.experts_per_token, self.renormalise = experts_per_token, renormalise
         self.routers = ModuleList(nn.Linear(dim, num_experts, bias=False) for _ in range(num_routers))
         self.gate, self.up = (nn.Parameter(torch.empty(num_experts, hidden_dim, dim)) for _ in range(2))

@@ -17,7 +17,7 @@ def timestep_features(t: Tensor, dim: int, *, scale: float = 1.0, base: float = 
         ValueError: an odd ``dim``.
     """
     if dim % 2:
-        raise ValueError(f"time features need an even number of frequencies, got {dim}")
+        raise ValueError(f"time features need an even number of features, got {dim}")
     half = dim // 2
     # Phases reach hundreds of radians, where rounding shows: the order of operations is that of the references.
     frequencies = torch.exp(-math.log(base) * torch.arange(half, dtype=torch.float32, device=t.device) / half) * scale

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vistok._version import __version__
 from vistok.data.clips import ClipBatches, ClipTransform
-from vistok.data.decoding import Decoder
+from vistok.data.decoding import ImageDecoder
 from vistok.data.movies import save_gif, save_mp4, shown, to_frames
 from vistok.data.pictures import from_pil, npz_writer, open_picture, save_png, to_pil, to_uint8
 from vistok.data.sheets import sheet
@@ -212,7 +212,7 @@ def _save_pairs(
 def _read_pictures(tokenizer: Tokenizer, files: Sequence[str | Path]) -> Tensor:
     """Image files as the tokenizer reads them, (B, C, H, W) in [-1, 1]."""
     channels, height, width = tokenizer.image_shape("reconstructing files")
-    decoder = Decoder(channels, side=height)
+    decoder = ImageDecoder(channels, side=height)
     return from_pil([open_picture(file, decoder) for file in files], (height, width), channels)
 
 

@@ -89,7 +89,7 @@ def perturbation_draws(keys: Keys, length: int) -> Draws:
 def ranks(rate: float, strength: int, draws: Draws) -> Tensor:
     """(B, L) int64, the rank of the code that each token becomes, drawn uniformly; 0 is the nearest code."""
     drawn = (draws[RANK] * strength).long().clamp_max(strength - 1)
-    return torch.where(draws[EXCHANGE] <= rate, drawn, 0)
+    return torch.where(draws[EXCHANGE] < rate, drawn, 0)
 
 
 def perturb(neighbours: Tensor, rate: float, strength: int, draws: Draws) -> Tensor:

@@ -28,7 +28,7 @@ class StochasticQuantizer(nn.Module, DrawsInTraining):
         temperature: softmax temperature, positive; "learned" trains its inverse, which starts at 10.
 
     Raises:
-        ValueError: a temperature that is not positive.
+        ValueError: sizes below 1, or a temperature that is not positive.
     """
 
     loss_terms: tuple[str, ...] = ("codebook", "commitment")
@@ -42,6 +42,8 @@ class StochasticQuantizer(nn.Module, DrawsInTraining):
         temperature: float | Literal["learned"] = 0.03,
     ):
         super().__init__()
+        if min(codebook_size, dim) < 1:
+            raise ValueError(f"codebook_size and dim must be at least 1, got {codebook_size} and {dim}")
         if temperature != "learned" and not temperature > 0:
             raise ValueError(f"temperature must be positive or 'learned', got {temperature}")
         self.codebook_size, self.dim, self.normalize = codebook_size, dim, normalize

@@ -6,6 +6,7 @@ VQ-VAE: van den Oord et al., arXiv 1711.00937. Factorised, l2-normalised codes: 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal, get_args
 
 import torch
@@ -118,11 +119,17 @@ class VectorQuantizer(nn.Module, AfterBackward):
     def forward(self, latents: Tensor, *, draws: Draws | None = None) -> QuantizerOutput:
         """Quantize latents (B, L, D). ``draws`` come from ``perturbation_draws``, needed if ``perturbation`` is set."""
         distances = self.distances(latents)
-        ids = distances.argmin(-1)
+        output = self.assign(latents, distances, draws=draws)
         if self.training and self.restart is not None:
-            self.restart(latents, ids)
+            self.restart(latents, output.ids)
         if self.training and self.clustering is not None:
-            self.clustering(latents, distances, ids)
+            self.clustering(latents, distances, output.ids)
+        return output
+
+    def assign(self, latents: Tensor, distances: Tensor, *, draws: Draws | None = None) -> QuantizerOutput:
+        """As ``forward``, from latents (B, L, D) and their ``distances`` (B, L, K), without a step of ``restart`` or
+        ``clustering``."""
+        ids = distances.argmin(-1)
         codes, normalised = self.ids_to_latents(ids), self._norm(latents)
         losses = {
             "codebook": (codes - normalised.detach()).pow(2).mean(-1),
@@ -183,10 +190,15 @@ class ResidualQuantizer(nn.Module):
 
     The residual starts at the detached latents: the encoder gets the straight-through gradient only, while the loss
     terms of later levels train the codes of earlier ones (the variant of enhancing-transformers).
+
+    Raises:
+        ValueError: a ``quantizer`` with clustering.
     """
 
     def __init__(self, quantizer: VectorQuantizer, depth: int):
         super().__init__()
+        if quantizer.clustering is not None:
+            raise ValueError("a residual quantizer cannot cluster its codes; restart_after moves those that are unused")
         self.quantizer, self.depth = quantizer, depth
 
     @property
@@ -197,17 +209,17 @@ class ResidualQuantizer(nn.Module):
     def loss_terms(self) -> tuple[str, ...]:
         return self.quantizer.loss_terms
 
-    def _levels(self, latents: Tensor) -> list[QuantizerOutput]:
-        residual, levels = latents.detach(), []
+    def _levels(self, latents: Tensor) -> Iterator[tuple[Tensor, QuantizerOutput]]:
+        """Yield the residual (B, L, D) that each level codes, and what the quantizer makes of it."""
+        residual = latents.detach()
         for _ in range(self.depth):
-            level = self.quantizer(residual)
+            level = self.quantizer.assign(residual, self.quantizer.distances(residual))
+            yield residual, level
             residual = residual - self.quantizer.ids_to_latents(level.ids)
-            levels.append(level)
-        return levels
 
     def encode(self, latents: Tensor) -> Tensor:
         """Ids (..., depth) of latents (..., D)."""
-        return torch.stack([level.ids for level in self._levels(latents)], -1)
+        return torch.stack([level.ids for _, level in self._levels(latents)], -1)
 
     def ids_to_latents(self, ids: Tensor) -> Tensor:
         """Sums (..., D) of the codes of ids (..., n), n <= depth: fewer levels give a coarser latent."""
@@ -221,8 +233,10 @@ class ResidualQuantizer(nn.Module):
 
     def forward(self, latents: Tensor, *, draws: Draws | None = None) -> QuantizerOutput:
         """Quantize latents (B, L, D); ids are (B, L, depth), losses the mean over levels."""
-        levels = self._levels(latents)
+        residuals, levels = zip(*self._levels(latents))
         ids = torch.stack([level.ids for level in levels], -1)
+        if self.training and self.quantizer.restart is not None:
+            self.quantizer.restart(torch.stack(residuals, -2), ids)  # all levels at once: they share the codes
         losses = {name: torch.stack([level.losses[name] for level in levels]).mean(0) for name in levels[0].losses}
         quantized = self._pass_gradient(latents, self.ids_to_latents(ids))
         return QuantizerOutput(quantized, ids, losses, self.codebook_size)

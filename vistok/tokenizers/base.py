@@ -135,13 +135,23 @@ class Tokenizer(Model):
         Deterministic without ``draws`` (nearest code, posterior mode).
         """
 
+    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Means and log-variances of the latents before standardisation, (B, L, D) each. A tokenizer that
+        ``has_posterior`` overrides it.
+
+        Raises:
+            ValueError: the tokenizer has no posterior.
+        """
+        raise ValueError(f"the tokens of {type(self).__name__} have no posterior; use encode")
+
     def encode_moments(self, pixels: Tensor) -> Tensor:
         """Means and log-variances of the standardised latents, (B, L, 2D).
 
         Raises:
             ValueError: the tokenizer has no posterior.
         """
-        raise ValueError(f"the tokens of {type(self).__name__} have no posterior; use encode")
+        mean, log_variance = self.moments(pixels)
+        return self.gaussian.standardised_moments(mean, log_variance)
 
     @property
     def corrects_bits(self) -> bool:
@@ -242,12 +252,23 @@ class Tokenizer(Model):
         raise ValueError(f"{type(self).__name__} has no expander: generators read its tokens as they are")
 
     def training_draws(self, keys: Keys) -> Draws:
-        """The random tensors that ``forward`` consumes in training: by default those of the quantizer, if any."""
+        """The random tensors that ``forward`` consumes in training: by default "posterior" (B, L, D), normal, if the
+        tokenizer ``has_posterior``, else those of the quantizer, if any."""
+        if self.has_posterior:
+            return {"posterior": keys.normal("posterior", self.spec.length, self.spec.dim)}
         quantizer = getattr(self, "quantizer", None)
         return quantizer.training_draws(keys, self.spec.length) if isinstance(quantizer, DrawsInTraining) else {}
 
+    @torch.no_grad()
     def standardise(self, pixels: Tensor) -> None:
-        """Set the mean and the scale of continuous latents from example images (B, C, H, W); done after training."""
+        """Set ``latent_mean`` and ``latent_scale`` from example images (B, C, H, W), after training: samples of the
+        posterior then have mean 0 and standard deviation 1 in every channel. Nothing happens without a posterior."""
+        if not self.has_posterior:
+            return
+        parts = [self.moments(part) for part in pixels.split(8)]
+        self.gaussian.fit(*(torch.cat(values) for values in zip(*parts)))
+        mean, scale = (tuple(values.tolist()) for values in (self.gaussian.mean, self.gaussian.scale))
+        self.change_arguments(latent_mean=mean, latent_scale=scale)
 
     def decoding_draws(self, keys: Keys) -> Draws:
         """The random tensors that ``decode`` consumes, as its argument ``draws``; only generative decoders need any."""

@@ -65,7 +65,7 @@ class ConvTokenizer(Tokenizer):
     def latents(self, pixels: Tensor) -> Tensor:
         """Pixels (B, C, H, W) in [-1, 1] to latents (B, L, code dim) in raster order, before quantization."""
         self.check_pixels(pixels)
-        return self.pre_quant(self.encoder(pixels)).flatten(2).transpose(1, 2)
+        return self.pre_quant(self.encoder(self.to_native(pixels))).flatten(2).transpose(1, 2)
 
     def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
         self.check_condition(condition)
@@ -93,7 +93,7 @@ class ConvTokenizer(Tokenizer):
     def decode_latents(self, quantized: Tensor, grid: tuple[int, ...]) -> Tensor:
         """Codes (B, h * w, code dim) on a grid (h, w) to pixels."""
         quantized = quantized.to(self.dtype)  # codes without weights, such as bits, are float32
-        return self.decoder(self.post_quant(quantized.transpose(1, 2).unflatten(2, grid)))
+        return self.from_native(self.decoder(self.post_quant(quantized.transpose(1, 2).unflatten(2, grid))))
 
     def forward(
         self,
@@ -116,5 +116,5 @@ class ConvTokenizer(Tokenizer):
             "quantized": quantized.quantized,
             "decoded": decoded.flatten(2).transpose(1, 2),
         }
-        reconstruction = self.decoder.finish(decoded, mapped)
+        reconstruction = self.from_native(self.decoder.finish(decoded, mapped))
         return TokenizerOutput(reconstruction, quantized.ids, quantized.losses, features)

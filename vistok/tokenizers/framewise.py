@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -56,7 +56,7 @@ class Framewise(Tokenizer):
     def of(cls, tokenizer: Tokenizer, num_frames: int) -> Self:
         """Wrap a trained image tokenizer; the result shares its weights."""
         with torch.device("meta"):
-            wrapped = cls(num_frames, {"name": tokenizer.registry_name, **tokenizer.config})
+            wrapped = cls(num_frames, _section(tokenizer))
         wrapped._wrap(tokenizer)
         return wrapped.train(tokenizer.training)
 
@@ -157,8 +157,9 @@ class Framewise(Tokenizer):
 
     def standardise(self, pixels: Tensor) -> None:
         self.tokenizer.standardise(_frames(pixels))
+        self.change_arguments(tokenizer=_section(self.tokenizer))
 
-    def _draws(self, make, keys: Keys) -> Draws:
+    def _draws(self, make: Callable[[Keys], Draws], keys: Keys) -> Draws:
         """Draws (B, T, …), with keys of its own for every frame."""
         indices = [index * self.num_frames + frame for index in keys.indices for frame in range(self.num_frames)]
         draws = make(keys.at(indices))
@@ -167,6 +168,11 @@ class Framewise(Tokenizer):
     def _joined(self, values: Tensor, count: int) -> Tensor:
         """(B * T, L, …) of frames to (B, T * L, …) of clips."""
         return values.unflatten(0, (count, self.num_frames)).flatten(1, 2)
+
+
+def _section(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The argument ``tokenizer`` that builds ``tokenizer``."""
+    return {"name": tokenizer.registry_name, **tokenizer.config}
 
 
 def _frames(pixels: Tensor) -> Tensor:

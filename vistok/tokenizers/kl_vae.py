@@ -13,14 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from einops import rearrange
 from torch import Tensor
 
 from vistok.checkpoints import CheckpointError, OfficialCheckpoint, read_weights, rename, snapshot
 from vistok.checkpoints.official_config import OfficialConfig
 from vistok.checkpoints.weights import without_losses
-from vistok.draws import Draws, Keys
+from vistok.draws import Draws
+from vistok.nn.conv import check_groups
 from vistok.quantizers.gaussian import GaussianLatents, gaussian_kl
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec
@@ -119,7 +119,8 @@ class KLVAE(Tokenizer):
         self._input_shape = (in_channels, height, width)
         self._latent_channels = latent_channels
         self._spec = self.spec_for(self._input_shape)
-        _check_widths(block_out_channels, norm_groups)
+        for width in block_out_channels:
+            check_groups(width, norm_groups)
         up_types = _block_types("UpDecoderBlock2D", "AttnUpDecoderBlock2D", decoder_attention, levels)
         self.vae: Any = AutoencoderKL(  # diffusers does not declare the types of its layers
             in_channels=in_channels,
@@ -150,7 +151,6 @@ class KLVAE(Tokenizer):
         return TokenSpec(grid[0] * grid[1], None, self._latent_channels, grid=grid)
 
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """The posterior of pixels (B, C, H, W) before standardisation: mean and log-variance, (B, L, D) each."""
         self.check_pixels(pixels)
         hidden = self.vae.encoder(pixels)
         if self.vae.quant_conv is not None:
@@ -161,10 +161,6 @@ class KLVAE(Tokenizer):
         """Pixels to standardised latents (B, L, D): the posterior's mode, or, with ``draws``, a sample."""
         self.check_condition(condition)
         return finite_latents(self.gaussian.standardise(self.gaussian.choose(*self.moments(pixels), draws)))
-
-    def encode_moments(self, pixels: Tensor) -> Tensor:
-        """The posterior of the standardised latents, (B, L, 2D): means, then log-variances."""
-        return self.gaussian.standardised_moments(*self.moments(pixels))
 
     def decode(
         self, tokens: Tensor, *, condition: Condition | None = None, grid: tuple[int, int] | None = None
@@ -206,19 +202,6 @@ class KLVAE(Tokenizer):
         reconstruction = self.decode_latents(latents, self.spec_for(pixels.shape[1:]).raster)
         losses = {"kl": gaussian_kl(mean, log_variance).flatten(1).sum(1)}
         return TokenizerOutput(reconstruction, self.gaussian.standardise(latents), losses, {"latents": latents})
-
-    def training_draws(self, keys: Keys) -> Draws:
-        return {"posterior": keys.normal("posterior", self.spec.length, self.spec.dim)}
-
-    @torch.no_grad()
-    def standardise(self, pixels: Tensor) -> None:
-        """Set ``latent_mean`` and ``latent_scale`` so that posterior samples of these images have mean 0 and standard
-        deviation 1 in every channel."""
-        parts = [self.moments(part) for part in pixels.split(8)]
-        mean, log_variance = (torch.cat(values) for values in zip(*parts))
-        self.gaussian.fit(mean, log_variance)
-        statistics = {"latent_mean": self.gaussian.mean, "latent_scale": self.gaussian.scale}
-        self._arguments |= {name: tuple(values.tolist()) for name, values in statistics.items()}
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
@@ -386,15 +369,6 @@ def _block_types(plain: str, attending: str, attention: tuple[int, ...], levels:
     if any(not 0 <= level < levels for level in attention):
         raise ValueError(f"attention at levels {tuple(attention)}, but there are levels 0..{levels - 1} (0 is finest)")
     return tuple(attending if level in attention else plain for level in range(levels))
-
-
-def _check_widths(widths: tuple[int, ...], groups: int) -> None:
-    wrong = [width for width in widths if width % groups]
-    if wrong:
-        raise ValueError(
-            f"{wrong[0]} channels cannot be split into {groups} groups for group norm; take block_out_channels that "
-            "are multiples of norm_groups, or a smaller norm_groups"
-        )
 
 
 def _read_diffusers_config(folder: Path) -> dict[str, Any]:

@@ -10,18 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vistok.checkpoints import OfficialCheckpoint, rename
 from vistok.checkpoints.official_config import OfficialConfig
-from vistok.draws import Draws
 from vistok.nn.conv import Upsample, group_norm
 from vistok.quantizers import VectorQuantizer
 from vistok.quantizers.named import chosen_quantizer
 from vistok.tokenizers.convolutional import ConvTokenizer
-from vistok.types import Clock, Condition, TokenizerOutput
 
 F16 = (1, 1, 2, 2, 4)
 
@@ -138,9 +135,16 @@ class CodecDecoder(nn.Module):
         self.norm_out = group_norm(widths[-1], norm_groups)
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
+    def begin(self, latents: Tensor) -> Tensor:
+        """Latents (B, z_channels, h, w) to features (B, widest, h, w) at the same resolution."""
+        return self.middle(self.conv_in(latents))
+
+    def finish(self, x: Tensor, latents: Tensor) -> Tensor:
+        """Features of ``begin`` to pixels; ``latents`` is unused, see ``ConvDecoder``."""
+        return self.conv_out(F.silu(self.norm_out(self.levels(x))))
+
     def forward(self, latents: Tensor) -> Tensor:
-        x = self.levels(self.middle(self.conv_in(latents)))
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.finish(self.begin(latents), latents)
 
 
 class MaskGITVQGAN(ConvTokenizer):
@@ -207,36 +211,6 @@ class MaskGITVQGAN(ConvTokenizer):
             ),
         )
         self.build(encoder, nn.Identity(), own, nn.Identity(), decoder)
-
-    @property
-    def raster_features(self) -> Mapping[str, int]:
-        return {"latents": self.spec.dim}
-
-    def latents(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, C, H, W) in [-1, 1] to latents (B, L, code dim) in raster order, before quantization."""
-        self.check_pixels(pixels)
-        return rearrange(self.encoder(self.to_native(pixels)), "b d h w -> b (h w) d")
-
-    def decode_latents(self, quantized: Tensor, grid: tuple[int, ...]) -> Tensor:
-        """Codes (B, h * w, code dim) on a grid (h, w) to pixels in [-1, 1]."""
-        return self.from_native(self.decoder(rearrange(quantized, "b (h w) d -> b d h w", h=grid[0], w=grid[1])))
-
-    def forward(
-        self,
-        pixels: Tensor,
-        *,
-        condition: Condition | None = None,
-        target: Tensor | None = None,
-        clock: Clock | None = None,
-        draws: Draws | None = None,
-    ) -> TokenizerOutput:
-        self.check_condition(condition)
-        latents = self.latents(pixels)
-        quantized = self.quantizer(latents, draws=draws)
-        grid = (pixels.shape[2] // self.stride, pixels.shape[3] // self.stride)
-        features = {"latents": latents, "quantized": quantized.quantized}
-        reconstruction = self.decode_latents(quantized.quantized, grid)
-        return TokenizerOutput(reconstruction, quantized.ids, quantized.losses, features)
 
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:

@@ -34,8 +34,8 @@ from vistok.tokenizers.gigatok.networks import (
     TransformerSize,
     initialise,
 )
-from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec, as_dataclass
-from vistok.utils.sides import image_sides
+from vistok.types import MAIN, Clock, Condition, TokenizerOutput, TokenSpec, as_dataclass
+from vistok.utils.sides import grid_of, image_sides
 
 CHANNEL_MULT = (1, 1, 2, 2, 4)
 ALIGNMENT = AlignmentConfig()
@@ -167,7 +167,7 @@ class GigaTok(Tokenizer):
             )
         height, width = image_sides(image_size)
         self._input_shape = (in_channels, height, width)
-        self.map_grid = _grid((height, width), 2 ** (len(encoder_channel_mult) - 1))
+        self.map_grid = grid_of((height, width), 2 ** (len(encoder_channel_mult) - 1))
         num_tokens = num_tokens if layout == "1d" else math.prod(self.map_grid)
         grid = None if layout == "1d" else self.map_grid
         encoder_size, decoder_size = (as_dataclass(TransformerSize, size) for size in (encoder_size, decoder_size))
@@ -186,7 +186,8 @@ class GigaTok(Tokenizer):
             adaptive_norm=adaptive_norm,
             **options,
         )
-        self.encoder.apply(initialise), self.decoder.apply(initialise)
+        self.encoder.apply(initialise)
+        self.decoder.apply(initialise)
         around = (z_channels, self.map_grid)
         self.token_encoder: QueryEncoder | GridEncoder
         self.token_decoder: QueryDecoder | GridDecoder
@@ -236,16 +237,17 @@ class GigaTok(Tokenizer):
         self.check_pixels(pixels)
         return self.encoder(pixels)
 
-    def latents(self, spatial: Tensor) -> Tensor:
+    def map_latents(self, spatial: Tensor) -> Tensor:
         """A feature map (B, z_channels, h, w) to latents (B, L, code dim), before quantization."""
         return self.pre_quant(self.token_encoder(spatial))
 
-    def encode_latents(self, pixels: Tensor) -> Tensor:
-        return self.latents(self.encode_map(pixels))
+    def latents(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, C, H, W) in [-1, 1] to latents (B, L, code dim), before quantization."""
+        return self.map_latents(self.encode_map(pixels))
 
     def encode(self, pixels: Tensor, *, condition: Condition | None = None, draws: Draws | None = None) -> Tensor:
         self.check_condition(condition)
-        return self.quantize(self.latents(self.encode_map(pixels)))
+        return self.quantize(self.latents(pixels))
 
     def decode(self, tokens: Tensor, *, condition: Condition | None = None) -> Tensor:
         """Ids (B, L), or multi-scale ids (see ``dequantize``), to pixels (B, C, H, W).
@@ -276,7 +278,7 @@ class GigaTok(Tokenizer):
         """
         self.check_condition(condition)
         spatial = self.encode_map(pixels)
-        latents = self.latents(spatial)
+        latents = self.map_latents(spatial)
         quantized = self.quantizer(latents, draws=draws)
         decoded = self.token_decoder(self.post_quant(quantized.quantized))
         features = {
@@ -289,7 +291,7 @@ class GigaTok(Tokenizer):
         if decoded.aligned is not None:
             features["alignment"] = decoded.aligned
         losses = quantized.losses | {"feature": F.mse_loss(decoded.spatial, spatial.detach())}
-        reconstructions = {"main": self.decoder(decoded.spatial)}
+        reconstructions = {MAIN: self.decoder(decoded.spatial)}
         if self.training and clock is not None and clock.step < self.direct_until:
             reconstructions["direct"] = self.decoder(spatial)
         return TokenizerOutput(reconstructions, quantized.ids, losses, features)
@@ -297,11 +299,3 @@ class GigaTok(Tokenizer):
     @classmethod
     def from_official(cls, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> Self:
         return cls(**official.model_arguments(config, state_dict)).with_official_weights(official.our_names(state_dict))
-
-
-def _grid(size: tuple[int, int], stride: int) -> tuple[int, int]:
-    if min(size) < 1 or size[0] % stride or size[1] % stride:
-        raise ValueError(
-            f"image sides must be multiples of {stride}, got {size[0]}x{size[1]}; choose another image_size"
-        )
-    return size[0] // stride, size[1] // stride

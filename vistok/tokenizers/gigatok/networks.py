@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from vistok.nn.alignment import AlignmentConfig, AlignmentHead
 from vistok.nn.attention import attend
 from vistok.nn.containers import ModuleList
+from vistok.nn.initialisation import truncated_normal
 from vistok.nn.mlp import MLP
 from vistok.nn.vit import TransformerSize
 
@@ -46,7 +47,7 @@ class PositionedAttention(nn.Module):
             rearrange(project(x), "b n (h d) -> b h n d", h=self.num_heads)
             for project, x in ((self.q, query), (self.k, key), (self.v, value))
         )
-        return self.out(attend(q, k, v, None, False))
+        return self.out(attend(q, k, v))
 
 
 class SelfAttentionBlock(nn.Module):
@@ -330,13 +331,11 @@ def learned_positions(count: int, dim: int) -> nn.Parameter:
 
 
 def initialise(module: nn.Module) -> None:
-    """Truncated normal weights of standard deviation 0.02, zero biases; for ``nn.Module.apply``."""
+    """Truncated normal weights, zero biases; for ``nn.Module.apply``."""
     if isinstance(module, PositionedAttention):
         # Xavier-uniform for the three projections as one matrix (3 D, D).
         bound = math.sqrt(6 / (4 * module.q.in_features))
         for projection in (module.q, module.k, module.v):
             nn.init.uniform_(projection.weight, -bound, bound)
-    elif isinstance(module, nn.Linear | nn.Conv2d):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+    else:
+        truncated_normal(module)

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from vistok.draws import Draws
-from vistok.losses.vit_discriminator import initialise
+from vistok.nn.initialisation import xavier_uniform
+from vistok.nn.vit import TransformerSize
 from vistok.quantizers import StochasticQuantizer, VectorQuantizer
 from vistok.quantizers.named import chosen_quantizer
 from vistok.quantizers.scaled import spec_of
 from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.larp import official
-from vistok.tokenizers.larp.networks import Decoder, Encoder, LatentNorm, NormOfLatents, Table, TransformerConfig
+from vistok.tokenizers.larp.networks import Decoder, Encoder, LatentNorm, NormOfLatents, Table
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec, as_dataclass
 from vistok.utils.sides import image_sides, times
 
@@ -87,8 +88,8 @@ class LARP(Tokenizer):
         temporal_patch_size: int = 4,
         patch_size: int | tuple[int, int] = 8,
         num_tokens: int = 1024,
-        encoder: TransformerConfig = TransformerConfig(**L),  # noqa: B008 (immutable)
-        decoder: TransformerConfig = TransformerConfig(**L),  # noqa: B008 (immutable)
+        encoder: TransformerSize = TransformerSize(**L),  # noqa: B008 (immutable)
+        decoder: TransformerSize = TransformerSize(**L),  # noqa: B008 (immutable)
         codebook_size: int = 8192,
         codebook_dim: int = 16,
         codebook_l2_norm: bool = True,
@@ -109,7 +110,7 @@ class LARP(Tokenizer):
         quantizer: dict[str, Any] | None = None,
     ):
         super().__init__()
-        encoder, decoder = as_dataclass(TransformerConfig, encoder), as_dataclass(TransformerConfig, decoder)
+        encoder, decoder = as_dataclass(TransformerSize, encoder), as_dataclass(TransformerSize, decoder)
         for name, value, allowed in (
             ("assignment", assignment, ("stochastic", "nearest")),
             ("query_init", query_init, ("normal", "sincos")),
@@ -176,7 +177,7 @@ class LARP(Tokenizer):
             typed=frozenset(types),
             norm_eps=norm_eps,
         )
-        self.apply(initialise)
+        self.apply(xavier_uniform)
         # The first reconstruction is black.
         nn.init.zeros_(self.decoder.to_pixels.weight)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -10,23 +9,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vistok.nn.positions import FixedClipPositions, LearnedClipPositions, sincos_1d
-from vistok.nn.vit import ViTBlock
+from vistok.nn.vit import TransformerSize, ViTBlock
 from vistok.utils.devices import without_autocast
 
 LatentNorm = Literal["none", "layer_channels", "layer_tokens", "batch_channels", "batch_tokens"]
 Table = Literal["fixed", "learned"]
 
 
-@dataclass(frozen=True)
-class TransformerConfig:
-    """Width, number of blocks and heads of one transformer."""
-
-    dim: int
-    num_layers: int
-    num_heads: int
-
-
-def blocks_of(config: TransformerConfig, norm_eps: float) -> nn.Sequential:
+def blocks_of(config: TransformerSize, norm_eps: float) -> nn.Sequential:
     """A stack of blocks without a final norm: (B, N, D) -> (B, N, D)."""
     return nn.Sequential(
         *(ViTBlock(config.dim, config.num_heads, eps=norm_eps, qkv_bias=False) for _ in range(config.num_layers))
@@ -51,7 +41,7 @@ class Encoder(nn.Module):
 
     def __init__(
         self,
-        config: TransformerConfig,
+        config: TransformerSize,
         grid: tuple[int, int, int],
         patch: tuple[int, int, int],
         num_tokens: int,
@@ -70,8 +60,8 @@ class Encoder(nn.Module):
         table = sincos_1d(torch.arange(num_tokens), config.dim).float()
         queries = torch.randn(num_tokens, config.dim) * query_std if query_init == "normal" else table
         self.queries = nn.Parameter(queries, requires_grad=learned_queries)
-        self.patch_type = type_vector("patches" in typed, config.dim)
-        self.query_type = type_vector("queries" in typed, config.dim)
+        self.patch_type = type_vector("patches", typed, config.dim)
+        self.query_type = type_vector("queries", typed, config.dim)
         self.blocks = blocks_of(config, norm_eps)
 
     def embed_patches(self, clips: Tensor) -> Tensor:
@@ -102,7 +92,7 @@ class Decoder(nn.Module):
 
     def __init__(
         self,
-        config: TransformerConfig,
+        config: TransformerSize,
         grid: tuple[int, int, int],
         patch: tuple[int, int, int],
         num_tokens: int,
@@ -122,8 +112,8 @@ class Decoder(nn.Module):
             table = sincos_1d(torch.arange(num_tokens), config.dim, base=latent_position_base).float()
             self.register_buffer("latent_positions", table)
         self.positions = clip_positions(positions, grid, config.dim)
-        self.latent_type = type_vector("latents" in typed, config.dim)
-        self.patch_type = type_vector("patch_queries" in typed, config.dim)
+        self.latent_type = type_vector("latents", typed, config.dim)
+        self.patch_type = type_vector("patch_queries", typed, config.dim)
         self.blocks = blocks_of(config, norm_eps)
         self.norm = nn.LayerNorm(config.dim, eps=1e-6)
         self.to_pixels = nn.Linear(config.dim, patch[0] * patch[1] * patch[2] * out_channels)
@@ -150,9 +140,9 @@ def clip_positions(kind: Table, grid: tuple[int, int, int], dim: int) -> nn.Modu
     return (LearnedClipPositions if kind == "learned" else FixedClipPositions)(grid, dim)
 
 
-def type_vector(wanted: bool, dim: int) -> nn.Parameter | None:
-    """A learned type embedding (dim,) that all tokens of a kind share; None unless ``wanted``."""
-    return nn.Parameter(torch.randn(dim) * 0.02) if wanted else None
+def type_vector(kind: str, typed: frozenset[str], dim: int) -> nn.Parameter | None:
+    """A learned type embedding (dim,) that all tokens of a kind share; None unless the kind is ``typed``."""
+    return nn.Parameter(torch.randn(dim) * 0.02) if kind in typed else None
 
 
 def plus(x: Tensor, vector: Tensor | None) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -162,8 +162,11 @@ OFFICIAL_NAMES = [
 def reshape(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Add or remove axes of length 1 as in the model's tensors: the reference has tables as (1, N, D), and patches of
     single frames as a 2D convolution."""
+
+    def without_ones(shape: Sequence[int]) -> list[int]:
+        return [n for n in shape if n != 1]
+
     wanted = {key: tensor.shape for key, tensor in model.state_dict().items()}
-    without_ones = lambda shape: [n for n in shape if n != 1]  # noqa: E731
     return {
         key: tensor.reshape(wanted[key])
         if key in wanted and without_ones(tensor.shape) == without_ones(wanted[key])

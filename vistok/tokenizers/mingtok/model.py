@@ -236,7 +236,7 @@ class MingTok(Tokenizer):
         statistics = {"latent_mean": raw.mean().item(), "latent_scale": 1 / max(raw.std().item(), 1e-6)}
         device = self.scale.mean.device
         self.scale = LatentScale(self.encoder.latent_dim, *statistics.values()).to(device)
-        self._arguments |= statistics
+        self.change_arguments(**statistics)
 
     @staticmethod
     def clean_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from vistok.nn.attention import GrowingCache
 from vistok.nn.containers import ModuleList
 from vistok.nn.positions import resized_grid
-from vistok.nn.vit import FeedForward, ViTBlock
+from vistok.nn.vit import FeedForward, TransformerSize, ViTBlock
 
 EPS = 1e-6
 POSITION_OFFSET = 0.1
@@ -21,19 +21,13 @@ POSITION_OFFSET = 0.1
 
 
 @dataclass(frozen=True)
-class StageConfig:
+class StageConfig(TransformerSize):
     """The size of one of the transformers.
 
     Attributes:
-        dim: width.
-        num_layers: blocks.
-        num_heads: attention heads.
         feed_forward: as in ``ViTBlock``.
     """
 
-    dim: int
-    num_layers: int
-    num_heads: int
     feed_forward: FeedForward = "gelu"
 
     def blocks(self) -> ModuleList:

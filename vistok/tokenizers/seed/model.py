@@ -221,6 +221,14 @@ class SEED(Tokenizer):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_qformer):
             return self.qformer(self.vision_norm(features))
 
+    def latents(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1] to latents (B, L, code_dim), before quantization.
+
+        Raises:
+            ValueError: as ``features``.
+        """
+        return self.to_latents(self.query_features(self.features(pixels)))
+
     def encode_features(self, features: Tensor) -> Tensor:
         """Vision features (B, T, C), before their norm, to ids (B, L)."""
         return self.quantize(self.to_latents(self.query_features(features)))

@@ -168,7 +168,7 @@ class PostNormAttention(nn.Module):
     def forward(self, x: Tensor, context: Tensor, *, causal: bool = False) -> Tensor:
         projected = self.query(x), self.key(context), self.value(context)
         q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.num_heads) for part in projected)
-        return self.norm(self.out(attend(q, k, v, None, causal)) + x)
+        return self.norm(self.out(attend(q, k, v, causal=causal)) + x)
 
 
 class QFormerLayer(nn.Module):

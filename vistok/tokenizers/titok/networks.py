@@ -191,11 +191,3 @@ def learned(*shape: int) -> nn.Parameter:
 def with_class(class_token: Tensor, tokens: Tensor) -> Tensor:
     """Prepend the class token (1, D) to tokens (B, n, D)."""
     return torch.cat([class_token.to(tokens).expand(len(tokens), 1, -1), tokens], 1)
-
-
-def initialise(module: nn.Module, std: float) -> None:
-    """Truncated normal weights and zero biases, as in the reference, whose ``std`` is 0.02."""
-    if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
-        nn.init.trunc_normal_(module.weight, std=std)
-    if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
-        nn.init.zeros_(module.bias)

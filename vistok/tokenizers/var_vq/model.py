@@ -22,7 +22,7 @@ from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.var_vq import official
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec
 from vistok.utils.finite import finite_latents
-from vistok.utils.sides import image_sides
+from vistok.utils.sides import grid_of, image_sides
 
 
 class VARVQ(Tokenizer):
@@ -91,8 +91,7 @@ class VARVQ(Tokenizer):
         super().__init__()
         self.stride = 2 ** (len(channel_mult) - 1)
         height, width = image_sides(image_size)
-        if height < 1 or width < 1 or height % self.stride or width % self.stride:
-            raise ValueError(f"image sides must be multiples of {self.stride}, got {height}x{width}")
+        self.grid = grid_of((height, width), self.stride)
         if quant_conv_kernel < 1 or quant_conv_kernel % 2 == 0:
             raise ValueError(f"quant_conv_kernel must be odd, so that maps keep their size; got {quant_conv_kernel}")
         self._input_shape = (in_channels, height, width)
@@ -105,7 +104,6 @@ class VARVQ(Tokenizer):
             cosine=cosine_codes,
             restart_after=codebook_restart_after,
         )
-        self.grid = (height // self.stride, width // self.stride)
         if self.quantizer.scales[-1] != self.grid:
             raise ValueError(
                 f"the scales end at {self.quantizer.scales[-1]}, but images of {height}x{width} have a map of "
@@ -187,9 +185,7 @@ class VARVQ(Tokenizer):
         Raises:
             ValueError: sides that are not multiples of the stride, or a last scale that is not the map's.
         """
-        height, width = pixels.shape[-2:]
-        if height % self.stride or width % self.stride:
-            raise ValueError(f"image sides must be multiples of {self.stride}, got {height}x{width}")
+        grid_of(pixels.shape[-2:], self.stride)
         return self.quantizer.encode(finite_latents(self.pre_quant(self.encoder(pixels))), scales)
 
     @classmethod
