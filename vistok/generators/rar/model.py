@@ -226,7 +226,9 @@ class RAR(AutoregressiveGenerator):
         """The probability of a random order at optimisation step ``step``."""
         if step >= self.raster_from:
             return 0.0
-        return min(1.0, 1 - (step - self.random_until) / (self.raster_from - self.random_until))
+        if step < self.random_until:  # before the division: the two steps may be equal
+            return 1.0
+        return 1 - (step - self.random_until) / (self.raster_from - self.random_until)
 
     def training_draws(self, keys: Keys) -> Draws:
         """ "drop" (B,) uniform; "order" (B, L), the raster positions of the tokens in the order of each sample."""
