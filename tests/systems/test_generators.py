@@ -499,8 +499,8 @@ def test_tokens_that_it_cannot_model_are_refused(name, spec, message):
         ({}, labels(5), "class label 5 is out of range: this generator knows classes 0..4"),
         ({}, Condition.from_features(torch.zeros(1, 1, 16)), "not text features"),
         ({"num_classes": 0}, labels(0), "takes no class labels"),
-        ({"condition_dropout": 0.0}, labels(0, -1), "without a null class"),
-        ({"condition_dropout": 0.0}, Condition.none(1), "without a null class"),
+        ({"condition_dropout": 0.0}, labels(0, -1), "without a null condition"),
+        ({"condition_dropout": 0.0}, Condition.none(1), "without a null condition"),
     ],
 )
 def test_conditions_that_it_cannot_take_are_refused(name, arguments, condition, message):
@@ -512,7 +512,7 @@ def test_conditions_that_it_cannot_take_are_refused(name, arguments, condition, 
 def test_guidance_needs_a_null_class(name):
     model = tiny(name, condition_dropout=0.0)
     assert model.sample(labels(0, 4), GREEDY).shape == (2, 16)
-    with pytest.raises(ValueError, match="without a null class"):
+    with pytest.raises(ValueError, match="without a null condition"):
         model.sample(labels(0, 4), DecodingOptions(temperature=0, guidance_scale=2.0))
 
 

@@ -162,7 +162,7 @@ def test_bad_orders_and_groups_are_refused(name):
 def test_without_a_null_class_guidance_is_refused(name):
     model = tiny(name, condition_dropout=0.0)
     assert model.sample(labels(0, 4), options_of(name, temperature=0)).shape == (2, 16)
-    with pytest.raises(ValueError, match="without a null class"):
+    with pytest.raises(ValueError, match="without a null condition"):
         model.sample(labels(0, 4), options_of(name, temperature=0, guidance_scale=2.0))
 
 

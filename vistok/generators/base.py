@@ -90,8 +90,11 @@ class Generator(Model):
     class_rows_from: int = 0
     """The row of the first class in the embedding table that holds the classes."""
 
-    has_null: bool = True
-    """Whether the model has a null condition, which unconditional generation and guidance need."""
+    @property
+    def has_null(self) -> bool:
+        """Whether the model has a null condition, which unconditional generation and guidance need: condition dropout
+        trains one, and a model without conditions has no other."""
+        return self.condition_dropout > 0 or not self.condition_spec.parts
 
     @property
     def condition_spec(self) -> ConditionSpec:
@@ -388,9 +391,15 @@ class Generator(Model):
         """Raise ValueError if the condition does not match the spec, or has dropped rows without a null condition."""
         self.condition_spec.check(condition)
         if not self.has_null and bool(condition.dropped.any()):
+            self.check_null()
+
+    def check_null(self) -> None:
+        """Raise ValueError unless the model has a null condition."""
+        if not self.has_null:
             raise ValueError(
-                "this generator was built without a null class (condition_dropout 0): it cannot generate "
-                f"unconditionally or with guidance, and every sample needs {self.condition_spec.describe()}"
+                "this generator was built without a null condition (condition_dropout 0): it cannot generate "
+                "unconditionally or with guidance, which is off at scale 1, and every sample needs "
+                f"{self.condition_spec.describe()}"
             )
 
     def check_start(self, condition: Condition, guidance: Guidance, tokenizer: Expands | None) -> None:

@@ -98,8 +98,8 @@ class Llama(AutoregressiveGenerator):
         multiple_of: the feed-forward width, 8/3 of dim, is rounded up to a multiple of this.
         caption_dim: channels of caption features (T5), or None for the class-conditional model.
         caption_length: positions of a caption. Features are padded on the left, with a mask.
-        condition_dropout: share of training samples whose condition is dropped, for guidance. With 0 a
-            class-conditional model has no null class, and refuses guidance.
+        condition_dropout: share of training samples whose condition is dropped, for guidance; with 0 there is no null
+            condition, and guidance is refused.
         token_drop, attn_drop, proj_drop, ffn_drop: dropout of the embedded sequence, the
             attention weights, the attention output and the feed-forward output, in training.
         positions: "rope2d" rotates image tokens by row and column and switches the condition's queries and keys off,
@@ -202,7 +202,6 @@ class Llama(AutoregressiveGenerator):
         self.condition_tokens = condition_tokens
         self.condition_length = caption_length if self.takes_captions else condition_tokens + 1
         self.num_classes = None if self.takes_captions or condition_tokens else num_classes or None
-        self.has_null = not condition_tokens and (self.takes_captions or condition_dropout > 0 or not num_classes)
         if caption_dim is not None:
             self.caption_projection = nn.Sequential(
                 nn.Linear(caption_dim, dim, bias=False), nn.GELU("tanh"), nn.Linear(dim, dim, bias=False)
@@ -254,6 +253,11 @@ class Llama(AutoregressiveGenerator):
     def build_output(self, dim: int) -> nn.Module:
         """The output head, (..., D) -> (..., V)."""
         return nn.Linear(dim, self.spec.num_ids, bias=False)
+
+    @property
+    def has_null(self) -> bool:
+        """As of every generator; a model of condition tokens has no null condition."""
+        return not self.condition_tokens and super().has_null
 
     @property
     def condition_spec(self) -> ConditionSpec:

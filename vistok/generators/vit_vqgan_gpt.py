@@ -97,7 +97,6 @@ class ViTVQGANGPT(AutoregressiveGenerator):
         self.spec = self.check_spec(as_dataclass(TokenSpec, spec), type(self).__name__)
         self.num_classes = num_classes or None
         self.condition_dropout, self.condition_length = condition_dropout, condition_length
-        self.has_null = condition_dropout > 0 or not num_classes
         self.condition_embedding = nn.Embedding(num_classes + self.has_null, dim)
         self.condition_positions = nn.Parameter(torch.zeros(1, condition_length, dim))
         self.token_embedding = nn.Embedding(self.spec.num_ids, dim)

@@ -67,7 +67,7 @@ class MAR(ContinuousGenerator):
         buffer_size: number of copies of the class embedding before the tokens.
         mask_rate_min: least share of tokens that is masked in training; the most likely share is 1.
         diffusion_batch_mul: noise levels per token and training step.
-        condition_dropout: share of training samples whose class is dropped, for guidance.
+        condition_dropout: share of training samples whose class is dropped, for guidance; with 0 guidance is refused.
         attn_drop, proj_drop: of the attention weights, and of the outputs of attention and feed-forward.
         norm_eps: eps of the transformers' layer norms.
 

@@ -91,7 +91,6 @@ class MaskGIT(Generator):
         if network not in NETWORKS:
             raise ValueError(f"network must be one of {', '.join(map(repr, NETWORKS))}, got {network!r}")
         self.num_classes, self.condition_dropout = num_classes or None, condition_dropout
-        self.has_null = condition_dropout > 0 or not num_classes
         self.label_smoothing, self.mask_id = label_smoothing, self.spec.num_ids
         # Rows of the embedding: the codes, the mask, the classes, the null class.
         self.class_rows_from = self.mask_id + 1

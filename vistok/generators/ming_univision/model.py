@@ -76,7 +76,8 @@ class MingUniVision(Understanding):
             whose weights it starts from. In a saved model, its config.
         head: the network that generates latents.
         num_projection_layers: linear layers between features and the language model.
-        condition_dropout: share of the samples that are trained without their text, half of them without an image too.
+        condition_dropout: share of the samples that are trained without their text, half of them without an image too,
+            for guidance; with 0 guidance is refused.
         end_weight: weight of the loss of the special id after an image.
         text_weight: weight of the loss of text and special ids, for training on streams.
         latent_mean, latent_scale: the statistics with which its tokenizer standardises latents; a tokenizer with others

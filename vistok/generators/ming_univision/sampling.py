@@ -157,8 +157,10 @@ class MingSession:
                 from their kinds.
 
         Raises:
-            ValueError: no room for the image, or noise of another shape.
+            ValueError: no room for the image, noise of another shape, or guidance of a model without a null condition.
         """
+        if guidance.is_on:
+            self.model.check_null()
         model, context, weight = self.model, self.context, self.model.output.weight
         self._check_rows(len(noise), "noise")
         if noise.shape[1] < model.spec.length or noise.shape[2:] != (model.spec.dim,):

@@ -111,7 +111,6 @@ class RAR(AutoregressiveGenerator):
             )
         self.random_until, self.raster_from = random_until, raster_from
         self.num_classes, self.condition_dropout = num_classes or None, condition_dropout
-        self.has_null = condition_dropout > 0 or not num_classes  # otherwise the null row exists but is untrained
         length = self.spec.length
         # Rows: the codes, an unused mask, the classes, the null class.
         self.class_rows_from = self.spec.num_ids + 1

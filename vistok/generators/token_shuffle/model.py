@@ -118,7 +118,7 @@ class TokenShuffle(AutoregressiveGenerator):
         dim, num_layers, num_heads: width, blocks, heads; s^2 divides dim.
         multiple_of: the feed-forward width, 8/3 of dim, is rounded up to a multiple of this.
         num_fusion_blocks, fusion_ratio: residual layers at either end, and their hidden width in units of dim.
-        condition_dropout: share of training samples whose text is dropped, for guidance.
+        condition_dropout: share of training samples whose text is dropped, for guidance; with 0 guidance is refused.
         text_weight: weight of the cross entropy of text and special tokens; 0 trains on images alone.
         writes: a joint model that trains on streams of texts and images, and also writes texts. Its vocabulary has the
             special tokens of streams, its windows hold one token, and its texts are ids.

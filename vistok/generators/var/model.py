@@ -165,7 +165,6 @@ class VAR(AutoregressiveGenerator):
             raise ValueError(f"self_correction is a probability in [0, 1], got {self_correction}")
         self.self_correction, self.reads_latents = self_correction, self_correction > 0
         self.num_classes, self.condition_dropout = num_classes or None, condition_dropout
-        self.has_null = condition_dropout > 0 or not num_classes  # otherwise the null row exists but is untrained
         self.label_smoothing = label_smoothing
         self.progressive_share, self.progressive_from = progressive_share, progressive_from
         self.progressive_after, self.stage_warmup = progressive_after, stage_warmup

@@ -106,7 +106,7 @@ class XAR(ContinuousGenerator):
         num_encoder_layers, num_decoder_layers: blocks before and after the second position embedding.
         mlp_ratio: hidden width of the feed-forward, in units of two thirds of dim.
         layout: the entity that is predicted next, and its size.
-        condition_dropout: share of training samples whose class is dropped, for guidance.
+        condition_dropout: share of training samples whose class is dropped, for guidance; with 0 guidance is refused.
         attn_drop, proj_drop: of the attention weights, and of the outputs of attention and feed-forward.
         rope_base: base of the rotary frequencies.
 
