@@ -417,6 +417,11 @@ def test_cache_counts_and_overflows():
         assert torch.equal(value, -part)
     assert cache.length == 3
     assert cache.nbytes == 2 * 2 * 4 * 2 * 4
+    grown = KVCache(num_layers=2, rows=1, num_heads=1, length=4, head_dim=2, shift_dim=3)
+    grown.reserve(5)
+    assert grown.nbytes == 2 * (2 * 5 * 2 + 3) * 4
+    grown.choose(torch.tensor([0, 0, 0]))
+    assert grown.nbytes == 3 * 2 * (2 * 5 * 2 + 3) * 4
     with pytest.raises(ValueError, match="holds 4 positions, 5 were asked for"):
         cache.layers[0].append(part[:, :, :2], part[:, :, :2])
     key, _ = cache.layers[0].append(part[:, :, :1] + 10, part[:, :, :1])
