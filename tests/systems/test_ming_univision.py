@@ -278,6 +278,7 @@ REFUSED = {
     "rows": (lambda s, m: s.ask(texts([7])), "the session has 2 rows, the condition 1; take as many"),
     "rows of noise": (lambda s, m: s.draw(OPTIONS, {"noise": torch.zeros(3, 16, 4)}), "2 rows, the noise 3"),
     "length": (lambda s, m: s.draw(OPTIONS, {"noise": torch.zeros(2, 9, 4)}), r"noise must be \(B, 16, 4\), got"),
+    "more noise": (lambda s, m: s.draw(OPTIONS, {"noise": torch.zeros(2, 17, 4)}), r"\(B, 16, 4\), got \(2, 17, 4\)"),
     "noise": (lambda s, m: s.draw(OPTIONS, {}), r"pass draws=sampling_draws"),
     "shown": (lambda s, m: s.show(torch.zeros(2, 9, 4)), "has 16 latents, got 9; resize it"),
     "shown ids": (lambda s, m: s.show(torch.zeros(2, 16, dtype=torch.int64)), "are these ids of another tokenizer"),

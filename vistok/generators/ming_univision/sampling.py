@@ -163,7 +163,7 @@ class MingSession:
             self.model.check_null()
         model, context, weight = self.model, self.context, self.model.output.weight
         self._check_rows(len(noise), "noise")
-        if noise.shape[1] < model.spec.length or noise.shape[2:] != (model.spec.dim,):
+        if noise.shape[1:] != (model.spec.length, model.spec.dim):
             raise ValueError(
                 f"noise must be (B, {model.spec.length}, {model.spec.dim}), got {tuple(noise.shape)}; sampling_draws "
                 "makes it"
