@@ -274,6 +274,8 @@ class AutoregressiveSession:
 
     def _mask(self, start: int, stop: int) -> Tensor | None:
         """The attention mask of the entries [start, stop) over the first ``stop``; None if full or plain causal."""
+        if start and stop - start == 1 and self.kv_cache.visible is not None:  # known: nothing is computed in each step
+            return self.kv_cache.visible[..., :stop]
         mask = self.model.attention_mask(self.rows, start, stop)
         if mask is not None or start == 0 or stop - start == 1:
             return mask
