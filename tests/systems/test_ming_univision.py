@@ -267,6 +267,14 @@ WRONG = {
 }
 
 
+def test_a_start_reads_the_statistics_of_the_tokenizer_once(tokenizer, monkeypatch):
+    model, reads = tiny("ming_univision"), []
+    kind = type(tokenizer)
+    monkeypatch.setattr(kind, "latent_statistics", property(lambda self: reads.append(self) or {}))  # else synchronises
+    model.start(texts([7]), OPTIONS, draws=model.sampling_draws(Keys.range(0, 1)), tokenizer=tokenizer)
+    assert len(reads) == 1
+
+
 @pytest.mark.parametrize("what", WRONG)
 def test_models_that_cannot_be_are_refused(what):
     arguments, message = WRONG[what]

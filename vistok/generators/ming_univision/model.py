@@ -324,10 +324,8 @@ class MingUniVision(Understanding):
         draws: Draws | None = None,
         tokenizer: Expands | None = None,
     ) -> MingSession:
-        self.check_tokenizer(tokenizer)
-        tokenizer = self.needed_tokenizer(tokenizer)
-        noise = noise_of(draws)
         session = self.converse(len(condition), options, tokenizer=tokenizer)
+        noise = noise_of(draws)
         session.ask(condition)
         session.begin_image(session.options.guidance(has_image=condition.part("given") is not None), noise)
         return session
