@@ -26,14 +26,13 @@ from vistok.flow.diffusion import GaussianDiffusion, strided_timesteps
 from vistok.generators.base import weighted_mean
 from vistok.generators.engine.continuous import ContinuousGenerator
 from vistok.generators.mar import official
-from vistok.generators.mar.sampling import MAROptions, MARSession
+from vistok.generators.mar.sampling import NUM_TIMESTEPS, MAROptions, MARSession
 from vistok.nn.attention import Attention
 from vistok.nn.diffusion_head import DiffusionHead
 from vistok.nn.mlp import MLP
 from vistok.nn.windows import window_members
 from vistok.types import Clock, Condition, Expands, GeneratorOutput, TokenSpec, as_dataclass
 
-NUM_TIMESTEPS = 1000
 OWN_STEPS = 10
 """Denoising steps of the head for tokens that the model draws itself in training: far fewer than in sampling."""
 
