@@ -95,14 +95,14 @@ class MaskGIT(Generator):
         # Rows of the embedding: the codes, the mask, the classes, the null class.
         self.class_rows_from = self.mask_id + 1
         self.network = NETWORKS[network](
-            self.spec.num_ids + 1 + num_classes + 1,
-            self.spec.length + 1,
-            dim,
-            num_layers,
-            num_heads,
-            mlp_dim or 4 * dim,
-            attn_drop,
-            proj_drop,
+            vocabulary=self.spec.num_ids + 1 + num_classes + 1,
+            length=self.spec.length + 1,
+            dim=dim,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            mlp_dim=mlp_dim or 4 * dim,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
         )
         self.output = nn.Linear(dim, self.spec.num_ids)
         self.apply(_initialise)

@@ -62,11 +62,11 @@ class LayoutConfig:
             case "token":
                 return cells(grid, (1, 1))
             case "cell":
-                return cells(grid, _pair(self.size, one_row))
+                return cells(grid, _pair(self.size, one_row=one_row))
             case "subsample":
-                return subsamples(grid, _pair(self.size, one_row))
+                return subsamples(grid, _pair(self.size, one_row=one_row))
             case "scale":
-                return pyramid(grid, tuple(_pair(side, one_row) for side in self.scales))
+                return pyramid(grid, tuple(_pair(side, one_row=one_row) for side in self.scales))
             case "image":
                 return cells(grid, grid)
 
@@ -195,5 +195,5 @@ def _divide(grid: Grid, size: Grid, what: str) -> Grid:
     return grid[0] // size[0], grid[1] // size[1]
 
 
-def _pair(size: int | tuple[int, int], one_row: bool = False) -> Grid:
+def _pair(size: int | tuple[int, int], *, one_row: bool = False) -> Grid:
     return (1 if one_row else size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
