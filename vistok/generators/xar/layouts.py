@@ -109,10 +109,8 @@ class EntityLayout:
         return torch.repeat_interleave(torch.tensor(self.sizes))
 
     def mask(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Block-causal mask (stop - start, stop) bool, True where attention is allowed: the positions [start, stop) see
-        their own entity and all earlier ones."""
-        entities = self.entity_of[:stop]
-        return entities[start:, None] >= entities[None, :]
+        """The ``block_causal_mask`` of the positions [start, stop)."""
+        return block_causal_mask(self.entity_of[:stop], start)
 
     def to_sequence(self, latents: Tensor) -> Tensor:
         """Latents (B, h * w, D) in raster order to the sequence (B, N, D).
@@ -177,6 +175,12 @@ def pyramid(grid: Grid, scales: tuple[Grid, ...]) -> EntityLayout:
         # The centre of the tokens that a coarse position stands for; a token itself keeps its row and column.
         coordinates.append((grid_positions(scale) + 0.5) * factor - 0.5)
     return EntityLayout(grid, tuple(map(math.prod, scales)), torch.cat(coordinates), scales=scales)
+
+
+def block_causal_mask(entity_of: Tensor, start: int = 0) -> Tensor:
+    """Bool (n - start, n), True where attention is allowed: of positions in the entities ``entity_of`` (n,), those from
+    ``start`` on see their own entity and all earlier ones."""
+    return entity_of[start:, None] >= entity_of[None, :]
 
 
 def _partition(grid: Grid, entities: Tensor) -> EntityLayout:
