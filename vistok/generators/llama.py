@@ -20,6 +20,7 @@ from vistok.generators.engine.autoregressive import AutoregressiveGenerator
 from vistok.generators.engine.cache import CachedLayer, CachedLayers, of_layers
 from vistok.nn.attention import Attention, Mask
 from vistok.nn.containers import ModuleList
+from vistok.nn.masks import prolonged, visible_causal_mask
 from vistok.nn.mlp import SwiGLU, rounded_hidden_dim
 from vistok.nn.norms import RMSNorm
 from vistok.nn.positions import sincos_1d
@@ -311,13 +312,10 @@ class Llama(AutoregressiveGenerator):
         return self.token_embedding(ids)
 
     def attention_mask(self, condition: Condition, start: int, stop: int) -> Tensor | None:
-        """Causal mask without the caption's padding; each position sees itself, so that no row is empty."""
+        """Causal mask without the caption's padding."""
         if condition.mask is None:
             return None
-        visible = nn.functional.pad(condition.mask, (0, max(stop - self.condition_length, 0)), value=True)[:, :stop]
-        queries, keys = (torch.arange(first, stop, device=visible.device) for first in (start, 0))
-        offset = queries[:, None] - keys  # (stop - start, stop)
-        return (offset > 0) & visible[:, None, None] | (offset == 0)  # (R, 1, stop - start, stop)
+        return visible_causal_mask(prolonged(condition.mask, stop), start)
 
     def transform(
         self, x: Tensor, positions: Positions, mask: Mask | None, kv_cache: CachedLayers | None, *state: Tensor

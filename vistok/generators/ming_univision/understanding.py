@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from vistok.data.streams import IMAGE_KIND, Streams
 from vistok.draws import Draws
 from vistok.generators.engine.continuous import ContinuousGenerator
-from vistok.generators.ming_univision.context import ALWAYS, IMAGE, TEXT, Prompt, attention_mask
+from vistok.generators.ming_univision.context import ALWAYS, IMAGE, TEXT, Prompt
 from vistok.generators.ming_univision.language_model import LanguageModel
 from vistok.generators.ming_univision.networks import Backbone
 from vistok.generators.ming_univision.reading import Reading, StreamReader, expanded
+from vistok.nn.masks import visible_causal_mask
 from vistok.types import Condition, Expands
 
 
@@ -149,7 +150,7 @@ class Understanding(ContinuousGenerator):
     def logits(self, prompt: Prompt) -> Tensor:
         """Logits (B, n, V) of the id after each entry of a prompt, in one pass."""
         positions = (prompt.valid.cumsum(1) - 1).clamp_min(0)
-        hidden = self.backbone(prompt.embeddings, positions, attention_mask(prompt.valid, 0), images=prompt.images)
+        hidden = self.backbone(prompt.embeddings, positions, visible_causal_mask(prompt.valid), images=prompt.images)
         return self.output(hidden).float()
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -188,7 +189,7 @@ class Understanding(ContinuousGenerator):
                 left = left & ~(dropped & (kinds == kind))
         # As in sampling, entries before the response see everything. The response does not see the hidden entries, and
         # its positions continue as if they were absent.
-        mask = attention_mask(valid, 0).where(~response[:, None, :, None], attention_mask(left, 0))
+        mask = visible_causal_mask(valid).where(~response[:, None, :, None], visible_causal_mask(left))
         positions = torch.where(response, left.cumsum(1), valid.cumsum(1)) - 1
         return self.backbone(x, positions.clamp_min(0), mask, images=images)
 
