@@ -411,6 +411,15 @@ class Generator(Model):
             self.check_condition(guidance.conditions(condition))
 
 
+def check_single_ids(spec: TokenSpec, model: str) -> TokenSpec:
+    """Return the spec if its tokens are one id per position; else raise ValueError. ``model`` is for messages."""
+    if not spec.discrete:
+        raise ValueError(f"{model} predicts discrete ids; this tokenizer has continuous latents of {spec.dim} channels")
+    if spec.depth != 1:
+        raise ValueError(f"{model} predicts one id per position; this tokenizer has {spec.depth} (residual codes)")
+    return spec
+
+
 def check_draws(draws: Draws | None, *temperatures: float) -> None:
     """Raise ValueError if there are no draws although a temperature is above 0, so that sampling is random."""
     if draws is None and any(temperature > 0 for temperature in temperatures):

@@ -16,8 +16,7 @@ from torch.nn import functional as F
 
 from vistok.checkpoints import OfficialCheckpoint
 from vistok.draws import Draws, Keys
-from vistok.generators.base import Generator, check_draws, weighted_mean
-from vistok.generators.engine.autoregressive import AutoregressiveGenerator
+from vistok.generators.base import Generator, check_draws, check_single_ids, weighted_mean
 from vistok.generators.engine.sampling import drawn_ids
 from vistok.generators.maskgit import official
 from vistok.generators.maskgit.networks import NETWORKS
@@ -87,7 +86,7 @@ class MaskGIT(Generator):
         proj_drop: float = 0.1,
     ):
         super().__init__()
-        self.spec = AutoregressiveGenerator.check_spec(as_dataclass(TokenSpec, spec), type(self).__name__)
+        self.spec = check_single_ids(as_dataclass(TokenSpec, spec), type(self).__name__)
         if network not in NETWORKS:
             raise ValueError(f"network must be one of {', '.join(map(repr, NETWORKS))}, got {network!r}")
         self.num_classes, self.condition_dropout = num_classes or None, condition_dropout

@@ -123,7 +123,7 @@ class MingSession:
             context.kinds = torch.where(context.kinds == TEXT, ALWAYS, context.kinds)
             context.kinds[:, self._reply :] = IMAGE
         if is_open:
-            context.read(self._mark(model.image_end, context.rows))
+            context.read(model.embed_special(model.image_end, context.rows))
         if prompt.embeddings.shape[1]:
             self.hidden = context.read(prompt.embeddings, prompt.valid, prompt.kinds, prompt.images)[:, -1]
         self._reply = len(context)
@@ -231,10 +231,6 @@ class MingSession:
         for part in parts:
             hidden = hidden | (self.context.kinds == KINDS[part])
         return hidden
-
-    def _mark(self, mark: int, rows: int) -> Tensor:
-        """(rows, 1, D), the embedding of a special id."""
-        return self.model.embedding.weight[mark].expand(rows, 1, -1)
 
     @torch.no_grad()
     def append(self, tokens: Tensor) -> None:

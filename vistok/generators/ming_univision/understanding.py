@@ -117,9 +117,9 @@ class Understanding(ContinuousGenerator):
             valid = given.valid() & ~given.dropped[:, None]
             ends = valid.any(1, keepdim=True)
             for x, where, is_image in (
-                (self._mark(self.image_start, rows), ends, False),
+                (self.embed_special(self.image_start, rows), ends, False),
                 (features, valid, True),
-                (self._mark(self.image_end, rows), ends, False),
+                (self.embed_special(self.image_end, rows), ends, False),
             ):
                 kinds = torch.full(where.shape, IMAGE, device=device)
                 parts.append(Prompt(x, where, kinds, torch.full_like(where, is_image)))
@@ -137,8 +137,9 @@ class Understanding(ContinuousGenerator):
             )
         return Prompt.cat([*parts, self._fixed(self.assistant, rows, device)])
 
-    def _mark(self, mark: int, rows: int) -> Tensor:
-        return self.embedding.weight[mark].expand(rows, 1, -1)
+    def embed_special(self, token: int, rows: int) -> Tensor:
+        """(rows, 1, D), the embedding of a special id."""
+        return self.embedding.weight[token].expand(rows, 1, -1)
 
     def _fixed(self, ids: Tensor, rows: int, device: torch.device) -> Prompt:
         """The prompt of ids (n,) that all rows have and always see."""
@@ -170,7 +171,7 @@ class Understanding(ContinuousGenerator):
             drop: (B,) uniform; rows below ``condition_dropout`` hide their text, those below half of it also the image.
         """
         rows, start = prompt.valid.shape
-        own = torch.cat([self._mark(self.image_start, rows), image], 1)
+        own = torch.cat([self.embed_special(self.image_start, rows), image], 1)
         new = prompt.valid.new_ones(own.shape[:2])
         x, valid = torch.cat([prompt.embeddings, own], 1), torch.cat([prompt.valid, new], 1)
         kinds = torch.cat([prompt.kinds, torch.full_like(new, ALWAYS, dtype=torch.int64)], 1)

@@ -142,8 +142,7 @@ class OpenMAGVIT2GPT(Llama):
 
     @classmethod
     def condition_arguments(cls, spec: ConditionSpec) -> dict[str, Any]:
-        cls.refuse_parts(spec, "labels")
-        return {"num_classes": spec.num_classes}
+        return super(Llama, cls).condition_arguments(spec)  # of class labels alone, unlike Llama
 
     def compile_decoding(self, backend: str = "inductor") -> None:
         """Raise ValueError: the compiled step draws whole ids."""
