@@ -48,10 +48,10 @@ class Conversation(Session, Protocol):
     def write(self, max_tokens: int) -> Tensor:
         """Reply with a text: ids (B, n), padded with the generator's ``end``; n is at most ``max_tokens``."""
 
-    def show(self, tokens: Tensor) -> None:
+    def append_image(self, tokens: Tensor) -> None:
         """Append given image tokens as the model's reply."""
 
-    def tell(self, ids: Tensor) -> Tensor:
+    def append_text(self, ids: Tensor) -> Tensor:
         """Append given ids (B, n) as the model's reply; return the logits (B, V) of the next id."""
 
 

@@ -20,7 +20,7 @@ from vistok.generators.engine.compiled import CompiledStep
 from vistok.generators.engine.decodings import DECODINGS
 from vistok.generators.engine.packed import DecodingCopies
 from vistok.generators.engine.plan import Plan
-from vistok.generators.engine.sampling import DecodingOptions, drawn_ids, part_draws
+from vistok.generators.engine.sampling import DecodingOptions, inverse_cdf_ids, part_draws
 from vistok.generators.engine.session import AutoregressiveSession
 from vistok.nn.attention import Mask
 from vistok.nn.containers import ModuleList
@@ -247,7 +247,7 @@ class AutoregressiveGenerator(Generator):
         tokenizer: Expands | None = None,
     ) -> Tensor:
         logits = self.training_logits(tokens, self.drop_condition(condition, draws), draws, tokenizer)
-        return drawn_ids(logits, draws["own"][..., 0])
+        return inverse_cdf_ids(logits, draws["own"][..., 0])
 
     def ordered_entries(self, ids: Tensor, condition: Condition, draws: Draws) -> OrderedEntries:
         """The entries of a training pass over ids (B, L), in the order in which they are predicted."""

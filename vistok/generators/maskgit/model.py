@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from vistok.checkpoints import OfficialCheckpoint
 from vistok.draws import Draws, Keys
 from vistok.generators.base import Generator, check_draws, check_single_ids, weighted_mean
-from vistok.generators.engine.sampling import drawn_ids
+from vistok.generators.engine.sampling import inverse_cdf_ids
 from vistok.generators.maskgit import official
 from vistok.generators.maskgit.networks import NETWORKS
 from vistok.generators.maskgit.sampling import MaskGITOptions, MaskGITSession
@@ -162,7 +162,7 @@ class MaskGIT(Generator):
         """The replaced tokens are masked like the others and drawn from the remaining ones, as in sampling."""
         rows = self.class_rows(self.drop_condition(condition, draws))
         logits = self.predict(tokens.masked_fill(draws["masked"] | replaced, self.mask_id), rows)
-        return drawn_ids(logits, draws["own"])
+        return inverse_cdf_ids(logits, draws["own"])
 
     def training_draws(self, keys: Keys) -> Draws:
         """ "drop" (B,) uniform; "masked" (B, L) bool: the share of the arccos schedule at a uniform time, at least one

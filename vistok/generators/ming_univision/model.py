@@ -160,7 +160,7 @@ class MingUniVision(Understanding):
         size = text_vocabulary_size + 4 if vocabulary_size is None else vocabulary_size
         model = None if language_model is None else LanguageModel(language_model, size)
         if model is not None:
-            self._arguments["language_model"] = model.sizes  # its weights belong to this model from now on
+            self._arguments["language_model"] = model.config  # its weights belong to this model from now on
         marks = {"image_start": image_start, "image_patch": image_patch, "image_end": image_end, "end": end}
         ids = [text_vocabulary_size + number if mark is None else mark for number, mark in enumerate(marks.values())]
         for name, mark in [*zip(marks, ids), *(("human", i) for i in human), *(("assistant", i) for i in assistant)]:

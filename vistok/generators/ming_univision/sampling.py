@@ -177,17 +177,7 @@ class MingSession:
         self._expander: Expander = self._tokenizer.expander()
         self.tokens, self._length = weight.new_zeros(context.rows, 0, model.spec.dim), model.spec.length
         self._read = 0
-        self.hidden = context.read(self._mark(model.image_start, len(context.visible)))[:, -1]
-
-    @torch.no_grad()
-    def turn(self, condition: Condition, noise: Tensor) -> None:
-        """Read another user turn and begin another image.
-
-        Args:
-            noise: as in ``begin_image``.
-        """
-        self.ask(condition)
-        self.begin_image(self.options.guidance(has_image=self.has_image), noise)
+        self.hidden = context.read(model.embed_special(model.image_start, len(context.visible)))[:, -1]
 
     @property
     def has_image(self) -> bool:
@@ -211,7 +201,7 @@ class MingSession:
         return self.tokens
 
     @torch.no_grad()
-    def show(self, tokens: Tensor) -> None:
+    def append_image(self, tokens: Tensor) -> None:
         """Append given latents (B, L, C) as the model's reply.
 
         Raises:
@@ -317,7 +307,7 @@ class MingSession:
         return self.model.output(self.hidden).float()
 
     @torch.no_grad()
-    def tell(self, ids: Tensor) -> Tensor:
+    def append_text(self, ids: Tensor) -> Tensor:
         """Append given ids (B, n) as the model's reply; return the logits (B, V) of the next id.
 
         Raises:
