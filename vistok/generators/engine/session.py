@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vistok.draws import Draws
-from vistok.generators.engine.compiled import CompiledStep, SessionSteps
+from vistok.generators.engine.compiled import CompiledStep, SessionSteps, SessionTensors
 from vistok.generators.engine.contracts import NextTokenModel
 from vistok.generators.engine.decodings import DECODINGS
 from vistok.generators.engine.packed import DecodingCopies, DecodingCopy
@@ -313,14 +313,8 @@ class AutoregressiveSession:
         simple = self.plan.is_raster and self.plan.is_single and self.guidance.combination == PLAIN
         if self._compiled_step is None or not simple:
             return None
-        return SessionSteps(
-            self._compiled_step,
-            self.model,
-            self.options,
-            tokens=self.sequence,
-            uniforms=self.draws.get("ids"),
-            weights=torch.tensor(self.weights, device=self.sequence.device),
-            failed=self.failed,
-            state=self.state,
-            cache=self.kv_cache,
+        weights = torch.tensor(self.weights, device=self.sequence.device)
+        tensors = SessionTensors(
+            self.sequence, self.draws.get("ids"), weights, self.failed, self.state, cache=self.kv_cache
         )
+        return SessionSteps(self._compiled_step, self.model, self.options, tensors)
