@@ -417,6 +417,11 @@ def test_cache_counts_and_overflows():
         assert torch.equal(value, -part)
     assert cache.length == 3
     assert cache.nbytes == 2 * 2 * 4 * 2 * 4
+    grown = KVCache(num_layers=2, rows=1, num_heads=1, length=4, head_dim=2, shift_dim=3)
+    grown.reserve(5)
+    assert grown.nbytes == 2 * (2 * 5 * 2 + 3) * 4
+    grown.choose(torch.tensor([0, 0, 0]))
+    assert grown.nbytes == 3 * 2 * (2 * 5 * 2 + 3) * 4
     with pytest.raises(ValueError, match="holds 4 positions, 5 were asked for"):
         cache.layers[0].append(part[:, :, :2], part[:, :, :2])
     key, _ = cache.layers[0].append(part[:, :, :1] + 10, part[:, :, :1])
@@ -499,8 +504,8 @@ def test_tokens_that_it_cannot_model_are_refused(name, spec, message):
         ({}, labels(5), "class label 5 is out of range: this generator knows classes 0..4"),
         ({}, Condition.from_features(torch.zeros(1, 1, 16)), "not text features"),
         ({"num_classes": 0}, labels(0), "takes no class labels"),
-        ({"condition_dropout": 0.0}, labels(0, -1), "without a null class"),
-        ({"condition_dropout": 0.0}, Condition.none(1), "without a null class"),
+        ({"condition_dropout": 0.0}, labels(0, -1), "without a null condition"),
+        ({"condition_dropout": 0.0}, Condition.none(1), "without a null condition"),
     ],
 )
 def test_conditions_that_it_cannot_take_are_refused(name, arguments, condition, message):
@@ -512,7 +517,7 @@ def test_conditions_that_it_cannot_take_are_refused(name, arguments, condition, 
 def test_guidance_needs_a_null_class(name):
     model = tiny(name, condition_dropout=0.0)
     assert model.sample(labels(0, 4), GREEDY).shape == (2, 16)
-    with pytest.raises(ValueError, match="without a null class"):
+    with pytest.raises(ValueError, match="without a null condition"):
         model.sample(labels(0, 4), DecodingOptions(temperature=0, guidance_scale=2.0))
 
 

@@ -404,7 +404,7 @@ def test_wrong_given_frames_are_refused():
         (Condition.from_given(tokens), r"given tokens must be \(B, 5\), .*got \(3, 16\)"),
         (Condition.from_labels([1, 2, 3]), r"takes given tokens \(B, 5\) below 32, not class labels"),
         (Condition.from_given(tokens[:, :5] + 99), "id of a given token 99 is out of range"),
-        (given_frames(model).null(), "without a null class"),
+        (given_frames(model).null(), "without a null condition"),
         (Condition.none(3), "every sample needs given tokens"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -86,7 +86,7 @@ def test_sampling_reads_what_streams_teach(model, tokenizer, cache, row, turns, 
     session = model.converse(1, MingOptions(), tokenizer=tokenizer)
     if turns == 2:
         session.ask(text(row, 0))
-        session.show(given.given)
+        session.append_image(given.given)
         session.ask(text(row, 1))
     else:
         session.ask(Condition.together(text(row, 1), given))
@@ -298,7 +298,7 @@ def test_a_language_model_by_name_is_the_backbone(language_model, tokenizer, cac
     reading, _, hidden = model.read_streams(batch, tokenizer, None)
     session = model.converse(1, options, tokenizer=tokenizer)
     session.ask(text(1, 0))
-    session.show(cache.condition(np.array([1]), np.array([0]), np.array([0.0])).given)
+    session.append_image(cache.condition(np.array([1]), np.array([0]), np.array([0.0])).given)
     session.ask(text(1, 1))
     taught = hidden[1][reading.valid[1]][len(session.context) - 1]
     torch.testing.assert_close(session.hidden[0], taught.detach(), **CLOSE)

@@ -131,7 +131,8 @@ def test_a_second_turn_equals_recomputing_the_whole_context(model, tokenizer):
     session = model.start(first, OPTIONS, draws={"noise": noises[0]}, tokenizer=tokenizer)
     list(session.generate())
     drawn = session.tokens
-    session.turn(second, noises[1])
+    session.ask(second)
+    session.begin_image(OPTIONS.guidance(has_image=True), noises[1])
     assert len(session.guidance.rows) == 3
     list(session.generate())
     session.advance()
@@ -182,7 +183,7 @@ def test_many_rounds_equal_recomputing_the_whole_context(model, tokenizer):
     one = session.draw(OPTIONS, {"noise": Keys.range(0, 1).normal("noise", 16, 4)})
     session.ask(second)
     answer = torch.tensor([[7, 9, model.end]])
-    session.tell(answer)
+    session.append_text(answer)
     session.ask(third)
     session.begin_image(OPTIONS.guidance(has_image=session.has_image), Keys.range(1, 1).normal("noise", 16, 4))
     list(session.generate())
@@ -267,6 +268,14 @@ WRONG = {
 }
 
 
+def test_a_start_reads_the_statistics_of_the_tokenizer_once(tokenizer, monkeypatch):
+    model, reads = tiny("ming_univision"), []
+    kind = type(tokenizer)
+    monkeypatch.setattr(kind, "latent_statistics", property(lambda self: reads.append(self) or {}))  # else synchronises
+    model.start(texts([7]), OPTIONS, draws=model.sampling_draws(Keys.range(0, 1)), tokenizer=tokenizer)
+    assert len(reads) == 1
+
+
 @pytest.mark.parametrize("what", WRONG)
 def test_models_that_cannot_be_are_refused(what):
     arguments, message = WRONG[what]
@@ -278,12 +287,16 @@ REFUSED = {
     "rows": (lambda s, m: s.ask(texts([7])), "the session has 2 rows, the condition 1; take as many"),
     "rows of noise": (lambda s, m: s.draw(OPTIONS, {"noise": torch.zeros(3, 16, 4)}), "2 rows, the noise 3"),
     "length": (lambda s, m: s.draw(OPTIONS, {"noise": torch.zeros(2, 9, 4)}), r"noise must be \(B, 16, 4\), got"),
+    "more noise": (lambda s, m: s.draw(OPTIONS, {"noise": torch.zeros(2, 17, 4)}), r"\(B, 16, 4\), got \(2, 17, 4\)"),
     "noise": (lambda s, m: s.draw(OPTIONS, {}), r"pass draws=sampling_draws"),
-    "shown": (lambda s, m: s.show(torch.zeros(2, 9, 4)), "has 16 latents, got 9; resize it"),
-    "shown ids": (lambda s, m: s.show(torch.zeros(2, 16, dtype=torch.int64)), "are these ids of another tokenizer"),
-    "word": (lambda s, m: s.tell(torch.tensor([[1], [99]])), "id 99 is not in the vocabulary of 24"),
-    "words": (lambda s, m: s.tell(torch.zeros(2, 3)), r"ids must be \(B, n\) integers"),
-    "rows of words": (lambda s, m: s.tell(torch.tensor([[1]])), "2 rows, the ids 1"),
+    "shown": (lambda s, m: s.append_image(torch.zeros(2, 9, 4)), "has 16 latents, got 9; resize it"),
+    "shown ids": (
+        lambda s, m: s.append_image(torch.zeros(2, 16, dtype=torch.int64)),
+        "are these ids of another tokenizer",
+    ),
+    "word": (lambda s, m: s.append_text(torch.tensor([[1], [99]])), "id 99 is not in the vocabulary of 24"),
+    "words": (lambda s, m: s.append_text(torch.zeros(2, 3)), r"ids must be \(B, n\) integers"),
+    "rows of words": (lambda s, m: s.append_text(torch.tensor([[1]])), "2 rows, the ids 1"),
     "places": (lambda s, m: list(s.generate(1)), "the image has 0 places left"),
     "nothing": (lambda s, m: m.describe(Condition.none(2), 3, tokenizer=tiny("mingtok")), "nothing to describe"),
     "ids": (lambda s, m: m.embed_ids(torch.tensor([[-1]])), "id -1 is not in the vocabulary"),
@@ -302,7 +315,7 @@ def test_bad_turns_are_refused_and_leave_the_session_as_it_was(tokenizer, what):
     a, b = (session.draw(OPTIONS, model.sampling_draws(Keys.range(0, 2))) for session in sessions)
     assert torch.equal(a, b)
     with pytest.raises(ValueError, match="nothing was asked"):
-        model.converse(1, OPTIONS, tokenizer=tokenizer).tell(torch.tensor([[1]]))
+        model.converse(1, OPTIONS, tokenizer=tokenizer).append_text(torch.tensor([[1]]))
     with pytest.raises(ValueError, match="at least one row, got 0"):
         model.converse(0, OPTIONS, tokenizer=tokenizer)
 

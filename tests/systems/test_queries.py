@@ -21,6 +21,7 @@ from vistok.types import TokenSpec
 
 NAMES = ("randar", "lpd")
 SIZES = ((1,) * 16, (1, 2, 3, 4, 6), (3, 1, 5, 7), (16,))
+THRESHOLDS = {"proximity_threshold": 1.0, "repulsion_threshold": 1.0}
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
 
@@ -162,7 +163,7 @@ def test_bad_orders_and_groups_are_refused(name):
 def test_without_a_null_class_guidance_is_refused(name):
     model = tiny(name, condition_dropout=0.0)
     assert model.sample(labels(0, 4), options_of(name, temperature=0)).shape == (2, 16)
-    with pytest.raises(ValueError, match="without a null class"):
+    with pytest.raises(ValueError, match="without a null condition"):
         model.sample(labels(0, 4), options_of(name, temperature=0, guidance_scale=2.0))
 
 
@@ -233,15 +234,15 @@ def test_a_local_order_is_a_permutation(height, width, seed, proximity, data):
     sizes = [1]
     while sum(sizes) < count:
         sizes.append(data.draw(st.integers(1, count - sum(sizes))))
-    order = locality_order(
-        (height, width), sizes, seed % count, rng.random((len(sizes), count)), proximity_threshold=proximity
-    )
+    ties = rng.random((len(sizes), count))
+    thresholds = THRESHOLDS | {"proximity_threshold": proximity}
+    order = locality_order((height, width), sizes, seed % count, ties, **thresholds)
     assert sorted(order.tolist()) == list(range(count))
     assert order[0] == seed % count
 
 
 def test_a_local_group_is_near_what_is_known_and_apart():
-    order = locality_order((8, 8), [1, 1, 2, 60], 27, np.random.default_rng(0).random((4, 64)))
+    order = locality_order((8, 8), [1, 1, 2, 60], 27, np.random.default_rng(0).random((4, 64)), **THRESHOLDS)
     second, third, fourth = (np.array(divmod(int(place), 8)) for place in order[1:4])
     assert np.abs(second - (3, 3)).sum() == 1
     assert np.abs(third - fourth).max() > 1
@@ -253,7 +254,7 @@ def test_a_local_group_is_near_what_is_known_and_apart():
 )
 def test_a_local_order_of_wrong_sizes_is_refused(sizes, first, message):
     with pytest.raises(ValueError, match=message):
-        locality_order((4, 4), sizes, first, np.zeros((len(sizes), 16)))
+        locality_order((4, 4), sizes, first, np.zeros((len(sizes), 16)), **THRESHOLDS)
 
 
 def test_groups_that_do_not_begin_with_one_token_need_a_random_order():

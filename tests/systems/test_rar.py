@@ -49,6 +49,11 @@ def test_the_share_of_random_orders_falls_from_one_to_zero():
     assert (model.training_draws(Keys.range(0, 9, step=200))["order"] == torch.arange(16)).all()
 
 
+def test_orders_may_turn_from_random_to_raster_at_one_step():
+    model = tiny("rar", random_until=5, raster_from=5)
+    assert [model.random_share(step) for step in (0, 4, 5, 6)] == [1, 1, 0, 0]
+
+
 def test_orders_may_be_raster_from_the_start():
     assert tiny("rar", random_until=0, raster_from=0).random_share(0) == 0
     with pytest.raises(ValueError, match="must rise from 0, got 5 and 3"):

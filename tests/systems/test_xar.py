@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -276,6 +278,15 @@ def test_flex_attention_agrees_with_the_dense_mask():
     flexible = block_causal(layout.entity_of).attend(q, k, v)
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=layout.mask())
     torch.testing.assert_close(flexible, dense, atol=1e-5, rtol=1e-5)
+
+
+def test_nothing_keeps_the_layout_of_a_model_that_is_gone():
+    model = tiny()
+    model.own_tokens(latents(), None, LABELS, model.training_draws(Keys.range(0, 3)))
+    layout = weakref.ref(model.layout)
+    del model
+    gc.collect()
+    assert layout() is None
 
 
 def test_plain_sequences_of_latents_are_modelled_too():

@@ -61,6 +61,14 @@ def test_strengths_are_hundredths_of_one_draw_for_the_batch():
     assert not drawn[:, 2].any()
 
 
+def test_strengths_depend_on_no_sample():
+    draws = [MultiScaleBSQ(2, SCALES).correction_draws(Keys.of(0, indices, step=4)) for indices in ([5, 7], [7, 9, 5])]
+    assert (torch.cat([one["strengths"] for one in draws]) == draws[0]["strengths"][0]).all()
+    assert torch.equal(draws[0]["flips"][1], draws[1]["flips"][0])
+    other = MultiScaleBSQ(2, SCALES).correction_draws(Keys.of(0, [5], step=5))
+    assert not torch.equal(other["strengths"][0], draws[0]["strengths"][0])
+
+
 def test_neighbours_go_together_channels_first():
     quantizer, x = MultiScaleBSQ(3, ((2, 2), (4, 4))), Keys.range(0, 1).normal("x", 3, 4, 4)
     inputs = quantizer.next_inputs(quantizer.encode(x), patch=2)

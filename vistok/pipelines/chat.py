@@ -136,12 +136,12 @@ class Chat:
         elif not self.messages or self.messages[-1].role == ASSISTANT:
             raise ValueError("a reply of the assistant comes after something that the human said")
         elif message.image is not None:
-            self._session.show(self._pipe.tokens_of([message.image]))
+            self._session.append_image(self._pipe.tokens_of([message.image]))
         else:
             generator = self._pipe.generator
             ids = self._pipe.text.condition([message.text]).parts["ids"]
             words = [*ids.values[0][ids.valid()[0]].tolist(), generator.end]
-            self._session.tell(torch.tensor([words], device=self._pipe.device))
+            self._session.append_text(torch.tensor([words], device=self._pipe.device))
         self.messages.append(message)
 
 

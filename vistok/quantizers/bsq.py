@@ -193,12 +193,8 @@ class MultiScaleBSQ(nn.Module):
     # Bitwise self-correction
 
     def correction_draws(self, keys: Keys) -> Draws:
-        """ "flips" (B, L, D) uniform; "strengths" (B, S) uniform, whose first row serves the whole batch."""
-        length = sum(math.prod(box) for box in self.scales)
-        return {
-            "flips": keys.uniform("flips", length, self.dim),
-            "strengths": keys.uniform("strengths", len(self.scales)),
-        }
+        """See ``correction_draws``."""
+        return correction_draws(keys, sum(map(math.prod, self.scales)), self.dim, len(self.scales))
 
     def drawn_strengths(self, draws: Draws, most: float, num_scales: int) -> Tensor:
         """(S,) flip probability of each scale: hundredths from 0 to ``most``; 0 after the first ``num_scales``."""
@@ -264,6 +260,16 @@ class MultiScaleBSQ(nn.Module):
     def _gridded(self, sequence: Tensor, k: int) -> Tensor:
         t, h, _ = self.scales[k]
         return rearrange(sequence, "b (t h w) d -> b d t h w", t=t, h=h)
+
+
+def correction_draws(keys: Keys, length: int, dim: int, num_scales: int) -> Draws:
+    """ "flips" (B, L, D) uniform; "strengths" (B, S) uniform, with equal rows.
+
+    Self-correction draws one strength per scale for the whole batch. The strengths are keyed by the step alone, so they
+    depend on no sample, and all processes draw the same.
+    """
+    strengths = keys.at((0,)).uniform("strengths", num_scales).expand(len(keys), -1)
+    return {"flips": keys.uniform("flips", length, dim), "strengths": strengths}
 
 
 def _sequence(x: Tensor) -> Tensor:
