@@ -11,6 +11,7 @@ import vistok
 from vistok.checkpoints import CheckpointError
 from vistok.config import ConfigError
 from vistok.train import train
+from vistok.train.config import RunConfig
 from vistok.train.monitor import read_metrics
 
 STILL = {"optimizer": {"lr": 0.0}, "training": {"max_steps": 1, "image_every": 0}}
@@ -185,6 +186,16 @@ def test_a_player_has_an_optimizer_schedule_and_clipping_of_its_own(tmp_path):
     assert all(torch.equal(first[key], last[key]) for key in first if key.endswith(("weight", "bias")))
     with pytest.raises(ConfigError, match=r"players\.critic.*adversary"):
         train(tokenizer_config(tmp_path / "other", losses={"gan": gan}, players={"critic": {}}))
+
+
+def test_a_player_of_another_schedule_takes_over_only_the_keys_that_this_reads(tmp_path):
+    schedule = {"name": "cosine", "warmup_steps": 2, "final_lr": 1e-5}
+    constant = {"players": {"adversary": {"lr_scheduler": {"name": "constant"}}}, "lr_scheduler": schedule}
+    player = RunConfig.parse(tokenizer_config(tmp_path / "run", **constant)).player("adversary").lr_scheduler
+    assert (player.name, player.warmup_steps, player.final_lr) == ("constant", 2, None)
+    still = {"players": {"adversary": {"optimizer": {"lr": 0.0}}}, "lr_scheduler": schedule}
+    with pytest.raises(ConfigError, match=r"players\.adversary: .* because optimizer\.lr is 0"):
+        RunConfig.parse(tokenizer_config(tmp_path / "run", **still)).player("adversary")
 
 
 def resumed(folder, caplog, **changes) -> list[float]:
