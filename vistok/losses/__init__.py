@@ -1,6 +1,6 @@
 """Losses as reusable modules: pixel, perceptual, adversarial and entropy losses. None depends on a tokenizer."""
 
-from vistok.losses.alignment import Alignment, EncoderConfig, FrozenEncoder, alignment_distance
+from vistok.losses.alignment import EncoderConfig, FrozenEncoder, alignment_distance
 from vistok.losses.ar_prior import ARPrior
 from vistok.losses.augment import DiffAugment
 from vistok.losses.blur_discriminator import BlurDiscriminator
@@ -31,7 +31,6 @@ __all__ = [
     "ARPrior",
     "BitEntropyLoss",
     "BlurDiscriminator",
-    "Alignment",
     "DINODiscriminator",
     "ClassifierDistance",
     "DiffAugment",

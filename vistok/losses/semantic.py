@@ -36,14 +36,15 @@ class SemanticGuide(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
 
     @classmethod
-    def from_config(cls, config: EncoderConfig, patch_size: int | None = None) -> Self:
+    def from_config(cls, config: EncoderConfig, patch_size: int | None = None, *, option: str = "weights") -> Self:
         """Build the pretrained transformer of ``config``; raises what ``load_encoder`` raises.
 
         Args:
             patch_size: side of its patches; None for the model's own. timm resamples the kernel to another size.
+            option: the config key of a local weights file, for messages.
         """
         arguments: dict[str, Any] = {} if patch_size is None else {"patch_size": patch_size}
-        encoder: Any = load_encoder(config, "losses.semantic_encoder.weights", **arguments)
+        encoder: Any = load_encoder(config, option, **arguments)
         return cls(encoder, *(tuple(encoder.pretrained_cfg[key]) for key in ("mean", "std")))
 
     @property

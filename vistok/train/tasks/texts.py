@@ -90,7 +90,9 @@ class TextContrastTerm(Term):
         means = [torch.from_numpy(np.asarray(piece.values)).float().mean(0) for piece in self._encoder.encode(names)]
         self.texts = torch.stack(means)  # (K, channels of the encoder)
 
-    def forward(self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws) -> Tensor:
+    def forward(
+        self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws, tokenizer: Tokenizer
+    ) -> Tensor:
         labels = output.features["labels"]
         known = labels >= 0
         images = F.normalize(self.image_projection(output.features[self.config.feature][known, -1].float()), dim=-1)

@@ -111,7 +111,7 @@ class TokenizerLearner(Learner):
             output.features["codes"] = self.model.codes()
         if self.objective.reads_labels(clock.step):
             output.features["labels"] = labels
-        return output, self.objective(output, pixels if target is None else target, clock, draws)
+        return output, self.objective(output, pixels if target is None else target, clock, draws, self.model)
 
     def training_draws(self, keys: Keys) -> Draws:
         draws = self.model.training_draws(keys) | self.objective.training_draws(keys)
