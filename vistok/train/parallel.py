@@ -56,7 +56,8 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 def checkpoint_activations(model: nn.Module) -> None:
     """Make every block keep only its input, and recompute its activations in the backward pass (arXiv 1604.06174).
 
-    Copy the model before this call: a later copy would call the blocks of the original.
+    Each block gets a subclass of its class, as in FSDP2's ``fully_shard``, so that the names of its parameters stay as
+    they are and copies of the model call their own blocks.
 
     Raises:
         ConfigError: the model has no blocks.
@@ -65,17 +66,23 @@ def checkpoint_activations(model: nn.Module) -> None:
     if not blocks:
         raise ConfigError(f"training.activation_checkpointing: {type(model).__name__} has no repeated blocks")
     for block in blocks:
-        block.forward = _checkpointed(block.forward)
+        block.__class__ = _recomputing(type(block))
 
 
-def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(forward)
-    def recomputed(*args: Any, **kwargs: Any) -> Any:
+class _Recomputing(nn.Module):
+    """The first base of blocks that recompute their activations."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        forward = super().forward
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
-    return recomputed
+
+@functools.cache
+def _recomputing(kind: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a block's class, with its name, by which ``repeated_blocks`` finds blocks."""
+    return type(kind.__name__, (_Recomputing, kind), {})
 
 
 def shard(model: nn.Module, device: torch.device, *, mixed_precision: str = "no") -> nn.Module:
