@@ -30,7 +30,7 @@ from vistok.train.environment import environment, open_accelerator, start_tracke
 from vistok.train.monitor import METRICS_FILE, Console, Meter, MetricsFile
 from vistok.train.players import Players
 from vistok.train.report import write_run_report
-from vistok.train.start import adapt, check_frozen, initialise, open_starts, with_model_of_source
+from vistok.train.start import Found, adapt, check_frozen, initialise, open_starts, with_model_of_source
 from vistok.train.stopping import StopRequest, TrainingInterrupted
 from vistok.train.tasks import Task, Turn, task_type
 from vistok.train.tasks.base import forever, on_device
@@ -67,21 +67,21 @@ def train(config: Mapping[str, Any], *, resume: bool = False) -> Path:
         LoaderWorkerError: a worker that reads data died.
         FolderInUseError: another process trains into the run folder.
     """
-    config = with_model_of_source(expand(config))
+    config, found = with_model_of_source(expand(config))
     run = RunConfig.parse(config)
     run.model_entry()
     folder = Path(run.output_dir)
     with locked(folder) if is_first_process() else nullcontext():
-        _train(config, run, folder, resume)
+        _train(config, run, folder, found, resume=resume)
     return folder
 
 
-def _train(config: Mapping[str, Any], run: RunConfig, folder: Path, resume: bool) -> None:
+def _train(config: Mapping[str, Any], run: RunConfig, folder: Path, found: Found, *, resume: bool) -> None:
     if folder.exists() and holds_files(folder) and not resume:
         raise FileExistsError(
             f"run folder {folder} exists already; go on with --resume, or choose another with output_dir=…"
         )
-    accelerator, task = prepare(run, folder)
+    accelerator, task = prepare(run, folder, found)
     try:
         trainer = Trainer(run, task, accelerator, folder)
         if resume:
@@ -101,11 +101,15 @@ def _train(config: Mapping[str, Any], run: RunConfig, folder: Path, resume: bool
         accelerator.end_training()
 
 
-def prepare(run: RunConfig, folder: Path) -> tuple[Any, Task]:
-    """The accelerator, and the task with the model that training starts from."""
+def prepare(run: RunConfig, folder: Path, found: Found) -> tuple[Any, Task]:
+    """The accelerator, and the task with the model that training starts from.
+
+    Args:
+        found: from ``with_model_of_source``.
+    """
     from accelerate.utils import set_seed
 
-    starts = open_starts(run)
+    starts = open_starts(run, found)
     accelerator = open_accelerator(run, folder)
     set_seed(run.seed)
     make: Callable[[RunConfig, int, int], Task] = task_type(run.task)
