@@ -70,6 +70,9 @@ class SelectedClips(ClipSource):
     def label(self, index: int) -> int:
         return self.source.label(self.indices[index])
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self.source.captions(self.indices[index])
+
     def name(self, index: int) -> str:
         return self.source.name(self.indices[index])
 
@@ -108,6 +111,9 @@ class InMemoryClips(ClipSource):
 
     def label(self, index: int) -> int:
         return self._source.label(index)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._source.captions(index)
 
     def name(self, index: int) -> str:
         return self._source.name(index)
