@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from vistok.config import ConfigError, check_least
 from vistok.data.captions import class_caption
 from vistok.draws import Draws
+from vistok.losses import symmetric_cross_entropy
 from vistok.text import open_text_encoder
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.tasks.terms import Term, TermConfig
@@ -109,5 +110,4 @@ def contrast(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Te
         return logits.sum()  # 0, with a gradient
     alike = (labels[:, None] == labels).to(logits)
     wanted = alike / alike.sum(1, keepdim=True)
-    losses = [F.cross_entropy(part, wanted, label_smoothing=label_smoothing) for part in (logits, logits.T)]
-    return (losses[0] + losses[1]) / 2
+    return symmetric_cross_entropy(logits, wanted, label_smoothing=label_smoothing)
