@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vistok.data.sources import hash_lines
-from vistok.data.videos import UnreadableClipError
+from vistok.data.videos import UnreadableClipError, Video
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,28 @@ class ClipSource(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """A hash that changes when the source holds other videos (names and sizes, not contents)."""
+
+
+class OpenedClips(ClipSource):
+    """A source whose videos are opened one at a time."""
+
+    _last: tuple[int, Video] | None = None
+
+    @abstractmethod
+    def open(self, index: int) -> Video:
+        """Open a video. Raises UnreadableClipError if it is damaged."""
+
+    def video(self, index: int) -> Video:
+        """Open a video; the last one stays open, because its length and its frames are read one after the other."""
+        if self._last is None or self._last[0] != index:
+            self._last = index, self.open(index)
+        return self._last[1]
+
+    def length(self, index: int) -> int:
+        return len(self.video(index))
+
+    def read(self, index: int, frames: Sequence[int]) -> np.ndarray:
+        return self.video(index).read(frames)
 
 
 class SelectedClips(ClipSource):

@@ -28,7 +28,7 @@ from vistok.quantizers.named import QUANTIZERS
 from vistok.quantizers.perturbation import perturbation_draws
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.config import MODEL, PlayerConfig, RunConfig
-from vistok.train.monitor import CodebookMonitor, CodebookWatch
+from vistok.train.monitor import CodebookMonitor, CodebookWatch, expected_usage
 from vistok.train.tasks.adversary import Adversary, GanConfig
 from vistok.train.tasks.base import Learner, Task, Turn, on_device
 from vistok.train.tasks.images import example_batch, held_out_images, psnr
@@ -305,7 +305,7 @@ def _codebook_watch(tokenizer: Tokenizer, config: TokenizerRun, world_size: int)
         return None
     training, size = config.training, tokenizer.spec.num_ids
     images = config.data.batch_size * world_size * training.gradient_accumulation_steps * max(training.log_every, 1)
-    possible = 1 - (1 - 1 / size) ** (images * tokenizer.spec.length * tokenizer.spec.depth)
+    possible = expected_usage(size, images * tokenizer.spec.length * tokenizer.spec.depth)
     return CodebookWatch(possible, _remedies(tokenizer, config.losses))
 
 
