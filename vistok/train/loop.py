@@ -91,7 +91,7 @@ def _train(config: Mapping[str, Any], run: RunConfig, folder: Path, found: Found
             clean(folder)
             save_config(config, folder / "config.yaml")
             write_json(folder / "environment.json", environment())
-            task.accompany(folder)
+            task.save_companions(folder)
         start_trackers(accelerator, folder, run.training.trackers)
         trainer.run()
         if accelerator.is_main_process:
@@ -278,7 +278,7 @@ class Trainer:
             # an epoch draws from it, too, so the batch is read first.
             key = f"{self.seed}/{self.step}/{part}/{self.accelerator.process_index}"
             torch.manual_seed(zlib.crc32(key.encode()))
-            with nullcontext() if part == parts - 1 else self.players.gathering():
+            with nullcontext() if part == parts - 1 else self.players.no_sync():
                 for turn in self._turns(batch, clock):
                     self._add_gradients(turn)
                     moving[turn.player] = None
@@ -307,7 +307,7 @@ class Trainer:
 
     def _move(self, player: str) -> None:
         with self.phase("optimizer"):
-            norms = self.players.move(player)
+            norms = self.players.step(player)
         with self.phase("logging"):
             self.meter.add(norms)
             if not self.players[player].scales_loss:  # scaled gradients are infinite now and then
@@ -370,7 +370,7 @@ class Trainer:
 
         found: list[dict[str, float] | TooManyUnreadableError] = [{}]
         clock = Clock(self.step, self.config.max_steps)
-        with self.players.best() as learner:
+        with self.players.averaged() as learner:
             if learner is not None and self.accelerator.is_main_process:
                 home = learner.model.device  # the CPU, for the whole copy of a sharded model
                 learner.to(self.accelerator.device)
@@ -389,7 +389,7 @@ class Trainer:
         return losses
 
     def _picture(self) -> None:
-        with self.players.best() as learner:
+        with self.players.averaged() as learner:
             if learner is not None and self.accelerator.is_main_process:
                 for picture in self.task.pictures(learner.model):
                     with self.checkpoints.disk_errors("a picture"):
@@ -412,7 +412,7 @@ class Trainer:
 
     def export(self) -> None:
         """Write the model that users load; also to ``best/`` if its checkpoint is the best by validation."""
-        with self.players.best() as learner:
+        with self.players.averaged() as learner:
             if learner is not None and self.accelerator.is_main_process:
                 with self.checkpoints.disk_errors("the trained model"):
                     self.task.export(self.folder, learner.model)

@@ -30,7 +30,7 @@ from vistok.train.tasks.terms import (
     Term,
     TermConfig,
 )
-from vistok.train.tasks.texts import TextContrastTerm
+from vistok.train.tasks.text_contrast import TextContrastTerm
 from vistok.types import MAIN, Clock, TokenizerOutput
 
 SETTING_TYPES = {

@@ -34,7 +34,7 @@ from vistok.train.tasks.base import Learner, Task, Turn, on_device
 from vistok.train.tasks.images import example_batch, held_out_images, psnr
 from vistok.train.tasks.objective import SETTING_TYPES, TERMS, TokenizerObjective
 from vistok.train.tasks.perturbation import LatentPerturbation, PerturbationConfig
-from vistok.train.tasks.text import text_guide, text_of
+from vistok.train.tasks.text_conditions import text_guide, text_of
 from vistok.types import Clock, Condition, TokenizerOutput
 
 ADVERSARY = "adversary"
@@ -224,7 +224,7 @@ class TokenizerTask(Task):
         """The learner's turn; ``shown`` are the images for the adversary and their keys, if it takes part."""
         total = self.learner.objective.total(terms)
         if shown is not None and self.adversary is not None and self.gan is not None:
-            g_loss = self.adversary.fool(*shown)
+            g_loss = self.adversary.generator_loss(*shown)
             total = total + self._gan_weight(self.gan, terms, g_loss) * g_loss
             terms = terms | {"g_loss": g_loss}
         logged = {name: value.detach() for name, value in terms.items()}
