@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def terms_at(step: int, objective: TokenizerObjective, output: TokenizerOutput, target: torch.Tensor) -> dict:
-    return objective(output, target, Clock(step, 10), {})
+    return objective(output, target, Clock(step, 10), {}, None)  # these terms ask no tokenizer
 
 
 def outputs(**reconstructions: torch.Tensor) -> TokenizerOutput:
@@ -152,7 +152,7 @@ class NoisyTerm(Term):
     def training_draws(self, keys):
         return {"projection": keys.normal("projection", 3)}
 
-    def forward(self, output, target, clock, draws):
+    def forward(self, output, target, clock, draws, tokenizer):
         latents = output.features["latents"].mean(1)
         wanted = self.teacher.network.layer(latents).detach() + clock.progress * draws["projection"]
         return (self.projection(latents) - wanted).square().mean()
