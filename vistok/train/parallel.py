@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -65,8 +64,10 @@ def checkpoint_activations(model: nn.Module) -> None:
     blocks = repeated_blocks(model)
     if not blocks:
         raise ConfigError(f"training.activation_checkpointing: {type(model).__name__} has no repeated blocks")
-    for block in blocks:
-        block.__class__ = _recomputing(type(block))
+    # The name stays, because ``repeated_blocks`` finds blocks by it.
+    kinds = {kind: type(kind.__name__, (_Recomputing, kind), {}) for kind in map(type, blocks)}
+    for block in dict.fromkeys(blocks):
+        block.__class__ = kinds[type(block)]
 
 
 class _Recomputing(nn.Module):
@@ -77,12 +78,6 @@ class _Recomputing(nn.Module):
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-
-@functools.cache
-def _recomputing(kind: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a block's class, with its name, by which ``repeated_blocks`` finds blocks."""
-    return type(kind.__name__, (_Recomputing, kind), {})
 
 
 def shard(model: nn.Module, device: torch.device, *, mixed_precision: str = "no") -> nn.Module:
