@@ -295,7 +295,10 @@ def test_rates_fall_at_milestones():
     [
         ({"name": "exponential"}, "never falls to 0: set final_factor or final_lr above 0"),
         ({"name": "exponential", "final_lr": 0.0}, "never falls to 0"),
-        ({"name": "constant", "final_lr": 1e-5}, "final_lr 1e-05 has no effect on the schedule 'constant'"),
+        (
+            {"name": "constant", "final_lr": 1e-5},
+            r"final_lr 1e-05 has no effect on .* 'constant': leave it out \(final_lr=null\)",
+        ),
         ({"name": "steps", "milestones": (4,), "final_lr": 1e-5}, "has no effect on the schedule 'steps'"),
         ({"name": "cosine", "hold": 0.1}, "hold 0.1 has no effect .* choose linear or exponential by name"),
         ({"name": "linear", "bend": 0.3}, "bend 0.3 has no effect on the schedule 'linear'"),

@@ -146,11 +146,11 @@ class SchedulerConfig:
         if self.final_lr is not None:
             check_least(self, final_lr=0)
         for key, schedules in self.USED_BY.items():
-            value = getattr(self, key)
-            if self.name not in schedules and value != getattr(type(self), key):
+            value, default = getattr(self, key), getattr(type(self), key)
+            if self.name not in schedules and value != default:
                 raise ValueError(
-                    f"{key} {value} has no effect on the schedule {self.name!r}: leave it out, or choose "
-                    f"{' or '.join(schedules)} by name"
+                    f"{key} {value} has no effect on the schedule {self.name!r}: leave it out "
+                    f"({key}={'null' if default is None else default}), or choose {' or '.join(schedules)} by name"
                 )
         if self.name == "exponential" and not (self.final_factor if self.final_lr is None else self.final_lr):
             raise ValueError(
