@@ -466,7 +466,7 @@ def test_a_game_is_played_alike(device):
     here = Adversary(GanConfig(**GAN | {"discriminator": {"width": 4, "num_layers": 1, "norm": "group"}}), (3, 16, 16))
     there, (real, fake) = moved(here, device), Keys.range(0, 4).uniform("images", 3, 16, 16).chunk(2)
     keys = Keys.range(0, 2)
-    check_same(there.fool(fake.to(device), keys), here.fool(fake, keys))
+    check_same(there.generator_loss(fake.to(device), keys), here.generator_loss(fake, keys))
     terms, others = here(real, fake, keys), there(real.to(device), fake.to(device), keys)
     assert "d_r1" in terms
     for name, term in terms.items():

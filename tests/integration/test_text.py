@@ -169,7 +169,11 @@ def test_a_column_of_a_hugging_face_data_set_holds_captions(tmp_path):
     rows = {"image": images, "text": [["red cat", "cat"], None, ["bird"]]}
     datasets.Dataset.from_dict(rows).save_to_disk(str(tmp_path / "set"))
     data = DataConfig(16, source="huggingface", root=str(tmp_path / "set"), channels=1, caption_column="text")
-    assert [open_source(data).captions(index) for index in range(3)] == [("red cat", "cat"), (), ("bird",)]
+    source = open_source(data)
+    assert [source.captions(index) for index in range(3)] == [("red cat", "cat"), (), ("bird",)]
+    source._texts = [{"text": "half a \ud83d"}]
+    with pytest.raises(CaptionError, match=r"data\.caption_column=text of .*\[0\]"):
+        source.captions(0)
 
 
 def test_turned_digits_say_how():

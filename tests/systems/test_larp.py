@@ -223,6 +223,7 @@ def test_discriminator_learns_from_clips(spectral_norm):
     model = ViTDiscriminator(4, (8, 16), 2, 4, dim=8, num_layers=1, num_heads=2, spectral_norm=spectral_norm)
     logits = model(torch.rand(2, 3, 4, 8, 16))
     assert logits.shape == (2,)
+    assert model.in_channels == 3
     logits.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     with pytest.raises(ValueError, match="channels before frames"):

@@ -30,7 +30,7 @@ from vistok.probing import ProbeSettings, probe
 from vistok.train import train
 from vistok.train.monitor import read_metrics
 from vistok.train.tasks.objective import TokenizerObjective
-from vistok.train.tasks.texts import contrast
+from vistok.train.tasks.text_contrast import contrast
 from vistok.train.tokenize import tokenize
 
 NAME = "seed/tokenizer"

@@ -142,7 +142,7 @@ def test_a_tokenizer_is_adapted_too(tmp_path):
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
-        ({"targets": ["decodr.*"]}, r"training\.lora\.targets: no parameter is called 'decodr\.\*'"),
+        ({"targets": ["decodr.*"]}, r"training\.lora\.targets: no layer is called 'decodr\.\*'"),
         ({"also": ["nothing"]}, r"training\.lora\.also: no parameter is called 'nothing'"),
         ({"rank": 0}, "rank must be at least 1, got 0"),
         ({"ranks": 4}, r"did you mean training\.lora\.rank"),

@@ -385,5 +385,5 @@ def test_too_many_unreadable_images_stop_the_run_with_the_list(tmp_path):
     for number in (7, 9):
         (tmp_path / "photos" / "ant" / f"{number:03d}.png").write_bytes(b"no image")
     data = {"source": "folder", "root": str(tmp_path / "photos"), "channels": 3, "batch_size": 20, "affine": None}
-    with pytest.raises(TooManyUnreadableError, match=r"(?s)2 of 101 images .*(007|009)\.png"):
+    with pytest.raises(TooManyUnreadableError, match=r"(?s)2 of 101 samples .*(007|009)\.png"):
         train(tokenizer_config(tmp_path / "run", data=data, training={"max_steps": 10}))

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def terms_at(step: int, objective: TokenizerObjective, output: TokenizerOutput, target: torch.Tensor) -> dict:
-    return objective(output, target, Clock(step, 10), {})
+    return objective(output, target, Clock(step, 10), {}, None)  # these terms ask no tokenizer
 
 
 def outputs(**reconstructions: torch.Tensor) -> TokenizerOutput:
@@ -152,7 +152,7 @@ class NoisyTerm(Term):
     def training_draws(self, keys):
         return {"projection": keys.normal("projection", 3)}
 
-    def forward(self, output, target, clock, draws):
+    def forward(self, output, target, clock, draws, tokenizer):
         latents = output.features["latents"].mean(1)
         wanted = self.teacher.network.layer(latents).detach() + clock.progress * draws["projection"]
         return (self.projection(latents) - wanted).square().mean()
@@ -294,7 +294,7 @@ def test_discriminators_are_built_from_the_data_and_see_augmented_images():
     for discriminator in ({"name": "pooled", "width": 8, "norm_groups": 4, "grid": 4}, {"name": "stylegan"}):
         game = Adversary(GanConfig(1.0, discriminator=discriminator, augment={}), (3, 32, 32))
         assert game(images, -images, Keys.range(0, 4))["d_loss"].isfinite()
-        assert game.fool(images, Keys.range(0, 4)) != game.generator_loss(game.discriminator(images))
+        assert game.generator_loss(images, Keys.range(0, 4)) != game._generator_loss(game.discriminator(images))
     clips = Keys.range(0, 2).uniform("clips", 3, 4, 16, 16)
     small = {"name": "vit", "dim": 16, "num_layers": 1, "num_heads": 2}
     game = Adversary(GanConfig(1.0, discriminator=small), (3, 4, 16, 16))

@@ -228,7 +228,7 @@ def test_a_run_of_all_predictions_is_saved_without_their_parts_and_resumed_exact
     [
         ({"next": 0.5}, "add up to 1; at the beginning they are next 0.5, next_all 0, random 0, 0.5 in all"),
         ({"next": [1.0, 0.5]}, "at the end they are next 0.5"),
-        ({"next": 1.5, "random": -0.5}, "must be positive"),
+        ({"next": 1.5, "random": -0.5}, "must be 0 or more and add up to 1"),
         ({"masked": 0.0}, r"masked must lie in \(0, 1\]"),
         ({"token_noise": 1.0}, r"token_noise must lie in \[0, 1\)"),
         ({"scheduled_sampling": {"share": 2.0}}, r"share must lie in \[0, 1\], got 2"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import huggingface_hub
 import pytest
 import torch
@@ -16,6 +18,7 @@ from vistok.quantizers.perturbation import Perturbation
 from vistok.train import train
 from vistok.train.monitor import read_metrics
 from vistok.train.tasks import teachers
+from vistok.train.tasks.objective import TokenizerObjective
 from vistok.train.tasks.perturbation import LatentPerturbation, PerturbationConfig
 
 CODEC = ARGUMENTS["titok"]["codec"]
@@ -138,14 +141,26 @@ def test_the_semantic_term_projects_as_the_tokenizer_does_or_by_itself(name, mon
     from timm.models.vision_transformer import VisionTransformer
 
     guide = VisionTransformer(img_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=2, num_classes=0)
-    monkeypatch.setattr(SemanticGuide, "from_config", lambda *_: SemanticGuide(guide))
+    monkeypatch.setattr(SemanticGuide, "from_config", lambda *_, **__: SemanticGuide(guide))
     model = tiny(name)
     term = teachers.SemanticContrastTerm("semantic_contrast", teachers.SemanticContrastConfig(weight=0.1), model)
     assert bool(list(term.parameters())) == (name == "vit_vqgan")
     images = torch.rand(3, 3, 16, 16) * 2 - 1
-    loss = term(model(images), images, None, {})
+    loss = term(model(images), images, None, {}, model)
     loss.backward()
     assert loss.item() > 0
+    averaged = copy.deepcopy(model)
+    if name == "robustok":  # its own projection, not the trained tokenizer's
+        averaged.project_semantic = lambda features: -model.project_semantic(features)
+    other = term(model(images), images, None, {}, averaged).item()
+    assert (other == loss.item()) == (name == "vit_vqgan")
+
+
+def test_absent_weights_of_the_semantic_contrast_are_named_by_their_key(tmp_path):
+    (tmp_path / "cut.safetensors").write_bytes(b"")
+    section = {"weight": 1.0, "encoder": {"name": "vit_tiny_patch16_224", "weights": str(tmp_path / "cut.safetensors")}}
+    with pytest.raises(CheckpointError, match=r"by losses\.semantic_contrast\.encoder\.weights"):
+        TokenizerObjective(tiny("vit_vqgan"), {"semantic_contrast": section})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -258,7 +258,7 @@ def test_unreadable_images_count_over_interruptions(many, tmp_path, monkeypatch)
         with pytest.raises(KeyboardInterrupt):
             tokenize(tiny_tokenizer(), many, tmp_path / "tokens")
     for _ in range(2):  # once more when all shards are there
-        with pytest.raises(TooManyUnreadableError, match=r"(?s)2 of 121 images .*030\.png.*090\.png") as caught:
+        with pytest.raises(TooManyUnreadableError, match=r"(?s)2 of 121 samples .*030\.png.*090\.png") as caught:
             tokenize(tiny_tokenizer(), many, tmp_path / "tokens", resume=True)
         assert "remove" in caught.value.__notes__[0]
         assert "--resume" not in caught.value.__notes__[0]

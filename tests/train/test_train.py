@@ -290,6 +290,27 @@ def test_rates_fall_at_milestones():
             SchedulerConfig(name, milestones=milestones)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "exponential"}, "never falls to 0: set final_factor or final_lr above 0"),
+        ({"name": "exponential", "final_lr": 0.0}, "never falls to 0"),
+        (
+            {"name": "constant", "final_lr": 1e-5},
+            r"final_lr 1e-05 has no effect on .* 'constant': leave it out \(final_lr=null\)",
+        ),
+        ({"name": "steps", "milestones": (4,), "final_lr": 1e-5}, "has no effect on the schedule 'steps'"),
+        ({"name": "cosine", "hold": 0.1}, "hold 0.1 has no effect .* choose linear or exponential by name"),
+        ({"name": "linear", "bend": 0.3}, "bend 0.3 has no effect on the schedule 'linear'"),
+        ({"name": "cosine", "decay_share": 0.5}, "decay_share 0.5 has no effect"),
+        ({"name": "cosine", "final_lr": -1e-5}, "final_lr must be at least 0"),
+    ],
+)
+def test_schedules_refuse_what_they_cannot_follow(options, message):
+    with pytest.raises(ValueError, match=message):
+        SchedulerConfig(**options)
+
+
 def test_a_rise_may_begin_anywhere_and_a_tail_fall_by_a_shape():
     config = SchedulerConfig("wsd", warmup_steps=4, warmup_from=0.2, decay_share=0.5, decay_shape="sqrt")
     values = [lr_factor(config, 9)(step) for step in range(9)]

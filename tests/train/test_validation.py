@@ -361,7 +361,7 @@ def test_too_many_unreadable_held_out_images_end_a_run_that_is_saved(tmp_path):
     (tmp_path / "photos" / "ant" / "007.png").write_bytes(b"no image")
     held_out = {"data": {"source": "folder", "root": str(tmp_path / "photos")}}
     config = tokenizer_config(tmp_path / "run", validation=held_out)
-    with pytest.raises(TooManyUnreadableError, match=r"(?s)1 of 20 images .*007\.png") as caught:
+    with pytest.raises(TooManyUnreadableError, match=r"(?s)1 of 20 samples .*007\.png") as caught:
         train(config)
     assert "held-out images; what was trained is saved" in caught.value.__notes__[0]
     assert "step-0000003" in caught.value.__notes__[0]

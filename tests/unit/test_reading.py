@@ -223,7 +223,7 @@ def test_what_is_not_read_is_counted_and_named_on_both_sides(tmp_path: Path, cap
         (tmp_path / name).write_bytes(b"x")
     with caplog.at_level(logging.WARNING):
         assert len(training_images(tmp_path)) == 1
-    named = "3 files are not images and are ignored: b.jxl, c.txt, clip.mp4"
+    named = "3 other files are ignored: b.jxl, c.txt, clip.mp4"
     assert named in caplog.text
     assert str(open_images(tmp_path).files_read.left_out) == named
     assert open_images(archived(tmp_path, tmp_path.parent / "x.zip")).files_read.left_out.count == 3
@@ -547,7 +547,7 @@ def test_samples_that_are_not_read_are_named(tmp_path: Path, caplog):
     with caplog.at_level(logging.WARNING):
         source = open_source(DataConfig(8, source="webdataset", root=str(path)))
     assert len(source) == open_images(path).count == 1
-    named = f"3 files are not images and are ignored: {path}:b.jxl, {path}:b.cls, {path}:c.npy"
+    named = f"3 other files are ignored: {path}:b.jxl, {path}:b.cls, {path}:c.npy"
     assert named in caplog.text
     assert str(open_images(path).files_read.left_out) == named
 
@@ -611,7 +611,7 @@ def test_hidden_files_of_shards_are_no_images(tmp_path: Path, caplog):
     with caplog.at_level(logging.WARNING):
         assert len(open_source(DataConfig(8, source="webdataset", root=str(path)))) == 2
     assert sorted(open_images(path).names) == ["../c", "a"]
-    assert f"3 files are not images and are ignored: {path}:._a.png (hidden)" in caplog.text
+    assert f"3 other files are ignored: {path}:._a.png (hidden)" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["a.cls", "a.json"])

@@ -77,10 +77,10 @@ def train(
     elif profile:
         _profile(values)
     else:
-        _train(values, resume)
+        _train(values, resume=resume)
 
 
-def _train(config: dict[str, Any], resume: bool) -> None:
+def _train(config: dict[str, Any], *, resume: bool) -> None:
     from vistok.train import TrainingInterrupted
     from vistok.train import train as run
     from vistok.utils.processes import is_first_process

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vistok.data.sources import hash_lines
-from vistok.data.videos import UnreadableClipError
+from vistok.data.videos import UnreadableClipError, Video
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,28 @@ class ClipSource(ABC):
         """A hash that changes when the source holds other videos (names and sizes, not contents)."""
 
 
+class OpenedClips(ClipSource):
+    """A source whose videos are opened one at a time."""
+
+    _last: tuple[int, Video] | None = None
+
+    @abstractmethod
+    def open(self, index: int) -> Video:
+        """Open a video. Raises UnreadableClipError if it is damaged."""
+
+    def video(self, index: int) -> Video:
+        """Open a video; the last one stays open, because its length and its frames are read one after the other."""
+        if self._last is None or self._last[0] != index:
+            self._last = index, self.open(index)
+        return self._last[1]
+
+    def length(self, index: int) -> int:
+        return len(self.video(index))
+
+    def read(self, index: int, frames: Sequence[int]) -> np.ndarray:
+        return self.video(index).read(frames)
+
+
 class SelectedClips(ClipSource):
     """The videos of a source at ``indices``."""
 
@@ -69,6 +91,9 @@ class SelectedClips(ClipSource):
 
     def label(self, index: int) -> int:
         return self.source.label(self.indices[index])
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self.source.captions(self.indices[index])
 
     def name(self, index: int) -> str:
         return self.source.name(self.indices[index])
@@ -108,6 +133,9 @@ class InMemoryClips(ClipSource):
 
     def label(self, index: int) -> int:
         return self._source.label(index)
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._source.captions(index)
 
     def name(self, index: int) -> str:
         return self._source.name(index)

@@ -78,6 +78,9 @@ class DecodedClips(ClipSource):
     def label(self, index: int) -> int:
         return self._source.label(index)
 
+    def captions(self, index: int) -> tuple[str, ...]:
+        return self._source.captions(index)
+
     def name(self, index: int) -> str:
         return self._source.name(index)
 

@@ -136,10 +136,10 @@ class ImageDecoder:
         factor = 1 << max(0, (min(image.size) // enough).bit_length() - 1) if enough else 1
         if image.mode != self.mode or transparent or factor > 1 or pixels is not None:
             strips = image if pixels is None else PixelRows(pixels)
-            image = _in_strips(strips, self.mode, factor, lambda strip: self._eight_bit(strip, levels, transparent))
+            image = _in_strips(strips, self.mode, factor, lambda strip: self._in_mode(strip, levels, transparent))
         return image if orientation is None else image.transpose(orientation)
 
-    def _eight_bit(self, image: Image.Image, levels: Levels | None, transparent: bool) -> Image.Image:
+    def _in_mode(self, image: Image.Image, levels: Levels | None, transparent: bool) -> Image.Image:
         """Convert an image, or a strip of one, to ``mode``; ``levels`` are None for 8-bit images."""
         if levels is not None:
             image = _eight_bit(image, levels)

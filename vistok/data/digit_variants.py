@@ -21,7 +21,7 @@ class Variant(NamedTuple):
     apply: Callable[[Image.Image, float], Image.Image]
 
 
-def as_it_is(image: Image.Image, strength: float) -> Image.Image:
+def unchanged(image: Image.Image, strength: float) -> Image.Image:
     return image
 
 
@@ -55,7 +55,7 @@ def _stretched(image: Image.Image, low: float, high: float) -> Image.Image:
     return Image.fromarray(np.rint(values.clip(0, 1) * 255).astype(np.uint8))
 
 
-PLAIN = Variant("", as_it_is)
+PLAIN = Variant("", unchanged)
 STYLES = (PLAIN, Variant("slanted", slanted), Variant("thin", thin), Variant("bold", bold))
 VARIANTS: Mapping[str, tuple[Variant, ...]] = {
     "turned": (PLAIN, Variant("turned left", turned(45)), Variant("turned right", turned(-45))),

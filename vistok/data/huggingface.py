@@ -136,7 +136,7 @@ class HuggingFaceSource(ImageSource):
         ((column, value),) = self._texts[int(index)].items()
         try:
             return texts_of(value)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise CaptionError(f"data.caption_column={column} of {self.name(index)}: {error}") from error
 
 

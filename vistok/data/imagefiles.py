@@ -34,7 +34,7 @@ class LeftOut(NamedTuple):
 
     def __str__(self) -> str:
         shown = ", ".join(self.names) + (", …" if self.count > len(self.names) else "")
-        what = "1 file is not an image and is" if self.count == 1 else f"{self.count} files are not images and are"
+        what = "1 other file is" if self.count == 1 else f"{self.count} other files are"
         return f"{what} ignored: {shown}"
 
 

@@ -61,7 +61,7 @@ def check_failures(failures: Failures, count: int) -> None:
     """Raise TooManyUnreadableError, which lists the failures, if they are more than 1 % of ``count`` samples."""
     if len(failures) > MAX_UNREADABLE_SHARE * count:
         raise TooManyUnreadableError(
-            f"{len(failures)} of {count} images cannot be read, more than {MAX_UNREADABLE_SHARE:.0%}; "
+            f"{len(failures)} of {count} samples cannot be read, more than {MAX_UNREADABLE_SHARE:.0%}; "
             f"repair or remove them:\n{listed(failures)}"
         )
 

@@ -126,11 +126,11 @@ def contact_sheet(clips: Sequence[np.ndarray] | np.ndarray, columns: int = 8) ->
     if not len(clips):
         raise ValueError("there are no clips to lay out")
     columns = min(columns, min(len(clip) for clip in clips))
-    images = [image for clip in clips for image in to_images(clip[_spread(len(clip), columns)])]
+    images = [image for clip in clips for image in to_images(clip[_evenly_spaced(len(clip), columns)])]
     return grid(images, columns)
 
 
-def _spread(length: int, count: int) -> list[int]:
+def _evenly_spaced(length: int, count: int) -> list[int]:
     """The indices of ``count`` of ``length`` frames, evenly spread from the first to the last."""
     return np.linspace(0, length - 1, count).round().astype(int).tolist()
 

@@ -59,7 +59,7 @@ def shared_images(trained: Source, held_out: Source) -> Shared:
     Files are compared by their bytes. Other sources are compared by their fingerprints and, if both are known data sets
     (``NAMED``), by the names of their samples.
     """
-    looked = _spread(len(held_out))
+    looked = _looked_at(len(held_out))
     if (files := _files(trained)) is not None and (others := _files(held_out)) is not None:
         found = _same_bytes(files, others, looked)  # fingerprints have only names and sizes, which may be equal
     elif trained.fingerprint() == held_out.fingerprint():
@@ -77,7 +77,7 @@ def shared_tokens(trained: Sequence[TokenCache], held_out: TokenCache) -> Shared
 
     Latents are compared up to rounding. One tokenizer must have made all caches.
     """
-    looked = np.array(_spread(len(held_out)))
+    looked = np.array(_looked_at(len(held_out)))
     rows = np.concatenate([_rows(held_out, looked, view) for view in range(held_out.views)])
     direction = np.random.default_rng(0).standard_normal(rows.shape[1])
     keys, found = rows @ direction, np.zeros(len(rows), dtype=bool)
@@ -114,7 +114,8 @@ def _are_among(rows: np.ndarray, keys: np.ndarray, others: np.ndarray, other_key
     return among
 
 
-def _spread(count: int) -> list[int]:
+def _looked_at(count: int) -> list[int]:
+    """The indices of at most ``MOST_LOOKED_AT`` of ``count`` samples, evenly spaced."""
     looked = min(count, MOST_LOOKED_AT)
     return [number * count // looked for number in range(looked)]
 

@@ -121,19 +121,31 @@ def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Ima
     Raises:
         ValueError: no images, or images of different sizes.
     """
-    if not images:
-        raise ValueError("there are no images to lay out")
-    sizes = {image.size for image in images}
-    if len(sizes) > 1:
-        raise ValueError(f"a grid needs images of one size, got {sorted(sizes)}")
-    columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
-    rows = math.ceil(len(images) / columns)
+    columns, rows = layout(images, columns)
     (width, height), mode = images[0].size, images[0].mode
     sheet = Image.new(mode, (columns * (width + GAP) - GAP, rows * (height + GAP) - GAP), "white")
     for position, image in enumerate(images):
         row, column = divmod(position, columns)
         sheet.paste(image, (column * (width + GAP), row * (height + GAP)))
     return sheet
+
+
+def layout(images: Sequence[Image.Image], columns: int | None = None) -> tuple[int, int]:
+    """The columns and rows of a grid of images.
+
+    Args:
+        columns: the most images per row; None makes the grid about square.
+
+    Raises:
+        ValueError: no images, or images of different sizes.
+    """
+    if not images:
+        raise ValueError("there are no images to lay out")
+    sizes = {image.size for image in images}
+    if len(sizes) > 1:
+        raise ValueError(f"a grid needs images of one size, got {sorted(sizes)}")
+    columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
+    return columns, math.ceil(len(images) / columns)
 
 
 def comparison(originals: Tensor, reconstructions: Tensor, columns: int = 8) -> Image.Image:

@@ -50,10 +50,7 @@ class ShardFiles(ImageFiles):
     def __init__(self, paths: Sequence[Path], cache: Path | None) -> None:
         self._paths = paths
         self.source = printable(str(paths[0]) if len(paths) == 1 else f"{paths[0].parent} ({len(paths)} shards)")
-        indices = [samples_of(path, number, cache) for number, path in enumerate(paths)]
-        self.samples = [sample for index in indices for sample in index.samples]
-        self.left_out = sum((index.left_out for index in indices), LeftOut())
-        self.wrong_label = next((index.wrong_label for index in indices if index.wrong_label), None)
+        self.samples, self.left_out, self.wrong_label = index_shards(paths, cache, IMAGES)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -112,7 +109,7 @@ class ShardSource(FileSource):
         self.classes = class_names(pattern, self._paths, self._samples, IMAGES)
 
     def fingerprint(self) -> str:
-        return hash_lines(f"{sample.name} {sample.size}" for sample in self._samples)
+        return fingerprint_of(self._samples)
 
     def captions(self, index: int) -> tuple[str, ...]:
         return self._captions.of(self._samples[index].shard, self._samples[index].name)
@@ -218,7 +215,22 @@ def expand_braces(pattern: str) -> Iterator[str]:
         yield from expand_braces(f"{pattern[: match.start()]}{number:0{len(first)}d}{pattern[match.end() :]}")
 
 
-def samples_of(path: Path, number: int, cache: Path | None, kind: Kind = IMAGES) -> Index:
+def index_shards(paths: Sequence[Path], cache: Path | None, kind: Kind) -> Index:
+    """The samples of all shards, in order; see ``samples_of``."""
+    indices = [samples_of(path, number, cache, kind) for number, path in enumerate(paths)]
+    return Index(
+        [sample for index in indices for sample in index.samples],
+        sum((index.left_out for index in indices), LeftOut()),
+        next((index.wrong_label for index in indices if index.wrong_label), None),
+    )
+
+
+def fingerprint_of(samples: Sequence[Sample]) -> str:
+    """A hash of the names and sizes of samples."""
+    return hash_lines(f"{sample.name} {sample.size}" for sample in samples)
+
+
+def samples_of(path: Path, number: int, cache: Path | None, kind: Kind) -> Index:
     """``index_shard``, with its result kept in ``cache``, because indexing a large set takes minutes.
 
     Raises:

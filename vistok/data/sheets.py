@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from vistok.data.pictures import GAP
+from vistok.data.pictures import GAP, layout
 
 LEAST = 64
 """Images whose larger side has fewer pixels are enlarged by a whole factor to at least this size."""
@@ -40,13 +40,7 @@ def sheet(
     Raises:
         ValueError: no images, images of different sizes, or a wrong number of labels.
     """
-    if not images:
-        raise ValueError("there are no images to lay out")
-    sizes = {image.size for image in images}
-    if len(sizes) > 1:
-        raise ValueError(f"a grid needs images of one size, got {sorted(sizes)}")
-    columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
-    rows = math.ceil(len(images) / columns)
+    columns, rows = layout(images, columns)
     for what, given, count in (
         ("columns", column_labels, columns),
         ("rows", row_labels, rows),

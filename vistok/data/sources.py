@@ -113,7 +113,7 @@ class TorchvisionSource(ImageSource):
         download: bool = False,
         decoder: ImageDecoder = ImageDecoder(),  # noqa: B008 (immutable)
     ) -> None:
-        self._dataset = _open_torchvision(name, Path(root).expanduser(), split, download)
+        self._dataset = _open_torchvision(name, Path(root).expanduser(), split, download=download)
         self._label = f"{name}/{split}"
         self._decoder = decoder
         self.classes = _torchvision_classes(self._dataset, name)
@@ -228,7 +228,7 @@ def hash_lines(lines: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def _open_torchvision(name: str, root: Path, split: str | None, download: bool):
+def _open_torchvision(name: str, root: Path, split: str | None, *, download: bool):
     from torchvision import datasets
 
     exported = {key: getattr(datasets, key) for key in datasets.__all__}

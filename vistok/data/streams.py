@@ -20,7 +20,7 @@ from vistok.data.tokens import TokenBatch, TokenBatches, TokenCache, TokenCacheE
 from vistok.draws import Keys
 from vistok.types import Condition, JointVocabulary, TokenKind, TokenSpec
 
-MARKS = JointVocabulary(0, 1).specials
+SPECIAL_TOKENS = JointVocabulary(0, 1).specials
 PARTS = ("ids", "given")
 KINDS: tuple[TokenKind, ...] = ("text", "image", "special")
 """The names of the numbers in ``Streams.kinds``."""
@@ -71,10 +71,11 @@ def parse_template(text: str) -> tuple[Segment, ...]:
     segments = []
     for word in text.split():
         source, _, number = word.rstrip("*").partition(":")
-        if source not in (*SOURCES, *MARKS) or (number and not (source in PARTS and number.isdecimal())):
+        if source not in (*SOURCES, *SPECIAL_TOKENS) or (number and not (source in PARTS and number.isdecimal())):
+            known = ", ".join((*SOURCES, *SPECIAL_TOKENS))
             raise ValueError(
-                f"{word!r} is no segment of a template; there are {', '.join((*SOURCES, *MARKS))}, each with a star or "
-                "not, and ids:0, ids:1, … and given:0, given:1, … for one of several texts and images"
+                f"{word!r} is no segment of a template; there are {known}, each with a star or not, and ids:0, "
+                "ids:1, … and given:0, given:1, … for one of several texts and images"
             )
         segments.append(Segment(source, word.endswith("*"), int(number) if number else None))
     if not any(segment.in_loss for segment in segments):
@@ -218,7 +219,7 @@ class StreamBatches:
             for name, config in configs.items()
         }
         for name, template in self.templates.items():
-            needed = {segment.source for segment in template} & {"ids", "given"}
+            needed = {segment.source for segment in template} & set(PARTS)
             missing = sorted(needed - set(cache.condition_spec.parts))
             if missing:
                 raise TokenCacheError(f"the template {name} needs {missing[0]!r}, which {cache.folder} does not have")

@@ -101,9 +101,9 @@ class TokenShards:
                 f"expected tokens of shape (B, {', '.join(map(str, self._shape))}) and B labels, "
                 f"got {stored.shape} and {classes.shape}"
             )
-        _check_range("token id", stored, None if self._dtype is np.float32 else self._spec["codebook_size"])
+        _check_values("token id", stored, None if self._dtype is np.float32 else self._spec["codebook_size"])
         if self._classes:
-            _check_range("label", classes, len(self._classes))
+            _check_values("label", classes, len(self._classes))
         elif (classes != -1).any():
             raise ValueError("labels must be -1 in a cache without class names; pass classes=…")
         sequences = dict(sequences or {})
@@ -264,7 +264,7 @@ def _to_numpy(tensor: Tensor) -> np.ndarray:
     return (tensor.float() if tensor.is_floating_point() else tensor).numpy()  # NumPy has no bfloat16
 
 
-def _check_range(what: str, values: np.ndarray, count: int | None) -> None:
+def _check_values(what: str, values: np.ndarray, count: int | None) -> None:
     """Raise ValueError unless all values are integers in 0..count-1; None accepts any values."""
     if count is None or not values.size:
         return

@@ -130,8 +130,8 @@ class TokenCache:
             IndexError: an index or a view is out of range.
         """
         indices, views = np.asarray(indices, dtype=np.int64), np.asarray(views, dtype=np.int64)
-        _check_range("index", indices, len(self))
-        _check_range("view", views, self.views)
+        _check_indices("index", indices, len(self))
+        _check_indices("view", views, self.views)
         ids = self.spec["codebook_size"] is not None and self.content == "tokens"
         tokens = np.empty((len(indices), *self._shape), dtype=np.int64 if ids else np.float32)
         shards = np.searchsorted(self._ends, indices, side="right")
@@ -282,7 +282,7 @@ class TokenMixture:
     def batch(self, indices: np.ndarray | Sequence[int], views: np.ndarray | Sequence[int]) -> tuple[Tensor, Tensor]:
         """Read one view of each sample; see :meth:`TokenCache.batch`."""
         indices, views = np.asarray(indices, dtype=np.int64), np.asarray(views, dtype=np.int64)
-        _check_range("view", views, self.views)
+        _check_indices("view", views, self.views)
         parts, back = [], []
         for cache, rows, inner in self._owned(views):
             parts.append(cache.batch(indices[rows], inner)[0])
@@ -400,7 +400,7 @@ def _check_alike(one: TokenCache, other: TokenCache) -> None:
         )
 
 
-def _check_range(name: str, values: np.ndarray, count: int) -> None:
+def _check_indices(name: str, values: np.ndarray, count: int) -> None:
     """Raise IndexError unless all values lie in 0 .. count - 1."""
     if values.size and not 0 <= values.min() <= values.max() < count:
         raise IndexError(f"{name} out of range 0..{count - 1}: {values[(values < 0) | (values >= count)][0]}")

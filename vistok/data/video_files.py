@@ -8,9 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from vistok.data.clip_sources import ClipSource
+from vistok.data.clip_sources import ClipSource, OpenedClips
 from vistok.data.clips import ClipTransform
 from vistok.data.decoding import ImageDecoder
 from vistok.data.files import SPLITS, printable
@@ -23,7 +21,7 @@ from vistok.utils.files import read_lines
 _LAYOUTS = f"videos are files ({' '.join(VIDEO_EXTENSIONS)}) or folders of images, in <class>/ folders or side by side"
 
 
-class VideoSource(ClipSource):
+class VideoSource(OpenedClips):
     """Videos in files and folders of frames, each with a label.
 
     Args:
@@ -42,22 +40,12 @@ class VideoSource(ClipSource):
     ):
         self.paths, self._labels, self.classes = list(paths), list(labels), tuple(classes)
         self._decoder = decoder
-        self._last: tuple[int, Video] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def video(self, index: int) -> Video:
-        """Open a video; the last one stays open, because its length and its frames are read one after the other."""
-        if self._last is None or self._last[0] != index:
-            self._last = index, open_video(self.paths[index], self._decoder)
-        return self._last[1]
-
-    def length(self, index: int) -> int:
-        return len(self.video(index))
-
-    def read(self, index: int, frames: Sequence[int]) -> np.ndarray:
-        return self.video(index).read(frames)
+    def open(self, index: int) -> Video:
+        return open_video(self.paths[index], self._decoder)
 
     def label(self, index: int) -> int:
         return self._labels[index]

@@ -111,18 +111,6 @@ class PatchTokens(nn.Module):
         return self.model.forward_features(images)[:, self.model.num_prefix_tokens :]
 
 
-class Alignment(nn.Module):
-    """1 - the mean cosine similarity of a model's patch features and those of a frozen encoder, per image."""
-
-    def __init__(self, config: EncoderConfig):
-        super().__init__()
-        self.encoder = FrozenEncoder(config)
-
-    def forward(self, features: Tensor, pixels: Tensor) -> Tensor:
-        """Features (B, P, D) of images (B, C, H, W) in [-1, 1] to distances (B,)."""
-        return alignment_distance(features, self.encoder(pixels))
-
-
 def alignment_distance(features: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
     """1 - the cosine similarity of two feature maps (B, P, D), averaged over patches: (B,). 0 is aligned, 1 unrelated.
 

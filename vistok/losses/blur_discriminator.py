@@ -7,13 +7,11 @@ The discriminator of the pretrained tokenizers of Open-MAGVIT2 (arXiv 2409.04410
 from __future__ import annotations
 
 from itertools import pairwise
-from math import comb
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vistok.losses.discriminators import Discriminator
+from vistok.losses.discriminators import Discriminator, binomial_kernel, low_pass
 
 NORM_GROUPS = 32
 
@@ -75,14 +73,12 @@ class Blur(nn.Module):
 
     def __init__(self, size: int):
         super().__init__()
-        taps = torch.tensor([float(comb(size - 1, i)) for i in range(size)])
-        self.register_buffer("kernel", torch.outer(taps, taps)[None, None] / taps.sum() ** 2)
+        self.register_buffer("kernel", binomial_kernel(size)[None, None])
 
     def forward(self, x: Tensor) -> Tensor:
-        channels, size = x.shape[1], self.kernel.shape[-1]
+        size = self.kernel.shape[-1]
         pads: list[int] = []
         for side in reversed(x.shape[2:]):
             missing = max((-(-side // 2) - 1) * 2 + size - side, 0)
             pads += [missing // 2, missing - missing // 2]  # an odd pixel goes to the right or bottom
-        kernel = self.kernel.to(x.dtype).expand(channels, 1, size, size)
-        return F.conv2d(F.pad(x, pads), kernel, stride=2, groups=channels)
+        return low_pass(F.pad(x, pads), self.kernel, stride=2)

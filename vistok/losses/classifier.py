@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Self
-from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vistok.losses.downloads import fetch_weights
+from vistok.utils.imagenet import MEAN, STD
+
 SIDE = 224
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's colours
 
 
 class ClassifierDistance(nn.Module):
@@ -76,13 +77,5 @@ def _convnext() -> nn.Module:
 def _download() -> dict[str, Tensor]:
     from torchvision.models import ConvNeXt_Small_Weights
 
-    from vistok.checkpoints import CheckpointError
-
-    url = ConvNeXt_Small_Weights.IMAGENET1K_V1.url
-    try:
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, check_hash=True)
-    except (URLError, OSError, RuntimeError) as error:  # RuntimeError: the hash differs
-        raise CheckpointError(
-            f"the ConvNeXt-S weights could not be fetched from {url}: {error}. Download the file elsewhere and give "
-            "its local path: ClassifierDistance.from_pretrained(FILE)"
-        ) from error
+    remedy = "losses.classifier.weights=FILE in a config, or ClassifierDistance.from_pretrained(FILE)"
+    return fetch_weights(ConvNeXt_Small_Weights.IMAGENET1K_V1.url, "ConvNeXt-S", remedy)

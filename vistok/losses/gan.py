@@ -17,7 +17,7 @@ from vistok.utils.processes import mean_over_group
 
 
 @dataclass(frozen=True)
-class _Game:
+class GANLoss:
     """The losses of the two sides of an adversarial game, each a scalar function of logits."""
 
     generator: Callable[[Tensor], Tensor]
@@ -31,27 +31,27 @@ def _image_means(logits: Tensor) -> Tensor:
 
 GAN_LOSSES = {
     # Lim & Ye 2017, with the factor 1/2 of VQGAN.
-    "hinge": _Game(
+    "hinge": GANLoss(
         generator=lambda fake: -fake.mean(),
         discriminator=lambda real, fake: (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2,
     ),
     # Binary cross-entropy with the non-saturating generator (Goodfellow et al. 2014), with the factor 1/2 of VQGAN.
-    "vanilla": _Game(
+    "vanilla": GANLoss(
         generator=lambda fake: F.softplus(-fake).mean(),
         discriminator=lambda real, fake: (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2,
     ),
     # The same without the factor 1/2, as in StyleGAN2 and LARP.
-    "non_saturating": _Game(
+    "non_saturating": GANLoss(
         generator=lambda fake: F.softplus(-fake).mean(),
         discriminator=lambda real, fake: F.softplus(-real).mean() + F.softplus(fake).mean(),
     ),
     # The same for each image's mean logit, as in Open-MAGVIT2.
-    "non_saturating_mean": _Game(
+    "non_saturating_mean": GANLoss(
         generator=lambda fake: F.softplus(-_image_means(fake)).mean(),
         discriminator=lambda real, fake: F.softplus(-_image_means(real)).mean() + F.softplus(_image_means(fake)).mean(),
     ),
     # LSGAN (Mao et al. 2017) with targets 1 for real, -1 for fake, and 0 for the generator.
-    "least_squares": _Game(
+    "least_squares": GANLoss(
         generator=lambda fake: fake.square().mean(),
         discriminator=lambda real, fake: ((1 - real).square().mean() + (1 + fake).square().mean()) / 2,
     ),

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
-from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
 
+from vistok.losses.downloads import fetch_weights
 from vistok.nn.containers import ModuleList
 
 # Index in torchvision's vgg16().features, and channels, of each feature map that is compared.
@@ -162,13 +162,9 @@ def _download_heads() -> dict[str, Tensor]:
 
 
 def _download(url: str, what: str, option: str) -> dict[str, Tensor]:
-    from vistok.checkpoints import CheckpointError
-
-    try:
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, check_hash=True)
-    except (URLError, OSError, RuntimeError) as error:  # RuntimeError: the hash differs
-        raise CheckpointError(
-            f"the {what} weights could not be fetched from {url}: {error}. Download the file elsewhere and give its "
-            f"local path: losses.lpips_weights=FILE in a config, --lpips-weights FILE on the command line, or "
-            f"LPIPS.from_pretrained({option}FILE)"
-        ) from error
+    return fetch_weights(
+        url,
+        what,
+        "losses.lpips_weights=FILE in a config, --lpips-weights FILE on the command line, or "
+        f"LPIPS.from_pretrained({option}FILE)",
+    )

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vistok.losses.discriminators import Discriminator
+from vistok.losses.discriminators import Discriminator, binomial_kernel, low_pass
 from vistok.nn.containers import ModuleList
 
 SLOPE = 0.1
@@ -75,9 +74,7 @@ class BlurPool(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
-        self.register_buffer("kernel", torch.outer(taps, taps), persistent=False)
+        self.register_buffer("kernel", binomial_kernel(4), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        kernel = self.kernel.to(x.dtype).expand(x.shape[1], 1, 4, 4)
-        return F.conv2d(x, kernel, stride=2, padding=1, groups=x.shape[1])
+        return low_pass(x, self.kernel, stride=2, padding=1)

@@ -52,7 +52,7 @@ class ViTDiscriminator(Discriminator):
         if any(side % size for side, size in zip(sides, patch)):
             raise ValueError(f"clips of {sides} (frames, height, width) are no multiple of patches of {patch}")
         grid = num_frames // temporal_patch_size, height // patch_size, width // patch_size
-        self.input_shape = (in_channels, *sides)
+        self.in_channels, self.input_shape = in_channels, (in_channels, *sides)
         self.to_patches = nn.Conv3d(in_channels, dim, patch, patch)
         self.class_token = nn.Parameter(torch.empty(1, 1, dim))
         self.positions = FixedClipPositions(grid, dim)

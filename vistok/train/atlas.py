@@ -13,6 +13,7 @@ from vistok.data.pictures import to_pil
 from vistok.data.sheets import sheet
 from vistok.draws import Keys, draws_on
 from vistok.tokenizers.base import Tokenizer
+from vistok.train.monitor import expected_usage, perplexity
 
 BATCH = 32
 SHOWN_CODES, PATCHES = 16, 8
@@ -44,14 +45,12 @@ class Atlas:
     @property
     def possible(self) -> float:
         """The share of codes, in [0, 1], that the same number of uniformly drawn tokens would be expected to use."""
-        size = len(self.counts)
-        return 1 - (1 - 1 / size) ** int(self.counts.sum())
+        return expected_usage(len(self.counts), int(self.counts.sum()))
 
     @property
     def perplexity(self) -> float:
         """The perplexity of the distribution of codes, 1 .. codebook_size."""
-        share = self.counts.double() / self.counts.sum()
-        return float(torch.special.entr(share).sum().exp())
+        return float(perplexity(self.counts.double()))
 
 
 @torch.no_grad()

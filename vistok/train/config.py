@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from vistok.checkpoints import registry
 from vistok.checkpoints.bounds import construct, integers
-from vistok.config import ConfigError, KeysOf, annotations_of, check, check_least
+from vistok.config import ConfigError, KeysOf, annotations_of, build, check, check_least
 from vistok.data.config import DataConfig
 from vistok.train.curves import curve_file
 
@@ -85,7 +85,8 @@ class SchedulerConfig:
         warmup_steps: steps of the linear warmup.
         warmup_from: the factor at step 0. By default the warmup begins one step above 0, because a step at rate 0 would
             be wasted.
-        final_factor: the factor at the last step; not used by constant and steps.
+        final_factor: the factor at the last step; not used by constant and steps. Exponential decay never reaches 0, so
+            it needs a factor or a rate above that.
         final_lr: the learning rate at the last step, in place of ``final_factor``.
         decay_share: share of all steps in which wsd decays.
         decay_shape: the decay of wsd, by the share p of it that is over: ``linear`` is 1 - p, ``sqrt`` is 1 - sqrt(p)
@@ -94,7 +95,21 @@ class SchedulerConfig:
         hold: share of the steps for which linear and exponential stay at 1.
         bend: share of the steps at which bent changes its slope.
         milestones, step_factor: of steps; milestones count from ``start_step``.
+
+    Raises:
+        ValueError: a value is out of range, or would have no effect on this schedule.
     """
+
+    USED_BY: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "decay_share": ("wsd",),
+        "decay_shape": ("wsd",),
+        "final_lr": ("cosine", "wsd", "linear", "exponential", "bent"),
+        "hold": ("linear", "exponential"),
+        "bend": ("bent",),
+        "milestones": ("steps",),
+        "step_factor": ("steps",),
+    }
+    """The schedules that read a key, for the keys that the others refuse."""
 
     name: Literal["constant", "cosine", "wsd", "linear", "exponential", "bent", "steps"] = "constant"
     warmup_steps: int = 0
@@ -128,6 +143,25 @@ class SchedulerConfig:
             raise ValueError(
                 f"final_lr {self.final_lr} and final_factor {self.final_factor} say the same thing; leave one out"
             )
+        if self.final_lr is not None:
+            check_least(self, final_lr=0)
+        for key, schedules in self.USED_BY.items():
+            value, default = getattr(self, key), getattr(type(self), key)
+            if self.name not in schedules and value != default:
+                raise ValueError(
+                    f"{key} {value} has no effect on the schedule {self.name!r}: leave it out "
+                    f"({key}={'null' if default is None else default}), or choose {' or '.join(schedules)} by name"
+                )
+        if self.name == "exponential" and not (self.final_factor if self.final_lr is None else self.final_lr):
+            raise ValueError(
+                "the schedule 'exponential' never falls to 0: set final_factor or final_lr above 0, for example "
+                "final_factor=0.01"
+            )
+
+    def inherited(self, name: str) -> dict[str, Any]:
+        """The keys that the schedule of another player takes over, if it is called ``name``."""
+        keys = (key.name for key in fields(self) if name in self.USED_BY.get(key.name, (name,)))
+        return {key: getattr(self, key) for key in keys}
 
 
 @dataclass(frozen=True)
@@ -146,6 +180,11 @@ class PlayerConfig:
 
     def __post_init__(self) -> None:
         check_least(self, max_grad_norm=0)
+        if self.lr_scheduler.final_lr and not self.optimizer.lr:
+            raise ValueError(
+                f"the rate cannot end at lr_scheduler.final_lr {self.lr_scheduler.final_lr}, because optimizer.lr is "
+                "0; set final_lr to null"
+            )
 
 
 @dataclass(frozen=True)
@@ -411,17 +450,19 @@ class RunConfig:
             optimizer: defaults of this player's optimizer that differ from the run's.
         """
         own = self.players.get(name, {})
+        schedule = own.get("lr_scheduler", {})
+        schedule_name = schedule.get("name") if isinstance(schedule, Mapping) else None
         base = {key: getattr(self.optimizer, key) for key in (f.name for f in fields(self.optimizer))}
         if name != MODEL:  # these patterns name parameters of the model
             base |= {"groups": (), "no_decay": ()}
         sections: dict[str, Any] = {
             "optimizer": base | optimizer,
-            "lr_scheduler": {f.name: getattr(self.lr_scheduler, f.name) for f in fields(self.lr_scheduler)},
+            "lr_scheduler": self.lr_scheduler.inherited(schedule_name or self.lr_scheduler.name),
             "max_grad_norm": self.training.max_grad_norm,
         }
         for key, value in own.items():
             sections[key] = sections.get(key, {}) | value if isinstance(value, Mapping) else value
-        return PlayerConfig(**check(PlayerConfig, sections, f"players.{name}"))
+        return build(PlayerConfig, sections, f"players.{name}")
 
 
 def _own_keys(kind: type[RunConfig]) -> set[str]:

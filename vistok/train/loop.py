@@ -30,7 +30,7 @@ from vistok.train.environment import environment, open_accelerator, start_tracke
 from vistok.train.monitor import METRICS_FILE, Console, Meter, MetricsFile
 from vistok.train.players import Players
 from vistok.train.report import write_run_report
-from vistok.train.start import adapt, check_frozen, initialise, open_starts, with_model_of_source
+from vistok.train.start import Found, adapt, check_frozen, initialise, open_starts, with_model_of_source
 from vistok.train.stopping import StopRequest, TrainingInterrupted
 from vistok.train.tasks import Task, Turn, task_type
 from vistok.train.tasks.base import forever, on_device
@@ -67,21 +67,21 @@ def train(config: Mapping[str, Any], *, resume: bool = False) -> Path:
         LoaderWorkerError: a worker that reads data died.
         FolderInUseError: another process trains into the run folder.
     """
-    config = with_model_of_source(expand(config))
+    config, found = with_model_of_source(expand(config))
     run = RunConfig.parse(config)
     run.model_entry()
     folder = Path(run.output_dir)
     with locked(folder) if is_first_process() else nullcontext():
-        _train(config, run, folder, resume)
+        _train(config, run, folder, found, resume=resume)
     return folder
 
 
-def _train(config: Mapping[str, Any], run: RunConfig, folder: Path, resume: bool) -> None:
+def _train(config: Mapping[str, Any], run: RunConfig, folder: Path, found: Found, *, resume: bool) -> None:
     if folder.exists() and holds_files(folder) and not resume:
         raise FileExistsError(
             f"run folder {folder} exists already; go on with --resume, or choose another with output_dir=…"
         )
-    accelerator, task = prepare(run, folder)
+    accelerator, task = prepare(run, folder, found)
     try:
         trainer = Trainer(run, task, accelerator, folder)
         if resume:
@@ -91,7 +91,7 @@ def _train(config: Mapping[str, Any], run: RunConfig, folder: Path, resume: bool
             clean(folder)
             save_config(config, folder / "config.yaml")
             write_json(folder / "environment.json", environment())
-            task.accompany(folder)
+            task.save_companions(folder)
         start_trackers(accelerator, folder, run.training.trackers)
         trainer.run()
         if accelerator.is_main_process:
@@ -101,11 +101,15 @@ def _train(config: Mapping[str, Any], run: RunConfig, folder: Path, resume: bool
         accelerator.end_training()
 
 
-def prepare(run: RunConfig, folder: Path) -> tuple[Any, Task]:
-    """The accelerator, and the task with the model that training starts from."""
+def prepare(run: RunConfig, folder: Path, found: Found) -> tuple[Any, Task]:
+    """The accelerator, and the task with the model that training starts from.
+
+    Args:
+        found: from ``with_model_of_source``.
+    """
     from accelerate.utils import set_seed
 
-    starts = open_starts(run)
+    starts = open_starts(run, found)
     accelerator = open_accelerator(run, folder)
     set_seed(run.seed)
     make: Callable[[RunConfig, int, int], Task] = task_type(run.task)
@@ -274,7 +278,7 @@ class Trainer:
             # an epoch draws from it, too, so the batch is read first.
             key = f"{self.seed}/{self.step}/{part}/{self.accelerator.process_index}"
             torch.manual_seed(zlib.crc32(key.encode()))
-            with nullcontext() if part == parts - 1 else self.players.gathering():
+            with nullcontext() if part == parts - 1 else self.players.no_sync():
                 for turn in self._turns(batch, clock):
                     self._add_gradients(turn)
                     moving[turn.player] = None
@@ -303,7 +307,7 @@ class Trainer:
 
     def _move(self, player: str) -> None:
         with self.phase("optimizer"):
-            norms = self.players.move(player)
+            norms = self.players.step(player)
         with self.phase("logging"):
             self.meter.add(norms)
             if not self.players[player].scales_loss:  # scaled gradients are infinite now and then
@@ -366,7 +370,7 @@ class Trainer:
 
         found: list[dict[str, float] | TooManyUnreadableError] = [{}]
         clock = Clock(self.step, self.config.max_steps)
-        with self.players.best() as learner:
+        with self.players.averaged() as learner:
             if learner is not None and self.accelerator.is_main_process:
                 home = learner.model.device  # the CPU, for the whole copy of a sharded model
                 learner.to(self.accelerator.device)
@@ -385,7 +389,7 @@ class Trainer:
         return losses
 
     def _picture(self) -> None:
-        with self.players.best() as learner:
+        with self.players.averaged() as learner:
             if learner is not None and self.accelerator.is_main_process:
                 for picture in self.task.pictures(learner.model):
                     with self.checkpoints.disk_errors("a picture"):
@@ -408,7 +412,7 @@ class Trainer:
 
     def export(self) -> None:
         """Write the model that users load; also to ``best/`` if its checkpoint is the best by validation."""
-        with self.players.best() as learner:
+        with self.players.averaged() as learner:
             if learner is not None and self.accelerator.is_main_process:
                 with self.checkpoints.disk_errors("the trained model"):
                     self.task.export(self.folder, learner.model)

@@ -46,7 +46,7 @@ def add_adapters(model: Model, config: LoraConfig) -> set[str]:
     layers = {name: layer for name, layer in layers.items() if not parametrize.is_parametrized(layer)}
     if not layers:
         raise ConfigError(f"training.lora: {type(model).__name__} has no linear or convolutional layers")
-    chosen = matching(layers, config.targets, "training.lora.targets")
+    chosen = matching(layers, config.targets, "training.lora.targets", "layer")
     sizes = (sum(layers[name].weight.shape[:1]) + layers[name].weight[0].numel() for name in chosen)
     try:
         check_bytes(f"training.lora.rank {config.rank}", 4 * config.rank * sum(sizes))

@@ -48,6 +48,17 @@ class Meter:
         self._counts = dict(state["counts"])
 
 
+def perplexity(counts: Tensor) -> Tensor:
+    """The perplexity of the distribution of codes that were chosen so often: 1 .. the number of codes."""
+    share = counts / counts.sum()
+    return (-(share * share.clamp_min(1e-12).log()).sum()).exp()
+
+
+def expected_usage(codebook_size: int, count: int) -> float:
+    """The share of a codebook, in [0, 1], that ``count`` uniformly drawn codes are expected to use."""
+    return 1 - (1 - 1 / codebook_size) ** count
+
+
 class CodeUsage:
     """Counts the codes that a tokenizer chooses in a window.
 
@@ -68,10 +79,8 @@ class CodeUsage:
         """Read the share of codes in use and the perplexity of their distribution (1 .. codebook_size), over all
         processes, and start a new window."""
         counts = self.over_processes()
-        share = counts / counts.sum()
-        entropy = -(share * share.clamp_min(1e-12).log()).sum()
         self.counts = torch.zeros_like(self.counts)
-        return {"codebook_usage": (counts > 0).float().mean(), "perplexity": entropy.exp()}
+        return {"codebook_usage": (counts > 0).float().mean(), "perplexity": perplexity(counts)}
 
     def over_processes(self) -> Tensor:
         """The counts of all processes together. All of them must call it."""

@@ -8,11 +8,12 @@ from fnmatch import fnmatchcase
 from vistok.config import ConfigError
 
 
-def matching(names: Collection[str], patterns: Iterable[str], key: str) -> set[str]:
+def matching(names: Collection[str], patterns: Iterable[str], key: str, what: str = "parameter") -> set[str]:
     """The names that match any of the patterns, as file names do: ``*`` matches anything.
 
     Args:
         key: of the config, for messages.
+        what: bears the names, for messages.
 
     Raises:
         ConfigError: a pattern matches no name.
@@ -22,6 +23,6 @@ def matching(names: Collection[str], patterns: Iterable[str], key: str) -> set[s
         fitting = [name for name in names if fnmatchcase(name, pattern)]
         if not fitting:
             tops = sorted({name.partition(".")[0] for name in names})
-            raise ConfigError(f"{key}: no parameter is called {pattern!r}; their names begin with {', '.join(tops)}")
+            raise ConfigError(f"{key}: no {what} is called {pattern!r}; their names begin with {', '.join(tops)}")
         found.update(fitting)
     return found

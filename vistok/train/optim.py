@@ -66,7 +66,7 @@ def lr_factor(config: SchedulerConfig, max_steps: int, lr: float = 1.0) -> Calla
         lr: the peak rate, which turns ``final_lr`` into a factor.
     """
     last, warmup = max_steps - 1 - config.start_step, config.warmup_steps
-    final = config.final_factor if config.final_lr is None else config.final_lr / lr
+    final = config.final_lr / lr if config.final_lr else config.final_factor
 
     def shape(step: int) -> float:
         progress = (step - warmup) / max(last - warmup, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -56,7 +55,8 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
 def checkpoint_activations(model: nn.Module) -> None:
     """Make every block keep only its input, and recompute its activations in the backward pass (arXiv 1604.06174).
 
-    Copy the model before this call: a later copy would call the blocks of the original.
+    Each block gets a subclass of its class, as in FSDP2's ``fully_shard``, so that the names of its parameters stay as
+    they are and copies of the model call their own blocks.
 
     Raises:
         ConfigError: the model has no blocks.
@@ -64,18 +64,20 @@ def checkpoint_activations(model: nn.Module) -> None:
     blocks = repeated_blocks(model)
     if not blocks:
         raise ConfigError(f"training.activation_checkpointing: {type(model).__name__} has no repeated blocks")
-    for block in blocks:
-        block.forward = _checkpointed(block.forward)
+    # The name stays, because ``repeated_blocks`` finds blocks by it.
+    kinds = {kind: type(kind.__name__, (_Recomputing, kind), {}) for kind in map(type, blocks)}
+    for block in dict.fromkeys(blocks):
+        block.__class__ = kinds[type(block)]
 
 
-def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(forward)
-    def recomputed(*args: Any, **kwargs: Any) -> Any:
+class _Recomputing(nn.Module):
+    """The first base of blocks that recompute their activations."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        forward = super().forward
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    return recomputed
 
 
 def shard(model: nn.Module, device: torch.device, *, mixed_precision: str = "no") -> nn.Module:

@@ -90,7 +90,7 @@ class Player:
         """Add the gradients of a loss to the parameters' ``grad``."""
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
-    def move(self) -> dict[str, Tensor]:
+    def step(self) -> dict[str, Tensor]:
         """Apply the gradients; returns their norm by its name in logs, if they are clipped."""
         with replicating():
             for module in self.module.modules():
@@ -207,15 +207,15 @@ class Players:
         for player in self._players.values():
             player.begin(step)
 
-    def move(self, name: str) -> dict[str, Tensor]:
+    def step(self, name: str) -> dict[str, Tensor]:
         """Apply a player's gradients; returns their norm by its name in logs, if they are clipped."""
-        norms = self._players[name].move()
+        norms = self._players[name].step()
         if name == MODEL and self.average is not None:
             self.average.update(self._learner.model)
         return norms
 
     @contextmanager
-    def gathering(self) -> Iterator[None]:
+    def no_sync(self) -> Iterator[None]:
         """A context in which each process accumulates gradients without averaging over processes (``no_sync``)."""
         with ExitStack() as stack:
             for player in self._players.values():
@@ -223,7 +223,7 @@ class Players:
             yield
 
     @contextmanager
-    def best(self) -> Iterator[Learner | None]:
+    def averaged(self) -> Iterator[Learner | None]:
         """A context with the learner in evaluation mode, with the averaged model if there is one.
 
         All processes must enter it. Of a sharded model, process 0 gets a whole copy and the others None.

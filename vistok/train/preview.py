@@ -63,9 +63,10 @@ def preview(config: Mapping[str, Any]) -> DryRun:
     Raises:
         ConfigError: the config is wrong.
     """
-    run = RunConfig.parse(with_model_of_source(expand(config)))
+    config, found = with_model_of_source(expand(config))
+    run = RunConfig.parse(config)
     run.model_entry()
-    accelerator, task = prepare(run, Path(run.output_dir))
+    accelerator, task = prepare(run, Path(run.output_dir), found)
     batch = next(iter(task.loader))
     picture = Path(f"{run.output_dir}.first-batch.png")
     if accelerator.is_main_process:

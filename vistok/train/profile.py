@@ -58,40 +58,43 @@ def profile(config: Mapping[str, Any]) -> Profile:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
-    run = RunConfig.parse(with_model_of_source(expand(config)))
+    config, found = with_model_of_source(expand(config))
+    run = RunConfig.parse(config)
     run.model_entry()
     trackers = tuple(name for name in run.training.trackers if name == "tensorboard")
     run = replace(run, training=replace(run.training, trackers=trackers))
     trace = Path(f"{run.output_dir}.trace.json")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        accelerator, task = prepare(run, folder)
-        trainer = Trainer(run, task, accelerator, folder)
-        trainer.step = task.complete_from  # earlier steps are cheaper, because not all losses take part
-        trainer.phase = partial(_phase, accelerator.device)
-        start_trackers(accelerator, folder, trackers)
-        trainer.open_log()
-        batches = forever(task.loader)
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-        units, begin = 0, time.monotonic()
-        for _ in range(WARMUP):
-            units += trainer.optimise(batches)
-            trainer.step += 1
-        _log(trainer, units, begin)
-        _wait(accelerator.device)
-        units, begin = 0, time.monotonic()
-        with torch_profile(activities=activities) as profiler:
-            for _ in range(STEPS):
-                with torch.profiler.record_function("step"):
-                    units += trainer.optimise(batches)
-                    trainer.step += 1
-                    _wait(accelerator.device)
-            with torch.profiler.record_function(LOG_ROW):
-                _log(trainer, units, begin)
-        if accelerator.is_main_process:
-            with atomic_file(trace) as temporary:
-                profiler.export_chrome_trace(str(temporary))
-        accelerator.end_training()
+        accelerator, task = prepare(run, folder, found)
+        try:
+            trainer = Trainer(run, task, accelerator, folder)
+            trainer.step = task.complete_from  # earlier steps are cheaper, because not all losses take part
+            trainer.phase = partial(_phase, accelerator.device)
+            start_trackers(accelerator, folder, trackers)
+            trainer.open_log()
+            batches = forever(task.loader)
+            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+            units, begin = 0, time.monotonic()
+            for _ in range(WARMUP):
+                units += trainer.optimise(batches)
+                trainer.step += 1
+            _log(trainer, units, begin)
+            _wait(accelerator.device)
+            units, begin = 0, time.monotonic()
+            with torch_profile(activities=activities) as profiler:
+                for _ in range(STEPS):
+                    with torch.profiler.record_function("step"):
+                        units += trainer.optimise(batches)
+                        trainer.step += 1
+                        _wait(accelerator.device)
+                with torch.profiler.record_function(LOG_ROW):
+                    _log(trainer, units, begin)
+            if accelerator.is_main_process:
+                with atomic_file(trace) as temporary:
+                    profiler.export_chrome_trace(str(temporary))
+        finally:
+            accelerator.end_training()
     return _summary(profiler, trace, units, task.unit, run.training.log_every)
 
 

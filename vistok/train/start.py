@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from vistok.config import ConfigError
 from vistok.generators.base import Generator
 from vistok.train.config import InitFrom, LoraConfig, RunConfig
 from vistok.train.lora import add_adapters
+from vistok.train.names import matching
 from vistok.train.tasks import Learner, task_type
 from vistok.types import ConditionSpec, FeatureSpec, IdSpec
 
@@ -80,10 +81,18 @@ def find(source: InitFrom, kind: str) -> Start:
         raise CheckpointError(f"init_from: {error}") from error
 
 
-def with_model_of_source(config: Mapping[str, Any]) -> Mapping[str, Any]:
+Found = dict[str, Start]
+"""Sources by path that were found while the config was read. Whoever takes one removes it, so that the weights of a
+model that was fetched are freed once they are loaded."""
+
+
+def with_model_of_source(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], Found]:
     """The config of a run, with the ``model`` of its last ``init_from`` if it has no ``model.name``; its own keys win.
 
     Arguments that follow from the data (tokens, classes, image size) are left out.
+
+    Returns:
+        The config, and the source that was looked at, if any.
 
     Raises:
         CheckpointError: nothing is there.
@@ -94,14 +103,15 @@ def with_model_of_source(config: Mapping[str, Any]) -> Mapping[str, Any]:
     source = source[-1] if isinstance(source, list | tuple) and source else source
     path = source.get("path") if isinstance(source, Mapping) else source
     if not isinstance(own, Mapping) or "name" in own or not isinstance(path, str):
-        return config
+        return config, {}
     kind = task_type(config.get("task")).config_type.kind
-    saved = find(InitFrom(path), kind).saved
+    found = find(InitFrom(path), kind)
+    saved = found.saved
     if saved is None:
         raise ConfigError(f"init_from {path} holds weights alone, so the config has to say model.name")
     derived = _derived_keys(saved["model"], kind)
     arguments = {key: value for key, value in saved["arguments"].items() if key not in derived}
-    return {**config, "model": {"name": saved["model"], **arguments, **own}}
+    return {**config, "model": {"name": saved["model"], **arguments, **own}}, {path: found}
 
 
 def _derived_keys(name: str, kind: str) -> set[str]:
@@ -124,13 +134,19 @@ def _condition_keys(model_class: type[Generator]) -> set[str]:
     return found
 
 
-def open_starts(run: RunConfig) -> list[Start]:
+def open_starts(run: RunConfig, found: Found) -> list[Start]:
     """Find and check the sources of a run, before its data are read.
+
+    Args:
+        found: sources that need not be looked for again; those of this run are taken out.
 
     Raises:
         CheckpointError: nothing is there, or the weights are those of another model.
     """
-    starts = [find(source, run.kind) for source in run.sources]
+    starts = [
+        replace(found.pop(source.path), source=source) if source.path in found else find(source, run.kind)
+        for source in run.sources
+    ]
     for start in starts:
         whole = not start.source.module and not start.source.rename and start.source.strict
         if whole and start.saved is not None and start.saved["model"] != run.model["name"]:
@@ -213,8 +229,6 @@ def adapt(learner: Learner, lora: LoraConfig, new: set[str]) -> None:
     Raises:
         ConfigError: a pattern matches no name.
     """
-    from vistok.train.names import matching
-
     trained = add_adapters(learner.model, lora)
     names = {name for name, _ in learner.model.named_parameters()}
     trained |= matching(names, lora.also, "training.lora.also") | (new & names)

@@ -35,14 +35,14 @@ from vistok.data.opening import open_source
 from vistok.data.order import ShardOrder
 from vistok.data.ragged import Piece
 from vistok.data.sources import ImageSource
-from vistok.data.token_writer import TokenShards
+from vistok.data.token_writer import Samples, TokenShards
 from vistok.data.tokens import Content, TokenCache
 from vistok.data.transforms import ImageTransform, ten_crop
 from vistok.pipelines.folders import TOKENIZER
 from vistok.text import TEXT, PromptEncoder
 from vistok.text.captions import CaptionReader
 from vistok.tokenizers.base import Tokenizer
-from vistok.types import IdSpec, TokenSpec, to_json
+from vistok.types import ConditionSpec, IdSpec, TokenSpec, to_json
 from vistok.utils.outputs import collected, unfinished
 from vistok.utils.processes import ALONE, Processes
 from vistok.utils.progress import track
@@ -112,29 +112,72 @@ def tokenize(
             "take a tokenizer with the quantizer multi_scale_bsq"
         )
     content: Content = "latents" if latents else "moments" if tokenizer.has_posterior else "tokens"
-    captions = CaptionReader(open_source(data), data.captions, text, refuse_long_texts)
-    given = GivenFrames(tokenizer, given_frames) if given_frames else None
-    _tokenize(tokenizer, data, out, augmentation, content, captions, given, feature_dtype, resume, processes)
+    encoder = SampleEncoder(
+        tokenizer,
+        content,
+        data.batch_size,
+        CaptionReader(open_source(data), data.captions, text, refuse_long=refuse_long_texts),
+        GivenFrames(tokenizer, given_frames) if given_frames else None,
+    )
+    _tokenize(
+        encoder,
+        data,
+        out,
+        augmentation=augmentation,
+        feature_dtype=feature_dtype,
+        resume=resume,
+        processes=processes,
+    )
     cache = TokenCache(out)
     if processes.is_first:
         _warn_of_missing_texts(cache)
     return cache
 
 
+@dataclass(frozen=True)
+class SampleEncoder:
+    """Makes the samples of a token cache of batches.
+
+    Attributes:
+        tokenizer: makes the tokens.
+        content: what is stored of them.
+        batch_size: images at a time.
+        captions: the texts of the images, and what makes conditions of them.
+        given: makes conditions of the first frames of clips; None is off.
+    """
+
+    tokenizer: Tokenizer
+    content: Content
+    batch_size: int
+    captions: CaptionReader
+    given: GivenFrames | None
+
+    @property
+    def condition(self) -> ConditionSpec:
+        """The spec of the samples' condition, without classes."""
+        spec = self.captions.text.spec
+        return spec if self.given is None else replace(spec, given=self.given.spec)
+
+    def samples(self, batch: ImageBatch, shards: TokenShards) -> Samples:
+        """The samples of a batch of views (B, V, C, H, W), checked by ``shards``."""
+        tokens = _encode(self.tokenizer, batch.pixels, self.batch_size, self.content)
+        given = {} if self.given is None else self.given.of(batch, self.batch_size)
+        return shards.checked(tokens, batch.labels, self.captions.of(batch) | given)
+
+
 def _tokenize(
-    tokenizer: Tokenizer,
+    encoder: SampleEncoder,
     data: DataConfig,
     out: Path,
+    *,
     augmentation: str,
-    content: Content,
-    captions: CaptionReader,
-    given: GivenFrames | None,
     feature_dtype: Literal["float16", "float32"],
     resume: bool,
     processes: Processes,
 ) -> None:
     if out.exists():  # checked before any work; an empty folder counts, too
         raise FileExistsError(f"{out} exists already; choose another folder for the tokens or remove it first")
+    tokenizer, captions = encoder.tokenizer, encoder.captions
     spec = check_size(tokenizer, data)
     views = parse_augmentation(augmentation)
     source = captions.source
@@ -144,21 +187,22 @@ def _tokenize(
         dataclasses.asdict(spec),
         tokenizer.fingerprint(),
         views=views.count,
-        content=content,
+        content=encoder.content,
         classes=source.classes,
         source_fingerprint=source.fingerprint(),
-        condition=captions.text.spec if given is None else replace(captions.text.spec, given=given.spec),
+        condition=encoder.condition,
         text=captions.text.identities,
         feature_dtype=feature_dtype,
     )
-    settings = _settings(data, augmentation) | ({} if given is None else {"given_frames": given.count})
+    settings = _settings(data, augmentation) | ({} if encoder.given is None else {"given_frames": encoder.given.count})
     settings = to_json(shards.header | settings)
     with collected(out, settings, resume=resume, processes=processes, hopeless=TooManyUnreadableError) as folder:
         count = math.ceil(len(source) / SHARD_SIZE)
         mine = [number for number in range(processes.index, count, processes.count) if not shards.is_written(number)]
         order = ShardOrder(len(source), data.batch_size, tuple(mine), SHARD_SIZE)
         loader = Loader(reader, order, num_workers=data.num_workers)
-        _write_shards(tokenizer.eval(), loader, shards, content, mine, data.batch_size, captions, given)
+        tokenizer.eval()
+        _write_shards(encoder, loader, shards, mine)
         processes.wait()
         failures = shards.failures()
         check_failures(failures, len(source))
@@ -214,27 +258,11 @@ def _warn_of_missing_texts(cache: TokenCache) -> None:
             log.warning("%d of %d captions are too long and were cut", counts["texts_cut"], counts["texts"])
 
 
-def _write_shards(
-    tokenizer: Tokenizer,
-    loader: Loader,
-    shards: TokenShards,
-    content: Content,
-    numbers: Sequence[int],
-    batch_size: int,
-    captions: CaptionReader,
-    given: GivenFrames | None,
-) -> None:
+def _write_shards(encoder: SampleEncoder, loader: Loader, shards: TokenShards, numbers: Sequence[int]) -> None:
     """Encode the loader's batches, which belong to the shards ``numbers``, and write each shard when it is whole."""
 
     def write(number: int, batches: Iterable[ImageBatch]) -> None:
-        samples = [
-            shards.checked(
-                _encode(tokenizer, b.pixels, batch_size, content),
-                b.labels,
-                captions.of(b) | ({} if given is None else given.of(b, batch_size)),
-            )
-            for b in batches
-        ]
+        samples = [encoder.samples(batch, shards) for batch in batches]
         failures = {index: why for index, why in loader.failures.items() if index // SHARD_SIZE == number}
         shards.write(number, samples, failures)
         check_failures(shards.failures(), len(loader.reader))  # with those of other processes and of earlier runs
@@ -397,7 +425,7 @@ def _margin(name: str, text: str) -> float:
     return margin
 
 
-def as_it_is(pixels: Tensor, size: int) -> Tensor:
+def single_view(pixels: Tensor, size: int) -> Tensor:
     return pixels[:, None]
 
 
@@ -406,7 +434,7 @@ def with_mirror_image(pixels: Tensor, size: int) -> Tensor:
 
 
 FIXED_VIEWS = {
-    "none": FixedViews(1, as_it_is),
+    "none": FixedViews(1, single_view),
     "flip": FixedViews(2, with_mirror_image),
     "ten_crop": FixedViews(10, ten_crop, margin=1.1),
 }

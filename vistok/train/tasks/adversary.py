@@ -37,7 +37,9 @@ DISCRIMINATORS: dict[str, type[Discriminator]] = {
 }
 
 
-GameName = Literal["vanilla", "non_saturating", "non_saturating_mean", "hinge", "least_squares"]
+GENERATOR_USE = "fool"
+"""Keys the draws of the generator's turn; another text would change the numbers of runs that resume."""
+GANLossName = Literal["vanilla", "non_saturating", "non_saturating_mean", "hinge", "least_squares"]
 
 
 def _discriminator_keys(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,8 +73,8 @@ class GanConfig:
     """
 
     weight: float
-    loss: GameName = "hinge"
-    generator_loss: GameName | None = None
+    loss: GANLossName = "hinge"
+    generator_loss: GANLossName | None = None
     discriminator: Annotated[dict[str, Any], KeysOf(_discriminator_keys)] = field(
         default_factory=lambda: {"name": "patchgan"}
     )
@@ -109,7 +111,7 @@ class Adversary(nn.Module):
         super().__init__()
         self.config = config
         self.discriminator = build_discriminator(config, input_shape, value_range)
-        self.generator_loss = GeneratorLoss(config.generator_loss or config.loss)
+        self._generator_loss = GeneratorLoss(config.generator_loss or config.loss)
         self.discriminator_loss = DiscriminatorLoss(config.loss, config.smoothing)
         self.augment = None if config.augment is None else build(DiffAugment, config.augment, "losses.gan.augment")
         options = config.lecam_decay, config.lecam_update, config.lecam_compare
@@ -119,18 +121,18 @@ class Adversary(nn.Module):
         """Frozen networks that the discriminator computes with, by name."""
         return self.discriminator.frozen()
 
-    def fool(self, fake: Tensor, keys: Keys) -> Tensor:
+    def generator_loss(self, fake: Tensor, keys: Keys) -> Tensor:
         """The generator's loss for reconstructions (B, C, H, W), without gradients for the discriminator.
 
         Args:
             keys: of the images in this step.
         """
         self.discriminator.requires_grad_(False)
-        loss = self.generator_loss(self._judge(fake, keys, "fool"))
+        loss = self._generator_loss(self._logits(fake, keys, GENERATOR_USE))
         self.discriminator.requires_grad_(True)
         return loss
 
-    def _judge(self, images: Tensor, keys: Keys, use: str) -> Tensor:
+    def _logits(self, images: Tensor, keys: Keys, use: str) -> Tensor:
         """The logits of augmented images; ``use`` keys the random numbers, so that they differ within a step."""
         if self.augment is not None:
             uniforms = keys.uniform(f"augment {use}", NUM_UNIFORMS).to(images.device)
@@ -147,7 +149,7 @@ class Adversary(nn.Module):
         Args:
             keys: of the images in this step.
         """
-        logits_real, logits_fake = self._judge(real, keys, "real"), self._judge(fake.detach(), keys, "fake")
+        logits_real, logits_fake = self._logits(real, keys, "real"), self._logits(fake.detach(), keys, "fake")
         terms = {"d_loss": self._loss(logits_real, logits_fake, keys)}
         terms |= {"d_real": logits_real.detach().mean(), "d_fake": logits_fake.detach().mean()}
         if self.lecam is not None:

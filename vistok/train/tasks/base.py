@@ -232,7 +232,7 @@ class Task(ABC):
     def pictures(self, model: Any) -> list[Image.Image]:
         """Pictures of what the model can do now: one, or none if it makes no pixels."""
 
-    def accompany(self, folder: Path) -> None:  # noqa: B027 (most models stand alone)
+    def save_companions(self, folder: Path) -> None:  # noqa: B027 (most models stand alone)
         """Write the files that checkpoints need besides the model into the run folder, before training."""
 
     @abstractmethod

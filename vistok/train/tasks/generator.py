@@ -224,7 +224,7 @@ class GeneratorTask(Task):
                 self.tokenizer.to("cpu")  # training needs the memory
         return [grid(images, columns=columns)]
 
-    def accompany(self, folder: Path) -> None:
+    def save_companions(self, folder: Path) -> None:
         if not (folder / TOKENIZER).exists():
             self.tokenizer.save_pretrained(folder / TOKENIZER)
         if not (folder / TEXT).exists():
@@ -233,7 +233,7 @@ class GeneratorTask(Task):
 
     def export(self, folder: Path, model: Generator) -> None:
         model.save_pretrained(folder / GENERATOR)
-        self.accompany(folder)
+        self.save_companions(folder)
 
 
 def _check_reads_streams(model: Generator | type[Generator]) -> None:

@@ -30,7 +30,7 @@ from vistok.train.tasks.terms import (
     Term,
     TermConfig,
 )
-from vistok.train.tasks.texts import TextContrastTerm
+from vistok.train.tasks.text_contrast import TextContrastTerm
 from vistok.types import MAIN, Clock, TokenizerOutput
 
 SETTING_TYPES = {
@@ -125,15 +125,20 @@ class TokenizerObjective(nn.Module):
         """The random tensors that the active terms consume, by name."""
         return {name: draw for term in self._active(keys.step) for name, draw in term.training_draws(keys).items()}
 
-    def forward(self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws) -> dict[str, Tensor]:
+    def forward(
+        self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws, tokenizer: Tokenizer
+    ) -> dict[str, Tensor]:
         """The scalar terms by name, unweighted but with their boost, for target pixels in [-1, 1].
 
         The terms of a reconstruction other than the main one are named "term/reconstruction".
+
+        Args:
+            tokenizer: the one that made ``output``.
         """
         terms = {}
         for term in self._active(clock.step):
             factor = term.config.factor(clock.step)
-            terms[term.name] = term(output, target, clock, draws) * factor
+            terms[term.name] = term(output, target, clock, draws, tokenizer) * factor
             for name in output.reconstructions if isinstance(term, PixelTerm) else ():
                 other = self._reconstruction(name)
                 if name != MAIN and other.active(clock.step):

@@ -87,8 +87,8 @@ class PredictionConfig:
             if min(shares.values()) < 0 or not math.isclose(sum(shares.values()), 1, abs_tol=1e-6):
                 told = ", ".join(f"{name} {share:g}" for name, share in shares.items())
                 raise ValueError(
-                    f"the shares of next, next_all and random must be positive and add up to 1; at the {when} they are "
-                    f"{told}, {sum(shares.values()):g} in all"
+                    f"the shares of next, next_all and random must be 0 or more and add up to 1; at the {when} they "
+                    f"are {told}, {sum(shares.values()):g} in all"
                 )
         if not 0 < self.masked <= 1:
             raise ValueError(f"masked must lie in (0, 1], the share of tokens that are left out; got {self.masked}")

@@ -99,7 +99,9 @@ class CodePredictionTerm(Term):
     def frozen(self) -> dict[str, nn.Module]:
         return {"codec": self.codec.network}
 
-    def forward(self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws) -> Tensor:
+    def forward(
+        self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws, tokenizer: Tokenizer
+    ) -> Tensor:
         codes = self.codec.network.encode(target)  # (B, P)
         return F.cross_entropy(output.features["code_logits"].float().mT, codes)
 
@@ -133,11 +135,11 @@ class SemanticContrastTerm(Term):
 
     def __init__(self, name: str, config: SemanticContrastConfig, tokenizer: Tokenizer):
         super().__init__(name, config)
-        guide = SemanticGuide.from_config(config.encoder, config.patch_size)
+        option = f"losses.{name}.encoder.weights"
+        guide = SemanticGuide.from_config(config.encoder, config.patch_size, option=option)
         self.guide = Frozen(guide)
         own = tokenizer.semantic_dim == guide.dim
-        self.projection = nn.Identity() if own else nn.Linear(guide.dim, tokenizer.spec.dim)
-        self.project = tokenizer.project_semantic if own else self.projection.forward
+        self.projection = None if own else nn.Linear(guide.dim, tokenizer.spec.dim)
 
     @classmethod
     def fits(cls, tokenizer: Tokenizer) -> bool:
@@ -146,8 +148,11 @@ class SemanticContrastTerm(Term):
     def frozen(self) -> dict[str, nn.Module]:
         return {"contrast_encoder": self.guide.network}
 
-    def forward(self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws) -> Tensor:
-        partners = self.project(self.guide.network(target))
+    def forward(
+        self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws, tokenizer: Tokenizer
+    ) -> Tensor:
+        project = tokenizer.project_semantic if self.projection is None else self.projection
+        partners = project(self.guide.network(target))
         mean = output.features["quantized"].mean(1)
         return contrastive_loss(mean, partners, scale=self.config.scale, normalise=self.config.normalise)
 
@@ -186,7 +191,9 @@ class AlignmentTerm(Term):
     def frozen(self) -> dict[str, nn.Module]:
         return {"repa_encoder": self.encoder.network}
 
-    def forward(self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws) -> Tensor:
+    def forward(
+        self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws, tokenizer: Tokenizer
+    ) -> Tensor:
         weights = output.weight_maps.get("alignment")
         return alignment_distance(output.features["alignment"], self.encoder.network(target), weights).mean()
 
@@ -232,7 +239,9 @@ class SemanticTerm(Term):
     def frozen(self) -> dict[str, nn.Module]:
         return {f"{self.name}_encoder": self.encoder.network}
 
-    def forward(self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws) -> Tensor:
+    def forward(
+        self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws, tokenizer: Tokenizer
+    ) -> Tensor:
         feature = self.config.feature
         aligned, weights = self.head(output.features[feature]), output.weight_maps.get(feature)
         return alignment_distance(aligned, self.encoder.network(target), weights).mean()

@@ -97,8 +97,14 @@ class Term(nn.Module):
         """The random tensors that ``forward`` consumes, under names of its own."""
         return {}
 
-    def forward(self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws) -> Tensor:
-        """The unweighted scalar term, for target pixels in [-1, 1]."""
+    def forward(
+        self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws, tokenizer: Tokenizer
+    ) -> Tensor:
+        """The unweighted scalar term, for target pixels in [-1, 1].
+
+        Args:
+            tokenizer: the one that made ``output``: the trained one, or in validation the averaged one.
+        """
         raise NotImplementedError
 
 
@@ -109,7 +115,9 @@ class OwnTerm(Term):
         super().__init__(name, config)
         self.compares_pixels = name == "logit_laplace"
 
-    def forward(self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws) -> Tensor:
+    def forward(
+        self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws, tokenizer: Tokenizer
+    ) -> Tensor:
         return output.losses[self.name].mean()
 
 
@@ -122,7 +130,9 @@ class PixelTerm(Term):
     def fits(cls, tokenizer: Tokenizer) -> bool:
         return tokenizer.reconstructs
 
-    def forward(self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws) -> Tensor:
+    def forward(
+        self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws, tokenizer: Tokenizer
+    ) -> Tensor:
         return self.compare(MAIN, output, target)
 
     def compare(self, reconstruction: str, output: TokenizerOutput, target: Tensor) -> Tensor:
@@ -231,6 +241,8 @@ class ARPriorTerm(Term):
     def training_draws(self, keys: Keys) -> Draws:
         return self.prior.training_draws(keys, self.length)
 
-    def forward(self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws) -> Tensor:
+    def forward(
+        self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws, tokenizer: Tokenizer
+    ) -> Tensor:
         quantized, codes = (output.features[name] for name in ("quantized", "codes"))
         return self.prior(quantized, output.tokens, codes, progress=clock.progress, draws=draws).loss

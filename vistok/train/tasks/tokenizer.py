@@ -28,13 +28,13 @@ from vistok.quantizers.named import QUANTIZERS
 from vistok.quantizers.perturbation import perturbation_draws
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.config import MODEL, PlayerConfig, RunConfig
-from vistok.train.monitor import CodebookMonitor, CodebookWatch
+from vistok.train.monitor import CodebookMonitor, CodebookWatch, expected_usage
 from vistok.train.tasks.adversary import Adversary, GanConfig
 from vistok.train.tasks.base import Learner, Task, Turn, on_device
 from vistok.train.tasks.images import example_batch, held_out_images, psnr
 from vistok.train.tasks.objective import SETTING_TYPES, TERMS, TokenizerObjective
 from vistok.train.tasks.perturbation import LatentPerturbation, PerturbationConfig
-from vistok.train.tasks.text import text_guide, text_of
+from vistok.train.tasks.text_conditions import text_guide, text_of
 from vistok.types import Clock, Condition, TokenizerOutput
 
 ADVERSARY = "adversary"
@@ -111,7 +111,7 @@ class TokenizerLearner(Learner):
             output.features["codes"] = self.model.codes()
         if self.objective.reads_labels(clock.step):
             output.features["labels"] = labels
-        return output, self.objective(output, pixels if target is None else target, clock, draws)
+        return output, self.objective(output, pixels if target is None else target, clock, draws, self.model)
 
     def training_draws(self, keys: Keys) -> Draws:
         draws = self.model.training_draws(keys) | self.objective.training_draws(keys)
@@ -224,7 +224,7 @@ class TokenizerTask(Task):
         """The learner's turn; ``shown`` are the images for the adversary and their keys, if it takes part."""
         total = self.learner.objective.total(terms)
         if shown is not None and self.adversary is not None and self.gan is not None:
-            g_loss = self.adversary.fool(*shown)
+            g_loss = self.adversary.generator_loss(*shown)
             total = total + self._gan_weight(self.gan, terms, g_loss) * g_loss
             terms = terms | {"g_loss": g_loss}
         logged = {name: value.detach() for name, value in terms.items()}
@@ -305,7 +305,7 @@ def _codebook_watch(tokenizer: Tokenizer, config: TokenizerRun, world_size: int)
         return None
     training, size = config.training, tokenizer.spec.num_ids
     images = config.data.batch_size * world_size * training.gradient_accumulation_steps * max(training.log_every, 1)
-    possible = 1 - (1 - 1 / size) ** (images * tokenizer.spec.length * tokenizer.spec.depth)
+    possible = expected_usage(size, images * tokenizer.spec.length * tokenizer.spec.depth)
     return CodebookWatch(possible, _remedies(tokenizer, config.losses))
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from vistok.config import ConfigError, check_least
 from vistok.data.captions import class_caption
 from vistok.draws import Draws
+from vistok.losses import symmetric_cross_entropy
 from vistok.text import open_text_encoder
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.tasks.terms import Term, TermConfig
@@ -90,7 +91,9 @@ class TextContrastTerm(Term):
         means = [torch.from_numpy(np.asarray(piece.values)).float().mean(0) for piece in self._encoder.encode(names)]
         self.texts = torch.stack(means)  # (K, channels of the encoder)
 
-    def forward(self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws) -> Tensor:
+    def forward(
+        self, output: TokenizerOutput, target: Tensor, clock: Clock, draws: Draws, tokenizer: Tokenizer
+    ) -> Tensor:
         labels = output.features["labels"]
         known = labels >= 0
         images = F.normalize(self.image_projection(output.features[self.config.feature][known, -1].float()), dim=-1)
@@ -107,5 +110,4 @@ def contrast(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Te
         return logits.sum()  # 0, with a gradient
     alike = (labels[:, None] == labels).to(logits)
     wanted = alike / alike.sum(1, keepdim=True)
-    losses = [F.cross_entropy(part, wanted, label_smoothing=label_smoothing) for part in (logits, logits.T)]
-    return (losses[0] + losses[1]) / 2
+    return symmetric_cross_entropy(logits, wanted, label_smoothing=label_smoothing)
