@@ -45,8 +45,8 @@ def evaluate_reconstruction(
     Args:
         originals, reconstructions: see ``vistok.eval.images.open_images``; of equal number and size, in the same order.
         network: for rFID, the Frechet distance of the two sets; None computes no rFID.
-        lpips: a distance (B,) of two batches in [-1, 1], such as ``vistok.losses.LPIPS.from_pretrained()``, on
-            ``device``. Distances of networks other than VGG16 are not comparable with published ones.
+        lpips: a distance (B,) of two batches in [-1, 1], such as ``vistok.losses.LPIPS.from_pretrained()``; a
+            module is moved to ``device``. Distances of networks other than VGG16 are not comparable with published ones.
         crop: side in pixels; the originals' files are resized and cropped to it by ADM's centre crop.
         batch_size: pairs read at a time; no score depends on it.
         device: where to compute.
@@ -65,27 +65,31 @@ def evaluate_reconstruction(
     Raises:
         ImageError: the sets cannot be read, or do not pair up.
     """
+    device = torch.device(device)
+    if isinstance(lpips, torch.nn.Module):
+        lpips = lpips.to(device)
     originals, reconstructions = open_images(originals, crop=crop), open_images(reconstructions)
     _check_pairs(originals, reconstructions)
     passes = _Passes(network, originals, reconstructions) if network is not None else None
-    columns = _pass_over_pairs(originals, reconstructions, passes, lpips, batch_size, torch.device(device), processes)
+    columns = _pass_over_pairs(originals, reconstructions, passes, lpips, batch_size, device, processes)
     mse, others = columns.pop("mse"), columns.pop("mse_of_others")
     psnr = {"psnr": decibels(mse).mean(), "psnr_of_mean_mse": decibels(mse.mean())}
     scores = {name: float(value) if value.isfinite() else None for name, value in psnr.items()}
     scores |= {name: float(values.mean()) for name, values in columns.items()}
     warnings = _pair_warnings(originals, reconstructions, equal=int((mse == 0).sum()))
     warnings += _doubts(reconstructions, mse, others)
+    settings = {"batch_size": batch_size, "device": device.type, "processes": processes.count, "crop": crop}
     result: dict[str, Any] = {
         "protocol": "reconstruction",
         "scores": scores,
         "images": describe_images(reconstructions),
         "reference": describe_images(originals),
-        "settings": {"crop": crop} | _settings(scores, lpips),
+        "settings": _settings(scores, lpips) | settings,
         "versions": library_versions(),
         "warnings": warnings,
     }
     if passes is not None:
-        passes.add_to(result, processes, torch.device(device))
+        passes.add_to(result, processes, device)
     if out is not None and processes.is_first:
         save_result(result, out)
     return result

@@ -136,14 +136,13 @@ def evaluate_tokenizer(
         return result
     tokenizer.check_renders("scoring reconstructions")
     originals = DataImages(data)
-    device = tokenizer.device
     result = evaluate_reconstruction(
         originals,
         Reconstructions(tokenizer, originals, conditions),
         network=network,
-        lpips=lpips.to(device) if isinstance(lpips, torch.nn.Module) else lpips,
+        lpips=lpips,
         batch_size=data.batch_size,
-        device=device,
+        device=tokenizer.device,
         processes=processes,
     )
     if data.split == "train":
