@@ -98,10 +98,19 @@ def count_warnings(name: str, count: int | None, widths: Mapping[str, int]) -> I
             f"{name}: only {count:,} images: Frechet distances are biased upward by a term of order 1/N; compare "
             "them only at equal counts (published ones use 50,000), or use the kernel distance, which is unbiased"
         )
+    yield from singular_warnings(name, count, widths, "images")
+
+
+def singular_warnings(name: str, count: int, widths: Mapping[str, int], what: str) -> Iterator[str]:
+    """A warning if ``count`` samples do not determine the covariance of features of the ``widths`` D.
+
+    Args:
+        what: "images" or "clips".
+    """
     beyond = [f"{width:,} {feature} features" for feature, width in widths.items() if count <= width]
     if beyond:
         yield (
-            f"{name}: {count:,} images for {' and '.join(beyond)}: the covariance is singular and the Frechet "
+            f"{name}: {count:,} {what} for {' and '.join(beyond)}: the covariance is singular and the Frechet "
             "distance mostly bias"
         )
 

@@ -45,8 +45,8 @@ def evaluate_reconstruction(
     Args:
         originals, reconstructions: see ``vistok.eval.images.open_images``; of equal number and size, in the same order.
         network: for rFID, the Frechet distance of the two sets; None computes no rFID.
-        lpips: a distance (B,) of two batches in [-1, 1], such as ``vistok.losses.LPIPS.from_pretrained()``; a
-            module is moved to ``device``. Distances of networks other than VGG16 are not comparable with published ones.
+        lpips: a distance (B,) of two batches in [-1, 1], such as ``vistok.losses.LPIPS.from_pretrained()``. A
+            module is moved to ``device``. Only distances of VGG16 are comparable with published ones.
         crop: side in pixels; the originals' files are resized and cropped to it by ADM's centre crop.
         batch_size: pairs read at a time; no score depends on it.
         device: where to compute.

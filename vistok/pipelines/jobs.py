@@ -96,7 +96,9 @@ def generate(
         pixels.append(pipe.decode(batch, keys, condition))
     whole = torch.cat(pixels)
     labels = None if job.condition.labels is None else job.condition.labels.tolist()
-    names = [pipe.class_names[label] for label in labels] if labels and pipe.class_names else None
+    names: list[str | None] | None = None
+    if labels is not None and pipe.class_names:
+        names = [pipe.class_names[label] if label >= 0 else None for label in labels]  # -1 is unconditional
     return PipelineOutput(shown(whole), torch.cat(tokens), whole, labels, job.prompts, names)
 
 

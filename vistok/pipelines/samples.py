@@ -284,5 +284,6 @@ def _what(
         what["class_labels"] = range(pipe.generator.condition_spec.num_classes)
     for name, values in what.items():
         if not len(values):
-            raise ValueError(f"there is nothing to generate: the list of {name}s is empty")
+            plural = "prompts" if name == "prompt" else name
+            raise ValueError(f"there is nothing to generate: the list of {plural} is empty")
     return {name: [values[index % len(values)] for index in range(num_images)] for name, values in what.items()}

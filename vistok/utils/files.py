@@ -194,7 +194,7 @@ def write_json(target: str | Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically. Raises ValueError for NaN, which is not JSON."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     with atomic_file(target) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path: str | Path) -> Any:
@@ -205,7 +205,7 @@ def read_json(path: str | Path) -> Any:
         ValueError: the file does not hold JSON.
     """
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} does not hold JSON: {error}") from error
 
