@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ from vistok.eval.clip_report import write_clip_report
 from vistok.eval.clips import STATISTICS, ClipSet, choose_clips, distance_notes, open_videos, statistics_of
 from vistok.eval.features import Extraction, digests_of
 from vistok.eval.fvd import ClipNetwork, ClipStatistics, frechet_video_distance
-from vistok.eval.plan import shards_of
+from vistok.eval.plan import recorded_options, shards_of
 from vistok.eval.record import RESULT_FILE, library_versions, save_result
 from vistok.eval.store import FeatureStore
 from vistok.eval.sweep import Setting, choose_settings
@@ -29,6 +28,7 @@ from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json
 from vistok.utils.devices import dtype_of
 from vistok.utils.files import read_json
+from vistok.utils.numbers import check_whole
 from vistok.utils.outputs import continued
 from vistok.utils.processes import ALONE, Processes
 from vistok.utils.progress import track
@@ -128,8 +128,7 @@ def benchmark_clips(
         ValueError, ConfigError: the clips' shape is not the protocol's, the generator needs a condition that the
             protocol does not give, or as the pipeline and ``choose_clips``.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_whole("batch_size", batch_size, least=1)
     sampling, out = dict(sampling or {}), Path(out)
     channels, *shape = pipe.tokenizer.input_shape
     rules = video_protocol(protocol)
@@ -247,14 +246,12 @@ def _plan(
     seed: int,
     sampling: Mapping[str, Any],
 ) -> ClipPlan:
-    options = to_json(dataclasses.asdict(pipe.options(**sampling)))
-    options.pop("guidance_scale", None)
     return ClipPlan(
         num_clips=count,
         labels=source.given,
         real=None if source.real is None else source.real.fingerprint(),
         seed=seed,
-        sampling=options,
+        sampling=recorded_options(pipe, sampling),
         tokenizer=pipe.tokenizer.fingerprint(),
         generator=pipe.generator.fingerprint(),
         protocol=rules.describe(),
@@ -276,8 +273,7 @@ def _generate(
     processes: Processes,
 ) -> int:
     """Generate this process's share of the missing shards; returns the number of clips."""
-    mine = set(store.shards[processes.index :: processes.count])
-    todo = [shard for shard in store.missing() if shard in mine]
+    todo = store.todo(processes)
     options = setting.options(sampling)
     for shard in track(todo, f"{plan.num_clips:,} clips, {store.folder.name}", len(todo)):
         features, hashes, columns = [], [], []

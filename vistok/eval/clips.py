@@ -336,7 +336,7 @@ def evaluate_clip_tokenizer(
         "warnings": [],
         "versions": library_versions() | decoder_versions(),
     }
-    name = f"{data.name or data.root or data.source} ({data.split or 'all clips'})"
+    name = data.title
     result |= {"images": {"source": f"reconstructions of {name}", "count": total}, "reference": {"source": name}}
     if network is not None:
         whole = [part[2] for part in parts]

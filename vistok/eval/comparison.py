@@ -18,6 +18,7 @@ from vistok.eval.protocols import Protocol, choose_protocol, load_network
 from vistok.eval.record import describe_side, library_versions, save_result
 from vistok.eval.references import Reference, open_reference
 from vistok.eval.scoring import Scores, Side, choose_metrics, compute_scores, describe_metrics, extract_side
+from vistok.utils.numbers import check_whole
 from vistok.utils.processes import ALONE, Processes
 
 Source = str | Path | Sequence[str | Path] | Tensor | ImageSet | Reference
@@ -73,8 +74,7 @@ def evaluate(
             ``lpips`` is given where no pairs are scored.
     """
     rules = choose_protocol(protocol, features, network)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_whole("batch_size", batch_size, least=1)
     sample = open_reference(images, reading=rules.reading)
     real = open_reference(reference, crop=crop, reading=rules.reading)
     paired = protocol == "reconstruction"

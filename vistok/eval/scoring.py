@@ -118,9 +118,7 @@ def choose_metrics(
 def _obstacle(metric: str, name: str, side: Reference) -> str | None:
     if metric != "is" and side.images is None and side.rows is None and not side.gaussians:
         return f"it needs {'a reference' if name == 'reference' else 'images'}, and none was given"
-    if metric == "is" and side.images is None:
-        return f"the {name} {side.source} holds moments but no images"
-    if metric in ("kid", "prc") and side.images is None and side.rows is None:
+    if side.images is None and (metric == "is" or (metric in ("kid", "prc") and side.rows is None)):
         return f"the {name} {side.source} holds moments but no images"
     if metric == "sfid" and side.gaussians and "spatial" not in side.gaussians:
         return f"the {name} {side.source} has no spatial moments ('mu_s', 'sigma_s')"
@@ -223,7 +221,7 @@ def _precision_recall(
     inside, covered = m.inside_manifold(
         *chosen, neighbours=protocol.neighbours, distance=protocol.distance, boundary=protocol.boundary
     )
-    score = m.PrecisionRecall(float(inside.double().mean()), float(covered.double().mean()))
+    score = m.PrecisionRecall.of(inside, covered)
     values = {"precision": score.precision, "recall": score.recall, "f_score": score.f_score}
     return values, inside.cpu() if len(inside) == len(generated) else None
 

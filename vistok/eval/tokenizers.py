@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -22,7 +21,7 @@ from vistok.eval.batches import NETWORK_BATCH, filled, filled_condition, regroup
 from vistok.eval.images import ImageError
 from vistok.eval.networks import FeatureNetwork
 from vistok.eval.pairs import evaluate_reconstruction
-from vistok.eval.record import save_result
+from vistok.eval.record import describe_tokenizer, save_result
 from vistok.eval.retrieval import evaluate_embeddings
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import Condition
@@ -48,7 +47,7 @@ class DataImages:
         source = open_source(data)
         transform = ImageTransform(data.image_size, data.crop).without_augmentation()
         self._images = ImageBatches(cast(ImageSource, source), transform)
-        self.source = f"{data.name or data.root or data.source} ({data.split or 'all images'})"
+        self.source = data.title
         self.count = len(source)
         self.size = (data.image_size, data.image_size)
 
@@ -150,13 +149,7 @@ def evaluate_tokenizer(
             "these are training images; papers score held-out ones (one: rFID 1.22 on the training set, about "
             "0.55 on the validation set)"
         )
-    spec = tokenizer.spec_for(data.input_shape)
-    result["tokenizer"] = {
-        "model": tokenizer.registry_name,
-        "fingerprint": tokenizer.fingerprint(),
-        "spec": dataclasses.asdict(spec),
-        "data": dataclasses.asdict(data),
-    }
+    result["tokenizer"] = describe_tokenizer(tokenizer, data)
     if out is not None and processes.is_first:
         save_result(result, out)
     return result

@@ -13,8 +13,8 @@ from torch import Tensor
 from vistok.conditions import WORDS
 from vistok.data.movies import shown
 from vistok.draws import Keys
-from vistok.pipelines.keywords import check_whole
 from vistok.types import Condition
+from vistok.utils.numbers import check_whole
 
 if TYPE_CHECKING:
     from vistok.pipelines.generation import Pipeline

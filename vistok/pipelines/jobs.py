@@ -11,10 +11,11 @@ from torch import Tensor
 
 from vistok.data.movies import shown
 from vistok.draws import Draws, Keys
-from vistok.pipelines.keywords import check_keywords, check_whole
+from vistok.pipelines.keywords import check_keywords
 from vistok.pipelines.output import PipelineOutput
 from vistok.pipelines.requests import Conditions, Request
 from vistok.types import Condition, to_json
+from vistok.utils.numbers import check_whole
 
 if TYPE_CHECKING:
     from vistok.pipelines.generation import Pipeline

@@ -89,12 +89,14 @@ def score_ids(pipe: Pipeline, data: DataConfig, *, seed: int = 0) -> dict[str, A
     }
     if right:
         scores["texts_right"] = sum(right) / len(right)
-    name = f"{data.name or data.root or data.source} ({data.split or 'all images'})"
     return {
         "protocol": "retrieval",
         "scores": scores,
-        "images": {"source": f"ids drawn for the {'texts' if by_text else 'classes'} of {name}", "count": len(ids)},
-        "reference": {"source": f"embeddings of {name}"},
+        "images": {
+            "source": f"ids drawn for the {'texts' if by_text else 'classes'} of {data.title}",
+            "count": len(ids),
+        },
+        "reference": {"source": f"embeddings of {data.title}"},
         "settings": {"seed": seed, "sampling": dataclasses.asdict(options), "data": dataclasses.asdict(data)},
         "tokenizer": {"model": tokenizer.registry_name, "fingerprint": tokenizer.fingerprint()},
         "generator": {"model": generator.registry_name, "fingerprint": generator.fingerprint()},

@@ -30,8 +30,8 @@ def atomic_folder(target: str | Path, *, replace: bool = False) -> Iterator[Path
     """
     target = Path(target)
     restore(target.parent)
-    if target.exists() and not replace:
-        raise FileExistsError(f"{target} exists already; choose another folder or remove it first")
+    if not replace:
+        check_absent(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=PARTIAL, dir=target.parent))
     try:
@@ -48,6 +48,12 @@ def atomic_folder(target: str | Path, *, replace: bool = False) -> Iterator[Path
         restore(target.parent)
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def check_absent(target: Path) -> None:
+    """Raise FileExistsError if there is something at ``target``, a folder to be made."""
+    if target.exists():
+        raise FileExistsError(f"{target} exists already; choose another folder or remove it first")
 
 
 def restore(parent: Path) -> None:
