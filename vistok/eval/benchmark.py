@@ -23,8 +23,7 @@ from vistok.eval.comparison import Source, score_sides
 from vistok.eval.features import FeaturePass
 from vistok.eval.networks import FeatureNetwork
 from vistok.eval.plan import BenchmarkError, BenchmarkPlan, Labels, recorded_options
-from vistok.eval.protocols import Protocol as Rules
-from vistok.eval.protocols import choose_protocol, load_network
+from vistok.eval.protocols import ImageProtocol, choose_protocol, load_network
 from vistok.eval.record import RESULT_FILE, save_result
 from vistok.eval.references import Reference, open_reference
 from vistok.eval.report import write_report
@@ -206,7 +205,7 @@ class _Run:
 class _Scoring:
     """Generates the missing images of a setting on all processes, and scores the setting on the first process."""
 
-    rules: Rules
+    rules: ImageProtocol
     network: FeatureNetwork
     features: tuple[str, ...]
     metrics: Sequence[str]
@@ -327,7 +326,7 @@ def _plan(
     )
 
 
-def _choose_metrics(rules: Rules, plan: BenchmarkPlan, real: Reference) -> tuple[list[str], list[str]]:
+def _choose_metrics(rules: ImageProtocol, plan: BenchmarkPlan, real: Reference) -> tuple[list[str], list[str]]:
     # All features of the samples are kept, so that only the number of images can rule a metric out.
     planned: Any = _PlannedImages(plan.num_images, plan.scored_size)
     samples = Reference("the benchmark", planned)
@@ -378,7 +377,7 @@ def _extract_reference(real: Reference, network: FeatureNetwork, metrics: Sequen
 
 
 def _score(
-    rules: Rules,
+    rules: ImageProtocol,
     network: FeatureNetwork,
     metrics: Sequence[str],
     store: FeatureStore,

@@ -14,7 +14,7 @@ from vistok.eval.guards import comparability_warnings
 from vistok.eval.images import ImageSet
 from vistok.eval.networks import FeatureNetwork
 from vistok.eval.pairs import evaluate_reconstruction
-from vistok.eval.protocols import Protocol, choose_protocol, load_network
+from vistok.eval.protocols import ImageProtocol, choose_protocol, load_network
 from vistok.eval.record import describe_side, library_versions, save_result
 from vistok.eval.references import Reference, open_reference
 from vistok.eval.scoring import Scores, Side, choose_metrics, compute_scores, describe_metrics, extract_side
@@ -121,7 +121,7 @@ def evaluate(
 
 
 def score_sides(
-    protocol: Protocol,
+    protocol: ImageProtocol,
     network: FeatureNetwork,
     metrics: Sequence[str],
     sample: Side,
@@ -154,13 +154,13 @@ class StoredFeatures:
     weights_sha256: str | None
 
     @classmethod
-    def of(cls, protocol: Protocol, reference: Reference) -> StoredFeatures:
+    def of(cls, protocol: ImageProtocol, reference: Reference) -> StoredFeatures:
         """The network that the reference file records; where it records nothing, the protocol's."""
-        told = reference.provenance
+        recorded = reference.provenance
         return cls(
-            told.network or protocol.network or "unknown",
-            told.resize or protocol.resize or "unknown",
-            told.weights_sha256,
+            recorded.network or protocol.network or "unknown",
+            recorded.resize or protocol.resize or "unknown",
+            recorded.weights_sha256,
         )
 
     def __call__(self, images: Tensor) -> dict[str, Tensor]:

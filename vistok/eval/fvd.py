@@ -99,11 +99,11 @@ class ClipStatistics:
 
     def save(self, path: str | Path) -> None:
         """Write the statistics to a safetensors file, atomically."""
-        told = {"protocol": self.protocol, "network": self.network, "source": self.source, "count": self.count}
-        told["weights_sha256"] = self.weights_sha256
+        recorded = {"protocol": self.protocol, "network": self.network, "source": self.source, "count": self.count}
+        recorded["weights_sha256"] = self.weights_sha256
         tensors = {"sum": self.moments.sum.cpu(), "outer": self.moments.outer.cpu()}
         with atomic_file(Path(path)) as temporary:
-            save_file(tensors, temporary, metadata={"clip_statistics": json.dumps(told)})
+            save_file(tensors, temporary, metadata={"clip_statistics": json.dumps(recorded)})
 
     @classmethod
     def load(cls, path: str | Path) -> ClipStatistics:
@@ -114,9 +114,9 @@ class ClipStatistics:
         """
         try:
             with opened(path) as file:
-                told = json.loads((file.metadata() or {})["clip_statistics"])
-                moments = _checked(told["count"], file.get_tensor("sum"), file.get_tensor("outer"))
-            facts = [told[name] for name in ("protocol", "network", "weights_sha256", "source")]
+                recorded = json.loads((file.metadata() or {})["clip_statistics"])
+                moments = _checked(recorded["count"], file.get_tensor("sum"), file.get_tensor("outer"))
+            facts = [recorded[name] for name in ("protocol", "network", "weights_sha256", "source")]
             if not all(isinstance(fact, str) for fact in (facts[0], facts[1], facts[3])):
                 raise ValueError("protocol, network and source are texts")
         except (OSError, SafetensorError, LookupError, ValueError, TypeError, RuntimeError, RecursionError) as error:

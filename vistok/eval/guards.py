@@ -8,7 +8,7 @@ from typing import Any
 from vistok.eval.dinov2 import DINOV2
 from vistok.eval.images import FilesRead
 from vistok.eval.networks import INCEPTION, PUBLISHED_HASH, FeatureNetwork
-from vistok.eval.protocols import Protocol
+from vistok.eval.protocols import ImageProtocol
 from vistok.eval.references import HELD_OUT, WRONG_REFERENCE
 from vistok.eval.scoring import KID_SUBSET_SIZE, Side
 
@@ -16,7 +16,7 @@ FEW_SAMPLES = 10_000
 
 
 def comparability_warnings(
-    protocol: Protocol,
+    protocol: ImageProtocol,
     network: FeatureNetwork,
     sample: Side,
     real: Side,
@@ -115,7 +115,7 @@ def singular_warnings(name: str, count: int, widths: Mapping[str, int], what: st
         )
 
 
-def _pair_warnings(protocol: Protocol, sample: Side, real: Side) -> Iterator[str]:
+def _pair_warnings(protocol: ImageProtocol, sample: Side, real: Side) -> Iterator[str]:
     sizes = [_size(sample), _size(real)]
     if None not in sizes and sizes[0] != sizes[1]:
         yield (
@@ -142,7 +142,7 @@ def _fingerprint(side: Side) -> str | None:
     return side.reference.provenance.fingerprint or own
 
 
-def _network_warnings(protocol: Protocol, network: FeatureNetwork) -> Iterator[str]:
+def _network_warnings(protocol: ImageProtocol, network: FeatureNetwork) -> Iterator[str]:
     if network.name == INCEPTION and not (network.weights_sha256 or "").startswith(PUBLISHED_HASH):
         yield (
             f"the Inception weights are not the published file (SHA-256 {PUBLISHED_HASH}…); scores are comparable only "

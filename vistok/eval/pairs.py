@@ -14,7 +14,7 @@ from vistok.eval.features import FeaturePass, gathered
 from vistok.eval.guards import by_text, comparability_warnings, file_warnings, lossy_warnings
 from vistok.eval.images import ImageError, ImageSet, open_images
 from vistok.eval.networks import CallableNetwork, FeatureNetwork
-from vistok.eval.protocols import CUSTOM, PROTOCOLS, Protocol
+from vistok.eval.protocols import CUSTOM, PROTOCOLS, ImageProtocol
 from vistok.eval.reconstruction import SSIM_VARIANTS, decibels, mean_squared_error
 from vistok.eval.record import describe_images, describe_side, library_versions, save_result
 from vistok.eval.references import Reference
@@ -122,7 +122,7 @@ class _Passes:
         result["warnings"] += [warning for warning in others if warning not in result["warnings"]]
 
 
-def _protocol_of(network: FeatureNetwork) -> Protocol:
+def _protocol_of(network: FeatureNetwork) -> ImageProtocol:
     return CUSTOM if isinstance(network, CallableNetwork) else PROTOCOLS["reconstruction"]
 
 

@@ -34,7 +34,7 @@ class BenchmarkPlan:
         seed: with the same seed, image i is always the same.
         sampling: the generator's sampling options, without the guidance scale.
         tokenizer, generator: fingerprints of both models.
-        network: the feature network, see ``Protocol.describe``.
+        network: the feature network, see ``ImageProtocol.describe``.
         dtype: of the generator's weights; 16-bit weights sample other images than 32-bit ones.
         image_size: (H, W) of the images that the tokenizer decodes.
         eval_size: side to which images are resized before they become 8 bit, or None.

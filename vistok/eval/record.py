@@ -55,8 +55,8 @@ def describe_side(side: Side) -> dict[str, Any]:
         described |= {"count": extraction.count, "size": list(extraction.size)}
         described |= {"distinct": extraction.distinct, "fingerprint": extraction.fingerprint}
     if reference.gaussians:
-        told = dataclasses.asdict(reference.provenance) | {"moments_sha256": reference.moments_sha256}
-        described["stored"] = {name: value for name, value in told.items() if value is not None}
+        recorded = dataclasses.asdict(reference.provenance) | {"moments_sha256": reference.moments_sha256}
+        described["stored"] = {name: value for name, value in recorded.items() if value is not None}
     return described
 
 

@@ -90,13 +90,13 @@ def class_scores(found: Embeddings, *, without_own: bool = True) -> dict[str, fl
     decoded, targets = F.normalize(found.decoded, dim=-1), F.normalize(found.targets, dim=-1)
     shares = torch.bincount(labels).double() / len(labels)
     return {
-        "class_recall": _class_recall(decoded @ targets.T, labels, without_own),
-        "class_recall_of_targets": _class_recall(targets @ targets.T, labels, True),
+        "class_recall": _class_recall(decoded @ targets.T, labels, without_own=without_own),
+        "class_recall_of_targets": _class_recall(targets @ targets.T, labels, without_own=True),
         "class_recall_by_chance": float(shares.square().sum()),
     }
 
 
-def _class_recall(similar: Tensor, labels: Tensor, without_own: bool) -> float:
+def _class_recall(similar: Tensor, labels: Tensor, *, without_own: bool) -> float:
     nearest = (similar.fill_diagonal_(-torch.inf) if without_own else similar).argmax(1)
     return float((labels[nearest] == labels).double().mean())
 

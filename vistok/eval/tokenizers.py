@@ -95,12 +95,12 @@ class Reconstructions:
 
     def _reconstruct(self, batch: ImageBatch) -> Tensor:
         tokenizer, pixels = self._tokenizer, batch.pixels
-        condition = told(self._conditions, batch, tokenizer.device)
+        condition = condition_of(self._conditions, batch, tokenizer.device)
         made = tokenizer.reconstruct(filled(pixels).to(tokenizer.device, tokenizer.dtype), condition=condition)
         return to_rgb(made[: len(pixels)].cpu())
 
 
-def told(conditions: BatchConditions | None, batch: ImageBatch, device: torch.device) -> Condition | None:
+def condition_of(conditions: BatchConditions | None, batch: ImageBatch, device: torch.device) -> Condition | None:
     """The condition of a batch, padded to NETWORK_BATCH rows as ``filled`` pads the pixels; None without conditions."""
     return None if conditions is None else filled_condition(conditions(batch)).to(device)
 

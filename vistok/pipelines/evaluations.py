@@ -74,11 +74,11 @@ def score_tokenizer(
     network = None
     if protocol is not None or weights is not None:
         network = load_network(choose_protocol(PAIRS, None, None), weights=weights, device=where)
-    told: dict[str, Any] = {"conditions": conditions_of(text, tokenizer, data), "processes": processes}
+    given: dict[str, Any] = {"conditions": conditions_of(text, tokenizer, data), "processes": processes}
     if protocol == PERTURBATION and network is not None:
-        result = evaluate_perturbation(tokenizer, data, network, **told)
+        result = evaluate_perturbation(tokenizer, data, network, **given)
     else:
-        result = evaluate_tokenizer(tokenizer, data, network=network, lpips=open_lpips(lpips_weights), **told)
+        result = evaluate_tokenizer(tokenizer, data, network=network, lpips=open_lpips(lpips_weights), **given)
     if tokenizer.condition_spec.features is not None:
         result["tokenizer"]["text"] = None if text is None else asdict(text)
     return result
