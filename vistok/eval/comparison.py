@@ -82,8 +82,8 @@ def evaluate(
         real.check_held_out()
     if lpips is not None and (not paired or metrics is not None):
         raise ValueError(
-            "LPIPS compares images with their reconstructions: leave lpips out, or take the protocol 'reconstruction' "
-            "without metrics"
+            "LPIPS compares images with their reconstructions: leave lpips out (command line: --lpips-weights), or "
+            "take the protocol 'reconstruction' without metrics"
         )
     wanted, skipped = choose_metrics(metrics, rules, sample, real)
     device = torch.device(device or processes.device())

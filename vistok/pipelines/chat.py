@@ -119,8 +119,12 @@ class Chat:
                 "the last reply failed after the model had read its question, so this conversation is over; go on with "
                 "pipe.chat(chat.messages)"
             )
-        self._ask(said)
         self._is_over = True  # until there is a reply
+        try:
+            self._ask(said)
+        except ValueError:  # refused, and nothing of it was read
+            self._is_over = False
+            raise
         if reply is None:
             reply = "image" if bool(self._session.wants_image()) else "text"
         if reply == "text":
