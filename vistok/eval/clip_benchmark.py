@@ -327,6 +327,6 @@ def _score(
         "network": score["network"],
         "video_protocol": score["protocol"],
         "left_out": left_out,
-        "warnings": distance_notes(rules, ours.count, theirs.count, left_out),
+        "warnings": distance_notes(rules, ours, theirs, left_out),
         "versions": library_versions() | decoder_versions(),
     }

@@ -346,11 +346,12 @@ def evaluate_clip_tokenizer(
             for other in whole[1:]:
                 merged = merged.merge(other[side])
             sides.append(ClipStatistics(merged, protocol, network.name, network.weights_sha256, name))
-        distance = frechet_video_distance(*sides)
+        made_side, real_side = sides
+        distance = frechet_video_distance(made_side, real_side)
         names = {"fvd": "rfvd", "frechet_distance": "frechet_distance"}
         result["scores"] |= {names[key]: distance[key] for key in names if key in distance}
         result |= {"network": distance["network"], "video_protocol": distance["protocol"]}
-        result["warnings"] = distance_notes(rules, *sides, {})
+        result["warnings"] = distance_notes(rules, made_side, real_side, {})
         if rules.choice == "random_start":
             result["warnings"].append(f"{protocol} begins clips at random; these are from the middle of their videos")
     return result

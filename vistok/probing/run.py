@@ -126,7 +126,7 @@ def compare(
     texts = [text_of_run(run, tokenizer) for run, tokenizer in zip(runs, tokenizers, strict=True)]
     conditions = [conditions_of(*pair, held_out) for pair in zip(texts, tokenizers, strict=True)]
     names = _folders(runs)
-    what = {"tokenizers": [t.fingerprint() for t in tokenizers], "data": asdict(data)}
+    what: dict[str, Any] = {"tokenizers": [t.fingerprint() for t in tokenizers], "data": asdict(data)}
     if any(text is not None for text in texts):
         what["texts"] = [None if text is None else asdict(text) for text in texts]
     with continued(out, settings.plan(what)):
