@@ -1,4 +1,4 @@
-"""The benchmark of clips: the same numbers however it is run, interrupted and continued; what it refuses."""
+"""The benchmark of clips: same numbers in one run, after an interruption and when continued; refusals."""
 
 from __future__ import annotations
 

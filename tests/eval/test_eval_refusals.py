@@ -1,4 +1,4 @@
-"""What a score is not computed from, what it is doubted for, and what is said once."""
+"""Inputs that evaluation refuses, scores that it warns of, and warnings that are given once."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def real() -> np.ndarray:
 
 @pytest.fixture
 def inception(monkeypatch) -> list[FakeInception]:
-    """Every Inception that is loaded, as a fake."""
+    """Replaces every Inception that is loaded by a fake."""
     loaded = []
 
     def load(weights=None, *, resize, device):
@@ -251,7 +251,7 @@ def test_the_reconstruction_protocol_scores_pairs_and_sets_in_one_pass(tmp_path,
         *(m.Moments.of(colour_statistics(as_tensor(images))).gaussian for images in (restored, real))
     )
     assert result["scores"] == {"rfid": pytest.approx(expected, rel=1e-6)} | pairs["scores"]
-    assert inception[0].calls == 2  # one batch of each side, whatever the batch size, and no more
+    assert inception[0].calls == 2  # exactly one batch of each side, for any batch size
     assert result["network"]["name"] == "inception-v3-compat"
     assert result["images"]["source"] == str(reconstructions)
     assert json.loads((tmp_path / "out" / "result.json").read_text()) == result

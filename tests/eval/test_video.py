@@ -1,4 +1,4 @@
-"""Scores of clips: statistics that add up, protocols that fix what they say, and what is refused."""
+"""Scores of clips: statistics that add up, the settings that protocols fix, and refusals."""
 
 from __future__ import annotations
 
@@ -278,7 +278,7 @@ def test_folders_of_clips_are_scored_by_their_protocol(folders):
     assert {Path(name).name for name in result["left_out"]} == {"short", "damaged.mp4"}
     assert any("10,000 generated clips; these are 2" in note for note in result["warnings"])
     starts = choose_clips(open_videos(folders["real"]), video_protocol("larp-ucf-rec"), real=True, name="real")
-    assert len(starts) == 3  # one of each video that can be read; the short one is repeated
+    assert len(starts) == 3  # one clip of each readable video; the short one is padded by repetition
     assert next(starts.batches(8, 0, 3)).shape == (3, 3, 16, 128, 128)
 
 

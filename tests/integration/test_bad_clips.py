@@ -1,4 +1,4 @@
-"""What is wrong with clips is said where they come in: by tokenizers, by folders, by the command line."""
+"""Errors for bad clips are raised where they enter: in tokenizers, folders and the command line."""
 
 from __future__ import annotations
 

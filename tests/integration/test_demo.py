@@ -1,4 +1,4 @@
-"""The demo: what a run can do, what is shown of it, and, where Gradio is installed, the app through its client."""
+"""The demo: what a run can do, what it shows, and, if Gradio is installed, the app through its client."""
 
 from __future__ import annotations
 

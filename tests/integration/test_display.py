@@ -1,4 +1,4 @@
-"""Pipelines in a notebook: what they and their outputs show, callbacks, clear errors, and model cards."""
+"""Pipelines in a notebook: how they and their outputs display, callbacks, clear errors, and model cards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any tokenizer feeds any generator that fits, and any loss any tokenizer that gives what it reads."""
+"""Any tokenizer feeds any generator that fits; any loss works with any tokenizer that provides its inputs."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def tiny_generator(spec: TokenSpec, **arguments) -> ViTVQGANGPT:
     model = ViTVQGANGPT(
         spec, **{"num_classes": 5, "dim": 32, "num_layers": 1, "num_heads": 2, "condition_dropout": 0.1, **arguments}
     )
-    # Untrained logits are nearly flat; these depend visibly on class and neighbours.
+    # Untrained logits are nearly flat; with these weights they depend on class and neighbours.
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.5)

@@ -1,4 +1,4 @@
-"""``vistok probe`` and ``vistok compare``: tokenizers judged by themselves and by a small generator."""
+"""``vistok probe`` and ``vistok compare``: tokenizers judged alone and with a small generator."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_linear_probe_finds_a_linear_rule_and_no_rule_in_noise():
     assert told["accuracy"] > 0.95
     assert (told["channels"], told["fitted"], told["scored"]) == (6, 300, 100)
     assert 0.3 < linear_probe(noise[:300], labels[:300], noise[300:], labels[300:])["accuracy"] < 0.7
-    # Scale and offset of a channel carry no meaning.
+    # The probe must not depend on the scale and offset of a channel.
     moved = features * torch.logspace(0, 3, 6) + 5
     assert linear_probe(moved[:300], labels[:300], moved[300:], labels[300:])["accuracy"] == told["accuracy"]
 

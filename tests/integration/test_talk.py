@@ -1,4 +1,4 @@
-"""The quickstart's chain of a model that is talked to, in a few steps; captions and conversations of a pipeline."""
+"""The quickstart of a conversational model with a few training steps; captions and chats of a pipeline."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ def test_images_of_any_size_and_mode_are_read(pipe):
             image = Image.new(mode, size)
             assert isinstance(pipe.caption(image, max_tokens=2), str)
     assert large.caption(torch.zeros(2, 3, 16, 16), max_tokens=3) == large.caption([image, image], max_tokens=3)
-    assert len(large.caption(torch.zeros(2, 3, 8, 12), max_tokens=3)) == 2  # fewer tokens than there is room for
+    assert len(large.caption(torch.zeros(2, 3, 8, 12), max_tokens=3)) == 2  # fewer tokens than the model allows
 
 
 def test_models_of_texts_alone_or_of_images_alone_say_so(pipe, images):

@@ -125,7 +125,7 @@ def test_a_mixture_has_the_texts_of_its_caches(text, cache, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Where captions lie
+# Where captions are stored
 
 
 def picture(value: int) -> bytes:
@@ -201,7 +201,7 @@ def test_a_prompt_is_what_its_features_are(runs):
 @pytest.mark.parametrize("part", ["ids", "features"])
 def test_guidance_leads_away_from_a_negative_prompt(runs, part):
     pipe = vistok.pipeline(runs[part])
-    for parameter in pipe.generator.parameters():  # trained for two steps, it would not listen to its condition
+    for parameter in pipe.generator.parameters():  # after two training steps, the model would ignore its condition
         torch.nn.init.normal_(parameter, std=0.3)
     options = {"prompt": "a seven", "seed": 1, "temperature": 0.0}
     plain, same, other = (
@@ -352,7 +352,7 @@ def test_absent_encoders_are_refused(tmp_path):
     [
         ("A red heart", "a red heart"),
         ("  A  <b>Cat</b> with 2 “dogs” ", 'a cat with 2 "dogs"'),
-        ("a &lt;b&gt;cat", "a cat"),  # markup in markup needs the second round
+        ("a &lt;b&gt;cat", "a cat"),  # nested markup needs the second round
         ("a house https://example.com/a.jpg by the sea", "a house by the sea"),
         ("sunset IMG_2034.jpg @someone #123456", "sunset"),
         ("a red-haired_cat-on-a-mat", "a red haired cat on a mat"),

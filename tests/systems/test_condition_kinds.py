@@ -29,7 +29,7 @@ BATCH = 3
 
 
 def condition_of(spec: ConditionSpec) -> Condition:
-    """Random values of every part; the last row is left-padded, and where there are texts the first has none."""
+    """Random values of every part; the last row is left-padded, and among texts the first is empty."""
     mask = torch.ones(BATCH, 3, dtype=torch.bool)
     mask[-1, 0] = False
     first = torch.arange(BATCH) == 0
@@ -46,7 +46,7 @@ def condition_of(spec: ConditionSpec) -> Condition:
 
 
 def refusal(model_class: type[Generator], spec: ConditionSpec) -> str | None:
-    """Why a generator cannot be conditioned so; None if it can."""
+    """Why a generator cannot take this condition; None if it can."""
     try:
         model_class.condition_arguments(spec)
     except ValueError as error:

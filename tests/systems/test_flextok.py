@@ -327,7 +327,7 @@ def test_latents_come_from_the_frozen_autoencoder(diffusers_folder, tmp_path):
     assert not any(parameter.requires_grad for parameter in model.vae.parameters())
     # The posterior is sampled in training only.
     assert not torch.allclose(model.to_maps(images, draws=draws(model)), maps)
-    # A saved model needs the folder no more.
+    # A saved model no longer needs the folder.
     model.save_pretrained(tmp_path / "model")
     for file in folder.iterdir():
         file.unlink()

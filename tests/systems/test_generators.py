@@ -27,7 +27,7 @@ from vistok.nn.flex import LiveKeys
 from vistok.nn.mlp import SwiGLU
 from vistok.types import Condition, TokenSpec
 
-GENERATORS = [name for name, windows in single_token_generators().items() if not windows]  # others test themselves
+GENERATORS = [name for name, windows in single_token_generators().items() if not windows]  # others have own tests
 GREEDY = DecodingOptions(temperature=0)
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -107,7 +107,7 @@ def test_guidance_rows_equal_two_passes(setup):
 def test_three_rows_equal_three_passes(name, compiled):
     model, condition, other = tiny(name), labels(0, 4, 1), labels(2, 0, 3)
     options = with_three_rows(DecodingOptions, other)(temperature=0.0)
-    if compiled and "compile_decoding" in vars(type(model)):  # it says why it has no compiled steps
+    if compiled and "compile_decoding" in vars(type(model)):  # the message says why there are no compiled steps
         with pytest.raises(ValueError, match="no compiled decoding"):
             model.compile_decoding("eager")
         return
@@ -128,7 +128,7 @@ def test_bfloat16_cached_logits_equal_teacher_forced_ones(setup):
     cached = torch.cat(calls, 1).float()
     whole = torch.cat([model.logits(ids, rows) for rows in (condition, condition.null())])
     precise = model.float().logits(ids, condition)
-    # As near to each other as bfloat16 is to float32: its rounding depends on how many positions go together.
+    # The tolerance is the distance of bfloat16 from float32: rounding depends on the number of positions in a call.
     error = (whole.chunk(2)[0] - precise).abs().max()
     torch.testing.assert_close(cached, whole, rtol=0, atol=max(2 * error.item(), 0.02))
 

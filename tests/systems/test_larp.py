@@ -277,7 +277,7 @@ def leaves(config: dict, prefix: str = "") -> dict:
 
 
 def other(value):
-    """Another value of the same kind, which no reference would take for the same."""
+    """Another value of the same type, which a reference would not treat as equal."""
     match value:
         case bool():
             return not value

@@ -1,4 +1,4 @@
-"""The masked generator: its networks, its schedule, and what sampling keeps."""
+"""The masked generator: its networks, its schedule, and the tokens that sampling keeps."""
 
 from __future__ import annotations
 

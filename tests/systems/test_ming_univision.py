@@ -125,7 +125,7 @@ def test_given_latents_take_the_place_of_drawn_ones(model, tokenizer):
 
 @torch.no_grad()
 def test_a_second_turn_equals_recomputing_the_whole_context(model, tokenizer):
-    """The conditional state of an edit in one context is that of a pass over all that was read and written."""
+    """The conditional state of an edit in one context equals that of a pass over all that was read and written."""
     first, second = texts([7, 8, 9]), texts([4, 11])
     noises = [Keys.range(seed, 1).normal("noise", 16, 4) for seed in (0, 1)]
     session = model.start(first, OPTIONS, draws={"noise": noises[0]}, tokenizer=tokenizer)
@@ -150,7 +150,7 @@ def test_a_second_turn_equals_recomputing_the_whole_context(model, tokenizer):
 
 @torch.no_grad()
 def test_rounds_of_a_batch_are_those_of_each_row(model, tokenizer):
-    """Texts of other lengths, answers that end at other words, an image that is shown in the middle."""
+    """Texts of different lengths, answers that end at different words, an image shown in the middle."""
     asked = [texts(*PROMPTS), with_image(texts(*PROMPTS[::-1])), texts([6], [9, 8, 7], [10])]
     noises = [Keys.range(seed, 3).normal("noise", 16, 4) for seed in (0, 1)]
 
@@ -225,7 +225,7 @@ def test_text_goes_on_behind_an_image_and_answers_about_one(model, tokenizer):
     answers = model.describe(asked, 6, tokenizer=tokenizer)
     for row, prompt in enumerate(PROMPTS):
         one = Condition.together(texts(prompt), asked[row : row + 1].only(["given"]))
-        alone = model.describe(one, 6, tokenizer=tokenizer)  # which stops earlier
+        alone = model.describe(one, 6, tokenizer=tokenizer)  # alone, it stops earlier
         assert torch.equal(alone, answers[row : row + 1, : alone.shape[1]])
         assert (answers[row, alone.shape[1] :] == model.end).all()
     first = model.logits(model.prompt(asked, tokenizer))[:, -1].argmax(-1)
@@ -309,7 +309,7 @@ def test_bad_turns_are_refused_and_leave_the_session_as_it_was(tokenizer, what):
 
 @torch.no_grad()
 def test_smaller_images_are_padded_and_read_as_they_are(tokenizer):
-    """Padding before an image has no part in its features, and rows of other image sizes go together."""
+    """Padding before an image does not change its features; rows of different image sizes can share a batch."""
     model = tiny("ming_univision", given_length=20)
     images = Keys.range(5, 2).normal("image", 16, 4)
     sizes, rows, masks = (16, 9), torch.zeros(2, 20, 4), torch.zeros(2, 20, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Generators that ask for places: RandAR and LPD."""
+"""Generators with position queries: RandAR and LPD."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def test_an_edit_keeps_what_it_should_and_sees_all_of_it(name):
         model.edit(ids, regenerate, condition, options_of(name))
     with pytest.raises(ValueError, match="not group_sizes"):
         model.edit(ids, regenerate, condition, options_of(name, temperature=0, group_sizes=(16,)))
-    for num_steps in (0, 17):  # of whole images, however few tokens are generated
+    for num_steps in (0, 17):  # the limit is that of whole images
         with pytest.raises(ValueError, match=rf"num_steps must lie in 1\.\.16, .* got {num_steps}"):
             model.edit(ids, regenerate, condition, options_of(name, temperature=0, num_steps=num_steps))
     with pytest.raises(ValueError, match=r"regenerate \(16,\) or \(B, 16\)"):
@@ -309,7 +309,7 @@ def test_a_larger_grid_lies_around_a_sample_of_the_trained_size():
     assert torch.equal(ids.unflatten(1, (8, 8))[:, ::2, ::2].flatten(1), coarse)
     assert torch.equal(sample_larger(model, condition[1:2], options, keys=keys.at([1])), ids[1:2])
     assert len(enlarged(model).steps({}, QueryOptions(num_steps=20)).order[0]) == 64
-    assert model.spec.length == 16  # which is as it was
+    assert model.spec.length == 16  # the model itself is unchanged
 
 
 def test_larger_grids_turn_fast_frequencies_on_and_slow_ones_in_the_range_of_training():
@@ -318,9 +318,9 @@ def test_larger_grids_turn_fast_frequencies_on_and_slow_ones_in_the_range_of_tra
     pairs = small.cos.shape[1] // 2
     angle = torch.atan2(large.sin[1:], large.cos[1:]).unflatten(0, (8, 8))
     old = torch.atan2(small.sin[1:], small.cos[1:]).unflatten(0, (4, 4))
-    torch.testing.assert_close(angle[:4, :4, 0], old[..., 0])  # the fastest, by row
-    torch.testing.assert_close(angle[7, 7, 1:pairs], old[3, 3, 1:pairs])  # the others end where they ended
-    assert float(large.cos[0].abs().max()) == 0  # the class is not seen by its position
+    torch.testing.assert_close(angle[:4, :4, 0], old[..., 0])  # the fastest frequency continues by row
+    torch.testing.assert_close(angle[7, 7, 1:pairs], old[3, 3, 1:pairs])  # the others end at the angle of training
+    assert float(large.cos[0].abs().max()) == 0  # attention to the class has no position
     plain = enlarged(model, pairs).rotation
     torch.testing.assert_close(plain.cos[1:].unflatten(0, (8, 8))[:4, :4], small.cos[1:].unflatten(0, (4, 4)))
 

@@ -36,7 +36,7 @@ def test_the_place_to_be_predicted_counts():
     swapped[:, 14:] = torch.tensor([15, 14])
     before, after = (model.logits(ids, labels(0, 1, 2), order) for order in (orders, swapped))
     torch.testing.assert_close(before[:, :14], after[:, :14])
-    assert not torch.allclose(before[:, 14], after[:, 14])  # of the same tokens, but for another place
+    assert not torch.allclose(before[:, 14], after[:, 14])  # the same tokens, but for another position
 
 
 def test_the_share_of_random_orders_falls_from_one_to_zero():
@@ -77,7 +77,7 @@ def test_known_tokens_are_taken_and_fed_on():
     tokens = model.sample_forced(real, kept, condition, draws=draws)
     assert torch.equal(tokens[kept], real[kept])
     assert not torch.equal(tokens[~kept], real[~kept])
-    # A token behind is the one that is drawn after the whole beginning, known tokens included.
+    # A later token is drawn given all earlier ones, known tokens included.
     prefix = model.start(condition, draws=draws)
     prefix.append(tokens[:, :9])
     next(iter(prefix.generate(1)))

@@ -1,4 +1,4 @@
-"""RobusTok: the tokenizer, perturbation of latents, and the losses it brought."""
+"""RobusTok: the tokenizer, perturbation of latents, and its losses."""
 
 from __future__ import annotations
 

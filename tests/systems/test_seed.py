@@ -218,7 +218,7 @@ def test_a_run_trains_it_and_its_tokens_feed_a_generator(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The first stage, and what the second one's ids find
+# The first stage, and retrieval by the second one's ids
 
 
 def test_contrast_is_the_textbook_loss_and_equal_labels_are_right_alike():
@@ -349,7 +349,7 @@ def test_a_pipeline_shows_generated_ids_by_its_renderer():
 
 
 class _UnCLIP:
-    """In place of diffusers' pipeline."""
+    """Replaces diffusers' pipeline."""
 
     dtype = torch.float32
 

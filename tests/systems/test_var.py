@@ -202,7 +202,7 @@ def test_masks_of_scales():
     first, second, third, last = keep_right.split(SIZES)
     assert first.all()
     assert second.view(2, 2).tolist() == [[False, True]] * 2
-    assert third.view(3, 3).tolist() == [[False, False, True]] * 3  # of the middle column exactly half is kept
+    assert third.view(3, 3).tolist() == [[False, False, True]] * 3  # exactly half of the middle column is kept
     assert last.view(4, 4).tolist() == [[False, False, True, True]] * 4
     with pytest.raises(ValueError, match=r"masks must be \(B, 4, 4\)"):
         scale_masks(torch.zeros(1, 3, 4, dtype=torch.bool), ((1, 1), (4, 4)))
@@ -271,7 +271,7 @@ def test_any_schedule_that_ends_at_the_map_is_learned_and_sampled(scales):
     greedy = model.sample(condition, VAROptions(temperature=0), tokenizer=tokenizer)
     assert torch.equal(model.logits(greedy, condition, tokenizer).argmax(-1), greedy)
     assert tokenizer.decode(greedy).shape == images.shape
-    for limits in ({"top_k": 1}, {"top_p": 1e-6}):  # which leave the likeliest code alone
+    for limits in ({"top_k": 1}, {"top_p": 1e-6}):  # which leave only the likeliest code
         for more_smooth in (False, True):
             options = VAROptions(**limits, more_smooth=more_smooth)
             draws = model.sampling_draws(Keys.range(0, 3), options)

@@ -60,7 +60,7 @@ def draw(model: XAR, chosen: XAROptions, count: int = 3, seed: int = 0) -> Draws
 
 @torch.no_grad()
 def sample_uncached(model: XAR, condition: Condition, chosen: XAROptions, draws: Draws) -> Tensor:
-    """The whole sequence, all of its network calls over everything so far, one per guidance row."""
+    """The whole sequence without a cache: each network call is over everything so far, one call per guidance row."""
     layout, count = model.layout, len(condition)
     sequence = torch.zeros(count, 0, model.spec.dim)
     for entity in range(layout.num_entities):
@@ -244,7 +244,7 @@ def test_network_calls_and_tokens_per_call():
     chosen = options(num_steps=3)
     model.sample(LABELS, chosen, draws=draw(model, chosen))
     hook.remove()
-    # An unguided first cell has no null rows; the first call of a later cell feeds the finished one along.
+    # An unguided first cell has no null rows; the first call of a later cell also feeds the finished one.
     later = [(6, 8), (6, 4), (6, 4)]
     assert sizes == [(3, 4)] * 3 + later * 3
 

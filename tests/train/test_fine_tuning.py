@@ -1,4 +1,4 @@
-"""Fine-tuning: from other models and other classes, whole or by low-rank adapters."""
+"""Fine-tuning from other models and other classes, of all weights or by low-rank adapters."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ QUICK = {"max_steps": 2, "batch_size": 4, "ema_decay": 0.0, "log_every": 1, "sav
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A converted generator of 1,000 classes, and the tokens of digits of ten."""
+    """A converted generator of 1,000 classes, and a token cache of digits with ten classes."""
     folder = tmp_path_factory.mktemp("source")
     file, config = write_generator(folder)
     convert("llamagen/gpt", file, read_json(config)).save_pretrained(folder / "gpt")

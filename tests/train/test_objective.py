@@ -1,4 +1,4 @@
-"""What tokenizers minimise: terms that begin and end, several reconstructions, weight maps, targets, and games."""
+"""The objectives of tokenizers: terms that begin and end, reconstructions, weight maps, targets, and games."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class Teacher(nn.Module):
 
 
 class NoisyTerm(Term):
-    """A trainable loss: latents are projected onto what a frozen teacher makes of them, with noise."""
+    """A trainable loss: latents are projected onto the output of a frozen teacher, with noise."""
 
     def __init__(self, name, config, tokenizer):
         super().__init__(name, config)
@@ -314,7 +314,7 @@ def test_a_discriminator_that_draws_gets_its_numbers_by_batch():
     game.discriminator.__class__ = Cropping
     images = torch.zeros(2, 1, 16, 16)
     game(images, images, Keys(0, (3, 4), 7))
-    game(images, images, Keys(0, (5, 6), 7))  # another process's share of the same step
+    game(images, images, Keys(0, (5, 6), 7))  # the share of another process in the same step
     assert [len(uniforms) for uniforms in seen] == [3] * 4
     assert torch.equal(seen[0], seen[2])
     assert not torch.equal(seen[0], seen[1])

@@ -1,4 +1,4 @@
-"""The page of a training run, its reference curve, and what else a run says of itself."""
+"""The report of a training run, its reference curve, and the other records of a run."""
 
 from __future__ import annotations
 

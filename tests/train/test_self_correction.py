@@ -1,4 +1,4 @@
-"""Bitwise self-correction: a tokenizer of bits in scales, a cache of what they are made of, and a VAR that reads it."""
+"""Bitwise self-correction: a tokenizer of bits in scales, a cache of its latents, and a VAR that reads the cache."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from vistok.train import train
 from vistok.train.monitor import read_metrics
 
 STILL = {"optimizer": {"lr": 0.0}, "training": {"max_steps": 1, "image_every": 0}}
-"""A run that leaves its weights as they are."""
+"""A run that does not change its weights."""
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -188,7 +188,7 @@ def test_a_player_has_an_optimizer_schedule_and_clipping_of_its_own(tmp_path):
 
 
 def resumed(folder, caplog, **changes) -> list[float]:
-    """The losses of a run of six steps that was begun with another config."""
+    """The losses of a run of six steps that started with another config."""
     caplog.clear()
     with caplog.at_level("WARNING", logger="vistok"):
         return losses_of(train(tokenizer_config(folder, **changes), resume=True))

@@ -1,4 +1,4 @@
-"""Terms that ask frozen networks, the two stages of TiTok, and the perturbation of latents in a run."""
+"""Losses with frozen networks, the two stages of TiTok, and the perturbation of latents in a run."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_second_stage_starts_from_the_first_and_the_codec_and_trains_the_decoder
             assert torch.equal(value, before[key]), key
     changed = [key for key in before if key in after and not torch.equal(after[key], before[key])]
     assert any(key.startswith("decoder.") for key in changed)
-    # It is near where it started: at the codec, and not at weights of its own.
+    # It stays near its start, the codec's weights; it does not start from random ones.
     torch.testing.assert_close(
         after["renderer.decoder.conv_in.weight"], parts["decoder.conv_in.weight"], atol=0.02, rtol=0
     )

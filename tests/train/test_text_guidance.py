@@ -101,7 +101,7 @@ def test_it_learns_from_the_text(clip, tmp_path):
     before = load_tokenizer(run)
     rows = read_metrics(run / "metrics.jsonl")
     assert len(rows) == 2
-    # The text's layer was trained: it gets a gradient only where texts come in.
+    # The text layer was trained: it gets a gradient only if there are texts.
     without = load_tokenizer(train(config(tmp_path / "without", clip, text=None)))
     assert not torch.equal(before.text.projection.weight, without.text.projection.weight)
 

@@ -1,4 +1,4 @@
-"""Tokenizing a data set: which views, in which order, with what beside them."""
+"""Tokenizing a data set: the views, their order, and what is stored beside them."""
 
 from __future__ import annotations
 
@@ -275,7 +275,7 @@ def test_unreadable_images_count_over_processes(many, tmp_path, monkeypatch):
         try:
             tokenize(tiny_tokenizer(), many, tmp_path / "tokens", processes=Processes(index, 2))
         finally:
-            barrier.abort()  # as a launcher ends all processes when one fails
+            barrier.abort()  # as a launcher does with all processes when one fails
 
     with ThreadPoolExecutor() as pool:
         errors = [future.exception() for future in [pool.submit(run, index) for index in range(2)]]
@@ -295,7 +295,7 @@ def small_shards(monkeypatch):
 
 
 def interrupt_at(patch, count: int) -> None:
-    """Let the encoder die, once it has seen so many batches."""
+    """Let the encoder fail after so many batches."""
     encode, seen = ViTVQGAN.encode, []
 
     def dies(self, pixels, **options):

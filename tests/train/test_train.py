@@ -1,4 +1,4 @@
-"""The training loop: resume, refusals, divergence, what a run leaves behind."""
+"""The training loop: resume, refusals, divergence, the files of a run."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_run_folder(tmp_path):
 def test_resume_continues_the_same_curve(tmp_path, losses):
     whole = train(tokenizer_config(tmp_path / "whole", losses=losses))
     config = tokenizer_config(tmp_path / "part", losses=losses)
-    # Stop after four steps without a checkpoint there, as a killed process would: the newest one is of step 3.
+    # Stop after step 4 without a checkpoint, as a killed process would: the newest one is of step 3.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vistok.train.loop.Trainer.optimise", killed_at(4))
         with pytest.raises(KeyboardInterrupt):
@@ -79,7 +79,7 @@ def test_only_the_first_process_writes_into_the_run_folder(tmp_path, monkeypatch
         return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}
 
     before = files()
-    monkeypatch.setattr("accelerate.Accelerator.is_main_process", False)  # as another one, beside the first
+    monkeypatch.setattr("accelerate.Accelerator.is_main_process", False)  # as another process, beside the first
     train(config, resume=True)
     assert files() == before
 

@@ -1,4 +1,4 @@
-"""Held-out samples: measured at every checkpoint, with the weights that are saved, the same way each time."""
+"""Held-out samples: measured at every checkpoint, with the saved weights, in the same way each time."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_generator_is_measured_on_the_first_view_of_other_tokens(tmp_path, tok
 
 
 def test_held_out_batches_of_a_generator_share_no_draws(tmp_path, tokens, held_out_tokens, monkeypatch):
-    """MAR draws one share of masked tokens per batch: one for all would measure a single task."""
+    """MAR draws one masked share per batch: with one share for all batches, only one task would be measured."""
     from vistok.generators.llama import Llama
 
     draw, drawn = Llama.training_draws, []
@@ -154,7 +154,7 @@ def test_a_checkpoint_from_before_validation_is_not_exported_as_the_best(tmp_pat
 
 def test_best_is_a_run_of_a_tokenizer(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    train(tokenizer_config("best"))  # a run that is called so is another thing
+    train(tokenizer_config("best"))  # a run may also be called "best"
     assert data_of_run("best", [], input_shape=(3, 8, 8)).source == "digits"
     train(tokenizer_config("run", validation=HELD_OUT))
     for command in (

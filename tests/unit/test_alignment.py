@@ -68,7 +68,7 @@ def efficientnet_weights(tmp_path_factory) -> str:
     """Random weights under the package's names."""
     torch.manual_seed(0)
     state = timm.create_model("tf_efficientnet_lite0").state_dict()
-    # timm's tensors lie in the package's order.
+    # timm's tensors are in the package's order.
     path = tmp_path_factory.mktemp("efficientnet") / "weights.pth"
     torch.save(dict(zip(package_names(), state.values(), strict=True)), path)
     return str(path)

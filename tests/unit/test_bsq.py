@@ -1,4 +1,4 @@
-"""Bits of growing grids, and what learns from them."""
+"""Bits on grids of growing size, and training on them."""
 
 from __future__ import annotations
 

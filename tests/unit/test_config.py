@@ -64,7 +64,7 @@ def test_check_converts_what_yaml_cannot_write():
         "folder": "a/b",
         "weights": {"l2": 1},
         "size": [1, 2],
-        "precision": False,  # what YAML makes of a bare no
+        "precision": False,  # YAML reads a bare no as False
     }
     checked = check(Model, values, "model")
     assert checked["jitter"] == Jitter(degrees=3.0)

@@ -1,4 +1,4 @@
-"""Damaged files: whatever is wrong with one, an error of vistok names it; nothing else gets out."""
+"""Damaged files: for every damage, a vistok error names the file; no other error is raised."""
 
 from __future__ import annotations
 

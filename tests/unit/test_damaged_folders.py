@@ -1,4 +1,4 @@
-"""Damaged pipelines, runs, token caches and references: whatever is wrong, an error of vistok names the file."""
+"""Damaged pipelines, runs, token caches and references: for every damage, a vistok error names the file."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_pipelines(saved: Path, tmp_path_factory: pytest.TempPathFactory, name: 
     shutil.copytree(saved, folder)
     path = folder / name
     path.write_bytes(damage(path.read_bytes()))
-    # What does not go together is no fault of one file: a ValueError tells the parts.
+    # If parts do not fit each other, no single file is wrong: a ValueError names the parts.
     outcome(lambda: pipeline(folder), (CheckpointError, ValueError), "")
 
 

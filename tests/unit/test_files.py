@@ -1,4 +1,4 @@
-"""Folders and files that are replaced whole, whenever a process is killed; and one writer for a folder."""
+"""Folders and files are replaced whole, even if a process is killed; a folder has one writer."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_a_living_owner_is_named(tmp_path: Path):
 
 @pytest.mark.parametrize("how", [(), ("fork",)])
 def test_a_dead_owner_holds_nothing(tmp_path: Path, how: tuple[str, ...]):
-    """Even if a process that it has started, such as one that reads data, lives on with its files."""
+    """Even if a child process, such as a data worker, lives on with its open files."""
     process = holder(tmp_path / "run", *how)
     process.kill()
     process.wait(timeout=SECONDS)
@@ -184,7 +184,7 @@ def test_of_another_host_nothing_is_assumed(tmp_path: Path):
 
 def test_a_killed_owner_that_nobody_has_waited_for_is_dead(tmp_path: Path):
     process = holder(tmp_path / "run", "fork")
-    process.kill()  # and not waited for: it stays in the system's table
+    process.kill()  # and not waited for: it stays a zombie
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     with locked(tmp_path / "run"):
         pass
@@ -223,7 +223,7 @@ def test_a_pid_that_is_somebody_else_s_by_now_holds_nothing(tmp_path: Path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the beginning of a process is told by the clock")
 def test_setting_the_clock_kills_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """psutil tells when a process began as the clock says now that the machine did."""
+    """psutil derives the start time of a process from the boot time by the present clock."""
     create_time = psutil.Process.create_time
     with held(tmp_path / "run"):
         monkeypatch.setattr(psutil.Process, "create_time", lambda self: create_time(self) + 3600)

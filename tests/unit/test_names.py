@@ -1,4 +1,4 @@
-"""Folders and files whose names are no UTF-8, as Linux allows: they work, or one message names the way out."""
+"""Folders and files whose names are not UTF-8, as Linux allows: they work, or one message names the remedy."""
 
 from __future__ import annotations
 

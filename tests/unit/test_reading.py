@@ -1,4 +1,4 @@
-"""The reading stack: training and evaluation see the same images, and they are what the files show."""
+"""The image reader: training and evaluation read the same images, and they match the files."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def archived(folder: Path, target: Path) -> Path:
 
 
 def sharded(folder: Path, target: Path) -> Path:
-    """Webdataset would take files of one name but for the extension as one sample."""
+    """Webdataset would group files that differ only in their extension into one sample."""
     with tarfile.open(target, "w") as archive:
         for file in sorted(folder.iterdir(), reverse=True):
             archive.add(file, f"{file.stem}-{file.suffix[1:]}{file.suffix}")
@@ -89,7 +89,7 @@ def training_images(root: Path, source: str = "folder", **changes) -> dict[str, 
 
 
 def squares(root: Path, source: str) -> torch.Tensor:
-    """What training sees of all images, in the order of evaluation."""
+    """All images as training reads them, in the order of evaluation."""
     config = DataConfig(8, source=source, root=str(root), batch_size=1)
     opened = open_source(config)
     order = sorted(range(len(opened)), key=opened.files.path)
@@ -564,7 +564,7 @@ def test_links_in_shards_are_what_they_lead_to_and_all_else_is_named(tmp_path: P
 
 
 def test_hidden_files_of_shards_are_no_images(tmp_path: Path, caplog):
-    """As macOS puts them beside files."""
+    """As macOS writes them beside files."""
     members = {"./._a.png": b"x", "./a.png": png(0), "__MACOSX/a.png": b"x", ".cache/b.png": png(1), "../c.png": png(2)}
     path = write_tar(tmp_path / "0.tar", members)
     with caplog.at_level(logging.WARNING):
@@ -702,7 +702,7 @@ def test_a_png_with_a_long_text(tmp_path: Path):
     [
         [(b"tEXt", b"C\0" + b"x" * (1 << 19))] * 130,  # more than 64 MiB together
         [(b"iTXt", b"C\0\1\0\0\0" + zlib.compress(b"x" * (1 << 20)))] * 70,
-        [(b"zTXt", b"C\0\7x")],  # packed in a way that is not known
+        [(b"zTXt", b"C\0\7x")],  # with an unknown compression
         [(b"iCCP", b"no name")],
     ],
 )
@@ -719,7 +719,7 @@ def test_texts_that_pillow_refuses_do_not_hide_a_png(tmp_path: Path, chunks: lis
 
 def test_a_damaged_text_does_not_hide_a_png_and_other_damage_is_named(tmp_path: Path):
     data = bytearray(png_with_chunk(b"tEXt", b"a\0b"))
-    data[33 + 8 + 1] ^= 1  # its checksum does not fit
+    data[33 + 8 + 1] ^= 1  # with a wrong checksum
     (tmp_path / "a.png").write_bytes(data)
     [seen] = training_images(tmp_path).values()
     assert np.array_equal(seen, levels(3))

@@ -1,4 +1,4 @@
-"""Remote shards: addresses and commands, fetched once, whole or not at all."""
+"""Remote shards: addresses and commands, downloaded once, whole or not at all."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_a_store_whose_reader_is_not_installed(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_store(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Of fsspec's stores the one that is in memory stands for all: a path, no chain, goes to it."""
+    """fsspec's memory store stands for all stores: it gets a path, not a chain."""
     import fsspec
 
     memory = fsspec.filesystem("memory")

@@ -34,7 +34,7 @@ def maps(seed: int = 0, dim: int = 5) -> Tensor:
 
 
 def scales_of(name: str) -> tuple[tuple[int, int], ...]:
-    """Of the tiny tokenizer: its raster, or a row."""
+    """Three grids for a tiny tokenizer; the last one is its raster, or a row."""
     spec = tiny(name).spec
     last = spec.grid or (1, spec.length)
     return ((1, 1), (min(2, last[0]), 2), last)

@@ -1,4 +1,4 @@
-"""What the contract of tokenizers offers beyond images: clips, several reconstructions, conditions, no pixels."""
+"""The tokenizer contract beyond images: clips, several reconstructions, conditions, no pixels."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Sums(Expander):
 
 
 class Silent(Cells):
-    """A throw-away tokenizer that renders nothing."""
+    """A throw-away tokenizer that does not decode to pixels."""
 
     registry_name = "silent"
     renders = reconstructs = False
@@ -179,7 +179,7 @@ def test_tokens_that_are_no_tensor_are_told(name):
 @torch.no_grad()
 @pytest.mark.parametrize("name", names("tokenizer"))
 def test_latents_that_are_not_finite_have_no_ids(name):
-    """Of NaN a comparison with codes would give the id 0 without a word."""
+    """With NaN latents, a comparison with codes would silently give the id 0."""
     model = tiny(name)
     for parameter in model.parameters():
         parameter.fill_(torch.nan)
@@ -231,7 +231,7 @@ def test_an_expander_gives_in_steps_what_it_gives_at_once():
 
 
 class Continuing(Generator):
-    """A throw-away generator: the next token is the parity of what the tokenizer makes of those so far."""
+    """A throw-away generator: the next token is the parity of the tokenizer's expansion of the earlier ones."""
 
     registry_name = "continuing"
     options_type = DecodingOptions
@@ -284,7 +284,7 @@ def test_a_generator_with_the_tokenizer_in_its_loop_samples_in_a_pipeline_what_i
 
 
 EXPANDING = ["mingtok", "var_vq"]
-"""Tokenizers whose tokens generators do not read as they are."""
+"""Tokenizers that expand their tokens for generators."""
 
 
 @pytest.mark.parametrize("name", [name for name in names("tokenizer") if name not in EXPANDING])

@@ -1,8 +1,9 @@
 """Texts that describe images: where each source keeps them, and how they are read.
 
-A folder or .zip has ``captions.jsonl``, of the whole or of a split, with an object a line: ``file_name`` (relative to
-the file's own folder) and ``text`` (one text, or a list of several). Shards have a ``.txt`` file per sample, or
-"caption" or "text" in its ``.json``. Data sets of the hub have a column of texts. Digits are spelled out.
+A folder or .zip has a ``captions.jsonl`` at its top or in a split. Each line is an object with ``file_name`` (relative
+to the folder of ``captions.jsonl``) and ``text`` (one text, or a list of several). Shards have a ``.txt`` file per
+sample, or "caption" or "text" in its ``.json`` file. Data sets of the hub have a column of texts. Digits are spelled
+out.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from vistok.utils.files import is_utf8
 log = logging.getLogger(__name__)
 
 TEXT_KEYS = ("caption", "text")
-"""Where a sample's .json file has its text."""
+"""Keys of a sample's .json file that may hold its text; the first one that is there counts."""
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 Captions = tuple[str, ...]
 
 
 class Captioned(Protocol):
-    """A source of images, as far as their texts go."""
+    """The part of a source of images that captions need."""
 
     @property
     def classes(self) -> Sequence[str]: ...
@@ -41,10 +42,12 @@ class CaptionError(ValueError):
 
 
 def folder_captions(tree: FileTree, prefix: str) -> dict[str, Captions]:
-    """The captions of a folder's images by their paths: of ``captions.jsonl`` in ``prefix`` (a split), or at the top.
+    """The captions of a folder's images, by the path of the image.
+
+    They are read from ``captions.jsonl`` at the top and from the one in ``prefix`` (the folder of a split).
 
     Raises:
-        CaptionError: a line that is no object with ``file_name`` and ``text``, or an archive's entry that is damaged.
+        CaptionError: a line is no object with ``file_name`` and ``text``, or the file is damaged.
     """
     captions: dict[str, Captions] = {}
     for folder in dict.fromkeys(("", prefix)):
@@ -81,11 +84,11 @@ def _read_lines(content: bytes, where: str, folder: str) -> dict[str, Captions]:
 
 
 def texts_of(value: Any) -> Captions:
-    """One text or several as a tuple, without empty ones; None is none.
+    """One text, several texts or None as a tuple without empty texts.
 
     Raises:
-        TypeError: something else.
-        ValueError: a text that is no Unicode.
+        TypeError: ``value`` is something else.
+        ValueError: a text is not valid Unicode.
     """
     if value is None:
         return ()
@@ -99,17 +102,17 @@ def texts_of(value: Any) -> Captions:
 
 
 class ShardCaptions:
-    """The captions in tar shards, which are walked through when a shard's first caption is asked for."""
+    """The captions in tar shards. A shard is indexed when its first caption is read."""
 
     def __init__(self, shards: Sequence[Path]) -> None:
         self._shards = shards
         self._places: dict[int, dict[str, tuple[int, int]]] = {}
 
     def of(self, shard: int, image: str) -> Captions:
-        """The captions of the image of this name in a shard: its .txt file, else what its .json file says.
+        """The captions of the image with this name in a shard: from its .txt file, else from its .json file.
 
         Raises:
-            CaptionError: a damaged .json file, or a text that is not UTF-8.
+            CaptionError: the .json file is damaged, or a text is not UTF-8.
         """
         path, key = self._shards[shard], image[: -len(extension(image))]
         for kind in (".txt", ".json"):
@@ -127,7 +130,7 @@ class ShardCaptions:
         return ()
 
     def _index(self, shard: int) -> dict[str, tuple[int, int]]:
-        """Offset and size of the .txt and .json files of a shard, by their names."""
+        """Offset and size of each .txt and .json file of a shard, by name, with the extension in lower case."""
         if shard not in self._places:
             named = contents(self._shards[shard]).files.items()
             self._places[shard] = {
@@ -153,12 +156,12 @@ def spell_digit(digit: int, how: str = "") -> Captions:
 
 
 def class_caption(name: str) -> Captions:
-    """A class's name as a text; of ImageNet's synonyms ("tench, Tinca tinca") each is one."""
+    """The name of a class as texts: each of ImageNet's synonyms ("tench, Tinca tinca") is a text of its own."""
     return tuple(dict.fromkeys(part.strip().replace("_", " ") for part in name.split(",") if part.strip()))
 
 
 def captions_of(source: Captioned, kind: Literal["own", "class_names"], index: int, label: int) -> Captions:
-    """The texts of an image with a label: its ``own`` captions, or its class's name."""
+    """The texts of an image: its ``own`` captions, or the name of its class (none if ``label`` is -1)."""
     if kind == "own":
         return source.captions(index)
     return class_caption(source.classes[label]) if label >= 0 else ()

@@ -23,13 +23,9 @@ VIDEOS = Kind("video", lambda: VIDEO_EXTENSIONS)
 
 
 class ClipShardSource(ClipSource):
-    """Videos of webdataset shards, which are indexed once and then read at random; labels as in ``ShardSource``.
+    """Videos in webdataset shards, which are indexed once and then read at random.
 
-    Args:
-        pattern, split, cache: as in ``ShardSource``.
-
-    Raises:
-        FileNotFoundError, ValueError, ConfigError: as ``ShardSource`` does.
+    The arguments, the labels and the errors are those of ``ShardSource``.
     """
 
     def __init__(self, pattern: Shard, *, split: str | None = "train", cache: Path | None = None) -> None:
@@ -47,7 +43,7 @@ class ClipShardSource(ClipSource):
         return len(self._samples)
 
     def video(self, index: int) -> VideoFile:
-        """The video, opened; the last one is kept."""
+        """Open a video; the last one stays open, because its length and its frames are read one after the other."""
         if self._last is None or self._last[0] != index:
             sample = self._samples[index]
             opens = partial(open_member, self._paths[sample.shard], sample.offset, sample.size)

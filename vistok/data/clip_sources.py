@@ -28,15 +28,15 @@ class ClipSource(ABC):
 
     @abstractmethod
     def length(self, index: int) -> int:
-        """Frames of a video. Raises UnreadableClipError for a damaged one."""
+        """Number of frames of a video. Raises UnreadableClipError if it is damaged."""
 
     @abstractmethod
     def read(self, index: int, frames: Sequence[int]) -> np.ndarray:
-        """Frames (n, H, W, 1 or 3) uint8 of a video. Raises UnreadableClipError for a damaged one."""
+        """Frames (n, H, W, 1 or 3) uint8 of a video. Raises UnreadableClipError if it is damaged."""
 
     @abstractmethod
     def label(self, index: int) -> int:
-        """The class of a video; -1 without classes."""
+        """The class of a video; -1 if the source has no classes."""
 
     def captions(self, index: int) -> tuple[str, ...]:
         """The texts that describe a video; most sources have none."""
@@ -52,7 +52,7 @@ class ClipSource(ABC):
 
 
 class SelectedClips(ClipSource):
-    """Some of a source's videos, by their indices there."""
+    """The videos of a source at ``indices``."""
 
     def __init__(self, source: ClipSource, indices: Sequence[int]) -> None:
         self.source, self.indices = source, indices
@@ -78,7 +78,7 @@ class SelectedClips(ClipSource):
 
 
 class InMemoryClips(ClipSource):
-    """A source whose videos are decoded once and kept whole: for small frames."""
+    """A source whose videos are decoded once and kept in memory at full size; meant for small frames."""
 
     def __init__(self, source: ClipSource) -> None:
         self._source, self.classes = source, source.classes

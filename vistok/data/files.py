@@ -17,16 +17,16 @@ from vistok.data.formats import is_image
 
 try:
     from lzma import LZMAError
-except ImportError:  # a Python that was built without it, which reads no such entries
+except ImportError:  # Python was built without lzma; zipfile then cannot read such entries
     LZMAError = EOFError  # type: ignore[misc, assignment]
 
 CAPTIONS = "captions.jsonl"
-"""What lies beside images and describes them; see :mod:`vistok.data.captions`."""
+"""The file of captions beside images; see :mod:`vistok.data.captions`."""
 SPLITS = ("train", "val", "validation", "test")
 SAMPLES = ("samples.json", "grid.png", "samples.npz", "unfinished.json")
-"""What `vistok sample` puts beside samples: the first says that the others are there, and are not samples."""
+"""Files that `vistok sample` writes beside samples. In a folder with the first one, all of them are left out."""
 UNPACKING_ERRORS = (zipfile.BadZipFile, zlib.error, LZMAError, EOFError)
-"""What reading a damaged entry of an archive raises, besides OSError."""
+"""The errors, besides OSError, of reading a damaged entry of an archive."""
 NPY_ERRORS = (
     OSError,
     ValueError,
@@ -37,19 +37,20 @@ NPY_ERRORS = (
     tokenize.TokenError,
     *UNPACKING_ERRORS,
 )
-"""What NumPy raises of a damaged .npy or .npz file, whose headers it parses like Python."""
+"""The errors of reading a damaged .npy or .npz file, whose headers NumPy parses as Python code."""
 UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
-"""Unicode's categories of control signs, surrogates and ends of lines."""
+"""Unicode's categories of control characters, surrogates and line ends."""
 HELD_IN_MEMORY = 64 << 20
-"""Bytes of an archive's member that are unpacked at once; a larger one is unpacked while it is read."""
+"""Members of an archive of at most this many bytes are unpacked at once; larger ones are unpacked while they are
+read."""
 
 
 class FileTree(ABC):
-    """The files below ``root``, hidden ones and those that `vistok sample` adds to samples excepted.
+    """The files below ``root``, without hidden files and those that `vistok sample` adds to samples.
 
     Attributes:
-        skipped: what was not looked into, with the reason: links that lead back or nowhere, files that are no data
-            (a pipe would wait for a writer), entries of an archive with the name of another one.
+        skipped: paths that are not read, with the reason: links that lead back or nowhere, special files (reading a
+            pipe would wait for a writer), and entries of an archive that a later entry of the same name replaces.
     """
 
     def __init__(self, root: Path) -> None:
@@ -73,15 +74,15 @@ class FileTree(ABC):
 
     @abstractmethod
     def open(self, path: str) -> IO[bytes]:
-        """Open a file, for seeking and reading. Raises OSError, of an archive's member for any damage."""
+        """Open a file for reading; it can seek. Raises OSError, also if a member of an archive is damaged."""
 
     @abstractmethod
     def size(self, path: str) -> int:
-        """Bytes of the file, as stored uncompressed."""
+        """Size of the file in bytes, uncompressed."""
 
 
 class Folder(FileTree):
-    """A folder on disk. Links to folders are followed, unless they lead back to a folder that they lie in."""
+    """A folder on disk. Links to folders are followed, unless they lead to a folder above the link."""
 
     def _list(self) -> Sequence[str]:
         return list(self._walk("", ()))
@@ -110,10 +111,10 @@ class Folder(FileTree):
 
 
 class Archive(FileTree):
-    """A zip file; a single folder around all images is left out of the paths.
+    """A zip file. If a single folder holds all images, the paths begin below it.
 
     Raises:
-        ValueError: its table of contents is damaged.
+        ValueError: the table of contents is damaged.
     """
 
     def __init__(self, root: Path) -> None:
@@ -124,7 +125,7 @@ class Archive(FileTree):
         self._members: dict[str, zipfile.ZipInfo] = {}
         twice = []
         for info in self._zip.infolist():
-            name = info.filename.replace("\\", "/")  # which it may have between folders if it was made on Windows
+            name = info.filename.replace("\\", "/")  # archives that were made on Windows may have backslashes
             if name in self._members and not name.endswith("/"):
                 twice.append(f"{name} (an earlier entry of that name)")
             self._members[name] = info
@@ -150,7 +151,7 @@ class Archive(FileTree):
             raise OSError(f"the archive's entry is damaged: {error}") from error
         except NotImplementedError as error:
             raise OSError(f"it is packed by method {info.compress_type}, which cannot be unpacked here") from error
-        except RuntimeError as error:  # zipfile's word for a password that is missing
+        except RuntimeError as error:  # zipfile raises it if a password is missing
             raise OSError(f"the archive's entry is encrypted: {error}") from error
 
     def size(self, path: str) -> int:
@@ -168,7 +169,7 @@ def open_tree(root: str | Path) -> FileTree:
 
     Raises:
         FileNotFoundError: there is nothing at ``root``.
-        ValueError: ``root`` is a file, but no zip, or a damaged one.
+        ValueError: ``root`` is a file, but not a zip file, or a damaged one.
     """
     root = Path(root).expanduser()
     if root.is_dir():
@@ -182,14 +183,16 @@ def open_tree(root: str | Path) -> FileTree:
 
 
 def printable(text: str) -> str:
-    """A file's name as it can be printed and saved: bytes that are no UTF-8 become ``\\xff``, and so do signs that a
-    terminal would obey."""
+    """The name of a file in a form that can be printed and saved.
+
+    Bytes that are not UTF-8, and control characters that a terminal would act on, become escapes such as ``\\xff``.
+    """
     text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") if _escapes(text) else text
     return "".join(sign if unicodedata.category(sign) not in UNPRINTABLE else _escaped(sign) for sign in text)
 
 
 def _escapes(text: str) -> bool:
-    """Whether it can be written as UTF-8 but for bytes of other encodings."""
+    """Whether all surrogates of the text stand for single bytes of another encoding (as in ``surrogateescape``)."""
     return all(not "\ud800" <= sign <= "\udfff" or "\udc80" <= sign <= "\udcff" for sign in text)
 
 
@@ -198,12 +201,12 @@ def _escaped(sign: str) -> str:
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a file, or a folder above it, is one of those that systems keep for themselves."""
+    """Whether a file, or a folder above it, has a hidden name (``.x``) or is macOS's ``__MACOSX``."""
     return any(part.startswith((".", "__MACOSX")) and part not in (".", "..") for part in path.split("/"))
 
 
 def _wrapper(paths: Sequence[str]) -> str:
-    """The one folder around all images, unless it is a split."""
+    """The single top folder of all images, with its slash; "" if there are several, or if it is a split."""
     tops = {path.partition("/")[0] for path in paths if is_image(path)}
     top = tops.pop() if len(tops) == 1 else ""
     return f"{top}/" if top and top not in SPLITS and not is_image(top) else ""

@@ -1,4 +1,4 @@
-"""The one table of image files: what training, evaluation and pipelines read."""
+"""The image formats that training, evaluation and pipelines read."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ LOSSY = {
     ".tif": False,
     ".tiff": False,
 }
-"""Extensions, and whether their compression usually loses something. Of several frames the first one is read."""
+"""Extensions, and whether their compression is usually lossy. Of several frames only the first one is read."""
 DECODERS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF")
-"""Pillow's names of the formats, whatever the files are called. It knows others that must not be tried: what begins as
-PostScript it hands to a program."""
+"""Pillow's names of the formats that are tried, whatever the extension. Pillow must not try all that it knows: it hands
+PostScript to an external program."""
 LOSSY_IF_READABLE = {".avif": True, ".heic": True, ".heif": True}
 """Formats that only some builds of Pillow, or plug-ins that register themselves, can decode."""
 

@@ -1,4 +1,4 @@
-"""Image files of a folder, an archive or shards: the stack on which training and evaluation both stand."""
+"""Image files of a folder, an archive or shards, for training and evaluation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import IO, NamedTuple
 from vistok.data.files import CAPTIONS, FileTree, printable
 
 SHOWN = 5
-"""Names that a message about several files gives."""
+"""How many names a message about several files gives."""
 
 
 class LeftOut(NamedTuple):
@@ -20,7 +20,7 @@ class LeftOut(NamedTuple):
         names: the first few.
     """
 
-    count: int = 0  # type: ignore[assignment]  # hides tuple.count, which nobody needs here
+    count: int = 0  # type: ignore[assignment]  # hides tuple.count, which is not used here
     names: tuple[str, ...] = ()
 
     @classmethod
@@ -41,8 +41,8 @@ class ImageFiles(ABC):
     """Files that are read as images, by index.
 
     Attributes:
-        source: where they lie, for messages and reports.
-        left_out: what lies beside them and is not read.
+        source: where the files lie, for messages and reports.
+        left_out: files beside them that are not read.
     """
 
     source: str
@@ -53,11 +53,11 @@ class ImageFiles(ABC):
 
     @abstractmethod
     def path(self, index: int) -> str:
-        """Its place below the source, with its extension."""
+        """The path of a file below the source, with its extension."""
 
     @abstractmethod
     def open(self, index: int) -> IO[bytes]:
-        """Open it, for seeking and reading. Raises OSError if it cannot be had."""
+        """Open a file for reading; it can seek. Raises OSError if it cannot be read."""
 
     @abstractmethod
     def size(self, index: int) -> int:
@@ -65,7 +65,7 @@ class ImageFiles(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What to call it in a message."""
+        """The name of a file in messages."""
 
 
 class TreeFiles(ImageFiles):
@@ -73,7 +73,7 @@ class TreeFiles(ImageFiles):
 
     Args:
         tree: the folder or archive.
-        prefix: only what lies below this folder (with its slash).
+        prefix: a folder with its slash; only the images below it are read.
     """
 
     def __init__(self, tree: FileTree, prefix: str = "") -> None:

@@ -1,4 +1,4 @@
-"""From a config to the source that it describes."""
+"""Opens the source that a config describes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vistok.data.sources import DigitsSource, ImageSource, Selection, Torchvisio
 from vistok.data.video_files import folder_videos, listed_videos
 
 MOVING_SPANS = 4
-"""Moving digits are videos of this many clips, so that a random clip shows other places of the same path."""
+"""A video of moving digits is as long as this many clips, so that random clips show different parts of its path."""
 _ROOTS = {
     "folder": "a folder or .zip file of images",
     "torchvision": "torchvision's data folder",
@@ -30,8 +30,8 @@ def open_source(config: DataConfig) -> ImageSource | ClipSource:
     """Open the source that a config describes, cut down to ``limit`` images or videos.
 
     Raises:
-        ValueError, FileNotFoundError: as the sources do; also for a key that the source needs and the config lacks, and
-            for a batch that is larger than the machine's memory.
+        ValueError, FileNotFoundError: see the sources. ValueError also if the config lacks a key that the source needs,
+            or if a batch is larger than the machine's memory.
     """
     source = _open(config)
     samples, pixels = min(config.batch_size, len(source)), math.prod(config.input_shape)

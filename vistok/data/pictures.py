@@ -1,4 +1,4 @@
-"""From pixels to pictures: 8-bit values, PIL images, grids, PNG and ADM-style .npz files; and from photos to pixels.
+"""From pixels to pictures (8-bit values, PIL images, grids, PNG and ADM-style .npz files), and from photos to pixels.
 
 Pixels are float (B, C, H, W) in [-1, 1], C = 1 (grey) or 3 (RGB).
 """
@@ -27,14 +27,14 @@ GAP = 2  # white pixels between the images of a grid
 def to_uint8(
     pixels: Tensor, *, gain: float = 127.5, offset: float = 128.0, rounding: Literal["truncate", "nearest"] = "truncate"
 ) -> Tensor:
-    """Float pixels to 8 bit: ``gain * x + offset``, clamped to 0..255, then rounded; the shape stays.
+    """Float pixels to uint8 of the same shape: ``gain * x + offset``, clamped to 0..255, then rounded.
 
-    The defaults are the rule of ADM, LlamaGen and GigaTok for pixels in [-1, 1]: 127.5 x + 128, truncated, which rounds
-    (x + 1) / 2 * 255 half up, so that an 8-bit image survives the round trip. Truncating (x + 1) / 2 * 255 itself,
+    The defaults are the rule of ADM, LlamaGen and GigaTok for pixels in [-1, 1]: 127.5 x + 128, truncated. This rounds
+    (x + 1) / 2 * 255 half up, so that an 8-bit image survives the round trip. To truncate (x + 1) / 2 * 255 itself,
     a common mistake, leaves about half of all pixels one level too dark.
 
     Raises:
-        ValueError: integer pixels, or a value that is not finite.
+        ValueError: integer pixels, a value that is not finite, or an unknown ``rounding``.
     """
     if not pixels.is_floating_point():
         raise ValueError(f"expected float pixels, got {pixels.dtype}")
@@ -64,15 +64,15 @@ def to_pil(pixels: Tensor) -> list[Image.Image]:
 
 
 def from_pil(images: Sequence[Image.Image], size: tuple[int, int], channels: int, *, background: int = 255) -> Tensor:
-    """Images of any size to pixels (B, channels, H, W): upright, ADM's centre crop, grey or RGB.
+    """Images of any size to pixels (B, channels, H, W): turned upright, with ADM's centre crop, grey or RGB.
 
     Args:
         size: (height, width), which must be equal.
         background: grey level that shows through transparent parts.
 
     Raises:
-        ValueError: no images, something else among them, a size that is not square, or pixels that do not say which
-            value is white.
+        ValueError: no images, an item that is not a PIL image, a size that is not square, or pixels of which it is
+            unknown which value is white (see ``Decoder.convert``).
     """
     height, width = size
     if height != width:
@@ -90,11 +90,11 @@ def from_pil(images: Sequence[Image.Image], size: tuple[int, int], channels: int
 
 
 def open_picture(path: str | Path, decoder: Decoder | None = None) -> Image.Image:
-    """Read an image file whole: as ``decoder`` converts it, or as it is.
+    """Decode an image file, and convert it with ``decoder`` if there is one.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: it is no image, or a damaged one.
+        ValueError: the file is not an image, or is damaged.
     """
     path = Path(path)
     if not path.is_file():
@@ -113,7 +113,7 @@ def open_picture(path: str | Path, decoder: Decoder | None = None) -> Image.Imag
 
 
 def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """Equally large images side by side, row by row, with thin white lines between them.
+    """Images of one size in a grid, row by row, with thin white lines between them.
 
     Args:
         columns: images per row; None makes the grid about square.
@@ -137,7 +137,7 @@ def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Ima
 
 
 def comparison(originals: Tensor, reconstructions: Tensor, columns: int = 8) -> Image.Image:
-    """A grid of originals over their reconstructions: rows of pixels (B, C, H, W) alternate."""
+    """A grid of images (B, C, H, W): each row of originals lies above the row of its reconstructions."""
     above, below = to_pil(originals), to_pil(reconstructions)
     if len(above) != len(below) or not above:
         raise ValueError(f"{len(above)} originals do not pair with {len(below)} reconstructions")
@@ -155,7 +155,7 @@ def save_png(image: Image.Image, path: str | Path) -> None:
 
 
 class NpzWriter:
-    """Appends images to the array that :func:`npz_writer` opened."""
+    """Appends images to the array that :func:`npz_writer` opens."""
 
     def __init__(self, member: IO[bytes], count: int) -> None:
         self._member, self._count = member, count
@@ -180,7 +180,7 @@ class NpzWriter:
             self._written += 1
 
     def check_complete(self) -> None:
-        """Raise ValueError unless as many images were written as the header says."""
+        """Raise ValueError unless the number of images is that of the header."""
         if self._written != self._count:
             raise ValueError(f"{self._count} images were announced, {self._written} were written")
 

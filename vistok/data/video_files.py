@@ -1,4 +1,4 @@
-"""Videos in folders and lists of video files, and a look at what is wrong with them."""
+"""Videos in folders and in lists of video files, and a survey of problems with them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class VideoSource(ClipSource):
     Args:
         paths: of the videos.
         labels: one per video.
-        classes: their names; empty for none.
+        classes: names in the order of the labels; empty if there are none.
         decoder: of frames that are image files.
     """
 
@@ -48,7 +48,7 @@ class VideoSource(ClipSource):
         return len(self.paths)
 
     def video(self, index: int) -> Video:
-        """The video, opened; the last one is kept."""
+        """Open a video; the last one stays open, because its length and its frames are read one after the other."""
         if self._last is None or self._last[0] != index:
             self._last = index, open_video(self.paths[index], self._decoder)
         return self._last[1]
@@ -75,13 +75,14 @@ def folder_videos(
     split: str | None = None,
     decoder: Decoder = Decoder(),  # noqa: B008 (immutable)
 ) -> VideoSource:
-    """All videos below a folder. Folders right below it are classes, if videos lie in them.
+    """All videos below a folder. The folders directly below it that contain videos are the classes.
 
-    A GIF beside another video file of its name is a preview of that, as ``vistok sample`` writes them, and no video.
+    A GIF beside another video file of the same name counts as its preview (``vistok sample`` writes such previews), not
+    as a video.
 
     Args:
-        split: the folder of that name, where the root is divided into train/, val/ and so on; an undivided root is all
-            training videos. None takes the root as it is.
+        split: the folder with that name, if the root is divided into train/, val/ and so on; an undivided root holds
+            training videos only. None takes the root as it is.
         decoder: of frames that are image files.
 
     Raises:
@@ -116,7 +117,7 @@ def folder_videos(
 
 
 def videos_below(root: Path) -> list[Path]:
-    """Video files, and folders that hold images and no folders."""
+    """The video files below a folder, and the folders that hold images but no folders."""
     found = []
     names = {path.stem for path in root.iterdir() if path.suffix.lower() in VIDEO_EXTENSIONS and not _is_gif(path)}
     for path in sorted(root.iterdir()):
@@ -145,21 +146,22 @@ def listed_videos(
     *,
     decoder: Decoder = Decoder(),  # noqa: B008 (immutable)
 ) -> VideoSource:
-    """Videos named by list files: several are joined by "+".
+    """The videos in list files, in one of three formats:
 
-    - UCF-101's own: a line ``Action/v_Action_g01_c01.avi [label]``;
-    - LARP's CSV with the columns id, path, action, label;
-    - Kinetics' CSV with the columns label, youtube_id, time_start, time_end: the file
-      ``[label/]<youtube_id>_<start>_<end>.mp4``, starts and ends padded to six digits.
+    - UCF-101's: lines ``Action/v_Action_g01_c01.avi [label]``;
+    - LARP's: CSV with the columns id, path, action, label;
+    - Kinetics': CSV with the columns label, youtube_id, time_start, time_end. The file of a video is
+      ``[label/]<youtube_id>_<start>_<end>.mp4``, with times padded to six digits.
 
-    Classes are the sorted names of the actions; those of UCF-101 come from the names of its files.
+    The classes are the sorted names of the actions; for UCF-101 they come from the names of the files.
 
     Args:
+        lists: the path of a list, or several joined by "+".
         root: folder that paths are relative to; None is the folder of the list.
 
     Raises:
-        FileNotFoundError: no such list, or a video that it names is not there.
-        ValueError: a list of another form or encoding, or one in which some videos have an action and others none.
+        FileNotFoundError: a list, or a video that it names, does not exist.
+        ValueError: a list has another format or encoding, or only some videos have an action.
     """
     rows: list[tuple[Path, str]] = []
     for name in str(lists).split("+"):
@@ -188,7 +190,7 @@ def listed_videos(
 
 
 def _rows(path: Path) -> list[tuple[str, str]]:
-    """(path, action) of each line of a list."""
+    """The (path, action) of each line of a list."""
     lines = [line for line in read_lines(path) if line.strip()]
     if path.suffix.lower() != ".csv":
         return [(line.split()[0], _action_of(line.split()[0])) for line in lines]
@@ -207,7 +209,7 @@ def _rows(path: Path) -> list[tuple[str, str]]:
     for number, row in enumerate(rows, 2):
         try:
             found.append(read(row))
-        except (ValueError, TypeError) as error:  # a cell is missing, or no number
+        except (ValueError, TypeError) as error:  # a cell is missing, or is not a number
             raise ValueError(f"{path}: row {number} names no video: {error}") from error
     return found
 
@@ -230,7 +232,7 @@ def _kinetics_row(row: Mapping[str, str | None]) -> tuple[str, str]:
 
 
 def _locate(path: Path, action: str) -> Path | None:
-    """The video, or the one of its name in the folder of its action."""
+    """The path of a video that exists: ``path`` itself, or its name in the folder of its action; None if neither."""
     return next((each for each in (path, path.parent / action / path.name) if each.exists()), None)
 
 
@@ -245,7 +247,7 @@ def _ucf_action(path: str) -> str | None:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a look at all videos found: their lengths (0 where unreadable), and what is wrong, by name."""
+    """The lengths of all videos (0 if unreadable), and the names of those with a problem."""
 
     lengths: list[int]
     unreadable: dict[str, str]
@@ -253,7 +255,7 @@ class Survey:
     variable_rate: list[str]
 
     def describe(self) -> str:
-        """The counts in one line, and the first names of each kind."""
+        """One line with the counts, and the first names for each problem."""
         counts = f"{len(self.lengths)} videos"
         for what, names in (
             ("cannot be read", self.unreadable),
@@ -267,7 +269,7 @@ class Survey:
 
 
 def survey(source: ClipSource, transform: ClipTransform) -> Survey:
-    """Open every video once, without decoding: count frames, and name what cannot be used."""
+    """Open every video once to count its frames (mostly without decoding), and name those with a problem."""
     lengths, unreadable, too_short, variable = [], {}, {}, []
     for index in range(len(source)):
         name = source.name(index)

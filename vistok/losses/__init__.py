@@ -1,4 +1,4 @@
-"""Losses as reusable modules: pixels, perception, adversaries, code usage. None knows a tokenizer."""
+"""Losses as reusable modules: pixel, perceptual, adversarial and entropy losses. None depends on a tokenizer."""
 
 from vistok.losses.alignment import Alignment, EncoderConfig, FrozenEncoder, alignment_distance
 from vistok.losses.ar_prior import ARPrior

@@ -1,4 +1,4 @@
-"""A patch discriminator with low-pass filters, and logits on a fixed raster (that of TiTok, arXiv 2406.07550)."""
+"""TiTok's patch discriminator (arXiv 2406.07550): low-pass filters, and logits on a fixed raster."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ SLOPE = 0.1
 
 
 class PooledDiscriminator(Discriminator):
-    """A 5x5 convolution; stages that halve the side; the largest features of each cell of a raster; two convolutions.
+    """A 5x5 convolution, stages that halve the side, adaptive max pooling to a raster, and two convolutions.
 
-    A stage is a 3x3 convolution, the filter [1, 3, 3, 1] at every second pixel, group norm and a leaky ReLU.
+    A stage is a 3x3 convolution, the low-pass filter [1, 3, 3, 1] with stride 2, group norm and a leaky ReLU.
 
     Args:
         in_channels: of the images.
         width: channels of the first convolution and of the first stage; doubled per stage, at most 4 times as many.
-        num_stages: stages, each halving the side.
+        num_stages: number of stages, each of which halves the side.
         grid: side of the raster of logits.
         norm_groups: groups of the group norms; must divide the width.
 
@@ -69,7 +69,7 @@ class PooledDiscriminator(Discriminator):
 
 
 class BlurPool(nn.Module):
-    """The low-pass filter [1, 3, 3, 1] in both directions at every second pixel (arXiv 1904.11486)."""
+    """The low-pass filter [1, 3, 3, 1] in both directions, with stride 2 (arXiv 1904.11486)."""
 
     kernel: Tensor
 

@@ -1,7 +1,7 @@
-"""The semantic loss of RobusTok and XQ-GAN: the mean of an image's codes tells which image it is.
+"""The semantic loss of RobusTok (arXiv 2509.12474) and XQ-GAN (arXiv 2503.08354).
 
-Papers: arXiv 2509.12474 and 2503.08354. The partner of the codes is the class feature of a frozen vision transformer;
-matched pairs are told from the other pairs of the batch, as in CLIP (arXiv 2103.00020).
+It contrasts the mean of an image's codes with the class feature of a frozen vision transformer for the same image;
+the other images of the batch are the negatives, as in CLIP (arXiv 2103.00020).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from vistok.utils.processes import group_size
 
 
 class SemanticGuide(nn.Module):
-    """The class feature of a frozen vision transformer of timm, for images of its own size.
+    """The class feature of a frozen vision transformer of timm; images are resized to the transformer's size.
 
     Args:
         encoder: the transformer; it is frozen and stays in evaluation mode.
-        mean, std: of the colours that it was trained on; ImageNet's if None.
+        mean, std: for the normalisation of pixels in [0, 1]; ImageNet's if None.
     """
 
     encoder: Any  # timm's models do not declare their attributes
@@ -37,10 +37,10 @@ class SemanticGuide(nn.Module):
 
     @classmethod
     def from_config(cls, config: EncoderConfig, patch_size: int | None = None) -> Self:
-        """The pretrained transformer of ``config``; raises as ``Alignment`` does.
+        """Build the pretrained transformer of ``config``; raises what ``load_encoder`` raises.
 
         Args:
-            patch_size: side of its patches; None for the model's own. timm resamples its kernel to another one.
+            patch_size: side of its patches; None for the model's own. timm resamples the kernel to another size.
         """
         arguments: dict[str, Any] = {} if patch_size is None else {"patch_size": patch_size}
         encoder: Any = load_encoder(config, "losses.semantic_encoder.weights", **arguments)
@@ -52,7 +52,7 @@ class SemanticGuide(nn.Module):
         return self.encoder.num_features
 
     def train(self, mode: bool = True) -> Self:
-        """Stays in evaluation mode."""
+        """Stay in evaluation mode."""
         return super().train(False)
 
     @torch.no_grad()
@@ -66,15 +66,15 @@ class SemanticGuide(nn.Module):
 
 
 def contrastive_loss(features: Tensor, partners: Tensor, scale: float = 1.0, normalise: bool = False) -> Tensor:
-    """Mean cross entropy of finding each one's partner, and the other way round, in the batch of all processes.
+    """The symmetric contrastive loss (as in CLIP) over the batch of all processes, in nats.
 
     Args:
-        features, partners: (B, D); row i of the one belongs to row i of the other.
+        features, partners: (B, D); row i of one belongs to row i of the other.
         scale: factor of the inner products.
-        normalise: compare l2-normalised vectors.
+        normalise: whether vectors are l2-normalised first.
 
     Raises:
-        ValueError: unlike shapes.
+        ValueError: the shapes differ.
     """
     if features.shape != partners.shape:
         raise ValueError(f"features {tuple(features.shape)} and partners {tuple(partners.shape)} differ in shape")
@@ -87,7 +87,7 @@ def contrastive_loss(features: Tensor, partners: Tensor, scale: float = 1.0, nor
 
 
 def _of_all_processes(values: Tensor) -> Tensor:
-    """(W B, D) of all W processes, with a gradient to each one's own."""
+    """Gather the rows (W B, D) of all W processes, with gradients to the rows of each."""
     if group_size() == 1:
         return values
     import torch.distributed.nn.functional

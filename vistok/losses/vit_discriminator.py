@@ -1,4 +1,4 @@
-"""A vision transformer over the patches of a clip as discriminator: one logit per clip.
+"""A vision transformer over the patches of a clip as a discriminator, with one logit per clip.
 
 LARP (arXiv 2410.21264), github.com/hywang66/LARP (MIT).
 """
@@ -29,7 +29,7 @@ class ViTDiscriminator(Discriminator):
         norm_eps: eps of the blocks' LayerNorms.
 
     Raises:
-        ValueError: sizes that patches do not divide.
+        ValueError: the sizes are not multiples of the patches.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class ViTDiscriminator(Discriminator):
 
 
 def initialise(module: nn.Module) -> None:
-    """Xavier-uniform weights (the patch convolution flattened to two dimensions) and no biases, as LARP has them."""
+    """Xavier-uniform weights (with the patch convolution flattened to two dimensions) and zero biases, as in LARP."""
     if isinstance(module, nn.Linear | nn.Conv3d):
         nn.init.xavier_uniform_(module.weight.flatten(1))
         if module.bias is not None:

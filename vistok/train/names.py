@@ -1,4 +1,4 @@
-"""Names of parameters in configs: patterns, as in file names."""
+"""Patterns of parameter names in configs, with the syntax of file name patterns."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from vistok.config import ConfigError
 
 
 def matching(names: Collection[str], patterns: Iterable[str], key: str) -> set[str]:
-    """The names that fit any of the patterns, as file names do: ``*`` is anything.
+    """The names that match any of the patterns, as file names do: ``*`` matches anything.
 
     Args:
         key: of the config, for messages.
 
     Raises:
-        ConfigError: a pattern that none fits.
+        ConfigError: a pattern matches no name.
     """
     found = set()
     for pattern in patterns:

@@ -32,12 +32,12 @@ def tokenize(case: Case, step: Step) -> dict[str, Tensor]:
 
 
 def _rounds(case: Case, step: Step, codes: Tensor) -> list[Round]:
-    """As many rounds as the step tells about, for straight-through codes (B, n, d)."""
+    """As many rounds as the step has answers for, for straight-through codes (B, n, d)."""
     prior, wanted = _prior(case), step.args.get("passes", step.args.get("passes_in_loss"))
     single = step.has("drawn_ids") is False  # then only the first pass is asked for
     if single and wanted != [1]:
         raise GoldenFailure(f"{step.id}: passes {wanted} need drawn ids")
-    # Without the schedule all is replaced from the second pass on.
+    # Without the schedule, all tokens are replaced from the second pass on.
     replaced = torch.full((len(codes), codes.shape[1] - 1), prior.replaced_share(0.0) >= 1)
     if step.has("uniform"):
         progress = int(step.tensor("global_step", 3)) / int(step.tensor("max_steps", 4))

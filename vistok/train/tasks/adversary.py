@@ -1,4 +1,4 @@
-"""The discriminator's side of a tokenizer's training."""
+"""The adversary of a tokenizer: a discriminator with its losses."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ GameName = Literal["vanilla", "non_saturating", "non_saturating_mean", "hinge", 
 
 
 def _discriminator_keys(section: Mapping[str, Any]) -> dict[str, Any]:
-    """The types of the keys of a ``discriminator`` section; an unknown name is reported later."""
+    """The types of the keys in a ``discriminator`` section; an unknown name is reported later."""
     kind = DISCRIMINATORS.get(section.get("name", "patchgan"))
     return {"name": str, **({} if kind is None else annotations_of(kind))}
 
@@ -54,16 +54,17 @@ class GanConfig:
         weight: of the generator's loss, from ``start_step`` on.
         loss: vanilla (binary cross entropy, halved as in VQGAN), non_saturating (not halved, as in StyleGAN2 and LARP),
             non_saturating_mean (of each image's mean logit, as in Open-MAGVIT2), hinge, or least_squares.
-        generator_loss: the generator's side of another game than the discriminator's; None is ``loss``.
+        generator_loss: a different loss for the generator; None is ``loss``.
         discriminator: {name: patchgan | stylegan | dino | vit | pooled | blur, ...arguments of that discriminator}.
         start_step: the first step at which the adversary takes part.
-        every_n_steps: the adversary learns on every n-th step only.
-        order: who moves first.
-        balance: ``fixed`` applies ``weight`` as it is; ``adaptive`` scales it by the ratio of the reconstruction's and
-            the adversary's gradients at the decoder's last layer (VQGAN, arXiv 2012.09841, eq. 7).
-        augment: arguments of ``DiffAugment``, through which the adversary sees all images; null is without.
-        smoothing: soft, random targets of the cross entropies; null are targets of 0 and 1.
-        r1_weight, r1_every: gradient penalty on real images, taken every so many steps and scaled up accordingly.
+        every_n_steps: the discriminator is trained on every n-th step only.
+        order: whether the model or the adversary is updated first in a step.
+        balance: ``fixed`` applies ``weight`` as it is; ``adaptive`` scales it by the ratio of the norms of the
+            reconstruction's and the adversary's gradients at the decoder's last layer (VQGAN, arXiv 2012.09841, eq. 7).
+        augment: arguments of ``DiffAugment``, which is applied to all images that the discriminator gets; null is off.
+        smoothing: soft, random targets of the cross entropies; null uses the targets 0 and 1.
+        r1_weight, r1_every: weight of the gradient penalty on real images, which is computed every ``r1_every`` steps
+            and multiplied by that number.
         lecam_weight: weight of the LeCam regulariser (arXiv 2104.03310).
         lecam_decay, lecam_update, lecam_compare: see ``LeCam``.
         lr: the discriminator's learning rate; None takes the optimizer's. More in ``players.adversary``.
@@ -96,7 +97,7 @@ class GanConfig:
 
 
 class Adversary(nn.Module):
-    """A discriminator with its losses. Images are in the tokenizer's native range.
+    """A discriminator with its losses, for images in the tokenizer's native range.
 
     Args:
         config: the ``losses.gan`` section.
@@ -119,7 +120,7 @@ class Adversary(nn.Module):
         return self.discriminator.frozen()
 
     def fool(self, fake: Tensor, keys: Keys) -> Tensor:
-        """The generator's loss for reconstructions (B, C, H, W); the discriminator gets no gradient.
+        """The generator's loss for reconstructions (B, C, H, W), without gradients for the discriminator.
 
         Args:
             keys: of the images in this step.
@@ -130,7 +131,7 @@ class Adversary(nn.Module):
         return loss
 
     def _judge(self, images: Tensor, keys: Keys, use: str) -> Tensor:
-        """Logits of images as the discriminator gets to see them; ``use`` tells several views of one step apart."""
+        """The logits of augmented images; ``use`` keys the random numbers, so that they differ within a step."""
         if self.augment is not None:
             uniforms = keys.uniform(f"augment {use}", NUM_UNIFORMS).to(images.device)
             images = self.augment(images, uniforms.T)
@@ -141,7 +142,7 @@ class Adversary(nn.Module):
         return self.discriminator(images, uniforms)
 
     def forward(self, real: Tensor, fake: Tensor, keys: Keys) -> dict[str, Tensor]:
-        """The discriminator's terms for real images and detached reconstructions: "d_loss" is their sum.
+        """The discriminator's terms for real images and detached reconstructions; "d_loss" is the loss to minimise.
 
         Args:
             keys: of the images in this step.
@@ -153,7 +154,7 @@ class Adversary(nn.Module):
             terms["d_lecam"] = self.lecam(logits_real, logits_fake)
             terms["d_loss"] = terms["d_loss"] + self.config.lecam_weight * terms["d_lecam"]
         if self.config.r1_weight and keys.step % self.config.r1_every == 0:
-            # Taken rarely and scaled up: "lazy regularisation" of StyleGAN2 (arXiv 1912.04958, appendix B).
+            # Computed rarely and scaled up: the "lazy regularisation" of StyleGAN2 (arXiv 1912.04958, appendix B).
             terms["d_r1"] = r1_penalty(self.discriminator, real)
             scale = self.config.r1_weight * self.config.r1_every / 2
             terms["d_loss"] = terms["d_loss"] + scale * terms["d_r1"]

@@ -1,4 +1,4 @@
-"""Terms of a tokenizer's objective with a frozen network: a classifier, another tokenizer, a vision transformer."""
+"""Terms of a tokenizer's objective that use a frozen network: a classifier, another tokenizer, or an image encoder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CONTRAST_ENCODER = EncoderConfig(image_size=256)
 
 @dataclass(frozen=True)
 class ClassifierConfig(TermConfig):
-    """The distance of a classifier's logits.
+    """The distance between a classifier's logits.
 
     Attributes:
         weights: ConvNeXt-S's weights file; None downloads torchvision's.
@@ -40,7 +40,7 @@ class ClassifierConfig(TermConfig):
 
 
 class ClassifierTerm(PixelTerm):
-    """Mean squared difference of ConvNeXt-S's logits, of pixels in [-1, 1]. Weight maps do not apply to it."""
+    """Mean squared difference of ConvNeXt-S's logits for pixels in [-1, 1]. Weight maps have no effect on it."""
 
     config_type = ClassifierConfig
     config: ClassifierConfig
@@ -109,10 +109,10 @@ class SemanticContrastConfig(TermConfig):
     """The semantic loss of RobusTok (arXiv 2509.12474).
 
     Attributes:
-        encoder: the frozen vision transformer whose class feature is the partner of the latents.
-        patch_size: side of its patches; None for its own.
+        encoder: the frozen vision transformer; its class feature is the partner of the latents.
+        patch_size: side of its patches; None keeps the model's own.
         scale: factor of the inner products.
-        normalise: compare l2-normalised vectors.
+        normalise: whether vectors are l2-normalised first.
     """
 
     encoder: EncoderConfig = CONTRAST_ENCODER
@@ -122,10 +122,10 @@ class SemanticContrastConfig(TermConfig):
 
 
 class SemanticContrastTerm(Term):
-    """Tell the mean of an image's quantized latents from those of the others, by the class feature of the image.
+    """Contrastive loss between the mean of an image's quantized latents and the class feature of the image.
 
-    The class feature is projected as the tokenizer projects features of that width, if it does; else by a linear layer
-    of the term's own.
+    The tokenizer projects the class feature if its ``semantic_dim`` is that of the feature; else a linear layer of this
+    term does.
     """
 
     config_type = SemanticContrastConfig
@@ -164,7 +164,7 @@ class AlignmentTermConfig(TermConfig):
 
 
 class AlignmentTerm(Term):
-    """1 - cosine of the tokenizer's feature "alignment" and the frozen encoder's patch features."""
+    """1 - the cosine similarity of the tokenizer's feature "alignment" and the frozen encoder's patch features."""
 
     config_type = AlignmentTermConfig
     config: AlignmentTermConfig
@@ -193,12 +193,12 @@ class AlignmentTerm(Term):
 
 @dataclass(frozen=True)
 class SemanticConfig(TermConfig):
-    """Semantic regularisation (GigaTok, arXiv 2504.08736): features are to tell those of a frozen encoder.
+    """Semantic regularisation (GigaTok, arXiv 2504.08736): features predict those of a frozen encoder.
 
     Attributes:
-        feature: which; the tokenizer names them.
+        feature: a name in the tokenizer's ``raster_features``.
         encoder: the frozen encoder; "efficientnet_lite0" needs no download.
-        hidden_ratio: width of the head between both, in units of the feature's.
+        hidden_ratio: hidden width of the head that predicts, relative to that of the feature.
     """
 
     feature: str = "decoded"
@@ -212,8 +212,8 @@ class SemanticConfig(TermConfig):
 
 
 class SemanticTerm(Term):
-    """1 - cosine of a feature of the tokenizer, behind a head that is trained with it, and the frozen encoder's patch
-    features. Rasters of other sizes are resized."""
+    """1 - the cosine similarity of a tokenizer's feature, after a trained head, and the frozen encoder's patch
+    features. A raster of another size is resized."""
 
     config_type = SemanticConfig
     config: SemanticConfig

@@ -1,4 +1,4 @@
-"""The term of a tokenizer's objective that compares images with texts."""
+"""The term of a tokenizer's objective that contrasts images with texts."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ class TextContrastConfig(TermConfig):
     """Contrastive training with texts: SEED's first stage (arXiv 2307.08041, section 3.1).
 
     Attributes:
-        encoder: folder or hub name of a text encoder, for example an unpacked MiniLM; texts are its mean states.
-        feature: the tokenizer's feature whose last position is compared.
-        dim: channels in which both are compared.
-        temperature: of the inner products, at first; it is trained.
+        encoder: folder or hub name of a text encoder, for example an unpacked MiniLM; the mean of its states stands for
+            a text.
+        feature: the tokenizer's feature; its last position stands for an image.
+        dim: channels to which both are projected.
+        temperature: initial temperature of the inner products; it is trained.
         label_smoothing: of the cross entropies.
-        text_length: tokens of a text, at most.
+        text_length: the most tokens of a text.
     """
 
     encoder: str = ""
@@ -52,10 +53,10 @@ class TextContrastConfig(TermConfig):
 
 
 class TextContrastTerm(Term):
-    """Tell the text of an image from those of the batch, and the images of a text from the others, symmetrically.
+    """Contrastive loss between images and texts, in both directions.
 
-    The texts are the names of the classes, so that several pairs of a batch can have one text: what is right is spread
-    evenly over them.
+    The texts are the names of the classes, so several pairs of a batch can have the same text. The target is then
+    spread evenly over them.
     """
 
     config_type = TextContrastConfig
@@ -98,8 +99,10 @@ class TextContrastTerm(Term):
 
 
 def contrast(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross entropy of rows and of columns of logits (B, B), of images and texts with labels (B,): equal labels
-    are right alike."""
+    """The mean cross entropy of the rows and the columns of logits (B, B) between images and texts.
+
+    The target of each is spread evenly over all entries with the same label (B,).
+    """
     if not len(labels):
         return logits.sum()  # 0, with a gradient
     alike = (labels[:, None] == labels).to(logits)
