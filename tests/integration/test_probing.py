@@ -14,8 +14,10 @@ from vistok.config import load_config, save_config
 from vistok.draws import Keys
 from vistok.pipelines.folders import TOKENIZER
 from vistok.probing import ProbeSettings, compare, probe
+from vistok.probing import tokenizer as timing
 from vistok.probing.generator import CONFIGS
 from vistok.probing.linear import linear_probe
+from vistok.probing.networks import choose_network
 from vistok.probing.report import table
 from vistok.probing.tokenizer import bits
 from vistok.types import TokenSpec
@@ -151,6 +153,22 @@ def test_a_tokenizer_of_images_is_judged_on_clips_frame_by_frame(tmp_path):
     assert told["reconstruction"]["scores"]["psnr_frames"] > 0
 
 
+def test_each_medium_has_its_networks():
+    assert choose_network(None, clips=False) == "efficientnet_lite0"
+    assert choose_network(None, clips=True) == "none"
+    with pytest.raises(ValueError, match="unknown network 'efficientnet_lite0'; clips have i3d"):
+        choose_network("efficientnet_lite0", clips=True)
+
+
+def test_the_clock_starts_when_the_device_is_done(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: done.append("waited"))
+    monkeypatch.setattr(timing, "TIMED_SECONDS", 0.0)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: done.append("clock") or len(done))
+    timing._rate(lambda: done.append("work"), torch.empty(2, device="meta"))
+    assert done == ["work", "waited", "clock", "work", "waited", "clock", "clock"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -158,6 +176,7 @@ def test_a_tokenizer_of_images_is_judged_on_clips_frame_by_frame(tmp_path):
         (["compare", "ids", "ids"], "at least two different tokenizers"),
         (["compare", "ids", "small"], "cannot be compared with"),
         (["probe", "ids", "--network", "vgg"], "unknown network 'vgg'; images have efficientnet_lite0"),
+        (["probe", "ids", "--network", "i3d"], "unknown network 'i3d'; images have efficientnet_lite0"),
         (["probe", "ids", "--test-split", "train"], "scored on what it was fitted to"),
         (["probe", "ids", "--steps", "-1"], "steps must be at least 0"),
         (["probe", "ids", "--train-images", "3"], "train_images must be at least 10"),

@@ -148,6 +148,27 @@ def test_a_conversation_is_one_context_in_which_nothing_is_read_twice(pipe):
     assert pipe.chat(seed=2)("now a 3", reply="image").image != second.image
 
 
+def test_a_conversation_whose_reply_failed_is_over(pipe, monkeypatch):
+    chat = pipe.chat(seed=2)
+    chat("draw a 7", reply="image")
+    with monkeypatch.context() as broken:
+        broken.setattr(type(chat._session), "begin_image", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            chat("now a 3", reply="image")
+    assert len(chat.messages) == 2
+    with pytest.raises(ValueError, match=r"this conversation is over; go on with pipe\.chat\(chat\.messages\)"):
+        chat("now a 4", reply="image")
+    assert pipe.chat(chat.messages, seed=2)("now a 4", reply="image").image is not None
+
+
+def test_a_refused_message_does_not_end_a_conversation(pipe):
+    chat = pipe.chat(seed=2)
+    for bad in ({"text": 7}, {"text": "a", "temperatur": 2}):
+        with pytest.raises(ValueError, match=r"int|temperatur"):
+            chat(**bad)
+    assert chat("draw a 7", reply="image").image is not None
+
+
 def test_a_conversation_goes_on_from_its_history(pipe):
     chat = pipe.chat()
     chat("hello", reply="text", max_tokens=3)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
@@ -21,12 +25,13 @@ from vistok.pipelines.evaluations import score_tokenizer
 from vistok.pipelines.folders import load_tokenizer
 from vistok.pipelines.runs import data_of_run
 from vistok.pipelines.texts import conditions_of, text_of_run
-from vistok.probing import ProbeSettings, probe
+from vistok.probing import ProbeSettings, compare, probe
 from vistok.text import TextError, open_text_encoder
 from vistok.train import train
 from vistok.train.config import RunConfig
 from vistok.train.monitor import read_metrics
 from vistok.train.tasks.tokenizer import TokenizerTask
+from vistok.utils.files import read_json
 from vistok.utils.processes import Processes
 
 VIT = {"dim": 16, "num_layers": 1, "num_heads": 2}
@@ -157,6 +162,11 @@ def test_distances_and_probes_read_them_too(run, tmp_path):
         for name, overrides in (("with", ()), ("without", ("text=null",)))
     ]
     assert psnr[0] != psnr[1]
+    again = tmp_path / "again"
+    shutil.copytree(run, again)
+    compare([str(run), str(again)], tmp_path / "compared", settings=settings)
+    texts = read_json(tmp_path / "compared" / "plan.json")["texts"]
+    assert texts[0] == texts[1] == json.loads(json.dumps(asdict(text_of_run(run, tokenizer))))
 
 
 def test_what_says_nothing_of_its_texts_is_not_scored_without_them(run, clip, tmp_path):

@@ -332,3 +332,17 @@ def test_the_lock_is_free_after_an_error(tmp_path: Path):
         raise KeyError
     with locked(tmp_path / "run"):
         pass
+
+
+def test_json_is_utf8_whatever_the_locale(tmp_path):
+    (tmp_path / "names.json").write_bytes('["Löwe"]'.encode())
+    ask = "import sys; from vistok.utils.files import read_json; print(ascii(read_json(sys.argv[1])))"
+    settings = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    told = subprocess.run(
+        [sys.executable, "-c", ask, tmp_path / "names.json"],
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert told.stdout.strip() == r"['L\xf6we']", told.stderr

@@ -54,17 +54,23 @@ def save_adapter(folder: Path, state: Mapping[str, Tensor], base: str) -> None:
 
     Args:
         base: name of the base model, for PEFT's config.
+
+    Raises:
+        CheckpointError: modules differ in rank or scale, of which the config holds one.
     """
     found = parts_of(state)
-    tensors, scales = {}, {}
+    tensors, kinds = {}, set()
     for module, part in found.items():
         tensors[f"{_PEFT}{module}.lora_A.weight"] = part["down"].detach().cpu().contiguous()
         tensors[f"{_PEFT}{module}.lora_B.weight"] = part["up"].detach().cpu().contiguous()
-        scales[module] = float(part["scale"])
-    rank = len(next(iter(found.values()))["down"])
+        kinds.add((len(part["down"]), float(part["scale"])))
+    if len(kinds) != 1:
+        told = "; ".join(f"rank {rank}, scale {scale:g}" for rank, scale in sorted(kinds)) or "none"
+        raise CheckpointError(f"an adapter file holds adapters of one rank and one scale; these have {told}")
+    ((rank, scale),) = kinds
     save_file(tensors, folder / ADAPTER, metadata={"format": "pt"})
     config = {"peft_type": "LORA", "base_model_name_or_path": base, "r": rank, "target_modules": sorted(found)}
-    config |= {"lora_alpha": rank * next(iter(scales.values())), "bias": "none", "inference_mode": True}
+    config |= {"lora_alpha": rank * scale, "bias": "none", "inference_mode": True}
     write_json(folder / ADAPTER_CONFIG, config)
 
 

@@ -10,7 +10,7 @@ import json
 import re
 import zipfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -54,8 +54,8 @@ def read_weights(path: str | Path, *, stand_ins: Sequence[tuple[type, str]] = ()
         stand_ins: inert classes, each with the name of the pickled class that it replaces.
 
     Raises:
-        CheckpointError: the file is absent or damaged, would need unpickling of arbitrary objects, or is an index that
-            does not match its files.
+        CheckpointError: the file is absent or damaged, would need unpickling of arbitrary objects, is TorchScript, or
+            is an index that does not match its files.
     """
     path = Path(path)
     if not path.is_file():
@@ -69,6 +69,12 @@ def read_weights(path: str | Path, *, stand_ins: Sequence[tuple[type, str]] = ()
             raise CheckpointError(
                 f"{path} is damaged or incomplete ({path.stat().st_size:,} bytes): {error}; fetch or save it again"
             ) from error
+    if is_torchscript(path):
+        raise CheckpointError(
+            f"{path} is TorchScript, which runs the code in the file when it is loaded, so it is not read as weights. "
+            "If you trust the file, save its state dict alone: torch.save(torch.jit.load(FILE).state_dict(), "
+            '"weights.pt")'
+        )
     try:
         # Training checkpoints often store their command line as a Namespace.
         with torch.serialization.safe_globals([argparse.Namespace, *stand_ins]):
@@ -94,6 +100,15 @@ def read_weights(path: str | Path, *, stand_ins: Sequence[tuple[type, str]] = ()
     return dict(found)
 
 
+def is_torchscript(path: str | Path) -> bool:
+    """Whether a file is a TorchScript archive, which holds code; nothing of it is run."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(PurePosixPath(name).name == "constants.pkl" for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return False
+
+
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 """Escape sequences of terminals, such as those for bold print."""
 _GLOBAL = re.compile(r"(?:Unsupported (?:global|class)[^:]*: (?:GLOBAL )?)([\w.]+)")
@@ -109,7 +124,7 @@ def shard_names(index: Path) -> dict[str, str]:
         CheckpointError: the file is no index, or a name leads out of the folder.
     """
     try:
-        names = json.loads(index.read_text())["weight_map"]
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         proper = isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{index} is no index of safetensors files (no weight_map): {error!r}") from error

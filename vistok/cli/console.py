@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import shlex
+import sys
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from vistok.config import Allowed
 
 output, errors = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True, highlight=False)
 
@@ -21,6 +26,18 @@ Environment = Annotated[
     typer.Option("--allow-environment", help="Let KEY='${oc.env:NAME}' of this command line read the environment."),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, …; a GPU if there is one by default.")]
+
+
+def allowed_by(commands: bool, environment: bool) -> Allowed:
+    """What the overrides of this command line may do."""
+    from vistok.config import Allowed
+
+    return Allowed(commands=commands, environment=environment)
+
+
+def command_line() -> str:
+    """This command, as it can be typed again."""
+    return f"vistok {shlex.join(sys.argv[1:])}"
 
 
 def print_table(table: Table) -> None:

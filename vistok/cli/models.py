@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vistok.cli.console import output, print_table
-from vistok.utils.files import read_lines
+from vistok.utils.files import check_absent, read_lines
 
 
 def convert(
@@ -32,8 +32,7 @@ def convert(
     from vistok.checkpoints import official_name
     from vistok.utils.files import missing_file, read_json
 
-    if out.exists():
-        raise FileExistsError(f"{out} exists already; choose another folder or remove it first")
+    check_absent(out)
     for path in (file, config):
         if path is not None and not path.is_file():
             raise FileNotFoundError(missing_file(path))
@@ -76,8 +75,7 @@ def pipeline(
     from vistok.config import override
     from vistok.pipelines import assemble
 
-    if out.exists():
-        raise FileExistsError(f"{out} exists already; choose another folder or remove it first")
+    check_absent(out)
     names = read_lines(classes) if classes is not None else None
     pipe = assemble(
         tokenizer,

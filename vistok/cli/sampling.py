@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from vistok.cli.console import Commands, Device, Dtype, Environment, output
+from vistok.cli.console import Commands, Device, Dtype, Environment, allowed_by, output
 from vistok.utils.files import read_lines
 
 
@@ -114,7 +114,7 @@ def pairs(
 
     On several GPUs, or in several processes: torchrun --nproc_per_node=8 -m vistok pairs …
     """
-    from vistok.config import Allowed, override
+    from vistok.config import override
     from vistok.pipelines import pipeline
     from vistok.pipelines.pairs import write_pairs
     from vistok.pipelines.runs import data_of_run
@@ -123,7 +123,7 @@ def pairs(
     processes = Processes.join()
     pipe = pipeline(run, device=device or processes.device(), dtype=dtype)
     of_data = [text for text in overrides or () if text.startswith("data.")]
-    allowed = Allowed(commands=allow_commands, environment=allow_environment)
+    allowed = allowed_by(allow_commands, allow_environment)
     record = write_pairs(
         pipe,
         data_of_run(run, of_data, input_shape=pipe.tokenizer.input_shape, allowed=allowed),
@@ -144,7 +144,10 @@ def reconstruct(
     run: Annotated[str, typer.Argument(metavar="RUN", help="Run, saved tokenizer, pipeline, or hub id.")],
     images: Annotated[
         list[Path],
-        typer.Argument(metavar="IMAGE...", help="Image files, cropped to the right size; or folders."),
+        typer.Argument(
+            metavar="IMAGE...",
+            help="Image files (videos, for a tokenizer of clips), cropped to the right size; or folders.",
+        ),
     ],
     out: Annotated[Path, typer.Option(help="PNG file: originals over their reconstructions.")] = Path(
         "reconstruction.png"
@@ -166,7 +169,8 @@ def reconstruct(
 
     tokenizer = load_tokenizer(run).to(choose_device(device))
     check_needs_no_text(run, tokenizer, "image files")
-    images = [image for given in images for image in _image_files(given)]
+    of_clips = len(tokenizer.input_shape) == 4
+    images = [file for given in images for file in _files(given, of_clips=of_clips)]
     if tokens is not None:
         lengths = _whole_numbers(tokens, "--tokens")
         for image, decibels in zip(images, reconstruct_prefixes(tokenizer, images, lengths, out), strict=True):
@@ -196,20 +200,25 @@ def demo(
 
 
 FROM_FOLDER = 16
-"""The most images of a folder that are read."""
+"""The most files of a folder that are read."""
 
 
-def _image_files(path: Path) -> list[Path]:
-    """A file itself; of a folder the first image files in it and in its subfolders."""
+def _files(path: Path, *, of_clips: bool = False) -> list[Path]:
+    """A file itself; of a folder the first image files, or videos, in it and in its subfolders."""
     from vistok.data.formats import is_image
+    from vistok.data.video_files import is_frame_folder, videos_below
 
     if not path.is_dir():
         return [path]
-    found = sorted(file for file in path.rglob("*") if is_image(file.name) and not file.name.startswith("."))
+    if of_clips:
+        found = [path] if is_frame_folder(path) else videos_below(path)
+    else:
+        found = sorted(file for file in path.rglob("*") if is_image(file.name) and not file.name.startswith("."))
+    what = "videos" if of_clips else "image files"
     if not found:
-        raise FileNotFoundError(f"there are no image files in {path}")
+        raise FileNotFoundError(f"there are no {what} in {path}")
     if len(found) > FROM_FOLDER:
-        output.print(f"{escape(str(path))} has {len(found):,} images; these are the first {FROM_FOLDER}")
+        output.print(f"{escape(str(path))} has {len(found):,} {what}; these are the first {FROM_FOLDER}")
     return found[:FROM_FOLDER]
 
 
@@ -228,7 +237,7 @@ def caption(
     pipe = pipeline(run, device=device)
     channels, side, _ = pipe.tokenizer.image_shape("captioning files")
     decoder = ImageDecoder(channels, side=side)
-    files = [file for path in images for file in _image_files(path)]
+    files = [file for path in images for file in _files(path)]
     pictures = [open_picture(file, decoder) for file in files]
     for image, text in zip(files, pipe.caption(pictures, question=question, max_tokens=max_tokens), strict=True):
         line = "".join(letter if letter.isprintable() else " " for letter in text)

@@ -11,7 +11,7 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
-from vistok.cli.console import Commands, Device, Environment, errors, output, print_table
+from vistok.cli.console import Commands, Device, Environment, allowed_by, errors, output, print_table
 from vistok.utils.files import read_lines
 from vistok.utils.recipes import find_recipe, recipes
 
@@ -67,10 +67,10 @@ def train(
     """
     if resume + dry_run + profile > 1:
         raise typer.BadParameter("--resume, --dry-run and --profile exclude each other")
-    from vistok.config import Allowed, load_config
+    from vistok.config import load_config
     from vistok.train.tasks import any_config
 
-    allowed = Allowed(commands=allow_commands, environment=allow_environment)
+    allowed = allowed_by(allow_commands, allow_environment)
     values = load_config(find_recipe(config), overrides or (), target=any_config(), allowed=allowed)
     if dry_run:
         _dry_run(values)
@@ -199,7 +199,6 @@ def tokenize(
 
     On several GPUs, or in several processes: torchrun --nproc_per_node=8 -m vistok tokenize …
     """
-    from vistok.config import Allowed
     from vistok.pipelines.folders import load_tokenizer
     from vistok.pipelines.runs import data_of_run
     from vistok.text import PromptEncoder, open_text_encoder, open_text_tokenizer
@@ -209,7 +208,7 @@ def tokenize(
 
     processes = Processes.join()
     tokenizer = load_tokenizer(run).to(choose_device(device) if device else processes.device())
-    allowed = Allowed(commands=allow_commands, environment=allow_environment)
+    allowed = allowed_by(allow_commands, allow_environment)
     data = data_of_run(run, overrides or (), input_shape=tokenizer.input_shape, allowed=allowed)
     if text_dtype not in ("float16", "float32"):
         raise ValueError(f"--text-dtype is float16 or float32, not {text_dtype!r}")

@@ -146,6 +146,12 @@ class DataConfig:
             raise ValueError("clips are cropped by center, random or resize, and are not turned or scaled (affine)")
 
     @property
+    def title(self) -> str:
+        """The source and the split, for reports."""
+        everything = "all images" if self.num_frames is None else "all clips"
+        return f"{self.name or self.root or self.source} ({self.split or everything})"
+
+    @property
     def input_shape(self) -> tuple[int, ...]:
         """The shape of a sample's pixels: (C, H, W) of an image, (C, T, H, W) of a clip."""
         frames = () if self.num_frames is None else (self.num_frames,)

@@ -90,7 +90,7 @@ def folder_videos(
             f"{root} is not divided into splits, so it has no {split!r}: put the videos into train/ and {split}/, or "
             "name another folder as root with data.split=null"
         )
-    found = sorted(_videos_below(root), key=lambda path: path.relative_to(root).as_posix())
+    found = sorted(videos_below(root), key=lambda path: path.relative_to(root).as_posix())
     if not found:
         raise FileNotFoundError(f"no videos in {root}; {_LAYOUTS}")
     owners = [path.relative_to(root).parts[0] if path.parent != root else "" for path in found]
@@ -104,7 +104,7 @@ def folder_videos(
     return VideoSource(found, [classes.index(owner) for owner in owners], classes, decoder)
 
 
-def _videos_below(root: Path) -> list[Path]:
+def videos_below(root: Path) -> list[Path]:
     """The video files below a folder, and the folders that hold images but no folders."""
     found = []
     names = {path.stem for path in root.iterdir() if path.suffix.lower() in VIDEO_EXTENSIONS and not _is_gif(path)}
@@ -112,12 +112,16 @@ def _videos_below(root: Path) -> list[Path]:
         if path.name.startswith("."):
             continue
         if path.is_dir():
-            inside = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
-            is_video = any(map(is_frame, inside)) and not any(entry.is_dir() for entry in inside)
-            found += [path] if is_video else _videos_below(path)
+            found += [path] if is_frame_folder(path) else videos_below(path)
         elif path.suffix.lower() in VIDEO_EXTENSIONS and not (_is_gif(path) and path.stem in names):
             found.append(path)
     return found
+
+
+def is_frame_folder(folder: Path) -> bool:
+    """Whether a folder is a video: it holds images, its frames, and no folders."""
+    inside = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    return any(map(is_frame, inside)) and not any(entry.is_dir() for entry in inside)
 
 
 def _is_gif(path: Path) -> bool:

@@ -2,7 +2,7 @@
 
 A protocol fixes the feature network, how images are resized to its input, the splits of the Inception Score, and the
 distances of precision and recall. All networks run in float32 without TF32; images are 8 bit. Every score is recorded
-with ``Protocol.describe``.
+with ``ImageProtocol.describe``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ UINT8_RULE = "files as stored; float pixels in [-1, 1] by 127.5 x + 128, truncat
 
 
 @dataclass(frozen=True)
-class Protocol:
+class ImageProtocol:
     """What one protocol fixes.
 
     Attributes:
@@ -72,13 +72,13 @@ PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
         # The TensorFlow suite of guided-diffusion (ADM), with which nearly every paper computes its numbers.
-        Protocol(
+        ImageProtocol(
             "adm", ("fid", "sfid", "is", "prc"), splits="chunks", distance="squared_euclidean_float16", reading="raw"
         ),
         # torch-fidelity's command line with feature_extractor="inception-v3-compat".
-        Protocol("torch-fidelity", ("fid", "is", "kid", "prc")),
+        ImageProtocol("torch-fidelity", ("fid", "is", "kid", "prc")),
         # Parmar et al., arXiv 2104.11222: the same network after an antialiased resize.
-        Protocol(
+        ImageProtocol(
             "clean-fid",
             ("fid", "kid"),
             resize="pil-bicubic-float",
@@ -86,7 +86,7 @@ PROTOCOLS = {
             score_names={"fid": "clean_fid", "kid": "clean_kid", "kid_std": "clean_kid_std"},
         ),
         # Stein et al., arXiv 2306.04675 (dgm-eval).
-        Protocol(
+        ImageProtocol(
             "dinov2",
             ("fid", "prc"),
             network=DINOV2,
@@ -98,11 +98,11 @@ PROTOCOLS = {
             score_names={"fid": "fd_dinov2"},
         ),
         # rFID; vistok.eval.pairs adds the scores of pairs.
-        Protocol("reconstruction", ("fid",), score_names={"fid": "rfid"}),
+        ImageProtocol("reconstruction", ("fid",), score_names={"fid": "rfid"}),
     )
 }
 # For a network of the user's own: the same arithmetic on its features, under names that cannot be mistaken for FID.
-CUSTOM = Protocol(
+CUSTOM = ImageProtocol(
     "custom-network",
     ("fid", "kid", "prc"),
     network=None,
@@ -111,7 +111,7 @@ CUSTOM = Protocol(
 )
 
 
-def choose_protocol(name: str, features: Callable | None, network: str | None) -> Protocol:
+def choose_protocol(name: str, features: Callable | None, network: str | None) -> ImageProtocol:
     """The protocol of this name, or ``CUSTOM`` if the user gives a feature function.
 
     Args:
@@ -139,7 +139,7 @@ def choose_protocol(name: str, features: Callable | None, network: str | None) -
 
 
 def load_network(
-    protocol: Protocol,
+    protocol: ImageProtocol,
     *,
     weights: str | Path | None = None,
     features: Callable[[Tensor], Tensor] | None = None,

@@ -9,6 +9,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from vistok.checkpoints import registry
+from vistok.eval.record import RESULT_FILE
+from vistok.eval.report import best_run
 from vistok.pipelines.display import describe, describe_tokens
 from vistok.pipelines.runs import RUN_CONFIG
 from vistok.utils.files import read_json
@@ -22,8 +24,6 @@ TEMPLATE = Path(__file__).with_name("card.md")
 CARD = "README.md"
 SHOWN_CLASSES = 40
 WITHOUT_LICENCE = "No licence was given by who uploaded it; ask before you use it."
-RESULT = "result.json"
-"""What `vistok benchmark` and `vistok eval` write."""
 
 
 def model_card(
@@ -38,7 +38,8 @@ def model_card(
 
     Args:
         licence: of the weights, by its short name on the hub, such as "apache-2.0".
-        scores: values by name; or a benchmark's folder or result.json, of which the setting with the lowest FID counts.
+        scores: values by name; or a benchmark's folder or result.json, of which the setting with the lowest distance
+            counts.
         run: the training run whose config.yaml the card quotes.
 
     Raises:
@@ -89,10 +90,12 @@ def push_to_hub(pipe: Pipeline, repo_id: str, card: ModelCard, *, private: bool,
     return f"https://huggingface.co/{repo_id}"
 
 
-def _task(pipe: Pipeline) -> str:
-    """The pipeline tag of the hub, such as "unconditional-image-generation"."""
-    made = "video" if len(pipe.tokenizer.input_shape) == 4 else "image"
-    return f"text-to-{made}" if pipe.text.parts else f"unconditional-{made}-generation"
+def _task(pipe: Pipeline) -> str | None:
+    """The pipeline tag of the hub; None for clips without texts, for which it has no tag."""
+    of_clips = len(pipe.tokenizer.input_shape) == 4
+    if pipe.text.parts:
+        return "text-to-video" if of_clips else "text-to-image"
+    return None if of_clips else "unconditional-image-generation"
 
 
 def _call(pipe: Pipeline) -> str:
@@ -111,12 +114,13 @@ def _scores(scores: Mapping[str, float] | str | Path | None) -> tuple[Mapping[st
     if scores is None or isinstance(scores, Mapping):
         return scores or {}, "As given by who uploaded it."
     path = Path(scores)
-    path = path / RESULT if path.is_dir() else path
+    path = path / RESULT_FILE if path.is_dir() else path
     result = read_json(path)
     runs = result.get("runs", [result]) if isinstance(result, dict) else []
     if not runs or not all(isinstance(run, dict) and isinstance(run.get("scores"), dict) for run in runs):
         raise ValueError(f"{path} holds no scores of vistok benchmark or vistok eval")
-    best = min(runs, key=lambda run: run["scores"].get("fid", 0))
+    found = best_run(runs)
+    best = runs[0 if found is None else found[0]]
     values = {name: value for name, value in best["scores"].items() if isinstance(value, int | float)}
     settings = {name: best[name] for name in ("guidance_scale", "temperature") if best.get(name) is not None}
     how = ", ".join(f"{name} {json.dumps(value)}" for name, value in settings.items())

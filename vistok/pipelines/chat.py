@@ -13,8 +13,8 @@ from torch import Tensor
 from vistok.conditions import WORDS
 from vistok.data.movies import shown
 from vistok.draws import Keys
-from vistok.pipelines.keywords import check_whole
 from vistok.types import Condition
+from vistok.utils.numbers import check_whole
 
 if TYPE_CHECKING:
     from vistok.pipelines.generation import Pipeline
@@ -69,7 +69,8 @@ class Chat:
         seed: of the images; the same conversation with the same seed gives the same images.
 
     Attributes:
-        messages: all messages so far.
+        messages: all messages so far. If a reply fails, its question is not among them, and the conversation is over:
+            the model has read the question. Go on with a new conversation of these messages.
 
     Raises:
         ValueError: the generator writes no texts, a role is unknown, two messages in a row have the same role, or the
@@ -79,6 +80,7 @@ class Chat:
     def __init__(self, pipe: Pipeline, history: Iterable[Message | Mapping[str, Any]] = (), *, seed: int = 0):
         self._pipe, self._seed = pipe, seed
         self.messages: list[Message] = []
+        self._is_over = False
         self._session = pipe.generator.converse(1, pipe.options(), tokenizer=pipe.in_loop)
         for entry in history:
             self._recall(entry if isinstance(entry, Message) else _message(entry))
@@ -102,8 +104,8 @@ class Chat:
             **sampling: options of ``generator.options_type`` for an image; they override the pipeline's.
 
         Raises:
-            ValueError: the message is empty, the model reads no images, the pipeline has no text tokenizer, or the
-                context is full.
+            ValueError: the message is empty, the model reads no images, the pipeline has no text tokenizer, the context
+                is full, or an earlier reply failed.
             ConfigError: an option is unknown.
         """
         if reply not in (None, "text", "image"):
@@ -112,16 +114,27 @@ class Chat:
         if reply == "image" and text is None and image is None:
             raise ValueError("say what to draw")
         pipe, said, options = self._pipe, Message(HUMAN, text, image), self._pipe.options(**sampling)
-        self._ask(said)
+        if self._is_over:
+            raise ValueError(
+                "the last reply failed after the model had read its question, so this conversation is over; go on with "
+                "pipe.chat(chat.messages)"
+            )
+        self._is_over = True  # until there is a reply
+        try:
+            self._ask(said)
+        except ValueError:  # refused, and nothing of it was read
+            self._is_over = False
+            raise
         if reply is None:
             reply = "image" if bool(self._session.wants_image()) else "text"
         if reply == "text":
-            answer = Message(ASSISTANT, texts(pipe, self._session.write(max_tokens))[0])
+            answer = Message(ASSISTANT, decode_texts(pipe, self._session.write(max_tokens))[0])
         else:
             keys = Keys.range(self._seed, 1, len(self.messages) // 2)
             tokens = self._session.draw(options, pipe.generator.sampling_draws(keys, options))
             answer = Message(ASSISTANT, image=shown(pipe.decode(tokens, keys))[0])
         self.messages += [said, answer]
+        self._is_over = False
         return answer
 
     def _ask(self, message: Message) -> None:
@@ -166,7 +179,7 @@ def captions(
     for start in range(0, len(images), batch_size):
         part = images[start : start + batch_size]
         condition = asked(pipe, question, part).to(pipe.device)
-        said += texts(pipe, pipe.generator.describe(condition, max_tokens, tokenizer=pipe.in_loop))
+        said += decode_texts(pipe, pipe.generator.describe(condition, max_tokens, tokenizer=pipe.in_loop))
     return said
 
 
@@ -207,7 +220,7 @@ def _given(tokens: Tensor, length: int) -> Condition:
     )
 
 
-def texts(pipe: Pipeline, ids: Tensor) -> list[str]:
+def decode_texts(pipe: Pipeline, ids: Tensor) -> list[str]:
     """The texts of written ids (B, n), each up to the end token and without special tokens."""
     spec, end, said = pipe.generator.condition_spec.ids, pipe.generator.end, list[str]()
     if spec is None:

@@ -250,17 +250,17 @@ class Pipeline:
                 raise ValueError("give frames or condition, not both: frames are a condition")
             condition = self.given(frames)
         request = Request(
-            class_labels,
-            prompt,
-            negative_prompt,
-            num_images,
-            condition,
-            num_images_per_label,
-            num_images_per_prompt,
-            seed,
-            generator,
-            index_start,
-            sampling,
+            class_labels=class_labels,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            num_images=num_images,
+            condition=condition,
+            num_images_per_label=num_images_per_label,
+            num_images_per_prompt=num_images_per_prompt,
+            seed=seed,
+            generator=generator,
+            index_start=index_start,
+            sampling=sampling,
         )
         job = accept(self, self._conditions, self.__call__, request)
 
@@ -312,9 +312,9 @@ class Pipeline:
         pixels = self._pixels(images)
         regenerate = masked_tokens(masks, pixels, self.grid, self.tokenizer.spec.scales).to(self.device)
         request = Request(
-            class_labels,
-            prompt,
-            negative_prompt,
+            class_labels=class_labels,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
             seed=seed,
             generator=generator,
             index_start=index_start,
@@ -352,17 +352,17 @@ class Pipeline:
                 ordered tokens.
         """
         request = Request(
-            class_labels,
-            prompt,
-            negative_prompt,
-            num_images,
-            condition,
-            num_images_per_label,
-            num_images_per_prompt,
-            seed,
-            generator,
-            index_start,
-            sampling,
+            class_labels=class_labels,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            num_images=num_images,
+            condition=condition,
+            num_images_per_label=num_images_per_label,
+            num_images_per_prompt=num_images_per_prompt,
+            seed=seed,
+            generator=generator,
+            index_start=index_start,
+            sampling=sampling,
         )
         return previews(self, accept(self, self._conditions, self.stream, request), preview_every)
 

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from vistok.data.movies import shown
 from vistok.draws import Draws, Keys
-from vistok.pipelines.keywords import check_keywords, check_whole
+from vistok.pipelines.keywords import check_keywords
 from vistok.pipelines.output import PipelineOutput
 from vistok.pipelines.requests import Conditions, Request
 from vistok.types import Condition, to_json
+from vistok.utils.numbers import check_whole
 
 if TYPE_CHECKING:
     from vistok.pipelines.generation import Pipeline
@@ -96,7 +97,9 @@ def generate(
         pixels.append(pipe.decode(batch, keys, condition))
     whole = torch.cat(pixels)
     labels = None if job.condition.labels is None else job.condition.labels.tolist()
-    names = [pipe.class_names[label] for label in labels] if labels and pipe.class_names else None
+    names: list[str | None] | None = None
+    if labels is not None and pipe.class_names:
+        names = [pipe.class_names[label] if label >= 0 else None for label in labels]  # -1 is unconditional
     return PipelineOutput(shown(whole), torch.cat(tokens), whole, labels, job.prompts, names)
 
 

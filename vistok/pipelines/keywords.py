@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
@@ -49,13 +48,3 @@ def check_keywords(call: Callable[..., Any], options_type: type, given: Mapping[
         f"there is no keyword {name!r} here{hint} The call takes {', '.join(own)}; and as sampling options of this "
         f"generator {', '.join(options)}"
     )
-
-
-def check_whole(name: str, value: Any, *, least: int | None = None) -> None:
-    """Raise ValueError unless ``value``, of the argument ``name``, is None or an integer of at least ``least``."""
-    try:
-        number = None if value is None else operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} must be a whole number, got {value!r} ({type(value).__name__})") from None
-    if number is not None and least is not None and number < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -30,6 +30,7 @@ from vistok.draws import Keys
 from vistok.pipelines.generation import Pipeline
 from vistok.types import Condition, to_json
 from vistok.utils.files import write_json
+from vistok.utils.numbers import check_whole
 from vistok.utils.outputs import collected
 from vistok.utils.processes import ALONE, Processes
 from vistok.utils.progress import track
@@ -105,8 +106,7 @@ def write_pairs(
     out = Path(out)
     if not 0 <= sigma <= 1:
         raise ValueError(f"sigma is the share of tokens that are kept and must lie in [0, 1], got {sigma}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_whole("batch_size", batch_size, least=1)
     pipe.tokenizer.check_renders("making pairs")
     pipe.tokenizer.image_shape("making pairs")
     pipe.tokenizer.spec_for(data.input_shape)
@@ -162,12 +162,8 @@ class _Writer:
         return self.folder / kind / f"{self.names[index]}.png"
 
     def missing(self, batch_size: int, processes: Processes) -> list[tuple[int, int]]:
-        """The ranges of images that this process has to write.
-
-        Which process writes a range depends on image indices alone, since processes look for files at different times.
-        """
-        starts = range(processes.index * batch_size, len(self.names), processes.count * batch_size)
-        ranges = [(start, min(start + batch_size, len(self.names))) for start in starts]
+        """The ranges of images that this process has to write."""
+        ranges = processes.ranges(len(self.names), batch_size)
         return [part for part in ranges if not all(self.file(GENERATED, index).exists() for index in range(*part))]
 
     def write(self, start: int, stop: int) -> None:

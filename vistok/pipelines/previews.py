@@ -16,8 +16,8 @@ from vistok.data.pictures import to_pil
 from vistok.draws import Keys
 from vistok.pipelines.display import Shown
 from vistok.pipelines.jobs import Job
-from vistok.pipelines.keywords import check_whole
 from vistok.types import Condition
+from vistok.utils.numbers import check_whole
 
 if TYPE_CHECKING:
     from vistok.pipelines.generation import Pipeline

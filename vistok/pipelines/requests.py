@@ -11,9 +11,9 @@ import torch
 
 from vistok.conditions import PARTS
 from vistok.pipelines.classes import ClassLabel, ClassNames
-from vistok.pipelines.keywords import check_whole
 from vistok.text import PromptEncoder
 from vistok.types import Condition, ConditionSpec
+from vistok.utils.numbers import check_whole
 
 Prompt = str | Sequence[str | None]
 """A text, or several; None among them is unconditional."""

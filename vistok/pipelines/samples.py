@@ -29,6 +29,7 @@ from vistok.tokenizers.base import Tokenizer
 from vistok.types import to_json
 from vistok.utils.devices import dtype_of
 from vistok.utils.files import write_json
+from vistok.utils.numbers import check_whole
 from vistok.utils.outputs import collected
 from vistok.utils.processes import ALONE, Processes
 from vistok.utils.progress import Bar
@@ -85,8 +86,7 @@ def write_samples(
     out = Path(out)
     if num_images < 1:
         raise ValueError(f"the number of images must be at least 1, got {num_images}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_whole("batch_size", batch_size, least=1)
     clips = len(pipe.tokenizer.input_shape) == 4
     if clips and npz:
         raise ValueError("samples.npz holds images for their evaluators; clips are scored from folders, without --npz")
@@ -137,13 +137,9 @@ def _write(made: PipelineOutput, files: Sequence[Path]) -> None:
 
 
 def _batches(files: Sequence[Path], batch_size: int, processes: Processes) -> list[tuple[int, int]]:
-    """The ranges of images that this process has to make.
-
-    Which process makes an image depends on its index alone, since processes look for files at different times.
-    """
+    """The ranges of images that this process has to make."""
     ranges = []
-    for start in range(processes.index * batch_size, len(files), processes.count * batch_size):
-        stop = min(start + batch_size, len(files))
+    for start, stop in processes.ranges(len(files), batch_size):
         missing = [index for index in range(start, stop) if not files[index].exists()]
         if missing:
             ranges.append((missing[0], stop))
@@ -284,5 +280,6 @@ def _what(
         what["class_labels"] = range(pipe.generator.condition_spec.num_classes)
     for name, values in what.items():
         if not len(values):
-            raise ValueError(f"there is nothing to generate: the list of {name}s is empty")
+            plural = "prompts" if name == "prompt" else name
+            raise ValueError(f"there is nothing to generate: the list of {plural} is empty")
     return {name: [values[index % len(values)] for index in range(num_images)] for name, values in what.items()}

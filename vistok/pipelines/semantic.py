@@ -21,7 +21,7 @@ from vistok.data.opening import open_source
 from vistok.draws import Keys
 from vistok.eval.record import library_versions
 from vistok.eval.retrieval import Embeddings, class_scores
-from vistok.pipelines.chat import texts
+from vistok.pipelines.chat import decode_texts
 from vistok.pipelines.generation import Pipeline
 from vistok.types import Condition
 from vistok.utils.progress import track
@@ -78,7 +78,7 @@ def score_ids(pipe: Pipeline, data: DataConfig, *, seed: int = 0) -> dict[str, A
         parts.append((*(column.float().cpu() for column in columns), batch.labels, drawn.cpu()))
         if generator.end is not None and spec.ids is not None and "given" in spec.parts:
             given = Condition.from_given(own.to(pipe.device))
-            said = texts(pipe, generator.describe(given, spec.ids.length, tokenizer=pipe.in_loop))
+            said = decode_texts(pipe, generator.describe(given, spec.ids.length, tokenizer=pipe.in_loop))
             right += [text.strip() in several for text, several in zip(said, captions, strict=True)]
     decoded, own, targets, labels, ids = (torch.cat(column) for column in zip(*parts))
     scores = {
@@ -89,12 +89,14 @@ def score_ids(pipe: Pipeline, data: DataConfig, *, seed: int = 0) -> dict[str, A
     }
     if right:
         scores["texts_right"] = sum(right) / len(right)
-    name = f"{data.name or data.root or data.source} ({data.split or 'all images'})"
     return {
         "protocol": "retrieval",
         "scores": scores,
-        "images": {"source": f"ids drawn for the {'texts' if by_text else 'classes'} of {name}", "count": len(ids)},
-        "reference": {"source": f"embeddings of {name}"},
+        "images": {
+            "source": f"ids drawn for the {'texts' if by_text else 'classes'} of {data.title}",
+            "count": len(ids),
+        },
+        "reference": {"source": f"embeddings of {data.title}"},
         "settings": {"seed": seed, "sampling": dataclasses.asdict(options), "data": dataclasses.asdict(data)},
         "tokenizer": {"model": tokenizer.registry_name, "fingerprint": tokenizer.fingerprint()},
         "generator": {"model": generator.registry_name, "fingerprint": generator.fingerprint()},

@@ -30,8 +30,8 @@ def atomic_folder(target: str | Path, *, replace: bool = False) -> Iterator[Path
     """
     target = Path(target)
     restore(target.parent)
-    if target.exists() and not replace:
-        raise FileExistsError(f"{target} exists already; choose another folder or remove it first")
+    if not replace:
+        check_absent(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=PARTIAL, dir=target.parent))
     try:
@@ -48,6 +48,12 @@ def atomic_folder(target: str | Path, *, replace: bool = False) -> Iterator[Path
         restore(target.parent)
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def check_absent(target: Path) -> None:
+    """Raise FileExistsError if there is something at ``target``, a folder to be made."""
+    if target.exists():
+        raise FileExistsError(f"{target} exists already; choose another folder or remove it first")
 
 
 def restore(parent: Path) -> None:
@@ -194,7 +200,7 @@ def write_json(target: str | Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically. Raises ValueError for NaN, which is not JSON."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     with atomic_file(target) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path: str | Path) -> Any:
@@ -205,7 +211,7 @@ def read_json(path: str | Path) -> Any:
         ValueError: the file does not hold JSON.
     """
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} does not hold JSON: {error}") from error
 

@@ -46,6 +46,15 @@ class Processes:
             return torch.device("cpu")
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
+    def ranges(self, count: int, size: int) -> list[tuple[int, int]]:
+        """The ranges [start, stop) of at most ``size`` of ``count`` samples that this process makes, in turn with the
+        others.
+
+        They depend on the numbers alone, since processes that continue a folder look for its files at different times.
+        """
+        starts = range(self.index * size, count, self.count * size)
+        return [(start, min(start + size, count)) for start in starts]
+
     def part(self, count: int) -> tuple[int, int]:
         """(start, stop) of this process's consecutive share of ``count`` items."""
         return self.index * count // self.count, (self.index + 1) * count // self.count
