@@ -63,9 +63,9 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", default="llamagen_vq", help="one of the cifar10 configs (vistok configs cifar10)")
+    parser.add_argument("--tokenizer", default="llamagen_vq", help="a config of `vistok configs cifar10`")
     parser.add_argument("--tokenizer-run", help="a run of that config to go on from, instead of training one")
-    parser.add_argument("--generator", default="llama", help="one of the cifar10 configs (vistok configs cifar10)")
+    parser.add_argument("--generator", default="llama", help="a config of `vistok configs cifar10`")
     parser.add_argument("--minutes", type=float, default=5, help="training time of the tokenizer")
     parser.add_argument("--generator-minutes", type=float, default=3, help="of the generator; 0 leaves it out")
     parser.add_argument("--images", type=int, default=10_000, help="test images that the tokenizer is scored on")

@@ -1,7 +1,7 @@
 """Configs: YAML files with ``key=value`` overrides, checked against the signature of what they configure.
 
-:func:`load_config` reads plain containers, :func:`check` compares them with a signature before any work starts (see
-``vistok.signatures``), and :func:`save_config` writes the values that a run used.
+:func:`load_config` reads plain containers, ``vistok.signatures`` compares them with a signature before any work starts,
+and :func:`save_config` writes the values that a run used.
 """
 
 from __future__ import annotations
@@ -22,38 +22,14 @@ from vistok.signatures import (
     ShellCommand,
     alternatives,
     annotations_of,
-    build,
-    check,
-    check_least,
-    describe,
     dotted,
     mismatch,
     section_type,
-    with_todays_names,
 )
 from vistok.utils.files import atomic_file
 from vistok.utils.omega import calls_resolver, check_size, escape, escaped
-from vistok.utils.spelling import nearest, suggestion
 
-__all__ = [
-    "NOTHING",
-    "Allowed",
-    "ConfigError",
-    "KeysOf",
-    "ShellCommand",
-    "annotations_of",
-    "build",
-    "check",
-    "check_least",
-    "describe",
-    "differences",
-    "load_config",
-    "nearest",
-    "override",
-    "save_config",
-    "suggestion",
-    "with_todays_names",
-]
+__all__ = ["NOTHING", "Allowed", "differences", "load_config", "override", "save_config"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,12 +16,12 @@ from support.tiny_models import RASTER, tiny
 
 import vistok
 from vistok.checkpoints.registry import ENTRIES
-from vistok.config import ConfigError
 from vistok.data.pictures import GAP, from_pil
 from vistok.data.sheets import LINE
 from vistok.pipelines import Pipeline
 from vistok.pipelines.card import model_card
 from vistok.pipelines.display import describe_tokens
+from vistok.signatures import ConfigError
 from vistok.types import Condition, TokenSpec
 
 NAMES = ("cat", "dog, hound", "tench")

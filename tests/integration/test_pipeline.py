@@ -13,10 +13,10 @@ from support.tiny_models import tiny
 
 import vistok
 from vistok.checkpoints import CheckpointError
-from vistok.config import ConfigError
 from vistok.generators.vit_vqgan_gpt import ViTVQGANGPT
 from vistok.pipelines import Pipeline
 from vistok.pipelines.folders import load_tokenizer
+from vistok.signatures import ConfigError
 from vistok.tokenizers.llamagen_vq import LlamaGenVQ
 from vistok.tokenizers.vit_vqgan import ViTVQGAN
 from vistok.types import Condition, TokenSpec

@@ -12,7 +12,7 @@ from support.html import ReportReader
 
 import vistok
 from vistok.cli import main
-from vistok.config import ConfigError, load_config
+from vistok.config import load_config
 from vistok.data.config import DataConfig
 from vistok.data.pictures import GAP
 from vistok.data.tokens import TokenCache
@@ -31,6 +31,7 @@ from vistok.quickstart.scores import (
 )
 from vistok.quickstart.story import prefix_ladder, score_lines
 from vistok.quickstart.systems import config_file, systems
+from vistok.signatures import ConfigError
 from vistok.tokenizers.kl_vae import KLVAE
 from vistok.train.config import RunConfig
 from vistok.train.tasks.objective import check_terms

@@ -20,11 +20,11 @@ from typer.testing import CliRunner
 
 import vistok
 from vistok.cli import app
-from vistok.config import ConfigError
 from vistok.data import DataConfig, TokenBatches, TokenCache, TokenCacheError, TokenMixture, open_source
 from vistok.data.captions import CaptionError
 from vistok.eval.benchmark import benchmark
 from vistok.pipelines.samples import write_samples
+from vistok.signatures import ConfigError
 from vistok.text import PromptEncoder, TextError, open_text_encoder, open_text_tokenizer
 from vistok.text.cleaning import clean_caption
 from vistok.tokenizers.vit_vqgan import ViTConfig, ViTVQGAN

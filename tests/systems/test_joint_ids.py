@@ -10,7 +10,6 @@ from support.tiny_models import tiny
 from support.tiny_runs import generator_config
 
 import vistok
-from vistok.config import ConfigError
 from vistok.data import DataConfig
 from vistok.data.loader import evaluation_loader
 from vistok.data.opening import open_source
@@ -19,6 +18,7 @@ from vistok.draws import Keys
 from vistok.pipelines import Pipeline
 from vistok.pipelines.evaluations import score_generated_ids
 from vistok.pipelines.semantic import score_ids
+from vistok.signatures import ConfigError
 from vistok.text import PromptEncoder, open_text_tokenizer
 from vistok.train import train
 from vistok.train.monitor import read_metrics

@@ -10,13 +10,13 @@ import torch
 from support.tiny_models import tiny
 
 import vistok
-from vistok.config import ConfigError
 from vistok.data import TokenCache, TokenWriter
 from vistok.data.ragged import Piece
 from vistok.data.streams import StreamBatches, StreamConfig, Streams
 from vistok.draws import Keys
 from vistok.generators.ming_univision import MingOptions, MingUniVision
 from vistok.generators.ming_univision.context import Context
+from vistok.signatures import ConfigError
 from vistok.train.config import RunConfig
 from vistok.train.tasks.generator import GeneratorTask
 from vistok.types import Clock, Condition, ConditionSpec, FeatureSpec, IdSpec

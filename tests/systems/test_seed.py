@@ -16,7 +16,6 @@ from support.tiny_text import save_tiny_t5
 
 import vistok
 from vistok.checkpoints import CheckpointError
-from vistok.config import ConfigError
 from vistok.data.config import DataConfig
 from vistok.data.loader import evaluation_loader
 from vistok.data.opening import open_source
@@ -27,6 +26,7 @@ from vistok.losses.efficientnet import EfficientNetFeatures
 from vistok.pipelines import Pipeline
 from vistok.pipelines.renderers import UnCLIP
 from vistok.probing import ProbeSettings, probe
+from vistok.signatures import ConfigError
 from vistok.train import train
 from vistok.train.monitor import read_metrics
 from vistok.train.tasks.objective import TokenizerObjective

@@ -10,9 +10,9 @@ from PIL import Image
 from support.tiny_models import ARGUMENTS, names, pixels, tiny
 
 import vistok
-from vistok.config import ConfigError
 from vistok.data import DataConfig
 from vistok.draws import Keys
+from vistok.signatures import ConfigError
 from vistok.train import train
 from vistok.train.preview import preview
 from vistok.train.tasks.objective import TokenizerObjective

@@ -19,7 +19,8 @@ from torch import distributed
 
 import vistok
 from vistok.checkpoints import CheckpointError
-from vistok.config import ConfigError, save_config
+from vistok.config import save_config
+from vistok.signatures import ConfigError
 from vistok.train import train
 from vistok.train.config import OptimizerConfig
 from vistok.train.monitor import read_metrics

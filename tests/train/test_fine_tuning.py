@@ -12,8 +12,9 @@ from support.tiny_runs import generator_config, tokenizer_config
 import vistok
 from vistok.checkpoints import CheckpointError, convert
 from vistok.checkpoints.adapters import ADAPTER, merged
-from vistok.config import ConfigError, load_config
+from vistok.config import load_config
 from vistok.data import DataConfig
+from vistok.signatures import ConfigError
 from vistok.train import train
 from vistok.train.config import InitFrom, LoraConfig
 from vistok.train.lora import add_adapters

@@ -9,10 +9,10 @@ from support.tiny_runs import GAN, losses_of, tokenizer_config
 from torch import nn
 
 import vistok
-from vistok.config import ConfigError
 from vistok.data.batches import ImageBatch
 from vistok.draws import Keys
 from vistok.nn.frozen import Frozen
+from vistok.signatures import ConfigError
 from vistok.train import train
 from vistok.train.config import RunConfig
 from vistok.train.monitor import read_metrics

@@ -13,8 +13,8 @@ from support.tiny_runs import generator_config, killed_at, losses_of, write_toke
 from torch.nn import functional as F
 
 import vistok
-from vistok.config import ConfigError
 from vistok.draws import Keys
+from vistok.signatures import ConfigError
 from vistok.train import train
 from vistok.train.config import RunConfig
 from vistok.train.monitor import read_metrics

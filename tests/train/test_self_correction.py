@@ -9,11 +9,11 @@ from support.tiny_runs import generator_config, losses_of, tokenizer_config
 from torch.nn import functional as F
 
 import vistok
-from vistok.config import ConfigError
 from vistok.data import Affine, DataConfig
 from vistok.data.tokens import TokenCache
 from vistok.draws import Keys
 from vistok.generators.var import VAR
+from vistok.signatures import ConfigError
 from vistok.train import train
 from vistok.train.tokenize import tokenize
 

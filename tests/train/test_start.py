@@ -10,7 +10,7 @@ from support.tiny_runs import GAN, losses_of, tokenizer_config
 
 import vistok
 from vistok.checkpoints import CheckpointError
-from vistok.config import ConfigError
+from vistok.signatures import ConfigError
 from vistok.train import start, train
 from vistok.train.config import RunConfig
 from vistok.train.monitor import read_metrics

@@ -12,9 +12,9 @@ from support.tiny_runs import tokenizer_config
 
 import vistok
 from vistok.checkpoints import CheckpointError
-from vistok.config import ConfigError
 from vistok.losses import ClassifierDistance, SemanticGuide
 from vistok.quantizers.perturbation import Perturbation
+from vistok.signatures import ConfigError
 from vistok.train import train
 from vistok.train.monitor import read_metrics
 from vistok.train.tasks import teachers

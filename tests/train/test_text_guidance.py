@@ -15,7 +15,6 @@ from support.tiny_text import save_tiny_clip, save_tiny_t5
 from typer.testing import CliRunner
 
 from vistok.cli import app
-from vistok.config import ConfigError
 from vistok.data.loader import evaluation_loader
 from vistok.data.opening import open_source
 from vistok.eval.networks import CallableNetwork
@@ -26,6 +25,7 @@ from vistok.pipelines.folders import load_tokenizer
 from vistok.pipelines.runs import data_of_run
 from vistok.pipelines.texts import conditions_of, text_of_run
 from vistok.probing import ProbeSettings, compare, probe
+from vistok.signatures import ConfigError
 from vistok.text import TextError, open_text_encoder
 from vistok.train import train
 from vistok.train.config import RunConfig

@@ -19,7 +19,6 @@ from PIL import Image
 from support.tiny_runs import generator_config
 
 import vistok
-from vistok.config import ConfigError
 from vistok.data import (
     Affine,
     DataConfig,
@@ -30,6 +29,7 @@ from vistok.data import (
 )
 from vistok.data.loader import TooManyUnreadableError
 from vistok.data.transforms import center_crop_adm, ten_crop, to_pixels
+from vistok.signatures import ConfigError
 from vistok.tokenizers.llamagen_vq import LlamaGenVQ
 from vistok.tokenizers.vit_vqgan import ViTVQGAN
 from vistok.train.config import RunConfig

@@ -24,8 +24,8 @@ from support.tiny_runs import (
 
 import vistok
 from vistok.checkpoints import CheckpointError
-from vistok.config import ConfigError
 from vistok.data import TokenCacheError
+from vistok.signatures import ConfigError
 from vistok.tokenizers.vit_vqgan import ViTConfig, ViTVQGAN
 from vistok.train import TrainingDivergedError, train
 from vistok.train.checkpoints import Checkpoints

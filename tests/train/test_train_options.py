@@ -17,8 +17,9 @@ from support.tiny_models import ARGUMENTS, names, tiny, training_loss
 from support.tiny_runs import GAN, TINY, generator_config, losses_of, tokenizer_config, write_tokens
 
 from vistok.cli import main
-from vistok.config import ConfigError, save_config
+from vistok.config import save_config
 from vistok.nn.conv import ResBlock
+from vistok.signatures import ConfigError
 from vistok.train import train
 from vistok.train.config import RunConfig
 from vistok.train.loop import Trainer

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import vistok
 from vistok.checkpoints import CheckpointError
 from vistok.cli import app
-from vistok.config import ConfigError, save_config
+from vistok.config import save_config
 from vistok.data import DataConfig, TokenCacheError, TokenWriter
 from vistok.data.clip_sources import SelectedClips
 from vistok.data.loader import TooManyUnreadableError
@@ -30,6 +30,7 @@ from vistok.data.tokens import TokenCache
 from vistok.data.video_files import VideoSource
 from vistok.data.workers import LoaderWorkerError
 from vistok.pipelines.runs import data_of_run
+from vistok.signatures import ConfigError
 from vistok.tokenizers.vit_vqgan import ViTConfig, ViTVQGAN
 from vistok.train import TrainingInterrupted, train
 from vistok.train.monitor import read_metrics

@@ -15,11 +15,12 @@ from support.tiny_runs import tokenizer_config
 
 import vistok
 from vistok.checkpoints import CheckpointError
-from vistok.config import ConfigError, load_config
+from vistok.config import load_config
 from vistok.draws import Keys
 from vistok.losses import EncoderConfig, alignment_distance
 from vistok.losses.alignment import FrozenEncoder
 from vistok.losses.efficientnet import efficientnet_lite0
+from vistok.signatures import ConfigError
 from vistok.train import train
 from vistok.train.config import RunConfig
 from vistok.train.monitor import read_metrics

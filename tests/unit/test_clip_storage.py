@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from vistok.config import ConfigError
 from vistok.data.clip_shards import ClipShardSource
 from vistok.data.clip_sources import InMemoryClips, SelectedClips
 from vistok.data.clips import ClipTransform
@@ -21,6 +20,7 @@ from vistok.data.movies import mp4_bytes
 from vistok.data.opening import open_source
 from vistok.data.video_files import VideoSource, folder_videos
 from vistok.data.videos import UnreadableClipError
+from vistok.signatures import ConfigError
 
 pytest.importorskip("av")
 

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vistok.config import ConfigError, check, load_config, nearest, save_config
+from vistok.config import load_config, save_config
+from vistok.signatures import ConfigError, check
+from vistok.utils.spelling import nearest
 
 
 @dataclasses.dataclass(frozen=True)

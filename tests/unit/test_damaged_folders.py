@@ -18,12 +18,12 @@ from support.tiny_runs import tokenizer_config, write_tokens
 
 from vistok import pipeline
 from vistok.checkpoints import CheckpointError
-from vistok.config import ConfigError
 from vistok.data.tokens import TokenCache, TokenCacheError
 from vistok.eval.images import ImageError
 from vistok.eval.references import InvalidReferenceError, open_reference
 from vistok.pipelines import Pipeline
 from vistok.pipelines.runs import data_of_run
+from vistok.signatures import ConfigError
 from vistok.text import TextError
 from vistok.train.checkpoints import BEST, Checkpoints
 from vistok.train.monitor import read_metrics

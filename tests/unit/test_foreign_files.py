@@ -12,9 +12,10 @@ import torch
 import yaml
 
 from vistok.cli import main
-from vistok.config import Allowed, ConfigError, ShellCommand, load_config, override, save_config
+from vistok.config import Allowed, load_config, override, save_config
 from vistok.data import DataConfig, open_source
 from vistok.pipelines.runs import data_of_run
+from vistok.signatures import ConfigError, ShellCommand
 from vistok.tokenizers.vit_vqgan import ViTConfig, ViTVQGAN
 from vistok.train.tasks import any_config
 

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vistok.config import ConfigError, ShellCommand
 from vistok.data import remote
 from vistok.data.config import DataConfig
 from vistok.data.opening import open_source
 from vistok.data.remote import fetch
+from vistok.signatures import ConfigError, ShellCommand
 
 
 @pytest.fixture

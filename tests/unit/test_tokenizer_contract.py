@@ -11,12 +11,12 @@ from einops import rearrange
 from support.tiny_models import CAPTIONS, captions, labels, names, pixels, tiny
 from torch import Tensor, nn
 
-from vistok.config import ConfigError
 from vistok.data.config import DataConfig
 from vistok.draws import Draws, Keys
 from vistok.generators.base import Generator
 from vistok.generators.engine.sampling import DecodingOptions
 from vistok.pipelines import Pipeline
+from vistok.signatures import ConfigError
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import AfterBackward, Condition, Expander, GeneratorOutput, TokenChunk, TokenizerOutput, TokenSpec
 

@@ -34,7 +34,7 @@ from vistok.checkpoints.weights import (
     load_strictly,
     read_weights,
 )
-from vistok.config import check, with_todays_names
+from vistok.signatures import check, with_todays_names
 from vistok.types import to_json
 from vistok.utils.files import atomic_folder, missing_folder, read_json, restore, write_json
 from vistok.utils.paths import local

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vistok.config import check_least
 from vistok.data.batches import Failures, ImageBatch
 from vistok.data.clip_sources import ClipSource
 from vistok.data.videos import UnreadableClipError
 from vistok.draws import Keys
+from vistok.signatures import check_least
 
 Start = Literal["random", "center", "first"]
 

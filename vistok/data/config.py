@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vistok.config import ShellCommand, check_least
 from vistok.data.decoding import Reading
+from vistok.signatures import ShellCommand, check_least
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from typing import Any
 
 from PIL import Image
 
-from vistok.config import ConfigError
 from vistok.data.captions import CaptionError, texts_of
 from vistok.data.decoding import DECODING_ERRORS, ImageDecoder
 from vistok.data.sources import ImageSource, UnreadableImageError, hash_lines
 from vistok.data.tar import UNCONDITIONAL, check_class
+from vistok.signatures import ConfigError
 
 log = logging.getLogger(__name__)
 

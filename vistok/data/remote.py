@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, cast
 
 from vistok._version import __version__
-from vistok.config import ConfigError, ShellCommand
+from vistok.signatures import ConfigError, ShellCommand
 from vistok.utils.files import atomic_file
 
 log = logging.getLogger(__name__)

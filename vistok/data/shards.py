@@ -18,7 +18,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from vistok.config import ShellCommand
 from vistok.data.captions import ShardCaptions
 from vistok.data.decoding import ImageDecoder
 from vistok.data.files import printable
@@ -26,6 +25,7 @@ from vistok.data.imagefiles import ImageFiles, LeftOut
 from vistok.data.remote import Shard, check_address, fetch, is_remote
 from vistok.data.sources import FileSource, hash_lines
 from vistok.data.tar import IMAGES, MOST_CLASSES, UNCONDITIONAL, Index, Kind, Sample, index_shard, open_member
+from vistok.signatures import ShellCommand
 from vistok.utils.files import atomic_file, cache_folder, read_json, read_lines
 
 log = logging.getLogger(__name__)

@@ -19,12 +19,12 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from vistok.config import suggestion
 from vistok.data.captions import spell_digit
 from vistok.data.decoding import DECODING_ERRORS, ImageDecoder
 from vistok.data.digit_variants import PLAIN, VARIANTS
 from vistok.data.imagefiles import ImageFiles
 from vistok.draws import Keys
+from vistok.utils.spelling import suggestion
 
 log = logging.getLogger(__name__)
 

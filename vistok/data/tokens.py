@@ -29,12 +29,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vistok.config import check
 from vistok.data.files import NPY_ERRORS
 from vistok.data.loader import Failures, Loader
 from vistok.data.order import SequentialOrder, ShuffledOrder
 from vistok.data.ragged import RaggedShard
 from vistok.draws import Keys
+from vistok.signatures import check
 from vistok.types import Condition, ConditionSpec, FeatureSpec, TokenSpec
 from vistok.utils.files import read_json
 

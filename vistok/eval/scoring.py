@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vistok.config import suggestion
 from vistok.eval import metrics as m
 from vistok.eval.features import Extraction, extract_features
 from vistok.eval.networks import FeatureNetwork, full_precision
 from vistok.eval.protocols import METRICS, ImageProtocol
 from vistok.eval.references import Reference
 from vistok.utils.processes import Processes
+from vistok.utils.spelling import suggestion
 
 SHUFFLE_SEED = KID_SEED = 2020
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000

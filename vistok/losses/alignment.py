@@ -160,7 +160,7 @@ def load_encoder(config: EncoderConfig, option: str, **arguments: Any) -> nn.Mod
     """
     import timm
 
-    from vistok.config import suggestion
+    from vistok.utils.spelling import suggestion
 
     architecture, _, _ = config.name.partition(".")
     if not timm.is_model(architecture):

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.config import check_least
 from vistok.nn.attention import Attention, LayerCache
 from vistok.nn.mlp import MLP, GatedMLP, two_thirds
+from vistok.signatures import check_least
 
 FeedForward = Literal["gelu", "swiglu"]
 

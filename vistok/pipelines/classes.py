@@ -6,7 +6,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import SupportsIndex, cast
 
-from vistok.config import suggestion
+from vistok.utils.spelling import suggestion
 
 ClassLabel = SupportsIndex | str
 """A class: its id (int, or an integer scalar of NumPy or torch), or its name."""

@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vistok.config import check
 from vistok.data.movies import shown
 from vistok.draws import Draws, Keys
 from vistok.generators.base import Generator
@@ -39,6 +38,7 @@ from vistok.pipelines.renderers import Renderer
 from vistok.pipelines.requests import Conditions, Prompt, Request
 from vistok.pipelines.runs import RUN_CONFIG
 from vistok.pipelines.steps import StepCallback, every_step
+from vistok.signatures import check
 from vistok.text import TEXT, PromptEncoder
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import Condition

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from vistok.config import ConfigError, with_todays_names
+from vistok.signatures import ConfigError, with_todays_names
 from vistok.utils.spelling import did_you_mean, nearest
 
 SYNONYMS = {

@@ -9,9 +9,10 @@ from typing import Any
 
 from vistok.checkpoints import CONFIG, read_config
 from vistok.checkpoints.registry import entry
-from vistok.config import NOTHING, Allowed, ConfigError, check, load_config, override
+from vistok.config import NOTHING, Allowed, load_config, override
 from vistok.data.config import DataConfig
 from vistok.pipelines.folders import BEST_MODEL, GENERATOR, PIPELINE, TOKENIZER
+from vistok.signatures import ConfigError, check
 
 RUN_CONFIG = "config.yaml"
 

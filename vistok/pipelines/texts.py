@@ -9,12 +9,13 @@ from typing import Any, Literal, cast
 
 import torch
 
-from vistok.config import NOTHING, Allowed, ConfigError, check, check_least, override
+from vistok.config import NOTHING, Allowed, override
 from vistok.data.config import DataConfig
 from vistok.data.loader import Source
 from vistok.data.opening import open_source
 from vistok.eval.tokenizers import BatchConditions
 from vistok.pipelines.runs import config_of_run
+from vistok.signatures import ConfigError, check, check_least
 from vistok.text import PromptEncoder, open_text_encoder
 from vistok.text.captions import CaptionReader
 from vistok.tokenizers.base import Tokenizer

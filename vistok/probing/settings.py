@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vistok.config import check_least
+from vistok.signatures import check_least
 from vistok.types import to_json
 
 PLAN = "plan.json"

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 
-from vistok.config import build, suggestion
 from vistok.quantizers.fsq import FSQ
 from vistok.quantizers.index import IndexQuantizer
 from vistok.quantizers.lfq import LFQ
@@ -19,6 +18,8 @@ from vistok.quantizers.scaled import PackedBSQ, ScaledQuantizer
 from vistok.quantizers.spherical import BSQ
 from vistok.quantizers.stochastic import StochasticQuantizer
 from vistok.quantizers.vq import VectorQuantizer
+from vistok.signatures import build
+from vistok.utils.spelling import suggestion
 
 QUANTIZERS: dict[str, type[nn.Module]] = {
     "vq": VectorQuantizer,

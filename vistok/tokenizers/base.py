@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from vistok.checkpoints import Model
-from vistok.config import ConfigError
 from vistok.draws import Draws, Keys
 from vistok.quantizers.gaussian import GaussianLatents
 from vistok.quantizers.scaled import PackedBSQ, ScaledQuantizer
+from vistok.signatures import ConfigError
 from vistok.types import (
     Clock,
     Condition,

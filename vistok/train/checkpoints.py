@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 
 from vistok.checkpoints import CheckpointError, Model, read_weights
 from vistok.checkpoints.weights import STATE
-from vistok.config import ConfigError
 from vistok.pipelines.folders import BEST_MODEL
+from vistok.signatures import ConfigError
 from vistok.utils.files import atomic_folder, read_object, remove_leftovers, restore, write_json
 from vistok.utils.spelling import did_you_mean, nearest
 

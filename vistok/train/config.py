@@ -9,8 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from vistok.checkpoints import registry
 from vistok.checkpoints.bounds import construct, integers
-from vistok.config import ConfigError, KeysOf, annotations_of, build, check, check_least
 from vistok.data.config import DataConfig
+from vistok.signatures import ConfigError, KeysOf, annotations_of, build, check, check_least
 from vistok.train.curves import curve_file
 
 log = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from vistok._version import __version__
-from vistok.config import ConfigError
 from vistok.data.video_decoders import decoder_versions
+from vistok.signatures import ConfigError
 from vistok.train.config import RunConfig
 from vistok.utils.files import atomic_file
 

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from vistok.checkpoints import Model
 from vistok.checkpoints.adapters import added
 from vistok.checkpoints.bounds import OversizedError, check_bytes
-from vistok.config import ConfigError
+from vistok.signatures import ConfigError
 from vistok.train.config import LoraConfig
 from vistok.train.names import matching
 

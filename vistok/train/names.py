@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 
-from vistok.config import ConfigError
+from vistok.signatures import ConfigError
 
 
 def matching(names: Collection[str], patterns: Iterable[str], key: str, what: str = "parameter") -> set[str]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vistok.checkpoints import Model
-from vistok.config import ConfigError
+from vistok.signatures import ConfigError
 from vistok.train.config import OptimizerConfig, SchedulerConfig
 from vistok.train.names import matching
 from vistok.train.parallel import local

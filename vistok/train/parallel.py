@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vistok.checkpoints import CheckpointError
 from vistok.checkpoints.weights import check_state
-from vistok.config import ConfigError
+from vistok.signatures import ConfigError
 from vistok.train.config import TrainingConfig
 from vistok.train.tasks import Task
 

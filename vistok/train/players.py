@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vistok.checkpoints import CheckpointError
 from vistok.checkpoints.weights import hash_weights, listing
-from vistok.config import ConfigError
+from vistok.signatures import ConfigError
 from vistok.train.config import MODEL, PlayerConfig, TrainingConfig
 from vistok.train.optim import (
     AveragedModel,

@@ -14,10 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from vistok.checkpoints import WEIGHTS
-from vistok.config import ConfigError, load_config
+from vistok.config import load_config
 from vistok.data.opening import open_source
 from vistok.pipelines.folders import GENERATOR, TOKENIZER, load_tokenizer
 from vistok.pipelines.runs import RUN_CONFIG, data_of_run
+from vistok.signatures import ConfigError
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.atlas import codebook_atlas
 from vistok.train.curves import reference_curve

@@ -16,8 +16,8 @@ from vistok.checkpoints.adapters import merged
 from vistok.checkpoints.model import CONFIG, model_folder, read_exported
 from vistok.checkpoints.weights import STATE, exported, listing
 from vistok.conditions import PARTS
-from vistok.config import ConfigError
 from vistok.generators.base import Generator
+from vistok.signatures import ConfigError
 from vistok.train.config import InitFrom, LoraConfig, RunConfig
 from vistok.train.lora import add_adapters
 from vistok.train.names import matching

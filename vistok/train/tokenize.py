@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vistok.config import suggestion
 from vistok.data.clip_sources import ClipSource
 from vistok.data.clips import ClipBatches, repeat_last
 from vistok.data.config import DataConfig
@@ -46,6 +45,7 @@ from vistok.types import ConditionSpec, IdSpec, TokenSpec, to_json
 from vistok.utils.outputs import collected, unfinished
 from vistok.utils.processes import ALONE, Processes
 from vistok.utils.progress import track
+from vistok.utils.spelling import suggestion
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,6 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vistok.checkpoints import WEIGHTS, CheckpointError, OfficialCheckpoint, load_strictly
-from vistok.config import check
 from vistok.draws import Draws, Keys
 from vistok.flow import FlowState, TimeSampling, last
 from vistok.guidance import APG, Scale
@@ -23,6 +22,7 @@ from vistok.nn.alignment import AlignmentConfig
 from vistok.quantizers import FSQ
 from vistok.quantizers.named import chosen_quantizer
 from vistok.quantizers.scaled import spec_of
+from vistok.signatures import check
 from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.flextok import official
 from vistok.tokenizers.flextok.networks import (

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vistok.config import ConfigError, suggestion
+from vistok.signatures import ConfigError
 from vistok.train.monitor import read_metrics
+from vistok.utils.spelling import suggestion
 
 HERE = Path(__file__).parent
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import import_module
 
-from vistok.config import ConfigError, suggestion
+from vistok.signatures import ConfigError
 from vistok.train.tasks.base import Learner, Task, Turn
+from vistok.utils.spelling import suggestion
 
 __all__ = ["TASKS", "Learner", "Task", "Turn", "any_config", "task_type"]
 

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 
 from torch import Tensor, nn
 
-from vistok.config import ConfigError, KeysOf, annotations_of, build, check_least, suggestion
 from vistok.draws import Keys
 from vistok.losses import (
     BlurDiscriminator,
@@ -26,6 +25,8 @@ from vistok.losses import (
     r1_penalty,
 )
 from vistok.losses.augment import NUM_UNIFORMS
+from vistok.signatures import ConfigError, KeysOf, annotations_of, build, check_least
+from vistok.utils.spelling import suggestion
 
 DISCRIMINATORS: dict[str, type[Discriminator]] = {
     "patchgan": PatchGAN,

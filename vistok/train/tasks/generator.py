@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from vistok.config import ConfigError, check
 from vistok.data.loader import no_samples
 from vistok.data.overlap import shared_tokens
 from vistok.data.pictures import grid
@@ -24,6 +23,7 @@ from vistok.draws import Draws, Keys, draws_on
 from vistok.generators.base import Generator
 from vistok.pipelines import Pipeline
 from vistok.pipelines.folders import GENERATOR, TOKENIZER, home_of, load_tokenizer, write_settings
+from vistok.signatures import ConfigError, check
 from vistok.text import TEXT, PromptEncoder, copy_encoders
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.config import MODEL, InitFrom, RunConfig

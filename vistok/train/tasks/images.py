@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vistok.config import ConfigError, check
 from vistok.data.batches import ImageBatch
 from vistok.data.config import DataConfig
 from vistok.data.loader import Loader, Source, batch_reader, check_failures, evaluation_loader, no_samples
@@ -18,6 +17,7 @@ from vistok.data.opening import open_source
 from vistok.data.overlap import shared_images
 from vistok.data.sources import ImageSource
 from vistok.eval.reconstruction import decibels
+from vistok.signatures import ConfigError, check
 
 log = logging.getLogger(__name__)
 

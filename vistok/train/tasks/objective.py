@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vistok.config import ConfigError, build, check, suggestion
 from vistok.draws import Draws, Keys
 from vistok.losses import EncoderConfig
+from vistok.signatures import ConfigError, build, check
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.tasks.teachers import (
     AlignmentTerm,
@@ -32,6 +32,7 @@ from vistok.train.tasks.terms import (
 )
 from vistok.train.tasks.text_contrast import TextContrastTerm
 from vistok.types import MAIN, Clock, TokenizerOutput
+from vistok.utils.spelling import suggestion
 
 SETTING_TYPES = {
     "reconstructions": dict[str, dict[str, Any]],

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vistok.config import ConfigError, check_least
 from vistok.quantizers import VectorQuantizer
 from vistok.quantizers.perturbation import Annealing, Perturbation
+from vistok.signatures import ConfigError, check_least
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import Clock
 

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.config import ConfigError, check_least
 from vistok.draws import Draws, Keys
 from vistok.generators.base import Generator
 from vistok.generators.engine.autoregressive import AutoregressiveGenerator, OrderedEntries
+from vistok.signatures import ConfigError, check_least
 from vistok.types import Clock, Condition, Expands, GeneratorOutput
 
 Prediction = Literal["next", "next_all", "random"]

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.config import ConfigError
 from vistok.draws import Draws
 from vistok.losses import (
     ClassifierDistance,
@@ -20,6 +19,7 @@ from vistok.losses import (
 from vistok.nn.alignment import AlignmentHead
 from vistok.nn.frozen import Frozen
 from vistok.pipelines.folders import load_tokenizer
+from vistok.signatures import ConfigError
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.tasks.terms import PixelTerm, Term, TermConfig
 from vistok.types import Clock, TokenizerOutput

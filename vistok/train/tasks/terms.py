@@ -12,10 +12,10 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vistok.checkpoints.bounds import OversizedError, check_bytes, construct
-from vistok.config import ConfigError, check_least
 from vistok.draws import Draws, Keys
 from vistok.losses import L1, L2, LPIPS, ARPrior
 from vistok.nn.frozen import Frozen
+from vistok.signatures import ConfigError, check_least
 from vistok.tokenizers.base import Tokenizer
 from vistok.types import MAIN, Clock, TokenizerOutput
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vistok.config import ConfigError, check_least
 from vistok.data.captions import class_caption
 from vistok.draws import Draws
 from vistok.losses import symmetric_cross_entropy
+from vistok.signatures import ConfigError, check_least
 from vistok.text import open_text_encoder
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.tasks.terms import Term, TermConfig

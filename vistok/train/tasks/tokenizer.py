@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from vistok.checkpoints.bounds import OversizedError, construct
-from vistok.config import ConfigError, KeysOf, build
 from vistok.data.batches import ImageBatch
 from vistok.data.config import DataConfig
 from vistok.data.loader import Source, training_loader
@@ -26,6 +25,7 @@ from vistok.pipelines.folders import TOKENIZER
 from vistok.pipelines.texts import TextConfig
 from vistok.quantizers.named import QUANTIZERS
 from vistok.quantizers.perturbation import perturbation_draws
+from vistok.signatures import ConfigError, KeysOf, build
 from vistok.tokenizers.base import Tokenizer
 from vistok.train.config import MODEL, PlayerConfig, RunConfig
 from vistok.train.monitor import CodebookMonitor, CodebookWatch, expected_usage
