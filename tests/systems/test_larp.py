@@ -485,3 +485,12 @@ def test_fewer_heads_of_keys_and_values_are_read():
     condition = Condition.from_labels([1, 2])
     ids = model.sample(condition, DecodingOptions(temperature=0.0))
     assert torch.equal(ids, model.logits(ids, condition).argmax(-1))
+
+
+@torch.no_grad()
+def test_codes_are_not_drawn_from_latents_that_are_not_finite():
+    model = tiny("larp")
+    for parameter in model.parameters():
+        parameter.fill_(torch.nan)
+    with pytest.raises(ValueError, match="the latents of these images are not finite"):
+        model.encode(torch.zeros(1, *model.input_shape), draws=model.training_draws(Keys.range(0, 1)))
