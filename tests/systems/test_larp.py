@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gzip
+import inspect
 import json
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from vistok.losses import ARPrior, DiscriminatorLoss, Smoothing, ViTDiscriminato
 from vistok.nn.positions import sincos_1d, sincos_2d, sincos_3d
 from vistok.quantizers import StochasticQuantizer
 from vistok.tokenizers.larp.official import build_discriminator, build_prior, prior_arguments
+from vistok.train.tasks.terms import ARPriorConfig, TermConfig
 from vistok.types import Condition
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -203,6 +206,14 @@ def test_only_the_last_round_reaches_the_tokenizer_where_early_ones_are_detached
     output = model(fed, ids, codes, progress=0.0, draws=model.training_draws(Keys.range(0, 3), 6))
     output.loss.backward()
     assert fed.grad[:, 1:].abs().sum() == 0  # all of these positions are replaced in the last round
+
+
+def test_a_prior_in_a_config_has_the_defaults_of_the_module():
+    own = {field.name: field.default for field in dataclasses.fields(ARPriorConfig)}
+    arguments = inspect.signature(ARPrior).parameters.values()
+    defaults = {argument.name: argument.default for argument in arguments if argument.name in own}
+    assert defaults == {name: own[name] for name in defaults}
+    assert len(defaults) == len(own) - len(dataclasses.fields(TermConfig))
 
 
 def test_bad_priors_are_refused():
@@ -474,3 +485,12 @@ def test_fewer_heads_of_keys_and_values_are_read():
     condition = Condition.from_labels([1, 2])
     ids = model.sample(condition, DecodingOptions(temperature=0.0))
     assert torch.equal(ids, model.logits(ids, condition).argmax(-1))
+
+
+@torch.no_grad()
+def test_codes_are_not_drawn_from_latents_that_are_not_finite():
+    model = tiny("larp")
+    for parameter in model.parameters():
+        parameter.fill_(torch.nan)
+    with pytest.raises(ValueError, match="the latents of these images are not finite"):
+        model.encode(torch.zeros(1, *model.input_shape), draws=model.training_draws(Keys.range(0, 1)))

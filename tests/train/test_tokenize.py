@@ -206,7 +206,7 @@ def test_an_existing_folder_is_refused_before_any_work(data, tmp_path):
 
 def test_too_many_damaged_images_leave_nothing_behind(data, photos, tmp_path):
     (photos / "cat" / "0.png").write_bytes(b"not an image")
-    with pytest.raises(ValueError, match="1 of 10 images cannot be read"):
+    with pytest.raises(ValueError, match="1 of 10 samples cannot be read"):
         tokenize(tiny_tokenizer(), data, tmp_path / "tokens", augmentation="flip")
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 

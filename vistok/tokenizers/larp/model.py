@@ -23,6 +23,7 @@ from vistok.tokenizers.base import Tokenizer
 from vistok.tokenizers.larp import official
 from vistok.tokenizers.larp.networks import Decoder, Encoder, LatentNorm, NormOfLatents, Table
 from vistok.types import Clock, Condition, TokenizerOutput, TokenSpec, as_dataclass
+from vistok.utils.finite import finite_latents
 from vistok.utils.sides import image_sides, times
 
 TYPES = ("patches", "queries", "latents", "patch_queries")
@@ -208,7 +209,7 @@ class LARP(Tokenizer):
         """
         self.check_condition(condition)
         latents = self.latents(pixels)
-        return self.quantize(latents) if draws is None else self.quantizer(latents, draws=draws).ids
+        return self.quantize(latents) if draws is None else self.quantizer(finite_latents(latents), draws=draws).ids
 
     def decode(self, tokens: Tensor, *, condition: Condition | None = None, num_frames: int | None = None) -> Tensor:
         """Ids (B, n), or multi-scale ids (see ``dequantize``), to clips (B, C, T, H, W) in [-1, 1], up to overshoot.
