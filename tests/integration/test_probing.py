@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.images import fill_folder
 from support.tiny_models import tiny
 
 from vistok.cli import main
@@ -190,3 +191,15 @@ def test_bad_input_is_named(saved, tmp_path, capsys, arguments, message):
         main([command, *rest, *data, "--out", str(tmp_path / "out"), *small])
     assert exit_code.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_splits_of_the_same_images_are_refused(tmp_path, saved):
+    for split in ("train", "val"):
+        fill_folder(tmp_path / "data" / split, {"cat": 10, "dog": 10})
+    data = [f"data.root={tmp_path / 'data'}", "data.channels=1", "data.image_size=16"]
+    settings = replace(QUICK, steps=0, test_split="val")
+    with pytest.raises(
+        ValueError, match=r"scored on what it was fitted to: 'val' has the images of 'train'.*val/cat/000"
+    ):
+        probe(saved["ids"], tmp_path / "probe", data, settings=settings)
+    assert not (tmp_path / "probe").exists()

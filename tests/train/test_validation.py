@@ -6,8 +6,10 @@ import json
 import os
 import shutil
 import signal
+import tarfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -386,13 +388,22 @@ def save_pictures(folder, numbers):
     return folder
 
 
-@pytest.mark.parametrize("name", ["./x/train", "x/../x/train", "x/link", "copy", "copy.zip"])
+@pytest.mark.parametrize(
+    "name", ["./x/train", "x/../x/train", "x/link", "copy", "copy.zip", "links", "hard_links", "some"]
+)
 def test_held_out_images_are_compared_by_what_they_are(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     folder = save_pictures(tmp_path / "x" / "train", range(20))
     (tmp_path / "x" / "link").symlink_to("train")
     shutil.copytree(folder, tmp_path / "copy")
     shutil.make_archive("copy", "zip", folder)
+    for other in ("links", "hard_links", "some"):
+        (tmp_path / other).mkdir()
+    for number, path in enumerate(sorted(folder.iterdir())):
+        (tmp_path / "links" / f"{number}.PNG").symlink_to(path)
+        (tmp_path / "hard_links" / f"{number}.PNG").hardlink_to(path)
+        if number % 3 == 0:
+            shutil.copy(path, tmp_path / "some" / f"x{number}.png")
     data = {"source": "folder", "root": "x/train", "channels": 3, "split": None, "affine": None}
     config = tokenizer_config(tmp_path / "run", data=data, validation={"data": {"root": name}})
     with pytest.raises(ConfigError, match="names the images that the run trains on, by another name or in a copy"):
@@ -443,3 +454,87 @@ def test_held_out_digits_of_the_whole_set_are_counted(tmp_path):
     config = tokenizer_config(tmp_path / "run", data={"split": None}, validation={"data": {"split": "test"}})
     with pytest.raises(ConfigError, match="names the images that the run trains on, by another name"):
         train(config)
+
+
+def photo(number: int) -> Image.Image:
+    small = np.random.default_rng(number).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((96, 64), Image.Resampling.BICUBIC)
+
+
+def save_photos(folder: Path, numbers: range, suffix: str = ".jpg", **options: Any) -> Path:
+    (folder / "cat").mkdir(parents=True)
+    for number in numbers:
+        photo(number).save(folder / "cat" / f"{number:03d}{suffix}", **options)
+    return folder
+
+
+def encoded_anew(folder: Path, target: Path, suffix: str, *, name: str = "{}", side: int = 96, **options: Any) -> Path:
+    (target / "cat").mkdir(parents=True)
+    for path in folder.glob("cat/*.jpg"):
+        with Image.open(path) as image:
+            copy = image.resize((side, side * 2 // 3), Image.Resampling.BOX)
+        copy.save(target / "cat" / (name.format(path.stem) + suffix), **options)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("suffix", "options"),
+    [
+        (".png", {}),
+        (".PNG", {"name": "other_name_{}"}),
+        (".jpg", {"quality": 50}),
+        (".webp", {"quality": 60}),
+        (".bmp", {"side": 48}),
+    ],
+)
+def test_held_out_images_that_were_encoded_anew_are_not_held_out(tmp_path, suffix, options):
+    folder = save_photos(tmp_path / "train", range(20))
+    copy = encoded_anew(folder, tmp_path / "copy", suffix, **options)
+    data = DataConfig(16, root=str(folder), split=None)
+    shutil.make_archive(str(tmp_path / "packed"), "zip", copy)
+    with tarfile.open(tmp_path / "packed.tar", "w") as shard:
+        for path in copy.glob("cat/*"):
+            shard.add(path, path.name)
+    for held_out in (
+        {"root": str(copy)},
+        {"root": str(tmp_path / "packed.zip")},
+        {"source": "webdataset", "root": str(tmp_path / "packed.tar")},
+    ):
+        with pytest.raises(
+            ConfigError, match=r"images that the run trains on.*, which looks like .*train/cat/\d+\.jpg"
+        ):
+            held_out_images(data, open_source(data), held_out)
+
+
+def test_files_of_images_that_have_a_name_are_not_held_out(tmp_path):
+    data = DataConfig(16, source="digits", channels=1)
+    digits = open_source(data)
+    for number in range(0, len(digits), 50):
+        digits[number][0].save(tmp_path / f"{number}.png")
+    with pytest.raises(ConfigError, match=r"images that the run trains on.*0\.png, which looks like digits/0"):
+        held_out_images(data, digits, {"source": "folder", "root": str(tmp_path), "split": None})
+
+
+def test_held_out_images_that_look_like_trained_ones_are_counted(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("vistok.data.overlap.MOST_DECODED", 4)  # others are found by their names
+    folder = save_photos(tmp_path / "train", range(20))
+    save_photos(tmp_path / "held_out", range(100, 110))
+    for number in (3, 7):
+        photo(number).save(tmp_path / "held_out" / "cat" / f"{number:03d}.png")
+    data = DataConfig(16, root=str(folder), split=None)
+    held_out_images(data, open_source(data), {"root": str(tmp_path / "held_out")})
+    assert "2 of 12 held-out samples that were looked for are trained on: " in caplog.text
+    caplog.clear()
+    save_photos(tmp_path / "others", range(200, 230))
+    held_out_images(data, open_source(data), {"root": str(tmp_path / "others")})
+    assert not caplog.text
+
+
+def test_images_of_one_colour_are_no_copies(tmp_path, caplog):
+    for name, width in (("train", 16), ("held_out", 18)):  # other bytes
+        (tmp_path / name).mkdir()
+        for number in range(5):
+            Image.new("RGB", (width, 16), (100 + number,) * 3).save(tmp_path / name / f"{number}.png")
+    data = DataConfig(16, root=str(tmp_path / "train"), split=None)
+    held_out_images(data, open_source(data), {"root": str(tmp_path / "held_out")})
+    assert not caplog.text

@@ -857,3 +857,49 @@ def test_damaged_exif_is_no_damaged_image(tmp_path: Path):
     picture(0).save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + b"\xff" * 30)
     [seen] = training_images(tmp_path).values()
     assert seen.shape == (10, 12, 3)
+
+
+def bombs() -> dict[str, bytes]:
+    """Small files that say that they have very many pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    def png(width: int, height: int) -> bytes:
+        header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+        return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+    def tiff(width: int, height: int) -> bytes:
+        tags = [(256, width), (257, height), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (278, height), (279, 0)]
+        entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+        return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+
+    jpeg = io.BytesIO()
+    Image.new("L", (64, 64)).save(jpeg, "JPEG")
+    content = bytearray(jpeg.getvalue())
+    frame = content.index(b"\xff\xc0")
+    content[frame + 5 : frame + 9] = struct.pack(">HH", 65500, 65500)
+    bmp = b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 60000, 60000, 1, 24, 0, 0, 0, 0, 0, 0)
+    gif_frame = struct.pack("<HHHH", 0, 0, 65535, 65535) + b"\0\x02\x02\x4c\x01\0;"
+    screen = b"\x80\0\0" + bytes(3) + b"\xff" * 3 + b","
+    return {
+        "wide.png": png(20000, 20000),
+        "widest.png": png(2**31 - 1, 2**31 - 1),
+        "high.png": png(1, 2**31 - 1),
+        "wide.gif": b"GIF89a" + struct.pack("<HH", 65535, 65535) + screen + gif_frame,
+        "wide.jpg": bytes(content),
+        "wide.tif": tiff(60000, 60000),
+        "widest.tif": tiff(2**32 - 1, 2**32 - 1),
+        "wide.bmp": bmp,
+    }
+
+
+@pytest.mark.parametrize("name", bombs())
+def test_bombs_are_refused_with_the_bound(tmp_path, name):
+    (tmp_path / name).write_bytes(bombs()[name])
+    bound = r"it says that it has [\d,]+ pixels; up to 178,956,970 are read"
+    for reading in ("photo", "raw"):
+        with pytest.raises(Image.DecompressionBombError, match=bound), (tmp_path / name).open("rb") as file:
+            ImageDecoder(3, reading).read(file)
+    with pytest.raises(ValueError, match=rf"{name} is damaged or cannot be decoded: {bound}"):
+        open_picture(tmp_path / name, ImageDecoder())

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vistok.cli.console import output, print_table
-from vistok.utils.files import check_absent, read_lines
+from vistok.utils.files import read_lines
 
 
 def convert(
@@ -31,14 +31,15 @@ def convert(
     from vistok.checkpoints import convert as read_official
     from vistok.checkpoints import official_name
     from vistok.utils.files import missing_file, read_json
+    from vistok.utils.outputs import appearing
 
-    check_absent(out)
     for path in (file, config):
         if path is not None and not path.is_file():
             raise FileNotFoundError(missing_file(path))
-    name = official_name(system, file.name)
-    model = read_official(name, file, read_json(config) if config is not None else None)
-    model.save_pretrained(out)
+    with appearing(out):
+        name = official_name(system, file.name)
+        model = read_official(name, file, read_json(config) if config is not None else None)
+        model.save_pretrained(out)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     output.print(f"{name}: {type(model).__name__} with {parameters:,} parameters, saved in {escape(str(out))}")
 
@@ -74,18 +75,19 @@ def pipeline(
     """Put a tokenizer and a generator into one folder, which `vistok sample` and vistok.pipeline read."""
     from vistok.config import override
     from vistok.pipelines import assemble
+    from vistok.utils.outputs import appearing
 
-    check_absent(out)
-    names = read_lines(classes) if classes is not None else None
-    pipe = assemble(
-        tokenizer,
-        generator,
-        class_names=names,
-        sampling=override({}, options or ()),
-        text_encoder=text_encoder,
-        clean_texts=clean_texts,
-    )
-    pipe.save_pretrained(out)
+    with appearing(out):
+        names = read_lines(classes) if classes is not None else None
+        pipe = assemble(
+            tokenizer,
+            generator,
+            class_names=names,
+            sampling=override({}, options or ()),
+            text_encoder=text_encoder,
+            clean_texts=clean_texts,
+        )
+        pipe.save_pretrained(out)
     named = f", {len(pipe.class_names):,} class names" if pipe.class_names else ""
     parts = f"{type(pipe.tokenizer).__name__} and {type(pipe.generator).__name__}"
     output.print(f"{parts}{named}, saved in {escape(str(out))}")

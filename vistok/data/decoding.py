@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -184,8 +185,13 @@ def _read(file: IO[bytes], use: Callable[[Image.Image], T]) -> T:
     try:
         with open_image(file) as image:
             return use(image)
-    except Image.DecompressionBombError:
-        raise
+    except Image.DecompressionBombError as error:
+        sizes = re.findall(r"\d+", str(error))
+        stated = f"{int(sizes[0]):,} pixels" if sizes else "too many pixels"
+        raise Image.DecompressionBombError(
+            f"it says that it has {stated}; up to {2 * (Image.MAX_IMAGE_PIXELS or 0):,} are read, since a small "
+            "file could fill all memory. If it is sound, store it smaller"
+        ) from error
     except DECODING_ERRORS:
         file.seek(start)
         if file.read(len(PNG_SIGNATURE)) != PNG_SIGNATURE:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple, Protocol, cast
 
 import numpy as np
 
-from vistok.data.clip_sources import SelectedClips
+from vistok.data.clip_sources import ClipSource, SelectedClips
 from vistok.data.decoding import DECODING_ERRORS
 from vistok.data.loader import Source
+from vistok.data.looks import lookalikes, thumbnails
 from vistok.data.sources import DigitsSource, FileSource, Selection, TorchvisionSource
 from vistok.data.tokens import TokenCache
 from vistok.data.video_files import VideoSource
@@ -20,6 +22,11 @@ from vistok.utils.files import sha256
 
 MOST_LOOKED_AT = 256
 """How many held-out samples are looked for, evenly spread: enough to find an overlap, and few enough to be fast."""
+MOST_DECODED, LEAST_DECODED, DECODED_BYTES = 2048, 64, 128 << 20
+"""How many trained samples are decoded, evenly spread, to see whether held-out ones look like them: of large files, as
+many as make up so many bytes."""
+MOST_OF_A_NAME = 4
+"""Trained files of one name, in several folders, that are decoded besides."""
 CHUNK = 16384
 """Cached samples that are compared at a time."""
 TOLD_APART = 0.9
@@ -57,9 +64,10 @@ def shared_images(trained: Source, held_out: Source) -> Shared:
     """Look for held-out images or videos among those that are trained on.
 
     Files are compared by their bytes. Other sources are compared by their fingerprints and, if both are known data sets
-    (``NAMED``), by the names of their samples.
+    (``NAMED``), by the names of their samples. Samples that are not found in this way may be re-encoded copies: they
+    are compared by what they show (``vistok.data.looks``) with trained samples of the same name and with some others.
     """
-    looked = _looked_at(len(held_out))
+    looked = _spread(len(held_out), MOST_LOOKED_AT)
     if (files := _files(trained)) is not None and (others := _files(held_out)) is not None:
         found = _same_bytes(files, others, looked)  # fingerprints have only names and sizes, which may be equal
     elif trained.fingerprint() == held_out.fingerprint():
@@ -69,7 +77,45 @@ def shared_images(trained: Source, held_out: Source) -> Shared:
         found = [index for index in looked if held_out.name(index) in names]
     else:
         found = []
-    return Shared(len(found), len(looked), held_out.name(found[0]) if found else None)
+    if found and len(found) == len(looked):
+        return Shared(len(found), len(looked), held_out.name(found[0]))
+    rest = thumbnails(held_out, [index for index in looked if index not in set(found)])
+    alike = lookalikes(rest, thumbnails(trained, _likely(trained, held_out, rest)))
+    example = held_out.name(found[0]) if found else None
+    if alike and example is None:
+        first, other = next(iter(alike.items()))
+        example = f"{held_out.name(first)}, which looks like {trained.name(other)}"
+    distinct = len(np.unique(np.array(list(rest.values())).round(), axis=0)) if rest else 0
+    return Shared(
+        len(found) + len(alike), len(looked), example, told_apart=not alike or distinct > TOLD_APART * len(rest)
+    )
+
+
+def _likely(trained: Source, held_out: Source, rest: Iterable[int]) -> list[int]:
+    """Trained samples that are worth decoding: of the names of the held-out ones but for suffixes, and some others."""
+    likely = set(_spread(len(trained), _how_many(trained)))
+    if isinstance(_whole(trained), FileSource | VideoSource) and len(likely) < len(trained):
+        wanted, counts = {_stem(held_out.name(index)) for index in rest}, Counter[str]()
+        for index in range(len(trained)):
+            stem = _stem(trained.name(index))
+            counts[stem] += stem in wanted
+            if 0 < counts[stem] <= MOST_OF_A_NAME:
+                likely.add(index)
+    return sorted(likely)
+
+
+def _how_many(trained: Source) -> int:
+    if isinstance(trained, ClipSource):
+        return LEAST_DECODED
+    if (found := _files(trained)) is None:
+        return MOST_DECODED
+    files, indices = found
+    sizes = [files.size(indices[number]) for number in _spread(len(indices), LEAST_DECODED)]
+    return min(MOST_DECODED, max(LEAST_DECODED, DECODED_BYTES * len(sizes) // max(sum(sizes), 1)))
+
+
+def _stem(name: str) -> str:
+    return name.rpartition("/")[2].partition(".")[0].lower()
 
 
 def shared_tokens(trained: Sequence[TokenCache], held_out: TokenCache) -> Shared:
@@ -77,7 +123,7 @@ def shared_tokens(trained: Sequence[TokenCache], held_out: TokenCache) -> Shared
 
     Latents are compared up to rounding. One tokenizer must have made all caches.
     """
-    looked = np.array(_looked_at(len(held_out)))
+    looked = np.array(_spread(len(held_out), MOST_LOOKED_AT))
     rows = np.concatenate([_rows(held_out, looked, view) for view in range(held_out.views)])
     direction = np.random.default_rng(0).standard_normal(rows.shape[1])
     keys, found = rows @ direction, np.zeros(len(rows), dtype=bool)
@@ -114,9 +160,9 @@ def _are_among(rows: np.ndarray, keys: np.ndarray, others: np.ndarray, other_key
     return among
 
 
-def _looked_at(count: int) -> list[int]:
-    """The indices of at most ``MOST_LOOKED_AT`` of ``count`` samples, evenly spaced."""
-    looked = min(count, MOST_LOOKED_AT)
+def _spread(count: int, most: int) -> list[int]:
+    """The indices of at most ``most`` of ``count`` samples, evenly spaced."""
+    looked = min(count, most)
     return [number * count // looked for number in range(looked)]
 
 

@@ -78,13 +78,19 @@ class JsonLines(PeerCache):
         where = f"{self._path}, line {number}"
         try:
             row = json.loads(line.decode("utf-8-sig"))  # editors on Windows begin a file with a byte order mark
-            ids, label = np.array(row["tokens"]), row["class_id"]
-            if ids.ndim > 1:
-                raise ValueError(f"tokens are nested, of the shape {ids.shape}; one list of ids is expected")
-            ids = ids.reshape(1, -1)
+            tokens, label = row["tokens"], row["class_id"]
+        except UnicodeDecodeError as error:  # whose own words hold the whole line
+            raise PeerCacheError(f"{where}: no class_id and tokens (it is no text in UTF-8: {error.reason})") from error
         except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
             raise PeerCacheError(f"{where}: no class_id and tokens ({error!r})") from error
-        return PeerSample(checked_ids(ids, where), checked_label(label, where), where)
+        odd = [value for value in tokens if type(value) is not int] if isinstance(tokens, list) else [tokens]
+        if odd:
+            raise PeerCacheError(f"{where}: tokens are one list of ids, which are integers; got {odd[0]!r}"[:500])
+        try:
+            ids = np.array([tokens], dtype=np.int64)
+        except OverflowError as error:
+            raise PeerCacheError(f"{where} holds the id {max(tokens, key=abs)}"[:500]) from error
+        return PeerSample(ids, checked_label(label, where), where)
 
 
 def formats() -> dict[str, type[PeerCache]]:
@@ -150,4 +156,6 @@ def load_array(path: Path) -> np.ndarray | dict[str, np.ndarray]:
         loaded = np.load(path, allow_pickle=False)
         return loaded if isinstance(loaded, np.ndarray) else dict(loaded)
     except NPY_ERRORS as error:
-        raise PeerCacheError(f"{path} cannot be read ({error}); repair or remove it") from error
+        # NumPy takes whatever it does not know for a pickle, and says how to run what is in it.
+        reason = "no file of NumPy, or one with Python objects in it" if "pickle" in str(error) else error
+        raise PeerCacheError(f"{path} cannot be read ({reason}); repair or remove it") from error

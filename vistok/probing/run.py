@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -15,6 +16,7 @@ from vistok.config import NOTHING, Allowed
 from vistok.data.config import DataConfig
 from vistok.data.movies import compared
 from vistok.data.opening import open_source
+from vistok.data.overlap import shared_images
 from vistok.data.pictures import grid, save_png, to_pil
 from vistok.data.tokens import TokenCache
 from vistok.eval.record import library_versions, save_result
@@ -35,6 +37,8 @@ from vistok.train.tokenize import tokenize
 from vistok.utils.devices import choose_device
 from vistok.utils.files import read_json, write_json
 from vistok.utils.outputs import continued, unfinished
+
+log = logging.getLogger(__name__)
 
 PICTURE = "reconstructions.png"
 SHOWN = 8
@@ -169,6 +173,15 @@ def _open(
             f"data.split={parts[0].split} would make the probe score what it was fitted to; leave it out, and say "
             "--train-split and --test-split"
         )
+    shared = shared_images(open_source(parts[0]), open_source(parts[1]))
+    if shared.is_whole:
+        raise ValueError(
+            f"the probe would be scored on what it was fitted to: {parts[1].split!r} has the images of "
+            f"{parts[0].split!r}, by another name or in a copy (such as {shared.example}); name others with "
+            "--test-split"
+        )
+    if shared.found:
+        log.warning("%s", shared)
     return _fitted(tokenizer, parts[0]), parts[0], parts[1]
 
 

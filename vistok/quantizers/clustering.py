@@ -38,6 +38,11 @@ class CodeClustering(nn.Module):
         self.register_buffer("usage", torch.zeros(codebook_size))
         self.register_buffer("places", torch.zeros(codebook_size, dim), persistent=False)
 
+    def first_counts(self) -> Tensor:
+        """(codebook_size,) ``usage`` of a codebook that was trained without it: all codes alike, so that none moves
+        until it turns out to be rare."""
+        return torch.full_like(self.usage, 1 / len(self.usage))
+
     @torch.no_grad()
     def forward(self, latents: Tensor, distances: Tensor, ids: Tensor) -> None:
         """Update the usage of codes, and pick the latents that they move to.

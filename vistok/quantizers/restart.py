@@ -36,6 +36,10 @@ class CodeRestart(nn.Module):
         self.register_buffer("idle", torch.full((codebook_size,), patience))
         self.register_buffer("places", torch.zeros(codebook_size, dim), persistent=False)
 
+    def first_counts(self) -> Tensor:
+        """(codebook_size,) ``idle`` of a codebook that was trained without it: every code may go unused from now on."""
+        return torch.zeros_like(self.idle)
+
     @torch.no_grad()
     def forward(self, latents: Tensor, ids: Tensor) -> None:
         """Count unused steps and pick latents, from latents (..., D) and the ids (...) of their codes."""

@@ -6,7 +6,7 @@ VQ-VAE: van den Oord et al., arXiv 1711.00937. Factorised, l2-normalised codes: 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal, get_args
 
 import torch
@@ -240,3 +240,28 @@ class ResidualQuantizer(nn.Module):
         losses = {name: torch.stack([level.losses[name] for level in levels]).mean(0) for name in levels[0].losses}
         quantized = self._pass_gradient(latents, self.ids_to_latents(ids))
         return QuantizerOutput(quantized, ids, losses, self.codebook_size)
+
+
+COUNTS = {"restart": "idle", "clustering": "usage"}
+"""The state of the parts of a quantizer that move unused codes: counts of training, which are no weights."""
+
+
+def with_counts(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], set[str], set[str]]:
+    """Return ``state`` with the counts of codes that ``model`` has.
+
+    The state may be of a model that moved its unused codes in another way, or not at all.
+
+    Returns:
+        the state; the keys of counts that begin afresh; the keys of counts that were left out.
+    """
+    result, begun, left = dict(state), set[str](), set[str]()
+    for name, module in model.named_modules():
+        for mover, counts in COUNTS.items() if isinstance(module, VectorQuantizer) else ():
+            key, part = f"{name}.{mover}.{counts}".removeprefix("."), getattr(module, mover)
+            if part is None and key in result:
+                del result[key]
+                left.add(key)
+            elif part is not None and key not in result:
+                result[key] = part.first_counts()
+                begun.add(key)
+    return result, begun, left

@@ -6,7 +6,7 @@ import errno
 import logging
 import math
 import re
-import shutil
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +19,7 @@ from vistok.checkpoints import CheckpointError, Model, read_weights
 from vistok.checkpoints.weights import STATE
 from vistok.pipelines.folders import BEST_MODEL
 from vistok.signatures import ConfigError
-from vistok.utils.files import atomic_folder, read_object, remove_leftovers, restore, write_json
+from vistok.utils.files import atomic_folder, read_object, remove_folder, remove_leftovers, restore, write_json
 from vistok.utils.spelling import did_you_mean, nearest
 
 log = logging.getLogger(__name__)
@@ -50,8 +50,9 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, oldest first."""
         restore(self.folder)
-        names = (re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.glob("step-*"))
-        return sorted(int(match[1]) for match in names if match)
+        names = {path.name for path in self.folder.glob("step-*")}
+        steps = {int(match[1]) for match in map(re.compile(r"step-(\d+)").fullmatch, names) if match}
+        return sorted(step for step in steps if self.path(step).name in names)
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:07d}"
@@ -128,7 +129,7 @@ class Checkpoints:
         best = self.best()
         kept = {*self.steps()[-self.keep :], best["step"] if best else -1}
         for old in set(self.steps()) - kept:
-            shutil.rmtree(self.path(old))
+            remove_folder(self.path(old))
 
     def judge_again(self, state: Mapping[str, Any]) -> None:
         """Judge a loaded checkpoint: the process that wrote it may have died before it was judged."""
@@ -165,9 +166,40 @@ class Checkpoints:
         return CheckpointError(f"{what} could not be written {where}. {advice}")
 
     def load(self) -> dict[str, Any] | None:
-        """The newest state; None if there is none yet."""
+        """The newest state; None if there is none yet.
+
+        Raises:
+            CheckpointError: it is damaged, or of another step than its folder says.
+        """
         steps = self.steps()
-        return read_weights(self.path(steps[-1]) / STATE) if steps else None
+        if not steps:
+            return None
+        file = self.path(steps[-1]) / STATE
+        try:
+            state = read_weights(file)
+            if state.get("step") != steps[-1]:
+                raise CheckpointError(f"{file} holds the state of step {state.get('step')!r}"[:500])
+            if damaged := _damaged_part(file):
+                raise CheckpointError(f"{file} is damaged: its part {damaged} is not as it was saved")
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}. {self.way_round()}") from error
+        return state
+
+    def way_round(self) -> str:
+        """What a message says about how to go on without the newest checkpoint."""
+        *older, newest = self.steps()
+        goes_on = f"--resume goes on from {self.path(older[-1])}" if older else "--resume begins at step 0"
+        return f"Remove the folder {self.path(newest)}: then {goes_on}"
+
+
+def _damaged_part(file: Path) -> str | None:
+    """The first part of a file of torch whose bytes do not have the checksum that was saved with them; None if all
+    have. Reading tensors does not look at the checksums."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip()
+    except (OSError, zipfile.BadZipFile) as error:
+        return f"of the archive ({error})"
 
 
 def _is_of_torch_writer(error: Exception) -> bool:

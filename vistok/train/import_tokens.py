@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,12 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vistok.data.peers import PeerCacheError, PeerSample, check_alike, open_peer_cache
+from vistok.data.peers import PeerCache, PeerCacheError, PeerSample, check_alike, open_peer_cache
+from vistok.data.tar import UNCONDITIONAL
 from vistok.data.token_writer import TokenWriter
 from vistok.data.tokens import TokenCache
 from vistok.pipelines.folders import TOKENIZER
 from vistok.tokenizers.base import Tokenizer
+from vistok.utils.outputs import appearing
 from vistok.utils.progress import track
+
+log = logging.getLogger(__name__)
 
 BATCH = 256
 
@@ -47,7 +52,8 @@ def import_tokens(
     if holds_moments != tokenizer.has_posterior:
         held = "moments of a posterior" if holds_moments else "ids"
         raise PeerCacheError(f"{root} holds {held}, which a {type(tokenizer).__name__} does not make")
-    names = tuple(classes or cache.classes or map(str, range(1 + max(sample.label for sample in cache))))
+    _check_shape(tokenizer, first)
+    names = tuple(classes or cache.classes or _numbered_classes(cache))
     writer = TokenWriter(
         out,
         dataclasses.asdict(tokenizer.spec),
@@ -56,7 +62,7 @@ def import_tokens(
         content="moments" if holds_moments else "tokens",
         classes=names,
     )
-    with writer:
+    with appearing(Path(out)), writer:
         while batch := list(itertools.islice(samples, BATCH)):
             check_alike([first, *batch])
             _check_ids(tokenizer, batch)
@@ -66,6 +72,35 @@ def import_tokens(
     return TokenCache(out)
 
 
+def _numbered_classes(cache: PeerCache) -> list[str]:
+    """The class ids of a cache without names, from 0 to the largest; a warning if most of them have no sample."""
+    labels = {sample.label for sample in cache} - {UNCONDITIONAL}
+    count = 1 + max(labels, default=-1)
+    if len(labels) < count / 2:
+        log.warning(
+            "only %d of the %d classes that the ids 0..%d stand for have a sample; are they ids of something else?",
+            len(labels),
+            count,
+            count - 1,
+        )
+    return [str(label) for label in range(count)]
+
+
+def _check_shape(tokenizer: Tokenizer, sample: PeerSample) -> None:
+    """Raise PeerCacheError unless a sample has as many tokens as the tokenizer makes of an image."""
+    spec, shape = tokenizer.spec, sample.values.shape
+    if tokenizer.has_posterior:
+        fits, expected = shape[1] == 2 * spec.dim and shape[2] * shape[3] == spec.length, f"{2 * spec.dim} x h x w"
+    else:
+        fits, expected = shape[1:] == (spec.length,) and spec.depth == 1, f"{spec.length} x {spec.depth}"
+    if not fits or not shape[0]:
+        raise PeerCacheError(
+            f"{sample.where} holds {' x '.join(map(str, shape[1:]))} values in {shape[0]} views, but this "
+            f"{type(tokenizer).__name__} makes {expected} of an image, {spec.length} tokens; name the tokenizer that "
+            "made them, built for images of their size"
+        )
+
+
 def _check_ids(tokenizer: Tokenizer, samples: Sequence[PeerSample]) -> None:
     if not tokenizer.spec.discrete:
         return
@@ -73,13 +108,19 @@ def _check_ids(tokenizer: Tokenizer, samples: Sequence[PeerSample]) -> None:
     for sample in samples:
         wrong = sample.values[(sample.values < 0) | (sample.values >= size)]
         if wrong.size:
-            raise PeerCacheError(f"{sample.where}: token id {wrong.flat[0]} is out of range 0..{size - 1}")
+            raise PeerCacheError(
+                f"{sample.where}: token id {wrong.flat[0]} is out of range 0..{size - 1} of this "
+                f"{type(tokenizer).__name__}; name the tokenizer that made the tokens"
+            )
 
 
 def _check_labels(names: Sequence[str], samples: Sequence[PeerSample]) -> None:
     for sample in samples if names else ():
         if not 0 <= sample.label < len(names):
-            raise PeerCacheError(f"{sample.where}: label {sample.label} is out of range 0..{len(names) - 1}")
+            raise PeerCacheError(
+                f"{sample.where}: label {sample.label} is out of range 0..{len(names) - 1}; every sample needs one of "
+                f"the {len(names)} classes, or all of them -1 and no class names"
+            )
 
 
 def _tokens(tokenizer: Tokenizer, samples: Sequence[PeerSample]) -> Tensor:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.profiler import record_function
 
+from vistok.checkpoints import CheckpointError
 from vistok.config import differences, load_config, save_config
 from vistok.data.loader import Failures, TooManyUnreadableError, listed
 from vistok.data.pictures import save_png
@@ -67,7 +68,9 @@ def train(config: Mapping[str, Any], *, resume: bool = False) -> Path:
         LoaderWorkerError: a worker that reads data died.
         FolderInUseError: another process trains into the run folder.
     """
-    config, found = with_model_of_source(expand(config))
+    config = expand(config)
+    with _sources_may_be_gone(config, resume):
+        config, found = with_model_of_source(config)
     run = RunConfig.parse(config)
     run.model_entry()
     folder = Path(run.output_dir)
@@ -81,7 +84,8 @@ def _train(config: Mapping[str, Any], run: RunConfig, folder: Path, found: Found
         raise FileExistsError(
             f"run folder {folder} exists already; go on with --resume, or choose another with output_dir=…"
         )
-    accelerator, task = prepare(run, folder, found)
+    with _sources_may_be_gone(config, resume):
+        accelerator, task = prepare(run, folder, found)
     try:
         trainer = Trainer(run, task, accelerator, folder)
         if resume:
@@ -91,7 +95,7 @@ def _train(config: Mapping[str, Any], run: RunConfig, folder: Path, found: Found
             clean(folder)
             save_config(config, folder / "config.yaml")
             write_json(folder / "environment.json", environment())
-            task.save_companions(folder)
+            task.save_companions(folder, anew=not trainer.step)
         start_trackers(accelerator, folder, run.training.trackers)
         trainer.run()
         if accelerator.is_main_process:
@@ -99,6 +103,21 @@ def _train(config: Mapping[str, Any], run: RunConfig, folder: Path, found: Found
         accelerator.wait_for_everyone()  # a process that leaves while others still export would break their group
     finally:
         accelerator.end_training()
+
+
+@contextmanager
+def _sources_may_be_gone(config: Mapping[str, Any], resume: bool) -> Iterator[None]:
+    """Add to an error about ``init_from`` how a run that has a checkpoint resumes without its sources."""
+    try:
+        yield
+    except CheckpointError as error:
+        folder = Path(str(config.get("output_dir")))
+        if resume and config.get("init_from") and Checkpoints(folder / "checkpoints", 1, None).steps():
+            error.add_note(
+                f"The run's checkpoint has all weights, so the run resumes without init_from, too: vistok train "
+                f"{folder / 'config.yaml'} --resume init_from=null"
+            )
+        raise
 
 
 def prepare(run: RunConfig, folder: Path, found: Found) -> tuple[Any, Task]:
@@ -154,13 +173,13 @@ class Trainer:
             try:
                 self._load(state)
             except ValueError as error:
-                changes = self._changes(config)
-                if changes:
-                    error.add_note(
-                        f"Since that checkpoint the config has another {', another '.join(changes)}. Resume with what "
-                        f"it had, or begin a new run from its weights: output_dir=… init_from={self.folder}"
-                    )
+                error.add_note(self._ways_out(error, config))
                 raise
+            except (LookupError, TypeError, AttributeError) as error:
+                raise CheckpointError(
+                    f"{self.checkpoints.path(state['step'])} holds no whole state of a run ({error!r}). "
+                    f"{self.checkpoints.way_round()}"
+                ) from error
             if self.accelerator.is_main_process:
                 for change in self._changes(config):
                     log.warning("resumed with another %s", change)
@@ -174,6 +193,21 @@ class Trainer:
                 self.checkpoints.prune()  # the process that saved it may have died before it could
         elif self.accelerator.is_main_process:
             log.warning("%s has no checkpoint yet: training begins at step 0", self.folder)
+
+    def _ways_out(self, error: ValueError, config: Mapping[str, Any]) -> str:
+        """What to do about a checkpoint that does not fit the run."""
+        changes = self._changes(config)
+        new_run = f"begin a new run from its weights: output_dir=… init_from={self.folder}"
+        damaged = f"If the checkpoint is damaged, or of another run: {self.checkpoints.way_round()}"
+        if changes:
+            text = (
+                f"Since that checkpoint the config has another {', another '.join(changes)}. Resume with what it had, "
+                f"or {new_run}"
+            )
+            return f"{text}. {damaged}" if isinstance(error, CheckpointError) else text
+        if isinstance(error, CheckpointError):
+            return damaged
+        return f"The config is that of the run, so its data are others by now. Put them back, or {new_run}"
 
     def _changes(self, config: Mapping[str, Any]) -> list[str]:
         """The differences from the config in the run folder."""

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from vistok.checkpoints import CheckpointError
+from vistok.checkpoints.adapters import LOW_RANK
 from vistok.checkpoints.weights import hash_weights, listing
+from vistok.quantizers.vq import with_counts
 from vistok.signatures import ConfigError
 from vistok.train.config import MODEL, PlayerConfig, TrainingConfig
 from vistok.train.optim import (
@@ -301,7 +303,17 @@ class Players:
             if keys:
                 self._say("parts of losses that the checkpoint and this run do not share %s: %s", what, listing(keys))
         kept = {key: losses[key] for key in losses if key in own}
+        model, begun, left = with_counts(self._learner.model, self._with_own_scales(model))
+        for what, keys in (("begin afresh", begun), ("are left out", left)):
+            if keys:
+                self._say("counts of codes that the checkpoint and this run do not share %s: %s", what, listing(keys))
         return kept | {EXPORTED + key: tensor for key, tensor in model.items()}, own.keys() - losses
+
+    def _with_own_scales(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights with the scales of adapters that the config asks for, since these are no weights."""
+        own = self._learner.model.state_dict()
+        scales = [key for key in weights if key.endswith(f"{LOW_RANK}scale") and key in own]
+        return {**weights, **{key: own[key] for key in scales}}
 
     def _load_average(self, saved: Mapping[str, Any] | None) -> None:
         if self.average is None:
@@ -311,7 +323,8 @@ class Players:
             self._say("the checkpoint has no averaged weights: they begin at the weights of its step")
             self.average.restart(self._learner.model)
         else:
-            load_whole_state_dict(self.average.model, saved["model"], source="the checkpoint's average")
+            weights, _, _ = with_counts(self.average.model, self._with_own_scales(saved["model"]))
+            load_whole_state_dict(self.average.model, weights, source="the checkpoint's average")
             self.average.updates = saved["updates"]
 
     @cache  # noqa: B019 (one object per run)

@@ -17,6 +17,7 @@ from vistok.checkpoints.model import CONFIG, model_folder, read_exported
 from vistok.checkpoints.weights import STATE, exported, listing
 from vistok.conditions import PARTS
 from vistok.generators.base import Generator
+from vistok.quantizers.vq import with_counts
 from vistok.signatures import ConfigError
 from vistok.train.config import InitFrom, LoraConfig, RunConfig
 from vistok.train.lora import add_adapters
@@ -242,6 +243,7 @@ def _load(model: Model, start: Start) -> tuple[set[str], set[str]]:
     weights = _renamed(start.weights(), source.rename, start.name)
     if not source.module:
         weights, tables = _with_own_classes(model, weights, start)
+        weights, _, _ = with_counts(model, weights)
     if not source.strict:
         weights = _known(part, weights, start.name)
         load_strictly(part, dict(part.state_dict()) | weights, source=start.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -116,14 +117,34 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove a folder that only this process writes. If the process is killed, the folder is there as a whole or not at
+    all; ``remove_leftovers`` of its parent removes the rest."""
+    retired = folder.with_name(f".{folder.name}{PARTIAL}")  # a rename works on a full disk, too
+    _remove(retired)
+    os.replace(folder, retired)
+    _remove(retired)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove the unfinished files and folders that a killed process left in ``folder``, and restore those it set aside.
 
     The caller must hold the folder's lock, because a running process has such files, too.
     """
     restore(folder)
-    for pattern in (f".*{PARTIAL}", f".*{RETIRED}"):
-        for path in list(folder.glob(pattern)):
+    _remove_partial(folder, "*")
+
+
+def remove_leftovers_of(target: Path) -> None:
+    """Remove what killed processes left beside ``target`` when they made it, and put back what they had set aside. The
+    caller must hold the lock of ``target``."""
+    restore(target.parent)
+    _remove_partial(target.parent, f"{glob.escape(target.name)}.{'?' * 8}")  # as tempfile draws names
+
+
+def _remove_partial(folder: Path, name: str) -> None:
+    for suffix in (PARTIAL, RETIRED):
+        for path in list(folder.glob(f".{name}{suffix}")):
             _remove(path)
 
 

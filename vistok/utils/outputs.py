@@ -14,7 +14,14 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from vistok.utils.files import atomic_folder, read_json, remove_leftovers, write_json
+from vistok.utils.files import (
+    atomic_folder,
+    check_absent,
+    read_json,
+    remove_leftovers,
+    remove_leftovers_of,
+    write_json,
+)
 from vistok.utils.locks import holds_files, locked
 from vistok.utils.processes import ALONE, Processes
 
@@ -105,6 +112,21 @@ def continued(folder: Path, settings: Mapping[str, Any], *, processes: Processes
             elif processes.count == 1:
                 shutil.rmtree(folder)
             raise
+
+
+@contextmanager
+def appearing(target: Path) -> Iterator[None]:
+    """A block that makes ``target`` as a whole, by ``atomic_folder``, as its one writer. What killed ones left beside
+    it is removed first.
+
+    Raises:
+        FileExistsError: ``target`` is there.
+        FolderInUseError: another process makes it.
+    """
+    with locked(target):
+        check_absent(target)
+        remove_leftovers_of(target)
+        yield
 
 
 def unfinished(target: Path) -> Path:

@@ -26,7 +26,18 @@ class MarMoments(PeerCache):
             archive = load_array(path)
             if not {"moments", "moments_flip"} <= set(archive):
                 raise PeerCacheError(f"{path} holds {sorted(archive)}; expected moments and moments_flip")
-            views = np.stack([archive["moments"], archive["moments_flip"]])
-            if views.dtype.kind != "f" or not np.isfinite(views).all():
-                raise PeerCacheError(f"{path} holds {views.dtype} moments, or some that are not finite")
-            yield PeerSample(views, labels[path.parent.name], str(path))
+            views = [_moments(archive[name], f"{path}, {name}") for name in ("moments", "moments_flip")]
+            if views[0].shape != views[1].shape:
+                raise PeerCacheError(f"{path} holds moments {views[0].shape} and moments_flip {views[1].shape}")
+            yield PeerSample(np.stack(views), labels[path.parent.name], str(path))
+
+
+def _moments(values: np.ndarray, where: str) -> np.ndarray:
+    """(2D, h, w) float32; PeerCacheError, which says ``where``, if they are no moments."""
+    if values.dtype.kind != "f" or values.ndim != 3:
+        raise PeerCacheError(f"{where} is {values.dtype} {values.shape}; expected floats (2D, h, w)")
+    with np.errstate(over="ignore"):
+        values = values.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise PeerCacheError(f"{where} has values that are not finite, as float32; make the file again")
+    return values

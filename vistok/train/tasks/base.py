@@ -232,8 +232,12 @@ class Task(ABC):
     def pictures(self, model: Any) -> list[Image.Image]:
         """Pictures of what the model can do now: one, or none if it makes no pixels."""
 
-    def save_companions(self, folder: Path) -> None:  # noqa: B027 (most models stand alone)
-        """Write the files that checkpoints need besides the model into the run folder, before training."""
+    def save_companions(self, folder: Path, *, anew: bool = False) -> None:  # noqa: B027 (most models stand alone)
+        """Write the files that checkpoints need besides the model into the run folder, before training.
+
+        Args:
+            anew: replace the files of a run that ended before its first checkpoint; its data may have been others.
+        """
 
     @abstractmethod
     def export(self, folder: Path, model: Any) -> None:

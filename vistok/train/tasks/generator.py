@@ -109,6 +109,11 @@ class GeneratorTask(Task):
         spec = TokenSpec(**cache.spec)
         self.config, self.seed, self.length = config, config.seed, spec.length
         self.cache_folder, self.parts = cache.folder, condition.parts
+        self._meaning = {
+            "tokenizer": cache.tokenizer_hash,
+            "classes": list(self.classes),
+            "text encoder": {part: text.get("hash") for part, text in cache.text.items() if part in self.parts},
+        }
         kind = config.model_entry().load()
         if config.streams:
             _check_reads_streams(kind)
@@ -184,6 +189,19 @@ class GeneratorTask(Task):
     def sample_name(self, index: int) -> str:
         return f"{self.cache_folder}[{index}]"
 
+    def state_dict(self) -> dict[str, Any]:
+        """What the ids of tokens, classes and texts mean."""
+        return {"meaning": self._meaning}
+
+    def load_state_dict(self, state: Mapping[str, Any], *, first_process: bool) -> None:
+        saved = state.get("meaning", {})  # nothing in those of version 0.4
+        other = [name for name in saved if saved[name] != self._meaning[name]]
+        if other:
+            raise ConfigError(
+                f"{self.cache_folder} has tokens of another {' and another '.join(other)} than those that the "
+                "checkpoint was trained on, so that they mean something else"
+            )
+
     @torch.no_grad()
     def show(self, batch: TokenBatch) -> Tensor:
         condition = self.tokenizer.own_condition(batch.condition)
@@ -224,10 +242,10 @@ class GeneratorTask(Task):
                 self.tokenizer.to("cpu")  # training needs the memory
         return [grid(images, columns=columns)]
 
-    def save_companions(self, folder: Path) -> None:
-        if not (folder / TOKENIZER).exists():
+    def save_companions(self, folder: Path, *, anew: bool = False) -> None:
+        if anew or not (folder / TOKENIZER).exists():
             self.tokenizer.save_pretrained(folder / TOKENIZER)
-        if not (folder / TEXT).exists():
+        if anew or not (folder / TEXT).exists():
             copy_encoders(self.cache_folder / TEXT, folder / TEXT, self.parts)
         write_settings(folder, class_names=self.classes, sampling=self.config.sampling)
 
