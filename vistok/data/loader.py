@@ -176,7 +176,7 @@ class Loader(Generic[B]):
         """
         for key, own in self._identity().items():
             if state[key] != own:
-                raise ValueError(f"cannot resume the data order: its {key} was {state[key]}, now it is {own}")
+                raise ValueError(f"cannot resume the data order: {key} was {state[key]!r}, now {own!r}")
         self.epoch, self._start, self._position = state["epoch"], state["position"], 0
         self._failures = dict(state["failures"])
 
