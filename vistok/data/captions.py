@@ -7,21 +7,25 @@ the file's own folder) and ``text`` (one text, or a list of several). Shards hav
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import IO, Any, Literal, Protocol
 
 from vistok.data.files import CAPTIONS, UNPACKING_ERRORS, FileTree, printable
 from vistok.data.formats import extension
-from vistok.data.tar import contents, open_member
+from vistok.data.tar import contents, keys_of, open_member
 from vistok.utils.files import is_utf8
 
 log = logging.getLogger(__name__)
 
 TEXT_KEYS = ("caption", "text")
 """Where a sample's .json file has its text."""
+LONGEST = 1 << 20
+"""Bytes of a line of captions, or of a sample's file, at most."""
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 Captions = tuple[str, ...]
@@ -52,10 +56,9 @@ def folder_captions(tree: FileTree, prefix: str) -> dict[str, Captions]:
             where = f"{tree.root}/{folder}{CAPTIONS}"
             try:
                 with tree.open(folder + CAPTIONS) as file:
-                    content = file.read()
+                    captions |= _read_lines(file, where, folder)
             except (OSError, *UNPACKING_ERRORS) as error:
                 raise CaptionError(f"{where} cannot be read: {error}") from error
-            captions |= _read_lines(content, where, folder)
     absent = captions.keys() - set(tree.images())
     if absent:
         log.warning(
@@ -64,9 +67,11 @@ def folder_captions(tree: FileTree, prefix: str) -> dict[str, Captions]:
     return captions
 
 
-def _read_lines(content: bytes, where: str, folder: str) -> dict[str, Captions]:
+def _read_lines(file: IO[bytes], where: str, folder: str) -> dict[str, Captions]:
     captions: dict[str, Captions] = {}
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(iter(partial(file.readline, LONGEST + 1), b""), 1):
+        if len(line) > LONGEST:
+            raise CaptionError(f"{where}:{number}: the line has more than {LONGEST:,} bytes; a caption is shorter")
         if not line.strip():
             continue
         try:
@@ -111,13 +116,17 @@ class ShardCaptions:
         Raises:
             CaptionError: a damaged .json file, or a text that is not UTF-8.
         """
-        path, key = self._shards[shard], image[: -len(extension(image))]
-        for kind in (".txt", ".json"):
+        path = self._shards[shard]
+        for key, kind in itertools.product(keys_of(image), (".txt", ".json")):
             place = self._index(shard).get(key + kind)
             if place is None:
                 continue
             with open_member(path, *place) as file:
-                content = file.read()
+                content = file.read(LONGEST + 1)
+            if len(content) > LONGEST:
+                raise CaptionError(
+                    f"{path}:{printable(key)}{kind} has more than {LONGEST:,} bytes; a caption is shorter"
+                )
             try:
                 texts = texts_of(content.decode("utf-8-sig") if kind == ".txt" else _of_json(content))
             except (ValueError, TypeError, RecursionError) as error:

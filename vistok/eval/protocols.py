@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vistok.config import suggestion
 from vistok.data.decoding import Reading
 from vistok.eval.dinov2 import DINOV2, DINOv2
 from vistok.eval.metrics import Boundary, Distance
@@ -125,7 +126,7 @@ def choose_protocol(name: str, features: Callable | None, network: str | None) -
 
         raise ValueError(
             f"unknown protocol {name!r}; known: {', '.join(PROTOCOLS)}; of a tokenizer: reconstruction, perturbation; "
-            f"of clips: {', '.join(VIDEO_PROTOCOLS)}"
+            f"of clips: {', '.join(VIDEO_PROTOCOLS)}{suggestion(name, [*PROTOCOLS, 'perturbation', *VIDEO_PROTOCOLS])}"
         )
     if (features is None) != (network is None):
         raise ValueError("features and network belong together: the network's name goes into the record of its scores")
